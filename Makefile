@@ -1,0 +1,41 @@
+# Every target makes its own set-up: a fresh machine needs only python3 (3.11 or newer, with venv) and make.
+PYTHON ?= python3
+VENV ?= .venv
+# The torch to install. Where plain pip would fetch a CUDA build that you do not want, hand the index of the CPU build:
+#   make demo TORCH="torch==2.13.0 --index-url URL"
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint fmt clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/condit demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests
+	$(BIN)/pyright
+
+fmt: $(READY)
+	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+
+# torch comes first and on its own, so that its source can be chosen; the range in pyproject.toml then keeps it.
+# The stamp depends on pyproject.toml: a second run installs nothing.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "condit needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || \
+	  { echo "$(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@

@@ -1,0 +1,51 @@
+"""condit: a prompt and a reference become a picture. Each name below loads its module on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from condit.controls.control import Control, When, Where
+    from condit.controls.ip_adapter import IPAdapter
+    from condit.controls.omini import OminiControl
+    from condit.data.images import load_image, save_image
+    from condit.pipeline import Pipeline, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Control",
+    "IPAdapter",
+    "OminiControl",
+    "Pipeline",
+    "When",
+    "Where",
+    "__version__",
+    "load",
+    "load_image",
+    "save_image",
+]
+
+_HOME = {
+    "load": "condit.pipeline",
+    "Pipeline": "condit.pipeline",
+    "IPAdapter": "condit.controls.ip_adapter",
+    "OminiControl": "condit.controls.omini",
+    "Control": "condit.controls.control",
+    "Where": "condit.controls.control",
+    "When": "condit.controls.control",
+    "load_image": "condit.data.images",
+    "save_image": "condit.data.images",
+}
+
+
+def __getattr__(name: str) -> object:
+    """PEP 562: torch and diffusers cost seconds, `condit --help` must not pay them."""
+    if name not in _HOME:
+        raise AttributeError(f"condit has no {name!r}; it has {', '.join(sorted(_HOME))}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

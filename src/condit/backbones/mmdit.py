@@ -1,0 +1,345 @@
+"""MM-DiT: the multi-modal diffusion transformer of FLUX.1 (Black Forest Labs 2024; block design: Esser et al. 2024,
+arXiv:2403.03206), over streams. Parameter names are those of diffusers' `FluxTransformer2DModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condit.nn.attention import Call, Site, attend, join_heads, split_heads
+from condit.nn.layers import (
+    AdaNorm,
+    FeedForward,
+    RMSNorm,
+    Rope,
+    apply_rope,
+    modulated_norm,
+    rope_frequencies,
+    timestep_features,
+)
+from condit.nn.lora import Linear, LoRA, name_linears
+from condit.nn.streams import Group, Stream, groups
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """Fields and defaults of diffusers' `FluxTransformer2DModel` (the defaults are FLUX.1-schnell)."""
+
+    in_channels: int = 64
+    out_channels: int | None = None  # None: in_channels. FLUX.1 Fill and Canny feed more channels than they predict.
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    patch_size: int = 1
+
+    @property
+    def dim(self) -> int:
+        return self.attention_head_dim * self.num_attention_heads
+
+    def __post_init__(self):
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope {self.axes_dims_rope} must add up to attention_head_dim {self.attention_head_dim}."
+            )
+
+
+PRESETS: dict[str, MMDiTConfig] = {
+    "flux-dev": MMDiTConfig(guidance_embeds=True),  # black-forest-labs/FLUX.1-dev, transformer/config.json; 11.9 B
+    "flux-schnell": MMDiTConfig(),  # black-forest-labs/FLUX.1-schnell
+    "flux-fill": MMDiTConfig(in_channels=384, out_channels=64, guidance_embeds=True),  # FLUX.1-Fill-dev
+    # Ours: 64 tokens of 16 px at 128 px; 16 channels more carry the text's canvas (docs/tiny.md).
+    "tiny": MMDiTConfig(
+        in_channels=272,
+        out_channels=256,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=192,
+        pooled_projection_dim=256,
+        axes_dims_rope=(16, 24, 24),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What one forward holds fixed over its blocks: the streams, their clocks, positions and who sees whom."""
+
+    loras: tuple[LoRA | None, ...]
+    embeddings: tuple[Tensor, ...]
+    ropes: tuple[Rope, ...]
+    groups: tuple[Group, ...]
+    text: int | None  # index of the text stream
+    image: tuple[int, int] | None  # (stream index, first row within it) of the noisy image
+    controls: tuple
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, Linear."""
+
+    def __init__(self, n_in: int, dim: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = Linear(n_in, dim), Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class TimeTextEmbed(nn.Module):
+    """The clock of a stream: MLP(t) + MLP(guidance) + MLP(pooled text)."""
+
+    def __init__(self, c: MMDiTConfig):
+        super().__init__()
+        self.timestep_embedder = Embedder(256, c.dim)
+        if c.guidance_embeds:
+            self.guidance_embedder = Embedder(256, c.dim)
+        self.text_embedder = Embedder(c.pooled_projection_dim, c.dim)
+
+    def forward(self, stream: Stream) -> Tensor:
+        dtype = stream.tokens.dtype
+        embedding = self.timestep_embedder(timestep_features(stream.timestep.to(dtype) * 1000).to(dtype))
+        if stream.guidance is not None:
+            embedding = embedding + self.guidance_embedder(
+                timestep_features(stream.guidance.to(dtype) * 1000).to(dtype)
+            )
+        return embedding + self.text_embedder(stream.pooled)
+
+
+class JointAttention(nn.Module):
+    """Queries of every stream over the keys of the streams that it may see."""
+
+    def __init__(self, c: MMDiTConfig, site: Site, *, with_text: bool):
+        super().__init__()
+        self.heads, self.site, self.with_text = c.num_attention_heads, site, with_text
+        self.to_q, self.to_k, self.to_v = (Linear(c.dim, c.dim) for _ in range(3))
+        self.norm_q, self.norm_k = (RMSNorm(c.attention_head_dim, eps=1e-6) for _ in range(2))
+        if with_text:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(c.dim, c.dim) for _ in range(3))
+            self.norm_added_q, self.norm_added_k = (RMSNorm(c.attention_head_dim, eps=1e-6) for _ in range(2))
+            self.to_out, self.to_add_out = nn.ModuleList([Linear(c.dim, c.dim)]), Linear(c.dim, c.dim)
+
+    def qkv(self, x: Tensor, lora: LoRA | None, rope: Rope, *, text: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys, values and the queries before rotary positions, each (B, H, N, D)."""
+        if text and self.with_text:
+            linears = self.add_q_proj, self.add_k_proj, self.add_v_proj
+            norm_q, norm_k = self.norm_added_q, self.norm_added_k
+        else:
+            linears, norm_q, norm_k = (self.to_q, self.to_k, self.to_v), self.norm_q, self.norm_k
+        q, k, v = (split_heads(linear(x, lora), self.heads) for linear in linears)
+        plain = norm_q(q)
+        return apply_rope(plain, rope), apply_rope(norm_k(k), rope), v, plain
+
+    def forward(self, xs: Sequence[Tensor], frame: Frame) -> tuple[list[Tensor], Tensor | None]:
+        """Attention output of every stream, and the noisy image's queries before rotary positions."""
+        q, k, v, plain = zip(
+            *(
+                self.qkv(x, lora, rope, text=i == frame.text)
+                for i, (x, lora, rope) in enumerate(zip(xs, frame.loras, frame.ropes, strict=True))
+            ),
+            strict=True,
+        )
+        out: list[Tensor] = []
+        for group in frame.groups:
+            lengths = [q[i].shape[2] for i in group.rows]
+            call = Call(
+                join([q[i] for i in group.rows]),
+                join([k[j] for j in group.cols]),
+                join([v[j] for j in group.cols]),
+                self.site,
+                bias=key_bias(group, k),
+                image=image_rows(group, lengths, frame.image),
+                plain=join([plain[i] for i in group.rows]) if frame.controls else None,
+            )
+            out += join_heads(attend(call, frame.controls)).split(lengths, 1)
+        if self.with_text:
+            out = [
+                self.to_add_out(o, lora) if i == frame.text else self.to_out[0](o, lora)
+                for i, (o, lora) in enumerate(zip(out, frame.loras, strict=True))
+            ]
+        return out, None if frame.image is None else plain[frame.image[0]]
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)
+
+
+def key_bias(group: Group, keys: Sequence[Tensor]) -> Tensor | None:
+    """One row of log weights over the group's keys, (1, 1, 1, Nk); None if every stream has weight 1."""
+    if all(w is None for w in group.weights):
+        return None
+    rows = []
+    for j, weight in zip(group.cols, group.weights, strict=True):
+        zeros = keys[j].new_zeros(keys[j].shape[2])
+        rows.append(zeros if weight is None else zeros + weight.to(zeros))
+    return torch.cat(rows)[None, None, None]
+
+
+def image_rows(group: Group, lengths: Sequence[int], image: tuple[int, int] | None) -> slice | None:
+    """Where the noisy image's rows stand among the group's queries."""
+    if image is None or image[0] not in group.rows:
+        return None
+    place = group.rows.index(image[0])
+    begin = sum(lengths[:place])
+    return slice(begin + image[1], begin + lengths[place])
+
+
+class DoubleBlock(nn.Module):
+    """Text and image tokens with weights of their own, one joint attention. Conditions run through the image side."""
+
+    def __init__(self, c: MMDiTConfig, site: Site):
+        super().__init__()
+        self.norm1, self.norm1_context = AdaNorm(c.dim, 6), AdaNorm(c.dim, 6)
+        self.attn = JointAttention(c, site, with_text=True)
+        self.ff, self.ff_context = FeedForward(c.dim), FeedForward(c.dim)
+
+    def forward(self, xs: Sequence[Tensor], frame: Frame) -> list[Tensor]:
+        normed = [
+            (self.norm1_context if i == frame.text else self.norm1)(x, embedding, lora)
+            for i, (x, embedding, lora) in enumerate(zip(xs, frame.embeddings, frame.loras, strict=True))
+        ]
+        attended, plain = self.attn([n[0] for n in normed], frame)
+        out = []
+        for i, (x, a, (_, gate, shift, scale, gate_mlp)) in enumerate(zip(xs, attended, normed, strict=True)):
+            x = x + gate * a
+            ff = self.ff_context if i == frame.text else self.ff
+            out.append(x + gate_mlp * ff(modulated_norm(x, shift, scale), frame.loras[i]))
+        if frame.image is not None and plain is not None:
+            for control in frame.controls:
+                addition = control.residual(self.attn.site, plain)
+                if addition is not None:
+                    out[frame.image[0]] = out[frame.image[0]] + addition
+        return out
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel, text and image with the same weights."""
+
+    def __init__(self, c: MMDiTConfig, site: Site):
+        super().__init__()
+        self.norm = AdaNorm(c.dim, 3)
+        self.attn = JointAttention(c, site, with_text=False)
+        self.proj_mlp, self.proj_out = Linear(c.dim, 4 * c.dim), Linear(5 * c.dim, c.dim)
+
+    def forward(self, xs: Sequence[Tensor], frame: Frame) -> list[Tensor]:
+        normed = [self.norm(x, e, lora) for x, e, lora in zip(xs, frame.embeddings, frame.loras, strict=True)]
+        attended, _ = self.attn([n[0] for n in normed], frame)
+        out = []
+        for x, a, lora, (h, gate) in zip(xs, attended, frame.loras, normed, strict=True):
+            mlp = F.gelu(self.proj_mlp(h, lora), approximate="tanh")
+            out.append(x + gate * self.proj_out(torch.cat([a, mlp], -1), lora))
+        return out
+
+
+class MMDiT(nn.Module):
+    """FLUX's transformer. `forward` predicts for the noisy image; `prefill` runs conditions on their own."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        c = self.config = config
+        self.time_text_embed = TimeTextEmbed(c)
+        self.context_embedder, self.x_embedder = Linear(c.joint_attention_dim, c.dim), Linear(c.in_channels, c.dim)
+        self.transformer_blocks = nn.ModuleList(
+            DoubleBlock(c, Site(f"transformer_blocks.{i}.attn", "joint", i)) for i in range(c.num_layers)
+        )
+        self.single_transformer_blocks = nn.ModuleList(
+            SingleBlock(c, Site(f"single_transformer_blocks.{i}.attn", "joint", c.num_layers + i))
+            for i in range(c.num_single_layers)
+        )
+        self.norm_out, self.proj_out = AdaNorm(c.dim, 2), Linear(c.dim, c.out_channels or c.in_channels)
+        name_linears(self)
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every attention layer in the order of execution."""
+        return [block.attn.site for block in (*self.transformer_blocks, *self.single_transformer_blocks)]
+
+    def embed(self, stream: Stream) -> tuple[Tensor, Tensor, Rope]:
+        """Tokens, clock and positions of an image-like stream."""
+        rope = rope_frequencies(stream.ids, self.config.axes_dims_rope)
+        return self.x_embedder(stream.tokens, stream.lora), self.time_text_embed(stream), rope
+
+    def forward(
+        self,
+        image: Stream,
+        text: Tensor,
+        text_ids: Tensor,
+        *,
+        conditions: Sequence[Stream] = (),
+        controls: Sequence = (),
+    ) -> Tensor:
+        """Prediction for the noisy image, (B, N, out_channels). text (B, L, joint_attention_dim), text_ids (L, 3).
+
+        Text shares the image's clock. `conditions` join the sequence; `controls` wrap the attention calls.
+        """
+        x, clock, rope = self.embed(image)
+        rope_text = rope_frequencies(text_ids, self.config.axes_dims_rope)
+        embedded = [self.embed(s) for s in conditions]
+        streams = (None, None, *conditions)
+        double = Frame(
+            loras=(image.lora, image.lora, *(s.lora for s in conditions)),
+            embeddings=(clock, clock, *(e[1] for e in embedded)),
+            ropes=(rope_text, rope, *(e[2] for e in embedded)),
+            groups=tuple(groups(0, 1, streams)),
+            text=0,
+            image=(1, 0),
+            controls=tuple(controls),
+        )
+        xs = [self.context_embedder(text, image.lora), x, *(e[0] for e in embedded)]
+        for block in self.transformer_blocks:
+            xs = block(xs, double)
+        # In the single blocks text and image share weights and clock, so they run as one stream, text first -
+        # unless a strength must tell their rows apart.
+        split = any(s.log_weight is not None and not s.weight_text for s in conditions)
+        single = double if split else merge_main(double, text.shape[1], streams)
+        if not split:
+            xs = [torch.cat(xs[:2], 1), *xs[2:]]
+        for block in self.single_transformer_blocks:
+            xs = block(xs, single)
+        h = xs[1] if split else xs[0][:, text.shape[1] :]
+        # diffusers' norm_out stores (scale, shift); every other AdaNorm stores (shift, scale).
+        scale, shift = self.norm_out.modulation(clock)
+        return self.proj_out(modulated_norm(h, shift, scale))
+
+    def prefill(self, condition: Stream, controls: Sequence) -> None:
+        """Run one independent condition alone; `controls` see its calls (OminiControl2, arXiv:2503.08280: its keys and
+        values depend on neither noise nor time, so one pass serves every step)."""
+        x, clock, rope = self.embed(condition)
+        frame = Frame(
+            loras=(condition.lora,),
+            embeddings=(clock,),
+            ropes=(rope,),
+            groups=(Group((0,), (0,), (None,)),),
+            text=None,
+            image=None,
+            controls=tuple(controls),
+        )
+        xs = [x]
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            xs = block(xs, frame)
+
+
+def merge_main(frame: Frame, text_length: int, streams: Sequence[Stream | None]) -> Frame:
+    """The frame of the single blocks: text and image as stream 0, conditions behind."""
+    (cos_text, sin_text), (cos, sin) = frame.ropes[:2]
+    if cos.ndim == 4:  # per-sample image positions
+        cos_text, sin_text = (r.expand(cos.shape[0], 1, -1, -1) for r in (cos_text, sin_text))
+    rope = torch.cat([cos_text, cos], -2), torch.cat([sin_text, sin], -2)
+    return replace(
+        frame,
+        loras=frame.loras[1:],
+        embeddings=frame.embeddings[1:],
+        ropes=(rope, *frame.ropes[2:]),
+        groups=tuple(groups(None, 0, streams[1:])),
+        text=None,
+        image=(0, text_length),
+    )

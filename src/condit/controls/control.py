@@ -1,0 +1,134 @@
+"""A control: an immutable value that acts on the one attention call (docs/architecture.md, section 1)."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from condit.nn.attention import Attend, Call, Site
+from condit.nn.streams import Stream
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a sampler: its number, how many there are, and the noise level t in [0, 1]."""
+
+    index: int
+    count: int
+    t: float
+
+
+@dataclass(frozen=True)
+class When:
+    """The part of the schedule in which a control acts: step i of n acts if start <= i/n and (i + 1)/n <= end.
+
+    The rule of the official IP-Adapter pipeline. `curve` maps i/n to a factor on the strength.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    curve: Callable[[float], float] | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(f"When needs 0 <= start < end <= 1; found start {self.start}, end {self.end}.")
+
+    def factor(self, step: Step) -> float:
+        """Factor on the strength at this step; 0 = off."""
+        begin, after = step.index / step.count, (step.index + 1) / step.count
+        # A tolerance of rounding: 3/10 must count as inside start=0.3.
+        if begin < self.start - 1e-9 or after > self.end + 1e-9:
+            return 0.0
+        return 1.0 if self.curve is None else float(self.curve(begin))
+
+
+@dataclass(frozen=True)
+class Where:
+    """The sites at which a control acts: shell patterns over `Site.path`, e.g. "transformer_blocks.*"."""
+
+    patterns: tuple[str, ...] = ("*",)
+
+    def __contains__(self, site: Site) -> bool:
+        return any(fnmatch.fnmatchcase(site.path, p) for p in self.patterns)
+
+    @classmethod
+    def of(cls, value: Where | str | tuple[str, ...] | None) -> Where:
+        """None = everywhere; a pattern or several."""
+        if isinstance(value, Where):
+            return value
+        return cls() if value is None else cls((value,) if isinstance(value, str) else tuple(value))
+
+
+class Prefillable(Protocol):
+    """A backbone that takes streams."""
+
+    def prefill(self, condition: Stream, controls: tuple) -> None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a control may need to know of one pipeline call: the backbone, the batch, the token grid, the text.
+
+    pooled (B, P); guidance (B,) or None; grid = (rows, columns) of image tokens; in_channels of the backbone.
+    """
+
+    backbone: Prefillable
+    batch: int
+    grid: tuple[int, int]
+    pooled: Tensor
+    guidance: Tensor | None
+    in_channels: int
+
+
+class Control:
+    """One reference at one strength. Every method has a default, so a new control overrides what its paper adds."""
+
+    def prepare(self, run: Run) -> Control:
+        """Once per pipeline call: bring the reference to the batch, fill caches. Returns the control of this run."""
+        return self
+
+    def at(self, step: Step) -> Control | None:
+        """When: the control of this step, or None if it is off."""
+        return self
+
+    def around(self, call: Call, attend: Attend) -> Tensor:
+        """Wrap: the attention output, usually from `attend` with another call."""
+        return attend(call)
+
+    def streams(self) -> tuple[Stream, ...]:
+        """Join: tokens that enter the sequence."""
+        return ()
+
+    def residual(self, site: Site, query: Tensor) -> Tensor | None:
+        """Add: a residual (B, N, dim) for the image stream after the block; query (B, H, N, D) without positions."""
+        return None
+
+    def negative(self) -> Control | None:
+        """The same with an empty reference, for guidance; None leaves it out of the unconditional pass."""
+        return None
+
+    def describe(self) -> dict:
+        """What a recipe keeps of it: enough to make it again."""
+        return {"method": type(self).__name__}
+
+
+def match_batch(x: Tensor, batch: int, what: str) -> Tensor:
+    """Rows of a reference tensor for a batch: one row serves all, n rows serve n prompts (and copies of each)."""
+    if x.shape[0] == batch:
+        return x
+    if x.shape[0] == 1:
+        return x.expand(batch, *x.shape[1:])
+    if batch % x.shape[0] == 0:
+        return x.repeat_interleave(batch // x.shape[0], 0)
+    raise ValueError(f"{what}: {x.shape[0]} references for {batch} images. Give 1, {batch}, or a divisor of {batch}.")
+
+
+def region_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Pixel mask (B or 1, H, W) in [0, 1] -> weights (B or 1, 1, N, 1) on the token grid, by area."""
+    small = torch.nn.functional.interpolate(mask[:, None].float(), size=grid, mode="area")
+    return small.flatten(2)[..., None]

@@ -1,0 +1,86 @@
+"""Conditions drawn from a picture without a learned model: edges, soft edges, gray, blur. Numpy or PIL in, PIL out."""
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from condit.data.images import ImageSource, load_image
+
+MID_GREY = 128
+
+
+def edges_array(pixels: np.ndarray, sigma: float = 1.0, low: float = 0.06, high: float = 0.15) -> np.ndarray:
+    """Canny edges (Canny 1986) of uint8 (H, W, 3|4) -> uint8 (H, W), lines 255 on 0. Thresholds on gradients of 0..1.
+
+    With alpha, the picture stands on mid-grey and the outline of alpha is added: on white, white objects have no edge,
+    and on mid-grey grey ones have none."""
+    from skimage.feature import canny
+
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
+        raise ValueError(f"expected uint8 (H, W, 3|4), found {pixels.dtype} {pixels.shape}")
+    rgb, alpha = _split(pixels)
+    found = canny(_luma(rgb), sigma=sigma, low_threshold=low, high_threshold=high)
+    if alpha is not None:
+        outline = canny(alpha, sigma=sigma, low_threshold=low, high_threshold=high)
+        found |= outline & ~_near(found)
+    return found.astype(np.uint8) * 255
+
+
+def edges(image: ImageSource, sigma: float = 1.0, low: float = 0.06, high: float = 0.15) -> Image.Image:
+    """edges_array of any picture; white lines on black, three equal channels."""
+    return _three(edges_array(_pixels(image), sigma, low, high))
+
+
+def soft_edges(image: ImageSource) -> Image.Image:
+    """The largest Sobel gradient over the channels, the strongest scaled to 255; close to what HED draws."""
+    from skimage.filters import sobel
+
+    rgb, alpha = _split(_pixels(image))
+    planes = [*np.moveaxis(rgb, 2, 0), *([] if alpha is None else [alpha])]
+    strength = np.max([sobel(plane) for plane in planes], axis=0)
+    return _three((strength / max(float(strength.max()), 1e-6) * 255).round().astype(np.uint8))
+
+
+def gray(image: ImageSource) -> Image.Image:
+    """Luma (ITU-R 601) on white, three equal channels."""
+    return load_image(image).convert("L").convert("RGB")
+
+
+def blur(image: ImageSource, sigma: float = 6.0) -> Image.Image:
+    """Gaussian blur, sigma in pixels, on white."""
+    return load_image(image).filter(ImageFilter.GaussianBlur(sigma))
+
+
+def edge_map(image: ImageSource) -> Image.Image:
+    """A ready map as the edge controls read it: white lines on black. Dark lines on a light ground are turned round."""
+    lines = np.asarray(load_image(image).convert("L"))
+    return _three(255 - lines if lines.mean() > MID_GREY else lines)
+
+
+def _pixels(image: ImageSource) -> np.ndarray:
+    """uint8 (H, W, 4) where some pixel is transparent, else (H, W, 3)."""
+    pixels = np.asarray(load_image(image, mode="RGBA"))
+    return pixels if pixels[:, :, 3].min() < 255 else pixels[:, :, :3]
+
+
+def _split(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Floats in 0..1: colours (H, W, 3), put on mid-grey where there is alpha, and alpha (H, W)."""
+    values = pixels.astype(np.float64) / 255
+    if pixels.shape[2] == 3:
+        return values, None
+    alpha = values[:, :, 3:]
+    return values[:, :, :3] * alpha + MID_GREY / 255 * (1 - alpha), alpha[:, :, 0]
+
+
+def _luma(rgb: np.ndarray) -> np.ndarray:
+    return rgb @ np.array([0.299, 0.587, 0.114])
+
+
+def _near(lines: np.ndarray) -> np.ndarray:
+    """Pixels within one of a line: where the outline was found already, a second line beside it is noise."""
+    padded = np.pad(lines, 1)
+    height, width = lines.shape
+    return np.any([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+
+
+def _three(plane: np.ndarray) -> Image.Image:
+    return Image.fromarray(plane).convert("RGB")

@@ -1,0 +1,170 @@
+"""`condit demo`: a labelled grid of what the embedded model does, each picture with the command that draws it again."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+import condit
+from condit.data import annotators
+from condit.data.icons import IconWorld, sample_path
+from condit.data.images import load_image, save_image
+from condit.data.sheets import Cell, contact_sheet
+from condit.request import Reference, Request, Studio
+
+# The sheet's font has Latin letters only.
+IN_CHINESE = {
+    "红苹果": "red apple (Chinese)",
+    "蜗牛": "snail (Chinese)",
+    "蘑菇": "mushroom (Chinese)",
+    "汽车": "car (Chinese)",
+    "螃蟹": "crab (Chinese)",
+}
+PROMPTS = ("a red apple", "a rocket", "a cat face", "红苹果")
+
+
+@dataclass(frozen=True)
+class Given:
+    """A reference of the demo: an icon of the sample, by style and concept."""
+
+    use: str
+    style: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the grid: what is given, and one picture for every (prompt, strength)."""
+
+    label: str
+    given: tuple[Given, ...] = ()
+    prompts: tuple[str, ...] = PROMPTS
+    strengths: tuple[float, ...] = (1.0,)
+
+
+ROWS = (
+    Row("plain\ntext to image"),
+    Row("+ style\nof the reference", (Given("style", "fluent-emoji-high-contrast", "key"),)),
+    Row("+ style\nof another", (Given("style", "fluent-emoji-3d", "tulip"),)),
+    Row("+ style\nof a third", (Given("style", "emojione-monotone", "guitar"),)),
+    Row(
+        "+ subject\nas another hand drew it",
+        (Given("subject", "twemoji", "snail"),),
+        ("a snail", "a snail, fluent 3d style", "a snail, emojione monochrome style", "蜗牛"),
+    ),
+    Row(
+        "+ edges\nof the reference",
+        (Given("edges", "noto", "mushroom"),),
+        (
+            "a mushroom",
+            "a mushroom, fluent flat style",
+            "a mushroom, fluent 3d style",
+            "蘑菇",
+        ),
+    ),
+    Row(
+        "gray -> colour",
+        (Given("gray", "fluent-emoji-flat", "automobile"),),
+        ("an automobile", "a red car", "an automobile, twemoji style", "汽车"),
+    ),
+    Row(
+        "all together\nstyle + subject + edges",
+        (
+            Given("style", "fluent-emoji-3d", "tulip"),
+            Given("subject", "twemoji", "crab"),
+            Given("edges", "fluent-emoji-flat", "crab"),
+        ),
+        ("a crab", "a crab, fluent 3d style", "螃蟹"),
+    ),
+    Row(
+        "style strength\n0, 0.5, 1, 1.5",
+        (Given("style", "fluent-emoji-high-contrast", "key"),),
+        ("a rocket",),
+        (0.0, 0.5, 1.0, 1.5),
+    ),
+)
+
+
+def draw_demo(folder: Path, *, seed: int = 0, tell: Callable[[str], None] = lambda text: None) -> dict[str, object]:
+    """Writes folder/demo.png, the pictures in folder/demo and their references in folder/references.
+    tell gets one line a picture: its command and its time. Returns paths, commands and seconds."""
+    start = time.perf_counter()
+    rows = drawable(ROWS, tell)
+    world = IconWorld.open(sample_path())
+    paths = {given: write_reference(world, given, folder) for row in rows for given in row.given}
+    studio = Studio("tiny")
+    calls: list[dict[str, object]] = []
+    cells: list[list[Cell | None]] = []
+    for number, row in enumerate(rows):
+        line: list[Cell | None] = [given_cell(given, paths[given]) for given in row.given] or [None]  # columns align
+        for column, request in enumerate(requests(row, paths, seed)):
+            output = folder / "demo" / f"{number}-{column}.png"
+            image, seconds = draw_one(studio, request, output)
+            command = request.command(output)
+            tell(f"{command}  # {seconds:.1f} s")
+            calls.append({"command": command, "seconds": round(seconds, 2), "path": str(output)})
+            caption = f"strength {request.references[0].strength:g}" if len(row.strengths) > 1 else request.prompt
+            line.append(Cell(image, IN_CHINESE.get(caption, caption)))
+        cells.append(line)
+    title = f"condit {condit.__version__}, embedded model tiny, seed {seed}; orange frames are references"
+    grid = save_image(contact_sheet(cells, [row.label for row in rows], title=title), folder / "demo.png")
+    seconds = round(time.perf_counter() - start, 1)
+    tell(f"{len(calls)} pictures in {seconds} s")
+    return {"grid": str(grid), "calls": calls, "seconds": seconds}
+
+
+def drawable(rows: Iterable[Row], tell: Callable[[str], None]) -> list[Row]:
+    """The rows whose adapters are here; the others are told."""
+    from condit.weights.catalog import MODELS
+
+    kept = []
+    for row in rows:
+        missing = sorted({f"tiny/{given.use}" for given in row.given} - set(MODELS))
+        if missing:
+            tell(f"left out: {row.label.splitlines()[0]} (no {', '.join(missing)})")
+        else:
+            kept.append(row)
+    return kept
+
+
+def requests(row: Row, paths: dict[Given, Path], seed: int) -> list[Request]:
+    """One request for every prompt and strength; a sweep changes the first reference."""
+    return [
+        Request(
+            prompt,
+            references=tuple(
+                Reference(given.use, str(paths[given]), strength if index == 0 else 1.0)
+                for index, given in enumerate(row.given)
+            ),
+            seed=seed,
+        )
+        for prompt in row.prompts
+        for strength in row.strengths
+    ]
+
+
+def draw_one(studio: Studio, request: Request, output: Path) -> tuple[Image.Image, float]:
+    """Draws and saves one picture as `condit generate` does; returns it with its seconds."""
+    start = time.perf_counter()
+    drawing = studio.draw(request)
+    save_image(drawing.images[0], output, recipe=drawing.recipes[0], parameters=drawing.parameters[0])
+    return drawing.images[0], time.perf_counter() - start
+
+
+def write_reference(world: IconWorld, given: Given, folder: Path) -> Path:
+    """The icon as a file with its alpha, so that the printed commands find it."""
+    index = next(
+        (i for i, icon in enumerate(world.icons) if (icon.style, icon.label) == (given.style, given.label)), None
+    )
+    if index is None:
+        raise ValueError(f"the icon sample has no {given.label!r} in style {given.style}; install condit again")
+    name = f"{given.label.replace(' ', '-')}-{given.style}.png"
+    return save_image(Image.fromarray(world.rgba(index)), folder / "references" / name)
+
+
+def given_cell(given: Given, path: Path) -> Cell:
+    """The reference as its adapter sees it: the edge map for edges, gray for gray."""
+    draw = {"edges": annotators.edges, "gray": annotators.gray}.get(given.use, load_image)
+    return Cell(draw(path), given.use, given=True)

@@ -1,0 +1,149 @@
+"""Latents behind one small interface: `encode(images).latent_dist`, `decode(latents).sample`, as diffusers' AutoencoderKL.
+
+`PatchAutoencoder` is the embedded one: a linear code of 8 x 8 patches (their principal components) and a convolutional
+decoder for what the code leaves out. diffusers' AutoencoderKL satisfies the same `Autoencoder` protocol.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Latents(Protocol):
+    """A posterior over latents."""
+
+    def mode(self) -> Tensor: ...
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The posterior of a deterministic encoder: sample equals mode."""
+
+    mean: Tensor
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.mean
+
+
+@dataclass(frozen=True)
+class Encoded:
+    latent_dist: Latents
+
+
+@dataclass(frozen=True)
+class Decoded:
+    sample: Tensor
+
+
+@dataclass(frozen=True)
+class PatchAutoencoderConfig:
+    """`scaling_factor` and `shift_factor` as in AutoencoderKL: the model sees (z - shift) * scaling."""
+
+    patch: int = 8
+    latent_channels: int = 64
+    width: int = 128
+    depth: int = 4
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(norm(x)))), 3 x 3."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv_1, self.conv_2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv_2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_2(F.silu(self.conv_1(self.norm(x))))
+
+
+class PatchAutoencoder(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] <-> latents (B, latent_channels, H/patch, W/patch); H and W multiples of patch."""
+
+    def __init__(self, config: PatchAutoencoderConfig):
+        super().__init__()
+        c = self.config = config
+        pixels = 3 * c.patch * c.patch
+        self.register_buffer("mean", torch.zeros(pixels))
+        self.register_buffer("basis", torch.zeros(c.latent_channels, pixels))  # orthonormal rows
+        self.register_buffer("deviation", torch.ones(c.latent_channels))  # of each code; the decoder reads them whitened
+        self.conv_in = nn.Conv2d(c.latent_channels, c.width, 3, padding=1)
+        self.blocks = nn.ModuleList(ResidualBlock(c.width) for _ in range(c.depth))
+        self.conv_out = nn.Conv2d(c.width, pixels, 3, padding=1)
+        for p in self.conv_out.parameters():
+            nn.init.zeros_(p)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Set mean, basis and deviations to the principal components of the patches of images (B, 3, H, W)."""
+        x = self.patches(images.float()).movedim(1, -1).flatten(0, 2)
+        mean = x.mean(0)
+        variances, vectors = torch.linalg.eigh((x - mean).double().mT @ (x - mean).double() / len(x))
+        self.mean.copy_(mean)
+        self.basis.copy_(vectors.flip(-1).mT[: self.config.latent_channels])
+        self.deviation.copy_(variances.flip(-1)[: self.config.latent_channels].clamp(min=1e-8).sqrt())
+
+    def patches(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 3 p p, H/p, W/p)."""
+        if images.shape[-1] % self.config.patch or images.shape[-2] % self.config.patch:
+            raise ValueError(
+                f"Image size {tuple(images.shape[-2:])} is not a multiple of {self.config.patch}. Resize it first."
+            )
+        return F.pixel_unshuffle(images, self.config.patch)
+
+    def encode(self, images: Tensor) -> Encoded:
+        """The linear code; exact, so `sample` equals `mode`."""
+        x = self.patches(images) - self.mean[None, :, None, None]
+        return Encoded(Exact(torch.einsum("bphw,cp->bchw", x, self.basis)))
+
+    def decode(self, latents: Tensor) -> Decoded:
+        """Linear reconstruction plus the decoder's residual."""
+        linear = torch.einsum("bchw,cp->bphw", latents, self.basis) + self.mean[None, :, None, None]
+        h = self.conv_in(latents / self.deviation[None, :, None, None])
+        for block in self.blocks:
+            h = block(h)
+        return Decoded(F.pixel_shuffle(linear + self.conv_out(F.silu(h)), self.config.patch))
+
+
+class Autoencoder(Protocol):
+    """What the pipeline needs of a latent space. `config` holds scaling_factor and shift_factor."""
+
+    def encode(self, images: Tensor) -> Encoded: ...
+
+    def decode(self, latents: Tensor) -> Decoded: ...
+
+
+def pack(latents: Tensor) -> Tensor:
+    """FLUX's packing: (B, C, H, W) -> (B, H/2 W/2, 4 C), row-major tokens, channel order (c, dy, dx)."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).mT
+
+
+def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `pack` for a token grid (rows, columns)."""
+    return F.pixel_shuffle(tokens.mT.unflatten(2, grid), 2)
+
+
+def encode_tokens(vae, images: Tensor, generator: torch.Generator | None = None, *, sample: bool = True) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> packed, scaled tokens. OminiControl samples the posterior; `sample=False`: mode."""
+    posterior = vae.encode(images).latent_dist
+    z = posterior.sample(generator) if sample else posterior.mode()
+    return pack((z - vae.config.shift_factor) * vae.config.scaling_factor)
+
+
+def decode_tokens(vae, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Packed, scaled tokens -> images (B, 3, H, W), clamped to [-1, 1]."""
+    z = unpack(tokens, grid) / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(z).sample.clamp(-1, 1)

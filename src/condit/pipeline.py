@@ -1,0 +1,296 @@
+"""The pipeline: encode, sample, decode; N prompts and N references become N images."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from condit.controls.control import Control, Run, Step
+from condit.data import annotators
+from condit.data.images import ImageSource, load_image, to_images, to_tensor
+from condit.diffusion.guidance import guide, guide_text_image
+from condit.diffusion.objectives import to_velocity
+from condit.diffusion.samplers import euler
+from condit.diffusion.schedules import flow_sigmas, flux_mu
+from condit.encoders.text import Text
+from condit.encoders.vae import decode_tokens, encode_tokens, pack
+from condit.nn.streams import Stream, grid_ids
+from condit.weights.catalog import AdapterFile, read_adapter
+from condit.weights.load import Parts, load_parts
+
+MAX_STEPS, MAX_SIDE = 1000, 4096
+
+
+@dataclass(frozen=True)
+class Result:
+    """Images of a call: PIL images, or a tensor (B, 3, H, W) in [-1, 1], or latents, by `output_type`."""
+
+    images: Any
+    seeds: list[int | None]
+    recipe: dict
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One side of the guidance: a text and the controls that act in it."""
+
+    text: Text
+    controls: tuple[Control, ...]
+    guidance: Tensor | None
+
+
+class Pipeline:
+    """A loaded model. It is not changed by a call: controls are values that a call receives."""
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.name, self.backbone, self.image = parts.name, parts.backbone, parts.image
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.backbone.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    def to(self, device: str | torch.device) -> Pipeline:
+        """Move every part, in place; returns the pipeline."""
+        for part in (self.backbone, self.parts.text, self.parts.vae, self.image):
+            if part is not None:
+                part.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        controls: Sequence[Control] = (),
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: Literal["pil", "pt", "latent"] = "pil",
+        callback_on_step_end: Callable[[Pipeline, int, float, dict], dict | None] | None = None,
+    ) -> Result:
+        """Draw. Arguments as in diffusers; `seed` is sugar: image i starts from the noise of seed + i, drawn on the CPU.
+
+        guidance_scale 1 makes one prediction a step, not two. image_guidance_scale, if given, guides the controls apart
+        from the text: none + s_T (text - none) + s_I (text and controls - text).
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        steps = self.parts.steps if num_inference_steps is None else num_inference_steps
+        scale = self.parts.guidance if guidance_scale is None else guidance_scale
+        height, width = height or self.parts.size[0], width or self.parts.size[1]
+        self.check(prompts, steps, height, width)
+        batch = len(prompts) * num_images_per_prompt
+        grid = height // self.pixels, width // self.pixels
+        negative = self.negatives(negative_prompt, len(prompts))
+        branches = self.branches(
+            prompts, negative, tuple(controls), batch, grid, scale, image_guidance_scale, num_images_per_prompt
+        )
+        seeds, noise = self.noise(batch, grid, seed, generator, latents)
+        shift = math.exp(flux_mu(grid[0] * grid[1])) if self.parts.shift is None else self.parts.shift
+        sigmas = flow_sigmas(steps, shift=shift)
+        ids = grid_ids(*grid).to(self.device)
+
+        def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
+            step = Step(i, steps, float(sigma))
+            found = [self.predict(branch, x, sigma, ids, step) for branch in branches]
+            if len(found) == 1:
+                return found[0]
+            if len(found) == 2:
+                return guide(*found, scale if not self.parts.distilled else image_guidance_scale or 1.0)
+            return guide_text_image(found[0], found[1], found[2], scale, image_guidance_scale or 1.0)
+
+        def on_step(i: int, x: Tensor) -> Tensor | None:
+            if callback_on_step_end is None:
+                return None
+            return (callback_on_step_end(self, i, float(sigmas[i]), {"latents": x}) or {}).get("latents")
+
+        tokens = euler(velocity, noise, sigmas, on_step=on_step)
+        recipe = {
+            "model": self.name,
+            "hash": self.parts.hash,
+            "prompt": prompts,
+            "negative_prompt": negative,
+            "num_inference_steps": steps,
+            "guidance_scale": scale,
+            "image_guidance_scale": image_guidance_scale,
+            "height": height,
+            "width": width,
+            "seeds": seeds,
+            "controls": [c.describe() for c in controls],
+        }
+        return Result(self.decode(tokens, grid, output_type), seeds, recipe)
+
+    def check(self, prompts: list[str], steps: int, height: int, width: int) -> None:
+        if not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"num_inference_steps must be 1 to {MAX_STEPS}; found {steps}.")
+        if height % self.pixels or width % self.pixels or not 0 < max(height, width) <= MAX_SIDE:
+            raise ValueError(
+                f"height and width must be multiples of {self.pixels} up to {MAX_SIDE}; found {height} x {width}."
+            )
+        if self.name == "tiny" and (height, width) != self.parts.size:
+            raise ValueError(f"{self.name} draws {self.parts.size[0]} x {self.parts.size[1]}; found {height} x {width}.")
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a token's side."""
+        vae = self.parts.vae
+        return 2 * (vae.config.patch if hasattr(vae.config, "patch") else 2 ** (len(vae.config.block_out_channels) - 1))
+
+    def negatives(self, negative: str | Sequence[str] | None, n: int) -> list[str]:
+        found = [negative or ""] * n if negative is None or isinstance(negative, str) else list(negative)
+        if len(found) != n:
+            raise ValueError(f"{len(found)} negative prompts for {n} prompts. Give one, or as many as prompts.")
+        return found
+
+    def branches(
+        self,
+        prompts: list[str],
+        negative: list[str],
+        controls: tuple[Control, ...],
+        batch: int,
+        grid: tuple[int, int],
+        scale: float,
+        image_scale: float | None,
+        copies: int,
+    ) -> list[Branch]:
+        """Positive first; then text alone (if the controls have a scale of their own); then neither."""
+
+        def branch(texts: list[str], acting: Sequence[Control | None]) -> Branch:
+            text = self.encode_text(texts, copies)
+            guidance = None
+            if self.backbone.config.guidance_embeds:
+                guidance = torch.full((batch,), float(scale), device=self.device, dtype=self.dtype)
+            run = Run(self.backbone, batch, grid, text.pooled, guidance, self.backbone.config.in_channels)
+            return Branch(text, tuple(c.prepare(run) for c in acting if c is not None), guidance)
+
+        absent = [c.negative() for c in controls]
+        found = [branch(prompts, controls)]
+        if self.parts.distilled:
+            # Guidance is inside the model; a second prediction exists only to guide the controls.
+            return found + ([branch(prompts, absent)] if image_scale not in (None, 1.0) else [])
+        if image_scale is not None and controls:
+            found.append(branch(prompts, absent))
+        if scale != 1.0 or len(found) > 1:
+            found.append(branch(negative, absent))
+        return found
+
+    def predict(self, branch: Branch, x: Tensor, sigma: Tensor, ids: Tensor, step: Step) -> Tensor:
+        """Velocity of one branch, (B, N, C) in float32: the state of the sampler stays in float32."""
+        t = sigma.to(self.device).expand(len(x))
+        active = [c for c in (control.at(step) for control in branch.controls) if c is not None]
+        tokens = x.to(self.dtype)
+        if branch.text.canvas is not None:
+            tokens = torch.cat([tokens, branch.text.canvas.to(self.dtype)], -1)
+        image = Stream(tokens, ids, t.to(self.dtype), branch.text.pooled, branch.guidance)
+        conditions = [stream for control in active for stream in control.streams()]
+        text_ids = torch.zeros(branch.text.tokens.shape[1], 3, device=self.device)
+        out = self.backbone(image, branch.text.tokens, text_ids, conditions=conditions, controls=active)
+        return to_velocity(out.float(), x, t, self.parts.prediction)  # type: ignore[arg-type]
+
+    def encode_text(self, prompts: list[str], copies: int = 1) -> Text:
+        text = self.parts.text(prompts)
+        index = torch.arange(len(prompts)).repeat_interleave(copies).to(text.pooled.device)
+        text = text.rows(index)
+        return replace(text, tokens=text.tokens.to(self.dtype), pooled=text.pooled.to(self.dtype))
+
+    def noise(
+        self,
+        batch: int,
+        grid: tuple[int, int],
+        seed: int | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> tuple[list[int | None], Tensor]:
+        """Packed noise (B, N, C) in float32, each image from its own generator, so that a row does not know its batch."""
+        channels = (self.backbone.config.out_channels or self.backbone.config.in_channels) // 4
+        shape = channels, 2 * grid[0], 2 * grid[1]
+        if latents is not None:
+            expected = (batch, grid[0] * grid[1], 4 * channels)
+            if tuple(latents.shape) != expected:
+                raise ValueError(f"latents must be packed tokens {expected}; found {tuple(latents.shape)}.")
+            return [None] * batch, latents.float().to(self.device)
+        if generator is not None and seed is not None:
+            raise ValueError("Give seed or generator, not both.")
+        if generator is not None:
+            given = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
+            if len(given) != batch:
+                raise ValueError(f"{len(given)} generators for {batch} images.")
+            seeds: list[int | None] = [None] * batch
+        else:
+            first = torch.seed() % 2**31 if seed is None else seed
+            seeds = [first + i for i in range(batch)]
+            given = [torch.Generator().manual_seed(first + i) for i in range(batch)]
+        drawn = [torch.randn(shape, generator=g, device=g.device).cpu() for g in given]
+        return seeds, pack(torch.stack(drawn)).to(self.device)
+
+    def decode(self, tokens: Tensor, grid: tuple[int, int], output_type: str) -> Any:
+        if output_type == "latent":
+            return tokens
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
+        if not torch.isfinite(tokens).all():
+            raise ValueError("The sampler produced NaN. Lower the strengths or guidance, or use dtype=torch.float32.")
+        dtype = next(self.parts.vae.parameters()).dtype
+        images = decode_tokens(self.parts.vae, tokens.to(dtype), grid).float()
+        return images if output_type == "pt" else to_images(images)
+
+    # What adapters ask of a pipeline.
+
+    def adapter_file(self, source: str | Path, method: str) -> AdapterFile:
+        """The tensors and the configuration of an adapter by name, file or folder."""
+        return read_adapter(source, method)
+
+    def read_images(self, reference: ImageSource | Sequence[ImageSource], annotator: str | None) -> Tensor:
+        """References as (n, 3, H, W) in [-1, 1] at the model's size, annotated if asked for."""
+        sources = list(reference) if isinstance(reference, list | tuple) else [reference]
+        found = []
+        for source in sources:
+            image: Image.Image = load_image(source, mode="RGBA" if annotator == "edges" else "RGB")
+            if annotator is not None:
+                image = ANNOTATORS[annotator](image.resize(self.parts.size[::-1], Image.Resampling.LANCZOS))
+            found.append(to_tensor(image, self.parts.size))
+        return torch.stack(found).to(self.device)
+
+    @torch.no_grad()
+    def encode_condition(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images (n, 3, H, W) through the model's own autoencoder: packed tokens and their grid (rows, columns)."""
+        dtype = next(self.parts.vae.parameters()).dtype
+        tokens = encode_tokens(self.parts.vae, images.to(dtype), sample=False).to(self.dtype)
+        return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
+
+    def describe_source(self, reference: Any) -> list:
+        """What a recipe keeps of a reference: path if it has one, and a short hash of its content."""
+        if isinstance(reference, list | tuple):
+            return [entry for item in reference for entry in self.describe_source(item)]
+        content = load_image(reference).tobytes()
+        entry = {"sha256": hashlib.sha256(content).hexdigest()[:16]}
+        return [{"path": str(reference), **entry} if isinstance(reference, str | Path) else entry]
+
+
+ANNOTATORS: dict[str, Callable] = {"edges": annotators.edges, "gray": annotators.gray, "blur": annotators.blur}
+
+
+def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:
+    """A pipeline by name ("tiny", embedded) or from a folder in diffusers' FLUX layout."""
+    return Pipeline(load_parts(source, dtype=dtype)).to(device)

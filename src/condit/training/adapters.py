@@ -1,0 +1,302 @@
+"""Training of adapters on the frozen embedded model: style by image embedding, conditions by tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from condit.backbones.mmdit import MMDiT
+from condit.controls.control import Control, Run
+from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
+from condit.controls.omini import OminiConfig, OminiControl, condition_stream
+from condit.controls.control import When, Where
+from condit.data.annotators import edges_array
+from condit.data.icon_captions import plain_caption
+from condit.data.icons import TRAIN_LICENCES
+from condit.data.images import to_images
+from condit.data.procedural import Procedural
+from condit.data.sheets import contact_sheet
+from condit.diffusion.guidance import guide
+from condit.diffusion.objectives import add_noise, drop, flow_loss, to_velocity
+from condit.diffusion.samplers import euler
+from condit.diffusion.schedules import flow_sigmas, logit_normal
+from condit.encoders.image import TinyImage
+from condit.encoders.text import Text, TinyText
+from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
+from condit.nn.streams import Stream, grid_ids
+from condit.training.icon_batches import IconSet, procedural
+from condit.training.loop import Task
+from condit.training.text_to_image import GRID, GROUPS, SHIFT, T_MEAN, T_STD, image_stream
+from condit.weights.files import save_tensors
+from condit.weights.load import load_tiny
+
+Kind = Literal["subject", "edges", "gray", "style"]
+# Words that name no concept: the reference has to say what is drawn.
+NAMELESS = ("this", "this item", "the same thing", "这个", "同一个东西")
+
+
+@dataclass
+class Referenced:
+    """Targets (B, 3, H, W), captions, references (B, R, 3, H, W), how many of the R count for each row."""
+
+    images: Tensor
+    captions: list[str]
+    references: Tensor
+    counts: Tensor
+
+
+class AdapterTask(Task):
+    """Shared by both: data, the frozen model, the loss. A subclass says what a reference is and how it acts."""
+
+    def __init__(self, icons: str, model: str, ui: str | None = None):
+        super().__init__()
+        core = {"groups": GROUPS, "licences": TRAIN_LICENCES}
+        self.icons = IconSet.open(icons, splits=("train",), **core)
+        self.held_out = IconSet.open(icons, splits=("combo",), **core)
+        self.unseen = IconSet.open(icons, splits=("style",), groups=GROUPS)
+        self.ui = IconSet.open(ui, splits=("train",)) if ui else None
+        parts = load_tiny("tiny", Path(model), torch.float32)
+        self.transformer: MMDiT = parts.backbone.requires_grad_(False)
+        self.vae: PatchAutoencoder = parts.vae.requires_grad_(False)
+        self.text: TinyText = parts.text.requires_grad_(False)
+        self.image: TinyImage = parts.image.requires_grad_(False)
+        self.base_hash = parts.hash
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Text, streams: list[Stream], controls: list[Control]) -> Tensor:
+        ids = torch.zeros(text.tokens.shape[1], 3, device=x_t.device)
+        image = image_stream(x_t, t, text)
+        return self.transformer(image, text.tokens, ids, conditions=streams, controls=controls)
+
+    def forward(self, batch: Referenced, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            x0 = encode_tokens(self.vae, batch.images)
+            text = self.text(batch.captions)
+        t = logit_normal(len(x0), mean=T_MEAN, std=T_STD, generator=generator).to(x0.device)
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        streams, controls = self.conditions(batch, text, drop(len(x0), 0.1, generator).to(x0.device))
+        output = self.predict(add_noise(x0, noise, t), t, text, streams, controls)
+        return flow_loss(output, x0, noise, t, "x").mean(), {}
+
+    def conditions(self, batch: Referenced, text: Text, dropped: Tensor) -> tuple[list[Stream], list[Control]]:
+        """What enters the forward pass; rows of `dropped` (B,) get the empty reference."""
+        raise NotImplementedError(f"{type(self).__name__} has no conditions().")
+
+    def run_of(self, text: Text) -> Run:
+        c = self.transformer.config
+        return Run(self.transformer, len(text.pooled), GRID, text.pooled, None, c.in_channels)
+
+    def examples(self, icons: IconSet, count: int) -> Referenced:
+        """Held-out rows with their references, the same at every look."""
+        raise NotImplementedError(f"{type(self).__name__} has no examples().")
+
+    def validate(self) -> dict[str, float]:
+        """Velocity error on held-out rows, and how much it rises with another row's reference, and with none (in %)."""
+        batch = self.examples(self.held_out, 128)
+        x0, text = encode_tokens(self.vae, batch.images), self.text(batch.captions)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+        keep = torch.zeros(len(x0), dtype=torch.bool)
+        swapped = Referenced(batch.images, batch.captions, batch.references.roll(7, 0), batch.counts.roll(7))
+        found = {}
+        for level in (0.5, 0.7, 0.9):
+            t = torch.full((len(x0),), level)
+            x_t = add_noise(x0, noise, t)
+            errors = [
+                float(flow_loss(self.predict(x_t, t, text, *self.conditions(*row)), x0, noise, t, "x").mean())
+                for row in ((batch, text, keep), (swapped, text, keep), (batch, text, ~keep))
+            ]
+            found[f"error_{level}"] = round(errors[0], 4)
+            found[f"wrong_reference_{level}"] = round(100 * (errors[1] / errors[0] - 1), 1)
+            found[f"no_reference_{level}"] = round(100 * (errors[2] / errors[0] - 1), 1)
+        return found
+
+    @torch.no_grad()
+    def draw(self, batch: Referenced, *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> list[Image.Image]:
+        n = len(batch.captions)
+        text, empty = self.text(batch.captions), self.text([""] * n)
+        keep = torch.zeros(n, dtype=torch.bool)
+        sides = [(text, *self.conditions(batch, text, keep)), (empty, *self.conditions(batch, empty, ~keep))]
+
+        def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
+            t = sigma.expand(n)
+            c, u = (to_velocity(self.predict(x, t, *side), x, t, "x") for side in sides)
+            return guide(c, u, guidance)
+
+        noise = torch.randn(n, 64, 256, generator=torch.Generator().manual_seed(seed))
+        x = euler(velocity, noise, flow_sigmas(steps, shift=SHIFT))
+        return to_images(decode_tokens(self.vae, x, GRID))
+
+    def sheet(self) -> Image.Image:
+        """References, results and the real icons: held-out combinations, then the never-trained style."""
+        rows, labels = [], []
+        for name, icons in (("held out", self.held_out), ("new style", self.unseen)):
+            batch = self.examples(icons, 10)
+            rows += [to_images(batch.references[:, 0]), self.draw(batch), to_images(batch.images)]
+            labels += ["reference", name, "real"]
+        return contact_sheet(rows, labels)
+
+    def adapter(self) -> IPAdapter | OminiControl:
+        raise NotImplementedError(f"{type(self).__name__} has no adapter().")
+
+    def export(self, folder: Path, card: dict) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter = self.adapter()
+        tensors = {k: v.half().contiguous() for k, v in adapter.tensors().items()}
+        metadata = {**adapter.metadata(), "base": self.base_hash}
+        save_tensors(folder / "adapter.safetensors", tensors, {"condit": json.dumps(metadata)})
+        (folder / "card.json").write_text(json.dumps({**card, **metadata}, indent=1) + "\n")
+
+
+class StyleTask(AdapterTask):
+    """IP-Adapter on the MM-DiT: one to three references of other concepts in the target's style; the caption does not
+    name the style. Procedural styles are applied to target and references alike."""
+
+    def __init__(self, icons: str, model: str, ui: str | None = None, *, tokens: int = 8, procedural_share: float = 0.4):
+        super().__init__(icons, model, ui)
+        c = self.transformer.config
+        config = IPConfig(TinyImage.features, tokens, c.dim, c.num_attention_heads)
+        self.ip = IPAdapter(config, self.transformer.sites, c.dim)
+        self.procedural_share = procedural_share
+
+    def adapter(self) -> IPAdapter:
+        return self.ip
+
+    def batch(self, rng: random.Random, size: int) -> Referenced:
+        return style_batch(self, rng, size, self.procedural_share, most=3)
+
+    def examples(self, icons: IconSet, count: int) -> Referenced:
+        return style_examples(self, icons, count)
+
+    def conditions(self, batch: Referenced, text: Text, dropped: Tensor) -> tuple[list[Stream], list[Control]]:
+        b, r = batch.references.shape[:2]
+        features = self.image(batch.references.flatten(0, 1)).unflatten(0, (b, r))
+        counts = (torch.arange(r, device=features.device)[None] < batch.counts[:, None]).float()
+        mean = (features * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
+        kv = self.ip.keys_values(mean * (~dropped)[:, None])
+        return [], [IPReference(kv, kv, self.ip, 1.0, Where(), When())]
+
+
+class TokenTask(AdapterTask):
+    """OminiControl on the MM-DiT: a condition through the model's own code joins as independent tokens."""
+
+    def __init__(self, icons: str, model: str, ui: str | None = None, *, kind: Kind = "subject", rank: int = 16):
+        super().__init__(icons, model, ui)
+        aligned = kind in ("edges", "gray")
+        annotator = kind if aligned else None
+        delta = (0, 0) if aligned else (0, -GRID[1])
+        self.kind: Kind = kind
+        config = OminiConfig(kind, delta, independent=True, annotator=annotator, rank=rank, alpha=float(rank))
+        self.omini = OminiControl.new(self.transformer, config)
+        self.edges = edge_maps(self.icons) if kind == "edges" else None
+
+    def adapter(self) -> OminiControl:
+        return self.omini
+
+    def batch(self, rng: random.Random, size: int) -> Referenced:
+        if self.kind == "style":
+            return style_batch(self, rng, size, 0.3, most=1)
+        chosen = [rng.randrange(len(self.icons)) for _ in range(size)]
+        if self.kind == "subject":
+            others = [self.icons.other_drawing(rng, i) for i in chosen]
+            captions = [self.subject_caption(rng, i) for i in chosen]
+            return referenced(self.icons.images(chosen), captions, self.icons.images(others))
+        captions = [self.icons.caption(rng, i, p_no_style=0.3, p_tags=0.1) for i in chosen]
+        images = self.icons.images(chosen)
+        return referenced(images, captions, self.condition_image(self.icons, chosen, images))
+
+    def subject_caption(self, rng: random.Random, i: int) -> str:
+        """The full caption, or one that leaves the concept to the reference."""
+        caption = self.icons.caption(rng, i, language="en", p_no_style=0.1, p_lead=0.0, p_short=0.0, p_tags=0.0)
+        label = self.icons.icons[i].label
+        if caption and rng.random() < 0.4:
+            return caption.replace(label, rng.choice(NAMELESS), 1)
+        return self.icons.caption(rng, i, p_no_style=0.1, p_tags=0.1)
+
+    def condition_image(self, icons: IconSet, chosen: list[int], images: Tensor) -> Tensor:
+        if self.kind == "gray":
+            weights = torch.tensor([0.299, 0.587, 0.114])
+            return torch.einsum("bchw,c->bhw", images, weights)[:, None].expand(-1, 3, -1, -1)
+        known = self.edges is not None and icons is self.icons
+        maps = self.edges[chosen] if known else np.stack([edges_array(icons.rgba[i]) for i in chosen])
+        return (torch.from_numpy(maps).float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+
+    def examples(self, icons: IconSet, count: int) -> Referenced:
+        if self.kind == "style":
+            return style_examples(self, icons, count)
+        chosen = spread(icons, count)
+        images = icons.images(chosen)
+        captions = [plain_caption(icons.icons[i]) for i in chosen]
+        if icons is self.unseen:  # its name was never trained
+            captions = [icons.icons[i].label for i in chosen]
+        if self.kind != "subject":
+            return referenced(images, captions, self.condition_image(icons, chosen, images))
+        rng = random.Random(0)
+        bases = [icons.icons[i].base for i in chosen]
+        drawn = [rng.choice(self.icons.by_base[b]) if self.icons.by_base.get(b) else 0 for b in bases]
+        return referenced(images, captions, self.icons.images(drawn))
+
+    def conditions(self, batch: Referenced, text: Text, dropped: Tensor) -> tuple[list[Stream], list[Control]]:
+        with torch.no_grad():
+            # The empty condition is a black picture, encoded like any other.
+            shown = torch.where(dropped[:, None, None, None], torch.full_like(batch.images, -1.0), batch.references[:, 0])
+            tokens = encode_tokens(self.vae, shown)
+        ids = grid_ids(*GRID, delta=self.omini.config.delta)
+        return [condition_stream(self.omini, tokens, ids, self.run_of(text))], []
+
+
+def referenced(images: Tensor, captions: list[str], references: Tensor) -> Referenced:
+    return Referenced(images, captions, references[:, None], torch.ones(len(images), dtype=torch.long))
+
+
+def edge_maps(icons: IconSet) -> np.ndarray:
+    """Edge maps (N, 128, 128) uint8 of a whole set, made once."""
+    return np.stack([edges_array(x) for x in icons.rgba])
+
+
+def spread(icons: IconSet, count: int) -> list[int]:
+    """Rows spread evenly over a set."""
+    return random.Random(3).sample(range(len(icons)), min(count, len(icons)))
+
+
+def style_caption(icons: IconSet, rng: random.Random, i: int) -> str:
+    """The concept in words; the style mostly left to the reference."""
+    return icons.caption(rng, i, p_no_style=0.95, p_tags=0.15)
+
+
+def style_batch(task: AdapterTask, rng: random.Random, size: int, share: float, *, most: int) -> Referenced:
+    """Targets with `most` references in the same style: vendors, UI families, procedural styles."""
+    images, captions, references = [], [], []
+    for _ in range(int(size * share)):
+        style = Procedural.sample(rng)
+        chosen = [rng.randrange(len(task.icons)) for _ in range(1 + most)]
+        drawn = procedural(style, task.icons.rgba[chosen])
+        images.append(drawn[:1])
+        references.append(drawn[1:])
+        captions.append(style_caption(task.icons, rng, chosen[0]))
+    for n in range(size - len(images)):
+        source = task.ui if task.ui is not None and n % 6 == 0 else task.icons
+        i = rng.randrange(len(source))
+        images.append(source.images([i]))
+        references.append(source.images([source.other_in_style(rng, i) for _ in range(most)]))
+        captions.append(style_caption(source, rng, i))
+    counts = torch.tensor([rng.choice((1, 1, most)) for _ in images])
+    return Referenced(torch.cat(images), captions, torch.stack(references), counts)
+
+
+def style_examples(task: AdapterTask, icons: IconSet, count: int) -> Referenced:
+    """Held-out targets; references are training icons of the style (of the set itself for a never-trained style)."""
+    chosen, rng = spread(icons, count), random.Random(0)
+    drawn = []
+    for i in chosen:
+        source = icons if icons is task.unseen else task.icons
+        choices = source.by_style[icons.icons[i].style]
+        j = next(j for j in (rng.choice(choices) for _ in range(99)) if source.icons[j].base != icons.icons[i].base)
+        drawn.append(source.images([j])[0])
+    return referenced(icons.images(chosen), [icons.icons[i].label for i in chosen], torch.stack(drawn))

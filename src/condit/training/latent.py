@@ -1,0 +1,86 @@
+"""Training of the embedded latent: principal components first, then the residual decoder."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from condit.data.icons import TRAIN_LICENCES
+from condit.data.procedural import Procedural
+from condit.data.sheets import contact_sheet
+from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.training.icon_batches import IconSet, procedural
+from condit.training.loop import Task
+from condit.weights.files import save_tensors
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over images of the peak signal-to-noise ratio in dB; images in [-1, 1]."""
+    mse = (a.float() - b.float()).clamp(-2, 2).square().flatten(1).mean(1) / 4
+    return float((-10 * mse.clamp(min=1e-10).log10()).mean())
+
+
+class LatentTask(Task):
+    """Decoder of a `PatchAutoencoder`: squared error, with a little noise on the code so that it also cleans samples."""
+
+    def __init__(self, icons: str, *, noise: float = 0.05, procedural_share: float = 0.2):
+        super().__init__()
+        self.icons = IconSet.open(icons, licences=TRAIN_LICENCES, splits=("train",))
+        self.held_out = IconSet.open(icons, licences=TRAIN_LICENCES, splits=("concept",))
+        self.unseen = IconSet.open(icons, splits=("style",))
+        self.noise, self.share = noise, procedural_share
+        self.vae = PatchAutoencoder(PatchAutoencoderConfig())
+        chosen = random.Random(0).sample(range(len(self.icons)), min(3000, len(self.icons)))
+        self.vae.fit(self.icons.images(chosen))
+        codes = self.vae.encode(self.icons.images(chosen[:500])).latent_dist.mode()
+        self.vae.config = PatchAutoencoderConfig(scaling_factor=round(1 / float(codes.std()), 4))
+
+    def batch(self, rng: random.Random, size: int) -> Tensor:
+        chosen = [rng.randrange(len(self.icons)) for _ in range(size)]
+        few = int(size * self.share)
+        drawn = [procedural(Procedural.sample(rng), self.icons.rgba[[i]]) for i in chosen[:few]]
+        return torch.cat([*drawn, self.icons.images(chosen[few:])])
+
+    def forward(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        with torch.no_grad():
+            z = self.vae.encode(batch).latent_dist.mode()
+        sigma = self.noise * torch.rand(len(z), 1, 1, 1, generator=generator)
+        z = z + sigma.to(z.device) * torch.randn(z.shape, generator=generator).to(z.device)
+        error = (self.vae.decode(z).sample.float() - batch).square().flatten(1).mean(1)
+        return (error + 1e-4).log().mean(), {"mse": float(error.detach().mean())}
+
+    def decoded(self, icons: IconSet, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        x = icons.images(random.Random(1).sample(range(len(icons)), min(count, len(icons))))
+        z = self.vae.encode(x).latent_dist.mode()
+        linear = torch.einsum("bchw,cp->bphw", z, self.vae.basis) + self.vae.mean[None, :, None, None]
+        return x, torch.pixel_shuffle(linear, 8), self.vae.decode(z).sample
+
+    def validate(self) -> dict[str, float]:
+        found = {}
+        for name, icons in (("held_out", self.held_out), ("unseen_style", self.unseen)):
+            x, linear, full = self.decoded(icons, 256)
+            found[f"psnr_{name}_linear"], found[f"psnr_{name}"] = psnr(x, linear), psnr(x, full)
+        return {k: round(v, 2) for k, v in found.items()}
+
+    def sheet(self) -> Image.Image:
+        from condit.data.images import to_images
+
+        rows = []
+        for icons in (self.held_out, self.unseen):
+            rows += [to_images(t.clamp(-1, 1)) for t in self.decoded(icons, 12)]
+        return contact_sheet(rows, labels=["real", "linear", "decoder"] * 2)
+
+    def export(self, folder: Path, card: dict) -> None:
+        import dataclasses
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.half() for k, v in self.vae.state_dict().items()}
+        save_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"condit": "PatchAutoencoder"})
+        config = {"_class_name": "PatchAutoencoder", **dataclasses.asdict(self.vae.config)}
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -1,0 +1,75 @@
+"""Optimisers: Muon for hidden matrices, AdamW for the rest; one schedule; an exponential average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """(hidden matrices, embeddings, the rest) of the trainable parameters.
+
+    Adaptive norms count as the rest: their inputs are clocks, not tokens, and Muon's orthogonal steps cost most there.
+    """
+    matrices, embeddings, rest = [], [], []
+    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if id(p) in tables:
+            embeddings.append(p)
+        elif p.ndim == 2 and min(p.shape) >= 64 and "norm" not in name and "embed" not in name and "proj_out" != name:
+            matrices.append(p)
+        else:
+            rest.append(p)
+    return matrices, embeddings, rest
+
+
+def make_optimizers(
+    module: nn.Module, *, lr: float, muon_lr: float | None, embedding_lr: float | None, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """One AdamW, and before it Muon (Jordan et al. 2024) on hidden matrices if `muon_lr` is given."""
+    matrices, embeddings, rest = parameter_groups(module)
+    if muon_lr is None or not matrices:
+        matrices, rest = [], matrices + rest
+    found: list[torch.optim.Optimizer] = []
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=muon_lr or 0.0, weight_decay=weight_decay, momentum=0.95))
+    groups = [{"params": rest, "lr": lr}]
+    if embeddings:
+        groups.append({"params": embeddings, "lr": embedding_lr or lr})
+    found.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return found
+
+
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, constant until 40 % of the run, then linear to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return min(1.0, max(0.0, (steps - step) / (0.6 * steps)))
+
+
+def set_lr(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+class Average:
+    """Exponential moving average of the trainable parameters, in float32, with a warm start: decay_i = min(d, i/(i+10))."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
+        self.decay, self.count = decay, 0
+        self.shadow = {name: p.detach().clone().float() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.count += 1
+        decay = min(self.decay, self.count / (self.count + 10))
+        for name, p in parameters.items():
+            self.shadow[name].lerp_(p.detach().float(), 1 - decay)

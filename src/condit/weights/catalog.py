@@ -1,0 +1,95 @@
+"""What there is: the embedded models and adapters, and the published ones that the same calls load from a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from condit.weights.files import hash_file, read_metadata, read_tensors
+
+Kind = Literal["model", "ip-adapter", "omini"]
+TINY = Path(__file__).parent.parent / "assets" / "tiny"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of `condit models`. `path` is where an embedded one lies; size in MB on disk."""
+
+    kind: Kind
+    summary: str
+    licence: str
+    path: Path
+
+    @property
+    def size_mb(self) -> float:
+        files = [self.path] if self.path.is_file() else [f for f in self.path.rglob("*") if f.is_file()]
+        return round(sum(f.stat().st_size for f in files) / 1e6, 2)
+
+
+_LICENCE = "Apache-2.0; trained on icons under Apache-2.0, MIT, OFL-1.1 and CC-BY-4.0 (see ATTRIBUTION.md)"
+_ROWS = {
+    "tiny": Entry("model", "text to icon, 128 px, English and Chinese, MM-DiT", _LICENCE, TINY / "model"),
+    "tiny/style": Entry("ip-adapter", "style of a reference, image embedding", _LICENCE, TINY / "style"),
+    "tiny/style-tokens": Entry("omini", "style of a reference, tokens", _LICENCE, TINY / "style-tokens"),
+    "tiny/subject": Entry("omini", "the concept as another hand drew it", _LICENCE, TINY / "subject"),
+    "tiny/edges": Entry("omini", "follow given edges", _LICENCE, TINY / "edges"),
+    "tiny/gray": Entry("omini", "colour a gray picture", _LICENCE, TINY / "gray"),
+}
+# Only what is really here: a checkout may hold fewer models than this table.
+MODELS: dict[str, Entry] = {name: entry for name, entry in _ROWS.items() if entry.path.exists()}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as read: its tensors, what its file says of it, and what the tensors look like."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    name: str
+    hash: str
+    guess: str
+
+
+def read_adapter(source: str | Path, method: str) -> AdapterFile:
+    """An adapter by catalog name, file or folder. Told by its tensors; another method's file is refused."""
+    name = str(source)
+    path = MODELS[name].path if name in MODELS else Path(source)
+    if not path.exists():
+        near = ", ".join(n for n in MODELS if "/" in n) or "none"
+        raise ValueError(f"No adapter {name!r}: neither a file nor one of the embedded ones ({near}).")
+    file = adapter_weights(path) if path.is_dir() else path
+    tensors, metadata = read_tensors(file), read_metadata(file)
+    config = json.loads(metadata.get("condit", "{}"))
+    guess = what_is(tensors)
+    if guess not in (method, "unknown"):
+        raise ValueError(f"{source} is for condit.{guess}, not condit.{method}: first tensor {next(iter(tensors))!r}.")
+    return AdapterFile(tensors, config, name, hash_file(file), guess)
+
+
+def adapter_weights(folder: Path) -> Path:
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise ValueError(f"{folder} holds {len(found)} safetensors files; an adapter folder holds one.")
+    return found[0]
+
+
+def what_is(tensors: Mapping[str, Tensor]) -> str:
+    """The class that reads these tensors: "IPAdapter", "OminiControl" or "unknown"."""
+    if any(".lora_A." in n or ".lora_down." in n for n in tensors):
+        return "OminiControl"
+    if any(n.startswith("image_proj.") or ".to_k_ip." in n for n in tensors):
+        return "IPAdapter"
+    return "unknown"
+
+
+def describe_hash(folder: Path) -> str:
+    """One short hash over the weight files of a model folder."""
+    import hashlib
+
+    files = sorted(folder.rglob("*.safetensors"))
+    return hashlib.sha256("".join(hash_file(f) for f in files).encode()).hexdigest()[:16]

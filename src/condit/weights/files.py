@@ -1,0 +1,236 @@
+"""Weight files: safe to read, strict to load, whole or absent on disk."""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from condit.data.files import atomic_write, beside, fsync_path, hash_file, write_error
+
+__all__ = [
+    "atomic_write",
+    "hash_file",
+    "is_complete",
+    "load_strict",
+    "open_folder",
+    "read_metadata",
+    "read_tensors",
+    "save_folder",
+    "save_tensors",
+]
+
+COMPLETE = "COMPLETE"  # the last file that save_folder writes: a folder without it is half a folder
+_HEADER_LIMIT = 100_000_000  # safetensors' own limit on its JSON header
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Name -> tensor on the CPU from a safetensors file or a PyTorch file (.pt, .pth, .bin, .ckpt), told by content.
+    Nested dictionaries join their names by dots; what is not a tensor is left out.
+    A PyTorch file is read with weights_only=True: one that would run code is refused (ValueError) and runs nothing."""
+    path = _existing(path)
+    if _is_safetensors(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{path} is broken or cut off: {error}. Fetch it again") from error
+    return _flatten(_read_pickle(path), path)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; {} for other files, which have none."""
+    path = _existing(path)
+    if not _is_safetensors(path):
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def load_strict(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str | Path,
+    what_is: Callable[[Mapping[str, Tensor]], str | None] | None = None,
+    assign: bool = False,
+) -> None:
+    """Load all of `tensors` into all of `module`, or nothing: ValueError with a readable difference.
+    what_is(tensors) guesses what the file is instead; assign=True takes the tensors themselves (for meta modules)."""
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    missing = [name for name in wanted if name not in found]
+    unexpected = [name for name in found if name not in wanted]
+    shapes = [name for name in wanted if name in found and wanted[name] != found[name]]
+    if missing or unexpected or shapes:
+        lines = [f"{source} does not fit {type(module).__name__} ({len(wanted)} tensors wanted, {len(found)} found)"]
+        lines += [f"{len(missing)} missing (first: {_first(missing)})"] if missing else []
+        lines += [f"{len(unexpected)} unexpected (first: {_first(unexpected)})"] if unexpected else []
+        if shapes:
+            pairs = [f"{name} {found[name]} instead of {wanted[name]}" for name in shapes]
+            lines.append(f"{len(shapes)} of another shape (first: {_first(pairs, 2)})")
+        guess = what_is(tensors) if what_is is not None else None
+        raise ValueError("; ".join(lines) + (f". It looks like {guess}" if guess else ""))
+    module.load_state_dict(dict(tensors), strict=True, assign=assign)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> Path:
+    """Write a safetensors file, whole or not at all. Metadata values that are not text become JSON."""
+    seen: set[int] = set()
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        # safetensors refuses tied tensors; and a view would drag its whole base along.
+        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        plain[name] = value
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+
+    def write(target: Path) -> None:
+        try:
+            save_file(plain, target, metadata=texts or None)
+        except SafetensorError as error:  # it hides the OSError that we want to tell
+            code = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
+
+    return atomic_write(path, write)
+
+
+@contextlib.contextmanager
+def save_folder(folder: str | Path) -> Iterator[Path]:
+    """Yields an empty folder to fill; at the end it is synced, marked COMPLETE and takes the place of `folder`.
+    A crash, an exception or a full disk on the way leaves the old folder as it was; open_folder reads either."""
+    target = Path(folder).resolve()
+    temporary = beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            fsync_path(path)
+        (temporary / COMPLETE).touch()
+        fsync_path(temporary / COMPLETE)
+        fsync_path(temporary)
+        _swap(temporary, target)
+    except OSError as error:
+        raise write_error(error, target) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    # A folder that is not empty cannot be replaced in one rename: the old one steps aside under a known name,
+    # from which open_folder fetches it back if the machine stops between the two renames.
+    aside = _aside(target)
+    if target.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, target)
+        raise
+    fsync_path(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether save_folder ended well here."""
+    return (Path(folder) / COMPLETE).is_file()
+
+
+def open_folder(folder: str | Path) -> Path:
+    """The folder, if it is whole; after a crash between save_folder's renames, the previous one put back.
+    FileNotFoundError if there is none, ValueError if it is half."""
+    target = Path(folder).resolve()
+    if not target.exists() and is_complete(_aside(target)):
+        os.rename(_aside(target), target)
+    if not target.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}")
+    if not is_complete(target):
+        raise ValueError(f"{folder} was not written to its end (no file {COMPLETE} in it); use an earlier one")
+    return target
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, a weight file is expected")
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file at {path}")
+    return path
+
+
+def _is_safetensors(path: Path) -> bool:
+    """True for safetensors, False for a PyTorch file; ValueError for anything else."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` where it came from")
+    if 0 < int.from_bytes(head[:8], "little") <= _HEADER_LIMIT and head[8:9] == b"{":
+        return True
+    if head.startswith((b"PK\x03\x04", b"\x80")):  # torch.save's zip, or a bare pickle as torch < 1.6 wrote it
+        return False
+    raise ValueError(f"{path} is neither safetensors nor a PyTorch file (it starts with {head[:8]!r})")
+
+
+def _read_pickle(path: Path) -> object:
+    # DiT's training files carry their argparse.Namespace beside the weights.
+    try:
+        # The open file, not its name: torch reads a path by its ending. Its warnings (protocol 4) help no user here.
+        with (
+            open(path, "rb") as file,
+            torch.serialization.safe_globals([argparse.Namespace]),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand)|class) *:? *([\w.]+)", str(error))
+        what = f" ({named[1]})" if named else ""
+        raise ValueError(
+            f"{path} holds more than tensors{what}, and reading it could run code: refused. "
+            "Use a safetensors file, or convert it where you trust its origin"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is broken or cut off: {error}. Fetch it again") from error
+
+
+def _flatten(value: object, path: Path) -> dict[str, Tensor]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path} holds a {type(value).__name__}, a dictionary of tensors is expected")
+    tensors: dict[str, Tensor] = {}
+
+    def walk(prefix: str, part: Mapping) -> None:
+        for name, item in part.items():
+            if isinstance(item, Tensor):
+                tensors[f"{prefix}{name}"] = item
+            elif isinstance(item, Mapping):
+                walk(f"{prefix}{name}.", item)
+
+    walk("", value)
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors")
+    return tensors
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -1,0 +1,454 @@
+"""The command line as its users meet it: help, exit codes, clear errors, and pictures that can be drawn again."""
+
+import errno
+import json
+import os
+import shlex
+import struct
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import condit
+from condit import demo
+from condit.cli import main, output_paths, parse_reference
+from condit.data.icons import Icon, IconWorld, sample_path
+from condit.data.images import load_image, read_recipe, save_image
+from condit.request import USES, Reference, Request, differences, locate
+from condit.weights import catalog
+
+VERBS = ("demo", "generate", "replay", "train", "evaluate", "models", "doctor", "data")
+
+
+needs_tiny = pytest.mark.skipif(
+    not {"tiny", "tiny/style"} <= set(catalog.MODELS) or not sample_path().exists(),
+    reason="the embedded model or the icon sample is not in this tree",
+)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """run("generate", ...) -> exit code, stdout, stderr; in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CONDIT_OUTPUT_DIR", raising=False)
+
+    def call(*arguments: str) -> tuple[int | str | None, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(list(arguments))
+        return end.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    return save_image(
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), tmp_path / "ref.png"
+    )
+
+
+@pytest.mark.parametrize("asked", ["--help", "-h"])
+def test_help_names_every_verb_and_goes_to_stdout(run, asked):
+    code, out, err = run(asked)
+    assert (code, err) == (0, "")
+    assert all(f"  {verb} " in out for verb in VERBS)
+    assert "..." not in out.partition("Commands:")[2]  # no summary is cut off
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "data icons"])
+def test_every_verb_has_help(run, verb):
+    code, out, _ = run(*verb.split(), "-h")
+    assert code == 0
+    assert out.startswith(f"Usage: condit {verb}")
+
+
+def test_version(run):
+    assert run("--version") == (0, f"condit {condit.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["generate"], "Missing argument"),
+        (["generate", "a", "--nonsense"], "No such option"),
+        (["generate", "a", "--seed", "x"], "Invalid value for '--seed'"),
+        (["generate", ""], "the prompt is empty"),
+        (["generate", "  \n "], "the prompt is empty"),
+        (["generate", "x" * 10_000], "the prompt has 10000 characters; at most 2000"),
+        (["generate", "a", "--negative", "x" * 2001], "the negative prompt has 2001"),
+        (["generate", "a", "-n", "0"], "0 images asked for"),
+        (["generate", "a", "--steps", "0"], "0 steps asked for"),
+        (["generate", "a", "--control", "ref.png"], "ADAPTER=REF"),
+        (["generate", "a", "-o", "out.txt"], "end it in .png"),
+        (["generate", "a", "-o", "out.jpg"], "only a PNG carries its recipe"),
+        (["train", "absent.toml"], "no recipe at absent.toml"),
+        (["evaluate", "flux"], "'tiny' only"),
+        (["data", "icons"], "Missing option"),
+    ],
+)
+def test_wrong_usage_exits_2_and_says_why(run, arguments, said):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert said in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def huge_png() -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+
+
+@pytest.mark.parametrize("option", ["--style", "--subject", "--edges", "--edges-map", "--gray", "--control=tiny/style"])
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("absent.png", None, "no image at absent.png"),
+        ("text.png", b"hello", "text.png is none of PNG"),
+        ("bomb.png", huge_png(), "bomb.png unpacks to too many pixels"),
+        ("cut.png", b"\x89PNG\r\n\x1a\n", "cut.png is"),
+    ],
+    ids=["missing", "text", "bomb", "cut off"],
+)
+def test_a_wrong_reference_exits_1_and_says_why(run, option, name, content, said):
+    if content is not None:
+        Path(name).write_bytes(content)
+    arguments = [f"{option}={name}"]
+    code, out, err = run("generate", "a red apple", *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(condit.__file__).parent.parent)}
+    arguments = [sys.executable, "-m", "condit.cli", "generate", "a", "--style", "absent.png"]
+    for extra, shown in (([], False), (["--debug"], True)):
+        done = subprocess.run(
+            [*arguments, *extra], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=60
+        )
+        assert done.returncode == 1
+        assert ("Traceback" in done.stderr) is shown
+
+
+def test_an_interrupt_exits_130(run, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("condit.doctor.check", interrupted)
+    assert run("doctor")[0] == 130
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("clear text"), "error: clear text\n"),
+        (KeyError("no 'x' here"), "error: no 'x' here\n"),
+        (TypeError("odd"), "error: TypeError: odd (run again with --debug to see where)\n"),
+        (OSError(28, "no space left while writing a.png"), "error: no space left while writing a.png\n"),
+        (ModuleNotFoundError("No module named 'ray'"), "error: No module named 'ray'. Is an extra missing?"),
+    ],
+)
+def test_every_error_is_one_line(run, monkeypatch, error, line):
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("condit.doctor.check", fails)
+    code, out, err = run("doctor")
+    assert (code, out) == (1, "")
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+def test_doctor_answers_in_text_and_json_and_leaves_nothing_behind(run, tmp_path):
+    code, out, _ = run("doctor", "--json")
+    findings = {finding["what"]: finding for finding in json.loads(out)}
+    assert {"condit", "python", "torch", "device", "threads", "output", "hub", "extra ui"} <= set(findings)
+    assert code == int(any(finding["state"] == "bad" for finding in findings.values()))
+    assert "torch" in run("doctor")[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_tells_an_output_folder_that_cannot_be_written(run, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CONDIT_OUTPUT_DIR", str(tmp_path / "file" / "sub"))
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "bad   output" in out
+
+
+def test_a_reference_may_carry_its_strength(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("odd:2").touch()
+    assert parse_reference("a.png:0.6", 1.0) == ("a.png", 0.6)
+    assert parse_reference("a.png", 0.7) == ("a.png", 0.7)
+    assert parse_reference("odd:2", 1.0) == ("odd:2", 1.0)
+    assert parse_reference(r"C:\pictures\a.png", 1.0) == (r"C:\pictures\a.png", 1.0)
+
+
+def test_outputs_are_named_by_option_or_by_prompt_and_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CONDIT_OUTPUT_DIR", raising=False)
+    assert output_paths("x", Path("a.png"), 3, 1) == [Path("a.png")]
+    assert output_paths("x", Path("a.png"), 3, 2) == [Path("a-3.png"), Path("a-4.png")]
+    assert output_paths("../Red apple!", None, 3, 1) == [Path("condit-out/Red-apple-3.png")]
+    assert output_paths("红 苹果", Path("folder"), 0, 1) == [Path("folder/红-苹果-0.png")]
+    monkeypatch.setenv("CONDIT_OUTPUT_DIR", "elsewhere")
+    assert output_paths("!!", None, 0, 1) == [Path("elsewhere/image-0.png")]
+
+
+REQUEST = Request(
+    "a cat's house; $(ls)",
+    references=(
+        Reference("style", "a b.png", 0.6),
+        Reference("edges", "e.png", ready=True),
+        Reference("tiny/x", "c.png"),
+    ),
+    negative="rain",
+    seed=7,
+    count=2,
+    guidance=3.0,
+)
+
+
+def test_the_printed_command_is_the_request(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a b.png", "e.png", "c.png"):
+        save_image(Image.new("RGB", (8, 8)), name)
+    drawn: list[Request] = []
+    monkeypatch.setattr("condit.cli.draw_and_save", lambda request, *_, **__: drawn.append(request))
+    with pytest.raises(SystemExit) as end:
+        main(shlex.split(REQUEST.command("out.png"))[1:])
+    assert end.value.code == 0
+    assert drawn == [REQUEST]
+
+
+def test_a_request_survives_its_recipe():
+    recipe = json.loads(
+        json.dumps({"request": REQUEST.__dict__ | {"references": [r.__dict__ for r in REQUEST.references]}, "index": 1})
+    )
+    assert Request.from_recipe(recipe) == (REQUEST, 1)
+
+
+@pytest.mark.parametrize(
+    "recipe", [{}, {"request": {"prompt": ""}, "index": 0}, {"request": {"prompt": "a"}, "index": 1}]
+)
+def test_a_foreign_recipe_is_told(recipe):
+    with pytest.raises(ValueError, match="recipe"):
+        Request.from_recipe(recipe)
+
+
+def test_references_of_a_recipe_are_found_beside_the_picture_or_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    request = Request("a", references=(Reference("style", "far/away/ref.png"),))
+    with pytest.raises(FileNotFoundError, match="far/away/ref.png of this picture is missing"):
+        locate(request, tmp_path / "there")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "ref.png").touch()
+    assert locate(request, tmp_path / "there").references[0].path == str(tmp_path / "there" / "ref.png")
+
+
+def test_what_changed_since_a_picture_was_drawn_is_named():
+    def recipe(version: str, model: str, path: str, content: str) -> dict:
+        controls = [{"hash": "y", "reference": [{"path": path, "sha256": content}]}]
+        return {"condit": version, "run": {"hash": model, "controls": controls}}
+
+    then = recipe("0.1.0", "x", "a.png", "1")
+    assert differences(then, recipe("0.1.0", "x", "moved/a.png", "1")) == []
+    assert differences(then, recipe("0.2.0", "z", "a.png", "2")) == [
+        "drawn with condit 0.1.0, this is 0.2.0",
+        "a reference picture is not the one it was drawn with",
+        "hash was x, is z",
+    ]
+
+
+def test_replay_of_a_picture_without_a_recipe_is_a_clear_error(run, picture):
+    code, _, err = run("replay", str(picture))
+    assert code == 1
+    assert "carries no condit recipe" in err
+
+
+def test_training_never_writes_over_a_run_without_being_asked(run, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("condit.training.run.train", lambda path, **options: calls.append((path, options)))
+    (tmp_path / "x.toml").touch()
+    assert run("train", "x.toml")[:2] == (0, "runs/x\n")
+    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x" / "step").touch()
+    code, _, err = run("train", "x.toml")
+    assert code == 2
+    assert "holds a run already; add --resume" in " ".join(err.split())
+    assert run("train", "x.toml", "--resume")[0] == 0
+    assert [options for _, options in calls] == [{"out": Path("runs/x"), "resume": resume} for resume in (False, True)]
+
+
+def test_models_are_listed_in_text_and_json(run, random_tiny):
+    assert list(json.loads(run("models", "--json")[1])) == ["tiny", *(f"tiny/{use}" for use in USES)]
+    code, out, _ = run("models")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()[:2]] == [["tiny", "model"], ["tiny/style", "ip-adapter"]]
+
+
+@pytest.mark.parametrize(("option", "name"), [("--model", "nonsense"), ("--control", "tiny/nonsense=ref.png")])
+def test_an_unknown_model_or_adapter_is_told_with_those_there_are(run, random_tiny, picture, option, name):
+    code, out, err = run("generate", "a red apple", option, name)
+    assert (code, out) == (1, "")
+    assert "nonsense" in err
+    assert "tiny" in err.replace("tiny/nonsense", "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
+
+
+def test_a_generated_png_is_drawn_again_bit_for_bit(run, random_tiny, picture):
+    words = ["--style", "ref.png:0.5", "--subject", "ref.png", "--edges", "ref.png", "--gray", "ref.png:0.3"]
+    code, out, err = run("generate", "红苹果", *words, "--seed", "3", "--steps", "2", "-n", "2", "-o", "a.png")
+    assert code == 0, err
+    assert out.split() == ["a-3.png", "a-4.png"]
+    recipe = read_recipe("a-4.png")
+    assert recipe["index"] == 1
+    with Image.open("a-4.png") as image:
+        assert "Seed: 4" in image.info["parameters"]
+    assert load_image("a-3.png").tobytes() != load_image("a-4.png").tobytes()
+
+    code, out, err = run("replay", "a-4.png", "-o", "again.png")
+    assert (code, out.split()) == (0, ["again.png"])
+    assert "the same picture" in err
+    assert "warning" not in err
+    assert load_image("again.png").tobytes() == load_image("a-4.png").tobytes()
+
+    save_image(Image.new("RGB", (64, 64), "blue"), "ref.png")
+    err = run("replay", "a-4.png", "-o", "again.png")[2]
+    assert "warning: a reference picture is not the one it was drawn with" in err
+    assert "another picture" in err
+
+    picture.unlink()
+    code, _, err = run("replay", "a-4.png")
+    assert code == 1
+    assert "ref.png of this picture is missing" in err
+
+
+def test_replay_says_that_the_weights_are_others(run, random_tiny, picture):
+    assert run("generate", "a", "--style", "ref.png", "--steps", "1", "-o", "a.png")[0] == 0
+    recipe = read_recipe("a.png")
+    recipe["run"]["controls"][0]["hash"] = "0123"  # pyright: ignore[reportIndexIssue]
+    save_image(load_image("a.png"), "a.png", recipe=recipe)
+    err = run("replay", "a.png")[2]
+    assert "warning: controls.0.hash was 0123, is " in err
+    assert "the same picture" in err
+
+
+def test_every_control_changes_the_picture_and_none_at_strength_0(run, random_tiny, picture):
+    def drawn(*words: str) -> bytes:
+        code, _, err = run("generate", "a red apple", "--steps", "2", "-o", "a.png", *words)
+        assert code == 0, err
+        return load_image("a.png").tobytes()
+
+    plain = drawn()
+    assert drawn() == plain
+    results = {drawn(f"--{use}", "ref.png") for use in ("style", "subject", "edges", "gray", "edges-map")}
+    assert len(results | {plain}) == 6
+    assert drawn("--style", "ref.png:0", "--edges", "ref.png", "--strength", "0") == plain
+
+
+def test_several_style_references_make_one_control(run, random_tiny, picture):
+    save_image(Image.new("RGB", (64, 64), "blue"), "other.png")
+    words = ["--style", "ref.png", "--style", "other.png", "--style", "other.png:0.5", "--subject", "ref.png"]
+    code, _, err = run("generate", "a", *words, "--steps", "1", "-o", "a.png")
+    assert code == 0, err
+    controls = read_recipe("a.png")["run"]["controls"]  # pyright: ignore[reportIndexIssue]
+    assert [len(control["reference"]) for control in controls] == [2, 1, 1]
+
+
+def test_an_adapter_may_be_a_file_or_a_folder(run, random_tiny, picture):
+    for path in (random_tiny / "style", random_tiny / "edges" / "adapter.safetensors"):
+        code, _, err = run("generate", "a", "--control", f"{path}=ref.png", "--steps", "1", "-o", "a.png")
+        assert code == 0, err
+
+
+def test_no_metadata_leaves_the_recipe_out(run, random_tiny):
+    assert run("generate", "a red apple", "--steps", "1", "-o", "a.png", "--no-metadata")[0] == 0
+    with pytest.raises(ValueError, match="carries no condit recipe"):
+        read_recipe("a.png")
+    assert run("generate", "a red apple", "--steps", "1", "-o", "a.jpg", "--no-metadata")[0] == 0
+
+
+def test_generate_answers_in_json(run, random_tiny):
+    code, out, _ = run("generate", "a red apple", "--steps", "1", "-o", "a.png", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["images"] == [{"path": "a.png", "seed": 0}]
+    assert answer["seconds"] > 0
+
+
+def test_a_full_disk_while_saving_is_a_clear_error_and_keeps_the_old_picture(run, random_tiny, picture, monkeypatch):
+    before = picture.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    code, out, err = run("generate", "a red apple", "--steps", "1", "-o", "ref.png")
+    assert (code, out) == (1, "")
+    assert "error: no space left while writing" in err
+    assert picture.read_bytes() == before
+
+
+def check_demo(run) -> None:
+    code, out, err = run("demo", "--out", "demo-out", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert load_image(result["grid"]).width > 600
+    call = next(call for call in result["calls"] if "--style" in call["command"])
+    before = load_image(call["path"])
+    assert call["command"] in err
+    assert run(*shlex.split(call["command"])[1:-1], "again.png")[0] == 0
+    assert load_image("again.png").tobytes() == before.tobytes()
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """The demo's rows with one picture each, and icons made up on the spot."""
+    rows = tuple(replace(row, prompts=row.prompts[:1]) for row in demo.ROWS)
+    monkeypatch.setattr(demo, "ROWS", rows)
+    given = {given for row in rows for given in row.given}
+    icons = [Icon(g.style, "", g.label, g.label, g.label, "", "train", True, "MIT") for g in given]
+
+    class World(IconWorld):
+        def rgba(self, index: int) -> np.ndarray:
+            return np.random.default_rng(index).integers(0, 256, (128, 128, 4), np.uint8)
+
+    monkeypatch.setattr(IconWorld, "open", lambda *_, **__: World(icons, {}, {}))
+
+
+def test_the_demo_draws_its_grid_and_its_commands_repeat_it(run, random_tiny, small_demo):
+    check_demo(run)
+
+
+def test_the_demo_leaves_out_what_is_not_there_and_says_so(run, random_tiny, small_demo, monkeypatch):
+    monkeypatch.delitem(catalog.MODELS, "tiny/gray")
+    code, _, err = run("demo")
+    assert code == 0
+    assert "left out: gray -> colour (no tiny/gray)" in err
+
+
+@needs_tiny
+@pytest.mark.slow
+def test_the_shipped_demo_draws_its_grid_and_its_commands_repeat_it(run):
+    check_demo(run)
+
+
+@needs_tiny
+def test_the_references_of_the_demo_are_in_the_sample():
+    world = IconWorld.open(sample_path())
+    there = {(icon.style, icon.label) for icon in world.icons}
+    assert {(given.style, given.label) for row in demo.ROWS for given in row.given} <= there

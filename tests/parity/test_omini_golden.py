@@ -1,0 +1,325 @@
+"""OminiControl (arXiv:2411.15098, 2503.08280) against tensors written by the official code; golden/ominicontrol holds them.
+
+The official code runs every branch apart, ours runs them joined: sums are taken in another order, about 1.5e-6 on
+outputs of deviation 1.3. ATOL leaves room for other machines' kernels.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from condit.backbones.mmdit import MMDiT, MMDiTConfig
+from condit.controls.control import Control, Run, Step, When
+from condit.controls.omini import OminiConfig, OminiControl, OminiReference, Recorder
+from condit.encoders.text import Text
+from condit.encoders.vae import encode_tokens, pack
+from condit.nn.attention import Attend, Call
+from condit.nn.lora import LoRA
+from condit.nn.streams import Sees, Stream, grid_ids
+from condit.pipeline import Pipeline
+from condit.weights.load import Parts
+
+GOLDEN = Path(__file__).parent / "golden" / "ominicontrol"
+CONFIG = json.loads((GOLDEN / "config.json").read_text())
+GRID = CONFIG["grid_h"], CONFIG["grid_w"]
+TEXT_TOKENS = CONFIG["text_tokens"]
+ATOL = 1e-5
+FORWARD = load_file(GOLDEN / "forward.safetensors")
+GAMMA = load_file(GOLDEN / "gamma.safetensors")
+CACHE = load_file(GOLDEN / "kv_cache.safetensors")
+TRAJECTORY = load_file(GOLDEN / "trajectory.safetensors")
+LORAS = {name: LoRA.from_tensors(load_file(GOLDEN / f"lora_{name}.safetensors")) for name in ("canny", "subject")}
+
+
+@pytest.fixture(scope="module")
+def model() -> MMDiT:
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in CONFIG["transformer"].items()}
+    model = MMDiT(MMDiTConfig(**fields))
+    model.load_state_dict(load_file(GOLDEN / "transformer.safetensors"), strict=True)
+    return model.eval().requires_grad_(False)
+
+
+def equal(found: Tensor, expected: Tensor, atol: float = ATOL) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+def image(x: str = "x", timestep: str = "timestep", lora: LoRA | None = None) -> Stream:
+    f = FORWARD
+    return Stream(f[x], f["img_ids"], f[timestep], f["pooled"], f["guidance"], lora)
+
+
+def condition(
+    tokens: str, ids: str, adapter: str, sees: Sees = "main", gamma: float | None = None, weight_text: bool = True
+) -> Stream:
+    clock = torch.zeros_like(FORWARD["timestep"])
+    weight = None if gamma is None else torch.tensor(gamma).log()
+    lora = LORAS[adapter]
+    ids_ = FORWARD[f"ids/{ids}"]
+    return Stream(FORWARD[tokens], ids_, clock, FORWARD["pooled"], clock + 1, lora, sees, weight, weight_text)
+
+
+@torch.no_grad()
+def run(model: MMDiT, *conditions: Stream, image: Stream = image(), controls: tuple[Control, ...] = ()) -> Tensor:
+    return model(image, FORWARD["text"], FORWARD["txt_ids"], conditions=conditions, controls=controls)
+
+
+A, B = ("cond_a", "aligned", "canny"), ("cond_b", "delta_minus_w", "subject")
+FORWARD_CASES = {
+    "native_no_condition": [],
+    "no_condition": [],
+    "aligned": [condition(*A)],
+    "aligned_independent": [condition(*A, "self")],
+    "subject_delta_minus_w": [condition(*B)],
+    "subject_delta_plus_w": [condition("cond_b", "delta_plus_w", "subject")],
+    "scale2": [condition("cond_small", "scale2", "canny")],
+    "scale2_delta_inference_order": [condition("cond_small", "delta_then_scale2_inference_order", "canny")],
+    "scale2_delta_trainer_order": [condition("cond_small", "scale2_then_delta_trainer_order", "canny")],
+    "two_conditions": [condition(*A), condition(*B)],
+    "two_conditions_independent": [condition(*A, "self"), condition(*B, "self")],
+    "two_conditions_no_group_mask": [condition(*A, "all"), condition(*B, "all")],
+    "two_conditions_same_adapter": [condition(*A), condition("cond_b", "delta_minus_w", "canny")],
+}
+
+
+def test_every_forward_output_of_the_file_has_a_case():
+    assert {f"out/{name}" for name in FORWARD_CASES} == {name for name in FORWARD if name.startswith("out/")}
+
+
+@pytest.mark.parametrize("name", FORWARD_CASES)
+def test_forward_equals_the_official_code(model, name):
+    equal(run(model, *FORWARD_CASES[name]), FORWARD[f"out/{name}"])
+
+
+def test_residual_streams_equal_the_official_code_after_every_block(model):
+    seen = {}
+    blocks = {f"double_{i}": b for i, b in enumerate(model.transformer_blocks)}
+    blocks |= {f"single_{i}": b for i, b in enumerate(model.single_transformer_blocks)}
+    hooks = [
+        block.register_forward_hook(lambda _, __, out, name=name: seen.update({name: list(out)}))
+        for name, block in blocks.items()
+    ]
+    run(model, condition(*A))
+    for hook in hooks:
+        hook.remove()
+    for name, xs in seen.items():
+        if name.startswith("single"):  # text and image run as one stream there
+            xs = [xs[0][:, :TEXT_TOKENS], xs[0][:, TEXT_TOKENS:], xs[1]]
+        for branch, x in zip(("text", "image", "cond"), xs, strict=True):
+            equal(x, FORWARD[f"hidden/aligned/{name}/{branch}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("aligned", grid_ids(*GRID)),
+        ("delta_minus_w", grid_ids(*GRID, delta=(0, -GRID[1]))),
+        ("delta_plus_w", grid_ids(*GRID, delta=(0, GRID[1]))),
+        ("scale2", grid_ids(2, 3, scale=2)),
+        ("scale2_then_delta_trainer_order", grid_ids(2, 3, delta=(0, -3), scale=2)),
+        # The official inference shifts first, so its delta counts in condition tokens: 3 of them are 6 of the image.
+        ("delta_then_scale2_inference_order", grid_ids(2, 3, delta=(0, -3 * 2), scale=2)),
+    ],
+)
+def test_positions_equal_the_official_ones(name, found):
+    assert torch.equal(found, FORWARD[f"ids/{name}"])
+
+
+GAMMAS = (0.0, 0.5, 1.5)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize(("prefix", "case"), [("v1_gamma", A), ("v1_subject_gamma", B)])
+def test_strength_equals_the_condition_scale_of_the_first_generation(model, prefix, case, gamma):
+    equal(run(model, condition(*case, gamma=gamma)), GAMMA[f"out/{prefix}_{gamma}"])
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_strength_without_text_equals_equation_5_of_the_paper(model, gamma):
+    equal(run(model, condition(*A, gamma=gamma, weight_text=False)), GAMMA[f"out/derived_paper_gamma_{gamma}"])
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_one_strength_on_two_conditions_equals_the_official_blocks(model, gamma):
+    found = run(model, condition(*A, gamma=gamma), condition(*B, gamma=gamma))
+    equal(found, GAMMA[f"out/derived_two_conditions_code_blocks_gamma_{gamma}"])
+
+
+def test_no_strength_and_independent_equal_the_first_generation(model):
+    equal(run(model, condition(*A)), GAMMA["out/v1_gamma_none"])
+    equal(run(model, condition(*A, "self")), GAMMA["out/v1_independent"])
+
+
+def test_a_condition_blocked_both_ways_equals_no_condition(model):
+    equal(run(model), GAMMA["out/v1_no_union_attention"])
+
+
+def test_an_adapter_on_the_noisy_tokens_equals_latent_lora(model):
+    equal(run(model, condition(*A), image=image(lora=LORAS["canny"])), GAMMA["out/v1_latent_lora"])
+
+
+# The cache
+
+
+def reference(tokens: Tensor, ids: Tensor, adapter: str, *, black: Tensor | None = None, **fields) -> OminiReference:
+    config = OminiConfig(independent=fields.pop("independent", False))
+    return OminiReference(
+        tokens, tokens if black is None else black, ids, OminiControl(LORAS[adapter], config), 1.0, When(), **fields
+    )
+
+
+def cached(model: MMDiT, pooled: str = "pooled") -> list[OminiReference]:
+    run = Run(model, 2, GRID, FORWARD[pooled], FORWARD["guidance"], CONFIG["transformer"]["in_channels"])
+    found = [
+        reference(FORWARD[tokens], FORWARD[f"ids/{ids}"], adapter, independent=True) for tokens, ids, adapter in (A, B)
+    ]
+    with torch.no_grad():
+        return [r.prepare(run) for r in found]
+
+
+NEXT = image("x_next", "timestep_next")
+
+
+def test_prefilled_keys_and_values_equal_the_official_cache(model):
+    for number, control in enumerate(cached(model)):
+        assert control.memory is not None and control.streams() == ()
+        assert list(control.memory) == [site.path for site in model.sites]
+        for layer, (k, v) in enumerate(control.memory.values()):
+            equal(k, CACHE[f"cache/attn_{layer}/cond_{number}/key"])
+            equal(v, CACHE[f"cache/attn_{layer}/cond_{number}/value"])
+
+
+def test_write_and_read_pass_equal_the_official_code(model):
+    controls = tuple(cached(model))
+    equal(run(model, controls=controls), CACHE["out/write_pass"])
+    equal(run(model, image=NEXT, controls=controls), CACHE["out/read_pass"])
+
+
+def test_read_pass_equals_the_full_recomputation(model):
+    full = run(model, condition(*A, "self"), condition(*B, "self"), image=NEXT)
+    equal(full, CACHE["out/full_recompute"])
+    # The same keys from the same operations; only the batching of the products differs.
+    equal(run(model, image=NEXT, controls=tuple(cached(model))), full, atol=2e-6)
+
+
+def test_a_cache_belongs_to_its_pooled_prompt(model):
+    other = run(model, image=NEXT, controls=tuple(cached(model, "pooled_other")))
+    equal(other, CACHE["out/read_pass_cache_from_other_pooled"])
+    assert (other - CACHE["out/read_pass"]).abs().max() > 1
+
+
+class CutConditions(Recorder):
+    """Keeps the condition keys of the calls of the main rows."""
+
+    def around(self, call: Call, attend: Attend) -> Tensor:
+        if call.image is not None:
+            begin = TEXT_TOKENS + GRID[0] * GRID[1]
+            self.memory[call.site.path] = (call.k[:, :, begin:], call.v[:, :, begin:])
+        return attend(call)
+
+
+def test_a_cache_of_joint_conditions_is_only_the_official_approximation(model):
+    recorder = CutConditions({})
+    run(model, condition(*A), condition(*B), controls=(recorder,))
+    found = run(model, image=NEXT, controls=(replace(cached(model)[0], memory=recorder.memory),))
+    full = run(model, condition(*A), condition(*B), image=NEXT)
+    equal(found, CACHE["out/read_pass_not_independent"])
+    equal(full, CACHE["out/full_recompute_not_independent"])
+    assert (found - full).abs().max() > 0.1
+
+
+# The autoencoder and the whole loop
+
+
+@pytest.fixture(scope="module")
+def vae():
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    vae = AutoencoderKL(**CONFIG["vae"])
+    vae.load_state_dict(load_file(GOLDEN / "vae.safetensors"), strict=True)
+    return vae.eval().requires_grad_(False)
+
+
+def test_condition_tokens_equal_the_official_encoding(vae):
+    f = load_file(GOLDEN / "vae_encode.safetensors")
+    posterior = vae.encode(f["preprocessed"]).latent_dist
+    equal(posterior.mean, f["mean"])
+    shift, scaling = vae.config.shift_factor, vae.config.scaling_factor
+    equal(pack((f["mean"] + f["std"] * f["noise"] - shift) * scaling), f["tokens"])
+    equal(encode_tokens(vae, f["preprocessed"], sample=False), pack((f["mean"] - shift) * scaling))
+    assert torch.equal(grid_ids(*GRID), f["ids"])
+
+
+class FixedText(nn.Module):
+    """Stands for the encoders: the golden file holds what they would say."""
+
+    def forward(self, prompts) -> Text:
+        assert len(prompts) == 1
+        return Text(TRAJECTORY["text"], TRAJECTORY["pooled"])
+
+
+# The file keeps ids as encoded, before the official `generate` scales and shifts them.
+LEFT, COMPACT = grid_ids(*GRID, delta=(0, -GRID[1])), grid_ids(2, 3, scale=2)
+
+
+def encoded(case: str, number: int, adapter: str, ids: Tensor = FORWARD["img_ids"], **fields) -> OminiReference:
+    return reference(TRAJECTORY[f"{case}/encoded_{number}/tokens"], ids, adapter, **fields)
+
+
+TRAJECTORY_CASES = {
+    "none": [],
+    "aligned": [encoded("aligned", 0, "canny")],
+    "subject": [encoded("subject", 0, "subject", LEFT)],
+    "compact": [encoded("compact", 0, "canny", COMPACT)],
+    "two": [encoded("two", 0, "canny"), encoded("two", 1, "subject", LEFT)],
+    "two_kv": [
+        encoded("two_kv", 0, "canny", independent=True),
+        encoded("two_kv", 1, "subject", LEFT, independent=True),
+    ],
+    "v1_gamma_0.5": [replace(encoded("aligned", 0, "canny"), strength=0.5)],
+    "v1_gamma_1.5": [replace(encoded("aligned", 0, "canny"), strength=1.5)],
+    "image_guidance_1.5": [
+        encoded("image_guidance_1.5", 0, "canny", black=TRAJECTORY["image_guidance_1.5/encoded_1/tokens"])
+    ],
+}
+
+
+@pytest.mark.parametrize("case", TRAJECTORY_CASES)
+def test_four_steps_of_the_pipeline_equal_the_official_generate(model, vae, case):
+    height, width = (n * CONFIG["px"] for n in GRID)
+    pipe = Pipeline(
+        Parts(
+            name="golden",
+            hash="",
+            backbone=model,
+            text=FixedText(),
+            vae=vae,
+            image=None,
+            prediction="velocity",
+            shift=None,
+            size=(height, width),
+            steps=4,
+            guidance=3.5,
+            distilled=True,
+        )
+    )
+    steps = []
+    pipe(
+        "",
+        controls=TRAJECTORY_CASES[case],
+        latents=TRAJECTORY["latents_init"],
+        image_guidance_scale=1.5 if case.startswith("image_guidance") else None,
+        output_type="latent",
+        callback_on_step_end=lambda pipe, i, t, kept: steps.append(kept["latents"]),
+    )
+    # Four steps add up their roundings.
+    equal(torch.stack(steps), TRAJECTORY[f"{case}/trajectory"], atol=2e-5)
+
+
+def test_a_control_of_strength_zero_is_left_out_as_the_official_bias_log_zero_means(model):
+    assert replace(encoded("aligned", 0, "canny"), strength=0.0).at(Step(0, 4, 1.0)) is None
+    equal(run(model), GAMMA["out/v1_gamma_0.0"])

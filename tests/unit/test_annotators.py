@@ -1,0 +1,86 @@
+"""Edges follow what the eye sees, with and without alpha; every condition is three equal or three colour channels."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from condit.data.annotators import blur, edge_map, edges, edges_array, gray, soft_edges
+
+
+def disc(fill: str, ground: str | tuple = "white", mode: str = "RGB") -> Image.Image:
+    image = Image.new(mode, (128, 128), ground)
+    ImageDraw.Draw(image).ellipse((24, 24, 104, 104), fill=fill)
+    return image
+
+
+def on_circle(lines: np.ndarray) -> float:
+    """The share of line pixels within two pixels of the disc's outline."""
+    y, x = np.nonzero(lines)
+    return float((abs(np.hypot(y - 64, x - 64) - 40) < 2).mean()) if len(y) else 0.0
+
+
+def test_edges_follow_the_outline_in_thin_white_lines():
+    lines = np.asarray(edges(disc("black")))
+    assert lines.shape == (128, 128, 3)
+    assert set(np.unique(lines)) == {0, 255}
+    assert (lines[:, :, 0] == lines[:, :, 1]).all()
+    assert on_circle(lines[:, :, 0]) == 1.0
+    assert 200 < (lines[:, :, 0] > 0).sum() < 320  # the circle is 251 pixels long: one line, not two
+
+
+@pytest.mark.parametrize("fill", ["white", "#808080", "black", "red"])
+def test_alpha_gives_every_colour_an_outline(fill):
+    lines = edges_array(np.asarray(disc(fill, (255, 255, 255, 0), "RGBA")))
+    assert on_circle(lines) == 1.0
+    assert 200 < (lines > 0).sum() < 340
+
+
+def test_without_alpha_white_on_white_has_no_edge():
+    assert edges_array(np.asarray(disc("white"))).max() == 0
+
+
+def test_an_opaque_alpha_channel_changes_nothing():
+    opaque = disc("red").convert("RGBA")
+    assert np.array_equal(np.asarray(edges(opaque)), np.asarray(edges(disc("red"))))
+
+
+def test_higher_thresholds_give_fewer_lines():
+    faint = disc("#e8e8e8")
+    assert np.asarray(edges(faint)).max() == 255
+    assert np.asarray(edges(faint, low=0.3, high=0.6)).max() == 0
+
+
+@pytest.mark.parametrize("bad", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((8, 8, 2), np.uint8)])
+def test_edges_array_tells_what_it_expects(bad):
+    with pytest.raises(ValueError, match="expected uint8"):
+        edges_array(bad)
+
+
+def test_soft_edges_are_strongest_on_the_outline_and_see_colour_and_alpha():
+    for image in (disc("red", "#00b300"), disc("white", (255, 255, 255, 0), "RGBA")):
+        soft = np.asarray(soft_edges(image))[:, :, 0]
+        assert soft.max() == 255
+        assert on_circle(soft > 128) == 1.0
+
+
+def test_a_flat_picture_has_no_soft_edges():
+    assert np.asarray(soft_edges(Image.new("RGB", (16, 16), "red"))).max() == 0
+
+
+def test_gray_has_equal_channels_and_keeps_light_and_dark():
+    plane = np.asarray(gray(disc("red")))
+    assert (plane[:, :, 0] == plane[:, :, 2]).all()
+    assert plane[64, 64, 0] == 76  # 0.299 * 255
+
+
+def test_blur_spreads_over_the_given_pixels():
+    soft = np.asarray(blur(disc("black"), sigma=4))
+    assert 100 < soft[64, 24].mean() < 160
+    assert soft[0, 0].min() == 255
+
+
+def test_a_ready_map_is_white_on_black_whichever_way_it_was_drawn():
+    lines = edges(disc("black"))
+    turned = Image.fromarray(255 - np.asarray(lines))
+    assert np.array_equal(np.asarray(edge_map(turned)), np.asarray(edge_map(lines)))
+    assert np.array_equal(np.asarray(edge_map(lines)), np.asarray(lines))
