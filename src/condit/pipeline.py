@@ -88,7 +88,7 @@ class Pipeline:
         output_type: Literal["pil", "pt", "latent"] = "pil",
         callback_on_step_end: Callable[[Pipeline, int, float, dict], dict | None] | None = None,
     ) -> Result:
-        """Draw. Arguments as in diffusers; `seed` is sugar: image i starts from the noise of seed + i, drawn on the CPU.
+        """Draw. Arguments as in diffusers; `seed` is sugar: image i starts from noise of seed + i, drawn on the CPU.
 
         guidance_scale 1 makes one prediction a step, not two. image_guidance_scale, if given, guides the controls apart
         from the text: none + s_T (text - none) + s_I (text and controls - text).
@@ -97,7 +97,9 @@ class Pipeline:
         steps = self.parts.steps if num_inference_steps is None else num_inference_steps
         scale = self.parts.guidance if guidance_scale is None else guidance_scale
         height, width = height or self.parts.size[0], width or self.parts.size[1]
-        self.check(prompts, steps, height, width)
+        self.check(prompts, steps, height, width, num_images_per_prompt)
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
         batch = len(prompts) * num_images_per_prompt
         grid = height // self.pixels, width // self.pixels
         negative = self.negatives(negative_prompt, len(prompts))
@@ -108,6 +110,7 @@ class Pipeline:
         shift = math.exp(flux_mu(grid[0] * grid[1])) if self.parts.shift is None else self.parts.shift
         sigmas = flow_sigmas(steps, shift=shift)
         ids = grid_ids(*grid).to(self.device)
+        image_scale = 1.0 if image_guidance_scale is None else image_guidance_scale
 
         def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
             step = Step(i, steps, float(sigma))
@@ -115,8 +118,8 @@ class Pipeline:
             if len(found) == 1:
                 return found[0]
             if len(found) == 2:
-                return guide(*found, scale if not self.parts.distilled else image_guidance_scale or 1.0)
-            return guide_text_image(found[0], found[1], found[2], scale, image_guidance_scale or 1.0)
+                return guide(found[0], found[1], image_scale if self.parts.distilled else scale)
+            return guide_text_image(found[0], found[1], found[2], scale, image_scale)
 
         def on_step(i: int, x: Tensor) -> Tensor | None:
             if callback_on_step_end is None:
@@ -139,17 +142,21 @@ class Pipeline:
         }
         return Result(self.decode(tokens, grid, output_type), seeds, recipe)
 
-    def check(self, prompts: list[str], steps: int, height: int, width: int) -> None:
+    def check(self, prompts: list[str], steps: int, height: int, width: int, copies: int = 1) -> None:
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"num_inference_steps must be 1 to {MAX_STEPS}; found {steps}.")
-        if height % self.pixels or width % self.pixels or not 0 < max(height, width) <= MAX_SIDE:
+        if copies < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1; found {copies}.")
+        if height % self.pixels or width % self.pixels or min(height, width) <= 0 or max(height, width) > MAX_SIDE:
             raise ValueError(
                 f"height and width must be multiples of {self.pixels} up to {MAX_SIDE}; found {height} x {width}."
             )
         if self.name == "tiny" and (height, width) != self.parts.size:
-            raise ValueError(f"{self.name} draws {self.parts.size[0]} x {self.parts.size[1]}; found {height} x {width}.")
+            raise ValueError(
+                f"{self.name} draws {self.parts.size[0]} x {self.parts.size[1]}; found {height} x {width}."
+            )
 
     @property
     def pixels(self) -> int:
@@ -222,7 +229,7 @@ class Pipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None,
         latents: Tensor | None,
     ) -> tuple[list[int | None], Tensor]:
-        """Packed noise (B, N, C) in float32, each image from its own generator, so that a row does not know its batch."""
+        """Packed noise (B, N, C) in float32, each image from its own generator: a row does not know its batch."""
         channels = (self.backbone.config.out_channels or self.backbone.config.in_channels) // 4
         shape = channels, 2 * grid[0], 2 * grid[1]
         if latents is not None:
@@ -232,13 +239,14 @@ class Pipeline:
             return [None] * batch, latents.float().to(self.device)
         if generator is not None and seed is not None:
             raise ValueError("Give seed or generator, not both.")
+        given: list[torch.Generator]
         if generator is not None:
             given = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
             if len(given) != batch:
                 raise ValueError(f"{len(given)} generators for {batch} images.")
             seeds: list[int | None] = [None] * batch
         else:
-            first = torch.seed() % 2**31 if seed is None else seed
+            first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would reseed everybody
             seeds = [first + i for i in range(batch)]
             given = [torch.Generator().manual_seed(first + i) for i in range(batch)]
         drawn = [torch.randn(shape, generator=g, device=g.device).cpu() for g in given]
@@ -247,8 +255,6 @@ class Pipeline:
     def decode(self, tokens: Tensor, grid: tuple[int, int], output_type: str) -> Any:
         if output_type == "latent":
             return tokens
-        if output_type not in ("pil", "pt"):
-            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
         if not torch.isfinite(tokens).all():
             raise ValueError("The sampler produced NaN. Lower the strengths or guidance, or use dtype=torch.float32.")
         dtype = next(self.parts.vae.parameters()).dtype

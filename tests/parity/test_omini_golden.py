@@ -1,4 +1,4 @@
-"""OminiControl (arXiv:2411.15098, 2503.08280) against tensors written by the official code; golden/ominicontrol holds them.
+"""OminiControl (arXiv:2411.15098, 2503.08280) against golden/ominicontrol, tensors written by the official code.
 
 The official code runs every branch apart, ours runs them joined: sums are taken in another order, about 1.5e-6 on
 outputs of deviation 1.3. ATOL leaves room for other machines' kernels.
@@ -38,8 +38,8 @@ LORAS = {name: LoRA.from_tensors(load_file(GOLDEN / f"lora_{name}.safetensors"))
 
 @pytest.fixture(scope="module")
 def model() -> MMDiT:
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in CONFIG["transformer"].items()}
-    model = MMDiT(MMDiTConfig(**fields))
+    axes = tuple(CONFIG["transformer"]["axes_dims_rope"])
+    model = MMDiT(MMDiTConfig(**{**CONFIG["transformer"], "axes_dims_rope": axes}))
     model.load_state_dict(load_file(GOLDEN / "transformer.safetensors"), strict=True)
     return model.eval().requires_grad_(False)
 
@@ -53,6 +53,9 @@ def image(x: str = "x", timestep: str = "timestep", lora: LoRA | None = None) ->
     return Stream(f[x], f["img_ids"], f[timestep], f["pooled"], f["guidance"], lora)
 
 
+NOW, NEXT = image(), image("x_next", "timestep_next")
+
+
 def condition(
     tokens: str, ids: str, adapter: str, sees: Sees = "main", gamma: float | None = None, weight_text: bool = True
 ) -> Stream:
@@ -64,7 +67,7 @@ def condition(
 
 
 @torch.no_grad()
-def run(model: MMDiT, *conditions: Stream, image: Stream = image(), controls: tuple[Control, ...] = ()) -> Tensor:
+def run(model: MMDiT, *conditions: Stream, image: Stream = NOW, controls: tuple[Control, ...] = ()) -> Tensor:
     return model(image, FORWARD["text"], FORWARD["txt_ids"], conditions=conditions, controls=controls)
 
 
@@ -179,9 +182,6 @@ def cached(model: MMDiT, pooled: str = "pooled") -> list[OminiReference]:
     ]
     with torch.no_grad():
         return [r.prepare(run) for r in found]
-
-
-NEXT = image("x_next", "timestep_next")
 
 
 def test_prefilled_keys_and_values_equal_the_official_cache(model):

@@ -289,7 +289,7 @@ class MMDiT(nn.Module):
             loras=(image.lora, image.lora, *(s.lora for s in conditions)),
             embeddings=(clock, clock, *(e[1] for e in embedded)),
             ropes=(rope_text, rope, *(e[2] for e in embedded)),
-            groups=tuple(groups(0, 1, streams)),
+            groups=tuple(groups(0, 1, streams, apart=bool(controls))),
             text=0,
             image=(1, 0),
             controls=tuple(controls),
@@ -339,7 +339,7 @@ def merge_main(frame: Frame, text_length: int, streams: Sequence[Stream | None])
         loras=frame.loras[1:],
         embeddings=frame.embeddings[1:],
         ropes=(rope, *frame.ropes[2:]),
-        groups=tuple(groups(None, 0, streams[1:])),
+        groups=tuple(groups(None, 0, streams[1:], apart=bool(frame.controls))),
         text=None,
         image=(0, text_length),
     )

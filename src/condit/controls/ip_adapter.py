@@ -57,7 +57,7 @@ class KeyValue(nn.Module):
 
 
 class IPAdapter(nn.Module):
-    """An adapter: projector and one K', V' pair a site. Published names: `image_proj.*`, `ip_adapter.<i>.to_k_ip.weight`."""
+    """An adapter: projector and one K', V' pair a site. Published: `image_proj.*`, `ip_adapter.N.to_k_ip.weight`."""
 
     def __init__(self, config: IPConfig, sites: Sequence[Site], width: int, pipe=None):
         super().__init__()
@@ -79,14 +79,21 @@ class IPAdapter(nn.Module):
         rows, features = file.tensors["image_proj.proj.weight"].shape
         dim = len(file.tensors["image_proj.norm.weight"])
         width = file.tensors["ip_adapter.0.to_k_ip.weight"].shape[0]
+        pairs, sites = sum(n.endswith(".to_k_ip.weight") for n in file.tensors), pipe.backbone.sites
+        if (pairs, width) != (len(sites), pipe.backbone.config.dim):
+            raise ValueError(
+                f"{source} has {pairs} K', V' pairs of width {width}; {pipe.name} has {len(sites)} attention layers of "
+                f"width {pipe.backbone.config.dim}. Was it made for another model?"
+            )
         if pipe.image is None or pipe.image.features != features:
             found = "no image encoder" if pipe.image is None else f"an image encoder of width {pipe.image.features}"
             raise ValueError(f"{source} needs image features of width {features}; {pipe.name} has {found}.")
-        config = IPConfig(features, rows // dim, dim, file.config["heads"], file.config.get("combine", "mean"))
-        adapter = cls(config, pipe.backbone.sites, width, pipe)
+        heads = pipe.backbone.config.num_attention_heads
+        config = IPConfig(features, rows // dim, dim, heads, file.config.get("combine", "mean"))
+        adapter = cls(config, sites, width, pipe)
         adapter.load_state_dict({k: v.float() for k, v in file.tensors.items()}, strict=True)
         adapter.name, adapter.hash = file.name, file.hash
-        return adapter.requires_grad_(False).to(pipe.dtype)
+        return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v.detach() for k, v in self.state_dict().items()}
@@ -125,6 +132,8 @@ class IPAdapter(nn.Module):
         pipe = self._pipe[0]
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use IPAdapter.load(name, pipe).")
+        if combine not in (None, "mean", "concat"):
+            raise ValueError(f"combine must be 'mean' or 'concat'; found {combine!r}.")
         groups = [r if isinstance(r, list | tuple) else [r] for r in as_list(reference)]
         if len({len(g) for g in groups}) != 1 or not groups[0]:
             raise ValueError(f"Every image needs equally many references; found {[len(g) for g in groups]}.")

@@ -84,13 +84,16 @@ class OminiControl(nn.Module):
         known = {k: v for k, v in file.config.items() if k in OminiConfig.__dataclass_fields__}
         lora = LoRA.from_tensors(file.tensors, known.get("alpha"))
         known["delta"] = tuple(known.get("delta", (0, 0)))
-        adapter = cls(lora.requires_grad_(False).to(pipe.dtype), OminiConfig(**{**known, "rank": lora.rank}), pipe)
+        lora = lora.requires_grad_(False).to(pipe.device, pipe.dtype)
+        adapter = cls(lora, OminiConfig(**{**known, "rank": lora.rank}), pipe)
         shapes = linear_shapes(pipe.backbone, tuple(lora.keys))
-        strange = [p for p in lora.keys if p not in shapes]
-        if strange:
-            raise ValueError(
-                f"{source}: this LoRA adapts {strange[0]!r}, which {pipe.name} does not have. Was it made for another model?"
-            )
+        for path, key in lora.keys.items():
+            found = len(lora.b[key]), lora.a[key].shape[1]
+            if shapes.get(path) != found:
+                raise ValueError(
+                    f"{source}: this LoRA adapts {path!r} of shape {found}; {pipe.name} has "
+                    f"{shapes.get(path, 'none')}. Was it made for another model?"
+                )
         adapter.name, adapter.hash = file.name, file.hash
         return adapter
 
@@ -122,6 +125,8 @@ class OminiControl(nn.Module):
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use OminiControl.load(name, pipe).")
         images = pipe.read_images(reference, self.config.annotator if annotate else None)
+        if self.config.scale != 1:
+            images = shrink(images, self.config.scale, pipe.pixels)
         tokens, grid = pipe.encode_condition(images)
         # The unconditional pass sees a black picture, encoded like any other (spec of the official image guidance).
         black, _ = pipe.encode_condition(torch.full_like(images[:1], -1.0))
@@ -136,9 +141,16 @@ class OminiControl(nn.Module):
         )
 
 
+def shrink(images: Tensor, scale: float, multiple: int) -> Tensor:
+    """Compact conditions (OminiControl2): images (n, 3, H, W) with sides divided by `scale`, multiples of a token, so
+    that positions spread by `scale` cover the picture again."""
+    size = [max(round(side / scale / multiple), 1) * multiple for side in images.shape[-2:]]
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
 @dataclass(frozen=True)
 class OminiReference(Control):
-    """Condition tokens (n, N, C) with their positions. A prepared one holds its stream, or its cached keys and values."""
+    """Condition tokens (n, N, C) and positions. A prepared one holds its stream, or its cached keys and values."""
 
     tokens: Tensor
     black: Tensor
@@ -192,7 +204,7 @@ class OminiReference(Control):
 
 
 def condition_stream(adapter: OminiControl, tokens: Tensor, ids: Tensor, run: Run) -> Stream:
-    """The branch of a condition: clock 0, guidance 1, the prompt's pooled text, the adapter's LoRA (spec, section 2)."""
+    """The branch of a condition: clock 0, guidance 1, the prompt's pooled text, the adapter's LoRA."""
     missing = run.in_channels - tokens.shape[-1]
     clock = tokens.new_zeros(len(tokens))
     return Stream(

@@ -20,7 +20,7 @@ def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def to_velocity(output: Tensor, x_t: Tensor, t: Tensor, prediction: Prediction) -> Tensor:
-    """Network output -> velocity (noise - x0). For "x", v = (x_t - x0) / max(t, 0.05) (Li & He 2025, arXiv:2511.13720)."""
+    """Network output -> velocity (noise - x0). For "x": (x_t - x0) / max(t, 0.05) (Li & He 2025, arXiv:2511.13720)."""
     if prediction == "velocity":
         return output
     return (x_t - output) / t.clamp(min=SMALLEST_T)[:, None, None]

@@ -21,7 +21,7 @@ def flow_sigmas(steps: int, *, shift: float = 1.0) -> Tensor:
 
 
 def flux_mu(tokens: int, *, base: tuple[int, float] = (256, 0.5), maximum: tuple[int, float] = (4096, 1.15)) -> float:
-    """log of FLUX.1-dev's shift: linear in the number of noisy image tokens through two points, extrapolated outside."""
+    """log of FLUX.1-dev's shift: linear in the number of noisy image tokens through two points, also outside them."""
     (n0, m0), (n1, m1) = base, maximum
     return m0 + (m1 - m0) / (n1 - n0) * (tokens - n0)
 

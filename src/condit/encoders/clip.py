@@ -1,7 +1,7 @@
 """The embedded CLIP: an image tower and a text tower in one space, trained to tell concept and style apart.
 
-transformers' `CLIPModel` (Radford et al. 2021, arXiv:2103.00020) with a small configuration. Of the shared space the first
-`CONCEPT` dimensions are trained on what is drawn and the `STYLE` dimensions on how (docs/tiny.md).
+transformers' `CLIPModel` (Radford et al. 2021, arXiv:2103.00020) with a small configuration. Of the shared space the
+first `CONCEPT` dimensions are trained on what is drawn and the `STYLE` dimensions on how (docs/tiny.md).
 """
 
 from __future__ import annotations

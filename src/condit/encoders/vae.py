@@ -1,4 +1,4 @@
-"""Latents behind one small interface: `encode(images).latent_dist`, `decode(latents).sample`, as diffusers' AutoencoderKL.
+"""Latents behind one small interface, that of diffusers' AutoencoderKL: `encode(x).latent_dist`, `decode(z).sample`.
 
 `PatchAutoencoder` is the embedded one: a linear code of 8 x 8 patches (their principal components) and a convolutional
 decoder for what the code leaves out. diffusers' AutoencoderKL satisfies the same `Autoencoder` protocol.
@@ -79,7 +79,8 @@ class PatchAutoencoder(nn.Module):
         pixels = 3 * c.patch * c.patch
         self.register_buffer("mean", torch.zeros(pixels))
         self.register_buffer("basis", torch.zeros(c.latent_channels, pixels))  # orthonormal rows
-        self.register_buffer("deviation", torch.ones(c.latent_channels))  # of each code; the decoder reads them whitened
+        # Deviation of each code: the decoder reads them whitened.
+        self.register_buffer("deviation", torch.ones(c.latent_channels))
         self.conv_in = nn.Conv2d(c.latent_channels, c.width, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(c.width) for _ in range(c.depth))
         self.conv_out = nn.Conv2d(c.width, pixels, 3, padding=1)
@@ -137,7 +138,7 @@ def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def encode_tokens(vae, images: Tensor, generator: torch.Generator | None = None, *, sample: bool = True) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> packed, scaled tokens. OminiControl samples the posterior; `sample=False`: mode."""
+    """Images (B, 3, H, W) in [-1, 1] -> packed, scaled tokens. OminiControl samples the posterior; else its mode."""
     posterior = vae.encode(images).latent_dist
     z = posterior.sample(generator) if sample else posterior.mode()
     return pack((z - vae.config.shift_factor) * vae.config.scaling_factor)

@@ -36,7 +36,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Group:
-    """Adjacent streams that share one softmax call: rows attend to cols; weights[j] is added to the scores of cols[j]."""
+    """Adjacent streams that share one softmax call: rows attend to cols; weights[j] adds to the scores of cols[j]."""
 
     rows: tuple[int, ...]
     cols: tuple[int, ...]
@@ -57,10 +57,13 @@ def grid_ids(height: int, width: int, *, delta: tuple[float, float] = (0, 0), sc
     return ids.flatten(0, 1)
 
 
-def groups(text: int | None, image: int | None, streams: Sequence[Stream | None]) -> list[Group]:
+def groups(
+    text: int | None, image: int | None, streams: Sequence[Stream | None], *, apart: bool = False
+) -> list[Group]:
     """Who attends to whom. `text` and `image` are the indices of the main streams (None where absent).
 
     The strength of a condition acts both ways: on its keys for the main rows, and on the main keys for its own rows.
+    `apart` keeps conditions out of the main rows' call, so that keys which a control appends there stay unseen by them.
     """
     main = [i for i in (text, image) if i is not None]
     found: list[Group] = []
@@ -82,7 +85,8 @@ def groups(text: int | None, image: int | None, streams: Sequence[Stream | None]
             weighted = crosses and condition is not None and (condition.weight_text or not between_text)
             weights.append(condition.log_weight if weighted and condition is not None else None)
         last = found[-1] if found else None
-        if last and last.cols == tuple(cols) and all(a is b for a, b in zip(last.weights, weights, strict=True)):
+        same = last and last.cols == tuple(cols) and all(a is b for a, b in zip(last.weights, weights, strict=True))
+        if last and same and not (apart and (i in main) != (last.rows[-1] in main)):
             found[-1] = Group((*last.rows, i), last.cols, last.weights)
         else:
             found.append(Group((i,), tuple(cols), tuple(weights)))

@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from condit.backbones.mmdit import MMDiT
-from condit.controls.control import Control, Run
+from condit.controls.control import Control, Run, When, Where
 from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
 from condit.controls.omini import OminiConfig, OminiControl, condition_stream
-from condit.controls.control import When, Where
 from condit.data.annotators import edges_array
 from condit.data.icon_captions import plain_caption
 from condit.data.icons import TRAIN_LICENCES
@@ -45,12 +44,17 @@ NAMELESS = ("this", "this item", "the same thing", "这个", "同一个东西")
 
 @dataclass
 class Referenced:
-    """Targets (B, 3, H, W), captions, references (B, R, 3, H, W), how many of the R count for each row."""
+    """Targets (B, 3, H, W), captions, references (B, R, 3, H, W), how many of the R count for each row (B,).
+
+    `known` (K, R) numbers the references of the last K rows in a table of features made once; their pictures are absent,
+    so that `references` then has B - K rows.
+    """
 
     images: Tensor
     captions: list[str]
     references: Tensor
     counts: Tensor
+    known: Tensor | None = None
 
 
 class AdapterTask(Task):
@@ -155,7 +159,7 @@ class AdapterTask(Task):
 
 
 class StyleTask(AdapterTask):
-    """IP-Adapter on the MM-DiT: one to three references of other concepts in the target's style; the caption does not
+    """IP-Adapter on the MM-DiT: one or two references of other concepts in the target's style; the caption does not
     name the style. Procedural styles are applied to target and references alike."""
 
     def __init__(self, icons: str, model: str, ui: str | None = None, *, tokens: int = 8, procedural_share: float = 0.4):
@@ -164,12 +168,20 @@ class StyleTask(AdapterTask):
         config = IPConfig(TinyImage.features, tokens, c.dim, c.num_attention_heads)
         self.ip = IPAdapter(config, self.transformer.sites, c.dim)
         self.procedural_share = procedural_share
+        sources = [self.icons, *([self.ui] if self.ui else [])]
+        # The encoder is frozen and icons as drawn are never changed: their features are made once.
+        self.table = torch.cat([self.features_of(source) for source in sources])
 
     def adapter(self) -> IPAdapter:
         return self.ip
 
+    def features_of(self, icons: IconSet) -> Tensor:
+        """Features (N, E) of every icon of a set."""
+        rows = range(len(icons))
+        return torch.cat([self.image(icons.images(list(rows[i : i + 128]))) for i in range(0, len(rows), 128)])
+
     def batch(self, rng: random.Random, size: int) -> Referenced:
-        return style_batch(self, rng, size, self.procedural_share, most=3)
+        return style_batch(self, rng, size, self.procedural_share, most=2, pictures=False)
 
     def examples(self, icons: IconSet, count: int) -> Referenced:
         return style_examples(self, icons, count)
@@ -177,6 +189,8 @@ class StyleTask(AdapterTask):
     def conditions(self, batch: Referenced, text: Text, dropped: Tensor) -> tuple[list[Stream], list[Control]]:
         b, r = batch.references.shape[:2]
         features = self.image(batch.references.flatten(0, 1)).unflatten(0, (b, r))
+        if batch.known is not None:
+            features = torch.cat([features, self.table[batch.known]])
         counts = (torch.arange(r, device=features.device)[None] < batch.counts[:, None]).float()
         mean = (features * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
         kv = self.ip.keys_values(mean * (~dropped)[:, None])
@@ -270,9 +284,14 @@ def style_caption(icons: IconSet, rng: random.Random, i: int) -> str:
     return icons.caption(rng, i, p_no_style=0.95, p_tags=0.15)
 
 
-def style_batch(task: AdapterTask, rng: random.Random, size: int, share: float, *, most: int) -> Referenced:
-    """Targets with `most` references in the same style: vendors, UI families, procedural styles."""
-    images, captions, references = [], [], []
+def style_batch(
+    task: AdapterTask, rng: random.Random, size: int, share: float, *, most: int, pictures: bool = True
+) -> Referenced:
+    """Targets with `most` references in the same style: procedural styles first, then vendors and UI families.
+
+    `pictures=False` gives the references of the latter as numbers into a table over icons, then UI icons.
+    """
+    images, captions, references, known = [], [], [], []
     for _ in range(int(size * share)):
         style = Procedural.sample(rng)
         chosen = [rng.randrange(len(task.icons)) for _ in range(1 + most)]
@@ -283,11 +302,16 @@ def style_batch(task: AdapterTask, rng: random.Random, size: int, share: float, 
     for n in range(size - len(images)):
         source = task.ui if task.ui is not None and n % 6 == 0 else task.icons
         i = rng.randrange(len(source))
+        others = [source.other_in_style(rng, i) for _ in range(most)]
         images.append(source.images([i]))
-        references.append(source.images([source.other_in_style(rng, i) for _ in range(most)]))
         captions.append(style_caption(source, rng, i))
-    counts = torch.tensor([rng.choice((1, 1, most)) for _ in images])
-    return Referenced(torch.cat(images), captions, torch.stack(references), counts)
+        if pictures:
+            references.append(source.images(others))
+        else:
+            known.append([j + (len(task.icons) if source is task.ui else 0) for j in others])
+    counts = torch.tensor([rng.choice((1, most)) for _ in images])
+    table = torch.tensor(known) if known else None
+    return Referenced(torch.cat(images), captions, torch.stack(references), counts, table)
 
 
 def style_examples(task: AdapterTask, icons: IconSet, count: int) -> Referenced:

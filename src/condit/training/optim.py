@@ -48,10 +48,10 @@ def make_optimizers(
 
 
 def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, constant until 40 % of the run, then linear to zero."""
+    """Linear warm-up, constant until 20 % of the run, then linear to zero."""
     if step < warmup:
         return (step + 1) / warmup
-    return min(1.0, max(0.0, (steps - step) / (0.6 * steps)))
+    return min(1.0, max(0.0, (steps - step) / (0.8 * steps)))
 
 
 def set_lr(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:

@@ -28,8 +28,8 @@ from condit.nn.streams import Stream, grid_ids
 from condit.training.clip import procedural_caption
 from condit.training.icon_batches import IconSet, procedural
 from condit.training.loop import Task
-from condit.weights.files import save_tensors
-from condit.weights.tiny import load_clip, load_latent
+from condit.weights.files import load_strict, read_tensors, save_tensors
+from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
 
 GRID = (8, 8)
 # More noise than FLUX's N(0, 1): in a linear code the layout stays visible far longer (docs/tiny.md).
@@ -53,7 +53,8 @@ def image_stream(x_t: Tensor, t: Tensor, text: Text, *, canvas: bool = True) -> 
 
 
 class TextToImageTask(Task):
-    """`text` and `vae` are frozen; the transformer predicts the clean latent."""
+    """`text` and `vae` are frozen; the transformer predicts the clean latent. `init`: a folder of an earlier export
+    whose transformer training starts from."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class TextToImageTask(Task):
         ui: str | None = None,
         *,
         preset: str = "tiny",
+        init: str | None = None,
         ui_share: float = 0.1,
         procedural_share: float = 0.25,
     ):
@@ -77,6 +79,10 @@ class TextToImageTask(Task):
         self.transformer = MMDiT(PRESETS[preset])
         start(self.transformer)
         self.fit_canvas()
+        if init is not None:
+            folder = Path(init)
+            load_strict(self.text.canvas, floats(read_tensors(folder / "canvas" / WEIGHTS)), source=folder)
+            load_strict(self.transformer, floats(read_tensors(folder / "transformer" / WEIGHTS)), source=folder)
 
     @torch.no_grad()
     def fit_canvas(self) -> None:

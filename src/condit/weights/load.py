@@ -77,7 +77,7 @@ def load_tiny(name: str, folder: Path, dtype: torch.dtype) -> Parts:
 
 def load_mmdit(folder: Path, convert: Callable = dict) -> MMDiT:
     """An MM-DiT from diffusers' layout: config.json and one or several safetensors files, strictly."""
-    fields = read_config(folder)
+    fields: dict[str, Any] = read_config(folder)
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     unknown = sorted(fields.keys() - MMDiTConfig.__dataclass_fields__.keys())
     if unknown:

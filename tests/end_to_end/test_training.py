@@ -1,0 +1,77 @@
+"""One step of every training task on the committed icons, and what it exports is what the doors load."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import condit
+from condit.data.icons import sample_path
+from condit.training.adapters import StyleTask, TokenTask
+from condit.training.clip import ClipTask
+from condit.training.latent import LatentTask
+from condit.training.loop import Loop, LoopConfig
+from condit.training.text_to_image import TextToImageTask
+from condit.weights.load import load_tiny
+from condit.weights.tiny import load_clip, load_latent
+
+ICONS = str(sample_path())
+ONE_STEP = LoopConfig(steps=1, batch=8, precision="no", warmup=1, ema=0.0)
+
+
+def one_step(task, out: Path, monkeypatch) -> Path:
+    """The export of one step; figures and sheets cost more than the step and are looked at elsewhere."""
+    monkeypatch.setattr(task, "sheet", lambda: None)
+    monkeypatch.setattr(task, "validate", lambda: {})
+    before = {n: p.detach().clone() for n, p in task.named_parameters() if p.requires_grad}
+    Loop(task, ONE_STEP, out).run()
+    moved = [n for n, p in task.named_parameters() if n in before and not torch.equal(p, before[n])]
+    assert moved, "no weight moved"
+    return out / "export"
+
+
+def test_latent_trains_a_step_and_loads(tmp_path, monkeypatch):
+    task = LatentTask(ICONS)
+    vae = load_latent(one_step(task, tmp_path, monkeypatch))
+    images = task.held_out.images([0, 1])
+    assert (vae.decode(vae.encode(images).latent_dist.mode()).sample - images).abs().mean() < 0.1
+
+
+def test_clip_trains_a_step_and_loads(tmp_path, monkeypatch):
+    folder = one_step(ClipTask(ICONS), tmp_path, monkeypatch)
+    clip, tokenizer = load_clip(folder)
+    assert len(tokenizer(["a red apple"])["input_ids"][0]) >= 5
+    assert clip.config.projection_dim == 256
+
+
+def test_text_to_image_trains_a_step_and_loads(tmp_path, monkeypatch, random_tiny_folder):
+    model = random_tiny_folder / "model"
+    task = TextToImageTask(ICONS, str(model / "clip"), str(model / "vae"))
+    folder = one_step(task, tmp_path, monkeypatch)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    assert config["condit"]["prediction"] == "x"
+    # Beside the latent and the CLIP that it was trained on, the export is a whole model.
+    for part in ("clip", "vae"):
+        (folder / part).symlink_to(model / part)
+    assert load_tiny("trained", folder, torch.float32).prediction == "x"
+
+
+def test_style_adapter_trains_a_step_and_loads(tmp_path, monkeypatch, random_tiny, random_tiny_folder):
+    folder = one_step(StyleTask(ICONS, str(random_tiny_folder / "model")), tmp_path, monkeypatch)
+    assert condit.IPAdapter.load(folder, condit.load("tiny")).config.tokens == 8
+
+
+@pytest.mark.parametrize("kind", ["subject", "edges", "gray", "style"])
+def test_token_adapters_train_a_step_and_load(kind, tmp_path, monkeypatch, random_tiny, random_tiny_folder):
+    folder = one_step(TokenTask(ICONS, str(random_tiny_folder / "model"), kind=kind, rank=4), tmp_path, monkeypatch)
+    adapter = condit.OminiControl.load(folder, condit.load("tiny"))
+    assert adapter.config.independent
+    assert adapter.config.delta == ((0, 0) if kind in ("edges", "gray") else (0, -8))
+
+
+def test_adapter_training_leaves_the_base_alone(tmp_path, monkeypatch, random_tiny_folder):
+    task = TokenTask(ICONS, str(random_tiny_folder / "model"), kind="gray", rank=4)
+    before = {k: v.clone() for k, v in task.transformer.state_dict().items()}
+    one_step(task, tmp_path, monkeypatch)
+    assert all(torch.equal(v, before[k]) for k, v in task.transformer.state_dict().items())

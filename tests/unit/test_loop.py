@@ -1,0 +1,144 @@
+"""The training loop: exact resume after a kill, bad numbers, recipes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from condit.training.loop import Loop, LoopConfig, Task
+from condit.training.optim import lr_factor, parameter_groups
+from condit.training.run import read_recipe, train
+
+
+class Toy(Task):
+    """A regression that draws from both sources of randomness; kills its process at a batch, or turns bad."""
+
+    def __init__(self, kill_at: int = -1, bad_from: int = 10**9):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        self.kill_at, self.bad_from, self.seen = kill_at, bad_from, 0
+
+    def batch(self, rng: random.Random, size: int) -> Tensor:
+        if self.seen == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.seen += 1
+        return torch.tensor([[rng.gauss(0, 1) for _ in range(64)] for _ in range(size)])
+
+    def forward(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        noise = torch.randn(batch.shape, generator=generator)
+        loss = (self.net(batch + 0.1 * noise) - batch.flip(1)).square().mean()
+        return loss * (float("nan") if self.seen > self.bad_from else 1.0), {}
+
+    def export(self, folder: Path, card: dict) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"net": self.net.state_dict(), "images": card["images_seen"]}, folder / "net.pt")
+
+
+CONFIG = LoopConfig(steps=12, batch=4, lr=1e-2, muon_lr=0.01, warmup=2, ema=0.9, precision="no", save_minutes=0.0)
+
+KILLED = """
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_loop import CONFIG, Toy
+from condit.training.loop import Loop
+Loop(Toy(kill_at=8), CONFIG, Path({out!r})).run()
+"""
+
+
+def test_a_run_killed_and_resumed_ends_with_the_weights_of_one_never_stopped(tmp_path):
+    Loop(Toy(), CONFIG, tmp_path / "whole").run()
+    script = KILLED.format(tests=str(Path(__file__).parent), out=str(tmp_path / "cut"))
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    resumed = Loop(Toy(), CONFIG, tmp_path / "cut")
+    assert 0 < resumed.step < CONFIG.steps
+    resumed.run()
+    whole, cut = (torch.load(tmp_path / name / "export" / "net.pt") for name in ("whole", "cut"))
+    assert whole["images"] == cut["images"] == 48
+    assert all(torch.equal(whole["net"][k], cut["net"][k]) for k in whole["net"])
+    states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "cut")]
+    for name in states[0]["parameters"]:
+        assert torch.equal(states[0]["parameters"][name], states[1]["parameters"][name])
+
+
+def test_training_moves_the_weights_and_lowers_the_loss(tmp_path):
+    config = CONFIG.model_copy(update={"steps": 60, "batch": 32})
+    task = Toy()
+    generator = torch.Generator().manual_seed(1)
+    held_out = task.batch(random.Random("held out"), 64)
+    before = float(task(held_out, generator)[0])
+    Loop(task, config, tmp_path).run()
+    assert float(task(held_out, generator)[0]) < 0.8 * before
+
+
+def test_bad_losses_are_skipped_then_stop_with_advice_and_keep_the_checkpoint(tmp_path):
+    config = CONFIG.model_copy(update={"steps": 100})
+    with pytest.raises(ValueError, match="lower `lr`"):
+        Loop(Toy(bad_from=6), config, tmp_path).run()
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)["parameters"]
+    assert all(torch.isfinite(p).all() for p in saved.values())
+
+
+def test_another_recipes_checkpoint_is_refused(tmp_path):
+    Loop(Toy(), CONFIG, tmp_path).run()
+
+    class Other(Toy):
+        def __init__(self):
+            super().__init__()
+            self.more = nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match="another recipe"):
+        Loop(Other(), CONFIG, tmp_path)
+
+
+def test_averaged_weights_are_put_in_and_taken_out_bit_exactly(tmp_path):
+    loop = Loop(Toy(), CONFIG, tmp_path)
+    live = {k: p.detach().clone() for k, p in loop.parameters.items()}
+    for p in loop.average.shadow.values():
+        p.add_(1.0)
+    with loop.averaged():
+        assert not any(torch.equal(p, live[k]) for k, p in loop.parameters.items())
+    assert all(torch.equal(p, live[k]) for k, p in loop.parameters.items())
+
+
+def test_lr_warms_up_holds_and_falls_to_zero():
+    assert lr_factor(0, 100, 10) == 0.1
+    assert lr_factor(15, 100, 10) == 1.0
+    assert lr_factor(60, 100, 10) == pytest.approx(0.5)
+    assert lr_factor(100, 100, 10) == 0.0
+
+
+def test_muon_gets_hidden_matrices_and_nothing_else():
+    module = nn.ModuleDict({"hidden": nn.Linear(64, 64), "table": nn.Embedding(70, 64), "norm": nn.Linear(64, 64)})
+    matrices, embeddings, rest = parameter_groups(module)
+    assert [p is module["hidden"].weight for p in matrices] == [True]
+    assert [p is module["table"].weight for p in embeddings] == [True]
+    assert len(rest) == 3
+
+
+def test_recipe_errors_name_the_field(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('task = "tokens"\n[data]\n[train]\nsteps = 3\nbatch = "many"\n')
+    with pytest.raises(ValueError, match="train.batch"):
+        read_recipe(recipe)
+    recipe.write_text('task = "tokens"\n[data]\n[train]\nsteps = 3\nbatch = 2\nsped = 1\n')
+    with pytest.raises(ValueError, match="train.sped"):
+        read_recipe(recipe)
+    recipe.write_text('task = "paint"\n[data]\n[train]\nsteps = 3\nbatch = 2\n')
+    with pytest.raises(ValueError, match="no task 'paint'"):
+        train(recipe, out=tmp_path)
+    recipe.write_text('task = "latent"\n[data]\nfolder = "x"\n[train]\nsteps = 3\nbatch = 2\n')
+    with pytest.raises(ValueError, match="does not fit task 'latent'"):
+        train(recipe, out=tmp_path)
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_is_valid(recipe):
+    assert read_recipe(recipe).train.steps > 0

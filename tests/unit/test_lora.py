@@ -1,0 +1,72 @@
+"""nn/lora.py: LoRA as an argument."""
+
+import pytest
+import torch
+from torch import nn
+
+from condit.nn.lora import Linear, LoRA, linear_shapes, name_linears
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.add_to_q = Linear(3, 4), Linear(3, 4)
+        self.inner = nn.ModuleList([Linear(4, 2), nn.Linear(4, 2)])
+        name_linears(self)
+
+
+def filled(rank: int = 2, alpha: float | None = None) -> LoRA:
+    torch.manual_seed(0)
+    lora = LoRA({"to_q": (4, 3), "inner.0": (2, 4)}, rank, alpha)
+    for b in lora.b.values():
+        nn.init.normal_(b)
+    return lora.requires_grad_(False)
+
+
+def test_a_fresh_lora_changes_nothing():
+    net, x = Net(), torch.randn(2, 5, 3)
+    assert torch.equal(net.to_q(x, LoRA({"to_q": (4, 3)}, 2)), net.to_q(x))
+
+
+def test_a_linear_with_its_lora_equals_the_merged_weight():
+    net, lora, x = Net().requires_grad_(False), filled(), torch.randn(2, 5, 3)
+    merged = net.to_q.weight + lora.b["to_q"] @ lora.a["to_q"]
+    torch.testing.assert_close(net.to_q(x, lora), x @ merged.mT + net.to_q.bias, rtol=0, atol=1e-6)
+
+
+def test_a_lora_leaves_linears_that_it_does_not_name():
+    net, x = Net(), torch.randn(2, 3)
+    assert torch.equal(net.add_to_q(x, filled()), net.add_to_q(x))
+
+
+def test_alpha_scales_by_alpha_over_rank():
+    x = torch.randn(2, 3)
+    plain, doubled = filled(rank=2).delta("to_q", x), filled(rank=2, alpha=4.0).delta("to_q", x)
+    assert plain is not None and doubled is not None
+    assert torch.equal(2 * plain, doubled)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_the_published_layout_is_read_back_with_and_without_prefix(prefix):
+    lora = filled()
+    tensors = {prefix + name.removeprefix("transformer."): t for name, t in lora.tensors().items()}
+    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in tensors)
+    again = LoRA.from_tensors(tensors)
+    assert again.rank == 2 and set(again.keys) == {"to_q", "inner.0"}
+    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in lora.tensors().items())
+
+
+def test_a_file_without_lora_is_told_by_what_it_holds():
+    with pytest.raises(ValueError, match="No LoRA found.*'image_proj.norm.weight'"):
+        LoRA.from_tensors({"image_proj.norm.weight": torch.zeros(1)})
+
+
+def test_every_linear_knows_its_path():
+    net = Net()
+    assert net.to_q.path == "to_q" and net.inner[0].path == "inner.0"
+
+
+def test_targets_match_whole_parts_of_a_path():
+    net = Net()
+    assert linear_shapes(net, ["to_q", "inner.0", "inner.1"]) == {"to_q": (4, 3), "inner.0": (2, 4)}
+    assert linear_shapes(net, ["q"]) == {}

@@ -1,0 +1,48 @@
+"""diffusion/samplers.py: Euler's steps."""
+
+import pytest
+import torch
+
+from condit.diffusion.objectives import to_velocity
+from condit.diffusion.samplers import euler
+from condit.diffusion.schedules import flow_sigmas
+
+X0, NOISE = torch.randn(2, 1, 6, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_a_straight_flow_arrives_exactly_in_any_number_of_steps(steps):
+    found = euler(lambda x, sigma, i: NOISE - X0, NOISE, flow_sigmas(steps, shift=2.0))
+    torch.testing.assert_close(found, X0, rtol=0, atol=1e-6)
+
+
+def test_a_prediction_of_the_picture_lands_on_it():
+    def velocity(x, sigma, i):
+        return to_velocity(X0, x, sigma.expand(1), "x")
+
+    torch.testing.assert_close(euler(velocity, NOISE, flow_sigmas(20)), X0, rtol=0, atol=1e-5)
+
+
+def test_the_network_is_asked_once_a_step_at_its_level():
+    asked = []
+    sigmas = flow_sigmas(3)
+    euler(lambda x, sigma, i: asked.append((i, float(sigma))) or x, NOISE, sigmas)
+    assert asked == [(i, float(s)) for i, s in enumerate(sigmas[:-1])]
+
+
+def test_on_step_sees_each_result_and_may_replace_it():
+    seen = []
+
+    def on_step(i, x):
+        seen.append(i)
+        return torch.zeros_like(x) if i == 1 else None
+
+    found = euler(lambda x, sigma, i: torch.ones_like(x), NOISE, torch.tensor([1.0, 0.5, 0.25, 0.0]), on_step=on_step)
+    assert seen == [0, 1, 2]
+    torch.testing.assert_close(found, torch.full_like(NOISE, -0.25))
+
+
+def test_the_start_is_not_changed():
+    start = NOISE.clone()
+    euler(lambda x, sigma, i: x, start, flow_sigmas(3))
+    assert torch.equal(start, NOISE)
