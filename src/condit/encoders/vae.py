@@ -110,13 +110,19 @@ class PatchAutoencoder(nn.Module):
         x = self.patches(images) - self.mean[None, :, None, None]
         return Encoded(Exact(torch.einsum("bphw,cp->bchw", x, self.basis)))
 
+    def linear(self, latents: Tensor) -> Tensor:
+        """What the code alone says, without the decoder."""
+        return F.pixel_shuffle(self.patches_of(latents), self.config.patch)
+
+    def patches_of(self, latents: Tensor) -> Tensor:
+        return torch.einsum("bchw,cp->bphw", latents, self.basis) + self.mean[None, :, None, None]
+
     def decode(self, latents: Tensor) -> Decoded:
         """Linear reconstruction plus the decoder's residual."""
-        linear = torch.einsum("bchw,cp->bphw", latents, self.basis) + self.mean[None, :, None, None]
         h = self.conv_in(latents / self.deviation[None, :, None, None])
         for block in self.blocks:
             h = block(h)
-        return Decoded(F.pixel_shuffle(linear + self.conv_out(F.silu(h)), self.config.patch))
+        return Decoded(F.pixel_shuffle(self.patches_of(latents) + self.conv_out(F.silu(h)), self.config.patch))
 
 
 class Autoencoder(Protocol):

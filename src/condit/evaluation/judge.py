@@ -61,7 +61,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, among: Collection[str] | None = None, batch: int = 256) -> Tensor:
-        """Pictures (B, 3, H, W) uint8 on white -> (B, styles), rows sum to 1. among: the styles that may be the answer."""
+        """Pictures (B, 3, H, W) uint8 on white -> (B, styles), rows sum to 1. among: styles that may be answers."""
         framed = torch.stack([torch.from_numpy(frame(x)) for x in images.permute(0, 2, 3, 1).numpy()])
         closed = torch.tensor([among is not None and style not in among for style in self.styles])
         logits = torch.cat([self(to_input(part)).float() for part in framed.split(batch)])

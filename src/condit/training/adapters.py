@@ -32,7 +32,7 @@ from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.streams import Stream, grid_ids
 from condit.training.icon_batches import IconSet, procedural
-from condit.training.loop import Task
+from condit.training.loop import Task, to_device
 from condit.training.text_to_image import GRID, GROUPS, SHIFT, T_MEAN, T_STD, image_stream
 from condit.weights.files import save_tensors
 from condit.weights.load import load_tiny
@@ -46,8 +46,8 @@ NAMELESS = ("this", "this item", "the same thing", "这个", "同一个东西")
 class Referenced:
     """Targets (B, 3, H, W), captions, references (B, R, 3, H, W), how many of the R count for each row (B,).
 
-    `known` (K, R) numbers the references of the last K rows in a table of features made once; their pictures are absent,
-    so that `references` then has B - K rows.
+    `known` (K, R) numbers the references of the last K rows in a table of features made once; they have no pictures, so
+    that `references` then has B - K rows.
     """
 
     images: Tensor
@@ -103,14 +103,14 @@ class AdapterTask(Task):
 
     def validate(self) -> dict[str, float]:
         """Velocity error on held-out rows, and how much it rises with another row's reference, and with none (in %)."""
-        batch = self.examples(self.held_out, 128)
+        batch = to_device(self.examples(self.held_out, 128), self.device)
         x0, text = encode_tokens(self.vae, batch.images), self.text(batch.captions)
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-        keep = torch.zeros(len(x0), dtype=torch.bool)
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
+        keep = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         swapped = Referenced(batch.images, batch.captions, batch.references.roll(7, 0), batch.counts.roll(7))
         found = {}
         for level in (0.5, 0.7, 0.9):
-            t = torch.full((len(x0),), level)
+            t = torch.full((len(x0),), level, device=x0.device)
             x_t = add_noise(x0, noise, t)
             errors = [
                 float(flow_loss(self.predict(x_t, t, text, *self.conditions(*row)), x0, noise, t, "x").mean())
@@ -123,17 +123,17 @@ class AdapterTask(Task):
 
     @torch.no_grad()
     def draw(self, batch: Referenced, *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> list[Image.Image]:
-        n = len(batch.captions)
+        n, batch = len(batch.captions), to_device(batch, self.device)
         text, empty = self.text(batch.captions), self.text([""] * n)
-        keep = torch.zeros(n, dtype=torch.bool)
+        keep = torch.zeros(n, dtype=torch.bool, device=self.device)
         sides = [(text, *self.conditions(batch, text, keep)), (empty, *self.conditions(batch, empty, ~keep))]
 
         def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
-            t = sigma.expand(n)
+            t = sigma.to(self.device).expand(n)
             c, u = (to_velocity(self.predict(x, t, *side), x, t, "x") for side in sides)
             return guide(c, u, guidance)
 
-        noise = torch.randn(n, 64, 256, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(n, 64, 256, generator=torch.Generator().manual_seed(seed)).to(self.device)
         x = euler(velocity, noise, flow_sigmas(steps, shift=SHIFT))
         return to_images(decode_tokens(self.vae, x, GRID))
 
@@ -162,7 +162,9 @@ class StyleTask(AdapterTask):
     """IP-Adapter on the MM-DiT: one or two references of other concepts in the target's style; the caption does not
     name the style. Procedural styles are applied to target and references alike."""
 
-    def __init__(self, icons: str, model: str, ui: str | None = None, *, tokens: int = 8, procedural_share: float = 0.4):
+    def __init__(
+        self, icons: str, model: str, ui: str | None = None, *, tokens: int = 8, procedural_share: float = 0.4
+    ):
         super().__init__(icons, model, ui)
         c = self.transformer.config
         config = IPConfig(TinyImage.features, tokens, c.dim, c.num_attention_heads)
@@ -190,7 +192,7 @@ class StyleTask(AdapterTask):
         b, r = batch.references.shape[:2]
         features = self.image(batch.references.flatten(0, 1)).unflatten(0, (b, r))
         if batch.known is not None:
-            features = torch.cat([features, self.table[batch.known]])
+            features = torch.cat([features, self.table.to(features.device)[batch.known]])
         counts = (torch.arange(r, device=features.device)[None] < batch.counts[:, None]).float()
         mean = (features * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
         kv = self.ip.keys_values(mean * (~dropped)[:, None])
@@ -237,8 +239,10 @@ class TokenTask(AdapterTask):
         if self.kind == "gray":
             weights = torch.tensor([0.299, 0.587, 0.114])
             return torch.einsum("bchw,c->bhw", images, weights)[:, None].expand(-1, 3, -1, -1)
-        known = self.edges is not None and icons is self.icons
-        maps = self.edges[chosen] if known else np.stack([edges_array(icons.rgba[i]) for i in chosen])
+        if self.edges is not None and icons is self.icons:
+            maps = self.edges[chosen]
+        else:
+            maps = np.stack([edges_array(icons.rgba[i]) for i in chosen])
         return (torch.from_numpy(maps).float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
     def examples(self, icons: IconSet, count: int) -> Referenced:
@@ -259,7 +263,9 @@ class TokenTask(AdapterTask):
     def conditions(self, batch: Referenced, text: Text, dropped: Tensor) -> tuple[list[Stream], list[Control]]:
         with torch.no_grad():
             # The empty condition is a black picture, encoded like any other.
-            shown = torch.where(dropped[:, None, None, None], torch.full_like(batch.images, -1.0), batch.references[:, 0])
+            shown = torch.where(
+                dropped[:, None, None, None], torch.full_like(batch.images, -1.0), batch.references[:, 0]
+            )
             tokens = encode_tokens(self.vae, shown)
         ids = grid_ids(*GRID, delta=self.omini.config.delta)
         return [condition_stream(self.omini, tokens, ids, self.run_of(text))], []

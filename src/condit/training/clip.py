@@ -146,7 +146,9 @@ class ClipTask(Task):
         names = self.embed_texts([f"{STYLES[s].name_en} style" for s in styles])[:, STYLE]
         image = torch.cat(
             [
-                embed_image(self.clip, self.held_out.images(list(range(i, min(i + 64, len(self.held_out))))))[1]
+                embed_image(
+                    self.clip, self.held_out.images(list(range(i, i + 64))[: len(self.held_out) - i]).to(self.device)
+                )[1].cpu()
                 for i in range(0, len(self.held_out), 64)
             ]
         )
@@ -161,8 +163,8 @@ class ClipTask(Task):
         }
 
     def embed_texts(self, texts: list[str]) -> Tensor:
-        ids = token_ids(self.tokenizer, texts)
-        return torch.cat([embed_text(self.clip, part)[1] for part in ids.split(128)])
+        ids = token_ids(self.tokenizer, texts).to(self.device)
+        return torch.cat([embed_text(self.clip, part)[1] for part in ids.split(128)]).cpu()
 
     def export(self, folder: Path, card: dict) -> None:
         self.clip.half().save_pretrained(folder)

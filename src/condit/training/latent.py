@@ -17,6 +17,7 @@ from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.training.icon_batches import IconSet, procedural
 from condit.training.loop import Task
 from condit.weights.files import save_tensors
+from condit.weights.tiny import load_latent
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -28,12 +29,16 @@ def psnr(a: Tensor, b: Tensor) -> float:
 class LatentTask(Task):
     """Decoder of a `PatchAutoencoder`: squared error, with a little noise on the code so that it also cleans samples."""
 
-    def __init__(self, icons: str, *, noise: float = 0.05, procedural_share: float = 0.2):
+    def __init__(self, icons: str, *, noise: float = 0.05, procedural_share: float = 0.2, init: str | None = None):
+        """`init`: a latent whose code is kept, so that models trained on it stay valid; only the decoder is trained."""
         super().__init__()
         self.icons = IconSet.open(icons, licences=TRAIN_LICENCES, splits=("train",))
         self.held_out = IconSet.open(icons, licences=TRAIN_LICENCES, splits=("concept",))
         self.unseen = IconSet.open(icons, splits=("style",))
         self.noise, self.share = noise, procedural_share
+        if init is not None:
+            self.vae = load_latent(init)
+            return
         self.vae = PatchAutoencoder(PatchAutoencoderConfig())
         chosen = random.Random(0).sample(range(len(self.icons)), min(3000, len(self.icons)))
         self.vae.fit(self.icons.images(chosen))
@@ -55,10 +60,9 @@ class LatentTask(Task):
         return (error + 1e-4).log().mean(), {"mse": float(error.detach().mean())}
 
     def decoded(self, icons: IconSet, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        x = icons.images(random.Random(1).sample(range(len(icons)), min(count, len(icons))))
+        x = icons.images(random.Random(1).sample(range(len(icons)), min(count, len(icons)))).to(self.device)
         z = self.vae.encode(x).latent_dist.mode()
-        linear = torch.einsum("bchw,cp->bphw", z, self.vae.basis) + self.vae.mean[None, :, None, None]
-        return x, torch.pixel_shuffle(linear, 8), self.vae.decode(z).sample
+        return x, self.vae.linear(z), self.vae.decode(z).sample
 
     def validate(self) -> dict[str, float]:
         found = {}

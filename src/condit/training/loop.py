@@ -5,12 +5,13 @@ All randomness of step i is drawn from (seed, i, process), so a resumed run cont
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,8 +55,13 @@ class LoopConfig(BaseModel):
 class Task(nn.Module):
     """What is trained. Only parameters with requires_grad are optimised, averaged and saved."""
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
     def batch(self, rng: random.Random, size: int) -> Any:
-        """One batch, a pure function of `rng`; runs in a background thread."""
+        """One batch on the CPU, a pure function of `rng`; a tensor or a dataclass of them; runs in a background
+        thread."""
         raise NotImplementedError(f"{type(self).__name__} has no batch().")
 
     def forward(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -72,6 +78,17 @@ class Task(nn.Module):
 
     def export(self, folder: Path, card: dict) -> None:
         """Write what is shipped, from averaged weights. `card`: steps, images seen, last figures."""
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A tensor, or a dataclass with its tensors, on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if not dataclasses.is_dataclass(batch) or isinstance(batch, type):
+        return batch
+    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(batch, **moved)
 
 
 class Loop:
@@ -140,6 +157,7 @@ class Loop:
     def train_step(self, batch: Any) -> tuple[float, dict[str, float]]:
         config = self.config
         generator = torch.Generator().manual_seed(random.Random("noise/" + self.key(self.step)).getrandbits(62))
+        batch = to_device(batch, self.accelerator.device)
         set_lr(self.optimizers, lr_factor(self.step, config.steps, config.warmup))
         with self.accelerator.autocast():
             loss, logs = self.model(batch, generator)
@@ -239,7 +257,7 @@ class Loop:
                 file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **row}) + "\n")
 
     @contextmanager
-    def bar(self):
+    def bar(self) -> Iterator[Callable[[float], None]]:
         """A progress bar on stderr, if asked for; yields tick(loss)."""
         if not (self.progress and self.accelerator.is_main_process):
             yield lambda loss: None
@@ -250,4 +268,8 @@ class Loop:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
             row = progress.add_task("training", total=self.config.steps, completed=self.step)
-            yield lambda loss: progress.update(row, advance=1, description=f"loss {loss:.4f}")
+
+            def tick(loss: float) -> None:
+                progress.update(row, advance=1, description=f"loss {loss:.4f}")
+
+            yield tick

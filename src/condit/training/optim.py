@@ -20,7 +20,7 @@ def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
             continue
         if id(p) in tables:
             embeddings.append(p)
-        elif p.ndim == 2 and min(p.shape) >= 64 and "norm" not in name and "embed" not in name and "proj_out" != name:
+        elif p.ndim == 2 and min(p.shape) >= 64 and "norm" not in name and "embed" not in name:
             matrices.append(p)
         else:
             rest.append(p)
@@ -61,7 +61,7 @@ def set_lr(optimizers: Iterable[torch.optim.Optimizer], factor: float) -> None:
 
 
 class Average:
-    """Exponential moving average of the trainable parameters, in float32, with a warm start: decay_i = min(d, i/(i+10))."""
+    """Exponential moving average of the trainable parameters, in float32; decay_i = min(decay, i / (i + 10))."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float):
         self.decay, self.count = decay, 0

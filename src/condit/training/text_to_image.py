@@ -131,14 +131,14 @@ class TextToImageTask(Task):
         """Held-out combinations: velocity error, and how much it rises with another icon's caption (in %)."""
         generator = torch.Generator().manual_seed(0)
         chosen = random.Random(0).sample(range(len(self.held_out)), min(192, len(self.held_out)))
-        x0 = encode_tokens(self.vae, self.held_out.images(chosen))
+        x0 = encode_tokens(self.vae, self.held_out.images(chosen).to(self.device))
         icons = [self.held_out.icons[i] for i in chosen]
         right = self.text([plain_caption(i) for i in icons])
-        wrong = right.rows(torch.arange(len(icons)).roll(7))
-        noise = torch.randn(x0.shape, generator=generator)
+        wrong = right.rows(torch.arange(len(icons)).roll(7).to(x0.device))
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         found = {}
         for level in (0.5, 0.7, 0.9, 1.0):
-            t = torch.full((len(x0),), level)
+            t = torch.full((len(x0),), level, device=x0.device)
             x_t = add_noise(x0, noise, t)
             good, bad = (float(flow_loss(self.predict(x_t, t, s), x0, noise, t, "x").mean()) for s in (right, wrong))
             found[f"error_{level}"] = round(good, 4)
@@ -151,11 +151,11 @@ class TextToImageTask(Task):
         text, empty = self.text(prompts), self.text([""] * len(prompts))
 
         def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
-            t = sigma.expand(len(x))
+            t = sigma.to(x.device).expand(len(x))
             both = [to_velocity(self.predict(x, t, s), x, t, "x") for s in (text, empty)]
             return guide(both[0], both[1], guidance)
 
-        noise = torch.randn(len(prompts), 64, 256, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(len(prompts), 64, 256, generator=torch.Generator().manual_seed(seed)).to(self.device)
         x = euler(velocity, noise, flow_sigmas(steps, shift=SHIFT))
         return to_images(decode_tokens(self.vae, x, GRID))
 
@@ -182,7 +182,7 @@ class TextToImageTask(Task):
 
 @torch.no_grad()
 def start(model: MMDiT) -> None:
-    """The start of DiT (arXiv:2212.09748, section 3.2): gates and head at zero, so that every block begins as identity."""
+    """The start of DiT (arXiv:2212.09748, section 3.2): gates and head at zero, so that blocks begin as identity."""
     for name, p in model.named_parameters():
         if name.endswith("weight") and p.ndim == 2:
             torch.nn.init.xavier_uniform_(p)
