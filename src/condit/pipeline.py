@@ -165,6 +165,11 @@ class Pipeline:
         return 2 * (vae.config.patch if hasattr(vae.config, "patch") else 2 ** (len(vae.config.block_out_channels) - 1))
 
     def negatives(self, negative: str | Sequence[str] | None, n: int) -> list[str]:
+        if self.parts.distilled and negative:
+            raise ValueError(
+                f"{self.name} has its guidance inside the model, with no unconditional prediction: a negative prompt "
+                "has no effect. Leave it out."
+            )
         found = [negative or ""] * n if negative is None or isinstance(negative, str) else list(negative)
         if len(found) != n:
             raise ValueError(f"{len(found)} negative prompts for {n} prompts. Give one, or as many as prompts.")

@@ -59,7 +59,7 @@ def test_text_to_image_trains_a_step_and_loads(tmp_path, monkeypatch, random_tin
 
 def test_style_adapter_trains_a_step_and_loads(tmp_path, monkeypatch, random_tiny, random_tiny_folder):
     folder = one_step(StyleTask(ICONS, str(random_tiny_folder / "model")), tmp_path, monkeypatch)
-    assert condit.IPAdapter.load(folder, condit.load("tiny")).config.tokens == 8
+    assert condit.IPAdapter.load(folder, condit.load("tiny")).config.tokens == 4
 
 
 @pytest.mark.parametrize("kind", ["subject", "edges", "gray", "style"])

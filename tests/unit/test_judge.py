@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from condit.data.icons import STYLES, Icon
+from condit.data.icons import STYLES, TRAIN_LICENCES, Icon
 from condit.evaluation import judge as judges
 from condit.evaluation.judge import Judge, frame, is_for_judge, load_judge, to_input
 
@@ -80,9 +80,10 @@ def test_a_missing_judge_says_how_to_train_one(tmp_path):
         load_judge(tmp_path)
 
 
-def test_the_committed_judge_knows_every_style_and_is_small():
+def test_the_committed_judge_knows_the_styles_of_the_training_licences_and_is_small():
     judge = load_judge()
     card = json.loads((judges.JUDGE / "card.json").read_text())
-    assert card["styles"] == judge.styles == sorted(STYLES)
+    assert card["styles"] == judge.styles == sorted(s for s, row in STYLES.items() if row.licence in TRAIN_LICENCES)
+    assert set(card["licences"]) <= set(TRAIN_LICENCES)
     assert (judges.JUDGE / judges.WEIGHTS).stat().st_size < 1_000_000
     assert card["held_out"]["accuracy"] >= 0.70

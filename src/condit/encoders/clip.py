@@ -7,6 +7,7 @@ first `CONCEPT` dimensions are trained on what is drawn and the `STYLE` dimensio
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,7 +65,8 @@ def make_tokenizer(corpus: Iterable[str], vocab_size: int = 5000) -> PreTrainedT
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=letters, show_progress=False
     )
-    tokenizer.train_from_iterator(corpus, trainer)
+    # A letter behind another one makes its piece "##x": without it an unknown word could not fall apart.
+    tokenizer.train_from_iterator(chain(corpus, (f"a{letter}" for letter in letters)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
     )

@@ -163,7 +163,7 @@ class StyleTask(AdapterTask):
     name the style. Procedural styles are applied to target and references alike."""
 
     def __init__(
-        self, icons: str, model: str, ui: str | None = None, *, tokens: int = 8, procedural_share: float = 0.4
+        self, icons: str, model: str, ui: str | None = None, *, tokens: int = 4, procedural_share: float = 0.4
     ):
         super().__init__(icons, model, ui)
         c = self.transformer.config
@@ -202,7 +202,7 @@ class StyleTask(AdapterTask):
 class TokenTask(AdapterTask):
     """OminiControl on the MM-DiT: a condition through the model's own code joins as independent tokens."""
 
-    def __init__(self, icons: str, model: str, ui: str | None = None, *, kind: Kind = "subject", rank: int = 16):
+    def __init__(self, icons: str, model: str, ui: str | None = None, *, kind: Kind = "subject", rank: int = 8):
         super().__init__(icons, model, ui)
         aligned = kind in ("edges", "gray")
         annotator = kind if aligned else None

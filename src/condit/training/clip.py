@@ -1,4 +1,4 @@
-"""Training of the embedded CLIP: contrastive on concept and on style, English and Chinese, tags and procedural styles."""
+"""Training of the embedded CLIP: contrast on concept and on style, two languages, tags and procedural styles."""
 
 from __future__ import annotations
 

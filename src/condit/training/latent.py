@@ -27,7 +27,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 class LatentTask(Task):
-    """Decoder of a `PatchAutoencoder`: squared error, with a little noise on the code so that it also cleans samples."""
+    """Decoder of a `PatchAutoencoder`: squared error, with noise on the code so that it also cleans samples."""
 
     def __init__(self, icons: str, *, noise: float = 0.05, procedural_share: float = 0.2, init: str | None = None):
         """`init`: a latent whose code is kept, so that models trained on it stay valid; only the decoder is trained."""

@@ -174,7 +174,7 @@ class Loop:
             log.warning("Step %d skipped: loss %s, gradient norm %s.", self.step, value, norm)
             if self.bad_steps >= NAN_STEPS_UNTIL_STOP:
                 raise ValueError(
-                    f"{self.bad_steps} steps in a row had a non-finite loss or gradient. The last checkpoint is kept in "
+                    f"{self.bad_steps} steps in a row had a non-finite loss or gradient. The last checkpoint is in "
                     f"{self.out}; lower `lr`, or set precision = 'no'."
                 )
         for optimizer in self.optimizers:

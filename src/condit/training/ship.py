@@ -1,0 +1,97 @@
+"""Finished runs -> `assets/tiny`: weights, cards with their curves, attribution. `python -m condit.training.ship`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from condit.weights.catalog import TINY
+from condit.weights.files import save_folder
+
+# Part of the model -> (run, folder within its export).
+MODEL = {
+    "clip": ("tiny-clip", "."),
+    "vae": ("tiny-latent", "."),
+    "transformer": ("tiny", "transformer"),
+    "canvas": ("tiny", "canvas"),
+}
+ADAPTERS = ("style", "style-tokens", "subject", "edges", "gray")
+LICENCE = "Apache-2.0"
+DATA = "icons under Apache-2.0, MIT, OFL-1.1 and CC-BY-4.0, training split only (ATTRIBUTION.md)"
+CURVE_POINTS = 24
+
+
+def curve(log: Path) -> list[dict]:
+    """The run's log, thinned to a few points: step, loss, images/s."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    # A resumed run repeats the steps after its checkpoint: the last row of a step counts.
+    losses = list({r["step"]: r for r in rows if "loss" in r}.values())
+    every = max(1, len(losses) // CURVE_POINTS)
+    return [{k: r[k] for k in ("step", "loss", "images_per_s")} for r in losses[::every]]
+
+
+def card_of(run: Path) -> dict:
+    card = json.loads((run / "export" / "card.json").read_text(encoding="utf-8"))
+    return {**card, "data": DATA, "licence": LICENCE, "curve": curve(run / "log.jsonl")}
+
+
+def copy_part(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and file.name != "card.json":
+            shutil.copy2(file, target / file.name)
+
+
+def ship(runs: Path, out: Path, attribution: Sequence[Path]) -> Path:
+    """Assemble what is there under `runs` (one folder a recipe) into `out`, whole or not at all."""
+    cards: dict[str, dict] = {}
+    with save_folder(out) as folder:
+        for part, (run, inner) in MODEL.items():
+            copy_part(runs / run / "export" / inner, folder / "model" / part)
+            cards[f"model/{part}"] = card_of(runs / run)
+        for name in ADAPTERS:
+            run = runs / f"tiny-{name}"
+            if (run / "export").is_dir():
+                copy_part(run / "export", folder / name)
+                cards[name] = card_of(run)
+        (folder / "cards.json").write_text(json.dumps(cards, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(readme(cards), encoding="utf-8")
+        texts = [path.read_text(encoding="utf-8").strip() for path in attribution]
+        (folder / "ATTRIBUTION.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    return out
+
+
+def readme(cards: dict[str, dict]) -> str:
+    """The model card that people read."""
+    lines = [
+        "# The embedded models",
+        "",
+        f"Licence: {LICENCE}. Data: {DATA}. Made by `recipes/*.toml`; how and with which figures: `docs/tiny.md`.",
+        "Curves and all validation figures: `cards.json`.",
+        "",
+        "| part | steps | images seen | training minutes | last figures |",
+        "|---|---|---|---|---|",
+    ]
+    for name, card in cards.items():
+        figures = ", ".join(f"{k} {v}" for k, v in card["figures"].items())
+        lines.append(
+            f"| {name} | {card['steps']} | {card['images_seen']:,} | {card['seconds'] / 60:.0f} | {figures or '-'} |"
+        )
+    lines += ["", "Limits: icons of 128 px; concepts and styles of the training sets; trained on two CPU cores."]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m condit.training.ship", description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--out", type=Path, default=TINY)
+    parser.add_argument("--attribution", type=Path, nargs="+", required=True, help="ATTRIBUTION.md of the data used")
+    given = parser.parse_args(arguments)
+    print(ship(given.runs, given.out, given.attribution))
+
+
+if __name__ == "__main__":
+    main()
