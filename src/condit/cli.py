@@ -330,6 +330,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the page.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="An icon world made by `condit data icons`.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", help="Pictures a measure.")] = 512,
+    quick: Annotated[bool, typer.Option("--quick", help="64 pictures a measure, to see that it works.")] = False,
+    sets: Annotated[str | None, typer.Option("--sets", help="Sets to draw, separated by commas.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Draw in bfloat16: faster where the CPU knows it.")] = False,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -340,7 +343,8 @@ def evaluate(
     from condit.evaluation.tiny import evaluate as run
 
     folder = out or output_folder() / "evaluation"
-    result = run(out=folder, data=data, count=count, seed=seed)
+    chosen = None if sets is None else [name.strip() for name in sets.split(",")]
+    result = run(out=folder, data=data, count=count, seed=seed, quick=quick, sets=chosen, bf16=bf16)
     if as_json:
         answer(result)
     else:

@@ -1,6 +1,7 @@
 """One step of every training task on the committed icons, and what it exports is what the doors load."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import condit
 from condit.data.icons import sample_path
 from condit.training.adapters import StyleTask, TokenTask
 from condit.training.clip import ClipTask
+from condit.training.joint import JointTask
 from condit.training.latent import LatentTask
 from condit.training.loop import Loop, LoopConfig
 from condit.training.text_to_image import TextToImageTask
@@ -55,6 +57,30 @@ def test_text_to_image_trains_a_step_and_loads(tmp_path, monkeypatch, random_tin
     for part in ("clip", "vae"):
         (folder / part).symlink_to(model / part)
     assert load_tiny("trained", folder, torch.float32).prediction == "x"
+
+
+def test_the_style_adapter_may_train_along_with_the_model_and_go_on_alone(tmp_path, monkeypatch, random_tiny_folder):
+    model = random_tiny_folder / "model"
+    task = JointTask(ICONS, str(model / "clip"), str(model / "vae"))
+    folder = one_step(task, tmp_path, monkeypatch)
+    for part in ("clip", "vae"):
+        (folder / part).symlink_to(model / part)
+    alone = StyleTask(ICONS, str(folder), init=str(folder / "style"))
+    for name, p in task.ip.named_parameters():
+        torch.testing.assert_close(dict(alone.ip.named_parameters())[name], p, atol=2e-3, rtol=2e-3)
+
+
+def test_rows_without_a_reference_do_not_pass_through_the_style_adapter(random_tiny_folder):
+    model = random_tiny_folder / "model"
+    task = JointTask(ICONS, str(model / "clip"), str(model / "vae"))
+    torch.nn.init.normal_(task.transformer.proj_out.weight)
+    batch = task.batch(random.Random(0), 8)
+    found = []
+    for scale in (0.0, 1.0):
+        for pair in task.ip.ip_adapter:
+            torch.nn.init.normal_(pair.to_v_ip.weight, std=scale)
+        found.append(task(batch, torch.Generator().manual_seed(0))[1])
+    assert found[0]["plain"] == found[1]["plain"]
 
 
 def test_style_adapter_trains_a_step_and_loads(tmp_path, monkeypatch, random_tiny, random_tiny_folder):

@@ -77,6 +77,7 @@ class Pipe:
     def __init__(self, breaks_at=None):
         clip, tokenizer = random_clip()
         self.image = SimpleNamespace(clip=clip)
+        self.dtype = torch.float32
         self.parts = SimpleNamespace(hash="0123", text=SimpleNamespace(tokenizer=tokenizer))
         self.calls, self.breaks_at = [], breaks_at
 

@@ -198,6 +198,10 @@ class IPReference(Control):
             side = side * self.region.to(side)
         return torch.cat([out[:, :, : rows.start], out[:, :, rows] + side, out[:, :, rows.stop :]], 2)
 
+    def inside(self, region: Tensor) -> IPReference:
+        """Acting by `region`, which broadcasts to (B, H, N, D): 0 = not at all, 1 = at full strength."""
+        return replace(self, region=region)
+
     def negative(self) -> IPReference:
         return replace(self, kv=self.empty)
 

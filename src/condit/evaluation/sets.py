@@ -221,7 +221,7 @@ def _mark(pipe: Any, adapter: Any, spec: Spec, world: IconWorld, cells: Sequence
         return f"{world.icons[i].style}/{world.icons[i].hex}"
 
     shown_names = [[name(c.icon), *map(name, c.style), name(c.unseen), name(c.subject)] for c in cells]
-    key = [pipe.parts.hash, getattr(adapter, "hash", ""), asdict(spec), shown_names, seed, steps]
+    key = [pipe.parts.hash, str(pipe.dtype), getattr(adapter, "hash", ""), asdict(spec), shown_names, seed, steps]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 

@@ -6,12 +6,12 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT
 from condit.controls.control import Control, Run, When, Where
@@ -30,13 +30,16 @@ from condit.diffusion.schedules import flow_sigmas, logit_normal
 from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
+from condit.nn.lora import LoRA
 from condit.nn.streams import Stream, grid_ids
-from condit.training.icon_batches import IconSet, procedural
+from condit.training.icon_batches import GROUPS, IconSet, procedural
 from condit.training.loop import Task, to_device
-from condit.training.text_to_image import GRID, GROUPS, SHIFT, T_MEAN, T_STD, image_stream
-from condit.weights.files import save_tensors
+from condit.training.text_to_image import GRID, SHIFT, T_MEAN, T_STD, image_stream
+from condit.weights.files import load_strict, read_tensors, save_tensors
 from condit.weights.load import load_tiny
+from condit.weights.tiny import floats
 
+ADAPTER = "adapter.safetensors"
 Kind = Literal["subject", "edges", "gray", "style"]
 # Words that name no concept: the reference has to say what is drawn.
 NAMELESS = ("this", "this item", "the same thing", "这个", "同一个东西")
@@ -73,6 +76,9 @@ class AdapterTask(Task):
         self.text: TinyText = parts.text.requires_grad_(False)
         self.image: TinyImage = parts.image.requires_grad_(False)
         self.base_hash = parts.hash
+
+    def compiled(self) -> list[nn.Module]:
+        return [self.transformer]
 
     def predict(self, x_t: Tensor, t: Tensor, text: Text, streams: list[Stream], controls: list[Control]) -> Tensor:
         ids = torch.zeros(text.tokens.shape[1], 3, device=x_t.device)
@@ -150,12 +156,7 @@ class AdapterTask(Task):
         raise NotImplementedError(f"{type(self).__name__} has no adapter().")
 
     def export(self, folder: Path, card: dict) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        adapter = self.adapter()
-        tensors = {k: v.half().contiguous() for k, v in adapter.tensors().items()}
-        metadata = {**adapter.metadata(), "base": self.base_hash}
-        save_tensors(folder / "adapter.safetensors", tensors, {"condit": json.dumps(metadata)})
-        (folder / "card.json").write_text(json.dumps({**card, **metadata}, indent=1) + "\n")
+        export_adapter(self.adapter(), folder, card, base=self.base_hash)
 
 
 class StyleTask(AdapterTask):
@@ -163,24 +164,24 @@ class StyleTask(AdapterTask):
     name the style. Procedural styles are applied to target and references alike."""
 
     def __init__(
-        self, icons: str, model: str, ui: str | None = None, *, tokens: int = 4, procedural_share: float = 0.4
+        self,
+        icons: str,
+        model: str,
+        ui: str | None = None,
+        *,
+        init: str | None = None,
+        tokens: int = 4,
+        procedural_share: float = 0.4,
     ):
         super().__init__(icons, model, ui)
-        c = self.transformer.config
-        config = IPConfig(TinyImage.features, tokens, c.dim, c.num_attention_heads)
-        self.ip = IPAdapter(config, self.transformer.sites, c.dim)
+        self.ip = new_style_adapter(self.transformer, tokens)
+        if init is not None:
+            load_strict(self.ip, floats(read_tensors(Path(init) / ADAPTER)), source=init)
         self.procedural_share = procedural_share
-        sources = [self.icons, *([self.ui] if self.ui else [])]
-        # The encoder is frozen and icons as drawn are never changed: their features are made once.
-        self.table = torch.cat([self.features_of(source) for source in sources])
+        self.table = style_table(self)
 
     def adapter(self) -> IPAdapter:
         return self.ip
-
-    def features_of(self, icons: IconSet) -> Tensor:
-        """Features (N, E) of every icon of a set."""
-        rows = range(len(icons))
-        return torch.cat([self.image(icons.images(list(rows[i : i + 128]))) for i in range(0, len(rows), 128)])
 
     def batch(self, rng: random.Random, size: int) -> Referenced:
         return style_batch(self, rng, size, self.procedural_share, most=2, pictures=False)
@@ -189,20 +190,23 @@ class StyleTask(AdapterTask):
         return style_examples(self, icons, count)
 
     def conditions(self, batch: Referenced, text: Text, dropped: Tensor) -> tuple[list[Stream], list[Control]]:
-        b, r = batch.references.shape[:2]
-        features = self.image(batch.references.flatten(0, 1)).unflatten(0, (b, r))
-        if batch.known is not None:
-            features = torch.cat([features, self.table.to(features.device)[batch.known]])
-        counts = (torch.arange(r, device=features.device)[None] < batch.counts[:, None]).float()
-        mean = (features * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
-        kv = self.ip.keys_values(mean * (~dropped)[:, None])
+        kv = self.ip.keys_values(reference_features(self, batch) * (~dropped)[:, None])
         return [], [IPReference(kv, kv, self.ip, 1.0, Where(), When())]
 
 
 class TokenTask(AdapterTask):
     """OminiControl on the MM-DiT: a condition through the model's own code joins as independent tokens."""
 
-    def __init__(self, icons: str, model: str, ui: str | None = None, *, kind: Kind = "subject", rank: int = 8):
+    def __init__(
+        self,
+        icons: str,
+        model: str,
+        ui: str | None = None,
+        *,
+        init: str | None = None,
+        kind: Kind = "subject",
+        rank: int = 8,
+    ):
         super().__init__(icons, model, ui)
         aligned = kind in ("edges", "gray")
         annotator = kind if aligned else None
@@ -210,6 +214,9 @@ class TokenTask(AdapterTask):
         self.kind: Kind = kind
         config = OminiConfig(kind, delta, independent=True, annotator=annotator, rank=rank, alpha=float(rank))
         self.omini = OminiControl.new(self.transformer, config)
+        if init is not None:
+            lora = LoRA.from_tensors(floats(read_tensors(Path(init) / ADAPTER)), float(rank))
+            load_strict(self.omini.lora, lora.state_dict(), source=init)
         self.edges = edge_maps(self.icons) if kind == "edges" else None
 
     def adapter(self) -> OminiControl:
@@ -271,6 +278,49 @@ class TokenTask(AdapterTask):
         return [condition_stream(self.omini, tokens, ids, self.run_of(text))], []
 
 
+class StyleSource(Protocol):
+    """What the style rows of a task need."""
+
+    icons: IconSet
+    unseen: IconSet
+    ui: IconSet | None
+    image: TinyImage
+    table: Tensor
+
+
+def new_style_adapter(transformer: MMDiT, tokens: int = 4) -> IPAdapter:
+    c = transformer.config
+    return IPAdapter(IPConfig(TinyImage.features, tokens, c.dim, c.num_attention_heads), transformer.sites, c.dim)
+
+
+def style_table(task: StyleSource) -> Tensor:
+    """Features (N, E) of every icon, then of every UI icon. The encoder is frozen and icons as drawn never change, so
+    they are made once."""
+    sources = [task.icons, *([task.ui] if task.ui else [])]
+    parts = [(source, range(i, min(i + 128, len(source)))) for source in sources for i in range(0, len(source), 128)]
+    return torch.cat([task.image(source.images(list(rows))) for source, rows in parts])
+
+
+def reference_features(task: StyleSource, batch: Referenced) -> Tensor:
+    """The mean feature (B, E) of each row's references."""
+    b, r = batch.references.shape[:2]
+    parts = [task.image(batch.references.flatten(0, 1)).unflatten(0, (b, r))] if b else []
+    if batch.known is not None:
+        parts.append(task.table.to(batch.references.device)[batch.known])
+    features = torch.cat(parts)
+    counts = (torch.arange(r, device=features.device)[None] < batch.counts[:, None]).float()
+    return (features * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
+
+
+def export_adapter(adapter: IPAdapter | OminiControl, folder: Path, card: dict, **more: str) -> None:
+    """Weights in fp16 with what `load` needs, and the card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.half().contiguous() for k, v in adapter.tensors().items()}
+    metadata = {**adapter.metadata(), **more}
+    save_tensors(folder / ADAPTER, tensors, {"condit": json.dumps(metadata)})
+    (folder / "card.json").write_text(json.dumps({**card, **metadata}, indent=1) + "\n")
+
+
 def referenced(images: Tensor, captions: list[str], references: Tensor) -> Referenced:
     return Referenced(images, captions, references[:, None], torch.ones(len(images), dtype=torch.long))
 
@@ -291,7 +341,7 @@ def style_caption(icons: IconSet, rng: random.Random, i: int) -> str:
 
 
 def style_batch(
-    task: AdapterTask, rng: random.Random, size: int, share: float, *, most: int, pictures: bool = True
+    task: StyleSource, rng: random.Random, size: int, share: float, *, most: int, pictures: bool = True
 ) -> Referenced:
     """Targets with `most` references in the same style: procedural styles first, then vendors and UI families.
 
@@ -317,10 +367,12 @@ def style_batch(
             known.append([j + (len(task.icons) if source is task.ui else 0) for j in others])
     counts = torch.tensor([rng.choice((1, most)) for _ in images])
     table = torch.tensor(known) if known else None
-    return Referenced(torch.cat(images), captions, torch.stack(references), counts, table)
+    pixels = torch.cat(images)
+    shown = torch.stack(references) if references else pixels.new_empty(0, most, *pixels.shape[1:])
+    return Referenced(pixels, captions, shown, counts, table)
 
 
-def style_examples(task: AdapterTask, icons: IconSet, count: int) -> Referenced:
+def style_examples(task: StyleSource, icons: IconSet, count: int) -> Referenced:
     """Held-out targets; references are training icons of the style (of the set itself for a never-trained style)."""
     chosen, rng = spread(icons, count), random.Random(0)
     drawn = []

@@ -1,4 +1,6 @@
-"""Training of the embedded CLIP: contrast on concept and on style, two languages, tags and procedural styles."""
+"""Training of the embedded CLIP: contrast on concept and on style, two languages, tags and procedural styles; and a
+look-loss: the text has to foretell the thumbnail, so that what conditions the backbone carries what a thing looks
+like."""
 
 from __future__ import annotations
 
@@ -10,27 +12,33 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from condit.data.icon_styles import STYLES, UI_STYLES
 from condit.data.icons import TRAIN_LICENCES
 from condit.data.procedural import Procedural
 from condit.encoders.clip import CONCEPT, STYLE, embed_image, embed_text, make_clip, make_tokenizer, token_ids
-from condit.training.icon_batches import IconSet, other, procedural
+from condit.training.icon_batches import GROUPS, IconSet, other, procedural
 from condit.training.loop import Task
+from condit.weights.files import read_tensors
+from condit.weights.tiny import floats
 
 NO_STYLE = -1
+LOOK = 128  # principal components of the thumbnails
 
 
 @dataclass
 class Pairs:
-    """Images (B, 3, H, W), token ids (B, L); concept and style numbers (B,), in texts NO_STYLE where none is told."""
+    """Images (B, 3, H, W), token ids (B, L); concept and style numbers (B,), in texts NO_STYLE where none is told.
+    Then captions alone: token ids (E, L) and the thumbnails of their icons (E, 768)."""
 
     images: Tensor
     ids: Tensor
     concept: Tensor
     style: Tensor
     style_in_text: Tensor
+    more_ids: Tensor
+    more_thumbnails: Tensor
 
 
 def corpus(icons: IconSet, ui: IconSet | None) -> Iterator[str]:
@@ -60,12 +68,24 @@ def procedural_caption(icons: IconSet, rng: random.Random, i: int, style: Proced
 
 
 class ClipTask(Task):
-    """Image-text and image-image contrast with several positives, on the concept part and on the style part."""
+    """Image-text and image-image contrast with several positives, on the concept part and on the style part; the
+    look-loss on every text. `init`: a folder of an earlier export whose image tower training starts from."""
 
-    def __init__(self, icons: str, ui: str | None = None, *, ui_share: float = 0.15, procedural_share: float = 0.25):
+    def __init__(
+        self,
+        icons: str,
+        ui: str | None = None,
+        *,
+        init: str | None = None,
+        ui_share: float = 0.15,
+        procedural_share: float = 0.25,
+        look_weight: float = 3.0,
+        more_captions: int = 256,
+    ):
         super().__init__()
-        self.icons = IconSet.open(icons, licences=TRAIN_LICENCES, splits=("train",))
-        self.held_out = IconSet.open(icons, licences=TRAIN_LICENCES, splits=("combo",))
+        core = {"groups": GROUPS, "licences": TRAIN_LICENCES}
+        self.icons = IconSet.open(icons, splits=("train",), **core)
+        self.held_out = IconSet.open(icons, splits=("combo",), **core)
         self.ui = IconSet.open(ui, splits=("train",)) if ui else None
         self.ui_share, self.procedural_share = (ui_share if ui else 0.0), procedural_share
         self.tokenizer = make_tokenizer(corpus(self.icons, self.ui))
@@ -74,6 +94,20 @@ class ClipTask(Task):
         self.bases = [b for b, members in self.icons.by_base.items() if len(members) >= 2]
         names = [i.style for i in self.icons.icons] + ([i.style for i in self.ui.icons] if self.ui else [])
         self.style_number = {s: n for n, s in enumerate(sorted(set(names)))}
+        self.look_weight, self.more_captions = look_weight, more_captions
+        self.thumbnails = torch.cat([thumbnails(self.icons.images([i])) for i in range(len(self.icons))])
+        components, mean = principal(self.thumbnails, LOOK)
+        self.register_buffer("components", components)
+        self.register_buffer("mean", mean)
+        self.look = nn.Linear(self.clip.config.projection_dim, LOOK)
+        nn.init.zeros_(self.look.weight)
+        if init is not None:
+            tensors = floats(read_tensors(Path(init) / "model.safetensors"))
+            image_side = {k: v for k, v in tensors.items() if k.startswith(("vision_model.", "visual_projection."))}
+            self.clip.load_state_dict(image_side, strict=False)
+
+    def compiled(self) -> list[nn.Module]:
+        return [self.clip.text_model, self.clip.vision_model]
 
     def batch(self, rng: random.Random, size: int) -> Pairs:
         images, texts, concepts, styles, told = [], [], [], [], []
@@ -114,15 +148,28 @@ class ClipTask(Task):
             first = rng.choice(self.icons.by_base[base])
             for i in (first, other(rng, self.icons.by_base[base], lambda j, f=first: j != f, first)):
                 add_icon(self.icons, i)
-        ids = token_ids(self.tokenizer, texts[:size])
-        stacked = torch.stack(images[:size])
-        return Pairs(stacked, ids, *(torch.tensor(x[:size]) for x in (concepts, styles, told)))
+        concept, style_of_image, style_of_text = (torch.tensor(x[:size]) for x in (concepts, styles, told))
+        more = [rng.randrange(len(self.icons)) for _ in range(self.more_captions)]
+        more_texts = [self.icons.caption(rng, i, p_empty=0.0, p_no_style=0.3, p_tags=0.2) for i in more]
+        return Pairs(
+            torch.stack(images[:size]),
+            token_ids(self.tokenizer, texts[:size]),
+            concept,
+            style_of_image,
+            style_of_text,
+            token_ids(self.tokenizer, more_texts),
+            self.thumbnails[more],
+        )
 
     def forward(self, batch: Pairs, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         # A little shift and colour of background, so that padding and white are not what tells a set.
         images = jitter(batch.images, generator)
         image = embed_image(self.clip, images)[1].float()
-        text = embed_text(self.clip, batch.ids)[1].float()
+        every_text = embed_text(self.clip, torch.cat([batch.ids, batch.more_ids]))[1].float()
+        text = every_text[: len(batch.ids)]
+        looks = torch.cat([thumbnails(batch.images), batch.more_thumbnails]) - self.mean
+        foretold = self.look(every_text * (every_text.shape[-1] / 2) ** 0.5)
+        look = (foretold - looks @ self.components).square().sum(-1).mean()
         scale = self.clip.logit_scale.exp().clamp(max=50)
         c, s = batch.concept, batch.style
         known = batch.style_in_text != NO_STYLE
@@ -132,8 +179,9 @@ class ClipTask(Task):
         )
         among = among_images(scale * image[:, CONCEPT] @ image[:, CONCEPT].T, c)
         among_style = among_images(scale * image[:, STYLE] @ image[:, STYLE].T, s)
-        loss = concept + 0.5 * style + 0.3 * among + 0.5 * among_style
-        return loss, {"concept": float(concept.detach()), "style": float(style.detach())}
+        loss = concept + 0.5 * style + 0.3 * among + 0.5 * among_style + self.look_weight * look
+        parts = {"concept": concept, "style": style, "look": look, "among": among, "among_style": among_style}
+        return loss, {name: round(float(value.detach()), 4) for name, value in parts.items()}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -171,6 +219,20 @@ class ClipTask(Task):
         self.clip.float()
         self.tokenizer.save_pretrained(folder)
         (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """(B, 3, 128, 128) -> (B, 768): the mean colour of 16 x 16 squares."""
+    return F.adaptive_avg_pool2d(images, 16).flatten(1)
+
+
+@torch.no_grad()
+def principal(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The leading components (D, count) of rows (N, D), scaled to a total variance of 1, and the mean (D,)."""
+    mean = rows.mean(0)
+    variance, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+    leading = variance[-count:].flip(0)
+    return vectors[:, -count:].flip(1) / leading.sum() ** 0.5, mean
 
 
 def jitter(images: Tensor, generator: torch.Generator, most: int = 6) -> Tensor:

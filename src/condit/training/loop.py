@@ -47,6 +47,7 @@ class LoopConfig(BaseModel):
     clip: float = 1.0
     ema: float = 0.999
     precision: str = "bf16"
+    compile: bool = False
     log_every: int = 20
     save_minutes: float = 4.0
     sheet_minutes: float = 8.0
@@ -58,6 +59,10 @@ class Task(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def compiled(self) -> list[nn.Module]:
+        """What `compile = true` compiles: parts that see the same shapes in every step."""
+        return []
 
     def batch(self, rng: random.Random, size: int) -> Any:
         """One batch on the CPU, a pure function of `rng`; a tensor or a dataclass of them; runs in a background
@@ -109,6 +114,9 @@ class Loop:
         self.model, *prepared = self.accelerator.prepare(task, *self.optimizers)
         self.optimizers = prepared
         self.average = Average(self.parameters, config.ema)
+        if config.compile:
+            for part in task.compiled():
+                part.compile(dynamic=False)
         self.step, self.bad_steps, self.seconds = 0, 0, 0.0
         if resume and (out / "state.pt").exists():
             self.load()
@@ -186,7 +194,8 @@ class Loop:
         if not self.accelerator.is_main_process:
             return {}
         self.model.eval()
-        with self.averaged(), torch.no_grad():
+        # Other batch sizes than in training: compiling again for each would take longer than the look itself.
+        with self.averaged(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             figures, sheet = self.task.validate(), self.task.sheet()
         self.model.train()
         if figures:

@@ -11,7 +11,8 @@ from torch import nn
 def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """(hidden matrices, embeddings, the rest) of the trainable parameters.
 
-    Adaptive norms count as the rest: their inputs are clocks, not tokens, and Muon's orthogonal steps cost most there.
+    Adaptive norms and image projectors count as the rest: their inputs are clocks and features, not tokens, and Muon's
+    orthogonal steps cost most there.
     """
     matrices, embeddings, rest = [], [], []
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
@@ -20,7 +21,7 @@ def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
             continue
         if id(p) in tables:
             embeddings.append(p)
-        elif p.ndim == 2 and min(p.shape) >= 64 and "norm" not in name and "embed" not in name:
+        elif p.ndim == 2 and min(p.shape) >= 64 and not any(part in name for part in ("norm", "embed", "image_proj")):
             matrices.append(p)
         else:
             rest.append(p)

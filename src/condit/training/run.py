@@ -31,6 +31,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
     """Task name of a recipe -> class."""
     from condit.training.adapters import StyleTask, TokenTask
     from condit.training.clip import ClipTask
+    from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
     from condit.training.text_to_image import TextToImageTask
 
@@ -38,6 +39,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
         "latent": LatentTask,
         "clip": ClipTask,
         "text-to-image": TextToImageTask,
+        "text-and-style": JointTask,
         "style": StyleTask,
         "tokens": TokenTask,
     }

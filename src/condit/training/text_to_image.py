@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from condit.backbones.mmdit import PRESETS, MMDiT
+from condit.controls.control import Control
 from condit.data.icon_captions import plain_caption
-from condit.data.icons import OBJECT_GROUPS, TRAIN_LICENCES
+from condit.data.icons import TRAIN_LICENCES
 from condit.data.images import to_images
 from condit.data.procedural import Procedural
 from condit.data.sheets import contact_sheet
@@ -26,7 +28,7 @@ from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.streams import Stream, grid_ids
 from condit.training.clip import procedural_caption
-from condit.training.icon_batches import IconSet, procedural
+from condit.training.icon_batches import GROUPS, IconSet, procedural
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors, save_tensors
 from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
@@ -35,7 +37,6 @@ GRID = (8, 8)
 # More noise than FLUX's N(0, 1): in a linear code the layout stays visible far longer (docs/tiny.md).
 T_MEAN, T_STD = 1.5, 1.4
 SHIFT = 4.0
-GROUPS = (*OBJECT_GROUPS, "smileys-emotion")
 
 
 @dataclass
@@ -72,6 +73,7 @@ class TextToImageTask(Task):
         core = {"groups": GROUPS, "licences": TRAIN_LICENCES}
         self.icons = IconSet.open(icons, splits=("train",), **core)
         self.held_out = IconSet.open(icons, splits=("combo",), **core)
+        self.unseen = IconSet.open(icons, splits=("style",), groups=GROUPS)
         self.ui = IconSet.open(ui, splits=("train",)) if ui else None
         self.ui_share, self.procedural_share = (ui_share if ui else 0.0), procedural_share
         self.vae: PatchAutoencoder = load_latent(latent).requires_grad_(False)
@@ -80,9 +82,10 @@ class TextToImageTask(Task):
         start(self.transformer)
         self.fit_canvas()
         if init is not None:
-            folder = Path(init)
-            load_strict(self.text.canvas, floats(read_tensors(folder / "canvas" / WEIGHTS)), source=folder)
-            load_strict(self.transformer, floats(read_tensors(folder / "transformer" / WEIGHTS)), source=folder)
+            load_strict(self.transformer, floats(read_tensors(Path(init) / "transformer" / WEIGHTS)), source=init)
+
+    def compiled(self) -> list[nn.Module]:
+        return [self.transformer]
 
     @torch.no_grad()
     def fit_canvas(self) -> None:
@@ -122,10 +125,10 @@ class TextToImageTask(Task):
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         return flow_loss(self.predict(add_noise(x0, noise, t), t, text), x0, noise, t, "x").mean(), {}
 
-    def predict(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, text: Text, controls: Sequence[Control] = ()) -> Tensor:
         """Clean-latent prediction (B, 64, 256)."""
         ids = torch.zeros(text.tokens.shape[1], 3, device=x_t.device)
-        return self.transformer(image_stream(x_t, t, text), text.tokens, ids)
+        return self.transformer(image_stream(x_t, t, text), text.tokens, ids, controls=controls)
 
     def validate(self) -> dict[str, float]:
         """Held-out combinations: velocity error, and how much it rises with another icon's caption (in %)."""
