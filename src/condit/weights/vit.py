@@ -1,0 +1,487 @@
+"""ViT weights: the authors' .npz (both numberings), timm's and transformers' layouts, read and written strictly.
+
+What a file is, and the sizes of its model, are told from its tensors. The number of heads is told by .npz files only;
+elsewhere it comes from config.json, from the published widths, or from the caller."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from condit.backbones.vit import FLAVOURS, PRESETS, Flavour, ViT, ViTConfig, resize_positions
+from condit.weights.files import atomic_write, load_strict, read_metadata, read_tensors, save_folder, save_tensors
+
+Layout = Literal["npz", "linen", "timm", "transformers"]
+State = dict[str, Tensor]
+
+# Our module (timm's name) -> the layout's. `#` is the number of a block; commas part one fused matrix into several.
+# The released archives number the sublayers of a block in one row (0, 1, 2, 3), today's linen code by class.
+_NPZ = {
+    "cls_token": "cls",
+    "pos_embed": "Transformer/posembed_input/pos_embedding",
+    "patch_embed.proj": "embedding",
+    "blocks.#.norm1": "Transformer/encoderblock_#/LayerNorm_0",
+    "blocks.#.attn.qkv": "Transformer/encoderblock_#/MultiHeadDotProductAttention_1/query,key,value",
+    "blocks.#.attn.proj": "Transformer/encoderblock_#/MultiHeadDotProductAttention_1/out",
+    "blocks.#.norm2": "Transformer/encoderblock_#/LayerNorm_2",
+    "blocks.#.mlp.fc1": "Transformer/encoderblock_#/MlpBlock_3/Dense_0",
+    "blocks.#.mlp.fc2": "Transformer/encoderblock_#/MlpBlock_3/Dense_1",
+    "norm": "Transformer/encoder_norm",
+    "pre_logits.fc": "pre_logits",
+    "head": "head",
+}
+_TRANSFORMERS = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "blocks.#.norm1": "encoder.layer.#.layernorm_before",
+    "blocks.#.attn.qkv": "encoder.layer.#.attention.attention.query,key,value",
+    "blocks.#.attn.proj": "encoder.layer.#.attention.output.dense",
+    "blocks.#.norm2": "encoder.layer.#.layernorm_after",
+    "blocks.#.mlp.fc1": "encoder.layer.#.intermediate.dense",
+    "blocks.#.mlp.fc2": "encoder.layer.#.output.dense",
+    "norm": "layernorm",
+    "pre_logits.fc": "pooler.dense",
+    "head": "classifier",
+}
+_TABLES: dict[str, dict[str, str]] = {
+    "npz": _NPZ,
+    "linen": _NPZ
+    | {
+        "blocks.#.attn.qkv": "Transformer/encoderblock_#/MultiHeadDotProductAttention_0/query,key,value",
+        "blocks.#.attn.proj": "Transformer/encoderblock_#/MultiHeadDotProductAttention_0/out",
+        "blocks.#.norm2": "Transformer/encoderblock_#/LayerNorm_1",
+        "blocks.#.mlp.fc1": "Transformer/encoderblock_#/MlpBlock_0/Dense_0",
+        "blocks.#.mlp.fc2": "Transformer/encoderblock_#/MlpBlock_0/Dense_1",
+    },
+    "timm": {name: name for name in (*_NPZ, "fc_norm")},
+    "transformers": _TRANSFORMERS,
+    # transformers >= 5 renames in memory; its files keep the names above.
+    "transformers5": _TRANSFORMERS
+    | {
+        "blocks.#.norm1": "layers.#.layernorm_before",
+        "blocks.#.attn.qkv": "layers.#.attention.q_proj,k_proj,v_proj",
+        "blocks.#.attn.proj": "layers.#.attention.o_proj",
+        "blocks.#.norm2": "layers.#.layernorm_after",
+        "blocks.#.mlp.fc1": "layers.#.mlp.fc1",
+        "blocks.#.mlp.fc2": "layers.#.mlp.fc2",
+    },
+}
+# Tried in this order; the first whose mark stands in a tensor's name is the layout.
+_MARKS = {
+    "npz": "/MultiHeadDotProductAttention_1/",
+    "linen": "/MultiHeadDotProductAttention_0/",
+    "timm": ".attn.qkv.",
+    "transformers": ".attention.attention.",
+    "transformers5": ".attention.q_proj.",
+}
+_JAX = ("npz", "linen")
+_HEADS = {config.dim: config.heads for config in PRESETS.values()}
+_ACTIVATIONS = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "quick_gelu": "quick"}
+
+# Pieces of names that only other models have, and what those are.
+_OTHERS = {
+    "lora_": "a LoRA",
+    "ip_adapter.": "an IP-Adapter",
+    "adaLN_modulation": "a DiT",
+    "transformer_blocks.": "a diffusion transformer of diffusers",
+    "down_blocks.": "a UNet or a VAE of diffusers",
+    "vision_model.": "a CLIP or SigLIP of transformers",
+    "visual.": "an open_clip model",
+    "norm_pre.": "a CLIP image tower of timm",
+    "dist": "a DeiT with a distillation token",
+    "layer_scale": "a DINOv2 of transformers",
+    "ls1.": "a DINOv2 or another ViT with layer scale",
+    "lambda_1": "a BEiT",
+    "gamma_1": "a BEiT or CaiT",
+    "decoder": "a masked autoencoder with its decoder",
+    "mask_token": "a ViT for masked image modelling",
+    "conv_root": "a hybrid of ResNet and ViT (R50+ViT-B/16 and the like), which condit does not have",
+    "patch_embed.backbone": "a hybrid of ResNet and ViT, which condit does not have",
+    "MAPHead_": "a big_vision model with an attention pool",
+    "/encoderblock/": "a big_vision file with stacked layers",
+    "MixerBlock": "an MLP-Mixer",
+    "relative_position_bias_table": "a Swin transformer",
+    "layer1.0.conv1": "a ResNet",
+}
+
+
+def what_is(tensors: Mapping[str, Tensor]) -> str | None:
+    """A guess in words at what these tensors are, for error messages; None without one."""
+    for piece, model in _OTHERS.items():
+        if any(piece in name for name in tensors):
+            return model
+    layout = _find_layout(tensors)
+    return None if layout is None else f"a ViT in the layout {layout!r}, but not a whole or not a plain one"
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What tensors do not tell, as a file's metadata, its config.json or the caller does."""
+
+    heads: int | None = None
+    image_size: int | tuple[int, int] | None = None  # a table that is not square
+    classifier: Literal["token", "gap", "unpooled"] | None = None
+    flavour: Flavour | None = None
+
+
+def load_vit(source: str | Path, *, heads: int | None = None) -> ViT:
+    """The model in a file or folder, in evaluation mode; see `read_vit`."""
+    config, state = read_vit(source, heads=heads)
+    with torch.device("meta"):
+        model = ViT(config)
+    load_strict(model, state, source=source, assign=True)
+    return model.eval()
+
+
+def read_vit(source: str | Path, *, heads: int | None = None) -> tuple[ViTConfig, State]:
+    """Configuration and `ViT` state of a file (.npz, safetensors or PyTorch) or of a folder with one, whatever the
+    layout. Dropout is 0. ValueError with missing and unexpected names unless every tensor finds its place."""
+    tensors, hints = _read(Path(source))
+    layout = _find_layout(tensors)
+    if layout is None:
+        raise ValueError(
+            _refusal(source, tensors, "is no ViT in the layout of its authors, of timm or of transformers")
+        )
+    if layout.startswith("transformers"):
+        tensors = {name.removeprefix("vit."): x for name, x in tensors.items()}
+    state, rest = _to_native(tensors, layout)
+    if layout.startswith("transformers") and "head.weight" in state:
+        # Its classifier reads the class token past a pooler; ours would read the pooler.
+        rest |= {name: tensors[name] for name in tensors if name.startswith("pooler.")}
+        state = {name: x for name, x in state.items() if not name.startswith("pre_logits.")}
+    needed = (name for native in _required(state) for name in _names(native, layout))
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        reason = f"misses {len(missing)} tensors of the layout {layout!r} (first: {shown})"
+        raise ValueError(_refusal(source, tensors, reason))
+    heads = _told_heads(tensors, layout) or heads or hints.heads
+    config = _infer(state, replace(hints, heads=heads), layout, source)
+    with torch.device("meta"):
+        model = ViT(config)
+    load_strict(model, state | rest, source=source, what_is=what_is, assign=True)
+    return config, state
+
+
+def save_vit(path: str | Path, config: ViTConfig, state: Mapping[str, Tensor], *, layout: Layout) -> Path:
+    """Write a `ViT` state: "npz" (numbering of the released archives) and "linen" as .npz, "timm" as safetensors,
+    "transformers" as a folder with config.json. ValueError where a layout cannot say what the model computes; only
+    "timm" keeps the rule by which positions are resized."""
+    _check_sayable(config, layout)
+    with torch.device("meta"):
+        model = ViT(config)
+    load_strict(model, state, source="The state to save", assign=True)
+    tensors = to_layout(state, layout, config.heads)
+    path = Path(path)
+    if layout in _JAX:
+        # numpy has no bf16.
+        arrays = {name: (x.float() if x.dtype is torch.bfloat16 else x).cpu().numpy() for name, x in tensors.items()}
+
+        def write(target: Path) -> None:
+            with open(target, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type] - its stub takes a name for the flag allow_pickle
+
+        return atomic_write(path, write)
+    if layout == "timm":
+        hints = Hints(config.heads, config.image_size, config.classifier, config.flavour)
+        return save_tensors(path, tensors, {"condit": asdict(hints)})  # in a key that timm does not read
+    with save_folder(path) as folder:
+        (folder / "config.json").write_text(json.dumps(_transformers_config(config), indent=2), encoding="utf-8")
+        prefix = "vit." if config.classes else ""
+        named = {name if name.startswith("classifier.") else prefix + name: x for name, x in tensors.items()}
+        save_tensors(folder / "model.safetensors", named, {"format": "pt"})
+    return path
+
+
+def for_finetuning(
+    config: ViTConfig, state: Mapping[str, Tensor], *, classes: int, image_size: int | tuple[int, int] | None = None
+) -> tuple[ViTConfig, State]:
+    """Section 3.2: both layers of the pre-training head go, one linear layer of zeros comes, and the position table
+    is resized to `image_size` (None: it stays)."""
+    size = config.image_size if image_size is None else image_size
+    new = replace(config, classes=classes, representation_size=None, image_size=size)
+    kept = {name: x for name, x in state.items() if not name.startswith(("pre_logits.", "head."))}
+    kept["pos_embed"] = resize_positions(state["pos_embed"], config.grid, new.grid, config.flavour.resize)
+    if classes:
+        kept["head.weight"] = state["pos_embed"].new_zeros(classes, config.dim)
+        kept["head.bias"] = state["pos_embed"].new_zeros(classes)
+    return new, kept
+
+
+# Reading
+
+
+def _read(source: Path) -> tuple[dict[str, Tensor], Hints]:
+    if source.is_dir():
+        files = next((f for end in ("safetensors", "bin", "npz") if (f := sorted(source.glob(f"*.{end}")))), None)
+        if files is None:
+            raise ValueError(f"{source} holds no weights; a *.safetensors, *.bin or *.npz file is expected in it.")
+        tensors: dict[str, Tensor] = {}
+        hints = Hints()
+        for file in files:
+            more, hints = _read(file)
+            tensors |= more
+        config = source / "config.json"
+        return tensors, (_transformers_hints(config) if config.is_file() else None) or hints
+    if not source.is_file():
+        raise FileNotFoundError(f"no weight file at {source}")
+    if zipfile.is_zipfile(source) and _is_npz(source):
+        return _read_npz(source), Hints()
+    return read_tensors(source), _own_hints(read_metadata(source))
+
+
+def _own_hints(metadata: Mapping[str, str]) -> Hints:
+    """What `save_vit` wrote beside timm's names."""
+    fields = json.loads(metadata.get("condit", "{}"))
+    if not isinstance(fields, dict) or "flavour" not in fields:
+        return Hints()
+    size = fields["image_size"]
+    size = tuple(size) if isinstance(size, list) else size
+    return Hints(fields["heads"], size, fields["classifier"], Flavour(**fields["flavour"]))
+
+
+def _is_npz(source: Path) -> bool:
+    with zipfile.ZipFile(source) as archive:
+        return any(name.endswith(".npy") for name in archive.namelist())
+
+
+def _read_npz(source: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(source, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except (ValueError, TypeError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        if "pickle" in str(error):
+            raise ValueError(f"{source} holds Python objects, and reading them could run code: refused.") from error
+        raise ValueError(f"{source} is broken or holds no plain numbers: {error}. Fetch it again.") from error
+
+
+def _transformers_hints(file: Path) -> Hints | None:
+    """What a folder's config.json says beyond its tensors; None if it is not transformers'."""
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    kind = fields.get("model_type")
+    if kind is None:
+        return None
+    if kind != "vit":
+        raise ValueError(f"{file} describes a {kind!r}; a 'vit' is expected.")
+    act = fields.get("hidden_act", "gelu")
+    if act not in _ACTIVATIONS:
+        raise ValueError(f"{file} asks for hidden_act {act!r}; ViT has {', '.join(_ACTIVATIONS)}.")
+    flavour = replace(FLAVOURS["transformers"], gelu=_ACTIVATIONS[act], eps=fields.get("layer_norm_eps", 1e-12))
+    size = fields.get("image_size", 224)
+    return Hints(fields.get("num_attention_heads", 12), tuple(size) if isinstance(size, list) else size, None, flavour)
+
+
+def _find_layout(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((layout for layout, mark in _MARKS.items() if any(mark in name for name in tensors)), None)
+
+
+def _refusal(source: str | Path, tensors: Mapping[str, Tensor], reason: str) -> str:
+    guess = what_is(tensors)
+    first = ", ".join(list(tensors)[:3])
+    return f"{source} {reason}; {len(tensors)} tensors found: {first}, ..." + (
+        f". It looks like {guess}" if guess else ""
+    )
+
+
+# Names and shapes
+
+
+def _names(native: str, layout: str) -> tuple[str, ...]:
+    """The layout's names of one tensor of ours; three where it keeps q, k and v apart, none where it has no place."""
+    module, leaf = (native, "") if native in ("cls_token", "pos_embed") else native.rsplit(".", 1)
+    number = re.search(r"\d+", module)
+    template = _TABLES[layout].get(re.sub(r"\d+", "#", module, count=1) if module.startswith("blocks.") else module)
+    if template is None:
+        return ()
+    slash = "/" if layout in _JAX else "."
+    if layout in _JAX and leaf == "weight":
+        leaf = "scale" if "norm" in module else "kernel"
+    head, _, tail = template.rpartition(slash) if "," in template else ("", "", template)
+    paths = [f"{head}{slash}{part}" if head else part for part in tail.split(",")]
+    names = [f"{path}{slash}{leaf}" if leaf else path for path in paths]
+    return tuple(name.replace("#", number[0]) if number else name for name in names)
+
+
+def _to_native(tensors: Mapping[str, Tensor], layout: str) -> tuple[State, State]:
+    """Our tensors, and those of the file that found no place among them."""
+    pattern = re.compile(r"(?:encoderblock_|blocks\.|layers?\.)(\d+)")
+    numbers = [int(match[1]) for name in tensors if (match := pattern.search(name))]
+    depth = min(max(numbers, default=-1) + 1, len(tensors))  # a hostile number does not make a long loop
+    state: State = {}
+    rest = dict(tensors)
+    for native in _all_names(depth):
+        names = _names(native, layout)
+        parts = [tensors[name] for name in names if name in tensors]
+        if not parts or len(parts) < len(names) or len({x.shape for x in parts}) > 1:
+            continue  # `read_vit` tells what is missing, `load_strict` what is left over
+        parts = [_from_jax(x, native) if layout in _JAX else x for x in parts]
+        state[native] = (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
+        for name in names:
+            del rest[name]
+    return state, rest
+
+
+def _all_names(depth: int) -> list[str]:
+    """Every tensor that a ViT of this depth may have."""
+    modules = [name for name in _TABLES["timm"] if name not in ("cls_token", "pos_embed")]
+    numbered = [m.replace("#", str(i)) for m in modules if "#" in m for i in range(depth)]
+    plain = [m for m in modules if "#" not in m]
+    return ["cls_token", "pos_embed", *(f"{m}.{leaf}" for m in (*plain, *numbered) for leaf in ("weight", "bias"))]
+
+
+def _required(state: State) -> list[str]:
+    """What a ViT of the depth found must have: all but the class token, and the heads and norm that it lacks wholly."""
+    optional = {"cls_token"}
+    for module in ("pre_logits.fc", "head", "norm" if "fc_norm.weight" in state else "fc_norm"):
+        pair = {f"{module}.weight", f"{module}.bias"}
+        optional |= set() if pair & state.keys() else pair
+    return [name for name in _all_names(_depth(state)) if name not in optional]
+
+
+def _depth(state: State) -> int:
+    return 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=0)
+
+
+def _from_jax(x: Tensor, native: str) -> Tensor:
+    """(in, out) -> (out, in), HWIO -> OIHW; heads flattened, head by head. What has another rank stays, and fails."""
+    if native.endswith("bias"):
+        return x.flatten()
+    if native.startswith("patch_embed") and x.ndim == 4:
+        return x.permute(3, 2, 0, 1)
+    if native.endswith("attn.qkv.weight") and x.ndim == 3:  # (in, heads, head dim)
+        return x.flatten(1).T
+    if native.endswith("attn.proj.weight") and x.ndim == 3:  # (heads, head dim, out)
+        return x.flatten(0, 1).T
+    return x.T if x.ndim == 2 else x
+
+
+def _to_jax(x: Tensor, native: str, heads: int) -> Tensor:
+    """The inverse of `_from_jax`."""
+    if native.endswith("attn.qkv.bias"):
+        return x.unflatten(0, (heads, -1))
+    if native.startswith("patch_embed") and x.ndim == 4:
+        return x.permute(2, 3, 1, 0)
+    if native.endswith("attn.qkv.weight"):
+        return x.T.unflatten(1, (heads, -1))
+    if native.endswith("attn.proj.weight"):
+        return x.T.unflatten(0, (heads, -1))
+    return x.T if x.ndim == 2 else x
+
+
+def to_layout(state: Mapping[str, Tensor], layout: Layout, heads: int) -> State:
+    """A `ViT` state under the names and in the shapes of a layout; transformers' without the prefix `vit.`."""
+    tensors: State = {}
+    for native, x in state.items():
+        names = _names(native, layout)
+        if not names:
+            raise ValueError(f"The layout {layout!r} has no place for {native}.")
+        for name, part in zip(names, x.detach().chunk(len(names)), strict=True):
+            tensors[name] = (_to_jax(part, native, heads) if layout in _JAX else part).contiguous()
+    return tensors
+
+
+# Configuration
+
+
+def _told_heads(tensors: Mapping[str, Tensor], layout: str) -> int | None:
+    """Only the authors' arrays tell: the query bias is (heads, head dim)."""
+    bias = tensors[_names("blocks.0.attn.qkv.bias", layout)[0]] if layout in _JAX else None
+    return bias.shape[0] if bias is not None and bias.ndim == 2 else None
+
+
+def _infer(state: State, hints: Hints, layout: str, source: str | Path) -> ViTConfig:
+    positions, kernel = state["pos_embed"], state["patch_embed.proj.weight"]
+    if positions.ndim != 3 or kernel.ndim != 4:
+        raise ValueError(
+            f"{source}: the position table has shape {tuple(positions.shape)} and the patch embedding "
+            f"{tuple(kernel.shape)}; three and four dimensions are expected."
+        )
+    dim, has_cls, fc_norm = positions.shape[-1], "cls_token" in state, "fc_norm.weight" in state
+    heads = hints.heads or _HEADS.get(dim)
+    if heads is None:
+        raise ValueError(
+            f"{source} does not tell its number of heads, and no published ViT has width {dim}. Give heads=."
+        )
+    rows, patch = positions.shape[1] - has_cls, kernel.shape[-1]
+    size = hints.image_size or math.isqrt(rows) * patch
+    config = ViTConfig(
+        patch_size=patch,
+        image_size=size,
+        dim=dim,
+        depth=_depth(state),
+        heads=heads,
+        mlp_dim=state["blocks.0.mlp.fc1.bias"].numel(),
+        classes=state["head.bias"].numel() if "head.bias" in state else 0,
+        representation_size=state["pre_logits.fc.bias"].numel() if "pre_logits.fc.bias" in state else None,
+        classifier=hints.classifier or ("gap" if fc_norm or not has_cls else "token"),
+        class_token=has_cls,
+        fc_norm=fc_norm,
+        in_channels=kernel.shape[1],
+        flavour=hints.flavour or FLAVOURS["jax" if layout in _JAX else layout.removesuffix("5")],
+    )
+    if math.prod(config.grid) != rows:
+        raise ValueError(
+            f"{source} has positions for {rows} patches; an image of {size} pixels in patches of {patch} has a grid of "
+            f"{config.grid}. If the table is not square, put image_size as [height, width] into config.json."
+        )
+    return config
+
+
+def _check_sayable(config: ViTConfig, layout: Layout) -> None:
+    """Refuse to write what a reader of the layout would compute differently."""
+    f, jax = config.flavour, FLAVOURS["jax"]
+    if layout == "timm":
+        return
+    if layout in _JAX and (f.gelu, f.eps) != (jax.gelu, jax.eps):
+        raise ValueError(
+            f"An .npz has no place for gelu {f.gelu!r} and eps {f.eps}: its readers take {jax.gelu!r} and {jax.eps}. "
+            "If you accept that, pass replace(config, flavour=FLAVOURS['jax'])."
+        )
+    usual = "token" if config.class_token else "gap"
+    if config.fc_norm or (config.classifier != usual and (config.classifier != "unpooled" or config.classes)):
+        raise ValueError(
+            f"A reader of the layout {layout!r} would not know of classifier {config.classifier!r} with "
+            f"class_token={config.class_token}, fc_norm={config.fc_norm}. Use 'timm', where condit notes them."
+        )
+    if layout == "transformers" and not config.class_token:
+        raise ValueError("transformers' ViT has a class token; this model has none. Use the layout 'timm'.")
+    if layout == "transformers" and config.classes and config.representation_size is not None:
+        raise ValueError("transformers' ViT has a pooler or a classifier, not both. Use 'timm', or drop one of them.")
+
+
+def _transformers_config(config: ViTConfig) -> dict[str, object]:
+    act = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == config.flavour.gelu)
+    size = config.image_size
+    fields: dict[str, object] = {
+        "architectures": ["ViTForImageClassification" if config.classes else "ViTModel"],
+        "model_type": "vit",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_dim,
+        "image_size": size if isinstance(size, int) else list(size),
+        "patch_size": config.patch_size,
+        "num_channels": config.in_channels,
+        "hidden_act": act,
+        "layer_norm_eps": config.flavour.eps,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": 0.0,
+        "qkv_bias": True,
+    }
+    if config.classes:
+        fields["id2label"] = {str(i): f"LABEL_{i}" for i in range(config.classes)}
+        fields["label2id"] = {f"LABEL_{i}": i for i in range(config.classes)}
+    if config.representation_size is not None:
+        fields |= {"pooler_output_size": config.representation_size, "pooler_act": "tanh"}
+    return fields
