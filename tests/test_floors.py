@@ -10,14 +10,15 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "condit"
 
 FLOORS = {
-    **dict.fromkeys(["cli", "demo", "doctor", "request", "web"], 6),
+    **dict.fromkeys(["cli", "demo", "doctor", "memory", "request", "web"], 6),
     **dict.fromkeys(["training", "evaluation"], 5),
-    "pipeline": 4,
+    **dict.fromkeys(["pipeline", "class_pipeline", "classifier"], 4),
     "weights": 3,
     **dict.fromkeys(["backbones", "controls", "interop"], 2),
     **dict.fromkeys(["nn", "diffusion", "encoders", "data"], 1),
 }
-DOORS = {"cli", "demo", "doctor", "request", "web"}  # one room: the command line opens the others
+DOORS = {"cli", "demo", "doctor", "memory", "request", "web"}  # one room: the command line opens the others
+PIPELINES = {"pipeline", "class_pipeline", "classifier"}  # one room: condit.load opens the one that fits a file
 TORCH_ONLY = {"nn", "diffusion"}
 
 
@@ -78,7 +79,7 @@ def breach(here: str, other: str) -> str | None:
         return f"{here} imports the package's door; import the module where the name is made"
     if target not in FLOORS:
         return f"{here} imports {other}, which stands on no floor"
-    if target == room or (room in DOORS and target in DOORS):
+    if target == room or any({room, target} <= shared for shared in (DOORS, PIPELINES)):
         return None
     if FLOORS[target] >= FLOORS[room]:
         return f"{here} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[target]})"

@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from condit import __version__
+from condit.memory import keep_memory
 
 app = typer.Typer(
     help="Controllable image generation: a prompt and a reference become a picture.",
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for each part it loads
+    keep_memory()
     try:
         app(arguments, prog_name="condit")
     except KeyboardInterrupt:
@@ -349,6 +351,79 @@ def evaluate(
         answer(result)
     else:
         typer.echo(str(folder))
+
+
+@app.command()
+def verify(
+    backbone: Annotated[str, typer.Argument(help="vit, dit, diffit, or all of them.", show_default=False)],
+    file: Annotated[
+        str | None, typer.Argument(help="Weights to load: a file, a folder or a published name.", show_default=False)
+    ] = None,
+    golden: Annotated[
+        Path | None, typer.Option("--golden", help="Folder of the fixtures [default: those of the checkout].")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads of a FILE that does not tell them.")] = None,
+    into: Annotated[
+        Path | None, typer.Option("--into", help="Page to write the table into, as docs/parity.md.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how exactly a backbone follows its reference.
+
+    On the recorded tensors of the official code; or, of a weight FILE, against transformers or diffusers.
+    """
+    if backbone not in ("vit", "dit", "diffit", "all"):
+        raise typer.BadParameter(f"there are vit, dit, diffit and all; found {backbone!r}")
+    if file is not None and backbone == "all":
+        raise typer.BadParameter("a FILE holds one backbone; name it instead of all")
+    if file is not None and (golden or into):
+        raise typer.BadParameter("--golden and --into are for the recorded tensors; leave them out, or leave FILE out")
+    if file is None and heads is not None:
+        raise typer.BadParameter("--heads is for a FILE")
+    if into is not None and backbone != "all":
+        raise typer.BadParameter(f"--into takes the table of all backbones; found {backbone!r}")
+    if file is not None:
+        verify_file(backbone, file, heads, as_json=as_json)
+        return
+    from condit.evaluation.verify import fixtures
+
+    folder = fixtures.find_golden(golden)
+    with waiting("comparing"):
+        chosen = list(fixtures.CHECKS) if backbone == "all" else [backbone]
+        rows = {name: fixtures.verify_fixtures(name, folder) for name in chosen}
+    if as_json:
+        answer({name: [fixtures.as_json(row) for row in checked] for name, checked in rows.items()})
+    else:
+        for line in fixtures.lines([(fixtures.TITLES[name], row) for name, checked in rows.items() for row in checked]):
+            typer.echo(line)
+    if into is not None:
+        fixtures.write_between_marks(into, fixtures.markdown(rows))
+        say(f"written into {into}")
+    if not all(row.ok for checked in rows.values() for row in checked):
+        raise typer.Exit(1)
+
+
+def verify_file(backbone: str, source: str, heads: int | None, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from condit.evaluation.verify.files import verify_file as run
+    from condit.evaluation.verify.fixtures import TITLES, lines
+    from condit.evaluation.verify.fixtures import as_json as row_as_json
+
+    with waiting(f"reading {source}"):
+        report = run(backbone, source, heads=heads)
+    rows = report.reference.rows
+    if as_json:
+        reference = {"note": report.reference.note, "rows": [row_as_json(row) for row in rows]}
+        answer({"model": backbone, **asdict(report), "reference": reference})
+    else:
+        for name, text in report.described().items():
+            typer.echo(f"{name:<10}  {text}")
+        for line in lines([(TITLES[backbone], row) for row in rows]) if rows else ():
+            typer.echo(line)
+    if not all(row.ok for row in rows):
+        raise typer.Exit(1)
 
 
 @data_app.command()

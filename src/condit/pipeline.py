@@ -23,6 +23,7 @@ from condit.diffusion.schedules import flow_sigmas, flux_mu
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.streams import Stream, grid_ids
+from condit.weights import class_models
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.load import Parts, load_parts
 
@@ -242,18 +243,7 @@ class Pipeline:
             if tuple(latents.shape) != expected:
                 raise ValueError(f"latents must be packed tokens {expected}; found {tuple(latents.shape)}.")
             return [None] * batch, latents.float().to(self.device)
-        if generator is not None and seed is not None:
-            raise ValueError("Give seed or generator, not both.")
-        given: list[torch.Generator]
-        if generator is not None:
-            given = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
-            if len(given) != batch:
-                raise ValueError(f"{len(given)} generators for {batch} images.")
-            seeds: list[int | None] = [None] * batch
-        else:
-            first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would reseed everybody
-            seeds = [first + i for i in range(batch)]
-            given = [torch.Generator().manual_seed(first + i) for i in range(batch)]
+        seeds, given = image_generators(batch, seed, generator)
         drawn = [torch.randn(shape, generator=g, device=g.device).cpu() for g in given]
         return seeds, pack(torch.stack(drawn)).to(self.device)
 
@@ -302,6 +292,41 @@ class Pipeline:
 ANNOTATORS: dict[str, Callable] = {"edges": annotators.edges, "gray": annotators.gray, "blur": annotators.blur}
 
 
-def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:
-    """A pipeline by name ("tiny", embedded) or from a folder in diffusers' FLUX layout."""
-    return Pipeline(load_parts(source, dtype=dtype)).to(device)
+def image_generators(
+    batch: int, seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> tuple[list[int | None], list[torch.Generator]]:
+    """A generator an image, and the seeds: image i has seed + i (None: a random start), or one that was given."""
+    if generator is not None and seed is not None:
+        raise ValueError("Give seed or generator, not both.")
+    if generator is not None:
+        given = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
+        if len(given) != batch:
+            raise ValueError(f"{len(given)} generators for {batch} images.")
+        return [None] * batch, given
+    first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would reseed everybody
+    return [first + i for i in range(batch)], [torch.Generator().manual_seed(first + i) for i in range(batch)]
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    vae: Any = None,
+) -> Any:
+    """A `Pipeline` by name ("tiny", embedded) or from a folder in diffusers' FLUX layout; a `ClassPipeline` or a
+    `ViTPipeline` by name (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT, DiffiT or ViT.
+    vae: an autoencoder, its folder, or "tiny" for the embedded one, for a class model that has none beside it."""
+    found = class_models.recognise(source)
+    if vae is not None and (found is None or found[0] == "vit"):
+        raise ValueError(f"vae= is for DiT and DiffiT; {str(source)!r} brings its own or needs none. Leave it out.")
+    if found is None:
+        return Pipeline(load_parts(source, dtype=dtype)).to(device)
+    kind, path = found
+    if kind == "vit":
+        from condit.classifier import ViTPipeline
+
+        return ViTPipeline(class_models.load_classifier_parts(str(source), path, dtype=dtype)).to(device)
+    from condit.class_pipeline import ClassPipeline  # here, as it imports this module
+
+    return ClassPipeline(class_models.load_class_parts(str(source), kind, path, vae=vae, dtype=dtype)).to(device)

@@ -122,7 +122,13 @@ class Studio:
 
     def __init__(self, model: str = "tiny", device: str | None = None) -> None:
         self.model = model
-        self.pipe: Pipeline = condit.load(model, device=device or default_device(model))
+        pipe = condit.load(model, device=device or default_device(model))
+        if not isinstance(pipe, condit.Pipeline):
+            raise ValueError(
+                f"{model!r} is a {type(pipe).__name__}, which takes no prompt. Use it from Python: "
+                f"condit.load({model!r})."
+            )
+        self.pipe: Pipeline = pipe
         self.adapters: dict[str, IPAdapter | OminiControl] = {}
 
     def draw(self, request: Request) -> Drawing:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,17 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import condit
 from condit import demo
+from condit.backbones.diffit import DiffiT, DiffiTConfig
 from condit.cli import main, output_paths, parse_reference
 from condit.data.icons import Icon, IconWorld, sample_path
 from condit.data.images import load_image, read_recipe, save_image
 from condit.request import USES, Reference, Request, differences, locate
 from condit.weights import catalog
+from condit.weights.diffit import save_diffit
 
-VERBS = ("demo", "generate", "replay", "train", "evaluate", "models", "doctor", "data")
+VERBS = ("demo", "generate", "replay", "train", "evaluate", "verify", "models", "doctor", "data")
 
 
 needs_tiny = pytest.mark.skipif(
@@ -90,6 +95,11 @@ def test_version(run):
         (["generate", "a", "-o", "out.jpg"], "only a PNG carries its recipe"),
         (["train", "absent.toml"], "no recipe at absent.toml"),
         (["evaluate", "flux"], "'tiny' only"),
+        (["verify", "flux"], "vit, dit, diffit and all"),
+        (["verify", "all", "x.pt"], "a FILE holds one backbone"),
+        (["verify", "vit", "x.npz", "--golden", "."], "--golden and --into are for the recorded tensors"),
+        (["verify", "vit", "--heads", "4"], "--heads is for a FILE"),
+        (["verify", "vit", "--into", "x.md"], "the table of all backbones"),
         (["data", "icons"], "Missing option"),
     ],
 )
@@ -452,3 +462,36 @@ def test_the_references_of_the_demo_are_in_the_sample():
     world = IconWorld.open(sample_path())
     there = {(icon.style, icon.label) for icon in world.icons}
     assert {(given.style, given.label) for row in demo.ROWS for given in row.given} <= there
+
+
+def test_verify_tells_one_wrong_number_among_the_recorded_ones_and_exits_1(run, tmp_path):
+    golden = tmp_path / "golden"
+    shutil.copytree(Path(__file__).parent.parent / "parity" / "golden" / "diffit", golden / "diffit")
+    recorded = load_file(golden / "diffit" / "latent_a.safetensors")
+    recorded["act.block.1"][0, 0, 0] += 1e-3
+    save_file(recorded, golden / "diffit" / "latent_a.safetensors")
+    code, out, err = run("verify", "diffit", "--golden", str(golden))
+    assert (code, err) == (1, "")
+    assert [line.split()[-1] for line in out.splitlines()[1:]] == ["LARGE", "1.0e-03", "ok", "ok", "ok", "ok"]
+    assert "latent_a: block.1: 1.0e-03" in out
+
+
+def test_verify_without_fixtures_or_with_a_file_of_another_model_is_a_clear_error(run, tmp_path):
+    code, out, err = run("verify", "dit", "--golden", str(tmp_path / "absent"))
+    assert (code, out) == (1, "")
+    assert "Name tests/parity/golden of a checkout" in err
+    save_file({"cls_token": torch.zeros(1)}, tmp_path / "x.safetensors")
+    code, out, err = run("verify", "dit", "x.safetensors")
+    assert (code, out) == (1, "")
+    assert "It looks like a ViT" in err
+
+
+def test_verify_tells_what_a_file_is_in_text_and_json(run, tmp_path):
+    config = DiffiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=5)
+    save_diffit(DiffiT(config), tmp_path / "x.safetensors")
+    code, out, _ = run("verify", "diffit", "x.safetensors")
+    assert code == 0
+    assert "nearest DiffiT-XL/2: input_size 8 instead of 32, hidden_size 16 instead of 1152" in out
+    report = json.loads(run("verify", "diffit", "x.safetensors", "--json")[1])
+    assert (report["layout"], report["dtype"], report["differs"]["depth"]) == ("release", "float32", [2, 28])
+    assert report["reference"] == {"note": "none: neither transformers nor diffusers has a DiffiT", "rows": []}

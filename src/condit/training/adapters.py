@@ -26,7 +26,7 @@ from condit.data.sheets import contact_sheet
 from condit.diffusion.guidance import guide
 from condit.diffusion.objectives import add_noise, drop, flow_loss, to_velocity
 from condit.diffusion.samplers import euler
-from condit.diffusion.schedules import flow_sigmas, logit_normal
+from condit.diffusion.schedules import flow_sigmas
 from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
@@ -34,7 +34,7 @@ from condit.nn.lora import LoRA
 from condit.nn.streams import Stream, grid_ids
 from condit.training.icon_batches import GROUPS, IconSet, procedural
 from condit.training.loop import Task, to_device
-from condit.training.text_to_image import GRID, SHIFT, T_MEAN, T_STD, image_stream
+from condit.training.text_to_image import GRID, SHIFT, image_stream, training_times
 from condit.weights.files import load_strict, read_tensors, save_tensors
 from condit.weights.load import load_tiny
 from condit.weights.tiny import floats
@@ -89,7 +89,7 @@ class AdapterTask(Task):
         with torch.no_grad():
             x0 = encode_tokens(self.vae, batch.images)
             text = self.text(batch.captions)
-        t = logit_normal(len(x0), mean=T_MEAN, std=T_STD, generator=generator).to(x0.device)
+        t = training_times(len(x0), 0.15, generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         streams, controls = self.conditions(batch, text, drop(len(x0), 0.1, generator).to(x0.device))
         output = self.predict(add_noise(x0, noise, t), t, text, streams, controls)

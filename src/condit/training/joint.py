@@ -18,7 +18,6 @@ from torch import Tensor
 from condit.controls.control import When, Where
 from condit.controls.ip_adapter import IPReference
 from condit.diffusion.objectives import add_noise, drop, flow_loss
-from condit.diffusion.schedules import logit_normal
 from condit.encoders.image import TinyImage
 from condit.encoders.vae import encode_tokens
 from condit.training.adapters import (
@@ -31,7 +30,7 @@ from condit.training.adapters import (
     style_table,
 )
 from condit.training.loop import to_device
-from condit.training.text_to_image import T_MEAN, T_STD, TextToImageTask
+from condit.training.text_to_image import TextToImageTask, training_times
 
 
 @dataclass
@@ -70,7 +69,7 @@ class JointTask(TextToImageTask):
         with torch.no_grad():
             x0 = encode_tokens(self.vae, batch.images)
             text = self.text(batch.captions)
-        t = logit_normal(len(x0), mean=T_MEAN, std=T_STD, generator=generator).to(x0.device)
+        t = training_times(len(x0), self.fine_share, generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         features = reference_features(self, batch)
         plain = len(x0) - len(features)

@@ -30,6 +30,8 @@ class Recipe(BaseModel):
 def tasks() -> dict[str, Callable[..., Task]]:
     """Task name of a recipe -> class."""
     from condit.training.adapters import StyleTask, TokenTask
+    from condit.training.class_conditional import ClassConditionalTask
+    from condit.training.classify import ClassifyTask
     from condit.training.clip import ClipTask
     from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
@@ -42,6 +44,8 @@ def tasks() -> dict[str, Callable[..., Task]]:
         "text-and-style": JointTask,
         "style": StyleTask,
         "tokens": TokenTask,
+        "class-conditional": ClassConditionalTask,
+        "classify": ClassifyTask,
     }
 
 

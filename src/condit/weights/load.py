@@ -15,6 +15,7 @@ from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
 from condit.encoders.image import TinyImage
 from condit.encoders.text import FluxText, TinyText
 from condit.weights.catalog import MODELS, describe_hash
+from condit.weights.class_models import PUBLISHED, looks_like
 from condit.weights.files import load_strict, read_tensors
 from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent, read_config
 
@@ -45,10 +46,11 @@ def load_parts(source: str | Path, *, dtype: torch.dtype | None = None) -> Parts
     folder = Path(source)
     if (folder / "model_index.json").is_file():
         return load_flux(folder, dtype or torch.bfloat16)
-    known = ", ".join(n for n, e in MODELS.items() if e.kind == "model") or "none embedded"
+    known = ", ".join([*(n for n, e in MODELS.items() if e.kind == "model"), *PUBLISHED])
     raise ValueError(
-        f"No model {name!r}. Known: {known}; or give a folder with model_index.json (diffusers' FLUX layout). "
-        f"For FLUX.1 weights download the repository first and pass its folder."
+        f"No model {name!r}.{looks_like(folder)} Known: {known}; or give a folder with model_index.json (diffusers' "
+        "FLUX layout), or a file or folder of DiT, DiffiT or ViT. "
+        "For FLUX.1 weights download the repository first and pass its folder."
     )
 
 

@@ -1,0 +1,338 @@
+"""Training of DiT, DiffiT and ViT on the committed icons and on folders: a step, its export, resume, clear errors."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from condit.data.icons import sample_path
+from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.training import latent_cache
+from condit.training.class_conditional import ClassConditionalTask
+from condit.training.classify import ClassifyTask
+from condit.training.labelled import from_folder
+from condit.training.loop import Loop, LoopConfig
+from condit.weights.diffit import load_diffit
+from condit.weights.dit import load_dit
+from condit.weights.files import save_tensors
+from condit.weights.tiny import WEIGHTS
+from condit.weights.vit import load_vit
+
+ICONS = str(sample_path())
+ONE_STEP = LoopConfig(steps=1, batch=4, precision="no", warmup=1, ema=0.0)
+SIZES = {"hidden_size": 32, "depth": 2, "num_heads": 2}
+VIT = {"patch_size": 16, "dim": 32, "depth": 2, "heads": 2, "mlp_dim": 64}
+RUN = LoopConfig(steps=4, batch=4, lr=1e-2, precision="no", warmup=1, ema=0.5, save_minutes=0.0)
+
+
+def write_vae(folder: Path, patch: int, **config) -> str:
+    """A `PatchAutoencoder` of four channels with an orthonormal random code."""
+    torch.manual_seed(0)
+    settings = PatchAutoencoderConfig(patch=patch, latent_channels=4, width=8, depth=1, **config)
+    vae = PatchAutoencoder(settings)
+    vae.basis.copy_(torch.linalg.qr(torch.randn(3 * patch * patch, 4))[0].T)
+    save_tensors(folder / WEIGHTS, vae.state_dict())
+    (folder / "config.json").write_text(json.dumps(asdict(settings)))
+    return str(folder)
+
+
+def write_pictures(folder: Path, *, count: int = 14, size: tuple[int, int] = (48, 32)) -> Path:
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> str:
+    return write_vae(tmp_path_factory.mktemp("vae"), 4)
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory) -> str:
+    """Two classes of pictures that are wider than high; a note and a hidden file beside them."""
+    folder = tmp_path_factory.mktemp("pets")
+    for name in ("cats", "dogs"):
+        write_pictures(folder / name)
+    (folder / "cats" / "notes.txt").write_text("not a picture")
+    (folder / ".hidden.png").write_text("not one either")
+    return str(folder)
+
+
+def small(pets: str, vae: str, **more) -> ClassConditionalTask:
+    torch.manual_seed(0)
+    return ClassConditionalTask(
+        **{"backbone": "DiT", "sizes": SIZES, "folder": pets, "size": [32, 48], "vae": vae, **more}
+    )
+
+
+def step(task, out: Path, config: LoopConfig = ONE_STEP) -> Path:
+    """The export of a short run."""
+    task.sheet = lambda: None
+    task.validate = lambda: {}
+    before = {n: p.detach().clone() for n, p in task.named_parameters() if p.requires_grad}
+    Loop(task, config, out).run()
+    assert any(not torch.equal(p, before[n]) for n, p in task.named_parameters() if n in before), "no weight moved"
+    assert json.loads((out / "export" / "card.json").read_text())["steps"] == config.steps
+    return out / "export"
+
+
+@pytest.fixture(scope="module")
+def coarse(tmp_path_factory) -> dict[str, str]:
+    """A latent of 8 x 8 for icons, and a cache that the tests share."""
+    folder = tmp_path_factory.mktemp("coarse")
+    return {"vae": write_vae(folder / "vae", 16), "cache": str(folder / "cache")}
+
+
+@pytest.mark.parametrize(
+    "backbone, more", [("DiT", {"checkpointing": True}), ("DiT", {"adaln": "plain"}), ("DiffiT", {})], ids=str
+)
+def test_a_backbone_trains_a_step_on_icons_and_its_export_loads_strictly(backbone, more, tmp_path, coarse):
+    task = ClassConditionalTask(
+        backbone=backbone, sizes=SIZES, icons=ICONS, label="style", flip=False, **coarse, **more
+    )
+    folder = step(task, tmp_path) / "transformer"
+    network = load_diffit(folder / WEIGHTS) if backbone == "DiffiT" else load_dit(folder / WEIGHTS)
+    assert network.config == task.network.config
+    if backbone == "DiT":
+        assert load_dit(folder).config.latent == (8, 8)
+        assert load_dit(folder).config.gates == (more.get("adaln") != "plain")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.tensor([0, task.network.null_label])
+    assert torch.equal(network(x, t, y), task.network.eval()(x, t, y))
+    names = json.loads((folder / "config.json").read_text())["id2label"]
+    assert [names[str(i)] for i in range(len(names))] == task.classes
+    assert "twemoji" in task.classes
+    assert "streamline-emojis" not in task.classes  # the style that nobody trains on
+
+
+def test_dit_and_diffit_are_given_the_same_batches(pets, vae):
+    tasks = [small(pets, vae, backbone=name) for name in ("DiT", "DiffiT")]
+    first, second = (task.batch(random.Random(3), 5) for task in tasks)
+    assert torch.equal(first.x0, second.x0)
+    assert torch.equal(first.labels, second.labels)
+
+
+def test_a_rectangular_folder_of_classes_trains_and_is_judged_repeatably(tmp_path, pets, vae):
+    task = small(pets, vae)
+    assert task.classes == ["cats", "dogs"]
+    assert len(task.latents) + len(task.held_out) == 28
+    assert task.network.config.input_size == (8, 12)
+    torch.nn.init.normal_(task.network.final_layer.linear.weight, std=0.1)
+    torch.nn.init.normal_(task.network.final_layer.adaLN_modulation[1].weight, std=0.1)
+    with torch.no_grad():
+        figures = task.validate()
+        assert figures == task.validate()
+    assert figures["n"] == len(task.held_out) > 0
+    assert figures["wrong_class"] != 0
+    assert task.sheet().size[0] > 300
+    folder = step(task, tmp_path) / "transformer"
+    config = load_dit(folder / WEIGHTS).config
+    assert (config.latent, config.num_classes) == ((8, 12), 2)
+    assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "cats", "1": "dogs"}
+
+
+def test_a_flat_folder_trains_an_unconditional_network(tmp_path, vae):
+    folder = write_pictures(tmp_path / "flat", count=6, size=(32, 32))
+    task = ClassConditionalTask(backbone="DiT", sizes=SIZES, folder=str(folder), size=32, vae=vae)
+    assert task.network.config.num_classes == 0
+    assert len(task.draw([0, 0])) == 2
+    network = load_dit(step(task, tmp_path / "run") / "transformer")
+    assert network(torch.zeros(1, 4, 8, 8), torch.tensor([5])).shape == (1, 8, 8, 8)
+
+
+def test_a_diffusers_autoencoder_is_sampled_and_scaled(tmp_path, pets):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    kl = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()
+    kl.save_pretrained(tmp_path)
+    task = small(pets, str(tmp_path), flip=False)
+    pictures = from_folder(pets, (32, 48)).train
+    posterior = kl.encode(pictures.read([0])).latent_dist
+    torch.testing.assert_close(task.latents.mean([0]), 0.18215 * posterior.mean, atol=1e-3, rtol=1e-3)  # kept in fp16
+    draws = torch.cat([task.latents.draw([0], [0], torch.Generator().manual_seed(s)) for s in range(256)])
+    torch.testing.assert_close(draws.std(0), 0.18215 * posterior.std[0], atol=0, rtol=0.25)  # of 256 draws, 6 sigma
+    torch.testing.assert_close(
+        latent_cache.decode(task.vae, task.latents.mean([0])),
+        kl.decode(posterior.mean).sample.clamp(-1, 1),
+        atol=5e-3,
+        rtol=0,
+    )
+
+
+def test_latents_come_from_the_cache_until_a_picture_changes(tmp_path, vae, monkeypatch):
+    folder = write_pictures(tmp_path / "flat", count=5, size=(32, 32))
+    made = []
+    fill = latent_cache.fill
+    monkeypatch.setattr(latent_cache, "fill", lambda *given: made.append(1) or fill(*given))
+    encoder = latent_cache.load_vae(vae)
+
+    def encode() -> latent_cache.LatentSet:
+        pictures = from_folder(folder, (32, 32)).train
+        return latent_cache.encode(encoder, pictures, flip=True, cache=str(tmp_path / "cache"))
+
+    first, again = encode(), encode()
+    assert len(made) == 1
+    assert np.array_equal(first.moments, again.moments)
+    assert not np.array_equal(first.moments[:, 0], first.moments[:, 1])
+    Image.new("RGB", (40, 40), "red").save(folder / "0.png")
+    assert not np.array_equal(encode().moments, again.moments)
+    assert len(made) == 2
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_class_training import RUN, Loop, small
+task = small({pets!r}, {vae!r})
+task.validate, task.sheet, task.seen, batch = dict, lambda: None, 0, task.batch
+def killing(rng, size):
+    task.seen += 1
+    if task.seen == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch(rng, size)
+task.batch = killing
+Loop(task, RUN, Path({out!r})).run()
+"""
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    states = [torch.load(path / "state.pt", weights_only=True) for path in (one, other)]
+    for kind in ("parameters", "average"):
+        assert all(torch.equal(value, states[1][kind][name]) for name, value in states[0][kind].items())
+
+
+def test_a_killed_and_resumed_dit_ends_as_one_never_stopped(tmp_path, pets, vae):
+    step(small(pets, vae), tmp_path / "whole", RUN)
+    script = KILLED.format(tests=str(Path(__file__).parent), pets=pets, vae=vae, out=str(tmp_path / "cut"))
+    # Threads decide the order of sums.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, env=environment)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    resumed = Loop(small(pets, vae), RUN, tmp_path / "cut")
+    assert 0 < resumed.step < RUN.steps
+    step(resumed.task, tmp_path / "cut", RUN)
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_stopped_and_resumed_vit_with_dropout_ends_as_one_never_stopped(tmp_path, pets):
+    def task() -> ClassifyTask:
+        torch.manual_seed(0)
+        return ClassifyTask(folder=pets, size=[32, 48], sizes={**VIT, "dropout": 0.3}, flip=True)
+
+    step(task(), tmp_path / "whole", RUN)
+    stopped = task()
+    batch, seen = stopped.batch, []
+
+    def failing(rng, size):
+        seen.append(1)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return batch(rng, size)
+
+    stopped.batch = failing
+    with pytest.raises(KeyboardInterrupt):
+        Loop(stopped, RUN, tmp_path / "cut").run()
+    step(task(), tmp_path / "cut", RUN)
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_vit_trains_a_step_on_icons_and_loads_and_starts_another(tmp_path, pets):
+    task = ClassifyTask(icons=ICONS, label="base", sizes=VIT)
+    assert "red apple" in task.classes
+    folder = step(task, tmp_path)
+    network = load_vit(folder)
+    images = torch.randn(2, 3, 128, 128)
+    assert torch.equal(network(images), task.network.eval()(images))
+    names = json.loads((folder / "config.json").read_text())["id2label"]
+    assert [names[str(i)] for i in range(len(names))] == task.classes
+    other = ClassifyTask(folder=pets, size=[32, 48], init=str(folder))
+    assert torch.equal(other.network.blocks[1].mlp.fc1.weight, network.blocks[1].mlp.fc1.weight)
+    assert other.network(torch.zeros(1, 3, 32, 48)).shape == (1, 2)
+
+
+def test_a_vit_is_judged_on_every_held_out_picture(pets):
+    task = ClassifyTask(folder=pets, size=[32, 48], sizes=VIT)
+    task.eval()
+    with torch.no_grad():
+        head = task.network.head
+        assert head is not None
+        head.bias[1] = 5.0  # it says "dogs" whatever it sees
+        figures = task.validate()
+    assert figures["n"] == len(task.held_labels) > 0
+    assert figures["accuracy"] == pytest.approx(100 * float(task.held_labels.float().mean()), abs=1e-3)
+    assert task.sheet().size[0] > 300
+
+
+def test_augmentation_moves_every_picture_and_none_when_it_is_off():
+    from condit.training.classify import augment
+
+    images = torch.rand(3, 3, 16, 24) * 2 - 1
+    still = augment(images, random.Random(0), shift=0, zoom=0, flip=False)
+    torch.testing.assert_close(still, images, atol=1e-5, rtol=0)  # bilinear weights of 1 and 1e-7
+    moved = augment(images, random.Random(0), shift=0.1, zoom=0.2, flip=True)
+    assert all((a - b).abs().mean() > 0.01 for a, b in zip(moved, images, strict=True))
+    assert torch.equal(moved, augment(images, random.Random(0), shift=0.1, zoom=0.2, flip=True))
+
+
+def test_mistakes_in_the_pictures_are_told_by_name(tmp_path, vae):
+    def fails(match: str, **more) -> None:
+        with pytest.raises(ValueError, match=match):
+            small(str(tmp_path / "p"), vae, **more)
+
+    fails("No folder")
+    (tmp_path / "p").mkdir()
+    fails("holds no picture")
+    write_pictures(tmp_path / "p" / "cats", count=2)
+    (tmp_path / "p" / "dogs").mkdir()
+    fails("dogs holds no picture")
+    file = tmp_path / "p" / "dogs" / "small.png"
+    Image.new("RGB", (20, 10)).save(file)
+    fails("small.png is 20 x 10 pixels")
+    file.write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    fails("small.png is")
+    file.unlink()
+    (file.parent / "rex.png").write_bytes((tmp_path / "p" / "cats" / "0.png").read_bytes())
+    (tmp_path / "p" / "loose.png").write_bytes((tmp_path / "p" / "cats" / "0.png").read_bytes())
+    fails("beside subfolders")
+
+
+def test_mistakes_in_a_recipe_are_told(tmp_path, pets, vae):
+    def fails(match: str, error: type[Exception] = ValueError, **more) -> None:
+        with pytest.raises(error, match=match):
+            small(**{"pets": pets, "vae": vae, **more})
+
+    fails("give one|Give one", icons=ICONS)
+    fails("none of style, base, group", folder=None, icons=ICONS, label="colour")
+    fails("No backbone 'UNet'", backbone="UNet")
+    fails("patches of 5 do not divide", sizes={**SIZES, "patch_size": 5})
+    fails("not a multiple of 4", size=[30, 48])
+    fails("multiple of num_heads", sizes={**SIZES, "num_heads": 5})
+    fails("follows from the data", sizes={**SIZES, "num_classes": 7})
+    fails("unexpected keyword", TypeError, sizes={**SIZES, "widht": 7})
+    fails("for DiT only", backbone="DiffiT", adaln="plain")
+    fails("predicts = 'x0'", sizes={**SIZES, "patch_size": 4})
+    fails("no config.json", vae=str(tmp_path))
+    fails("size is a side", size=[32, 48, 3])
+    broken = write_vae(tmp_path / "broken", 4, scaling_factor=float("nan"))
+    fails("NaN .* for cats/", vae=broken)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        ClassifyTask(folder=str(Path(pets) / "cats"), size=32, sizes=VIT)
+    with pytest.raises(ValueError, match="multiple of patch_size"):
+        ClassifyTask(folder=pets, size=40, sizes=VIT)

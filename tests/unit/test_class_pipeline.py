@@ -1,0 +1,596 @@
+"""class_pipeline.py, classifier.py, weights/class_models.py: classes drawn and told, from files as published."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import condit
+from condit.backbones.diffit import DiffiT, DiffiTConfig
+from condit.backbones.dit import DiT, DiTConfig
+from condit.backbones.vit import FLAVOURS, ViT, ViTConfig
+from condit.class_pipeline import ClassPipeline
+from condit.classifier import ViTPipeline, prepare
+from condit.controls.control import Control, Step
+from condit.diffusion.gaussian import ancestral, gaussian, image_noise
+from condit.diffusion.guidance import class_guidance, power_cosine_scale
+from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.nn.attention import Attend, Call
+from condit.pipeline import Pipeline, Result
+from condit.weights.class_models import ClassParts, Preprocess, kind_of, read_preprocess, write_labels
+from condit.weights.diffit import save_diffit
+from condit.weights.dit import save_dit
+from condit.weights.files import read_metadata, read_tensors, save_tensors
+from condit.weights.tiny import WEIGHTS
+from condit.weights.vit import save_vit
+
+DIT = DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=4, num_classes=5)
+DIFFIT = DiffiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=4, num_classes=5)
+VIT = ViTConfig(patch_size=4, image_size=16, dim=24, depth=1, heads=3, mlp_dim=32, classes=5)
+NAMES = ["tench", "golden retriever", "red fox", "snail", "valley"]
+
+
+def randomise(model: nn.Module, scale: float = 0.1) -> None:
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn(parameter.shape, generator=g))
+
+
+def write(folder: Path, config: DiTConfig | DiffiTConfig = DIT, names: list[str] | None = NAMES) -> Path:
+    """A random model as a safetensors file, with the names of its classes beside it."""
+    path = folder / "model.safetensors"
+    if isinstance(config, DiTConfig):
+        model = DiT(config)
+        randomise(model)
+        save_dit(model, path)
+    else:
+        model = DiffiT(config)
+        randomise(model)
+        save_diffit(model, path, indices=True)
+    if names is not None:
+        write_labels(path, names)
+    return path
+
+
+def write_vae(folder: Path) -> Path:
+    """A random AutoencoderKL of 4 channels whose latents have an eighth of the pixels."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(**blocks, block_out_channels=[4] * 4, norm_num_groups=2, latent_channels=4)  # type: ignore[arg-type]
+    vae.save_pretrained(folder / "vae")
+    return folder / "vae"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dit")
+    write(folder)
+    write_vae(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(home) -> ClassPipeline:
+    return condit.load(home / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def diffit(tmp_path_factory) -> ClassPipeline:
+    return condit.load(write(tmp_path_factory.mktemp("diffit"), DIFFIT))
+
+
+def draw(pipe: ClassPipeline, label: Any = 1, **how) -> Tensor:
+    return pipe(label, **{"seed": 0, "num_inference_steps": 3, "output_type": "latent", **how}).images
+
+
+# Drawing
+
+
+def test_images_come_as_pictures_tensors_or_latents(pipe):
+    (picture,) = pipe("snail", seed=0, num_inference_steps=2).images
+    assert isinstance(picture, Image.Image) and picture.size == (32, 32)
+    tensor = draw(pipe, output_type="pt")
+    assert tensor.shape == (1, 3, 32, 32) and tensor.abs().max() <= 1
+    vae, latents = pipe.parts.vae, draw(pipe)
+    assert vae.config.scaling_factor == 0.18215 and latents.shape == (1, 4, 4, 4)
+    assert torch.equal(tensor, vae.decode(latents / 0.18215).sample.clamp(-1, 1))
+
+
+def test_names_and_numbers_mean_the_same_class(pipe):
+    named = draw(pipe, ["golden retriever", "Red Fox", None])
+    assert torch.equal(named, draw(pipe, [1, 2, None]))
+    assert torch.equal(named, draw(pipe, ["1", np.int64(2), None]))
+    assert torch.equal(named[:2], draw(pipe, torch.tensor([1, 2])))
+    assert not torch.equal(draw(pipe, 1), draw(pipe, 2))
+
+
+def test_a_drawing_is_the_official_sampler_over_the_official_guidance(pipe):
+    model = pipe.backbone
+    noise = image_noise([torch.Generator().manual_seed(seed) for seed in (7, 8)])
+    start = noise(torch.empty(2, 4, 4, 4))
+    for channels, given in ((3, 3), (None, "all")):
+        generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+        noise = image_noise(generators)
+        assert torch.equal(noise(start), start)
+        denoise = class_guidance(model, torch.tensor([1, 2]), 5, 4.0, channels=channels)
+        with torch.no_grad():
+            expected = ancestral(denoise, start, gaussian(respacing="5"), noise=noise)
+        found = draw(pipe, [1, 2], seed=7, num_inference_steps=5, guidance_channels=given)
+        assert torch.equal(found, expected)  # 4.0 is the default of the official sample.py
+
+
+def test_diffit_draws_with_its_power_cosine_schedule_and_forms_its_biases_once(diffit, monkeypatch):
+    formed, told = [], []
+    biases, forward = type(diffit.backbone).biases, type(diffit.backbone).forward
+    monkeypatch.setattr(DiffiT, "biases", lambda self, grid: formed.append(grid) or biases(self, grid))
+    monkeypatch.setattr(DiffiT, "forward", lambda self, *a, **k: told.append(k["biases"]) or forward(self, *a, **k))
+    found = draw(diffit, num_inference_steps=4)
+    assert formed == [(2, 2)] and len(told) == 4 and all(given is told[0] for given in told)
+    g = torch.Generator().manual_seed(0)
+    noise = image_noise([g])
+    start = noise(torch.empty(1, 4, 4, 4))
+    network = lambda x, t, y: forward(diffit.backbone, x, t, y)  # noqa: E731
+    denoise = class_guidance(network, torch.tensor([1]), 5, lambda t: power_cosine_scale(t, 4.4))
+    with torch.no_grad():
+        expected = ancestral(denoise, start, gaussian(respacing="4"), noise=noise)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, draw(diffit, num_inference_steps=4, guidance_power=0.0))
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_published_guidance_follows_the_size_of_diffit(side, tmp_path):
+    parts = condit.load(write(tmp_path, replace(DIFFIT, input_size=side, hidden_size=8, num_heads=1))).parts
+    assert (parts.guidance, parts.power) == ((4.4, 4.0) if side == 32 else (1.49, 0.0))
+
+
+def test_ddim_adds_no_noise_at_eta_0_and_does_at_eta_1(pipe):
+    first = draw(pipe, sampler="ddim")
+    start = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(first, draw(pipe, sampler="ddim", seed=9, latents=start))
+    noisy = draw(pipe, sampler="ddim", eta=1.0, latents=start)
+    assert not torch.equal(noisy, draw(pipe, sampler="ddim", eta=1.0, latents=start, seed=9))
+    assert not torch.equal(first, draw(pipe))
+
+
+def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
+    seen = []
+
+    def callback(given, i, t, kept):
+        assert given is pipe
+        seen.append((i, t))
+        return {"latents": torch.zeros_like(kept["latents"])} if i == 2 else None
+
+    assert not draw(pipe, callback_on_step_end=callback).any()
+    assert seen == [(0, 999.0), (1, 500.0), (2, 0.0)]
+
+
+def test_the_recipe_holds_what_draws_the_picture_again(pipe):
+    result = pipe(["snail", None], seed=3, num_inference_steps=2, output_type="latent")
+    assert isinstance(result, Result) and result.seeds == [3, 4]
+    assert len(result.recipe.pop("hash")) == 16 and result.recipe.pop("model").endswith("model.safetensors")
+    assert result.recipe == {
+        "label": ["snail", None],
+        "class": [3, None],
+        "num_inference_steps": 2,
+        "guidance_scale": 4.0,
+        "guidance_power": 0.0,
+        "guidance_channels": 3,
+        "sampler": "ancestral",
+        "eta": 0.0,
+        "height": 32,
+        "width": 32,
+        "seeds": [3, 4],
+        "controls": [],
+    }
+
+
+# Seeds
+
+
+@pytest.mark.parametrize("which", ["pipe", "diffit"])
+def test_a_row_of_a_batch_equals_its_single_run(which, request):
+    pipe = request.getfixturevalue(which)
+    batch = draw(pipe, [1, None], num_images_per_prompt=2, seed=5)
+    for i, label in enumerate([1, 1, None, None]):
+        alone = draw(pipe, [label, 3], seed=5 + i)[:1]  # beside a class, so that both are guided
+        torch.testing.assert_close(batch[i : i + 1], alone, rtol=1e-5, atol=1e-4)  # other sums in a larger batch
+
+
+def test_a_repeat_is_bit_equal_and_the_global_generator_is_left_alone(pipe):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = pipe(1, num_inference_steps=3, output_type="latent")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(draw(pipe, seed=first.seeds[0]), first.images)
+    generators = [torch.Generator().manual_seed(s) for s in (4, 5)]
+    assert torch.equal(draw(pipe, [1, 2], seed=None, generator=generators), draw(pipe, [1, 2], seed=4))
+
+
+# Guidance
+
+
+def rows_seen(pipe: ClassPipeline, label: Any, **how) -> list[int]:
+    seen: list[int] = []
+    hook = pipe.backbone.register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
+    draw(pipe, label, num_inference_steps=2, **how)
+    hook.remove()
+    return seen
+
+
+def test_the_batch_is_doubled_only_where_something_is_guided(pipe, diffit):
+    assert rows_seen(pipe, [1, 2]) == [4, 4]
+    assert rows_seen(pipe, [1, 2], guidance_scale=1.0) == [2, 2]
+    assert rows_seen(diffit, [1, 2], guidance_scale=1) == [2, 2]
+    assert rows_seen(pipe, [None, None]) == [2, 2]
+
+
+def test_without_a_class_the_null_class_is_drawn(pipe):
+    assert torch.equal(draw(pipe, None), draw(pipe, [None], guidance_scale=1.0))
+    assert not torch.equal(draw(pipe, None), draw(pipe, 0, guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("config", [DIT, DIFFIT])
+def test_an_unconditional_model_draws_and_knows_no_class(config, tmp_path):
+    config = replace(config, num_classes=0, learn_sigma=False)
+    model = condit.load(write(tmp_path, config, names=None))
+    assert draw(model, None, num_images_per_prompt=2).shape == (2, 4, 4, 4)
+    with pytest.raises(ValueError, match="is unconditional, it knows no class 1"):
+        draw(model, 1)
+    with pytest.raises(ValueError, match="without a null class"):
+        draw(model, None, guidance_scale=4.0)
+
+
+def test_a_model_without_a_null_class_is_not_guided(tmp_path):
+    model = condit.load(write(tmp_path, replace(DIT, class_dropout_prob=0.0)))
+    assert rows_seen(model, 1) == [1, 1]
+    with pytest.raises(ValueError, match="trained with classes only: give one of its 5 labels"):
+        draw(model, None)
+    with pytest.raises(ValueError, match="without a null class"):
+        draw(model, 1, guidance_scale=2.0)
+
+
+def test_three_channels_are_guided_of_four_and_all_of_other_latents(pipe, tmp_path):
+    assert torch.equal(draw(pipe), draw(pipe, guidance_channels=3))
+    wide = condit.load(write(tmp_path, replace(DIT, in_channels=6)))
+    assert torch.equal(draw(wide), draw(wide, guidance_channels="all"))
+    assert not torch.equal(draw(wide), draw(wide, guidance_channels=3))
+
+
+def test_an_export_of_the_trainer_says_what_it_predicts(tmp_path):
+    path = write(tmp_path / "transformer", replace(DIT, learn_sigma=False), names=None)
+    noise = draw(condit.load(path), sampler="ddim")
+    fields = {"id2label": dict(enumerate(NAMES)), "condit": {"predicts": "x0"}}
+    (path.parent / "config.json").write_text(json.dumps(fields))
+    pipe, kept = condit.load(tmp_path), []
+    hook = pipe.backbone.register_forward_hook(lambda module, inputs, out: kept.append(out))
+    found = draw(pipe, "snail", sampler="ddim", guidance_scale=1.0)
+    hook.remove()
+    assert not torch.equal(found, noise)
+    torch.testing.assert_close(found, kept[-1], rtol=0, atol=1e-5)  # the last step lands on the last prediction
+
+
+# Sizes
+
+
+@pytest.mark.parametrize("which", ["pipe", "diffit"])
+def test_a_rectangle_is_drawn(which, request):
+    assert draw(request.getfixturevalue(which), height=32, width=48).shape == (1, 4, 4, 6)
+
+
+# Controls
+
+
+class Shift(Control):
+    """Adds to what attention finds; counts the batches it sees and its steps."""
+
+    def __init__(self, keeps: bool, seen: list):
+        self.keeps, self.seen = keeps, seen
+
+    def at(self, step: Step) -> Control:
+        self.seen.append((step.index, step.count, round(step.t, 3)))
+        return self
+
+    def around(self, call: Call, attend: Attend) -> Tensor:
+        return attend(call) + 1
+
+    def negative(self) -> Control | None:
+        return self if self.keeps else None
+
+
+def test_a_control_acts_and_is_absent_from_the_unconditional_half_if_it_says_so(pipe):
+    kept, gone = [], []
+    both, one = (draw(pipe, 1, controls=[Shift(keeps, seen)]) for keeps, seen in ((True, kept), (False, gone)))
+    assert not torch.equal(both, draw(pipe, 1)) and not torch.equal(both, one)
+    assert gone == [(0, 3, 0.999), (1, 3, 0.5), (2, 3, 0.0)] and len(kept) == 6
+
+
+def test_halves_one_after_the_other_equal_the_doubled_batch(pipe):
+    class Nothing(Control):
+        def negative(self) -> Control:
+            return self
+
+    found = draw(pipe, controls=[Nothing()])
+    torch.testing.assert_close(found, draw(pipe), rtol=1e-5, atol=1e-4)  # other sums in a larger batch
+
+
+class Joins(Control):
+    def streams(self):
+        return ()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"label": "golden retreiver"}, r"No class 'golden retreiver' among 5. Near: 'golden retriever' \(1\)"),
+        ({"label": 5}, "No class 5: .* has the classes 0 to 4"),
+        ({"label": -1}, "No class -1"),
+        ({"label": True}, "No class True"),
+        ({"label": 1.0}, "No class 1.0"),
+        ({"label": []}, "No label in the list"),
+        ({"height": 40}, "multiples of 16 up to 4096; found 40 x 32"),
+        ({"width": 0}, "found 32 x 0"),
+        ({"num_inference_steps": 1}, "num_inference_steps must be 2 to 1000; found 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1; found 0"),
+        ({"sampler": "euler"}, "sampler must be 'ancestral' or 'ddim'; found 'euler'"),
+        ({"eta": 0.5}, "eta is the noise of sampler='ddim'"),
+        ({"output_type": "np"}, "output_type must be 'pil', 'pt' or 'latent'; found 'np'"),
+        ({"guidance_channels": 0}, "guidance_channels must be 'all' or a number from 1"),
+        ({"seed": 0, "generator": torch.Generator()}, "Give seed or generator, not both"),
+        ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images"),
+        ({"latents": torch.zeros(1, 4, 2, 2)}, r"latents must be noise of shape \(1, 4, 4, 4\); found \(1, 4, 2, 2\)"),
+        ({"controls": [Joins()]}, "Joins joins tokens to the sequence"),
+    ],
+)
+def test_a_wrong_argument_is_told_before_anything_is_drawn(pipe, given, message):
+    asked = []
+    hook = pipe.backbone.register_forward_hook(lambda *_: asked.append(1))
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"label": 1, **given})
+    hook.remove()
+    assert not asked
+
+
+def test_a_picture_of_nan_is_told(pipe):
+    with pytest.raises(ValueError, match="NaN"):
+        pipe(1, num_inference_steps=2, latents=torch.full((1, 4, 4, 4), torch.nan))
+
+
+def test_without_an_autoencoder_there_are_latents_only(tmp_path, home):
+    path = write(tmp_path)
+    with pytest.raises(ValueError, match=r"without an autoencoder.*vae=\.\.\."):
+        condit.load(path)(1)
+    assert draw(condit.load(path, vae=home / "vae"), output_type="pt").shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match="4 latent channels, .* draws 3"):
+        condit.load(write(tmp_path, replace(DIT, in_channels=3)), vae=home)
+
+
+def test_the_patch_autoencoder_of_condit_serves_too(tmp_path):
+    config = PatchAutoencoderConfig(patch=4, latent_channels=4, width=8, depth=1)
+    save_tensors(tmp_path / "vae" / WEIGHTS, PatchAutoencoder(config).state_dict())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(asdict(config)))
+    assert draw(condit.load(write(tmp_path)), output_type="pt").shape == (1, 3, 16, 16)
+
+
+# Loading
+
+
+def test_a_published_name_stands_for_its_file_in_the_models_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    with pytest.raises(FileNotFoundError, match="DiT-XL-2-256x256.pt is expected in .*facebookresearch/DiT.*its path"):
+        condit.load("dit-xl-2-256")
+    model = DiT(DiTConfig(input_size=4, hidden_size=384, depth=1, num_heads=6))  # a published width tells the heads
+    save_dit(model, tmp_path / "models" / "DiT-XL-2-256x256.pt")
+    found = condit.load("dit-xl-2-256")
+    assert isinstance(found, ClassPipeline) and found.name == "dit-xl-2-256" and found.classes == 1000
+    assert found.index("golden retriever") == 207
+    write(tmp_path, DIFFIT).rename(tmp_path / "models" / "diffit_512.safetensors")
+    assert isinstance(condit.load("diffit-512").backbone, DiffiT)
+
+
+def test_the_tensors_tell_every_layout_of_dit(tmp_path):
+    model = DiT(DIT)
+    randomise(model)
+    save_dit(model, tmp_path / "dit" / "transformer", layout="diffusers")
+    save_dit(model, tmp_path / "dit.safetensors")
+    folder, file = condit.load(tmp_path / "dit"), condit.load(tmp_path / "dit.safetensors")
+    assert torch.equal(draw(folder, 2), draw(file, "2")) and folder.labels is None
+    with pytest.raises(ValueError, match="came without class names"):
+        draw(folder, "tench")
+
+
+@pytest.mark.parametrize("place", ["sidecar", "folder", "config", "model_index", "metadata"])
+def test_class_names_are_found_beside_the_weights(place, tmp_path):
+    path = write(tmp_path, names=None)
+    numbered = {str(i): name for i, name in enumerate(NAMES)}
+    if place == "sidecar":
+        write_labels(path, NAMES)
+    elif place == "folder":
+        write_labels(tmp_path, NAMES)
+    elif place == "metadata":
+        save_file(read_tensors(path), path, {**read_metadata(path), "labels": json.dumps(NAMES)})
+    else:
+        text = json.dumps({"id2label": numbered})
+        (tmp_path / ("config.json" if place == "config" else "model_index.json")).write_text(text)
+    for source in (
+        (path, tmp_path) if place not in ("folder", "sidecar") else (path if place == "sidecar" else tmp_path,)
+    ):
+        assert condit.load(source).index("red fox") == 2
+
+
+def test_too_few_class_names_are_told(tmp_path):
+    with pytest.raises(ValueError, match=r"model.labels.json has 2 class names, none for 2; the model has 5"):
+        condit.load(write(tmp_path, names=NAMES[:2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("blocks.0.attn.qkv_temb.weight", "diffit"),
+        ("module.blocks.3.adaLN_modulation.1.weight", "dit"),
+        ("encoder.0.blocks.0.block.attn.qkv_temb.weight", None),  # the image-space DiffiT has no pipeline
+        ("final_layer.adaLN_modulation.1.weight", None),  # FLUX of its authors
+        ("down_blocks.0.attentions.0.proj_in.weight", None),
+    ],
+)
+def test_only_class_models_are_recognised(name, kind):
+    assert kind_of([name]) == kind
+
+
+def test_a_file_of_something_else_is_told_with_a_guess(tmp_path):
+    save_file({"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, tmp_path / "unet.safetensors")
+    with pytest.raises(ValueError, match="It looks like a UNet of diffusers.*dit-xl-2-256"):
+        condit.load(tmp_path / "unet.safetensors")
+
+
+def test_an_autoencoder_is_for_models_that_draw_classes(tmp_path):
+    with pytest.raises(ValueError, match="vae= is for DiT and DiffiT"):
+        condit.load("tiny", vae=tmp_path)
+
+
+# Telling classes
+
+
+def write_vit(folder: Path, layout: Any = "transformers", config: ViTConfig = VIT) -> Path:
+    config = replace(config, flavour=FLAVOURS["jax" if layout == "npz" else layout])
+    model = ViT(config)
+    randomise(model)
+    name = {"npz": "vit.npz", "timm": "vit.safetensors", "transformers": "vit"}[layout]
+    return save_vit(folder / name, config, model.state_dict(), layout=layout)
+
+
+@pytest.fixture
+def vit(tmp_path) -> ViTPipeline:
+    folder = write_vit(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {str(i): name for i, name in enumerate(NAMES)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return condit.load(folder)
+
+
+def test_classes_are_those_of_the_logits_under_the_names_of_the_folder(vit, pictures):
+    images = pictures(2)
+    with torch.no_grad():
+        expected = vit.model(vit.preprocess(images)).softmax(-1)
+    found = vit.classify(images, top_k=3)
+    assert [len(row) for row in found] == [3, 3]
+    for row, probabilities in zip(found, expected, strict=True):
+        assert [p.index for p in row] == probabilities.topk(3).indices.tolist()
+        assert [p.label for p in row] == [NAMES[p.index] for p in row]
+        assert [p.probability for p in row] == probabilities.topk(3).values.tolist()
+    assert vit.classify(images[0], top_k=99) == vit.classify([images[0]]) and len(vit.classify(images[0])[0]) == 5
+
+
+def test_features_are_the_tokens_of_the_model(vit, pictures):
+    found = vit.features(pictures(2))
+    assert found.patches.shape == (2, 16, 24) and found.cls is not None and found.cls.shape == (2, 24)
+    with torch.no_grad():
+        assert torch.equal(found.cls, vit.model.features(vit.preprocess(pictures(2))).cls)
+
+
+def test_placeholder_names_count_as_none_and_a_thousand_classes_as_imagenet(tmp_path, pictures):
+    bare = condit.load(write_vit(tmp_path / "a"))
+    assert bare.labels is None and bare.classify(pictures(1))[0][0].label.isdecimal()
+    named = condit.load(write_vit(tmp_path / "b", config=replace(VIT, classes=1000)))
+    assert named.label(207) == "golden retriever"
+
+
+@pytest.mark.parametrize("layout", ["npz", "timm"])
+def test_other_layouts_are_recognised_too(layout, tmp_path, pictures, monkeypatch):
+    path = write_vit(tmp_path, layout)
+    assert len(condit.load(path).classify(pictures(1))[0]) == 5
+    if layout == "npz":
+        monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
+        (tmp_path / "models").mkdir()
+        path.rename(tmp_path / "models" / "ViT-B_16.npz")
+        assert isinstance(condit.load("vit-b-16"), ViTPipeline)
+
+
+def test_a_headless_vit_gives_features_only(tmp_path, pictures):
+    bare = condit.load(write_vit(tmp_path, config=replace(VIT, classes=0)))
+    assert bare.features(pictures(1)).patches.shape == (1, 16, 24)
+    with pytest.raises(ValueError, match="has no head"):
+        bare.classify(pictures(1))
+
+
+def test_wrong_arguments_of_a_classifier_are_told(vit, pictures):
+    with pytest.raises(ValueError, match="top_k must be at least 1; found 0"):
+        vit.classify(pictures(1), top_k=0)
+    with pytest.raises(ValueError, match="No picture in the list"):
+        vit.classify([])
+
+
+# Preprocessing
+
+
+def test_transformers_preprocessing_equals_its_image_processor(tmp_path, pictures):
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    picture = Image.fromarray(pictures(1)[0]).resize((37, 29))
+    for fields in ({}, {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 3}):
+        processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, **fields)
+        folder = write_vit(tmp_path / str(len(fields)))
+        processor.save_pretrained(folder)
+        expected = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])
+        torch.testing.assert_close(condit.load(folder).preprocess(picture), expected, rtol=0, atol=1e-5)
+
+
+def test_the_authors_squash_without_smoothing_and_timm_crops_the_middle():
+    stripes = np.zeros((32, 32, 3), np.uint8)
+    stripes[::4] = 255
+    jax = Preprocess((8, 8), Image.Resampling.BILINEAR, antialias=False)
+    found = prepare(Image.fromarray(stripes), jax)
+    assert torch.equal(found, -torch.ones(3, 8, 8))  # rows 1.5, 5.5, ... stand between the stripes
+    timm = Preprocess((20, 20), Image.Resampling.BICUBIC, crop=0.5)
+    wide = Image.fromarray(np.arange(80 * 40 * 3, dtype=np.uint32).reshape(40, 80, 3).astype(np.uint8))
+    cut = torch.from_numpy(np.array(wide.crop((30, 10, 50, 30)))).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(prepare(wide, timm), cut, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layout", "crop", "antialias"), [("npz", None, False), ("timm", 0.9, True)])
+def test_the_preprocessing_is_that_of_the_publication(layout, crop, antialias, tmp_path):
+    found = condit.load(write_vit(tmp_path, layout)).parts.preprocess
+    assert (found.size, found.crop, found.antialias, found.mean, found.std) == (
+        (16, 16),
+        crop,
+        antialias,
+        (0.5,) * 3,
+        (0.5,) * 3,
+    )
+
+
+def test_timms_own_configuration_is_followed(tmp_path):
+    model = condit.load(write_vit(tmp_path, "timm")).model
+    fields = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "interpolation": "bilinear", "crop_pct": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": fields}))
+    found = read_preprocess(tmp_path, model)
+    assert found == Preprocess((16, 16), Image.Resampling.BILINEAR, True, 1.0, (0.1, 0.2, 0.3), (1, 1, 1))
+
+
+def test_the_embedded_model_is_still_a_pipeline_of_prompts():
+    from condit.weights.catalog import MODELS
+
+    if "tiny" not in MODELS:
+        pytest.skip("no embedded model in this checkout")
+    assert isinstance(condit.load("tiny"), Pipeline)
+
+
+def test_parts_may_be_made_by_hand():
+    model = DiT(DIT).eval().requires_grad_(False)
+    parts = ClassParts("mine", "0" * 16, model, None, None, 4.0, 0.0, Path("."))
+    assert draw(ClassPipeline(parts)).shape == (1, 4, 4, 4)
