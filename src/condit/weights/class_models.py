@@ -1,9 +1,10 @@
 """Names and paths to the parts of a class model: DiT and DiffiT, which draw classes, and ViT, which tells them.
 
 A published name stands for a file, as its authors call it, in the models folder ($CONDIT_HOME/models, else
-~/.cache/condit/models); nothing is fetched. Any other file or folder is told by its tensors. Class names stand beside the weights:
-`NAME.labels.json` or, in a folder, labels.json (a list, or index -> name); `labels` in the metadata of a safetensors
-file; `id2label` in config.json or model_index.json. A model of 1000 classes without names has those of ImageNet.
+~/.cache/condit/models); nothing is fetched. Any other file or folder is told by its tensors. Class names stand beside
+the weights: `NAME.labels.json` or, in a folder, labels.json (a list, or index -> name); `labels` in the metadata of a
+safetensors file; `id2label` in config.json or model_index.json. A model of 1000 classes without names has those of
+ImageNet.
 """
 
 from __future__ import annotations
