@@ -20,6 +20,7 @@ from condit.controls.control import Control, Run, Step
 from condit.data.images import to_images
 from condit.diffusion.gaussian import Denoise, Gaussian, Noise, ancestral, ddim, gaussian
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
+from condit.encoders.vae import decode_latents
 from condit.pipeline import MAX_SIDE, MAX_STEPS, Result, image_generators
 from condit.weights.class_models import ClassParts
 
@@ -304,9 +305,7 @@ class ClassPipeline:
             return latents
         if not torch.isfinite(latents).all():
             raise ValueError("The sampler produced NaN. Lower the guidance, or use dtype=torch.float32.")
-        vae = self.parts.vae
-        z = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        images = vae.decode(z.to(next(vae.parameters()).dtype)).sample.float().clamp(-1, 1)
+        images = decode_latents(self.parts.vae, latents)
         return images if output_type == "pt" else to_images(images)
 
 

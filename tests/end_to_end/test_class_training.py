@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from condit.data.icons import sample_path
-from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig, decode_latents
 from condit.training import latent_cache
 from condit.training.class_conditional import ClassConditionalTask
 from condit.training.classify import ClassifyTask
@@ -25,6 +25,7 @@ from condit.weights.diffit import load_diffit
 from condit.weights.dit import load_dit
 from condit.weights.files import save_tensors
 from condit.weights.tiny import WEIGHTS
+from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit
 
 ICONS = str(sample_path())
@@ -168,7 +169,7 @@ def test_a_diffusers_autoencoder_is_sampled_and_scaled(tmp_path, pets):
     draws = torch.cat([task.latents.draw([0], [0], torch.Generator().manual_seed(s)) for s in range(256)])
     torch.testing.assert_close(draws.std(0), 0.18215 * posterior.std[0], atol=0, rtol=0.25)  # of 256 draws, 6 sigma
     torch.testing.assert_close(
-        latent_cache.decode(task.vae, task.latents.mean([0])),
+        decode_latents(task.vae, task.latents.mean([0])),
         kl.decode(posterior.mean).sample.clamp(-1, 1),
         atol=5e-3,
         rtol=0,
@@ -180,7 +181,7 @@ def test_latents_come_from_the_cache_until_a_picture_changes(tmp_path, vae, monk
     made = []
     fill = latent_cache.fill
     monkeypatch.setattr(latent_cache, "fill", lambda *given: made.append(1) or fill(*given))
-    encoder = latent_cache.load_vae(vae)
+    encoder = load_vae(vae)
 
     def encode() -> latent_cache.LatentSet:
         pictures = from_folder(folder, (32, 32)).train

@@ -26,6 +26,7 @@ from .icon_captions import caption, plain_caption
 from .icon_styles import STYLES, UI_STYLES, Style, family, style_of
 
 __all__ = [
+    "GROUPS",
     "OBJECT_GROUPS",
     "SIZE",
     "STYLES",
@@ -46,6 +47,8 @@ __all__ = [
 
 SIZE = 128
 OBJECT_GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
+# What the embedded models know: no people, flags or symbols.
+GROUPS = (*OBJECT_GROUPS, "smileys-emotion")
 # Share-alike sets stay out of training: whether trained weights are adapted material is unsettled.
 TRAIN_LICENCES = ("Apache-2.0", "MIT", "OFL-1.1", "CC-BY-4.0")
 HELD_OUT_STYLE = "streamline-emojis"

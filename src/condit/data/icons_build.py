@@ -23,8 +23,8 @@ from .icon_attribution import attribution
 from .icon_names import read_aliases, read_chars, read_concepts, resolve, resolve_keys, ui_concepts
 from .icon_packages import EMOJIBASE, drawings, fetch, names, package_of
 from .icons import (
+    GROUPS,
     HELD_OUT_SHARE,
-    OBJECT_GROUPS,
     SIZE,
     STYLES,
     TRAIN_LICENCES,
@@ -173,7 +173,7 @@ def pack(
     world_dir: str | Path,
     file: str | Path,
     *,
-    groups: Collection[str] | None = (*OBJECT_GROUPS, "smileys-emotion"),
+    groups: Collection[str] | None = GROUPS,
     licences: Collection[str] | None = TRAIN_LICENCES,
     styles: Collection[str] | None = None,
 ) -> Path:

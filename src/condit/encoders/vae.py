@@ -143,6 +143,18 @@ def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.pixel_shuffle(tokens.mT.unflatten(2, grid), 2)
 
 
+def scale_shift(vae) -> tuple[float, float]:
+    """The model sees (z - shift) * scale. 0.18215 and 0 in Stable Diffusion."""
+    return float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0)
+
+
+def decode_latents(vae, latents: Tensor) -> Tensor:
+    """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in float32, clamped to [-1, 1]."""
+    scale, shift = scale_shift(vae)
+    z = latents / scale + shift
+    return vae.decode(z.to(next(vae.parameters()).dtype)).sample.float().clamp(-1, 1)
+
+
 def encode_tokens(vae, images: Tensor, generator: torch.Generator | None = None, *, sample: bool = True) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] -> packed, scaled tokens. OminiControl samples the posterior; else its mode."""
     posterior = vae.encode(images).latent_dist
@@ -152,5 +164,4 @@ def encode_tokens(vae, images: Tensor, generator: torch.Generator | None = None,
 
 def decode_tokens(vae, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Packed, scaled tokens -> images (B, 3, H, W), clamped to [-1, 1]."""
-    z = unpack(tokens, grid) / vae.config.scaling_factor + vae.config.shift_factor
-    return vae.decode(z).sample.clamp(-1, 1)
+    return decode_latents(vae, unpack(tokens, grid))

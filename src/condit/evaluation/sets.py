@@ -21,8 +21,8 @@ from condit.controls.ip_adapter import IPAdapter
 from condit.controls.omini import OminiControl
 from condit.data import annotators
 from condit.data.icons import (
+    GROUPS,
     HELD_OUT_STYLE,
-    OBJECT_GROUPS,
     TRAIN_LICENCES,
     Icon,
     IconWorld,
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GROUPS = (*OBJECT_GROUPS, "smileys-emotion")
 BATCH, SAVE_EVERY = 32, 4
 Split = Literal["combo", "concept", "style"]
 Reference = Literal["style", "three", "unseen", "subject", "edges", "gray"]

@@ -19,7 +19,7 @@ from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
 from condit.controls.omini import OminiConfig, OminiControl, condition_stream
 from condit.data.annotators import edges_array
 from condit.data.icon_captions import plain_caption
-from condit.data.icons import TRAIN_LICENCES
+from condit.data.icons import GROUPS, TRAIN_LICENCES
 from condit.data.images import to_images
 from condit.data.procedural import Procedural
 from condit.data.sheets import contact_sheet
@@ -32,7 +32,7 @@ from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.lora import LoRA
 from condit.nn.streams import Stream, grid_ids
-from condit.training.icon_batches import GROUPS, IconSet, procedural
+from condit.training.icon_batches import IconSet, procedural
 from condit.training.loop import Task, to_device
 from condit.training.text_to_image import GRID, SHIFT, image_stream, training_times
 from condit.weights.files import load_strict, read_tensors, save_tensors
@@ -40,6 +40,7 @@ from condit.weights.load import load_tiny
 from condit.weights.tiny import floats
 
 ADAPTER = "adapter.safetensors"
+FINE_SHARE = 0.15  # of the rows at low noise, where strokes and colours are finished
 Kind = Literal["subject", "edges", "gray", "style"]
 # Words that name no concept: the reference has to say what is drawn.
 NAMELESS = ("this", "this item", "the same thing", "这个", "同一个东西")
@@ -89,7 +90,7 @@ class AdapterTask(Task):
         with torch.no_grad():
             x0 = encode_tokens(self.vae, batch.images)
             text = self.text(batch.captions)
-        t = training_times(len(x0), 0.15, generator).to(x0.device)
+        t = training_times(len(x0), FINE_SHARE, generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         streams, controls = self.conditions(batch, text, drop(len(x0), 0.1, generator).to(x0.device))
         output = self.predict(add_noise(x0, noise, t), t, text, streams, controls)

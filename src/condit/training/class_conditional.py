@@ -25,12 +25,14 @@ from condit.data.images import to_images
 from condit.data.sheets import Cell, contact_sheet
 from condit.diffusion.gaussian import Loss, Prediction, ddim, gaussian, training_loss
 from condit.diffusion.guidance import class_guidance
+from condit.encoders.vae import decode_latents
 from condit.training.labelled import Label, height_width, id2label, open_labelled
-from condit.training.latent_cache import decode, encode, load_vae
+from condit.training.latent_cache import encode
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
 from condit.weights.dit import save_dit
 from condit.weights.tiny import WEIGHTS
+from condit.weights.vae import load_vae
 
 AdaLN = Literal["zero", "plain"]
 BACKBONES: dict[str, DiTConfig | DiffiTConfig] = {
@@ -188,7 +190,7 @@ class ClassConditionalTask(Task):
             guided = self.network.config.class_dropout_prob > 0
             null, scale = (self.network.null_label, guidance) if guided else (0, 1.0)
             denoise = class_guidance(self.network, y, null, scale, channels=None)
-        return to_images(decode(self.vae, ddim(denoise, noise, self.sampling)))
+        return to_images(decode_latents(self.vae, ddim(denoise, noise, self.sampling)))
 
     def sheet(self) -> Image.Image:
         """Up to eight classes, three pictures of each, and a real one below."""
@@ -196,7 +198,7 @@ class ClassConditionalTask(Task):
         shown = [i * len(self.classes) // count for i in range(count)]
         rows: list[list[Cell | Image.Image | None]] = [list(self.draw(shown, seed=seed)) for seed in range(3)]
         firsts = [self.latents.labels.tolist().index(label) for label in shown]
-        real = to_images(decode(self.vae, self.latents.mean(firsts).to(self.device)))
+        real = to_images(decode_latents(self.vae, self.latents.mean(firsts).to(self.device)))
         names = [self.classes[label] if self.classes else "" for label in shown]
         rows.append([Cell(image, name, given=True) for image, name in zip(real, names, strict=True)])
         return contact_sheet(rows, labels=["seed 0", "seed 1", "seed 2", "real"])

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.data.icon_styles import STYLES, UI_STYLES
-from condit.data.icons import TRAIN_LICENCES
+from condit.data.icons import GROUPS, TRAIN_LICENCES
 from condit.data.procedural import Procedural
 from condit.encoders.clip import CONCEPT, STYLE, embed_image, embed_text, make_clip, make_tokenizer, token_ids
-from condit.training.icon_batches import GROUPS, IconSet, other, procedural
+from condit.training.icon_batches import IconSet, other, procedural
 from condit.training.loop import Task
-from condit.weights.files import read_tensors
+from condit.weights.files import load_strict, read_tensors
 from condit.weights.tiny import floats
 
 NO_STYLE = -1
@@ -102,9 +102,11 @@ class ClipTask(Task):
         self.look = nn.Linear(self.clip.config.projection_dim, LOOK)
         nn.init.zeros_(self.look.weight)
         if init is not None:
+            # The text tower belongs to a tokenizer of its own, so only the image side is taken.
             tensors = floats(read_tensors(Path(init) / "model.safetensors"))
-            image_side = {k: v for k, v in tensors.items() if k.startswith(("vision_model.", "visual_projection."))}
-            self.clip.load_state_dict(image_side, strict=False)
+            for name in ("vision_model", "visual_projection"):
+                part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+                load_strict(getattr(self.clip, name), part, source=init)
 
     def compiled(self) -> list[nn.Module]:
         return [self.clip.text_model, self.clip.vision_model]

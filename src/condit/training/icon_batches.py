@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condit.data.icons import OBJECT_GROUPS, Icon, IconWorld, caption
+from condit.data.icons import Icon, IconWorld, caption
 from condit.data.procedural import Procedural
-
-# What the embedded models know: no people, flags or symbols.
-GROUPS = (*OBJECT_GROUPS, "smileys-emotion")
 
 
 @dataclass

@@ -8,7 +8,6 @@ reference do not pass through the adapter: without it the model is the plain one
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,6 @@ from condit.training.loop import to_device
 from condit.training.text_to_image import TextToImageTask, training_times
 
 
-@dataclass
-class Joint(Referenced):
-    """Rows without a reference first; `references`, `counts` and `known` speak of the others."""
-
-
 class JointTask(TextToImageTask):
     """`style_share` of the rows have one or two references, of those `style_procedural` in a procedural style."""
 
@@ -58,14 +52,15 @@ class JointTask(TextToImageTask):
         self.ip = new_style_adapter(self.transformer)
         self.table = style_table(self)
 
-    def batch(self, rng: random.Random, size: int) -> Joint:
+    def batch(self, rng: random.Random, size: int) -> Referenced:
+        """Rows without a reference first; `references`, `counts` and `known` speak of the others."""
         styled = int(size * self.style_share)
         plain = super().batch(rng, size - styled)
         more = style_batch(self, rng, styled, self.style_procedural, most=2, pictures=False)
         images = torch.cat([plain.images, more.images])
-        return Joint(images, plain.captions + more.captions, more.references, more.counts, more.known)
+        return Referenced(images, plain.captions + more.captions, more.references, more.counts, more.known)
 
-    def forward(self, batch: Joint, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: Referenced, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             x0 = encode_tokens(self.vae, batch.images)
             text = self.text(batch.captions)

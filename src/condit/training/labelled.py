@@ -12,9 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from condit.data.icons import SIZE, TRAIN_LICENCES, on_white, unit
+from condit.data.icons import GROUPS, SIZE, TRAIN_LICENCES, on_white, unit
 from condit.data.images import load_image, to_tensor
-from condit.training.icon_batches import GROUPS, IconSet
+from condit.training.icon_batches import IconSet
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,8 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from condit.data.files import atomic_write
+from condit.encoders.vae import scale_shift
 from condit.training.labelled import Pictures
-from condit.weights.catalog import MODELS
-from condit.weights.tiny import load_latent
 
 log = logging.getLogger(__name__)
 
@@ -45,41 +43,6 @@ class LatentSet:
         if moments.shape[1] == 1:
             return moments[:, 0]
         return moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 0].shape, generator=generator)
-
-
-def load_vae(source: str | Path) -> nn.Module:
-    """A frozen autoencoder in fp32: "tiny", a `PatchAutoencoder` folder, or diffusers' AutoencoderKL folder."""
-    folder = MODELS["tiny"].path / "vae" if str(source) == "tiny" and "tiny" in MODELS else Path(source)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{folder} holds no autoencoder (no config.json). Expected: 'tiny', the export of recipes/tiny-latent.toml "
-            "or the `vae` folder of a Stable Diffusion as diffusers saves it."
-        )
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name", "PatchAutoencoder")
-    if kind == "PatchAutoencoder":
-        return load_latent(folder).requires_grad_(False)
-    if kind != "AutoencoderKL":
-        raise ValueError(f"{folder} holds a {kind}; a PatchAutoencoder or an AutoencoderKL is expected.")
-    from diffusers import AutoencoderKL
-
-    vae, told = AutoencoderKL.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
-    )
-    if told["missing_keys"]:  # diffusers only warns, and fills them with chance
-        raise ValueError(f"{folder} misses {len(told['missing_keys'])} tensors (first: {told['missing_keys'][0]}).")
-    return vae.eval().requires_grad_(False)
-
-
-def scale_shift(vae: nn.Module) -> tuple[float, float]:
-    """The model sees (z - shift) * scale. 0.18215 and 0 in Stable Diffusion."""
-    config = vae.config
-    return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
-
-
-def decode(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Scaled latents -> pictures (B, 3, H, W) in [-1, 1]."""
-    scale, shift = scale_shift(vae)
-    return vae.decode(latents / scale + shift).sample.clamp(-1, 1)
 
 
 @torch.no_grad()

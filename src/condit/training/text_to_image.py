@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import PRESETS, MMDiT
 from condit.controls.control import Control
 from condit.data.icon_captions import plain_caption
-from condit.data.icons import TRAIN_LICENCES
+from condit.data.icons import GROUPS, TRAIN_LICENCES
 from condit.data.images import to_images
 from condit.data.procedural import Procedural
 from condit.data.sheets import contact_sheet
@@ -28,7 +28,7 @@ from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.streams import Stream, grid_ids
 from condit.training.clip import procedural_caption
-from condit.training.icon_batches import GROUPS, IconSet, procedural
+from condit.training.icon_batches import IconSet, procedural
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors, save_tensors
 from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent

@@ -32,7 +32,7 @@ from condit.weights.catalog import MODELS
 from condit.weights.diffit import load_diffit
 from condit.weights.dit import load_dit
 from condit.weights.files import atomic_write, hash_file, read_metadata, read_tensors
-from condit.weights.tiny import load_latent
+from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit
 
 Kind = Literal["dit", "diffit", "vit"]
@@ -205,8 +205,7 @@ def load_class_parts(
         beside = (path if path.is_dir() else path.parent) / "vae"
         vae = beside if beside.is_dir() else None
     if isinstance(vae, str | Path):
-        embedded = str(vae) == "tiny" and "tiny" in MODELS
-        vae = load_vae(MODELS["tiny"].path if embedded else Path(vae)).to(dtype or torch.float32)
+        vae = load_vae(vae).to(dtype or torch.float32)
     if vae is not None and vae.config.latent_channels != c.in_channels:
         raise ValueError(
             f"the autoencoder has {vae.config.latent_channels} latent channels, {name} draws {c.in_channels}. "
@@ -226,21 +225,6 @@ def load_class_parts(
         place=path if path.is_dir() else path.parent,
         predicts=_beside(file.parent, "config.json").get("condit", {}).get("predicts", "noise"),  # condit's trainer
     )
-
-
-def load_vae(folder: Path) -> Any:
-    """diffusers' AutoencoderKL, or condit's own patch autoencoder, from a folder or from `vae` in it."""
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no autoencoder: config.json and weights of an AutoencoderKL are expected.")
-    if "patch" in _read_json(folder / "config.json"):
-        return load_latent(folder)
-    from diffusers import AutoencoderKL
-
-    vae, told = AutoencoderKL.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    if told["missing_keys"]:  # diffusers only warns, and fills them with chance
-        raise ValueError(f"{folder} misses {len(told['missing_keys'])} tensors (first: {told['missing_keys'][0]}).")
-    return vae
 
 
 def load_classifier_parts(name: str, path: Path, *, dtype: torch.dtype | None = None) -> ClassifierParts:

@@ -137,7 +137,11 @@ def _read(source: Path) -> tuple[State, dict[str, Any]]:
     if not (folder / "config.json").is_file():
         return tensors, {}
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    told = {"num_heads": fields.get("num_attention_heads"), "input_size": fields.get("sample_size")}
+    size = fields.get("sample_size")  # JSON has no tuples
+    told = {
+        "num_heads": fields.get("num_attention_heads"),
+        "input_size": tuple(size) if isinstance(size, list) else size,
+    }
     return tensors, {key: value for key, value in told.items() if value is not None}
 
 
