@@ -14,7 +14,8 @@ from condit.training.clip import ClipTask
 from condit.training.joint import JointTask
 from condit.training.latent import LatentTask
 from condit.training.loop import Loop, LoopConfig
-from condit.training.text_to_image import TextToImageTask
+from condit.training.text_to_image import TextToImageTask, training_times
+from condit.weights.files import save_tensors
 from condit.weights.load import load_tiny
 from condit.weights.tiny import load_clip, load_latent
 
@@ -45,6 +46,23 @@ def test_clip_trains_a_step_and_loads(tmp_path, monkeypatch):
     clip, tokenizer = load_clip(folder)
     assert len(tokenizer(["a red apple"])["input_ids"][0]) >= 5
     assert clip.config.projection_dim == 256
+
+
+def test_clip_goes_on_from_an_image_tower_and_refuses_another_file(tmp_path, random_tiny_folder):
+    folder = random_tiny_folder / "model" / "clip"
+    task = ClipTask(ICONS, init=str(folder))
+    wanted = load_clip(folder)[0].vision_model.state_dict()
+    assert all(torch.equal(v, wanted[k]) for k, v in task.clip.vision_model.state_dict().items())
+    save_tensors(tmp_path / "model.safetensors", {"vision_model.nothing": torch.zeros(1)})
+    with pytest.raises(ValueError, match="missing"):
+        ClipTask(ICONS, init=str(tmp_path))
+
+
+def test_the_fine_share_of_the_training_times_is_low():
+    coarse, fine = (training_times(4000, share, torch.Generator().manual_seed(0)) for share in (0.0, 1.0))
+    assert coarse.median() > 0.75 and fine.median() < 0.3
+    mixed = training_times(4000, 0.3, torch.Generator().manual_seed(0))
+    assert 0.25 < (mixed == fine).float().mean() < 0.35
 
 
 def test_text_to_image_trains_a_step_and_loads(tmp_path, monkeypatch, random_tiny_folder):

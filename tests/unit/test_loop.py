@@ -68,6 +68,26 @@ def test_a_run_killed_and_resumed_ends_with_the_weights_of_one_never_stopped(tmp
         assert torch.equal(states[0]["parameters"][name], states[1]["parameters"][name])
 
 
+def test_compile_compiles_what_the_task_names_and_looks_run_eagerly(tmp_path, monkeypatch):
+    compiled, stances = [], []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled.append((self, how)))
+
+    class Named(Toy):
+        def compiled(self):
+            return [self.net]
+
+        def validate(self):
+            stances.append(torch._dynamo.eval_frame._stance.stance)
+            return {}
+
+    for on in (False, True):
+        task = Named()
+        Loop(task, CONFIG.model_copy(update={"steps": 1, "compile": on}), tmp_path / str(on)).run()
+        assert compiled == ([(task.net, {"dynamic": False})] if on else [])
+    assert stances == ["force_eager"] * 2
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 def test_training_moves_the_weights_and_lowers_the_loss(tmp_path):
     config = CONFIG.model_copy(update={"steps": 60, "batch": 32})
     task = Toy()
