@@ -165,6 +165,6 @@ def write_reference(world: IconWorld, given: Given, folder: Path) -> Path:
 
 
 def given_cell(given: Given, path: Path) -> Cell:
-    """The reference as its adapter sees it: the edge map for edges, gray for gray."""
-    draw = {"edges": annotators.edges, "gray": annotators.gray}.get(given.use, load_image)
+    """The reference as its adapter sees it: the lines for edges, gray for gray."""
+    draw = {"edges": annotators.lines, "gray": annotators.gray}.get(given.use, load_image)
     return Cell(draw(path), given.use, given=True)

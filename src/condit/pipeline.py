@@ -267,7 +267,7 @@ class Pipeline:
         sources = list(reference) if isinstance(reference, list | tuple) else [reference]
         found = []
         for source in sources:
-            image: Image.Image = load_image(source, mode="RGBA" if annotator == "edges" else "RGB")
+            image: Image.Image = load_image(source, mode="RGBA" if annotator in ("edges", "lines") else "RGB")
             if annotator is not None:
                 image = ANNOTATORS[annotator](image.resize(self.parts.size[::-1], Image.Resampling.LANCZOS))
             found.append(to_tensor(image, self.parts.size))
@@ -289,7 +289,7 @@ class Pipeline:
         return [{"path": str(reference), **entry} if isinstance(reference, str | Path) else entry]
 
 
-ANNOTATORS: dict[str, Callable] = {"edges": annotators.edges, "gray": annotators.gray, "blur": annotators.blur}
+ANNOTATORS: dict[str, Callable] = {name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur")}
 
 
 def image_generators(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 import condit
-from condit.data.annotators import edge_map
+from condit.data.annotators import edge_map, line_map
 
 if TYPE_CHECKING:
     from condit.controls.control import Control
@@ -165,7 +165,8 @@ class Studio:
         if isinstance(adapter, condit.IPAdapter):
             return adapter.control([[reference.path for reference in group]], strength=first.strength)
         if first.ready:
-            return adapter.control(edge_map(first.path), strength=first.strength, annotate=False)
+            ready = line_map if adapter.config.annotator == "lines" else edge_map
+            return adapter.control(ready(first.path), strength=first.strength, annotate=False)
         return adapter.control(first.path, strength=first.strength)
 
     def adapter(self, use: str) -> "IPAdapter | OminiControl":

@@ -64,10 +64,10 @@ def random_tiny_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     generator = torch.Generator().manual_seed(0)
     backbone = write_model(folder / "model", generator)
-    style = IPConfig(features=TinyImage.features, heads=PRESETS["tiny"].num_attention_heads)
+    style = IPConfig(features=TinyImage.features, heads=PRESETS["tiny"].num_attention_heads, pooled=256)
     width = PRESETS["tiny"].num_attention_heads * PRESETS["tiny"].attention_head_dim
     write_adapter(folder / "style", IPAdapter(style, backbone.sites, width), generator)
-    for task, annotator in (("subject", None), ("edges", "edges"), ("gray", "gray")):
+    for task, annotator in (("subject", None), ("edges", "lines"), ("gray", "gray")):
         delta = (0, -8) if task == "subject" else (0, 0)
         config = OminiConfig(task, delta=delta, independent=True, annotator=annotator)
         write_adapter(folder / task, OminiControl.new(backbone, config), generator)

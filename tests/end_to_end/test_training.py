@@ -58,11 +58,9 @@ def test_clip_goes_on_from_an_image_tower_and_refuses_another_file(tmp_path, ran
         ClipTask(ICONS, init=str(tmp_path))
 
 
-def test_the_fine_share_of_the_training_times_is_low():
-    coarse, fine = (training_times(4000, share, torch.Generator().manual_seed(0)) for share in (0.0, 1.0))
-    assert coarse.median() > 0.75 and fine.median() < 0.3
-    mixed = training_times(4000, 0.3, torch.Generator().manual_seed(0))
-    assert 0.25 < (mixed == fine).float().mean() < 0.35
+def test_training_sees_high_noise_most_and_low_noise_too():
+    t = training_times(4000, torch.Generator().manual_seed(0))
+    assert 0.6 < t.median() < 0.8 and (t < 0.2).float().mean() > 0.02 and t.min() > 0 and t.max() < 1
 
 
 def test_text_to_image_trains_a_step_and_loads(tmp_path, monkeypatch, random_tiny_folder):

@@ -22,6 +22,7 @@ PROMPTS = ["a fox", "a rocket", "snow", "an apple"]
 class World:
     pipe: Pipeline
     ip: IPAdapter
+    shifting: IPAdapter
     joint: OminiControl
     cached: OminiControl
 
@@ -34,14 +35,15 @@ class World:
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [self.pipe.backbone, self.pipe.parts.vae, self.ip, self.joint, self.cached]
+        return [self.pipe.backbone, self.pipe.parts.vae, self.ip, self.shifting, self.joint, self.cached]
 
 
 TABLE = {
     "ip": ("ip",),
+    "ip_shifting": ("shifting",),
     "omini_joint": ("joint",),
     "omini_cached": ("cached",),
-    "all": ("ip", "joint", "cached"),
+    "all": ("ip", "shifting", "joint", "cached"),
 }
 every_control = pytest.mark.parametrize("name", TABLE)
 
@@ -51,7 +53,8 @@ def make_world(make_pipe, make_ip, make_omini) -> Callable[..., World]:
     def make(**config) -> World:
         pipe = make_pipe(**config)
         left = {"independent": True, "delta": (0, -6)}
-        return World(pipe, make_ip(pipe), make_omini(pipe, seed=6), make_omini(pipe, seed=7, **left))
+        joint, cached = make_omini(pipe, seed=6), make_omini(pipe, seed=7, **left)
+        return World(pipe, make_ip(pipe), make_ip(pipe, shift=True), joint, cached)
 
     return make
 
@@ -195,7 +198,7 @@ def test_a_cached_condition_equals_the_uncached_one(world, references, strength,
 
 
 def test_side_branches_and_caches_commute(world, references):
-    second = world.ip.control(references[2], strength=-0.4)
+    second = world.shifting.control(references[2], strength=-0.4)
     controls = [world.ip.control(references[0]), world.cached.control(references[1], strength=0.7), second]
     drawn = [world.draw(order) for order in permutations(controls)]
     for other in drawn[1:]:
@@ -207,12 +210,15 @@ def test_two_joint_conditions_commute(world, references):
     close(world.draw(controls), world.draw(controls[::-1]), atol=1e-5)  # keys in another order
 
 
-def test_a_region_of_zeros_is_plain_and_of_ones_is_everywhere(world, references):
+@pytest.mark.parametrize("name", ["ip", "shifting"])
+def test_a_region_of_zeros_is_plain_and_of_ones_is_everywhere(world, references, name):
+    adapter = getattr(world, name)
+
     def masked(value: int) -> Tensor:
-        return world.draw([world.ip.control(references[0], mask=np.full((32, 48), value, np.uint8))])
+        return world.draw([adapter.control(references[0], mask=np.full((32, 48), value, np.uint8))])
 
     assert torch.equal(masked(0), world.draw())
-    assert torch.equal(masked(255), world.draw([world.ip.control(references[0])]))
+    assert torch.equal(masked(255), world.draw([adapter.control(references[0])]))
 
 
 # The backbone's forward
@@ -252,7 +258,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(world, references, name):
         for control in world.controls(name, references[0]):
             if hasattr(control, "kv"):  # a training step projects the features itself, with gradients
                 features = world.pipe.image(world.pipe.read_images(references[0], None))
-                control = replace(control, kv=world.ip.keys_values(features))  # type: ignore[type-var]
+                control = control.adapter.reference(features)  # type: ignore[attr-defined]
             trained.append(control)
         trained = at_step(world, trained)
         out = world.pipe.backbone(*inputs(world), conditions=streams_of(trained), controls=trained)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from condit.data.annotators import blur, edge_map, edges, edges_array, gray, soft_edges
+from condit.data.annotators import blur, edge_map, edges, edges_array, gray, line_map, lines, soft_edges
 
 
 def disc(fill: str, ground: str | tuple = "white", mode: str = "RGB") -> Image.Image:
@@ -65,6 +65,18 @@ def test_soft_edges_are_strongest_on_the_outline_and_see_colour_and_alpha():
 
 def test_a_flat_picture_has_no_soft_edges():
     assert np.asarray(soft_edges(Image.new("RGB", (16, 16), "red"))).max() == 0
+
+
+def test_lines_are_the_edges_in_ink_three_pixels_wide():
+    light, ink = (np.asarray(draw(disc("black")))[:, :, 0] for draw in (edges, lines))
+    assert set(np.unique(ink)) == {0, 255} and (ink == 255).mean() > 0.8
+    assert (ink[light > 0] == 0).all()
+    where = np.argwhere(light)
+    far = np.abs(np.argwhere(ink == 0)[:, None] - where[None]).max(-1).min(1)
+    assert far.max() == 1
+    # A ready map, either way round, becomes the same drawing.
+    for ready in (edges(disc("black")), Image.fromarray(255 - np.asarray(edges(disc("black"))))):
+        assert np.array_equal(np.asarray(line_map(ready)), np.asarray(lines(disc("black"))))
 
 
 def test_gray_has_equal_channels_and_keeps_light_and_dark():

@@ -159,7 +159,7 @@ def test_a_fresh_network_puts_out_zero_but_its_blocks_are_not_the_identity():
     x, t, y = latents(8, 8)
     assert torch.equal(model(x, t, y), torch.zeros(2, 8, 8, 8))
     tokens = torch.randn(2, 1, 16, 16)
-    frame = Frame(model.condition(t, y), (4, 4))
+    frame = Frame(model.embed(t, y), (4, 4))
     assert (model.blocks[0](tokens, frame) - tokens).abs().max() > 0.1
 
 

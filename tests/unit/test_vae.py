@@ -58,6 +58,18 @@ def test_the_fitted_deviations_are_those_of_the_codes_and_fall():
     assert (vae.deviation.diff() <= 0).all()
 
 
+@pytest.mark.parametrize("whiten", [0.5, 1.0])
+def test_whitening_divides_the_components_and_leaves_the_picture_as_it_is(whiten):
+    plain, white = autoencoder(latent_channels=5), autoencoder(latent_channels=5, whiten=whiten)
+    plain.fit(images())
+    white.fit(images())
+    z, w = (vae.encode(images()).latent_dist.mode() for vae in (plain, white))
+    spread = w.movedim(1, -1).flatten(0, 2).std(0, correction=0)
+    torch.testing.assert_close(spread, white.deviation ** (1 - whiten), rtol=1e-4, atol=0)
+    torch.testing.assert_close(white.linear(w), plain.linear(z), rtol=0, atol=1e-5)
+    torch.testing.assert_close(white.decode(w).sample, plain.decode(z).sample, rtol=0, atol=1e-5)
+
+
 def test_a_complete_code_gives_the_picture_back():
     vae = autoencoder()  # 12 channels for patches of 12 numbers; the residual starts at zero
     vae.fit(images())

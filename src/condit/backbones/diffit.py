@@ -18,57 +18,17 @@ from torch.utils.checkpoint import checkpoint
 
 from condit.backbones.dit import (
     MLP,
-    LabelEmbedder,
-    PatchEmbedder,
-    TimestepEmbedder,
-    check_labels,
-    sincos_positions,
+    LatentConfig,
+    LatentTransformer,
     unpatchify,
 )
-from condit.diffusion.objectives import drop
 from condit.nn.attention import Call, Site, attend, join_heads, split_heads
 from condit.nn.lora import Linear, LoRA, name_linears
 
 
 @dataclass(frozen=True)
-class DiffiTConfig:
-    """Arguments of the official constructor. input_size: side, or (height, width), of the trained latent.
-
-    num_classes 0 or None: unconditional. class_dropout_prob > 0 gives the label table one row more, the null class.
-    """
-
-    input_size: int | tuple[int, int] = 32
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    class_dropout_prob: float = 0.1
-    num_classes: int | None = 1000
-    learn_sigma: bool = True
-
-    def __post_init__(self):
-        if any(side % self.patch_size for side in self.latent):
-            raise ValueError(f"input_size {self.input_size} must be a multiple of patch_size {self.patch_size}.")
-        if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4."
-            )
-
-    @property
-    def latent(self) -> tuple[int, int]:
-        """Height and width of the trained latent."""
-        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the trained token grid, which is the window: attention is global."""
-        return self.latent[0] // self.patch_size, self.latent[1] // self.patch_size
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
+class DiffiTConfig(LatentConfig):
+    """Arguments of the official constructor. The window of attention is the token grid of `input_size`: global."""
 
 
 PRESETS: dict[str, DiffiTConfig] = {
@@ -237,18 +197,12 @@ class FinalLayer(nn.Module):
         return self.linear(F.silu(F.layer_norm(x, x.shape[-1:], eps=1e-6)), lora)
 
 
-class DiffiT(nn.Module):
+class DiffiT(LatentTransformer):
     """The latent model: class-conditional or unconditional, on any latent whose sides are multiples of the patch."""
 
     def __init__(self, config: DiffiTConfig):
-        super().__init__()
-        c = self.config = config
-        self.pos_embed = nn.Parameter(torch.empty(1, c.grid[0] * c.grid[1], c.hidden_size), requires_grad=False)
-        self.x_embedder = PatchEmbedder(c.in_channels, c.hidden_size, c.patch_size)
-        self.t_embedder = TimestepEmbedder(c.hidden_size)
-        if c.num_classes:
-            self.y_embedder = LabelEmbedder(c.num_classes + (c.class_dropout_prob > 0), c.hidden_size)
-        self.blocks = nn.ModuleList()
+        super().__init__(config)
+        c = config
         for i in range(c.depth):
             site = Site(f"blocks.{i}.attn", "self", i)
             attn = TMSA(c.hidden_size, c.hidden_size, c.num_heads, c.grid, site)
@@ -261,32 +215,8 @@ class DiffiT(nn.Module):
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """The release's initial weights. The final layer is zero, so a fresh network puts out 0."""
         initialise_blocks(self, generator)
-        self.pos_embed.copy_(sincos_positions(self.config.grid, self.config.hidden_size)[None])
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1), generator=generator)
-        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]  # it has one
-        for linear in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(linear.weight, std=0.02, generator=generator)  # type: ignore[arg-type]
-        if self.config.num_classes:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=generator)
+        self.initialise_embedders(generator)
         nn.init.zeros_(self.final_layer.linear.weight)
-
-    @property
-    def sites(self) -> list[Site]:
-        """Every attention layer in the order of execution."""
-        return [block.attn.site for block in self.blocks]
-
-    @property
-    def null_label(self) -> int:
-        """The label that stands for no class."""
-        if not (self.config.num_classes and self.config.class_dropout_prob):
-            raise ValueError("This DiffiT has no null class: it needs num_classes > 0 and class_dropout_prob > 0.")
-        return self.config.num_classes
-
-    def drop_labels(self, y: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Training labels (B,) of which class_dropout_prob become the null class; drawn on the generator's device."""
-        if not self.config.class_dropout_prob:
-            return y
-        return torch.where(drop(len(y), self.config.class_dropout_prob, generator).to(y.device), self.null_label, y)
 
     def biases(self, grid: tuple[int, int]) -> list[Tensor]:
         """The bias (1, heads, N, N) of every layer for a token grid. They hold for all steps of a run, so a sampler
@@ -298,18 +228,6 @@ class DiffiT(nn.Module):
         # Fixed, even where requires_grad_() has run over the whole model.
         maps = self.pos_embed.detach()[0].T.unflatten(1, self.config.grid)
         return resize_maps(maps, grid).flatten(1).T[None]
-
-    def condition(self, t: Tensor, y: Tensor | None, lora: LoRA | None = None) -> Tensor:
-        """The token xt (B, D) = MLP(t) + label; y None: the null class, or an unconditional model."""
-        time = self.t_embedder(t, lora)
-        if not self.config.num_classes:
-            if y is not None:
-                raise ValueError("This DiffiT is unconditional (num_classes 0), so it takes no labels; leave y out.")
-            return time
-        if y is None:
-            y = torch.full_like(t, self.null_label, dtype=torch.long)
-        check_labels(y, t.shape[0], self.y_embedder.embedding_table.num_embeddings)
-        return time + self.y_embedder(y)
 
     def forward(
         self,
@@ -327,14 +245,8 @@ class DiffiT(nn.Module):
         x (B, C, H, W), any multiple of the patch; t (B,) in 0 ... 999, whole or fractional; y (B,) class numbers.
         biases: those of this grid. checkpointing: keep the blocks' inputs only and compute each block twice.
         """
-        c = self.config
-        if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.patch_size or x.shape[3] % c.patch_size:
-            raise ValueError(
-                f"A latent (B, {c.in_channels}, H, W) with H and W multiples of {c.patch_size} is expected; "
-                f"found {tuple(x.shape)}."
-            )
-        grid = x.shape[2] // c.patch_size, x.shape[3] // c.patch_size
-        frame = Frame(self.condition(t, y, lora), grid, lora, tuple(controls))
+        grid = self.grid_of(x)
+        frame = Frame(self.embed(t, y, lora), grid, lora, tuple(controls))
         tokens = (self.x_embedder(x) + self.positions(grid))[:, None]  # the whole grid is one window
         for i, block in enumerate(self.blocks):
             bias = None if biases is None else biases[i]
@@ -342,7 +254,7 @@ class DiffiT(nn.Module):
                 tokens = checkpoint(block, tokens, frame, bias, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, frame, bias)
-        return unpatchify(self.final_layer(tokens[:, 0], lora), grid, c.patch_size)
+        return unpatchify(self.final_layer(tokens[:, 0], lora), grid, self.config.patch_size)
 
 
 @torch.no_grad()

@@ -22,11 +22,11 @@ from condit.nn.lora import Linear, LoRA, name_linears
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    """Arguments of the official constructor. input_size: side, or (height, width), of the latent of the position table.
+class LatentConfig:
+    """What DiT's and DiffiT's official constructors have in common. input_size: side, or (height, width), of the latent
+    that the network is made for.
 
     num_classes 0 or None: unconditional. class_dropout_prob > 0 gives the label table one row more, the null class.
-    gates, zero_init: True, True is adaLN-Zero; False, False is the plain adaLN of Table 4.
     """
 
     input_size: int | tuple[int, int] = 32
@@ -39,12 +39,10 @@ class DiTConfig:
     class_dropout_prob: float = 0.1
     num_classes: int | None = 1000
     learn_sigma: bool = True
-    gates: bool = True  # a factor from the embedding before every residual addition
-    zero_init: bool = True  # the blocks' modulation starts at zero: with gates, every block as the identity
 
     def __post_init__(self):
         if min(self.patch_size, self.in_channels, self.hidden_size, self.num_heads, *self.latent) < 1 or self.depth < 0:
-            raise ValueError(f"Sizes of a DiT must be at least 1; found {self}.")
+            raise ValueError(f"Sizes of a latent transformer must be at least 1; found {self}.")
         if any(side % self.patch_size for side in self.latent):
             raise ValueError(f"input_size {self.input_size} must be a multiple of patch_size {self.patch_size}.")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -70,6 +68,14 @@ class DiTConfig:
     @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+@dataclass(frozen=True)
+class DiTConfig(LatentConfig):
+    """gates, zero_init: True, True is adaLN-Zero; False, False is the plain adaLN of Table 4."""
+
+    gates: bool = True  # a factor from the embedding before every residual addition
+    zero_init: bool = True  # the blocks' modulation starts at zero: with gates, every block as the identity
 
 
 def _small(**fields) -> DiTConfig:
@@ -242,10 +248,10 @@ class FinalLayer(nn.Module):
         return self.linear(modulated_norm(x, shift, scale), frame.lora)
 
 
-class DiT(nn.Module):
-    """Noise, and how much of it is variance, for a latent at a timestep, of a class or of none."""
+class LatentTransformer(nn.Module):
+    """What DiT and DiffiT share: patches in and out, time and class, the table of positions."""
 
-    def __init__(self, config: DiTConfig):
+    def __init__(self, config: LatentConfig):
         super().__init__()
         c = self.config = config
         self.pos_embed = nn.Parameter(torch.empty(1, c.grid[0] * c.grid[1], c.hidden_size), requires_grad=False)
@@ -253,18 +259,10 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(c.hidden_size)
         if c.num_classes:
             self.y_embedder = LabelEmbedder(c.num_classes + (c.class_dropout_prob > 0), c.hidden_size)
-        self.blocks = nn.ModuleList(Block(c, Site(f"blocks.{i}.attn", "self", i)) for i in range(c.depth))
-        self.final_layer = FinalLayer(c.hidden_size, c.patch_size**2 * c.out_channels)
-        name_linears(self)
-        self.initialise()
+        self.blocks = nn.ModuleList()
 
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator | None = None) -> None:
-        """The official initial weights: with zero_init and gates a fresh network is the identity, and it puts out 0."""
-        for module in self.modules():
-            if isinstance(module, Linear):  # q, k and v as one matrix, so their bound is smaller than each one's own
-                nn.init.xavier_uniform_(module.weight, generator=generator)
-                nn.init.zeros_(module.bias)
+    def initialise_embedders(self, generator: torch.Generator | None) -> None:
+        """Both papers' initial weights of what stands before the blocks."""
         self.pos_embed.copy_(sincos_positions(self.config.grid, self.config.hidden_size)[None])
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1), generator=generator)
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]  # it has one
@@ -272,11 +270,6 @@ class DiT(nn.Module):
             nn.init.normal_(linear.weight, std=0.02, generator=generator)  # type: ignore[arg-type]
         if self.config.num_classes:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=generator)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)  # type: ignore[arg-type]
-        if self.config.zero_init:
-            for block in self.blocks:
-                nn.init.zeros_(block.adaLN_modulation[1].weight)  # type: ignore[index]
 
     @property
     def sites(self) -> list[Site]:
@@ -288,7 +281,7 @@ class DiT(nn.Module):
         """The label that stands for no class."""
         if not (self.config.num_classes and self.config.class_dropout_prob):
             raise ValueError(
-                "This DiT has no null class, so it can be neither guided nor asked without labels: "
+                "This network has no null class, so it can be neither guided nor asked without labels: "
                 "a null class needs num_classes > 0 and class_dropout_prob > 0 in training."
             )
         return self.config.num_classes
@@ -299,6 +292,56 @@ class DiT(nn.Module):
             return y
         return torch.where(drop(len(y), self.config.class_dropout_prob, generator).to(y.device), self.null_label, y)
 
+    def embed(self, t: Tensor, y: Tensor | None, lora: LoRA | None = None) -> Tensor:
+        """The embedding (B, D) of timesteps (B,) and labels (B,); y None: the null class, or an unconditional DiT."""
+        time = self.t_embedder(t, lora)
+        if not self.config.num_classes:
+            if y is not None:
+                raise ValueError("This network is unconditional (num_classes 0), so it takes no labels; leave y out.")
+            return time
+        if y is None:
+            y = torch.full_like(t, self.null_label, dtype=torch.long)
+        check_labels(y, t.shape[0], self.y_embedder.embedding_table.num_embeddings)
+        return time + self.y_embedder(y)
+
+    def grid_of(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of the tokens of a latent; ValueError if it does not fit."""
+        c = self.config
+        if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.patch_size or x.shape[3] % c.patch_size:
+            raise ValueError(
+                f"A latent (B, {c.in_channels}, H, W) with H and W multiples of {c.patch_size} is expected; "
+                f"found {tuple(x.shape)}."
+            )
+        return x.shape[2] // c.patch_size, x.shape[3] // c.patch_size
+
+
+class DiT(LatentTransformer):
+    """Noise, and how much of it is variance, for a latent at a timestep, of a class or of none."""
+
+    config: DiTConfig
+
+    def __init__(self, config: DiTConfig):
+        super().__init__(config)
+        c = config
+        self.blocks.extend(Block(c, Site(f"blocks.{i}.attn", "self", i)) for i in range(c.depth))
+        self.final_layer = FinalLayer(c.hidden_size, c.patch_size**2 * c.out_channels)
+        name_linears(self)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """The official initial weights: with zero_init and gates a fresh network is the identity, and it puts out 0."""
+        for module in self.modules():
+            if isinstance(module, Linear):  # q, k and v as one matrix, so their bound is smaller than each one's own
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        self.initialise_embedders(generator)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)  # type: ignore[arg-type]
+        if self.config.zero_init:
+            for block in self.blocks:
+                nn.init.zeros_(block.adaLN_modulation[1].weight)  # type: ignore[index]
+
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position table (1, T, D) for a token grid: the stored one where it fits, else the same function computed."""
         # Fixed, even where requires_grad_() has run over the whole model.
@@ -306,18 +349,6 @@ class DiT(nn.Module):
         if grid == self.config.grid:
             return table
         return sincos_positions(grid, self.config.hidden_size, device=table.device)[None].to(table.dtype)
-
-    def embed(self, t: Tensor, y: Tensor | None, lora: LoRA | None = None) -> Tensor:
-        """The embedding (B, D) of timesteps (B,) and labels (B,); y None: the null class, or an unconditional DiT."""
-        time = self.t_embedder(t, lora)
-        if not self.config.num_classes:
-            if y is not None:
-                raise ValueError("This DiT is unconditional (num_classes 0), so it takes no labels; leave y out.")
-            return time
-        if y is None:
-            y = torch.full_like(t, self.null_label, dtype=torch.long)
-        check_labels(y, t.shape[0], self.y_embedder.embedding_table.num_embeddings)
-        return time + self.y_embedder(y)
 
     def forward(
         self,
@@ -334,13 +365,7 @@ class DiT(nn.Module):
         x (B, C, H, W), any multiple of the patch; t (B,) in 0 ... 999, whole or fractional; y (B,) class numbers.
         checkpointing: in training, keep the inputs of the blocks only and compute each block twice.
         """
-        c = self.config
-        if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.patch_size or x.shape[3] % c.patch_size:
-            raise ValueError(
-                f"A latent (B, {c.in_channels}, H, W) with H and W multiples of {c.patch_size} is expected; "
-                f"found {tuple(x.shape)}."
-            )
-        grid = x.shape[2] // c.patch_size, x.shape[3] // c.patch_size
+        grid = self.grid_of(x)
         frame = Frame(self.embed(t, y, lora), lora, tuple(controls))
         tokens = self.x_embedder(x) + self.positions(grid)
         for block in self.blocks:
@@ -348,7 +373,7 @@ class DiT(nn.Module):
                 tokens = checkpoint(block, tokens, frame, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = block(tokens, frame)
-        return unpatchify(self.final_layer(tokens, frame), grid, c.patch_size)
+        return unpatchify(self.final_layer(tokens, frame), grid, self.config.patch_size)
 
 
 def check_labels(y: Tensor, batch: int, rows: int) -> None:

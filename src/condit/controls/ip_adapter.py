@@ -2,6 +2,9 @@
 
 On an MM-DiT the image rows get a second attention, to keys and values made from the reference alone:
 out = attend(call) + lambda * softmax(q K'^T / sqrt(d)) V' (Eq. 5), with q before rotary positions and K' normalised.
+
+Beyond the paper, an adapter may also shift the prompt's pooled vector by lambda W f, f the image's feature. There a
+style word acts too, and the embedded model learns a style much faster (docs/tiny.md); published files have no W.
 """
 
 from __future__ import annotations
@@ -21,17 +24,20 @@ if TYPE_CHECKING:
     from condit.data.images import ImageSource
 
 Combine = Literal["mean", "concat"]
+POOLED = "pooled_proj.weight"
 
 
 @dataclass(frozen=True)
 class IPConfig:
-    """features: width of the image encoder's output; tokens: image tokens T; dim: width of the tokens."""
+    """features: width of the image encoder's output; tokens: image tokens T; dim: width of the tokens; pooled: width of
+    the pooled vector that the adapter shifts, 0 if it does not."""
 
     features: int
     tokens: int = 4
     dim: int = 256
     heads: int = 4
     combine: Combine = "mean"
+    pooled: int = 0
 
 
 class ImageProjection(nn.Module):
@@ -65,7 +71,10 @@ class IPAdapter(nn.Module):
         self.sites = tuple(s.path for s in sites)
         self.image_proj = ImageProjection(config)
         self.ip_adapter = nn.ModuleList(KeyValue(config, width) for _ in sites)
+        self.pooled_proj = nn.Linear(config.features, config.pooled, bias=False) if config.pooled else None
         self._pipe = [pipe]  # in a list: the pipeline's weights are not ours
+        if self.pooled_proj is not None:
+            nn.init.zeros_(self.pooled_proj.weight)
         for pair in self.ip_adapter:
             nn.init.zeros_(pair.to_v_ip.weight)  # type: ignore[union-attr]  # step 0 of training is the base model
 
@@ -89,7 +98,13 @@ class IPAdapter(nn.Module):
             found = "no image encoder" if pipe.image is None else f"an image encoder of width {pipe.image.features}"
             raise ValueError(f"{source} needs image features of width {features}; {pipe.name} has {found}.")
         heads = pipe.backbone.config.num_attention_heads
-        config = IPConfig(features, rows // dim, dim, heads, file.config.get("combine", "mean"))
+        pooled = len(file.tensors.get(POOLED, ()))
+        if pooled not in (0, pipe.backbone.config.pooled_projection_dim):
+            raise ValueError(
+                f"{source} shifts a pooled vector of width {pooled}; that of {pipe.name} has "
+                f"{pipe.backbone.config.pooled_projection_dim}. Was it made for another model?"
+            )
+        config = IPConfig(features, rows // dim, dim, heads, file.config.get("combine", "mean"), pooled)
         adapter = cls(config, sites, width, pipe)
         adapter.load_state_dict({k: v.float() for k, v in file.tensors.items()}, strict=True)
         adapter.name, adapter.hash = file.name, file.hash
@@ -114,6 +129,26 @@ class IPAdapter(nn.Module):
             found[path] = (F.rms_norm(k, k.shape[-1:], eps=1e-5), v)
         return found
 
+    def shift(self, features: Tensor) -> Tensor | None:
+        """W f (B, P) for features (B, E), or (B, R, E), of which the mean counts; None for an adapter without W."""
+        if self.pooled_proj is None:
+            return None
+        return self.pooled_proj(features if features.ndim == 2 else features.mean(1))
+
+    def reference(self, features: Tensor, strength: float = 1.0, where: Where | None = None, **fields) -> IPReference:
+        """A control from features (B, E), or (B, R, E) for R references side by side; zeros stand for no reference."""
+        where = where or Where()
+        return IPReference(
+            kv=self.keys_values(features),
+            empty=self.keys_values(torch.zeros_like(features[:1])),
+            # The shift reaches every layer, so a control of some layers goes without.
+            addition=self.shift(features) if where == Where() else None,
+            adapter=self,
+            strength=strength,
+            where=where,
+            **fields,
+        )
+
     def control(
         self,
         reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]],
@@ -127,7 +162,8 @@ class IPAdapter(nn.Module):
         """A control from one reference, from n references for n images, or from n lists of several references each.
 
         strength: lambda, any real number. Several references of one image are averaged as features ("mean") or stand
-        side by side in one softmax ("concat"). mask: where it acts, white = acts.
+        side by side in one softmax ("concat"). mask: where in the picture it acts, white = acts. where: the attention
+        layers at which it acts; the shift of the pooled vector reaches all of them, so with `where` it is left out.
         """
         pipe = self._pipe[0]
         if pipe is None:
@@ -140,12 +176,10 @@ class IPAdapter(nn.Module):
         features = torch.stack([pipe.image(pipe.read_images(list(group), None)) for group in groups])  # (n, R, E)
         with torch.no_grad():
             given = features if (combine or self.config.combine) == "concat" else features.mean(1)
-            return IPReference(
-                kv=self.keys_values(given.to(pipe.dtype)),
-                empty=self.keys_values(torch.zeros_like(features[:1, 0]).to(pipe.dtype)),
-                adapter=self,
-                strength=strength,
-                where=Where.of(where),
+            return self.reference(
+                given.to(pipe.dtype),
+                strength,
+                Where.of(where),
                 when=when or When(),
                 mask=None if mask is None else (pipe.read_images(mask, None)[:, 0] + 1) / 2,
                 source=pipe.describe_source(reference),
@@ -158,15 +192,16 @@ def as_list(value) -> list:
 
 @dataclass(frozen=True)
 class IPReference(Control):
-    """K', V' of a reference at every site; `empty` are those of zero features. `weight` (0-d) and `region` are set for
-    a run."""
+    """K', V' of a reference at every site; `empty` are those of zero features; `addition` (B, P) to the pooled vector.
+    `weight` (0-d) and `region` are set for a run."""
 
     kv: dict[str, tuple[Tensor, Tensor]]
     empty: dict[str, tuple[Tensor, Tensor]]
+    addition: Tensor | None
     adapter: IPAdapter
     strength: float
     where: Where
-    when: When
+    when: When = field(default_factory=When)
     mask: Tensor | None = None
     source: list[dict] = field(default_factory=list)
     weight: Tensor | None = None
@@ -179,7 +214,10 @@ class IPReference(Control):
             if any_site(self.where, path)
         }
         region = None if self.mask is None else match_batch(region_mask(self.mask, run.grid), run.batch, "mask")
-        return replace(self, kv=kv, region=region)
+        if region is not None and bool((region == region[:, :, :1]).all()):
+            region = region[:, :, :1]  # the same for every token, so that one clock serves all of them
+        addition = None if self.addition is None else match_batch(self.addition, run.batch, "IPAdapter")
+        return replace(self, kv=kv, addition=addition, region=region)
 
     def at(self, step: Step) -> IPReference | None:
         weight = self.strength * self.when.factor(step)
@@ -198,12 +236,21 @@ class IPReference(Control):
             side = side * self.region.to(side)
         return torch.cat([out[:, :, : rows.start], out[:, :, rows] + side, out[:, :, rows.stop :]], 2)
 
+    def pooled(self) -> Tensor | None:
+        if self.addition is None:
+            return None
+        addition = self.addition if self.weight is None else self.addition * self.weight.to(self.addition)
+        if self.region is None:
+            return addition
+        each = addition[:, None] * self.region[:, 0].to(addition)  # (B, N, P), or (B, 1, P) if all tokens have one
+        return each if each.shape[1] > 1 else each[:, 0]
+
     def inside(self, region: Tensor) -> IPReference:
         """Acting by `region`, which broadcasts to (B, H, N, D): 0 = not at all, 1 = at full strength."""
         return replace(self, region=region)
 
     def negative(self) -> IPReference:
-        return replace(self, kv=self.empty)
+        return replace(self, kv=self.empty, addition=None)
 
     def describe(self) -> dict:
         return {

@@ -47,10 +47,15 @@ class Decoded:
 
 @dataclass(frozen=True)
 class PatchAutoencoderConfig:
-    """`scaling_factor` and `shift_factor` as in AutoencoderKL: the model sees (z - shift) * scaling."""
+    """`scaling_factor` and `shift_factor` as in AutoencoderKL: the model sees (z - shift) * scaling.
+
+    whiten: each component of the code is divided by its deviation to this power: 0 leaves the principal components as
+    they are, 1 gives all of them unit variance.
+    """
 
     patch: int = 8
-    latent_channels: int = 64
+    latent_channels: int = 32
+    whiten: float = 0.0
     width: int = 128
     depth: int = 4
     scaling_factor: float = 1.0
@@ -79,7 +84,7 @@ class PatchAutoencoder(nn.Module):
         pixels = 3 * c.patch * c.patch
         self.register_buffer("mean", torch.zeros(pixels))
         self.register_buffer("basis", torch.zeros(c.latent_channels, pixels))  # orthonormal rows
-        # Deviation of each code: the decoder reads them whitened.
+        # Deviation of each principal component: the decoder reads them whitened.
         self.register_buffer("deviation", torch.ones(c.latent_channels))
         self.conv_in = nn.Conv2d(c.latent_channels, c.width, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(c.width) for _ in range(c.depth))
@@ -108,18 +113,23 @@ class PatchAutoencoder(nn.Module):
     def encode(self, images: Tensor) -> Encoded:
         """The linear code; exact, so `sample` equals `mode`."""
         x = self.patches(images) - self.mean[None, :, None, None]
-        return Encoded(Exact(torch.einsum("bphw,cp->bchw", x, self.basis)))
+        return Encoded(Exact(torch.einsum("bphw,cp->bchw", x, self.basis) / self.spread(self.config.whiten)))
+
+    def spread(self, power: float) -> Tensor:
+        """The deviations to a power, (1, latent_channels, 1, 1)."""
+        return self.deviation[None, :, None, None] ** power
 
     def linear(self, latents: Tensor) -> Tensor:
         """What the code alone says, without the decoder."""
         return F.pixel_shuffle(self.patches_of(latents), self.config.patch)
 
     def patches_of(self, latents: Tensor) -> Tensor:
-        return torch.einsum("bchw,cp->bphw", latents, self.basis) + self.mean[None, :, None, None]
+        components = latents * self.spread(self.config.whiten)
+        return torch.einsum("bchw,cp->bphw", components, self.basis) + self.mean[None, :, None, None]
 
     def decode(self, latents: Tensor) -> Decoded:
         """Linear reconstruction plus the decoder's residual."""
-        h = self.conv_in(latents / self.deviation[None, :, None, None])
+        h = self.conv_in(latents / self.spread(1 - self.config.whiten))
         for block in self.blocks:
             h = block(h)
         return Decoded(F.pixel_shuffle(self.patches_of(latents) + self.conv_out(F.silu(h)), self.config.patch))

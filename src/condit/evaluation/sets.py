@@ -151,10 +151,10 @@ def pictures(world: IconWorld, indices: Iterable[int]) -> Tensor:
 
 
 def shown(world: IconWorld, cell: Cell, reference: Reference) -> list[Image.Image]:
-    """What the adapter is given for a cell: icons, or the true icon's edge map or gray picture."""
+    """What the adapter is given for a cell: icons, or the true icon's lines or gray picture."""
     numbers = {"style": cell.style[:1], "three": cell.style, "unseen": (cell.unseen,), "subject": (cell.subject,)}
     found = [Image.fromarray(world.rgba(i)) for i in numbers.get(reference, (cell.icon,))]
-    annotate = {"edges": annotators.edges, "gray": annotators.gray}.get(reference)
+    annotate = {"edges": annotators.lines, "gray": annotators.gray}.get(reference)
     return found if annotate is None else [annotate(found[0])]
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT
-from condit.controls.control import Control, Run, When, Where
-from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
+from condit.controls.control import Control, Run
+from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiConfig, OminiControl, condition_stream
-from condit.data.annotators import edges_array
+from condit.data.annotators import edges_array, lines_array
 from condit.data.icon_captions import plain_caption
 from condit.data.icons import GROUPS, TRAIN_LICENCES
 from condit.data.images import to_images
@@ -27,6 +27,7 @@ from condit.diffusion.guidance import guide
 from condit.diffusion.objectives import add_noise, drop, flow_loss, to_velocity
 from condit.diffusion.samplers import euler
 from condit.diffusion.schedules import flow_sigmas
+from condit.encoders.clip import STYLE
 from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
@@ -40,7 +41,6 @@ from condit.weights.load import load_tiny
 from condit.weights.tiny import floats
 
 ADAPTER = "adapter.safetensors"
-FINE_SHARE = 0.15  # of the rows at low noise, where strokes and colours are finished
 Kind = Literal["subject", "edges", "gray", "style"]
 # Words that name no concept: the reference has to say what is drawn.
 NAMELESS = ("this", "this item", "the same thing", "这个", "同一个东西")
@@ -90,7 +90,7 @@ class AdapterTask(Task):
         with torch.no_grad():
             x0 = encode_tokens(self.vae, batch.images)
             text = self.text(batch.captions)
-        t = training_times(len(x0), FINE_SHARE, generator).to(x0.device)
+        t = training_times(len(x0), generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         streams, controls = self.conditions(batch, text, drop(len(x0), 0.1, generator).to(x0.device))
         output = self.predict(add_noise(x0, noise, t), t, text, streams, controls)
@@ -140,7 +140,8 @@ class AdapterTask(Task):
             c, u = (to_velocity(self.predict(x, t, *side), x, t, "x") for side in sides)
             return guide(c, u, guidance)
 
-        noise = torch.randn(n, 64, 256, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        code = GRID[0] * GRID[1], 4 * self.vae.config.latent_channels
+        noise = torch.randn(n, *code, generator=torch.Generator().manual_seed(seed)).to(self.device)
         x = euler(velocity, noise, flow_sigmas(steps, shift=SHIFT))
         return to_images(decode_tokens(self.vae, x, GRID))
 
@@ -191,8 +192,7 @@ class StyleTask(AdapterTask):
         return style_examples(self, icons, count)
 
     def conditions(self, batch: Referenced, text: Text, dropped: Tensor) -> tuple[list[Stream], list[Control]]:
-        kv = self.ip.keys_values(reference_features(self, batch) * (~dropped)[:, None])
-        return [], [IPReference(kv, kv, self.ip, 1.0, Where(), When())]
+        return [], [self.ip.reference(reference_features(self, batch) * (~dropped)[:, None])]
 
 
 class TokenTask(AdapterTask):
@@ -210,7 +210,7 @@ class TokenTask(AdapterTask):
     ):
         super().__init__(icons, model, ui)
         aligned = kind in ("edges", "gray")
-        annotator = kind if aligned else None
+        annotator = {"edges": "lines", "gray": "gray"}.get(kind)
         delta = (0, 0) if aligned else (0, -GRID[1])
         self.kind: Kind = kind
         config = OminiConfig(kind, delta, independent=True, annotator=annotator, rank=rank, alpha=float(rank))
@@ -250,7 +250,7 @@ class TokenTask(AdapterTask):
         if self.edges is not None and icons is self.icons:
             maps = self.edges[chosen]
         else:
-            maps = np.stack([edges_array(icons.rgba[i]) for i in chosen])
+            maps = np.stack([lines_array(edges_array(icons.rgba[i])) for i in chosen])
         return (torch.from_numpy(maps).float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
     def examples(self, icons: IconSet, count: int) -> Referenced:
@@ -290,8 +290,14 @@ class StyleSource(Protocol):
 
 
 def new_style_adapter(transformer: MMDiT, tokens: int = 4) -> IPAdapter:
+    """Whose shift of the pooled vector starts as what a style word would add: CLIP's two towers share one space."""
     c = transformer.config
-    return IPAdapter(IPConfig(TinyImage.features, tokens, c.dim, c.num_attention_heads), transformer.sites, c.dim)
+    config = IPConfig(TinyImage.features, tokens, c.dim, c.num_attention_heads, pooled=c.pooled_projection_dim)
+    adapter = IPAdapter(config, transformer.sites, c.dim)
+    assert adapter.pooled_proj is not None
+    with torch.no_grad():
+        adapter.pooled_proj.weight[STYLE, STYLE] = torch.eye(STYLE.stop - STYLE.start)
+    return adapter
 
 
 def style_table(task: StyleSource) -> Tensor:
@@ -327,8 +333,8 @@ def referenced(images: Tensor, captions: list[str], references: Tensor) -> Refer
 
 
 def edge_maps(icons: IconSet) -> np.ndarray:
-    """Edge maps (N, 128, 128) uint8 of a whole set, made once."""
-    return np.stack([edges_array(x) for x in icons.rgba])
+    """Lines (N, 128, 128) uint8 of a whole set, made once."""
+    return np.stack([lines_array(edges_array(x)) for x in icons.rgba])
 
 
 def spread(icons: IconSet, count: int) -> list[int]:

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condit.controls.control import When, Where
-from condit.controls.ip_adapter import IPReference
 from condit.diffusion.objectives import add_noise, drop, flow_loss
 from condit.encoders.image import TinyImage
 from condit.encoders.vae import encode_tokens
 from condit.training.adapters import (
+    ADAPTER,
     Referenced,
     export_adapter,
     new_style_adapter,
@@ -30,10 +29,14 @@ from condit.training.adapters import (
 )
 from condit.training.loop import to_device
 from condit.training.text_to_image import TextToImageTask, training_times
+from condit.weights.files import load_strict, read_tensors
+from condit.weights.tiny import floats
 
 
 class JointTask(TextToImageTask):
-    """`style_share` of the rows have one or two references, of those `style_procedural` in a procedural style."""
+    """`style_share` of the rows have one or two references, of those `style_procedural` in a procedural style.
+
+    init: as of the base, with its adapter if it has one."""
 
     def __init__(
         self,
@@ -42,14 +45,17 @@ class JointTask(TextToImageTask):
         latent: str,
         ui: str | None = None,
         *,
+        init: str | None = None,
         style_share: float = 0.35,
         style_procedural: float = 0.35,
         **rest: Any,
     ):
-        super().__init__(icons, clip, latent, ui, **rest)
+        super().__init__(icons, clip, latent, ui, init=init, **rest)
         self.style_share, self.style_procedural = style_share, style_procedural
         self.image = TinyImage(self.text.clip)
         self.ip = new_style_adapter(self.transformer)
+        if init is not None and (file := Path(init) / "style" / ADAPTER).is_file():
+            load_strict(self.ip, floats(read_tensors(file)), source=file)
         self.table = style_table(self)
 
     def batch(self, rng: random.Random, size: int) -> Referenced:
@@ -64,21 +70,17 @@ class JointTask(TextToImageTask):
         with torch.no_grad():
             x0 = encode_tokens(self.vae, batch.images)
             text = self.text(batch.captions)
-        t = training_times(len(x0), self.fine_share, generator).to(x0.device)
+        t = training_times(len(x0), generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         features = reference_features(self, batch)
         plain = len(x0) - len(features)
         kept = ~drop(len(features), 0.1, generator).to(x0.device)
-        control = self.control(torch.cat([features.new_zeros(plain, features.shape[1]), features * kept[:, None]]))
+        control = self.ip.reference(torch.cat([features.new_zeros(plain, features.shape[1]), features * kept[:, None]]))
         region = (torch.arange(len(x0), device=x0.device) >= plain).float()[:, None, None, None]
         output = self.predict(add_noise(x0, noise, t), t, text, [control.inside(region)])
         loss = flow_loss(output, x0, noise, t, "x")
         parts = {"plain": loss[:plain], "styled": loss[plain:]}
         return loss.mean(), {name: round(float(part.detach().mean()), 4) for name, part in parts.items()}
-
-    def control(self, features: Tensor) -> IPReference:
-        kv = self.ip.keys_values(features)
-        return IPReference(kv, kv, self.ip, 1.0, Where(), When())
 
     def validate(self) -> dict[str, float]:
         """The figures of the plain model; with one reference of the style, its error and how much it rises with another
@@ -92,7 +94,7 @@ class JointTask(TextToImageTask):
             t = torch.full((len(x0),), level, device=x0.device)
             x_t = add_noise(x0, noise, t)
             right, wrong = (
-                float(flow_loss(self.predict(x_t, t, text, [self.control(f)]), x0, noise, t, "x").mean())
+                float(flow_loss(self.predict(x_t, t, text, [self.ip.reference(f)]), x0, noise, t, "x").mean())
                 for f in (features, features.roll(7, 0))
             )
             found[f"wrong_reference_{level}"] = round(100 * (wrong / right - 1), 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,8 +31,20 @@ def psnr(a: Tensor, b: Tensor) -> float:
 class LatentTask(Task):
     """Decoder of a `PatchAutoencoder`: squared error, with noise on the code so that it also cleans samples."""
 
-    def __init__(self, icons: str, *, noise: float = 0.05, procedural_share: float = 0.2, init: str | None = None):
-        """`init`: a latent whose code is kept, so that models trained on it stay valid; only the decoder is trained."""
+    def __init__(
+        self,
+        icons: str,
+        *,
+        channels: int = 32,
+        whiten: float = 0.5,
+        noise: float = 0.05,
+        procedural_share: float = 0.2,
+        init: str | None = None,
+    ):
+        """noise: largest deviation of the noise on the code, in the units that the model sees.
+
+        init: a latent whose code is kept, so that models trained on it stay valid; only the decoder is trained.
+        """
         super().__init__()
         self.icons = IconSet.open(icons, licences=TRAIN_LICENCES, splits=("train",))
         self.held_out = IconSet.open(icons, licences=TRAIN_LICENCES, splits=("concept",))
@@ -39,11 +53,11 @@ class LatentTask(Task):
         if init is not None:
             self.vae = load_latent(init)
             return
-        self.vae = PatchAutoencoder(PatchAutoencoderConfig())
+        self.vae = PatchAutoencoder(PatchAutoencoderConfig(latent_channels=channels, whiten=whiten))
         chosen = random.Random(0).sample(range(len(self.icons)), min(3000, len(self.icons)))
         self.vae.fit(self.icons.images(chosen))
         codes = self.vae.encode(self.icons.images(chosen[:500])).latent_dist.mode()
-        self.vae.config = PatchAutoencoderConfig(scaling_factor=round(1 / float(codes.std()), 4))
+        self.vae.config = replace(self.vae.config, scaling_factor=round(1 / float(codes.std()), 4))
 
     def batch(self, rng: random.Random, size: int) -> Tensor:
         chosen = [rng.randrange(len(self.icons)) for _ in range(size)]
@@ -54,7 +68,7 @@ class LatentTask(Task):
     def forward(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             z = self.vae.encode(batch).latent_dist.mode()
-        sigma = self.noise * torch.rand(len(z), 1, 1, 1, generator=generator)
+        sigma = self.noise / self.vae.config.scaling_factor * torch.rand(len(z), 1, 1, 1, generator=generator)
         z = z + sigma.to(z.device) * torch.randn(z.shape, generator=generator).to(z.device)
         error = (self.vae.decode(z).sample.float() - batch).square().flatten(1).mean(1)
         return (error + 1e-4).log().mean(), {"mse": float(error.detach().mean())}
@@ -80,8 +94,6 @@ class LatentTask(Task):
         return contact_sheet(rows, labels=["real", "linear", "decoder"] * 2)
 
     def export(self, folder: Path, card: dict) -> None:
-        import dataclasses
-
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.half() for k, v in self.vae.state_dict().items()}
         save_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"condit": "PatchAutoencoder"})

@@ -44,7 +44,7 @@ def compare_activations(golden: Path, name: str) -> Differences:
     """Patches, condition token, the attention of block 0, every block, final layer, output."""
     model, t = load(golden, name)
     x, grid = t["input.x"], model.config.grid
-    frame = Frame(model.condition(t["input.t"], t["input.y"]), grid)
+    frame = Frame(model.embed(t["input.t"], t["input.y"]), grid)
     found = {"patch_tokens": model.x_embedder(x), "cond": frame.time}
     tokens = (found["patch_tokens"] + model.positions(grid))[:, None]
     first = model.blocks[0]
