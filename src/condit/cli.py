@@ -328,23 +328,34 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="What to measure.")] = "tiny",
+    models: Annotated[
+        list[str] | None, typer.Argument(help="tiny, or exported class models to compare.", show_default="tiny")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the page.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="An icon world made by `condit data icons`.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", help="Pictures a measure.")] = 512,
     quick: Annotated[bool, typer.Option("--quick", help="64 pictures a measure, to see that it works.")] = False,
     sets: Annotated[str | None, typer.Option("--sets", help="Sets to draw, separated by commas.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Draw in bfloat16: faster where the CPU knows it.")] = False,
+    vae: Annotated[str, typer.Option("--vae", help="The autoencoder that class models were trained on.")] = "tiny",
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a model on held-out pictures."""
-    if model != "tiny":
-        raise typer.BadParameter(f"there is a suite for 'tiny' only; found {model!r}")
+    """Measure models on held-out pictures."""
+    folder = out or output_folder() / "evaluation"
+    if models and models != ["tiny"]:
+        if data is None or sets or bf16:
+            raise typer.BadParameter(
+                "class models are compared on a world of icons (--data), without --sets and --bf16"
+            )
+        from condit.evaluation.classes import evaluate_classes
+
+        found = evaluate_classes(models, folder, data=data, vae=vae, count=64 if quick else count, seed=seed)
+        answer(found) if as_json else typer.echo(str(folder))
+        return
     from condit.evaluation.tiny import evaluate as run
 
-    folder = out or output_folder() / "evaluation"
     chosen = None if sets is None else [name.strip() for name in sets.split(",")]
     result = run(out=folder, data=data, count=count, seed=seed, quick=quick, sets=chosen, bf16=bf16)
     if as_json:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from condit.data.icons import sample_path
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig, decode_latents
+from condit.evaluation.classes import ACCURACY, AGREEMENT, DISTANCE, ERROR, evaluate_classes
 from condit.training import latent_cache
 from condit.training.class_conditional import ClassConditionalTask
 from condit.training.classify import ClassifyTask
@@ -116,6 +117,36 @@ def test_a_backbone_trains_a_step_on_icons_and_its_export_loads_strictly(backbon
     assert "streamline-emojis" not in task.classes  # the style that nobody trains on
 
 
+def test_exported_class_models_are_compared_on_the_same_icons(tmp_path, coarse):
+    given = {"icons": ICONS, "label": "style", "flip": False, "sizes": SIZES, **coarse}
+    folders = [
+        step(ClassConditionalTask(backbone=backbone, **given), tmp_path / backbone) for backbone in ("DiT", "DiffiT")
+    ]
+    folders.append(step(ClassifyTask(icons=ICONS, label="style", sizes=VIT), tmp_path / "ViT"))
+    told: list[str] = []
+    found = evaluate_classes(folders, tmp_path / "out", data=ICONS, vae=coarse["vae"], count=16, tell=told.append)
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == found
+    figures = {(f["model"], f["measure"]): f for f in found["figures"]}
+    for name in ("DiT", "DiffiT"):
+        for measure in (ERROR, AGREEMENT, DISTANCE):
+            interval = figures[name, measure]["interval"]
+            assert interval["low"] <= interval["value"] <= interval["high"]
+    # The difference is of the same icons: its middle is that of the means.
+    one, other = (figures[name, ERROR] for name in ("DiT", "DiffiT"))
+    expected = other["interval"]["value"] - one["interval"]["value"]
+    assert one["less"] is None and other["less"]["value"] == pytest.approx(expected)
+    untrained, judge = (figures[name, ACCURACY]["interval"]["value"] for name in ("ViT", "the judge, a CNN"))
+    assert 0 <= untrained < judge
+    assert found["models"]["DiT"]["steps"] == 1 and found["models"]["DiT"]["parameters"] > 1000
+    assert Image.open(tmp_path / "out" / "classes.png").width > 200
+    # Again, the same figures.
+    again = evaluate_classes(folders[:1], tmp_path / "again", data=ICONS, vae=coarse["vae"], count=16)
+    assert again["figures"][0]["interval"] == one["interval"]
+    with pytest.raises(ValueError, match="no style of the icon world"):
+        of_groups = step(ClassifyTask(icons=ICONS, label="group", sizes=VIT), tmp_path / "groups")
+        evaluate_classes([folders[0], of_groups], tmp_path / "bad", data=ICONS, vae=coarse["vae"], count=16)
+
+
 def test_dit_and_diffit_are_given_the_same_batches(pets, vae):
     tasks = [small(pets, vae, backbone=name) for name in ("DiT", "DiffiT")]
     first, second = (task.batch(random.Random(3), 5) for task in tasks)
@@ -140,6 +171,7 @@ def test_a_rectangular_folder_of_classes_trains_and_is_judged_repeatably(tmp_pat
     config = load_dit(folder / WEIGHTS).config
     assert (config.latent, config.num_classes) == ((8, 12), 2)
     assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "cats", "1": "dogs"}
+    assert load_dit(folder).config.latent == (8, 12)  # by diffusers' names, of which sample_size is a list here
 
 
 def test_a_flat_folder_trains_an_unconditional_network(tmp_path, vae):

@@ -108,7 +108,7 @@ def test_a_mask_limits_the_shift_to_its_tokens_and_the_text_takes_its_share(pipe
     mask[:, :24] = 1
     control = replace(at_step(pipe, adapter.control(pictures(1), mask=mask)), kv={})
     shift = control.pooled()
-    assert shift.shape == (1, 24, 10)
+    assert shift is not None and shift.shape == (1, 24, 10)
     columns = shift.abs().amax(-1).view(4, 6).amax(0)
     assert (columns[:3] > 1e-3).all() and not columns[3:].any()
     # The same addition for every token is that of the whole picture.

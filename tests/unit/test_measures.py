@@ -185,3 +185,27 @@ def test_colour_distance_sees_colour_on_ink_alone():
 def test_colour_distance_leaves_lightness_out():
     dark, light = square(20, colour=(60, 60, 60)), square(20, colour=(160, 160, 160))
     assert measures.colour_distance(dark, light).item() < 0.1
+
+
+def test_the_kernel_distance_is_that_of_its_definition():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(6, 3, generator=g), torch.randn(5, 3, generator=g) + 1
+
+    def k(x, y) -> float:
+        return (float(x.double() @ y.double()) / 3 + 1) ** 3
+
+    within_a = sum(k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j) / 30
+    within_b = sum(k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j) / 20
+    across = sum(k(x, y) for x in a for y in b) / 30
+    assert measures.kernel_distance(a, b)[0] == pytest.approx(within_a + within_b - 2 * across)
+
+
+def test_the_kernel_distance_is_about_zero_for_one_distribution_and_larger_for_two():
+    g = torch.Generator().manual_seed(0)
+    a, b, other = torch.randn(200, 8, generator=g), torch.randn(200, 8, generator=g), torch.randn(200, 8, generator=g)
+    same, low, high = measures.kernel_distance(a, b)
+    _, low, high = measures.kernel_distance(a, b)
+    assert low < 0 < high
+    assert measures.kernel_distance(a, other + 0.5)[1] > high
+    with pytest.raises(ValueError, match="at least 4"):
+        measures.kernel_distance(a[:3], b)

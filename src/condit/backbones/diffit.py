@@ -200,6 +200,8 @@ class FinalLayer(nn.Module):
 class DiffiT(LatentTransformer):
     """The latent model: class-conditional or unconditional, on any latent whose sides are multiples of the patch."""
 
+    config: DiffiTConfig
+
     def __init__(self, config: DiffiTConfig):
         super().__init__(config)
         c = config

@@ -42,6 +42,7 @@ class LoopConfig(BaseModel):
     lr: float = 1e-3
     muon_lr: float | None = None
     embedding_lr: float | None = None
+    beta2: float = 0.98  # of AdamW; 0.999 for runs of many thousand steps
     weight_decay: float = 0.0
     warmup: int = 50
     clip: float = 1.0
@@ -109,6 +110,7 @@ class Loop:
             muon_lr=config.muon_lr,
             embedding_lr=config.embedding_lr,
             weight_decay=config.weight_decay,
+            beta2=config.beta2,
         )
         self.parameters = {name: p for name, p in task.named_parameters() if p.requires_grad}
         self.model, *prepared = self.accelerator.prepare(task, *self.optimizers)

@@ -29,7 +29,13 @@ def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
 
 
 def make_optimizers(
-    module: nn.Module, *, lr: float, muon_lr: float | None, embedding_lr: float | None, weight_decay: float
+    module: nn.Module,
+    *,
+    lr: float,
+    muon_lr: float | None,
+    embedding_lr: float | None,
+    weight_decay: float,
+    beta2: float = 0.98,
 ) -> list[torch.optim.Optimizer]:
     """One AdamW, and before it Muon (Jordan et al. 2024) on hidden matrices if `muon_lr` is given."""
     matrices, embeddings, rest = parameter_groups(module)
@@ -41,7 +47,7 @@ def make_optimizers(
     groups = [{"params": rest, "lr": lr}]
     if embeddings:
         groups.append({"params": embeddings, "lr": embedding_lr or lr})
-    found.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay))
+    found.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay))
     for optimizer in found:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
