@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 import condit
 from condit import demo
 from condit.backbones.diffit import DiffiT, DiffiTConfig
-from condit.cli import main, output_paths, parse_reference
+from condit.cli import main
+from condit.cli.draw import output_paths, parse_reference
 from condit.data.icons import Icon, IconWorld, sample_path
 from condit.data.images import load_image, read_recipe, save_image
 from condit.request import USES, Reference, Request, differences, locate
@@ -237,7 +238,7 @@ def test_the_printed_command_is_the_request(monkeypatch, tmp_path):
     for name in ("a b.png", "e.png", "c.png"):
         save_image(Image.new("RGB", (8, 8)), name)
     drawn: list[Request] = []
-    monkeypatch.setattr("condit.cli.draw_and_save", lambda request, *_, **__: drawn.append(request))
+    monkeypatch.setattr("condit.cli.draw.draw_and_save", lambda request, *_, **__: drawn.append(request))
     with pytest.raises(SystemExit) as end:
         main(shlex.split(REQUEST.command("out.png"))[1:])
     assert end.value.code == 0

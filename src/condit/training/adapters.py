@@ -35,12 +35,15 @@ from condit.nn.lora import LoRA
 from condit.nn.streams import Stream, grid_ids
 from condit.training.icon_batches import IconSet, procedural
 from condit.training.loop import Task, to_device
-from condit.training.text_to_image import GRID, SHIFT, image_stream, training_times
+from condit.training.text_to_image import GRID, SHIFT, T_MEAN, image_stream, training_times
 from condit.weights.files import load_strict, read_tensors, save_tensors
 from condit.weights.load import load_tiny
 from condit.weights.tiny import floats
 
 ADAPTER = "adapter.safetensors"
+# Fresh condition tokens first disturb the frozen model, and where the noisy picture shows its layout anyway the
+# quickest cure is to disregard them. At more noise than in the model's own training they are worth reading.
+TOKEN_T_MEAN = 2.0
 Kind = Literal["subject", "edges", "gray", "style"]
 # Words that name no concept: the reference has to say what is drawn.
 NAMELESS = ("this", "this item", "the same thing", "这个", "同一个东西")
@@ -63,6 +66,8 @@ class Referenced:
 
 class AdapterTask(Task):
     """Shared by both: data, the frozen model, the loss. A subclass says what a reference is and how it acts."""
+
+    t_mean = T_MEAN
 
     def __init__(self, icons: str, model: str, ui: str | None = None):
         super().__init__()
@@ -90,7 +95,7 @@ class AdapterTask(Task):
         with torch.no_grad():
             x0 = encode_tokens(self.vae, batch.images)
             text = self.text(batch.captions)
-        t = training_times(len(x0), generator).to(x0.device)
+        t = training_times(len(x0), generator, self.t_mean).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         streams, controls = self.conditions(batch, text, drop(len(x0), 0.1, generator).to(x0.device))
         output = self.predict(add_noise(x0, noise, t), t, text, streams, controls)
@@ -197,6 +202,8 @@ class StyleTask(AdapterTask):
 
 class TokenTask(AdapterTask):
     """OminiControl on the MM-DiT: a condition through the model's own code joins as independent tokens."""
+
+    t_mean = TOKEN_T_MEAN
 
     def __init__(
         self,

@@ -53,9 +53,9 @@ def image_stream(x_t: Tensor, t: Tensor, text: Text, *, canvas: bool = True) -> 
     return Stream(tokens, grid_ids(*GRID).to(x_t.device), t, text.pooled)
 
 
-def training_times(n: int, generator: torch.Generator) -> Tensor:
+def training_times(n: int, generator: torch.Generator, mean: float = T_MEAN) -> Tensor:
     """Noise levels (n,)."""
-    return logit_normal(n, mean=T_MEAN, std=T_STD, generator=generator)
+    return logit_normal(n, mean=mean, std=T_STD, generator=generator)
 
 
 class TextToImageTask(Task):

@@ -1,0 +1,125 @@
+"""The command line: one verb a job.
+
+Nothing heavy is imported up here: `condit --help` answers before torch would have started to load."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from condit import __version__
+from condit.cli import draw, study
+from condit.cli.terminal import Debug, Json, answer, output_folder, say
+from condit.memory import keep_memory
+
+app = typer.Typer(
+    help="Controllable image generation: a prompt and a reference become a picture.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing rich costs more than the whole answer
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+data_app = typer.Typer(help="Make the data that models are trained on.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+for command in (draw.demo, draw.generate, draw.replay, study.train, study.evaluate, study.verify):
+    app.command()(command)
+data_app.command()(study.icons)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("condit").setLevel(logging.DEBUG if debug else logging.INFO)
+    for library in ("PIL", "urllib3", "matplotlib", "asyncio", "fontTools"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    # The first thing a user sees must be ours; whoever set these keeps them.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for each part it loads
+    keep_memory()
+    try:
+        app(arguments, prog_name="condit")
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        say(f"error: {explain(error)}")
+        sys.exit(1)
+    sys.exit(0)
+
+
+def explain(error: Exception) -> str:
+    """One line for people: our own errors say it all; one that we did not foresee gives its type as well."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, FileNotFoundError):
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, ValueError | OSError | KeyError) and text:
+        return text
+    if isinstance(error, ImportError):
+        return f"{text}. Is an extra missing? `condit doctor` lists them"
+    return f"{type(error).__name__}: {text} (run again with --debug to see where)"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"condit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    pass
+
+
+@app.command()
+def models(as_json: Json = False, debug: Debug = False) -> None:
+    """List the known models and adapters."""
+    from dataclasses import asdict, is_dataclass
+
+    from condit.weights.catalog import MODELS
+
+    if as_json:
+        answer(
+            {
+                name: asdict(entry) if is_dataclass(entry) and not isinstance(entry, type) else entry
+                for name, entry in MODELS.items()
+            }
+        )
+        return
+    rows = [(name, e.kind, f"{e.size_mb:g} MB", e.licence, e.summary) for name, e in MODELS.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    for row in rows:
+        typer.echo("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]).rstrip())
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Check versions, device, folders and models."""
+    from condit.doctor import check
+
+    findings = check(output_folder())
+    if as_json:
+        answer([{"state": finding.state, "what": finding.what, "text": finding.text} for finding in findings])
+    else:
+        width = max(len(finding.what) for finding in findings)
+        for finding in findings:
+            typer.echo(f"{finding.state:<4}  {finding.what:<{width}}  {finding.text}")
+    if any(finding.state == "bad" for finding in findings):
+        raise typer.Exit(1)

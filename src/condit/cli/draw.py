@@ -1,0 +1,179 @@
+"""Commands that draw: demo, generate, replay."""
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from condit.cli.terminal import Debug, Json, Seed, answer, output_folder, say, waiting
+
+
+def demo(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the grid and its references.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a labelled grid of what tiny can do.
+
+    Every picture comes with the command that draws it again.
+    """
+    from condit.demo import draw_demo
+
+    result = draw_demo(out or output_folder(), seed=seed, tell=say)
+    if as_json:
+        answer(result)
+    else:
+        typer.echo(result["grid"])
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw, in English or Chinese.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help="A name of `condit models`.")] = "tiny",
+    style: Annotated[
+        list[str] | None, typer.Option("--style", metavar="REF[:S]", help="Draw in the style of this picture.")
+    ] = None,
+    subject: Annotated[
+        list[str] | None, typer.Option("--subject", metavar="REF[:S]", help="Draw the subject of this picture.")
+    ] = None,
+    edges: Annotated[
+        list[str] | None, typer.Option("--edges", metavar="IMG[:S]", help="Follow the edges found in this picture.")
+    ] = None,
+    edges_map: Annotated[
+        list[str] | None, typer.Option("--edges-map", metavar="MAP[:S]", help="Follow this ready edge map.")
+    ] = None,
+    gray: Annotated[
+        list[str] | None,
+        typer.Option("--gray", metavar="IMG[:S]", help="Colour this picture; its own colours are dropped."),
+    ] = None,
+    control: Annotated[
+        list[str] | None, typer.Option("--control", metavar="ADAPTER=REF[:S]", help="Any adapter by its full name.")
+    ] = None,
+    strength: Annotated[float, typer.Option(help="Strength S of references that name none.")] = 1.0,
+    negative: Annotated[str | None, typer.Option("--negative", help="What to keep away from.")] = None,
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler [default: the model's].")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance by the text [default: the model's].")] = None,
+    image_guidance: Annotated[
+        float | None, typer.Option(help="Guidance by the references, apart from the text [default: none].")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", help="How many pictures.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps [default: cpu for tiny].")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A .png, .jpg or .webp, or a folder.", show_default=False)
+    ] = None,
+    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Leave the recipe out of the PNG.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a prompt, with references if you like.
+
+    In the style of a picture, with its subject, along its edges, or all of it.
+    A reference may carry its own strength: --style ref.png:0.6
+    """
+    from condit.data.images import load_image
+    from condit.request import Reference, Request
+
+    asked = {"style": style, "subject": subject, "edges": edges, "gray": gray}
+    references = [
+        Reference(use, *parse_reference(value, strength)) for use, values in asked.items() for value in values or ()
+    ]
+    references += [Reference("edges", *parse_reference(value, strength), ready=True) for value in edges_map or ()]
+    for value in control or ():
+        adapter, equals, reference = value.partition("=")
+        if not equals or not adapter or not reference:
+            raise typer.BadParameter(f"--control takes ADAPTER=REF[:S], as in tiny/style=ref.png; found {value!r}")
+        references.append(Reference(adapter, *parse_reference(reference, strength)))
+    try:
+        request = Request(prompt, model, tuple(references), negative, seed, count, steps, guidance, image_guidance)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    paths = output_paths(request.prompt, out, seed, count, no_metadata)
+    for reference in request.references:  # a wrong picture is told before seconds are spent on loading the model
+        load_image(reference.path)
+    draw_and_save(request, paths, range(count), with_recipe=not no_metadata, as_json=as_json, device=device)
+
+
+def parse_reference(value: str, strength: float) -> tuple[str, float]:
+    """'ref.png:0.6' -> path and strength. A file that is really called so wins."""
+    path, colon, tail = value.rpartition(":")
+    if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", tail) and not Path(value).exists():
+        return path, float(tail)
+    return value, strength
+
+
+def output_paths(prompt: str, out: Path | None, seed: int, count: int, no_metadata: bool = False) -> list[Path]:
+    """Where the pictures go: -o itself, with the seed before its ending if there are several, or names in a folder."""
+    if out is None or out.is_dir() or not out.suffix:
+        words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:40].strip("-") or "image"
+        return [(out or output_folder()) / f"{words}-{seed + index}.png" for index in range(count)]
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise typer.BadParameter(f"-o {out}: end it in .png, .jpg or .webp, or name a folder")
+    if out.suffix.lower() != ".png" and not no_metadata:
+        raise typer.BadParameter(f"-o {out}: only a PNG carries its recipe; use .png, or add --no-metadata")
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{seed + index}") for index in range(count)]
+
+
+def draw_and_save(
+    request,
+    paths: Sequence[Path],
+    indices: Sequence[int],
+    *,
+    with_recipe: bool,
+    as_json: bool,
+    device: str | None = None,
+):
+    """Draws the request and writes the pictures of `indices` to `paths`. Returns the recipes of all its pictures."""
+    from condit.data.images import save_image
+    from condit.request import Studio
+
+    start = time.perf_counter()
+    with waiting(f"loading {request.model}"):
+        studio = Studio(request.model, device)
+    with waiting("drawing"):
+        drawing = studio.draw(request)
+    for path, index in zip(paths, indices, strict=True):
+        metadata = {"recipe": drawing.recipes[index], "parameters": drawing.parameters[index]} if with_recipe else {}
+        save_image(drawing.images[index], path, **metadata)
+    seconds = round(time.perf_counter() - start, 2)
+    if as_json:
+        images = [{"path": str(path), "seed": request.seed + i} for path, i in zip(paths, indices, strict=True)]
+        answer({"images": images, "seconds": seconds, "recipe": drawing.recipes[0]})
+    else:
+        say(f"drawn in {seconds} s")
+        for path in paths:
+            typer.echo(str(path))
+    return drawing.recipes
+
+
+def replay(
+    image: Annotated[Path, typer.Argument(help="A PNG drawn by condit.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write it [default: beside it, with -replay].")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw a PNG again from the recipe inside it.
+
+    Says whether it came out the same, and what has changed since.
+    """
+    from condit.data.images import load_image, read_recipe
+    from condit.request import Request, differences, locate
+
+    recipe = read_recipe(image)
+    request, index = Request.from_recipe(recipe)
+    request = locate(request, image.parent)
+    before = load_image(image)
+    target = out or image.with_stem(f"{image.stem}-replay")
+    recipes = draw_and_save(request, [target], [index], with_recipe=target.suffix.lower() == ".png", as_json=as_json)
+    for difference in differences(recipe, recipes[index]):
+        say(f"warning: {difference}")
+    say(
+        "the same picture"
+        if before.tobytes() == load_image(target).tobytes()
+        else "another picture than the one in the file"
+    )

@@ -1,0 +1,158 @@
+"""Commands that train, measure and make data: train, evaluate, verify, data icons."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from condit.cli.terminal import Debug, Json, Seed, answer, output_folder, progress, say, waiting
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A file of recipes/*.toml.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the run [default: runs/NAME].", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model or an adapter as its recipe says."""
+    if not recipe.is_file():
+        raise typer.BadParameter(f"no recipe at {recipe}")
+    folder = out or Path("runs") / recipe.stem
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise typer.BadParameter(
+            f"{folder} holds a run already; add --resume to go on, or choose another folder with -o"
+        )
+    from condit.training.run import train as run
+
+    run(recipe, out=folder, resume=resume)
+    typer.echo(str(folder))
+
+
+def evaluate(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="tiny, or exported class models to compare.", show_default="tiny")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the page.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="An icon world made by `condit data icons`.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", help="Pictures a measure.")] = 512,
+    quick: Annotated[bool, typer.Option("--quick", help="64 pictures a measure, to see that it works.")] = False,
+    sets: Annotated[str | None, typer.Option("--sets", help="Sets to draw, separated by commas.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Draw in bfloat16: faster where the CPU knows it.")] = False,
+    vae: Annotated[str, typer.Option("--vae", help="The autoencoder that class models were trained on.")] = "tiny",
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure models on held-out pictures."""
+    folder = out or output_folder() / "evaluation"
+    if models and models != ["tiny"]:
+        if data is None or sets or bf16:
+            raise typer.BadParameter(
+                "class models are compared on a world of icons (--data), without --sets and --bf16"
+            )
+        from condit.evaluation.classes import evaluate_classes
+
+        found = evaluate_classes(models, folder, data=data, vae=vae, count=64 if quick else count, seed=seed)
+        answer(found) if as_json else typer.echo(str(folder))
+        return
+    from condit.evaluation.tiny import evaluate as run
+
+    chosen = None if sets is None else [name.strip() for name in sets.split(",")]
+    result = run(out=folder, data=data, count=count, seed=seed, quick=quick, sets=chosen, bf16=bf16)
+    if as_json:
+        answer(result)
+    else:
+        typer.echo(str(folder))
+
+
+def verify(
+    backbone: Annotated[str, typer.Argument(help="vit, dit, diffit, or all of them.", show_default=False)],
+    file: Annotated[
+        str | None, typer.Argument(help="Weights to load: a file, a folder or a published name.", show_default=False)
+    ] = None,
+    golden: Annotated[
+        Path | None, typer.Option("--golden", help="Folder of the fixtures [default: those of the checkout].")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads of a FILE that does not tell them.")] = None,
+    into: Annotated[
+        Path | None, typer.Option("--into", help="Page to write the table into, as docs/parity.md.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how exactly a backbone follows its reference.
+
+    On the recorded tensors of the official code; or, of a weight FILE, against transformers or diffusers.
+    """
+    if backbone not in ("vit", "dit", "diffit", "all"):
+        raise typer.BadParameter(f"there are vit, dit, diffit and all; found {backbone!r}")
+    if file is not None and backbone == "all":
+        raise typer.BadParameter("a FILE holds one backbone; name it instead of all")
+    if file is not None and (golden or into):
+        raise typer.BadParameter("--golden and --into are for the recorded tensors; leave them out, or leave FILE out")
+    if file is None and heads is not None:
+        raise typer.BadParameter("--heads is for a FILE")
+    if into is not None and backbone != "all":
+        raise typer.BadParameter(f"--into takes the table of all backbones; found {backbone!r}")
+    if file is not None:
+        verify_file(backbone, file, heads, as_json=as_json)
+        return
+    from condit.evaluation.verify import fixtures
+
+    folder = fixtures.find_golden(golden)
+    with waiting("comparing"):
+        chosen = list(fixtures.CHECKS) if backbone == "all" else [backbone]
+        rows = {name: fixtures.verify_fixtures(name, folder) for name in chosen}
+    if as_json:
+        answer({name: [fixtures.as_json(row) for row in checked] for name, checked in rows.items()})
+    else:
+        for line in fixtures.lines([(fixtures.TITLES[name], row) for name, checked in rows.items() for row in checked]):
+            typer.echo(line)
+    if into is not None:
+        fixtures.write_between_marks(into, fixtures.markdown(rows))
+        say(f"written into {into}")
+    if not all(row.ok for checked in rows.values() for row in checked):
+        raise typer.Exit(1)
+
+
+def verify_file(backbone: str, source: str, heads: int | None, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from condit.evaluation.verify.files import verify_file as run
+    from condit.evaluation.verify.fixtures import TITLES, lines
+    from condit.evaluation.verify.fixtures import as_json as row_as_json
+
+    with waiting(f"reading {source}"):
+        report = run(backbone, source, heads=heads)
+    rows = report.reference.rows
+    if as_json:
+        reference = {"note": report.reference.note, "rows": [row_as_json(row) for row in rows]}
+        answer({"model": backbone, **asdict(report), "reference": reference})
+    else:
+        for name, text in report.described().items():
+            typer.echo(f"{name:<10}  {text}")
+        for line in lines([(TITLES[backbone], row) for row in rows]) if rows else ():
+            typer.echo(line)
+    if not all(row.ok for row in rows):
+        raise typer.Exit(1)
+
+
+def icons(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the icon world.", show_default=False)],
+    ui: Annotated[bool, typer.Option("--ui", help="The sets of UI icons as well.")] = False,
+    packages: Annotated[
+        Path | None, typer.Option("--packages", help="Folder of packages fetched before.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Build the icon world from pinned packages.
+
+    About 20,000 pictures with concept, style, split and licence. Fetches with npm what --packages does not hold.
+    """
+    from condit.data.icons_build import build
+
+    with progress("rasterising") as advance:
+        build(out, ui=ui, packages=packages, progress=advance)
+    typer.echo(str(out))
