@@ -18,7 +18,8 @@ from torch import Tensor
 from condit.backbones.diffit import DiffiT
 from condit.controls.control import Control, Run, Step
 from condit.data.images import to_images
-from condit.diffusion.gaussian import Denoise, Gaussian, Noise, ancestral, ddim, gaussian
+from condit.diffusion.gaussian import Denoise, Gaussian, gaussian
+from condit.diffusion.gaussian_samplers import Noise, ancestral, ddim, image_noise
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
 from condit.encoders.vae import decode_latents
 from condit.pipeline import MAX_SIDE, MAX_STEPS, Result, image_generators
@@ -132,7 +133,7 @@ class ClassPipeline:
             controls=tuple(controls),
         )
         seeds, generators = image_generators(len(drawing.rows), seed, generator)
-        noise = _noise_of(generators)
+        noise = image_noise(generators)
         x = self.start(latents, drawing, noise)
         times = drawing.process.timesteps.flip(0).tolist()
 
@@ -324,13 +325,3 @@ def _channels(given: int | str | None, channels: int) -> int | None:
     if given != "all" and (not isinstance(given, int) or given < 1):
         raise ValueError(f"guidance_channels must be 'all' or a number from 1, as the published 3; found {given!r}.")
     return None if given == "all" else int(given)
-
-
-def _noise_of(generators: Sequence[torch.Generator]) -> Noise:
-    """Noise of the shape of x, row i from generator i alone."""
-
-    def noise(x: Tensor) -> Tensor:
-        drawn = [torch.randn(x.shape[1:], generator=g, device=g.device).cpu() for g in generators]
-        return torch.stack(drawn).to(x.device)
-
-    return noise

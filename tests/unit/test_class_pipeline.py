@@ -19,7 +19,8 @@ from condit.backbones.vit import FLAVOURS, ViT, ViTConfig
 from condit.class_pipeline import ClassPipeline
 from condit.classifier import ViTPipeline, prepare
 from condit.controls.control import Control, Step
-from condit.diffusion.gaussian import ancestral, gaussian, image_noise
+from condit.diffusion.gaussian import gaussian
+from condit.diffusion.gaussian_samplers import ancestral, image_noise
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.nn.attention import Attend, Call

@@ -8,7 +8,7 @@ counts the steps of a (respaced) process from its clean end; `t = process.timest
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -23,10 +23,6 @@ LossKind = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 
 # denoise(x, t): images (B, C, H, W) and timesteps (B,) int64 of the trained process -> the network's output.
 Denoise = Callable[[Tensor, Tensor], Tensor]
-# noise(x): standard normal numbers of x's shape and device. Samplers call it once a step.
-Noise = Callable[[Tensor], Tensor]
-# on_step(number of the step from 0, x after it, its estimate of x0): may give another x.
-OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
 def beta_schedule(name: Schedule = "linear", steps: int = 1000) -> Tensor:
@@ -319,134 +315,3 @@ def _approximate_cdf(z: Tensor) -> Tensor:
 
 def _mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
-
-
-# Sampling. Networks that are to be trained through a sampler are rare: callers put torch.no_grad() around.
-
-
-def draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise (N, *shape) float32, row n from generator n alone, drawn on the CPU."""
-    return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators])
-
-
-def image_noise(generators: Sequence[torch.Generator]) -> Noise:
-    """Noise for a sampler, each image from its own generator, so that a picture does not depend on its batch."""
-
-    def noise(x: Tensor) -> Tensor:
-        if len(generators) != len(x):
-            raise ValueError(f"One generator per image is needed; found {len(generators)} for {len(x)} images.")
-        return draw(x.shape[1:], generators).to(x.device)
-
-    return noise
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Images after one step, and the estimate of x0 that the step was built on."""
-
-    x: Tensor
-    x0: Tensor
-
-
-def ancestral_step(
-    process: Gaussian, output: Tensor, x: Tensor, i: Tensor, noise: Tensor, *, clip: bool = False
-) -> Sample:
-    """x_{i-1} drawn from p(x_{i-1} | x_i); at i = 0 its mean."""
-    p = reverse(process, output, x, i, clip=clip)
-    return Sample(p.mean + _not_last(i, x) * (0.5 * p.log_variance).exp() * noise, p.x0)
-
-
-def ddim_step(
-    process: Gaussian,
-    output: Tensor,
-    x: Tensor,
-    i: Tensor,
-    noise: Tensor | None = None,
-    *,
-    eta: float = 0.0,
-    clip: bool = False,
-) -> Sample:
-    """DDIM, Eq. 12. eta 0: no noise is added; eta 1: as much as DDPM."""
-    x0, direction = _estimates(process, output, x, i, clip)
-    alpha_bar, before = at(process.alphas_cumprod, i, x), at(process.alphas_cumprod_prev, i, x)
-    sigma = eta * ((1 - before) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / before).sqrt()
-    found = before.sqrt() * x0 + (1 - before - sigma**2).sqrt() * direction
-    if noise is not None:
-        found = found + _not_last(i, x) * sigma * noise
-    elif eta:
-        raise ValueError(f"DDIM with eta {eta} adds noise: give noise, for instance image_noise(generators).")
-    return Sample(found, x0)
-
-
-def ddim_reverse_step(process: Gaussian, output: Tensor, x: Tensor, i: Tensor, *, clip: bool = False) -> Sample:
-    """One step towards noise, from level i to level i + 1 (after the last: to pure noise), by the same equation."""
-    x0, direction = _estimates(process, output, x, i, clip)
-    after = at(process.alphas_cumprod_next, i, x)
-    return Sample(after.sqrt() * x0 + (1 - after).sqrt() * direction, x0)
-
-
-def _estimates(process: Gaussian, output: Tensor, x: Tensor, i: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
-    """x0, and the noise that leads from it to x: after clipping it is not the predicted one."""
-    x0 = reverse(process, output, x, i, clip=clip).x0
-    scaled = at(process.sqrt_recip_alphas_cumprod, i, x) * x
-    return x0, (scaled - x0) / at(process.sqrt_recipm1_alphas_cumprod, i, x)
-
-
-def _not_last(i: Tensor, x: Tensor) -> Tensor:
-    return (i != 0).float().to(x.device).reshape(-1, *[1] * (x.ndim - 1))
-
-
-def ancestral(
-    denoise: Denoise, x: Tensor, process: Gaussian, *, noise: Noise, clip: bool = False, on_step: OnStep | None = None
-) -> Tensor:
-    """Images from noise x (B, C, H, W), one draw of `noise` a step, also at the last, as the official sampler does."""
-
-    def step(output: Tensor, x: Tensor, i: Tensor) -> Sample:
-        return ancestral_step(process, output, x, i, noise(x), clip=clip)
-
-    return _walk(denoise, x, process, reversed(range(len(process))), step, on_step)
-
-
-def ddim(
-    denoise: Denoise,
-    x: Tensor,
-    process: Gaussian,
-    *,
-    eta: float = 0.0,
-    noise: Noise | None = None,
-    clip: bool = False,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """Images from noise x (B, C, H, W) by DDIM. `noise` is asked where eta > 0 only."""
-
-    def step(output: Tensor, x: Tensor, i: Tensor) -> Sample:
-        return ddim_step(process, output, x, i, noise(x) if noise and eta else None, eta=eta, clip=clip)
-
-    return _walk(denoise, x, process, reversed(range(len(process))), step, on_step)
-
-
-def ddim_invert(
-    denoise: Denoise, x: Tensor, process: Gaussian, *, clip: bool = False, on_step: OnStep | None = None
-) -> Tensor:
-    """Noise from images x (B, C, H, W): N - 1 reverse steps, to the level at which `ddim` of this process begins."""
-
-    def step(output: Tensor, x: Tensor, i: Tensor) -> Sample:
-        return ddim_reverse_step(process, output, x, i, clip=clip)
-
-    return _walk(denoise, x, process, range(len(process) - 1), step, on_step)
-
-
-def _walk(
-    denoise: Denoise,
-    x: Tensor,
-    process: Gaussian,
-    indices: Iterable[int],
-    step: Callable[[Tensor, Tensor, Tensor], Sample],
-    on_step: OnStep | None,
-) -> Tensor:
-    for number, index in enumerate(indices):
-        i = torch.full((len(x),), index)
-        sample = step(denoise(x, process.timesteps[i].to(x.device)), x, i)
-        replaced = None if on_step is None else on_step(number, sample.x, sample.x0)
-        x = sample.x if replaced is None else replaced
-    return x

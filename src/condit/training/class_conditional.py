@@ -23,7 +23,8 @@ from condit.backbones.diffit import DiffiT, DiffiTConfig
 from condit.backbones.dit import DiT, DiTConfig
 from condit.data.images import to_images
 from condit.data.sheets import Cell, contact_sheet
-from condit.diffusion.gaussian import Loss, Prediction, ddim, gaussian, training_loss
+from condit.diffusion.gaussian import Loss, Prediction, gaussian, training_loss
+from condit.diffusion.gaussian_samplers import ddim
 from condit.diffusion.guidance import class_guidance
 from condit.encoders.vae import decode_latents
 from condit.training.labelled import Label, height_width, id2label, open_labelled

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from condit.backbones.diffit import PRESETS, Block, DiffiT, Frame
-from condit.diffusion.gaussian import ancestral, gaussian, training_loss
+from condit.diffusion.gaussian import gaussian, training_loss
+from condit.diffusion.gaussian_samplers import ancestral
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
 from condit.evaluation.verify.check import Check, Differences, difference, layout_differences, part
 from condit.weights.diffit import INDEX, diffit_of, relative_position_index

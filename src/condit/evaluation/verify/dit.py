@@ -16,6 +16,7 @@ from torch import Tensor
 
 from condit.backbones.dit import PRESETS, Block, DiT, DiTConfig, Frame, sincos_positions, unpatchify
 from condit.diffusion import gaussian as g
+from condit.diffusion import gaussian_samplers as samplers
 from condit.diffusion.guidance import class_guidance, guide_channels
 from condit.evaluation.verify.check import Check, Differences, difference, layout_differences, part
 from condit.nn.layers import modulated_norm, timestep_features
@@ -159,7 +160,7 @@ def compare_statistics(golden: Path, name: str) -> Differences:
         out[key] = difference(value, tensors[key], relative=True)
     z, i, y = tensors["sample.z"], tensors["ddim_reverse.t_index"], tensors["sample.y"]
     process = process_of(facts["variants"]["default"], facts["sampling"]["respacing"])
-    inverted = g.ddim_reverse_step(process, model(z, process.timesteps[i], y), z, i).x
+    inverted = samplers.ddim_reverse_step(process, model(z, process.timesteps[i], y), z, i).x
     return out | {"ddim_reverse.x": difference(inverted, tensors["ddim_reverse.x"], relative=True)}
 
 
@@ -169,20 +170,20 @@ def compare_samples(golden: Path, name: str) -> Differences:
     model, facts, tensors = read_diffusion(golden, name)
     z, y, noises = (tensors[f"sample.{k}"] for k in ("z", "y", "step_noise"))
     process = process_of(facts["variants"]["default"], facts["sampling"]["respacing"])
-    x, _ = trajectory(g.ancestral, lambda x, t: model(x, t, y), z, process, noises[:, : len(z)])
+    x, _ = trajectory(samplers.ancestral, lambda x, t: model(x, t, y), z, process, noises[:, : len(z)])
     return {
         "sample.timesteps": difference(process.timesteps.flip(0), tensors["sample.timesteps"]),
         "sample.ddpm_nocfg.x": stepwise(x, tensors["sample.ddpm_nocfg.x"]),
-        **compare_guided(golden, name, "ddpm", g.ancestral),
-        **compare_guided(golden, name, "ddim_eta0", g.ddim),
-        **compare_guided(golden, name, "ddim_eta1", lambda *a, **k: g.ddim(*a, **k, eta=1.0)),
+        **compare_guided(golden, name, "ddpm", samplers.ancestral),
+        **compare_guided(golden, name, "ddim_eta0", samplers.ddim),
+        **compare_guided(golden, name, "ddim_eta1", lambda *a, **k: samplers.ddim(*a, **k, eta=1.0)),
     }
 
 
 @torch.no_grad()
 def compare_clipped_samples(golden: Path, name: str) -> Differences:
     """diffusion_*: the same of the sampler that clips x0."""
-    return compare_guided(golden, name, "ddpm_clip", lambda *a, **k: g.ancestral(*a, **k, clip=True))
+    return compare_guided(golden, name, "ddpm_clip", lambda *a, **k: samplers.ancestral(*a, **k, clip=True))
 
 
 def compare_guided(golden: Path, name: str, key: str, sampler: Callable) -> Differences:
