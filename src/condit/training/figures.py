@@ -1,0 +1,64 @@
+"""Figures of the documentation from the cards of the shipped models: `python -m condit.training.figures FILES`.
+
+A page has places `<!-- figures:NAME -->` ... `<!-- /figures -->`, which are filled anew: NAME is a part or an adapter of
+`assets/tiny/cards.json` (its last validation), `curve:NAME` its losses, `cards` what every part has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from condit.data.files import atomic_write
+from condit.weights.catalog import TINY
+
+Cards = Mapping[str, Mapping]
+CURVE_ROWS = 10
+_PLACE = re.compile(r"(<!-- figures:(?P<name>\S+) -->\n).*?(<!-- /figures -->)", re.S)
+
+
+def block(name: str, cards: Cards) -> str:
+    """The text of one place; a part that is not shipped says so."""
+    if name == "cards":
+        return overview(cards)
+    if name.startswith("curve:"):
+        return curve(cards[name.removeprefix("curve:")])
+    if name not in cards:
+        return f"No weights of `tiny/{name}` are shipped (see Limits).\n"
+    card = cards[name]
+    rows = [f"| {figure} | {value} |" for figure, value in card["figures"].items()]
+    return "\n".join([f"After {card['images_seen']:,} images:", "", "| figure | value |", "|---|---|", *rows, ""])
+
+
+def curve(card: Mapping) -> str:
+    every = max(1, len(card["curve"]) // CURVE_ROWS)
+    rows = [f"| {r['step']} | {r['loss']:.3f} | {r['images_per_s']} |" for r in card["curve"][::every]]
+    return "\n".join(["| step | loss | images/s |", "|---|---|---|", *rows, ""])
+
+
+def overview(cards: Cards) -> str:
+    rows = [f"| {n} | {c['steps']} | {c['images_seen']:,} | {c['seconds'] / 60:.0f} |" for n, c in cards.items()]
+    return "\n".join(["| part | steps | images seen | minutes |", "|---|---|---|---|", *rows, ""])
+
+
+def fill(page: str, cards: Cards) -> str:
+    """The page with every place filled."""
+    return _PLACE.sub(lambda m: m.group(1) + block(m["name"], cards) + m.group(3), page)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m condit.training.figures", description=__doc__)
+    parser.add_argument("files", type=Path, nargs="+", help="pages with places, such as docs/tiny.md")
+    parser.add_argument("--cards", type=Path, default=TINY / "cards.json")
+    given = parser.parse_args(arguments)
+    cards = json.loads(given.cards.read_text(encoding="utf-8"))
+    for file in given.files:
+        text = fill(file.read_text(encoding="utf-8"), cards)
+        atomic_write(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
