@@ -32,7 +32,7 @@ def test_places_are_filled_and_the_rest_stays():
 
 
 def test_a_curve_is_thinned_and_a_missing_part_is_told():
-    assert figures.block("curve:model/x", CARDS).count("\n| ") == 11  # head and ten points
+    assert figures.block("curve:model/x", CARDS).count("\n| ") == 10
     assert "No weights of `tiny/edges`" in figures.block("edges", CARDS)
 
 

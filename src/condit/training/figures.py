@@ -1,7 +1,7 @@
 """Figures of the documentation from the cards of the shipped models: `python -m condit.training.figures FILES`.
 
-A page has places `<!-- figures:NAME -->` ... `<!-- /figures -->`, which are filled anew: NAME is a part or an adapter of
-`assets/tiny/cards.json` (its last validation), `curve:NAME` its losses, `cards` what every part has seen.
+A page has places `<!-- figures:NAME -->` ... `<!-- /figures -->`, which are filled anew. NAME is a part or an adapter
+of `assets/tiny/cards.json` (its last validation), `curve:NAME` its losses, `cards` what every part has seen.
 """
 
 from __future__ import annotations
