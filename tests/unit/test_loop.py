@@ -1,5 +1,6 @@
 """The training loop: exact resume after a kill, bad numbers, recipes."""
 
+import inspect
 import os
 import random
 import signal
