@@ -1,9 +1,11 @@
 """The training loop: exact resume after a kill, bad numbers, recipes."""
 
 import inspect
+import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -166,3 +168,65 @@ def test_every_shipped_recipe_fits_its_task(recipe):
     task = tasks()[found.task]
     known = {name for kind in inspect.getmro(task) for name in inspect.signature(kind.__init__).parameters}
     assert set(found.data) <= known
+
+
+RANK = """
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch
+from test_loop import CONFIG, Toy
+from condit.training.loop import Loop
+loop = Loop(Toy(), CONFIG, Path({out!r}))
+loop.run()
+weights = {{name: p.detach() for name, p in loop.parameters.items()}}
+torch.save(weights, Path({out!r}) / f"rank-{{loop.accelerator.process_index}}.pt")
+"""
+
+
+class OfBoth(Toy):
+    """What two processes see in a step, in one."""
+
+    def __init__(self):
+        super().__init__()
+        self.step = 0
+
+    def forward(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        losses = []
+        for rank in range(2):
+            key = f"{CONFIG.seed}/{self.step}/{rank}"
+            rows = Toy().batch(random.Random(key), CONFIG.batch)
+            noise = torch.Generator().manual_seed(random.Random("noise/" + key).getrandbits(62))
+            losses.append(super().forward(rows, noise)[0])
+        self.step += 1
+        return torch.stack(losses).mean(), {}
+
+
+def test_two_processes_train_as_one_that_sees_both_batches(tmp_path):
+    """Distributed data parallel through accelerate, on the CPU: gradients are averaged, every process ends alike, and
+    one of them writes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = RANK.format(tests=str(Path(__file__).parent), out=str(tmp_path / "two"))
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    one, other = (torch.load(tmp_path / "two" / f"rank-{rank}.pt") for rank in range(2))
+    loop = Loop(OfBoth(), CONFIG, tmp_path / "one")
+    loop.run()
+    for name, weight in loop.parameters.items():
+        assert torch.equal(one[name], other[name])
+        torch.testing.assert_close(one[name], weight, rtol=0, atol=1e-5)  # sums of gradients in another order
+    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert len({row["step"] for row in rows}) == len(rows)  # one process writes
+    assert torch.load(tmp_path / "two" / "export" / "net.pt")["images"] == 2 * CONFIG.steps * CONFIG.batch
