@@ -14,7 +14,8 @@ from torch import Tensor
 
 from condit.backbones.vit import FLAVOURS, PRESETS, ViT, ViTConfig
 from condit.weights.files import read_metadata
-from condit.weights.vit import Layout, for_finetuning, load_vit, read_vit, save_vit, to_layout, what_is
+from condit.weights.vit import for_finetuning, load_vit, read_vit, save_vit, what_is
+from condit.weights.vit_layouts import Layout, to_layout
 
 TINY = ViTConfig(patch_size=4, image_size=16, dim=24, depth=2, heads=3, mlp_dim=40, classes=5)
 LAYOUTS: dict[Layout, str] = {"npz": "a.npz", "linen": "a.npz", "timm": "a.safetensors", "transformers": "a"}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,72 +19,18 @@ from torch import Tensor
 
 from condit.backbones.vit import FLAVOURS, PRESETS, Flavour, ViT, ViTConfig, resize_positions
 from condit.weights.files import atomic_write, load_strict, read_metadata, read_tensors, save_folder, save_tensors
+from condit.weights.vit_layouts import (
+    JAX,
+    Layout,
+    State,
+    depth_of,
+    find_layout,
+    names_in_layout,
+    required,
+    to_layout,
+    to_native,
+)
 
-Layout = Literal["npz", "linen", "timm", "transformers"]
-State = dict[str, Tensor]
-
-# Our module (timm's name) -> the layout's. `#` is the number of a block; commas part one fused matrix into several.
-# The released archives number the sublayers of a block in one row (0, 1, 2, 3), today's linen code by class.
-_NPZ = {
-    "cls_token": "cls",
-    "pos_embed": "Transformer/posembed_input/pos_embedding",
-    "patch_embed.proj": "embedding",
-    "blocks.#.norm1": "Transformer/encoderblock_#/LayerNorm_0",
-    "blocks.#.attn.qkv": "Transformer/encoderblock_#/MultiHeadDotProductAttention_1/query,key,value",
-    "blocks.#.attn.proj": "Transformer/encoderblock_#/MultiHeadDotProductAttention_1/out",
-    "blocks.#.norm2": "Transformer/encoderblock_#/LayerNorm_2",
-    "blocks.#.mlp.fc1": "Transformer/encoderblock_#/MlpBlock_3/Dense_0",
-    "blocks.#.mlp.fc2": "Transformer/encoderblock_#/MlpBlock_3/Dense_1",
-    "norm": "Transformer/encoder_norm",
-    "pre_logits.fc": "pre_logits",
-    "head": "head",
-}
-_TRANSFORMERS = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "blocks.#.norm1": "encoder.layer.#.layernorm_before",
-    "blocks.#.attn.qkv": "encoder.layer.#.attention.attention.query,key,value",
-    "blocks.#.attn.proj": "encoder.layer.#.attention.output.dense",
-    "blocks.#.norm2": "encoder.layer.#.layernorm_after",
-    "blocks.#.mlp.fc1": "encoder.layer.#.intermediate.dense",
-    "blocks.#.mlp.fc2": "encoder.layer.#.output.dense",
-    "norm": "layernorm",
-    "pre_logits.fc": "pooler.dense",
-    "head": "classifier",
-}
-_TABLES: dict[str, dict[str, str]] = {
-    "npz": _NPZ,
-    "linen": _NPZ
-    | {
-        "blocks.#.attn.qkv": "Transformer/encoderblock_#/MultiHeadDotProductAttention_0/query,key,value",
-        "blocks.#.attn.proj": "Transformer/encoderblock_#/MultiHeadDotProductAttention_0/out",
-        "blocks.#.norm2": "Transformer/encoderblock_#/LayerNorm_1",
-        "blocks.#.mlp.fc1": "Transformer/encoderblock_#/MlpBlock_0/Dense_0",
-        "blocks.#.mlp.fc2": "Transformer/encoderblock_#/MlpBlock_0/Dense_1",
-    },
-    "timm": {name: name for name in (*_NPZ, "fc_norm")},
-    "transformers": _TRANSFORMERS,
-    # transformers >= 5 renames in memory; its files keep the names above.
-    "transformers5": _TRANSFORMERS
-    | {
-        "blocks.#.norm1": "layers.#.layernorm_before",
-        "blocks.#.attn.qkv": "layers.#.attention.q_proj,k_proj,v_proj",
-        "blocks.#.attn.proj": "layers.#.attention.o_proj",
-        "blocks.#.norm2": "layers.#.layernorm_after",
-        "blocks.#.mlp.fc1": "layers.#.mlp.fc1",
-        "blocks.#.mlp.fc2": "layers.#.mlp.fc2",
-    },
-}
-# Tried in this order; the first whose mark stands in a tensor's name is the layout.
-_MARKS = {
-    "npz": "/MultiHeadDotProductAttention_1/",
-    "linen": "/MultiHeadDotProductAttention_0/",
-    "timm": ".attn.qkv.",
-    "transformers": ".attention.attention.",
-    "transformers5": ".attention.q_proj.",
-}
-_JAX = ("npz", "linen")
 _HEADS = {config.dim: config.heads for config in PRESETS.values()}
 _ACTIVATIONS = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "quick_gelu": "quick"}
 
@@ -121,7 +66,7 @@ def what_is(tensors: Mapping[str, Tensor]) -> str | None:
     for piece, model in _OTHERS.items():
         if any(piece in name for name in tensors):
             return model
-    layout = _find_layout(tensors)
+    layout = find_layout(tensors)
     return None if layout is None else f"a ViT in the layout {layout!r}, but not a whole or not a plain one"
 
 
@@ -148,19 +93,19 @@ def read_vit(source: str | Path, *, heads: int | None = None) -> tuple[ViTConfig
     """Configuration and `ViT` state of a file (.npz, safetensors or PyTorch) or of a folder with one, whatever the
     layout. Dropout is 0. ValueError with missing and unexpected names unless every tensor finds its place."""
     tensors, hints = _read(Path(source))
-    layout = _find_layout(tensors)
+    layout = find_layout(tensors)
     if layout is None:
         raise ValueError(
             _refusal(source, tensors, "is no ViT in the layout of its authors, of timm or of transformers")
         )
     if layout.startswith("transformers"):
         tensors = {name.removeprefix("vit."): x for name, x in tensors.items()}
-    state, rest = _to_native(tensors, layout)
+    state, rest = to_native(tensors, layout)
     if layout.startswith("transformers") and "head.weight" in state:
         # Its classifier reads the class token past a pooler; ours would read the pooler.
         rest |= {name: tensors[name] for name in tensors if name.startswith("pooler.")}
         state = {name: x for name, x in state.items() if not name.startswith("pre_logits.")}
-    needed = (name for native in _required(state) for name in _names(native, layout))
+    needed = (name for native in required(state) for name in names_in_layout(native, layout))
     missing = [name for name in needed if name not in tensors]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -184,7 +129,7 @@ def save_vit(path: str | Path, config: ViTConfig, state: Mapping[str, Tensor], *
     load_strict(model, state, source="The state to save", assign=True)
     tensors = to_layout(state, layout, config.heads)
     path = Path(path)
-    if layout in _JAX:
+    if layout in JAX:
         # numpy has no bf16.
         arrays = {name: (x.float() if x.dtype is torch.bfloat16 else x).cpu().numpy() for name, x in tensors.items()}
 
@@ -282,10 +227,6 @@ def _transformers_hints(file: Path) -> Hints | None:
     return Hints(fields.get("num_attention_heads", 12), tuple(size) if isinstance(size, list) else size, None, flavour)
 
 
-def _find_layout(tensors: Mapping[str, Tensor]) -> str | None:
-    return next((layout for layout, mark in _MARKS.items() if any(mark in name for name in tensors)), None)
-
-
 def _refusal(source: str | Path, tensors: Mapping[str, Tensor], reason: str) -> str:
     guess = what_is(tensors)
     first = ", ".join(list(tensors)[:3])
@@ -294,109 +235,12 @@ def _refusal(source: str | Path, tensors: Mapping[str, Tensor], reason: str) -> 
     )
 
 
-# Names and shapes
-
-
-def _names(native: str, layout: str) -> tuple[str, ...]:
-    """The layout's names of one tensor of ours; three where it keeps q, k and v apart, none where it has no place."""
-    module, leaf = (native, "") if native in ("cls_token", "pos_embed") else native.rsplit(".", 1)
-    number = re.search(r"\d+", module)
-    template = _TABLES[layout].get(re.sub(r"\d+", "#", module, count=1) if module.startswith("blocks.") else module)
-    if template is None:
-        return ()
-    slash = "/" if layout in _JAX else "."
-    if layout in _JAX and leaf == "weight":
-        leaf = "scale" if "norm" in module else "kernel"
-    head, _, tail = template.rpartition(slash) if "," in template else ("", "", template)
-    paths = [f"{head}{slash}{part}" if head else part for part in tail.split(",")]
-    names = [f"{path}{slash}{leaf}" if leaf else path for path in paths]
-    return tuple(name.replace("#", number[0]) if number else name for name in names)
-
-
-def _to_native(tensors: Mapping[str, Tensor], layout: str) -> tuple[State, State]:
-    """Our tensors, and those of the file that found no place among them."""
-    pattern = re.compile(r"(?:encoderblock_|blocks\.|layers?\.)(\d+)")
-    numbers = [int(match[1]) for name in tensors if (match := pattern.search(name))]
-    depth = min(max(numbers, default=-1) + 1, len(tensors))  # a hostile number does not make a long loop
-    state: State = {}
-    rest = dict(tensors)
-    for native in _all_names(depth):
-        names = _names(native, layout)
-        parts = [tensors[name] for name in names if name in tensors]
-        if not parts or len(parts) < len(names) or len({x.shape for x in parts}) > 1:
-            continue  # `read_vit` tells what is missing, `load_strict` what is left over
-        parts = [_from_jax(x, native) if layout in _JAX else x for x in parts]
-        state[native] = (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
-        for name in names:
-            del rest[name]
-    return state, rest
-
-
-def _all_names(depth: int) -> list[str]:
-    """Every tensor that a ViT of this depth may have."""
-    modules = [name for name in _TABLES["timm"] if name not in ("cls_token", "pos_embed")]
-    numbered = [m.replace("#", str(i)) for m in modules if "#" in m for i in range(depth)]
-    plain = [m for m in modules if "#" not in m]
-    return ["cls_token", "pos_embed", *(f"{m}.{leaf}" for m in (*plain, *numbered) for leaf in ("weight", "bias"))]
-
-
-def _required(state: State) -> list[str]:
-    """What a ViT of the depth found must have: all but the class token, and the heads and norm that it lacks wholly."""
-    optional = {"cls_token"}
-    for module in ("pre_logits.fc", "head", "norm" if "fc_norm.weight" in state else "fc_norm"):
-        pair = {f"{module}.weight", f"{module}.bias"}
-        optional |= set() if pair & state.keys() else pair
-    return [name for name in _all_names(_depth(state)) if name not in optional]
-
-
-def _depth(state: State) -> int:
-    return 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=0)
-
-
-def _from_jax(x: Tensor, native: str) -> Tensor:
-    """(in, out) -> (out, in), HWIO -> OIHW; heads flattened, head by head. What has another rank stays, and fails."""
-    if native.endswith("bias"):
-        return x.flatten()
-    if native.startswith("patch_embed") and x.ndim == 4:
-        return x.permute(3, 2, 0, 1)
-    if native.endswith("attn.qkv.weight") and x.ndim == 3:  # (in, heads, head dim)
-        return x.flatten(1).T
-    if native.endswith("attn.proj.weight") and x.ndim == 3:  # (heads, head dim, out)
-        return x.flatten(0, 1).T
-    return x.T if x.ndim == 2 else x
-
-
-def _to_jax(x: Tensor, native: str, heads: int) -> Tensor:
-    """The inverse of `_from_jax`."""
-    if native.endswith("attn.qkv.bias"):
-        return x.unflatten(0, (heads, -1))
-    if native.startswith("patch_embed") and x.ndim == 4:
-        return x.permute(2, 3, 1, 0)
-    if native.endswith("attn.qkv.weight"):
-        return x.T.unflatten(1, (heads, -1))
-    if native.endswith("attn.proj.weight"):
-        return x.T.unflatten(0, (heads, -1))
-    return x.T if x.ndim == 2 else x
-
-
-def to_layout(state: Mapping[str, Tensor], layout: Layout, heads: int) -> State:
-    """A `ViT` state under the names and in the shapes of a layout; transformers' without the prefix `vit.`."""
-    tensors: State = {}
-    for native, x in state.items():
-        names = _names(native, layout)
-        if not names:
-            raise ValueError(f"The layout {layout!r} has no place for {native}.")
-        for name, part in zip(names, x.detach().chunk(len(names)), strict=True):
-            tensors[name] = (_to_jax(part, native, heads) if layout in _JAX else part).contiguous()
-    return tensors
-
-
 # Configuration
 
 
 def _told_heads(tensors: Mapping[str, Tensor], layout: str) -> int | None:
     """Only the authors' arrays tell: the query bias is (heads, head dim)."""
-    bias = tensors[_names("blocks.0.attn.qkv.bias", layout)[0]] if layout in _JAX else None
+    bias = tensors[names_in_layout("blocks.0.attn.qkv.bias", layout)[0]] if layout in JAX else None
     return bias.shape[0] if bias is not None and bias.ndim == 2 else None
 
 
@@ -419,7 +263,7 @@ def _infer(state: State, hints: Hints, layout: str, source: str | Path) -> ViTCo
         patch_size=patch,
         image_size=size,
         dim=dim,
-        depth=_depth(state),
+        depth=depth_of(state),
         heads=heads,
         mlp_dim=state["blocks.0.mlp.fc1.bias"].numel(),
         classes=state["head.bias"].numel() if "head.bias" in state else 0,
@@ -428,7 +272,7 @@ def _infer(state: State, hints: Hints, layout: str, source: str | Path) -> ViTCo
         class_token=has_cls,
         fc_norm=fc_norm,
         in_channels=kernel.shape[1],
-        flavour=hints.flavour or FLAVOURS["jax" if layout in _JAX else layout.removesuffix("5")],
+        flavour=hints.flavour or FLAVOURS["jax" if layout in JAX else layout.removesuffix("5")],
     )
     if math.prod(config.grid) != rows:
         raise ValueError(
@@ -443,7 +287,7 @@ def _check_sayable(config: ViTConfig, layout: Layout) -> None:
     f, jax = config.flavour, FLAVOURS["jax"]
     if layout == "timm":
         return
-    if layout in _JAX and (f.gelu, f.eps) != (jax.gelu, jax.eps):
+    if layout in JAX and (f.gelu, f.eps) != (jax.gelu, jax.eps):
         raise ValueError(
             f"An .npz has no place for gelu {f.gelu!r} and eps {f.eps}: its readers take {jax.gelu!r} and {jax.eps}. "
             "If you accept that, pass replace(config, flavour=FLAVOURS['jax'])."

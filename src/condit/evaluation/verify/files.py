@@ -17,7 +17,8 @@ from condit.evaluation.verify.check import Differences, Row, difference
 from condit.weights.class_models import PUBLISHED, names_in, recognise, weight_file
 from condit.weights.diffit import load_diffit, load_diffit_image, own_config
 from condit.weights.dit import load_dit
-from condit.weights.vit import Layout, read_vit, save_vit, to_layout
+from condit.weights.vit import read_vit, save_vit
+from condit.weights.vit_layouts import Layout, to_layout
 
 # Of the largest output. Tiny networks agree to 1e-6; deep ones sum some thousand terms in another order a layer.
 TOLERANCE = 1e-4

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from condit.backbones.vit import Block, Frame, ViT, ViTConfig, resize_positions
 from condit.evaluation.verify.check import Check, Differences, difference, layout_differences, part
-from condit.weights.vit import State, load_vit, read_vit, to_layout
+from condit.weights.vit import load_vit, read_vit
+from condit.weights.vit_layouts import State, to_layout
 
 TOLERANCE = 1e-5  # the fixtures' own; the other GELU is off by 5e-4
 
