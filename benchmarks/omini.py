@@ -5,8 +5,8 @@
 Times are ratios to the plain forward of diffusers' FLUX transformer in the same run, with the same random weights. Per
 layer and token FLUX does 24 D^2 operations in its linears, and attention 4 D Lq Lk; so n tokens of text and image cost
 n (6D + n) in units of 4 D, and the ratios below follow. By default a model for one CPU core: D = 512, 1 + 2 blocks,
-256 + 1024 tokens, float32; attention weighs six times more there than in FLUX.1. `--flux`: FLUX.1-dev's size in bfloat16,
-512 + 1024 tokens at 512 px.
+256 + 1024 tokens, float32; attention weighs six times more there than in FLUX.1. `--flux`: FLUX.1-dev's size in
+bfloat16, 512 + 1024 tokens at 512 px.
 """
 
 from __future__ import annotations

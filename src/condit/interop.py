@@ -93,7 +93,7 @@ class Guest:
         """The pipeline's own call, with its arguments and its result, and `controls` of adapters loaded for this guest.
 
         n references serve n prompts. In the prediction for a negative prompt (`true_cfg_scale`) every control is its
-        `negative()`. ValueError for a control of another model, and for group offloading.
+        `negative()`. ValueError for a control of another model, and beside group offloading or several devices.
         """
         pipe = self.pipe
         refuse_strangers(controls, self)
@@ -214,13 +214,8 @@ class Controlled(nn.Module):
 
 def predict(backbone: MMDiT, inputs: Inputs, acting: Sequence[Control]) -> Any:
     """A prediction by condit's MM-DiT, in diffusers' two forms."""
-    image = Stream(
-        inputs.hidden_states,
-        without_batch(inputs.img_ids),
-        inputs.timestep,
-        inputs.pooled_projections,
-        inputs.guidance,
-    )
+    ids = without_batch(inputs.img_ids)
+    image = Stream(inputs.hidden_states, ids, inputs.timestep, inputs.pooled_projections, inputs.guidance)
     out = backbone(
         image,
         inputs.encoder_hidden_states,
@@ -241,14 +236,8 @@ def run_of(backbone: MMDiT, inputs: Inputs) -> Run:
     grid = int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
     if grid[0] * grid[1] != len(ids):
         raise ValueError(f"{len(ids)} image tokens on a grid of {grid[0]} x {grid[1]}: a full grid is expected.")
-    return Run(
-        backbone,
-        len(inputs.hidden_states),
-        grid,
-        inputs.pooled_projections,
-        inputs.guidance,
-        backbone.config.in_channels,
-    )
+    batch, channels = len(inputs.hidden_states), backbone.config.in_channels
+    return Run(backbone, batch, grid, inputs.pooled_projections, inputs.guidance, channels)
 
 
 def without_batch(ids: Tensor) -> Tensor:
@@ -299,8 +288,8 @@ class Borrowed(Linear):
     def forward(self, input: Tensor, lora: LoRA | None = None) -> Tensor:
         if lora is None:
             return self.native(input)
-        # A condition sees the base and its own LoRA: a style that diffusers loaded acts on text and noisy image only,
-        # as the official code switches every other adapter off on a condition's tokens.
+        # A condition sees the base and its own LoRA: a style that diffusers loaded acts on text and noisy image only.
+        # The official code does so in the layers that it adapts; in the others such a style reaches conditions too.
         y = self.base(input)
         delta = lora.delta(self.path, input)
         return y if delta is None else y + delta
@@ -392,7 +381,10 @@ def refuse_strangers(controls: Sequence[Control], guest: Guest) -> None:
             )
     if not controls:
         return
-    for module in plain(guest.pipe.transformer).modules():
+    transformer = plain(guest.pipe.transformer)
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise ValueError("This transformer is spread over several devices; controls need it on one.")
+    for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and registry.get_hook("group_offloading") is not None:
             raise ValueError(

@@ -1,6 +1,7 @@
 """condit.interop: the same controls on diffusers' FLUX pipelines and on condit's own, over one random FLUX.1."""
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -442,6 +443,23 @@ def test_in_bfloat16_a_controlled_pipeline_drifts_no_further_than_the_plain_one(
     assert (found[0].float() - found[1]).abs().mean() < 1.5 * drift
 
 
+@pytest.mark.parametrize("form", ["int8", "float8"])
+def test_quantised_layers_are_lent_as_they_are(dev, omini, pictures, form):
+    """int8: layers of another class, packed weights; float8: weights that a hook on each layer casts for its use."""
+    transformer = copy.deepcopy(dev.theirs.transformer)
+    if form == "int8":
+        with warnings.catch_warnings(action="ignore"):
+            transformer = torch.ao.quantization.quantize_dynamic(transformer, {nn.Linear}, torch.qint8)
+    else:
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    host = host_of(dev, transformer=transformer)
+    guest, plain = attach(host, size=REFERENCE), draw(host)
+    close(draw(guest, controls=[Present()]), plain, atol=1e-5)
+    found = draw(guest, controls=[omini(guest, independent=True).control(pictures(1))])
+    assert (plain - draw(dev.theirs)).abs().max() > 1e-2
+    assert (found - plain).abs().max() > 1e-2
+
+
 def test_the_hook_that_brings_a_whole_transformer_in_runs_at_every_step(dev, table, pictures):
     """The hook of enable_model_cpu_offload, which needs an accelerator; here one that counts."""
     from accelerate.hooks import ModelHook, add_hook_to_module
@@ -578,6 +596,13 @@ def test_group_offloading_is_refused_beside_controls_only(dev):
     assert torch.equal(draw(guest), draw(dev.theirs))
     with pytest.raises(ValueError, match="Group offloading.*enable_model_cpu_offload"):
         draw(guest, controls=[Present()])
+
+
+def test_a_transformer_on_several_devices_is_refused_beside_controls(dev):
+    transformer = copy.deepcopy(dev.theirs.transformer)
+    transformer._parallel_config = object()
+    with pytest.raises(ValueError, match="spread over several devices"):
+        draw(attach(host_of(dev, transformer=transformer)), controls=[Present()])
 
 
 def test_a_transformer_of_another_shape_of_configuration_is_refused(dev):
