@@ -10,15 +10,16 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+SCRIPTS = "timing", "backbones", "omini"
 
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The two scripts as modules; they import each other by plain name, as scripts do."""
+    """The scripts as modules; they import each other by plain name, as scripts do."""
     sys.path.insert(0, str(FOLDER))
     try:
         found = {}
-        for name in ("timing", "backbones"):
+        for name in SCRIPTS:
             spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
             assert spec is not None and spec.loader is not None
             found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -26,7 +27,7 @@ def scripts():
         yield found
     finally:
         sys.path.remove(str(FOLDER))
-        for name in ("timing", "backbones"):
+        for name in SCRIPTS:
             sys.modules.pop(name, None)
 
 
@@ -57,3 +58,106 @@ def test_every_form_of_a_network_computes_the_same(scripts, kind, monkeypatch):
                 continue
             atol = 0.05 if "bfloat16" in form else 1e-4
             torch.testing.assert_close(call().float(), expected, rtol=0.05, atol=atol * float(expected.abs().max()))
+
+
+# OminiControl: the closed forms against figures computed apart for FLUX.1 (D = 3072, 57 layers, 512 text tokens), and
+# the timed calls against each other.
+
+ROWS = {  # image tokens, condition tokens, conditions: joint, independent, read step, mean of 28 steps
+    (1024, 1024, 1): (1.752, 1.701, 1.051, 1.075),
+    (1024, 256, 1): (1.182, 1.169, 1.013, 1.018),
+    (1024, 1024, 4): (4.01, 3.80, 1.205, 1.298),
+    (4096, 1024, 1): (1.277, 1.232, 1.044, 1.051),
+    (4096, 4096, 1): (2.225, 2.047, 1.178, 1.209),
+    (4096, 4096, 4): (5.90, 5.19, 1.711, 1.835),
+    (4096, 1024, 4): (2.106, 1.928, 1.178, 1.205),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_closed_forms_equal_the_table_for_flux(scripts, row):
+    module, (image, c, count) = scripts["omini"], row
+    n = 512 + image
+    found = [module.ratio(mode, 3072, n, c, count) for mode in ("joint", "independent", "cached")]
+    found.append(module.average(3072, n, c, count))
+    for value, printed in zip(found, ROWS[row], strict=True):
+        # The last digit was rounded twice: 1.07448 stands there as 1.075.
+        assert value == pytest.approx(printed, abs=0.006 if printed in (4.01, 3.80, 5.90, 5.19) else 0.0006)
+
+
+def test_the_closed_forms_for_the_small_model_work_and_memory(scripts):
+    module = scripts["omini"]
+    small = [module.ratio(*case) for case in (("joint", 512, 1280, 1024), ("independent", 512, 1280, 1024))]
+    small += [module.ratio(mode, 512, 1280, c) for mode, c in (("cached", 1024), ("joint", 256), ("cached", 256))]
+    assert [round(x, 3) for x in small] == [2.224, 1.988, 1.235, 1.271, 1.059]
+    assert [round(module.average(3072, 1536, 1024, steps=steps), 3) for steps in (8, 4)] == [1.132, 1.214]  # schnell
+    # The write pass of the official code is our read step and the filling of the cache in one.
+    both = module.ratio("cached", 3072, 1536, 1024) + module.ratio("prefill", 3072, 1536, 1024)
+    assert both == pytest.approx(module.ratio("independent", 3072, 1536, 1024))
+    assert [round(module.operations(3072, 57, n) / 1e12, 1) for n in (1536, 4608)] == [21.5, 74.4]
+    assert module.cache_bytes(3072, 57, 1, 2) == 700_416
+    assert module.cache_bytes(3072, 57, 1024, 2) == 717_225_984
+
+
+@pytest.fixture(scope="module")
+def small_flux(scripts):
+    module = scripts["omini"]
+    config = module.replace(
+        module.SMALL, in_channels=8, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6)
+    )
+    with torch.inference_mode():
+        return module.setting(config, text=8, side=4, device="cpu", dtype=torch.float32)
+
+
+def test_every_omini_variant_runs_and_equal_ones_are_equal(scripts, small_flux):
+    module = scripts["omini"]
+    with torch.inference_mode():
+        calls = module.variants(small_flux)
+        assert list(calls) == [module.BASE, *module.CASES]
+        found = {name: call() for name, call in calls.items()}
+        filled = found.pop("filling the cache of one, once a picture")
+        assert [len(r.memory) for r in filled] == [3]
+        # Layers and their outputs are small here, as the weights are.
+        scale = float(found[module.BASE].abs().max())
+        plain = found["no condition"]
+        torch.testing.assert_close(plain, found[module.BASE], rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(
+            found["cached, read step"], found["independent, not cached"], rtol=0, atol=1e-5 * scale
+        )
+    different = [plain, *(found[name] for name in module.CASES if name in found and "not cached" not in name)][1:]
+    for i, one in enumerate(different):
+        assert one.shape == plain.shape
+        assert all(not torch.equal(one, other) for other in different[:i])
+
+
+def test_every_omini_variant_runs_as_flux_does_in_bfloat16_with_guidance(scripts):
+    module = scripts["omini"]
+    config = module.replace(
+        module.PRESETS["flux-dev"],
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+    )
+    with torch.inference_mode():
+        s = module.setting(config, text=8, side=4, device="cpu", dtype=torch.bfloat16)
+        for name, call in module.variants(s).items():
+            found = call()
+            if module.CASES.get(name, module.CASES["joint"]).mode != "prefill":
+                assert found.dtype == torch.bfloat16 and found.isfinite().all()
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_the_tables_hold_every_variant_and_the_memory_of_a_cache_is_as_computed(scripts, small_flux):
+    module, timing = scripts["omini"], scripts["timing"]
+    with torch.inference_mode():
+        found = {name: timing.Timing(2.0, 1.0, 3.0) for name in (module.BASE, *module.CASES)}
+        page = module.table(small_flux, found)
+        assert page.count("\n| ") == len(found) + 1 and f"{module.average(32, 24, 16):.3f}" in page
+        rows = [line.split(" | ") for line in module.memory(small_flux).splitlines()[2:]]
+    assert len(rows) == 4  # one, compact, two, four
+    assert all(row[1] == row[2].removesuffix(" |") for row in rows)
+    assert rows[0][1] == f"{2 * 32 * 3 * 16 * 4:,}"

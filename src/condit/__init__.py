@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from condit import interop
     from condit.controls.control import Control, When, Where
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
@@ -20,6 +21,7 @@ __all__ = [
     "When",
     "Where",
     "__version__",
+    "interop",
     "load",
     "load_image",
     "save_image",
@@ -35,6 +37,7 @@ _HOME = {
     "When": "condit.controls.control",
     "load_image": "condit.data.images",
     "save_image": "condit.data.images",
+    "interop": "condit.interop",  # itself a module
 }
 
 
@@ -42,7 +45,8 @@ def __getattr__(name: str) -> object:
     """PEP 562: torch and diffusers cost seconds, `condit --help` must not pay them."""
     if name not in _HOME:
         raise AttributeError(f"condit has no {name!r}; it has {', '.join(sorted(_HOME))}")
-    value = getattr(import_module(_HOME[name]), name)
+    module = import_module(_HOME[name])
+    value = module if module.__name__ == f"condit.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

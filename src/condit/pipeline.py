@@ -264,14 +264,7 @@ class Pipeline:
 
     def read_images(self, reference: ImageSource | Sequence[ImageSource], annotator: str | None) -> Tensor:
         """References as (n, 3, H, W) in [-1, 1] at the model's size, annotated if asked for."""
-        sources = list(reference) if isinstance(reference, list | tuple) else [reference]
-        found = []
-        for source in sources:
-            image: Image.Image = load_image(source, mode="RGBA" if annotator in ("edges", "lines") else "RGB")
-            if annotator is not None:
-                image = ANNOTATORS[annotator](image.resize(self.parts.size[::-1], Image.Resampling.LANCZOS))
-            found.append(to_tensor(image, self.parts.size))
-        return torch.stack(found).to(self.device)
+        return read_references(reference, annotator, self.parts.size).to(self.device)
 
     @torch.no_grad()
     def encode_condition(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -281,15 +274,34 @@ class Pipeline:
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
 
     def describe_source(self, reference: Any) -> list:
-        """What a recipe keeps of a reference: path if it has one, and a short hash of its content."""
-        if isinstance(reference, list | tuple):
-            return [entry for item in reference for entry in self.describe_source(item)]
-        content = load_image(reference).tobytes()
-        entry = {"sha256": hashlib.sha256(content).hexdigest()[:16]}
-        return [{"path": str(reference), **entry} if isinstance(reference, str | Path) else entry]
+        """What a recipe keeps of a reference."""
+        return describe_source(reference)
 
 
 ANNOTATORS: dict[str, Callable] = {name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur")}
+
+
+def read_references(
+    reference: ImageSource | Sequence[ImageSource], annotator: str | None, size: tuple[int, int]
+) -> Tensor:
+    """References as (n, 3, H, W) in [-1, 1] at `size` (height, width), annotated if asked for."""
+    sources = list(reference) if isinstance(reference, list | tuple) else [reference]
+    found = []
+    for source in sources:
+        image: Image.Image = load_image(source, mode="RGBA" if annotator in ("edges", "lines") else "RGB")
+        if annotator is not None:
+            image = ANNOTATORS[annotator](image.resize(size[::-1], Image.Resampling.LANCZOS))
+        found.append(to_tensor(image, size))
+    return torch.stack(found)
+
+
+def describe_source(reference: Any) -> list:
+    """Of each reference its path, if it has one, and a short hash of its content."""
+    if isinstance(reference, list | tuple):
+        return [entry for item in reference for entry in describe_source(item)]
+    content = load_image(reference).tobytes()
+    entry = {"sha256": hashlib.sha256(content).hexdigest()[:16]}
+    return [{"path": str(reference), **entry} if isinstance(reference, str | Path) else entry]
 
 
 def image_generators(

@@ -102,75 +102,12 @@ def test_lora_on_flux_dev_has_the_published_number_of_parameters(rank, suffixes,
 PROMPT = "a red fox in the snow"
 
 
-def tokenizers():
-    """A CLIP and a T5 tokenizer over a handful of words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
-
-    letters = sorted(set(PROMPT.replace(" ", "")))
-    pieces = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    clip = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=[], model_max_length=77)
-    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator([PROMPT], trainers.WordLevelTrainer(special_tokens=["<pad>", "</s>", "<unk>"]))
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    t5 = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
-    return clip, t5
-
-
-def diffusers_pipeline(*, dynamic: bool):
-    """A random FLUX.1-dev (dynamic shift, guidance embedding) or -schnell of about 50,000 parameters."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    torch.manual_seed(0)
-    clip_tokenizer, t5_tokenizer = tokenizers()
-    clip = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer),
-        hidden_size=10,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=clip_tokenizer.bos_token_id,
-        eos_token_id=clip_tokenizer.eos_token_id,
-        pad_token_id=clip_tokenizer.pad_token_id,
-    )
-    t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=12, d_kv=6, d_ff=16, num_layers=1, num_heads=2)
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=2,
-        norm_num_groups=2,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-    )
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=dynamic, shift=3.0 if dynamic else 1.0, base_shift=0.5, max_shift=1.15
-        ),
-        vae=vae.eval(),
-        text_encoder=CLIPTextModel(clip).eval(),
-        tokenizer=clip_tokenizer,
-        text_encoder_2=T5EncoderModel(t5).eval(),
-        tokenizer_2=t5_tokenizer,
-        transformer=diffusers_flux(replace(TINY, guidance_embeds=dynamic)),
-    )
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["dev", "schnell"])
-def both(request, tmp_path_factory):
+def both(request, tmp_path_factory, make_flux):
     """diffusers' pipeline, and ours loaded from the folder that it saved."""
-    theirs = diffusers_pipeline(dynamic=request.param)
+    theirs = make_flux(replace(TINY, guidance_embeds=request.param), dynamic=request.param)
     folder = tmp_path_factory.mktemp("flux")
     theirs.save_pretrained(folder)
-    theirs.set_progress_bar_config(disable=True)
     return theirs, condit.load(folder, dtype=torch.float32)
 
 

@@ -186,6 +186,20 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)
 
 
+def with_residuals(xs: list[Tensor], site: Site, plain: Tensor | None, frame: Frame) -> list[Tensor]:
+    """The streams after a block, with what controls add to the rows of the noisy image."""
+    if frame.image is None or plain is None:
+        return xs
+    stream, begin = frame.image
+    for control in frame.controls:
+        addition = control.residual(site, plain[:, :, begin:])
+        if addition is not None:
+            x = xs[stream]
+            joined = x + addition if begin == 0 else torch.cat([x[:, :begin], x[:, begin:] + addition], 1)
+            xs = [*xs[:stream], joined, *xs[stream + 1 :]]
+    return xs
+
+
 def key_bias(group: Group, keys: Sequence[Tensor]) -> Tensor | None:
     """One row of log weights over the group's keys, (1, 1, 1, Nk); None if every stream has weight 1."""
     if all(w is None for w in group.weights):
@@ -226,12 +240,7 @@ class DoubleBlock(nn.Module):
             x = x + gate * a
             ff = self.ff_context if i == frame.text else self.ff
             out.append(x + gate_mlp * ff(modulated_norm(x, shift, scale), frame.loras[i]))
-        if frame.image is not None and plain is not None:
-            for control in frame.controls:
-                addition = control.residual(self.attn.site, plain)
-                if addition is not None:
-                    out[frame.image[0]] = out[frame.image[0]] + addition
-        return out
+        return with_residuals(out, self.attn.site, plain, frame)
 
 
 class SingleBlock(nn.Module):
@@ -245,12 +254,12 @@ class SingleBlock(nn.Module):
 
     def forward(self, xs: Sequence[Tensor], frame: Frame) -> list[Tensor]:
         normed = [self.norm(x, e, lora) for x, e, lora in zip(xs, frame.embeddings, frame.loras, strict=True)]
-        attended, _ = self.attn([n[0] for n in normed], frame)
+        attended, plain = self.attn([n[0] for n in normed], frame)
         out = []
         for x, a, lora, (h, gate) in zip(xs, attended, frame.loras, normed, strict=True):
             mlp = F.gelu(self.proj_mlp(h, lora), approximate="tanh")
             out.append(x + gate * self.proj_out(torch.cat([a, mlp], -1), lora))
-        return out
+        return with_residuals(out, self.attn.site, plain, frame)
 
 
 class MMDiT(nn.Module):
