@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from condit.controls.control import Control, Run, Step
+from condit.controls.control import Control, Fill, Run, Step
 from condit.data import annotators
 from condit.data.images import ImageSource, load_image, to_images, to_tensor
 from condit.diffusion.guidance import guide, guide_text_image
@@ -104,13 +104,17 @@ class Pipeline:
         batch = len(prompts) * num_images_per_prompt
         grid = height // self.pixels, width // self.pixels
         negative = self.negatives(negative_prompt, len(prompts))
+        fill = find_fill(controls, grid)
+        cells = None if fill is None else fill.cells.to(self.device)
         branches = self.branches(
-            prompts, negative, tuple(controls), batch, grid, scale, image_guidance_scale, num_images_per_prompt
+            prompts, negative, tuple(controls), batch, grid, scale, image_guidance_scale, num_images_per_prompt, cells
         )
         seeds, noise = self.noise(batch, grid, seed, generator, latents)
-        shift = math.exp(flux_mu(grid[0] * grid[1])) if self.parts.shift is None else self.parts.shift
-        sigmas = flow_sigmas(steps, shift=shift)
         ids = grid_ids(*grid).to(self.device)
+        if cells is not None:
+            noise, ids = noise[:, cells], ids[cells]
+        shift = math.exp(flux_mu(len(ids))) if self.parts.shift is None else self.parts.shift
+        sigmas = flow_sigmas(steps, shift=shift)
         image_scale = 1.0 if image_guidance_scale is None else image_guidance_scale
 
         def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
@@ -128,6 +132,8 @@ class Pipeline:
             return (callback_on_step_end(self, i, float(sigmas[i]), {"latents": x}) or {}).get("latents")
 
         tokens = euler(velocity, noise, sigmas, on_step=on_step)
+        if fill is not None:
+            tokens = fill.complete(tokens)
         recipe = {
             "model": self.name,
             "hash": self.parts.hash,
@@ -186,15 +192,18 @@ class Pipeline:
         scale: float,
         image_scale: float | None,
         copies: int,
+        cells: Tensor | None,
     ) -> list[Branch]:
         """Positive first; then text alone (if the controls have a scale of their own); then neither."""
 
         def branch(texts: list[str], acting: Sequence[Control | None]) -> Branch:
             text = self.encode_text(texts, copies)
+            if cells is not None and text.canvas is not None:
+                text = replace(text, canvas=text.canvas[:, cells])
             guidance = None
             if self.backbone.config.guidance_embeds:
                 guidance = torch.full((batch,), float(scale), device=self.device, dtype=self.dtype)
-            run = Run(self.backbone, batch, grid, text.pooled, guidance, self.backbone.config.in_channels)
+            run = Run(self.backbone, batch, grid, text.pooled, guidance, self.backbone.config.in_channels, cells)
             return Branch(text, tuple(c.prepare(run) for c in acting if c is not None), guidance)
 
         absent = [c.negative() for c in controls]
@@ -262,15 +271,23 @@ class Pipeline:
         """The tensors and the configuration of an adapter by name, file or folder."""
         return read_adapter(source, method)
 
-    def read_images(self, reference: ImageSource | Sequence[ImageSource], annotator: str | None) -> Tensor:
-        """References as (n, 3, H, W) in [-1, 1] at the model's size, annotated if asked for."""
+    def read_images(
+        self,
+        reference: ImageSource | Sequence[ImageSource],
+        annotator: str | None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """References as (n, 3, H, W) in [-1, 1] at `size` (None: the model's), annotated if asked for."""
+        size = size or self.parts.size
+        if any(side % self.pixels or not 0 < side <= MAX_SIDE for side in size):
+            raise ValueError(f"size must be multiples of {self.pixels} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
         sources = list(reference) if isinstance(reference, list | tuple) else [reference]
         found = []
         for source in sources:
             image: Image.Image = load_image(source, mode="RGBA" if annotator in ("edges", "lines") else "RGB")
             if annotator is not None:
-                image = ANNOTATORS[annotator](image.resize(self.parts.size[::-1], Image.Resampling.LANCZOS))
-            found.append(to_tensor(image, self.parts.size))
+                image = ANNOTATORS[annotator](image.resize(size[::-1], Image.Resampling.LANCZOS))
+            found.append(to_tensor(image, size))
         return torch.stack(found).to(self.device)
 
     @torch.no_grad()
@@ -290,6 +307,20 @@ class Pipeline:
 
 
 ANNOTATORS: dict[str, Callable] = {name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur")}
+
+
+def find_fill(controls: Sequence[Control], grid: tuple[int, int]) -> Fill | None:
+    """What is given of the picture, if a control says so."""
+    found = [fill for fill in (control.fill() for control in controls) if fill is not None]
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} controls give a part of the picture; at most one can.")
+    if found and tuple(found[0].drawn.shape) != grid:
+        rows, columns = found[0].drawn.shape
+        raise ValueError(
+            f"The picture to fill has {rows} x {columns} cells, this call draws {grid[0]} x {grid[1]}. Give the "
+            "control the same size as the call."
+        )
+    return found[0] if found else None
 
 
 def image_generators(

@@ -22,7 +22,7 @@ from condit.nn.layers import (
     timestep_features,
 )
 from condit.nn.lora import Linear, LoRA, name_linears
-from condit.nn.streams import Group, Stream, groups
+from condit.nn.streams import Group, Stream, groups, row_weights
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,17 @@ class Frame:
     text: int | None  # index of the text stream
     image: tuple[int, int] | None  # (stream index, first row within it) of the noisy image
     controls: tuple
+
+    @property
+    def main(self) -> tuple[int, ...]:
+        """The streams of text and image."""
+        return tuple(i for i in (self.text, self.image and self.image[0]) if i is not None)
+
+    def image_part(self, stream: int, length: int) -> slice:
+        """Which tokens of a main stream are the noisy image's."""
+        if self.image is None or stream != self.image[0]:
+            return slice(0, 0)
+        return slice(self.image[1], length)
 
 
 class Embedder(nn.Module):
@@ -158,8 +169,8 @@ class JointAttention(nn.Module):
                 join([k[j] for j in group.cols]),
                 join([v[j] for j in group.cols]),
                 self.site,
-                bias=key_bias(group, k),
-                image=image_rows(group, lengths, frame.image),
+                bias=score_bias(group, k, frame),
+                image=image_rows(group, lengths, frame),
                 plain=join([plain[i] for i in group.rows]) if frame.controls else None,
             )
             out += join_heads(attend(call, frame.controls)).split(lengths, 1)
@@ -186,24 +197,35 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), 2)
 
 
-def key_bias(group: Group, keys: Sequence[Tensor]) -> Tensor | None:
-    """One row of log weights over the group's keys, (1, 1, 1, Nk); None if every stream has weight 1."""
+def score_bias(group: Group, keys: Sequence[Tensor], frame: Frame) -> Tensor | None:
+    """Log weights of the group's scores; None if all are 1. One row over the keys (1, 1, 1, Nk) serves every query,
+    unless a weight differs from token to token of the image: (B or 1, 1, Nq or 1, Nk)."""
     if all(w is None for w in group.weights):
         return None
-    rows = []
+    blocks = []
     for j, weight in zip(group.cols, group.weights, strict=True):
-        zeros = keys[j].new_zeros(keys[j].shape[2])
-        rows.append(zeros if weight is None else zeros + weight.to(zeros))
-    return torch.cat(rows)[None, None, None]
+        n = keys[j].shape[2]
+        zeros = keys[j].new_zeros(1, 1, 1, n)
+        if weight is None or weight.ndim == 0:
+            blocks.append(zeros if weight is None else zeros + weight.to(zeros))
+        elif j in frame.main:  # a condition's queries: the weight stands with the keys
+            blocks.append(row_weights(weight, n, frame.image_part(j, n))[:, None, None].to(zeros))
+        else:
+            rows = [row_weights(weight, keys[i].shape[2], frame.image_part(i, keys[i].shape[2])) for i in group.rows]
+            blocks.append(torch.cat(rows, 1)[:, None, :, None].to(zeros).expand(-1, -1, -1, n))
+    shape = torch.broadcast_shapes(*(b.shape[:-1] for b in blocks))
+    return torch.cat([b.expand(*shape, -1) for b in blocks], -1)
 
 
-def image_rows(group: Group, lengths: Sequence[int], image: tuple[int, int] | None) -> slice | None:
-    """Where the noisy image's rows stand among the group's queries."""
-    if image is None or image[0] not in group.rows:
+def image_rows(group: Group, lengths: Sequence[int], frame: Frame) -> slice | None:
+    """Where the noisy image's rows stand among the group's queries; empty for text alone, None for a condition."""
+    if frame.image is None or not set(group.rows) & set(frame.main):
         return None
-    place = group.rows.index(image[0])
+    if frame.image[0] not in group.rows:
+        return slice(0, 0)
+    place = group.rows.index(frame.image[0])
     begin = sum(lengths[:place])
-    return slice(begin + image[1], begin + lengths[place])
+    return slice(begin + frame.image[1], begin + lengths[place])
 
 
 class DoubleBlock(nn.Module):
