@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -306,7 +307,10 @@ class Pipeline:
         return [{"path": str(reference), **entry} if isinstance(reference, str | Path) else entry]
 
 
-ANNOTATORS: dict[str, Callable] = {name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur")}
+ANNOTATORS: dict[str, Callable] = {
+    name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur", "canny")
+}
+ANNOTATORS |= {f"blur-{radius}": partial(annotators.blur, sigma=float(radius)) for radius in (5, 10)}
 
 
 def find_fill(controls: Sequence[Control], grid: tuple[int, int]) -> Fill | None:

@@ -1,5 +1,7 @@
 """controls/omini.py: adapters and what they place into the sequence. Numbers: tests/parity/test_omini_golden.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,9 @@ from torch import nn
 from condit.controls.control import Run, Step, When
 from condit.controls.omini import OminiConfig, OminiControl, omini_targets
 from condit.controls.omini_official import official_guidance
+from condit.controls.omini_tasks import TASKS
+from condit.data.annotators import canny
+from condit.data.images import to_tensor
 from condit.pipeline import Pipeline
 from condit.weights.files import save_tensors
 
@@ -166,7 +171,7 @@ def prefills(pipe, monkeypatch) -> list[int]:
     return counted
 
 
-def latents(pipe, controls, prompt="a fox", **how):
+def latents(pipe, controls, prompt: str | list[str] = "a fox", **how):
     return pipe(prompt, controls=controls, **{"seed": 0, "output_type": "latent", **how}).images
 
 
@@ -291,3 +296,49 @@ def test_one_joint_condition_is_guided_officially_as_by_default(pipe, make_omini
         latents(pipe, given, image_guidance_scale=1.5) for given in ([control], official_guidance([control]))
     )
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)  # groups of other rows sum in another order
+
+
+# Tasks
+
+
+def test_the_tasks_are_those_of_the_papers():
+    names = {"canny", "depth", "coloring", "deblurring", "fill", "subject", "sr", "art", "cartoon"}
+    assert names <= TASKS.keys() and all(config.task == name for name, config in TASKS.items())
+
+
+def test_the_side_of_a_condition_is_one_width_of_its_own(pipe, make_omini, pictures):
+    adapter = make_omini(pipe, delta="left")
+    assert adapter.control(pictures(1)).ids[0].tolist() == [0, 0, -6]
+    assert adapter.control(pictures(1), size=(16, 80)).ids[0].tolist() == [0, 0, -10]
+    assert adapter.control(pictures(1), delta="right").ids[0].tolist() == [0, 0, 6]
+    small = make_omini(pipe, delta="left", scale=2).control(pictures(1)).ids[:, 2]
+    assert small.max() == -1.5 and small.min() == -5.5  # three tokens of two columns each, up to the picture's edge
+    official = make_omini(pipe, delta="left", scale=2, order="official-inference").control(pictures(1))
+    assert torch.equal(official.ids[:, 2], small)
+    with pytest.raises(ValueError, match="two numbers, 'left' or 'right'; found 'up'"):
+        OminiConfig(delta="up")  # type: ignore[arg-type]
+
+
+def test_a_published_file_is_read_as_the_task_that_it_was_trained_for(pipe, make_omini, pictures, tmp_path):
+    path = save_tensors(tmp_path / "canny.safetensors", make_omini(pipe, rank=2).tensors())
+    adapter = OminiControl.load(path, pipe, "canny")
+    assert adapter.config == replace(TASKS["canny"], rank=2)
+    drawn = to_tensor(canny(pictures(1)[0]), (32, 48))[None]
+    assert torch.equal(adapter.control(pictures(1)[0]).tokens, pipe.encode_condition(drawn)[0])
+    given = OminiConfig("mine", (1, 2), order="official-inference")
+    assert OminiControl.load(path, pipe, given).config == replace(given, rank=2)
+    with pytest.raises(ValueError, match="No task 'cany'; there are canny, depth"):
+        OminiControl.load(path, pipe, "cany")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_makes_a_control(pipe, make_omini, pictures, tmp_path, task):
+    path = save_tensors(tmp_path / "a.safetensors", make_omini(pipe, rank=2).tensors())
+    control = OminiControl.load(path, pipe, task).control(pictures(1)[0])
+    assert latents(pipe, [control]).isfinite().all()
+
+
+def test_a_side_is_saved_and_loaded(pipe, make_omini, tmp_path):
+    adapter = make_omini(pipe, delta="left", order="official-inference")
+    path = save_tensors(tmp_path / "a.safetensors", adapter.tensors(), {"condit": adapter.metadata()})
+    assert OminiControl.load(path, pipe).config == adapter.config

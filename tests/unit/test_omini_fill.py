@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from condit.controls.control import Fill
-from condit.controls.omini_fill import drawn_cells, from_official_mask, sample_drawn_cells
+from condit.controls.omini_fill import drawn_cells, from_official_mask, hide, sample_drawn_cells
 
 
 def test_one_white_pixel_makes_its_cell_drawn():
@@ -24,6 +24,17 @@ def test_a_mask_of_one_pixel_a_cell_is_taken_as_it_is():
 def test_a_mask_that_leaves_nothing_to_do_is_refused(value, message):
     with pytest.raises(ValueError, match=message):
         drawn_cells(np.full((32, 48), value, np.uint8), (4, 6), 8)
+
+
+def test_the_hidden_part_of_a_picture_is_black_and_the_rest_as_it_was():
+    picture = np.random.default_rng(0).integers(1, 256, (8, 12, 3), dtype=np.uint8)
+    mask = np.zeros((4, 6), np.uint8)
+    mask[1, 2] = 255
+    hidden = np.asarray(hide(picture, mask))
+    assert not hidden[2:4, 4:6].any()
+    hidden = hidden.copy()
+    hidden[2:4, 4:6] = picture[2:4, 4:6]
+    assert (hidden == picture).all()
 
 
 def test_an_official_mask_is_indexed_by_column_and_marks_what_is_known():

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from condit.controls.control import Control, Fill, Prefillable, Run, Step, When, match_batch, region_mask
 from condit.controls.omini_fill import drawn_cells
+from condit.controls.omini_tasks import OminiConfig, Side, condition_ids, task_config
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, linear_shapes
-from condit.nn.streams import Order, Sees, Stream, grid_ids, row_weights
+from condit.nn.streams import Sees, Stream, row_weights
 
 if TYPE_CHECKING:
     from condit.data.images import ImageSource
@@ -38,22 +39,6 @@ TARGETS = (
     "proj_mlp",
     *(f"single_transformer_blocks.{i}.proj_out" for i in range(64)),
 )
-
-
-@dataclass(frozen=True)
-class OminiConfig:
-    """How an adapter was trained: delta in image tokens (rows, columns), (0, 0) for aligned tasks; `scale` of compact
-    conditions and its `order` with delta; `independent`: conditions attend to themselves only, so that a cache is
-    exact; `annotator` that makes the condition image from a picture."""
-
-    task: str = "custom"
-    delta: tuple[float, float] = (0, 0)
-    scale: float = 1.0
-    independent: bool = False
-    annotator: str | None = None
-    order: Order = "scale-first"
-    rank: int = 4
-    alpha: float | None = None
 
 
 JOINT = (
@@ -87,14 +72,19 @@ class OminiControl(nn.Module):
         return cls(LoRA(omini_targets(backbone), config.rank, config.alpha), config)
 
     @classmethod
-    def load(cls, source, pipe) -> OminiControl:
-        """From a name ("tiny/subject"), a file or a folder. Rank and targets are inferred from the tensors."""
+    def load(cls, source, pipe, task: str | OminiConfig | None = None) -> OminiControl:
+        """From a name ("tiny/subject"), a file or a folder. Rank and targets are inferred from the tensors.
+
+        task: how it was trained, a row of TASKS or a configuration, for a file that does not say so itself.
+        """
         file = pipe.adapter_file(source, "OminiControl")
         known = {k: v for k, v in file.config.items() if k in OminiConfig.__dataclass_fields__}
-        lora = LoRA.from_tensors(file.tensors, known.get("alpha"))
-        known["delta"] = tuple(known.get("delta", (0, 0)))
+        if isinstance(known.get("delta"), list):
+            known["delta"] = tuple(known["delta"])
+        config = OminiConfig(**known) if task is None else task_config(task)
+        lora = LoRA.from_tensors(file.tensors, config.alpha)
         lora = lora.requires_grad_(False).to(pipe.device, pipe.dtype)
-        adapter = cls(lora, OminiConfig(**{**known, "rank": lora.rank}), pipe)
+        adapter = cls(lora, replace(config, rank=lora.rank), pipe)
         shapes = linear_shapes(pipe.backbone, tuple(lora.keys))
         for path, key in lora.keys.items():
             found = len(lora.b[key]), lora.a[key].shape[1]
@@ -130,7 +120,7 @@ class OminiControl(nn.Module):
         fill: ImageSource | None = None,
         text_bias: bool = True,
         cached: bool | Literal["approximate"] | None = None,
-        delta: tuple[float, float] | None = None,
+        delta: tuple[float, float] | Side | None = None,
         size: tuple[int, int] | None = None,
         annotate: bool = True,
     ) -> OminiReference:
@@ -150,7 +140,7 @@ class OminiControl(nn.Module):
         if cached is True and not self.config.independent:
             raise ValueError(JOINT)
         pipe, c = self.bound(), self.config if delta is None else replace(self.config, delta=delta)
-        if fill is not None and (c.scale != 1 or any(c.delta) or (annotate and c.annotator)):
+        if fill is not None and (c.scale != 1 or tuple(c.delta) != (0, 0) or (annotate and c.annotator)):
             raise ValueError(
                 "fill keeps cells of the picture where they stand, so it needs an adapter with delta (0, 0), scale 1 "
                 f"and no annotator; found delta {c.delta}, scale {c.scale}, annotator {c.annotator!r}."
@@ -161,10 +151,10 @@ class OminiControl(nn.Module):
         tokens, grid = pipe.encode_condition(images)
         # The unconditional pass sees a black picture, encoded like any other (spec of the official image guidance).
         black, _ = pipe.encode_condition(torch.full_like(images[:1], -1.0))
-        ids, given = grid_ids(*grid, delta=c.delta, scale=c.scale, order=c.order), None
+        ids, given = condition_ids(c, grid), None
         settings: dict = {} if text_bias else {"text_bias": False}
         settings |= {} if cached is None else {"cached": cached}
-        settings |= {} if delta is None else {"delta": list(delta)}
+        settings |= {} if delta is None else {"delta": delta if isinstance(delta, str) else list(delta)}
         settings |= {} if size is None else {"size": list(size)}
         if fill is not None:
             given = Fill(tokens, drawn_cells(fill, grid, pipe.pixels))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from condit.data.images import load_image
@@ -24,7 +25,7 @@ def drawn_cells(mask: ImageSource, grid: tuple[int, int], pixels: int) -> Tensor
     A mask of one pixel a cell is taken as it is. ValueError if nothing is drawn, or nothing known.
     """
     size = grid[1] * pixels, grid[0] * pixels
-    white = np.asarray(load_image(mask).convert("L").resize(size, 0)) > 127  # 0: nearest, so that no grey appears
+    white = np.asarray(load_image(mask).convert("L").resize(size, Image.Resampling.NEAREST)) > 127
     drawn = torch.from_numpy(white).unflatten(1, (grid[1], pixels)).unflatten(0, (grid[0], pixels)).any(3).any(1)
     if drawn.all() or not drawn.any():
         raise ValueError(
@@ -32,6 +33,16 @@ def drawn_cells(mask: ImageSource, grid: tuple[int, int], pixels: int) -> Tensor
             "drawn, black is kept; there must be both."
         )
     return drawn
+
+
+def hide(image: ImageSource, mask: ImageSource) -> Image.Image:
+    """The picture with the white part of the mask black: the condition of the published fill adapter, which draws the
+    whole picture anew. Image and mask are put together at the picture's size."""
+    picture = load_image(image)
+    hidden = (
+        load_image(mask).convert("L").resize(picture.size, Image.Resampling.NEAREST).point(lambda v: 255 * (v > 127))
+    )
+    return Image.composite(Image.new("RGB", picture.size), picture, hidden)
 
 
 def from_official_mask(mask: Tensor) -> Tensor:
