@@ -23,6 +23,7 @@ from condit.diffusion.samplers import euler
 from condit.diffusion.schedules import flow_sigmas, flux_mu
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
+from condit.nn.lora import together
 from condit.nn.streams import Stream, grid_ids
 from condit.weights import class_models
 from condit.weights.catalog import AdapterFile, read_adapter
@@ -199,12 +200,13 @@ class Pipeline:
 
         def branch(texts: list[str], acting: Sequence[Control | None]) -> Branch:
             text = self.encode_text(texts, copies)
+            leak = together(c.leak() for c in acting if c is not None)
             if cells is not None and text.canvas is not None:
                 text = replace(text, canvas=text.canvas[:, cells])
             guidance = None
             if self.backbone.config.guidance_embeds:
                 guidance = torch.full((batch,), float(scale), device=self.device, dtype=self.dtype)
-            run = Run(self.backbone, batch, grid, text.pooled, guidance, self.backbone.config.in_channels, cells)
+            run = Run(self.backbone, batch, grid, text.pooled, guidance, self.backbone.config.in_channels, cells, leak)
             return Branch(text, tuple(c.prepare(run) for c in acting if c is not None), guidance)
 
         absent = [c.negative() for c in controls]
@@ -225,7 +227,8 @@ class Pipeline:
         tokens = x.to(self.dtype)
         if branch.text.canvas is not None:
             tokens = torch.cat([tokens, branch.text.canvas.to(self.dtype)], -1)
-        image = Stream(tokens, ids, t.to(self.dtype), branch.text.pooled, branch.guidance)
+        lora = together(control.lora() for control in active)
+        image = Stream(tokens, ids, t.to(self.dtype), branch.text.pooled, branch.guidance, lora)
         conditions = [stream for control in active for stream in control.streams()]
         text_ids = torch.zeros(branch.text.tokens.shape[1], 3, device=self.device)
         out = self.backbone(image, branch.text.tokens, text_ids, conditions=conditions, controls=active)

@@ -21,7 +21,7 @@ from condit.nn.layers import (
     rope_frequencies,
     timestep_features,
 )
-from condit.nn.lora import Linear, LoRA, name_linears
+from condit.nn.lora import Linear, LowRank, name_linears
 from condit.nn.streams import Group, Stream, groups, row_weights
 
 
@@ -75,7 +75,7 @@ PRESETS: dict[str, MMDiTConfig] = {
 class Frame:
     """What one forward holds fixed over its blocks: the streams, their clocks, positions and who sees whom."""
 
-    loras: tuple[LoRA | None, ...]
+    loras: tuple[LowRank | None, ...]
     embeddings: tuple[Tensor, ...]
     ropes: tuple[Rope, ...]
     groups: tuple[Group, ...]
@@ -102,8 +102,8 @@ class Embedder(nn.Module):
         super().__init__()
         self.linear_1, self.linear_2 = Linear(n_in, dim), Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+    def forward(self, x: Tensor, lora: LowRank | None = None) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x, lora)), lora)
 
 
 class TimeTextEmbed(nn.Module):
@@ -118,13 +118,12 @@ class TimeTextEmbed(nn.Module):
 
     def forward(self, stream: Stream) -> Tensor:
         """(B, dim), or (B, N, dim) if the stream has a pooled vector for each token."""
-        dtype = stream.tokens.dtype
-        embedding = self.timestep_embedder(timestep_features(stream.timestep.to(dtype) * 1000).to(dtype))
+        dtype, lora = stream.tokens.dtype, stream.lora
+        embedding = self.timestep_embedder(timestep_features(stream.timestep.to(dtype) * 1000).to(dtype), lora)
         if stream.guidance is not None:
-            embedding = embedding + self.guidance_embedder(
-                timestep_features(stream.guidance.to(dtype) * 1000).to(dtype)
-            )
-        pooled = self.text_embedder(stream.pooled)
+            features = timestep_features(stream.guidance.to(dtype) * 1000).to(dtype)
+            embedding = embedding + self.guidance_embedder(features, lora)
+        pooled = self.text_embedder(stream.pooled, lora)
         return (embedding if pooled.ndim == 2 else embedding[:, None]) + pooled
 
 
@@ -141,7 +140,7 @@ class JointAttention(nn.Module):
             self.norm_added_q, self.norm_added_k = (RMSNorm(c.attention_head_dim, eps=1e-6) for _ in range(2))
             self.to_out, self.to_add_out = nn.ModuleList([Linear(c.dim, c.dim)]), Linear(c.dim, c.dim)
 
-    def qkv(self, x: Tensor, lora: LoRA | None, rope: Rope, *, text: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, lora: LowRank | None, rope: Rope, *, text: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values and the queries before rotary positions, each (B, H, N, D)."""
         if text and self.with_text:
             linears = self.add_q_proj, self.add_k_proj, self.add_v_proj
@@ -345,8 +344,8 @@ class MMDiT(nn.Module):
             xs = block(xs, single)
         h = xs[1] if split else xs[0][:, text.shape[1] :]
         # diffusers' norm_out stores (scale, shift); every other AdaNorm stores (shift, scale).
-        scale, shift = self.norm_out.modulation(clock)
-        return self.proj_out(modulated_norm(h, shift, scale))
+        scale, shift = self.norm_out.modulation(clock, image.lora)
+        return self.proj_out(modulated_norm(h, shift, scale), image.lora)
 
     def prefill(self, condition: Stream, controls: Sequence) -> None:
         """Run one independent condition alone; `controls` see its calls (OminiControl2, arXiv:2503.08280: its keys and

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from condit.nn.attention import Attend, Call, Site
+from condit.nn.lora import LowRank
 from condit.nn.streams import Stream
 
 
@@ -75,7 +76,7 @@ class Run:
     """What a control may need to know of one pipeline call: the backbone, the batch, the token grid, the text.
 
     pooled (B, P); guidance (B,) or None; grid = (rows, columns) of image tokens; in_channels of the backbone; cells
-    (M,) are the numbers of the cells that are drawn, None for all of them.
+    (M,) are the numbers of the cells that are drawn, None for all of them; leak: see `Control.leak`.
     """
 
     backbone: Prefillable
@@ -85,6 +86,7 @@ class Run:
     guidance: Tensor | None
     in_channels: int
     cells: Tensor | None = None
+    leak: LowRank | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,14 @@ class Control:
 
     def fill(self) -> Fill | None:
         """Omit: the cells that need not be drawn, and what they hold. At most one control of a call."""
+        return None
+
+    def lora(self) -> LowRank | None:
+        """Adapt: a low-rank update for the tokens of text and image."""
+        return None
+
+    def leak(self) -> LowRank | None:
+        """An update that this control also puts on the conditions of others, as official code may; usually none."""
         return None
 
     def pooled(self) -> Tensor | None:

@@ -20,7 +20,7 @@ from condit.controls.control import Control, Fill, Prefillable, Run, Step, When,
 from condit.controls.omini_fill import drawn_cells
 from condit.controls.omini_tasks import OminiConfig, Side, condition_ids, task_config
 from condit.nn.attention import Attend, Call
-from condit.nn.lora import LoRA, linear_shapes
+from condit.nn.lora import LoRA, linear_shapes, together
 from condit.nn.streams import Sees, Stream, row_weights
 
 if TYPE_CHECKING:
@@ -85,14 +85,11 @@ class OminiControl(nn.Module):
         lora = LoRA.from_tensors(file.tensors, config.alpha)
         lora = lora.requires_grad_(False).to(pipe.device, pipe.dtype)
         adapter = cls(lora, replace(config, rank=lora.rank), pipe)
-        shapes = linear_shapes(pipe.backbone, tuple(lora.keys))
-        for path, key in lora.keys.items():
-            found = len(lora.b[key]), lora.a[key].shape[1]
-            if shapes.get(path) != found:
-                raise ValueError(
-                    f"{source}: this LoRA adapts {path!r} of shape {found}; {pipe.name} has "
-                    f"{shapes.get(path, 'none')}. Was it made for another model?"
-                )
+        for path, (found, expected) in lora.unfitting(pipe.backbone).items():
+            raise ValueError(
+                f"{source}: this LoRA adapts {path!r} of shape {found}; {pipe.name} has {expected or 'none'}. Was it "
+                "made for another model?"
+            )
         adapter.name, adapter.hash = file.name, file.hash
         return adapter
 
@@ -102,7 +99,7 @@ class OminiControl(nn.Module):
 
     def metadata(self) -> dict:
         """What `load` needs beside the tensors."""
-        return {"method": "OminiControl", **asdict(self.config)}
+        return {"method": "OminiControl", **asdict(self.config), "alpha": None}  # the tensors hold it
 
     def bound(self):
         """The pipeline that encodes the references."""
@@ -338,7 +335,7 @@ def condition_stream(
         timestep=clock,
         pooled=run.pooled.to(tokens.dtype),
         guidance=None if run.guidance is None else clock + 1,
-        lora=adapter.lora,
+        lora=together((adapter.lora, run.leak)),
         sees=sees or ("self" if adapter.config.independent else "main"),
     )
 

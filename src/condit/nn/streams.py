@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from condit.nn.lora import LoRA
+from condit.nn.lora import LowRank
 
 Sees = Literal["self", "main", "all"]
 Order = Literal["scale-first", "official-inference"]
@@ -30,7 +30,7 @@ class Stream:
     timestep: Tensor
     pooled: Tensor
     guidance: Tensor | None = None
-    lora: LoRA | None = None
+    lora: LowRank | None = None
     sees: Sees = "all"
     log_weight: Tensor | None = None
     weight_text: bool = True  # the strength also acts between condition and text (official code) or not (paper, Eq. 5)
