@@ -295,10 +295,14 @@ class Pipeline:
         return torch.stack(found).to(self.device)
 
     @torch.no_grad()
-    def encode_condition(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images (n, 3, H, W) through the model's own autoencoder: packed tokens and their grid (rows, columns)."""
+    def encode_condition(
+        self, images: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Images (n, 3, H, W) through the model's own autoencoder: packed tokens and their grid (rows, columns). They
+        are the mode of its posterior, or drawn from it by `generator`."""
         dtype = next(self.parts.vae.parameters()).dtype
-        tokens = encode_tokens(self.parts.vae, images.to(dtype), sample=False).to(self.dtype)
+        encoded = encode_tokens(self.parts.vae, images.to(dtype), generator, sample=generator is not None)
+        tokens = encoded.to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
 
     def describe_source(self, reference: Any) -> list:

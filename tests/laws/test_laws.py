@@ -137,6 +137,21 @@ def test_strength_acts_continuously_around_one(world, references, name):
     close(near, one, atol=1e-4)
 
 
+def test_the_papers_strength_acts_continuously_around_one_beside_other_controls(world, references):
+    """Near 1 the text attends apart from the picture, which must change neither side branches nor caches."""
+    one, near = (
+        world.draw(
+            [
+                world.ip.control(references[0], strength=0.6),
+                world.joint.control(references[1], strength=s, text_bias=False),
+                world.cached.control(references[2], strength=0.6, text_bias=False),
+            ]
+        )
+        for s in (1.0, 1.000001)
+    )
+    close(near, one, atol=1e-4)
+
+
 @every_control
 def test_a_repeat_is_bit_equal(world, references, name):
     first, second = (world.draw(world.controls(name, references[0], strength=0.8)) for _ in range(2))

@@ -260,6 +260,28 @@ def test_condition_tokens_equal_the_official_encoding(vae):
     assert torch.equal(grid_ids(*GRID), f["ids"])
 
 
+def bound(pipe: Pipeline, adapter: str, **config) -> OminiControl:
+    return OminiControl(LORAS[adapter], OminiConfig(**config), pipe)
+
+
+@pytest.mark.parametrize(
+    ("case", "picture", "config", "ids"),
+    [
+        ("aligned", "image_a", {}, grid_ids(*GRID)),
+        ("subject", "image_b", {"delta": "left"}, grid_ids(*GRID, delta=(0, -GRID[1]))),
+        ("compact", "image_small", {"scale": 2}, grid_ids(2, 3, scale=2)),
+        ("image_guidance_1.5", "image_a", {}, grid_ids(*GRID)),
+    ],
+)
+def test_a_control_of_a_picture_equals_the_official_condition(model, vae, case, picture, config, ids):
+    """From pixels to tokens and positions, drawn from the posterior with the seed of the file."""
+    generator = torch.Generator().manual_seed(1234)
+    adapter = bound(golden_pipe(model, vae), "canny", **config)
+    control = adapter.control(TRAJECTORY[picture].numpy(), generator=generator)
+    equal(control.tokens, TRAJECTORY[f"{case}/encoded_0/tokens"])
+    assert torch.equal(control.ids, ids)
+
+
 class FixedText(nn.Module):
     """Stands for the encoders: the golden file holds what they would say."""
 

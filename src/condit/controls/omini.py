@@ -120,6 +120,7 @@ class OminiControl(nn.Module):
         delta: tuple[float, float] | Side | None = None,
         size: tuple[int, int] | None = None,
         annotate: bool = True,
+        generator: torch.Generator | None = None,
     ) -> OminiReference:
         """A control from one reference, or from n references for n images.
 
@@ -128,7 +129,8 @@ class OminiControl(nn.Module):
         integration (OminiControl2): white is drawn, the rest of the reference is kept and is the condition. cached:
         None, where the adapter is independent; False, the condition runs in every step; "approximate", also for a
         jointly trained adapter. size: height and width at which the reference is read, None: the model's.
-        annotate=False: the reference already is the condition image (an edge map, say).
+        annotate=False: the reference already is the condition image (an edge map, say). generator: draws the tokens
+        from the autoencoder's posterior, then those of the black picture, as the official code does; None: their mode.
         """
         if strength < 0:
             raise ValueError(f"OminiControl's strength is a factor on attention, >= 0; found {strength}.")
@@ -142,12 +144,11 @@ class OminiControl(nn.Module):
                 "fill keeps cells of the picture where they stand, so it needs an adapter with delta (0, 0), scale 1 "
                 f"and no annotator; found delta {c.delta}, scale {c.scale}, annotator {c.annotator!r}."
             )
-        images = pipe.read_images(reference, c.annotator if annotate else None, size)
-        if c.scale != 1:
-            images = shrink(images, c.scale, pipe.pixels)
-        tokens, grid = pipe.encode_condition(images)
+        small = size if c.scale == 1 else compact(size or pipe.parts.size, c.scale, pipe.pixels)
+        images = pipe.read_images(reference, c.annotator if annotate else None, small)
+        tokens, grid = pipe.encode_condition(images, generator)
         # The unconditional pass sees a black picture, encoded like any other (spec of the official image guidance).
-        black, _ = pipe.encode_condition(torch.full_like(images[:1], -1.0))
+        black, _ = pipe.encode_condition(torch.full_like(images[:1], -1.0), generator)
         ids, given = condition_ids(c, grid), None
         settings: dict = {} if text_bias else {"text_bias": False}
         settings |= {} if cached is None else {"cached": cached}
@@ -177,11 +178,11 @@ class OminiControl(nn.Module):
         )
 
 
-def shrink(images: Tensor, scale: float, multiple: int) -> Tensor:
-    """Compact conditions (OminiControl2): images (n, 3, H, W) with sides divided by `scale`, multiples of a token, so
-    that positions spread by `scale` cover the picture again."""
-    size = [max(round(side / scale / multiple), 1) * multiple for side in images.shape[-2:]]
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+def compact(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
+    """The size of a compact condition (OminiControl2): sides divided by `scale`, multiples of a token, so that
+    positions spread by `scale` cover the picture again."""
+    height, width = (max(round(side / scale / multiple), 1) * multiple for side in size)
+    return height, width
 
 
 @dataclass(frozen=True)

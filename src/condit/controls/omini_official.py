@@ -19,7 +19,10 @@ from condit.nn.streams import Stream
 
 
 def official_guidance(controls: Sequence[OminiReference]) -> list[Control]:
-    """The same conditions, of which the first brings the official unconditional pass of all of them."""
+    """The same conditions, of which the first brings the official unconditional pass of all of them.
+
+    They must be all conditions of the call: keys that another joint control adds cannot be told from theirs.
+    """
     for control in controls:
         if control.when != When() or control.strength != 1 or control.mask is not None:
             raise ValueError("The official image guidance knows neither strength, schedule nor mask. Leave them out.")
