@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from condit.controls.control import Control, When, Where
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
+    from condit.controls.style_lora import StyleLoRA
     from condit.data.images import load_image, save_image
     from condit.pipeline import Pipeline, load
 
@@ -18,6 +19,7 @@ __all__ = [
     "IPAdapter",
     "OminiControl",
     "Pipeline",
+    "StyleLoRA",
     "When",
     "Where",
     "__version__",
@@ -32,6 +34,7 @@ _HOME = {
     "Pipeline": "condit.pipeline",
     "IPAdapter": "condit.controls.ip_adapter",
     "OminiControl": "condit.controls.omini",
+    "StyleLoRA": "condit.controls.style_lora",
     "Control": "condit.controls.control",
     "Where": "condit.controls.control",
     "When": "condit.controls.control",

@@ -134,14 +134,23 @@ class Guest:
         """The tensors and the configuration of an adapter by name, file or folder."""
         return read_adapter(source, method)
 
-    def read_images(self, reference: ImageSource | Sequence[ImageSource], annotator: str | None) -> Tensor:
-        """References as (n, 3, H, W) in [-1, 1] at the guest's size, annotated if asked for."""
-        return read_references(reference, annotator, self.size).to(self.device)
+    def read_images(
+        self,
+        reference: ImageSource | Sequence[ImageSource],
+        annotator: str | None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """References as (n, 3, H, W) in [-1, 1] at `size` (None: the guest's), annotated if asked for."""
+        return read_references(reference, annotator, size or self.size, self.pixels).to(self.device)
 
     @torch.no_grad()
-    def encode_condition(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images (n, 3, H, W) through the pipeline's autoencoder: packed tokens and their grid (rows, columns)."""
-        tokens = encode_tokens(self.pipe.vae, images.to(self.pipe.vae.dtype), sample=False).to(self.dtype)
+    def encode_condition(
+        self, images: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Images (n, 3, H, W) through the pipeline's autoencoder: packed tokens and their grid (rows, columns). They
+        are the mode of its posterior, or drawn from it by `generator`."""
+        images = images.to(self.pipe.vae.dtype)
+        tokens = encode_tokens(self.pipe.vae, images, generator, sample=generator is not None).to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
 
     def describe_source(self, reference: Any) -> list:
@@ -369,6 +378,11 @@ def refuse_strangers(controls: Sequence[Control], guest: Guest) -> None:
     for control in controls:
         if not isinstance(control, Control):
             raise ValueError(f"controls are made by adapter.control(...); found {type(control).__name__}.")
+        if control.fill() is not None or type(control).lora is not Control.lora:
+            raise ValueError(
+                f"{type(control).__name__} leaves cells out or adapts the noisy tokens, which a guest does not. Use "
+                "diffusers' own inpainting and LoRA loading, or condit.load(folder)."
+            )
         adapter = getattr(control, "adapter", None)
         bound = None if adapter is None else adapter._pipe[0]
         if adapter is None or bound is None:

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from condit.controls.control import Control, Run, Step
+from condit.controls.control import Control, Fill, Run, Step
 from condit.data import annotators
 from condit.data.images import ImageSource, load_image, to_images, to_tensor
 from condit.diffusion.guidance import guide, guide_text_image
@@ -22,6 +23,7 @@ from condit.diffusion.samplers import euler
 from condit.diffusion.schedules import flow_sigmas, flux_mu
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
+from condit.nn.lora import together
 from condit.nn.streams import Stream, grid_ids
 from condit.weights import class_models
 from condit.weights.catalog import AdapterFile, read_adapter
@@ -54,6 +56,11 @@ class Pipeline:
     def __init__(self, parts: Parts):
         self.parts = parts
         self.name, self.backbone, self.image = parts.name, parts.backbone, parts.image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels at which it draws, and reads references, unless told otherwise."""
+        return self.parts.size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,13 +111,17 @@ class Pipeline:
         batch = len(prompts) * num_images_per_prompt
         grid = height // self.pixels, width // self.pixels
         negative = self.negatives(negative_prompt, len(prompts))
+        fill = find_fill(controls, grid)
+        cells = None if fill is None else fill.cells.to(self.device)
         branches = self.branches(
-            prompts, negative, tuple(controls), batch, grid, scale, image_guidance_scale, num_images_per_prompt
+            prompts, negative, tuple(controls), batch, grid, scale, image_guidance_scale, num_images_per_prompt, cells
         )
         seeds, noise = self.noise(batch, grid, seed, generator, latents)
-        shift = math.exp(flux_mu(grid[0] * grid[1])) if self.parts.shift is None else self.parts.shift
-        sigmas = flow_sigmas(steps, shift=shift)
         ids = grid_ids(*grid).to(self.device)
+        if cells is not None:
+            noise, ids = noise[:, cells], ids[cells]
+        shift = math.exp(flux_mu(len(ids))) if self.parts.shift is None else self.parts.shift
+        sigmas = flow_sigmas(steps, shift=shift)
         image_scale = 1.0 if image_guidance_scale is None else image_guidance_scale
 
         def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
@@ -128,6 +139,8 @@ class Pipeline:
             return (callback_on_step_end(self, i, float(sigmas[i]), {"latents": x}) or {}).get("latents")
 
         tokens = euler(velocity, noise, sigmas, on_step=on_step)
+        if fill is not None:
+            tokens = fill.complete(tokens)
         recipe = {
             "model": self.name,
             "hash": self.parts.hash,
@@ -186,15 +199,19 @@ class Pipeline:
         scale: float,
         image_scale: float | None,
         copies: int,
+        cells: Tensor | None,
     ) -> list[Branch]:
         """Positive first; then text alone (if the controls have a scale of their own); then neither."""
 
         def branch(texts: list[str], acting: Sequence[Control | None]) -> Branch:
             text = self.encode_text(texts, copies)
+            leak = together(c.leak() for c in acting if c is not None)
+            if cells is not None and text.canvas is not None:
+                text = replace(text, canvas=text.canvas[:, cells])
             guidance = None
             if self.backbone.config.guidance_embeds:
                 guidance = torch.full((batch,), float(scale), device=self.device, dtype=self.dtype)
-            run = Run(self.backbone, batch, grid, text.pooled, guidance, self.backbone.config.in_channels)
+            run = Run(self.backbone, batch, grid, text.pooled, guidance, self.backbone.config.in_channels, cells, leak)
             return Branch(text, tuple(c.prepare(run) for c in acting if c is not None), guidance)
 
         absent = [c.negative() for c in controls]
@@ -215,7 +232,8 @@ class Pipeline:
         tokens = x.to(self.dtype)
         if branch.text.canvas is not None:
             tokens = torch.cat([tokens, branch.text.canvas.to(self.dtype)], -1)
-        image = Stream(tokens, ids, t.to(self.dtype), branch.text.pooled, branch.guidance)
+        lora = together(control.lora() for control in active)
+        image = Stream(tokens, ids, t.to(self.dtype), branch.text.pooled, branch.guidance, lora)
         conditions = [stream for control in active for stream in control.streams()]
         text_ids = torch.zeros(branch.text.tokens.shape[1], 3, device=self.device)
         out = self.backbone(image, branch.text.tokens, text_ids, conditions=conditions, controls=active)
@@ -262,15 +280,24 @@ class Pipeline:
         """The tensors and the configuration of an adapter by name, file or folder."""
         return read_adapter(source, method)
 
-    def read_images(self, reference: ImageSource | Sequence[ImageSource], annotator: str | None) -> Tensor:
-        """References as (n, 3, H, W) in [-1, 1] at the model's size, annotated if asked for."""
-        return read_references(reference, annotator, self.parts.size).to(self.device)
+    def read_images(
+        self,
+        reference: ImageSource | Sequence[ImageSource],
+        annotator: str | None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """References as (n, 3, H, W) in [-1, 1] at `size` (None: the model's), annotated if asked for."""
+        return read_references(reference, annotator, size or self.size, self.pixels).to(self.device)
 
     @torch.no_grad()
-    def encode_condition(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Images (n, 3, H, W) through the model's own autoencoder: packed tokens and their grid (rows, columns)."""
+    def encode_condition(
+        self, images: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """Images (n, 3, H, W) through the model's own autoencoder: packed tokens and their grid (rows, columns). They
+        are the mode of its posterior, or drawn from it by `generator`."""
         dtype = next(self.parts.vae.parameters()).dtype
-        tokens = encode_tokens(self.parts.vae, images.to(dtype), sample=False).to(self.dtype)
+        encoded = encode_tokens(self.parts.vae, images.to(dtype), generator, sample=generator is not None)
+        tokens = encoded.to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
 
     def describe_source(self, reference: Any) -> list:
@@ -278,13 +305,33 @@ class Pipeline:
         return describe_source(reference)
 
 
-ANNOTATORS: dict[str, Callable] = {name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur")}
+ANNOTATORS: dict[str, Callable] = {
+    name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur", "canny")
+}
+ANNOTATORS |= {f"blur-{radius}": partial(annotators.blur, sigma=float(radius)) for radius in (5, 10)}
+
+
+def find_fill(controls: Sequence[Control], grid: tuple[int, int]) -> Fill | None:
+    """What is given of the picture, if a control says so."""
+    found = [fill for fill in (control.fill() for control in controls) if fill is not None]
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} controls give a part of the picture; at most one can.")
+    if found and tuple(found[0].drawn.shape) != grid:
+        rows, columns = found[0].drawn.shape
+        raise ValueError(
+            f"The picture to fill has {rows} x {columns} cells, this call draws {grid[0]} x {grid[1]}. Give the "
+            "control the same size as the call."
+        )
+    return found[0] if found else None
 
 
 def read_references(
-    reference: ImageSource | Sequence[ImageSource], annotator: str | None, size: tuple[int, int]
+    reference: ImageSource | Sequence[ImageSource], annotator: str | None, size: tuple[int, int], pixels: int
 ) -> Tensor:
-    """References as (n, 3, H, W) in [-1, 1] at `size` (height, width), annotated if asked for."""
+    """References as (n, 3, H, W) in [-1, 1] at `size` (height, width), annotated if asked for. ValueError for sides
+    that are no multiples of `pixels`, a token's."""
+    if any(side % pixels or not 0 < side <= MAX_SIDE for side in size):
+        raise ValueError(f"size must be multiples of {pixels} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
     sources = list(reference) if isinstance(reference, list | tuple) else [reference]
     found = []
     for source in sources:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from condit.controls.control import Control, Run, Step, When
 from condit.controls.ip_adapter import IPAdapter
-from condit.controls.omini import OminiControl, OminiReference, condition_stream
+from condit.controls.omini import OminiControl
 from condit.nn.streams import Stream, grid_ids
 from condit.pipeline import Pipeline
 
@@ -25,6 +25,8 @@ class World:
     shifting: IPAdapter
     joint: OminiControl
     cached: OminiControl
+    filling: OminiControl
+    filling_cached: OminiControl
 
     def controls(self, name: str, references, **how) -> list[Control]:
         return [getattr(self, part).control(references, **how) for part in TABLE[name]]
@@ -54,7 +56,8 @@ def make_world(make_pipe, make_ip, make_omini) -> Callable[..., World]:
         pipe = make_pipe(**config)
         left = {"independent": True, "delta": (0, -6)}
         joint, cached = make_omini(pipe, seed=6), make_omini(pipe, seed=7, **left)
-        return World(pipe, make_ip(pipe), make_ip(pipe, shift=True), joint, cached)
+        filling = [make_omini(pipe, seed=8, independent=independent) for independent in (False, True)]
+        return World(pipe, make_ip(pipe), make_ip(pipe, shift=True), joint, cached, *filling)
 
     return make
 
@@ -134,6 +137,21 @@ def test_strength_acts_continuously_around_one(world, references, name):
     close(near, one, atol=1e-4)
 
 
+def test_the_papers_strength_acts_continuously_around_one_beside_other_controls(world, references):
+    """Near 1 the text attends apart from the picture, which must change neither side branches nor caches."""
+    one, near = (
+        world.draw(
+            [
+                world.ip.control(references[0], strength=0.6),
+                world.joint.control(references[1], strength=s, text_bias=False),
+                world.cached.control(references[2], strength=0.6, text_bias=False),
+            ]
+        )
+        for s in (1.0, 1.000001)
+    )
+    close(near, one, atol=1e-4)
+
+
 @every_control
 def test_a_repeat_is_bit_equal(world, references, name):
     first, second = (world.draw(world.controls(name, references[0], strength=0.8)) for _ in range(2))
@@ -178,22 +196,27 @@ def test_image_guidance_equal_to_the_text_guidance_changes_nothing(world, refere
 # Caches and order
 
 
-class Uncached(OminiReference):
-    """An independent condition that runs in every step, as its cache claims to be equal to."""
-
-    def prepare(self, run: Run) -> "Uncached":
-        tokens = self.tokens.expand(run.batch, -1, -1)
-        return replace(self, stream=condition_stream(self.adapter, tokens, self.ids, run))
+LEFT_HALF = np.zeros((32, 48), np.uint8)
+LEFT_HALF[:, :24] = 255
 
 
-@pytest.mark.parametrize("beside_a_joint_one", [False, True])
-@pytest.mark.parametrize("strength", [1.0, 0.5, 1.5])
-def test_a_cached_condition_equals_the_uncached_one(world, references, strength, beside_a_joint_one):
+@pytest.mark.parametrize("beside", [None, {}, {"text_bias": False, "strength": 0.5}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"strength": 0.5},
+        {"strength": 1.5},
+        {"strength": 1.5, "text_bias": False},
+        {"mask": LEFT_HALF},
+        {"mask": LEFT_HALF, "strength": 0.5, "text_bias": False},
+    ],
+)
+def test_a_cached_condition_equals_the_uncached_one(world, references, how, beside):
     """Beside a joint condition too: conditions never see each other, so neither may see the other's cached keys."""
-    cached = world.cached.control(references[0], strength=strength)
-    uncached = Uncached(**vars(cached))
+    cached, uncached = (world.cached.control(references[0], cached=cached, **how) for cached in (None, False))
     assert cached.prepare(first_run(world)).streams() == () and len(uncached.prepare(first_run(world)).streams()) == 1
-    others = [world.joint.control(references[1])] if beside_a_joint_one else []
+    others = [] if beside is None else [world.joint.control(references[1], **beside)]
     close(world.draw([*others, cached]), world.draw([*others, uncached]), atol=1e-5)  # three guided steps of 1e-6 each
 
 
@@ -210,7 +233,7 @@ def test_two_joint_conditions_commute(world, references):
     close(world.draw(controls), world.draw(controls[::-1]), atol=1e-5)  # keys in another order
 
 
-@pytest.mark.parametrize("name", ["ip", "shifting"])
+@pytest.mark.parametrize("name", ["ip", "shifting", "joint", "cached"])
 def test_a_region_of_zeros_is_plain_and_of_ones_is_everywhere(world, references, name):
     adapter = getattr(world, name)
 
@@ -219,6 +242,91 @@ def test_a_region_of_zeros_is_plain_and_of_ones_is_everywhere(world, references,
 
     assert torch.equal(masked(0), world.draw())
     assert torch.equal(masked(255), world.draw([adapter.control(references[0])]))
+
+
+@pytest.mark.parametrize("name", ["joint", "cached"])
+@pytest.mark.parametrize("text_bias", [True, False])
+def test_a_region_of_one_grey_is_a_strength(world, references, name, text_bias):
+    adapter, grey = getattr(world, name), np.full((32, 48), 51, np.uint8)
+    masked = world.draw([adapter.control(references[0], mask=grey, text_bias=text_bias)])
+    close(masked, world.draw([adapter.control(references[0], strength=0.2, text_bias=text_bias)]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["joint", "cached"])
+def test_a_region_acts_more_inside_than_outside(world, references, name):
+    """What the inside takes up reaches the outside through the picture's own attention, so not by nothing outside."""
+    control = getattr(world, name).control(references[0], mask=LEFT_HALF)
+    change = (world.draw([control], num_inference_steps=1) - world.draw(num_inference_steps=1)).abs()
+    cells = change.unflatten(1, (4, 6)).mean((0, 1, 3))
+    assert cells[:3].mean() > 2 * cells[3:].mean()
+
+
+# A picture of which only a part is drawn
+
+
+DRAWN = torch.zeros(4, 6, dtype=torch.bool)
+DRAWN[1:3, 2:6] = True
+every_fill = pytest.mark.parametrize("name", ["filling", "filling_cached"])
+
+
+@every_fill
+def test_known_cells_come_back_as_encoded_and_the_others_are_drawn(world, references, name):
+    control = getattr(world, name).control(references[0], fill=DRAWN)
+    drawn = world.draw([control])
+    given, _ = world.pipe.encode_condition(world.pipe.read_images(references[0], None))
+    flat = DRAWN.flatten()
+    assert torch.equal(drawn[:, ~flat], given[:, ~flat])
+    assert (drawn[:, flat] - given[:, flat]).abs().min() > 0
+
+
+@every_fill
+def test_what_stood_in_the_drawn_cells_does_not_matter(world, references, name):
+    control = getattr(world, name).control(references[0], fill=DRAWN)
+    other = control.given.tokens + DRAWN.flatten()[:, None]
+    same = replace(control, given=replace(control.given, tokens=other))
+    assert torch.equal(world.draw([same]), world.draw([control]))
+
+
+@every_fill
+def test_the_known_cells_act_on_the_drawn_ones(world, references, name):
+    adapter = getattr(world, name)
+    seen, other, unseen = (
+        world.draw([adapter.control(references[i], fill=DRAWN, strength=s)])[:, DRAWN.flatten()]
+        for i, s in ((0, 1.0), (1, 1.0), (0, 0.0))
+    )
+    assert (seen - unseen).abs().max() > 1e-3 and (seen - other).abs().max() > 1e-3
+
+
+@every_fill
+def test_a_filled_row_of_a_batch_equals_its_single_run(world, references, name):
+    adapter, beside = getattr(world, name), world.ip
+    both = [adapter.control(references[:2], fill=DRAWN), beside.control(references[2], mask=LEFT_HALF)]
+    alone = [adapter.control(references[1], fill=DRAWN), beside.control(references[2], mask=LEFT_HALF)]
+    batch = world.draw(both, PROMPTS[:2], seed=10)
+    close(batch[1:], world.draw(alone, PROMPTS[1], seed=11), atol=1e-4)
+
+
+def test_the_sequence_holds_each_cell_once_where_it_stands(world, references):
+    seen = []
+    hook = world.pipe.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0], kwargs["conditions"])), with_kwargs=True
+    )
+    # Another control's region follows the cells: it has as many weights as there are cells to draw.
+    controls = [world.filling.control(references[0], fill=DRAWN), world.ip.control(references[1], mask=LEFT_HALF)]
+    world.draw(controls, num_inference_steps=1)
+    hook.remove()
+    image, (condition,) = seen[0]
+    flat, ids = DRAWN.flatten(), grid_ids(4, 6)
+    assert torch.equal(image.ids, ids[flat]) and torch.equal(condition.ids, ids[~flat])
+    canvas = world.pipe.encode_text(["a fox"]).canvas
+    assert torch.equal(image.tokens[..., 16:], canvas[:, flat])  # the text's canvas follows the cells too
+    whole = world.pipe.noise(1, (4, 6), 0, None, None)[1]
+    assert torch.equal(image.tokens[..., :16], whole[:, flat])  # a seed means the same noise in the same cell
+
+
+def test_a_filled_cache_equals_the_uncached_condition(world, references):
+    cached, uncached = (world.filling_cached.control(references[0], fill=DRAWN, cached=c) for c in (None, False))
+    close(world.draw([cached]), world.draw([uncached]), atol=1e-5)
 
 
 # The backbone's forward

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import condit
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
-from condit.controls.control import Control, When
+from condit.controls.control import Control, Fill, When
 from condit.interop import Guest, Inputs, attach, borrow, predict, residuals, run_of
 from condit.pipeline import Pipeline
 from condit.weights.files import save_tensors
@@ -596,6 +596,20 @@ def test_group_offloading_is_refused_beside_controls_only(dev):
     assert torch.equal(draw(guest), draw(dev.theirs))
     with pytest.raises(ValueError, match="Group offloading.*enable_model_cpu_offload"):
         draw(guest, controls=[Present()])
+
+
+def test_controls_that_leave_cells_out_or_adapt_the_noisy_tokens_are_refused(dev):
+    class Adapting(Present):
+        def lora(self):
+            return None
+
+    class Filling(Present):
+        def fill(self):
+            return Fill(torch.zeros(1, 4, 4), torch.eye(2, dtype=torch.bool))
+
+    for control in (Adapting(), Filling()):
+        with pytest.raises(ValueError, match="a guest does not"):
+            draw(dev.attach(), controls=[control])
 
 
 def test_a_transformer_on_several_devices_is_refused_beside_controls(dev):

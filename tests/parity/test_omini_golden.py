@@ -14,8 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
-from condit.controls.control import Control, Run, Step, When
-from condit.controls.omini import OminiConfig, OminiControl, OminiReference, Recorder
+from condit.controls.control import Control, Fill, Run, Step, When
+from condit.controls.omini import OminiConfig, OminiControl, OminiReference, Recorder, condition_stream
+from condit.controls.omini_fill import from_official_mask
+from condit.controls.omini_official import official_guidance
+from condit.data.images import to_tensor
+from condit.diffusion.objectives import add_noise, flow_loss
 from condit.encoders.text import Text
 from condit.encoders.vae import encode_tokens, pack
 from condit.nn.attention import Attend, Call
@@ -33,6 +37,7 @@ FORWARD = load_file(GOLDEN / "forward.safetensors")
 GAMMA = load_file(GOLDEN / "gamma.safetensors")
 CACHE = load_file(GOLDEN / "kv_cache.safetensors")
 TRAJECTORY = load_file(GOLDEN / "trajectory.safetensors")
+TRAIN = load_file(GOLDEN / "train_step.safetensors")
 LORAS = {name: LoRA.from_tensors(load_file(GOLDEN / f"lora_{name}.safetensors")) for name in ("canny", "subject")}
 
 
@@ -124,8 +129,7 @@ def test_residual_streams_equal_the_official_code_after_every_block(model):
         ("delta_plus_w", grid_ids(*GRID, delta=(0, GRID[1]))),
         ("scale2", grid_ids(2, 3, scale=2)),
         ("scale2_then_delta_trainer_order", grid_ids(2, 3, delta=(0, -3), scale=2)),
-        # The official inference shifts first, so its delta counts in condition tokens: 3 of them are 6 of the image.
-        ("delta_then_scale2_inference_order", grid_ids(2, 3, delta=(0, -3 * 2), scale=2)),
+        ("delta_then_scale2_inference_order", grid_ids(2, 3, delta=(0, -3), scale=2, order="official-inference")),
     ],
 )
 def test_positions_equal_the_official_ones(name, found):
@@ -246,12 +250,36 @@ def vae():
 
 def test_condition_tokens_equal_the_official_encoding(vae):
     f = load_file(GOLDEN / "vae_encode.safetensors")
+    pixels = f["image"] if f["image"].shape[-1] == 3 else f["image"].movedim(0, -1)
+    equal(to_tensor(pixels.numpy(), tuple(f["preprocessed"].shape[-2:]))[None], f["preprocessed"])
     posterior = vae.encode(f["preprocessed"]).latent_dist
     equal(posterior.mean, f["mean"])
     shift, scaling = vae.config.shift_factor, vae.config.scaling_factor
     equal(pack((f["mean"] + f["std"] * f["noise"] - shift) * scaling), f["tokens"])
     equal(encode_tokens(vae, f["preprocessed"], sample=False), pack((f["mean"] - shift) * scaling))
     assert torch.equal(grid_ids(*GRID), f["ids"])
+
+
+def bound(pipe: Pipeline, adapter: str, **config) -> OminiControl:
+    return OminiControl(LORAS[adapter], OminiConfig(**config), pipe)
+
+
+@pytest.mark.parametrize(
+    ("case", "picture", "config", "ids"),
+    [
+        ("aligned", "image_a", {}, grid_ids(*GRID)),
+        ("subject", "image_b", {"delta": "left"}, grid_ids(*GRID, delta=(0, -GRID[1]))),
+        ("compact", "image_small", {"scale": 2}, grid_ids(2, 3, scale=2)),
+        ("image_guidance_1.5", "image_a", {}, grid_ids(*GRID)),
+    ],
+)
+def test_a_control_of_a_picture_equals_the_official_condition(model, vae, case, picture, config, ids):
+    """From pixels to tokens and positions, drawn from the posterior with the seed of the file."""
+    generator = torch.Generator().manual_seed(1234)
+    adapter = bound(golden_pipe(model, vae), "canny", **config)
+    control = adapter.control(TRAJECTORY[picture].numpy(), generator=generator)
+    equal(control.tokens, TRAJECTORY[f"{case}/encoded_0/tokens"])
+    assert torch.equal(control.ids, ids)
 
 
 class FixedText(nn.Module):
@@ -270,6 +298,25 @@ def encoded(case: str, number: int, adapter: str, ids: Tensor = FORWARD["img_ids
     return reference(TRAJECTORY[f"{case}/encoded_{number}/tokens"], ids, adapter, **fields)
 
 
+def clean_guidance() -> list[OminiReference]:
+    """The two cached conditions under image guidance; each one's black picture was encoded right after it."""
+    case = "image_guidance_1.5_two_kv"
+    black = [TRAJECTORY[f"{case}/encoded_{i}/tokens"] for i in (1, 3)]
+    return [
+        encoded(case, 0, "canny", black=black[0], independent=True),
+        encoded(case, 2, "subject", LEFT, black=black[1], independent=True),
+    ]
+
+
+def integrated(case: str, **fields) -> OminiReference:
+    """The known cells of a picture as the condition, the others to be drawn."""
+    tokens, drawn = TRAJECTORY[f"{case}/encoded_0/tokens"], from_official_mask(TRAJECTORY[MASK])
+    known = ~drawn.flatten()
+    part = encoded(case, 0, "canny", FORWARD["img_ids"][known], given=Fill(tokens, drawn), **fields)
+    return replace(part, tokens=tokens[:, known])
+
+
+MASK = "integration/condition_mask_wh"
 TRAJECTORY_CASES = {
     "none": [],
     "aligned": [encoded("aligned", 0, "canny")],
@@ -285,13 +332,19 @@ TRAJECTORY_CASES = {
     "image_guidance_1.5": [
         encoded("image_guidance_1.5", 0, "canny", black=TRAJECTORY["image_guidance_1.5/encoded_1/tokens"])
     ],
+    "image_guidance_1.5_two_kv": official_guidance(clean_guidance()),
+    "integration": [integrated("integration")],
+    "integration_kv": [integrated("integration_kv", independent=True)],
 }
 
 
-@pytest.mark.parametrize("case", TRAJECTORY_CASES)
-def test_four_steps_of_the_pipeline_equal_the_official_generate(model, vae, case):
+def test_every_trajectory_of_the_file_has_a_case():
+    assert set(TRAJECTORY_CASES) == {name.split("/")[0] for name in TRAJECTORY if name.endswith("/trajectory")}
+
+
+def golden_pipe(model: MMDiT, vae) -> Pipeline:
     height, width = (n * CONFIG["px"] for n in GRID)
-    pipe = Pipeline(
+    return Pipeline(
         Parts(
             name="golden",
             hash="",
@@ -307,17 +360,91 @@ def test_four_steps_of_the_pipeline_equal_the_official_generate(model, vae, case
             distilled=True,
         )
     )
+
+
+def draw(pipe: Pipeline, case: str, controls: list[Control]) -> tuple[Tensor, Tensor]:
+    """The latents after each of four steps, and in the end."""
     steps = []
-    pipe(
+    result = pipe(
         "",
-        controls=TRAJECTORY_CASES[case],
+        controls=controls,
         latents=TRAJECTORY["latents_init"],
         image_guidance_scale=1.5 if case.startswith("image_guidance") else None,
         output_type="latent",
         callback_on_step_end=lambda pipe, i, t, kept: steps.append(kept["latents"]),
     )
+    return torch.stack(steps), result.images
+
+
+@pytest.mark.parametrize("case", TRAJECTORY_CASES)
+def test_four_steps_of_the_pipeline_equal_the_official_generate(model, vae, case):
+    steps, final = draw(golden_pipe(model, vae), case, TRAJECTORY_CASES[case])
     # Four steps add up their roundings.
-    equal(torch.stack(steps), TRAJECTORY[f"{case}/trajectory"], atol=2e-5)
+    equal(steps, TRAJECTORY[f"{case}/trajectory"], atol=2e-5)
+    if f"{case}/final" in TRAJECTORY:
+        equal(final, TRAJECTORY[f"{case}/final"], atol=2e-5)
+
+
+def test_our_image_guidance_differs_from_the_officials_where_it_lacks_the_mask(model, vae):
+    """Two cached conditions: there the black ones see text, image and each other, here themselves only."""
+    case = "image_guidance_1.5_two_kv"
+    found, _ = draw(golden_pipe(model, vae), case, list(clean_guidance()))
+    assert (found - TRAJECTORY[f"{case}/trajectory"]).abs().max() > 1e-3
+
+
+# Training
+
+
+TRAIN_CASES: dict[str, tuple[str, Sees]] = {
+    "aligned": ("canny", "main"),
+    "aligned_independent": ("canny", "self"),
+    "subject": ("subject", "main"),
+    "compact_shifted": ("canny", "main"),
+    "two_shared_adapter": ("canny", "main"),
+    "integration": ("canny", "main"),
+}
+
+
+def test_every_training_step_of_the_file_has_a_case():
+    assert set(TRAIN_CASES) == {name.split("/")[0] for name in TRAIN}
+
+
+@pytest.mark.parametrize("case", TRAIN_CASES)
+def test_loss_and_gradients_of_a_training_step_equal_the_official_trainer(model, case):
+    adapter, sees = TRAIN_CASES[case]
+    config = OminiConfig(independent=sees == "self")
+    given = {n.removeprefix(f"{case}/"): x for n, x in TRAIN.items() if n.startswith(f"{case}/")}
+    loras = {name: LoRA.from_tensors(lora.tensors()) for name, lora in LORAS.items()}
+    # Guidance 1 for every branch, whatever the model is asked for later.
+    run = Run(model, 1, GRID, TRAJECTORY["pooled"], torch.ones(1), CONFIG["transformer"]["in_channels"])
+    conditions = [
+        condition_stream(
+            OminiControl(loras[adapter], config),
+            given[f"cond_{i}/tokens"].reshape(1, -1, run.in_channels),
+            given[f"cond_{i}/ids"],
+            run,
+        )
+        for i in range(2)
+        if f"cond_{i}/ids" in given
+    ]
+    t, target = given["t"], given["target_velocity"]
+    noisy = Stream(given["x_t"], given["img_ids"], t, run.pooled, run.guidance)
+    found = model(noisy, TRAJECTORY["text"], torch.zeros(TEXT_TOKENS, 3), conditions=conditions)
+    equal(found, given["prediction"])
+    x0 = given["x_t"] - t * target
+    equal(add_noise(x0, x0 + target, t), given["x_t"], atol=1e-6)
+    loss = flow_loss(found, x0, x0 + target, t).mean()
+    equal(loss[None], given["loss"])
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in loras[adapter].parameters() if p.grad is not None]).norm()
+    equal(norm[None], given["grad_global_norm"], atol=1e-5 * float(norm))
+    gradients = {n.removeprefix("grad/"): x for n, x in given.items() if n.startswith("grad/")}
+    assert gradients
+    for name, expected in gradients.items():
+        path, side, owner = name.removesuffix(".weight").rsplit(".", 2)
+        parameter = {"lora_A": loras[owner].a, "lora_B": loras[owner].b}[side][loras[owner].keys[path]]
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        equal(gradient, expected, atol=1e-5 * float(norm))
 
 
 def test_a_control_of_strength_zero_is_left_out_as_the_official_bias_log_zero_means(model):

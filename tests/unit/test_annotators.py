@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from condit.data.annotators import blur, edge_map, edges, edges_array, gray, line_map, lines, soft_edges
+from condit.data.annotators import (
+    blur,
+    canny,
+    canny_array,
+    edge_map,
+    edges,
+    edges_array,
+    gray,
+    line_map,
+    lines,
+    soft_edges,
+)
 
 
 def disc(fill: str, ground: str | tuple = "white", mode: str = "RGB") -> Image.Image:
@@ -96,3 +107,52 @@ def test_a_ready_map_is_white_on_black_whichever_way_it_was_drawn():
     turned = Image.fromarray(255 - np.asarray(lines))
     assert np.array_equal(np.asarray(edge_map(turned)), np.asarray(edge_map(lines)))
     assert np.array_equal(np.asarray(edge_map(lines)), np.asarray(lines))
+
+
+# Canny as OminiControl's published adapter knows it
+
+
+def step(height: int, across: str = "columns") -> np.ndarray:
+    """Grey 40 to the left (or above) of the middle of 9 x 9, 40 + height to the right (or below)."""
+    plane = np.full((9, 9), 40, np.uint8)
+    plane[:, 5:] += height
+    return np.repeat((plane if across == "columns" else plane.T)[..., None], 3, 2)
+
+
+def test_canny_marks_a_step_above_the_upper_threshold_with_one_line():
+    """The Sobel sum of a step of h is 4 h: 51 gives 204, 50 gives 200, and a threshold must be exceeded."""
+    assert not canny_array(step(50)).any()
+    for across in ("columns", "rows"):
+        found = canny_array(step(51, across))
+        lines = found if across == "columns" else found.T
+        assert (lines[:, 4] == 255).all() and lines.sum() == 9 * 255  # of two equal pixels the first
+
+
+def test_canny_keeps_a_weak_line_only_where_it_hangs_on_a_strong_one():
+    weak = step(30)  # 120: between the thresholds
+    assert not canny_array(weak).any()
+    weak[:3, 5:] = 240
+    found = canny_array(weak)
+    assert found[8, 4] == 255  # six pixels away from the strong part
+    alone = canny_array(np.where(np.arange(9)[:, None, None] == 3, 40, weak).astype(np.uint8))
+    assert not alone[8].any()
+
+
+def test_canny_sees_colours_of_one_luma_where_a_grey_picture_has_no_edge():
+    picture = np.full((9, 9, 3), (200, 0, 0), np.uint8)
+    picture[:, 5:] = (0, 102, 0)  # both of luma 60
+    assert canny_array(picture)[:, 4].all()
+    assert not canny_array(np.asarray(gray(picture))).any()
+
+
+def test_canny_follows_both_diagonals_in_stairs():
+    """Compared along the gradient a stair has two equal pixels a row; compared across it none would be left."""
+    rows, columns = np.mgrid[:20, :20]
+    for picture in (rows > columns, rows > 19 - columns):
+        found = canny_array(np.repeat(picture[..., None], 3, 2).astype(np.uint8) * 255)
+        assert (found[2:18].sum(1) == 2 * 255).all()
+
+
+def test_canny_gives_three_equal_channels():
+    found = np.asarray(canny(step(200)))
+    assert found.shape == (9, 9, 3) and (found[..., 0] == found[..., 2]).all() and found.max() == 255

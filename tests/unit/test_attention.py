@@ -36,6 +36,15 @@ def test_a_log_weight_multiplies_the_appended_keys_in_the_softmax():
     close(found, by_hand(joined, torch.tensor([1.0] * 7 + [0.5] * 2)))
 
 
+def test_a_log_weight_may_differ_from_query_to_query():
+    more, weights = call(keys=2), torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0])
+    found = sdpa(call().append_kv(more.k, more.v, weights.log()[None, None, :, None]))
+    joined = Call(call().q, torch.cat([call().k, more.k], 2), torch.cat([call().v, more.v], 2), SITE)
+    rows = torch.cat([torch.ones(5, 7), weights[:, None].expand(-1, 2)], 1)
+    close(found, by_hand(joined, rows))
+    close(found[:, :, 0], sdpa(call())[:, :, 0])  # weight 0: unseen
+
+
 def test_keys_are_appended_behind_an_existing_bias():
     bias = torch.linspace(-1, 1, 7)[None, None, None]
     found = call(bias=bias).append_kv(call(keys=2).k, call(keys=2).v)

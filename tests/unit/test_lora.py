@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from condit.nn.lora import Linear, LoRA, linear_shapes, name_linears
+from condit.nn.lora import Linear, LoRA, Part, linear_shapes, name_linears, together
 
 
 class Net(nn.Module):
@@ -70,3 +70,49 @@ def test_targets_match_whole_parts_of_a_path():
     net = Net()
     assert linear_shapes(net, ["to_q", "inner.0", "inner.1"]) == {"to_q": (4, 3), "inner.0": (2, 4)}
     assert linear_shapes(net, ["q"]) == {}
+
+
+def test_ranks_and_alphas_may_differ_from_layer_to_layer():
+    lora = LoRA({"to_q": (4, 3), "inner.0": (2, 4)}, {"to_q": 1, "inner.0": 2}, {"inner.0": 8.0})
+    assert lora.scales == {"to_q": 1, "inner.0": 4} and lora.rank == 2
+    again = LoRA.from_tensors(lora.tensors())
+    assert [len(again.a[k]) for k in ("to_q", "inner/0")] == [1, 2]
+
+
+def test_a_saved_scale_stands_in_b_so_that_a_reader_without_alpha_computes_the_same():
+    lora, x = filled(rank=2, alpha=3.0), torch.randn(2, 3)
+    again = LoRA.from_tensors(lora.tensors())
+    assert again.scales["to_q"] == 1
+    torch.testing.assert_close(again.delta("to_q", x), lora.delta("to_q", x), rtol=0, atol=1e-6)
+
+
+def test_alpha_beside_a_pair_is_read_unless_one_is_given():
+    tensors = filled(rank=2).tensors() | {"transformer.to_q.alpha": torch.tensor(6.0)}
+    assert LoRA.from_tensors(tensors).scales == {"inner.0": 1, "to_q": 3}
+    assert LoRA.from_tensors(tensors, 4.0).scales == {"inner.0": 2, "to_q": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer.to_q.lora_B.weight": None}, "to_q: expected A.*found no lora_B"),
+        ({"transformer.to_q.lora_B.weight": torch.zeros(4, 3)}, r"found A \(2, 3\) and B \(4, 3\)"),
+    ],
+)
+def test_a_pair_that_is_none_is_refused(change, message):
+    tensors = {n: t for n, t in (filled().tensors() | change).items() if t is not None}
+    with pytest.raises(ValueError, match=message):
+        LoRA.from_tensors(tensors)
+
+
+def test_parts_of_updates_add_up():
+    lora, x, half = filled(), torch.randn(2, 3), torch.tensor(0.5)
+    whole = lora.delta("to_q", x)
+    assert whole is not None
+    both = together([Part(lora, half), None, Part(lora, half)])
+    assert both is not None
+    torch.testing.assert_close(both.delta("to_q", x), whole)
+    assert Part(lora, only=("inner.0",)).delta("to_q", x) is None
+    assert Part(lora, without=("to_q",)).delta("to_q", x) is None
+    assert both.delta("nowhere", x) is None
+    assert together([None]) is None and together([lora]) is lora

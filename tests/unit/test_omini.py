@@ -1,13 +1,23 @@
 """controls/omini.py: adapters and what they place into the sequence. Numbers: tests/parity/test_omini_golden.py."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from condit.controls.control import Run, Step, When
 from condit.controls.omini import OminiConfig, OminiControl, omini_targets
+from condit.controls.omini_official import official_guidance
+from condit.controls.omini_tasks import TASKS
+from condit.data.annotators import canny
+from condit.data.images import to_tensor
 from condit.pipeline import Pipeline
 from condit.weights.files import save_tensors
+
+LEFT = np.zeros((32, 48), np.uint8)
+LEFT[:, :24] = 255
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +142,203 @@ def test_the_recipe_of_a_control_says_how_to_make_it_again(pipe, make_omini, pic
     described = control.describe()
     assert (described["method"], described["strength"], described["when"]) == ("OminiControl", 0.5, [0, 0.5])
     assert len(described["reference"]) == 2
+
+
+# Strength, region, cache
+
+
+def test_the_papers_strength_reaches_the_stream(pipe, make_omini, pictures):
+    control = make_omini(pipe).control(pictures(1), strength=0.5, text_bias=False)
+    (stream,) = control.prepare(run_of(pipe)).at(Step(0, 4, 1.0)).streams()
+    assert not stream.weight_text
+
+
+def test_a_region_is_a_weight_a_token_on_the_grid_of_the_run(pipe, make_omini, pictures):
+    mask = np.zeros((32, 48), np.uint8)
+    mask[:, :20] = 255  # two and a half cells
+    control = make_omini(pipe).control(pictures(1), mask=mask, strength=0.5).prepare(run_of(pipe, batch=2))
+    (stream,) = control.at(Step(0, 4, 1.0)).streams()
+    weights = stream.log_weight.exp().unflatten(1, (4, 6))
+    assert weights.shape == (2, 4, 6)
+    torch.testing.assert_close(weights[1, 3], torch.tensor([0.5, 0.5, 0.25, 0, 0, 0]))
+
+
+@pytest.fixture
+def prefills(pipe, monkeypatch) -> list[int]:
+    """Grows by one whenever the backbone runs a condition on its own."""
+    counted, original = [], pipe.backbone.prefill
+    monkeypatch.setattr(pipe.backbone, "prefill", lambda *given: counted.append(1) or original(*given))
+    return counted
+
+
+def latents(pipe, controls, prompt: str | list[str] = "a fox", **how):
+    return pipe(prompt, controls=controls, **{"seed": 0, "output_type": "latent", **how}).images
+
+
+def test_one_prefill_serves_seeds_steps_guidance_and_copies(pipe, make_omini, pictures, prefills):
+    control = make_omini(pipe, independent=True).control(pictures(1))
+    ready = control.prefill("a fox")
+    assert len(prefills) == 1
+    settings = [{}, {"seed": 3}, {"num_inference_steps": 5}, {"guidance_scale": 2.0}, {"num_images_per_prompt": 2}]
+    drawn = [latents(pipe, [ready], **how) for how in settings]
+    assert len(prefills) == 1
+    for how, found in zip(settings, drawn, strict=True):
+        torch.testing.assert_close(found, latents(pipe, [control], **how), rtol=0, atol=1e-5)  # copies: a larger batch
+    assert len(prefills) == 1 + len(settings)
+
+
+def test_one_prefill_serves_every_size(make_pipe, make_omini, pictures):
+    pipe = make_pipe(canvas=False, guidance_embeds=True, distilled=True)
+    control = make_omini(pipe, independent=True).control(pictures(1))
+    found = latents(pipe, [control.prefill("a fox")], height=16, width=40)
+    assert found.shape == (1, 10, 16) and torch.equal(found, latents(pipe, [control], height=16, width=40))
+
+
+def test_prompts_with_references_of_their_own_are_prefilled_together(pipe, make_omini, pictures):
+    control = make_omini(pipe, independent=True).control(pictures(2))
+    prompts = ["a fox", "snow"]
+    ready = control.prefill(prompts)
+    torch.testing.assert_close(latents(pipe, [ready], prompts), latents(pipe, [control], prompts), rtol=0, atol=1e-5)
+
+
+def test_a_prefilled_condition_refuses_another_prompt(pipe, make_omini, pictures):
+    ready = make_omini(pipe, independent=True).control(pictures(1)).prefill("a fox")
+    with pytest.raises(ValueError, match="prefilled for another prompt.*pooled text.*Prefill it for this prompt"):
+        latents(pipe, [ready], "snow")
+    with pytest.raises(ValueError, match="prefilled for another prompt"):
+        latents(pipe, [ready], ["a fox", "snow"])
+
+
+def test_the_unconditional_side_of_guidance_fills_its_own_cache(make_pipe, make_omini, pictures):
+    pipe = make_pipe()
+    control = make_omini(pipe, independent=True).control(pictures(1))
+    assert torch.equal(latents(pipe, [control.prefill("a fox")]), latents(pipe, [control]))
+
+
+def test_a_jointly_trained_adapter_refuses_a_cache_and_says_why(pipe, make_omini, pictures):
+    adapter = make_omini(pipe)
+    with pytest.raises(ValueError, match="trained jointly: its condition attends to text and image"):
+        adapter.control(pictures(1)).prefill("a fox")
+    with pytest.raises(ValueError, match="trained jointly.*cached='approximate'"):
+        adapter.control(pictures(1), cached=True)
+
+
+def test_the_approximation_must_be_asked_for_and_is_one(pipe, make_omini, pictures):
+    adapter = make_omini(pipe)
+    rough = adapter.control(pictures(1), cached="approximate")
+    assert rough.prepare(run_of(pipe)).streams() == () and rough.describe()["cached"] == "approximate"
+    assert (latents(pipe, [rough]) - latents(pipe, [adapter.control(pictures(1))])).abs().max() > 1e-3
+    assert torch.equal(latents(pipe, [rough.prefill("a fox")]), latents(pipe, [rough]))
+
+
+def test_an_unknown_kind_of_cache_is_refused(pipe, make_omini, pictures):
+    with pytest.raises(ValueError, match="cached must be True, False, None or 'approximate'; found 'yes'"):
+        make_omini(pipe).control(pictures(1), cached="yes")
+
+
+# Sizes and parts of a picture
+
+
+def test_a_condition_is_read_at_the_size_that_is_asked_for(pipe, make_omini, pictures):
+    control = make_omini(pipe).control(pictures(1), size=(16, 40))
+    assert control.ids[-1].tolist() == [0, 1, 4] and control.tokens.shape == (1, 10, 16)
+    assert control.describe()["size"] == [16, 40]
+    with pytest.raises(ValueError, match="size must be multiples of 8 up to 4096; found 16 x 42"):
+        make_omini(pipe).control(pictures(1), size=(16, 42))
+
+
+def test_a_picture_to_fill_must_have_the_size_of_the_call(make_pipe, make_omini, pictures):
+    pipe = make_pipe(canvas=False)
+    control = make_omini(pipe).control(pictures(1), fill=LEFT, size=(16, 48))
+    with pytest.raises(ValueError, match="picture to fill has 2 x 6 cells, this call draws 4 x 6"):
+        latents(pipe, [control])
+    assert latents(pipe, [control], height=16).shape == (1, 12, 16)
+
+
+def test_two_pictures_cannot_be_filled_at_once(pipe, make_omini, pictures):
+    control = make_omini(pipe).control(pictures(1), fill=LEFT)
+    with pytest.raises(ValueError, match="2 controls give a part of the picture; at most one can"):
+        latents(pipe, [control, control])
+
+
+@pytest.mark.parametrize("config", [{"delta": (0, -6)}, {"scale": 2}, {"annotator": "gray"}])
+def test_only_an_adapter_of_the_picture_itself_can_fill(pipe, make_omini, pictures, config):
+    with pytest.raises(ValueError, match="fill keeps cells of the picture where they stand"):
+        make_omini(pipe, **config).control(pictures(1), fill=LEFT)
+
+
+def test_the_empty_reference_of_a_part_is_black_in_the_same_cells(pipe, make_omini, pictures):
+    control = make_omini(pipe).control(pictures(1), fill=LEFT)
+    black, _ = pipe.encode_condition(-torch.ones(1, 3, 32, 48))
+    negative = control.negative()
+    assert torch.equal(negative.tokens, black[:, ~control.given.drawn.flatten()])
+    assert torch.equal(negative.ids, control.ids) and control.describe()["fill"][0]["sha256"]
+
+
+# The official image guidance
+
+
+@pytest.mark.parametrize("how", [{"strength": 0.5}, {"when": When(0, 0.5)}, {"mask": LEFT}])
+def test_the_official_guidance_knows_no_strength_schedule_or_mask(pipe, make_omini, pictures, how):
+    with pytest.raises(ValueError, match="knows neither strength, schedule nor mask"):
+        official_guidance([make_omini(pipe).control(pictures(1), **how)])
+
+
+def test_the_official_guidance_caches_all_or_none(pipe, make_omini, pictures):
+    mixed = [make_omini(pipe, independent=i).control(pictures(1)) for i in (False, True)]
+    with pytest.raises(ValueError, match="caches all conditions of a call, or none"):
+        official_guidance(mixed)
+
+
+def test_one_joint_condition_is_guided_officially_as_by_default(pipe, make_omini, pictures):
+    control = make_omini(pipe).control(pictures(1))
+    ours, theirs = (
+        latents(pipe, given, image_guidance_scale=1.5) for given in ([control], official_guidance([control]))
+    )
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)  # groups of other rows sum in another order
+
+
+# Tasks
+
+
+def test_the_tasks_are_those_of_the_papers():
+    names = {"canny", "depth", "coloring", "deblurring", "fill", "subject", "sr", "art", "cartoon"}
+    assert names <= TASKS.keys() and all(config.task == name for name, config in TASKS.items())
+
+
+def test_the_side_of_a_condition_is_one_width_of_its_own(pipe, make_omini, pictures):
+    adapter = make_omini(pipe, delta="left")
+    assert adapter.control(pictures(1)).ids[0].tolist() == [0, 0, -6]
+    assert adapter.control(pictures(1), size=(16, 80)).ids[0].tolist() == [0, 0, -10]
+    assert adapter.control(pictures(1), delta="right").ids[0].tolist() == [0, 0, 6]
+    small = make_omini(pipe, delta="left", scale=2).control(pictures(1)).ids[:, 2]
+    assert small.max() == -1.5 and small.min() == -5.5  # three tokens of two columns each, up to the picture's edge
+    official = make_omini(pipe, delta="left", scale=2, order="official-inference").control(pictures(1))
+    assert torch.equal(official.ids[:, 2], small)
+    with pytest.raises(ValueError, match="two numbers, 'left' or 'right'; found 'up'"):
+        OminiConfig(delta="up")  # type: ignore[arg-type]
+
+
+def test_a_published_file_is_read_as_the_task_that_it_was_trained_for(pipe, make_omini, pictures, tmp_path):
+    path = save_tensors(tmp_path / "canny.safetensors", make_omini(pipe, rank=2).tensors())
+    adapter = OminiControl.load(path, pipe, "canny")
+    assert adapter.config == replace(TASKS["canny"], rank=2)
+    drawn = to_tensor(canny(pictures(1)[0]), (32, 48))[None]
+    assert torch.equal(adapter.control(pictures(1)[0]).tokens, pipe.encode_condition(drawn)[0])
+    given = OminiConfig("mine", (1, 2), order="official-inference")
+    assert OminiControl.load(path, pipe, given).config == replace(given, rank=2)
+    with pytest.raises(ValueError, match="No task 'cany'; there are canny, depth"):
+        OminiControl.load(path, pipe, "cany")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_makes_a_control(pipe, make_omini, pictures, tmp_path, task):
+    path = save_tensors(tmp_path / "a.safetensors", make_omini(pipe, rank=2).tensors())
+    control = OminiControl.load(path, pipe, task).control(pictures(1)[0])
+    assert latents(pipe, [control]).isfinite().all()
+
+
+def test_a_side_is_saved_and_loaded(pipe, make_omini, tmp_path):
+    adapter = make_omini(pipe, delta="left", order="official-inference")
+    path = save_tensors(tmp_path / "a.safetensors", adapter.tensors(), {"condit": adapter.metadata()})
+    assert OminiControl.load(path, pipe).config == adapter.config

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from condit.nn.streams import Group, Sees, Stream, grid_ids, groups
+from condit.nn.streams import Group, Sees, Stream, grid_ids, groups, row_weights
 
 TEXT, IMAGE, A, B = range(4)
 HALF, DOUBLE = torch.tensor(0.5).log(), torch.tensor(2.0).log()
@@ -82,6 +82,22 @@ def test_grid_ids_are_row_major_with_a_zero_axis_in_front():
 def test_compact_ids_are_centres_of_their_cells_and_delta_counts_in_image_tokens():
     assert grid_ids(1, 3, scale=2).tolist() == [[0, 0.5, 0.5], [0, 0.5, 2.5], [0, 0.5, 4.5]]
     assert grid_ids(1, 2, scale=2, delta=(1, -4)).tolist() == [[0, 1.5, -3.5], [0, 1.5, -1.5]]
+
+
+def test_the_official_inference_counts_delta_in_tokens_of_the_condition():
+    found = grid_ids(1, 2, scale=2, delta=(1, -4), order="official-inference")
+    assert found.tolist() == [[0, 2.5, -7.5], [0, 2.5, -5.5]]
+    with pytest.raises(ValueError, match="'scale-first' or 'official-inference'; found 'mine'"):
+        grid_ids(1, 2, order="mine")  # type: ignore[arg-type]
+
+
+def test_text_takes_the_mean_weight_of_the_picture_or_none():
+    weight = torch.tensor([[1.0, 0.5, 0.0]]).log()
+    assert row_weights(weight, 5, slice(2, 5)).exp()[0].tolist() == pytest.approx([0.5, 0.5, 1, 0.5, 0])
+    assert row_weights(weight, 5, slice(2, 5), weight_text=False).exp().tolist()[0][:2] == [1, 1]
+    assert row_weights(weight, 2, slice(0, 0)).exp()[0].tolist() == pytest.approx([0.5, 0.5])
+    assert row_weights(HALF, 3, slice(1, 3)).exp()[0].tolist() == [0.5] * 3
+    assert row_weights(HALF, 3, slice(1, 3), weight_text=False).exp()[0].tolist() == [1, 0.5, 0.5]
 
 
 def test_ids_are_float32_because_bfloat16_would_round_far_columns():

@@ -291,7 +291,7 @@ def test_a_lora_equals_the_weights_with_its_update_added():
     found = model(pictures(), lora=lora)
     assert (found - model(pictures())).abs().max() > 1e-2
     for path, key in lora.keys.items():
-        model.get_submodule(path).weight.add_(lora.scale * lora.b[key] @ lora.a[key])  # type: ignore[operator]
+        model.get_submodule(path).weight.add_(lora.scales[path] * lora.b[key] @ lora.a[key])  # type: ignore[operator]
     equal(found, model(pictures()), atol=1e-5)  # x W + x A B against x (W + A B)
 
 

@@ -21,8 +21,8 @@ from condit.nn.layers import (
     rope_frequencies,
     timestep_features,
 )
-from condit.nn.lora import Linear, LoRA, name_linears
-from condit.nn.streams import Group, Stream, groups
+from condit.nn.lora import Linear, LowRank, name_linears
+from condit.nn.streams import Group, Stream, groups, row_weights
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,24 @@ PRESETS: dict[str, MMDiTConfig] = {
 class Frame:
     """What one forward holds fixed over its blocks: the streams, their clocks, positions and who sees whom."""
 
-    loras: tuple[LoRA | None, ...]
+    loras: tuple[LowRank | None, ...]
     embeddings: tuple[Tensor, ...]
     ropes: tuple[Rope, ...]
     groups: tuple[Group, ...]
     text: int | None  # index of the text stream
     image: tuple[int, int] | None  # (stream index, first row within it) of the noisy image
     controls: tuple
+
+    @property
+    def main(self) -> tuple[int, ...]:
+        """The streams of text and image."""
+        return tuple(i for i in (self.text, self.image and self.image[0]) if i is not None)
+
+    def image_part(self, stream: int, length: int) -> slice:
+        """Which tokens of a main stream are the noisy image's."""
+        if self.image is None or stream != self.image[0]:
+            return slice(0, 0)
+        return slice(self.image[1], length)
 
 
 class Embedder(nn.Module):
@@ -91,8 +102,8 @@ class Embedder(nn.Module):
         super().__init__()
         self.linear_1, self.linear_2 = Linear(n_in, dim), Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+    def forward(self, x: Tensor, lora: LowRank | None = None) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x, lora)), lora)
 
 
 class TimeTextEmbed(nn.Module):
@@ -107,13 +118,12 @@ class TimeTextEmbed(nn.Module):
 
     def forward(self, stream: Stream) -> Tensor:
         """(B, dim), or (B, N, dim) if the stream has a pooled vector for each token."""
-        dtype = stream.tokens.dtype
-        embedding = self.timestep_embedder(timestep_features(stream.timestep.to(dtype) * 1000).to(dtype))
+        dtype, lora = stream.tokens.dtype, stream.lora
+        embedding = self.timestep_embedder(timestep_features(stream.timestep.to(dtype) * 1000).to(dtype), lora)
         if stream.guidance is not None:
-            embedding = embedding + self.guidance_embedder(
-                timestep_features(stream.guidance.to(dtype) * 1000).to(dtype)
-            )
-        pooled = self.text_embedder(stream.pooled)
+            features = timestep_features(stream.guidance.to(dtype) * 1000).to(dtype)
+            embedding = embedding + self.guidance_embedder(features, lora)
+        pooled = self.text_embedder(stream.pooled, lora)
         return (embedding if pooled.ndim == 2 else embedding[:, None]) + pooled
 
 
@@ -130,7 +140,7 @@ class JointAttention(nn.Module):
             self.norm_added_q, self.norm_added_k = (RMSNorm(c.attention_head_dim, eps=1e-6) for _ in range(2))
             self.to_out, self.to_add_out = nn.ModuleList([Linear(c.dim, c.dim)]), Linear(c.dim, c.dim)
 
-    def qkv(self, x: Tensor, lora: LoRA | None, rope: Rope, *, text: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, lora: LowRank | None, rope: Rope, *, text: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values and the queries before rotary positions, each (B, H, N, D)."""
         if text and self.with_text:
             linears = self.add_q_proj, self.add_k_proj, self.add_v_proj
@@ -158,8 +168,8 @@ class JointAttention(nn.Module):
                 join([k[j] for j in group.cols]),
                 join([v[j] for j in group.cols]),
                 self.site,
-                bias=key_bias(group, k),
-                image=image_rows(group, lengths, frame.image),
+                bias=score_bias(group, k, frame),
+                image=image_rows(group, lengths, frame),
                 plain=join([plain[i] for i in group.rows]) if frame.controls else None,
             )
             out += join_heads(attend(call, frame.controls)).split(lengths, 1)
@@ -200,24 +210,35 @@ def with_residuals(xs: list[Tensor], site: Site, plain: Tensor | None, frame: Fr
     return xs
 
 
-def key_bias(group: Group, keys: Sequence[Tensor]) -> Tensor | None:
-    """One row of log weights over the group's keys, (1, 1, 1, Nk); None if every stream has weight 1."""
+def score_bias(group: Group, keys: Sequence[Tensor], frame: Frame) -> Tensor | None:
+    """Log weights of the group's scores; None if all are 1. One row over the keys (1, 1, 1, Nk) serves every query,
+    unless a weight differs from token to token of the image: (B or 1, 1, Nq or 1, Nk)."""
     if all(w is None for w in group.weights):
         return None
-    rows = []
+    blocks = []
     for j, weight in zip(group.cols, group.weights, strict=True):
-        zeros = keys[j].new_zeros(keys[j].shape[2])
-        rows.append(zeros if weight is None else zeros + weight.to(zeros))
-    return torch.cat(rows)[None, None, None]
+        n = keys[j].shape[2]
+        zeros = keys[j].new_zeros(1, 1, 1, n)
+        if weight is None or weight.ndim == 0:
+            blocks.append(zeros if weight is None else zeros + weight.to(zeros))
+        elif j in frame.main:  # a condition's queries: the weight stands with the keys
+            blocks.append(row_weights(weight, n, frame.image_part(j, n))[:, None, None].to(zeros))
+        else:
+            rows = [row_weights(weight, keys[i].shape[2], frame.image_part(i, keys[i].shape[2])) for i in group.rows]
+            blocks.append(torch.cat(rows, 1)[:, None, :, None].to(zeros).expand(-1, -1, -1, n))
+    shape = torch.broadcast_shapes(*(b.shape[:-1] for b in blocks))
+    return torch.cat([b.expand(*shape, -1) for b in blocks], -1)
 
 
-def image_rows(group: Group, lengths: Sequence[int], image: tuple[int, int] | None) -> slice | None:
-    """Where the noisy image's rows stand among the group's queries."""
-    if image is None or image[0] not in group.rows:
+def image_rows(group: Group, lengths: Sequence[int], frame: Frame) -> slice | None:
+    """Where the noisy image's rows stand among the group's queries; empty for text alone, None for a condition."""
+    if frame.image is None or not set(group.rows) & set(frame.main):
         return None
-    place = group.rows.index(image[0])
+    if frame.image[0] not in group.rows:
+        return slice(0, 0)
+    place = group.rows.index(frame.image[0])
     begin = sum(lengths[:place])
-    return slice(begin + image[1], begin + lengths[place])
+    return slice(begin + frame.image[1], begin + lengths[place])
 
 
 class DoubleBlock(nn.Module):
@@ -332,8 +353,8 @@ class MMDiT(nn.Module):
             xs = block(xs, single)
         h = xs[1] if split else xs[0][:, text.shape[1] :]
         # diffusers' norm_out stores (scale, shift); every other AdaNorm stores (shift, scale).
-        scale, shift = self.norm_out.modulation(clock)
-        return self.proj_out(modulated_norm(h, shift, scale))
+        scale, shift = self.norm_out.modulation(clock, image.lora)
+        return self.proj_out(modulated_norm(h, shift, scale), image.lora)
 
     def prefill(self, condition: Stream, controls: Sequence) -> None:
         """Run one independent condition alone; `controls` see its calls (OminiControl2, arXiv:2503.08280: its keys and

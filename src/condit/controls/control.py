@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from condit.nn.attention import Attend, Call, Site
+from condit.nn.lora import LowRank
 from condit.nn.streams import Stream
 
 
@@ -74,7 +75,8 @@ class Prefillable(Protocol):
 class Run:
     """What a control may need to know of one pipeline call: the backbone, the batch, the token grid, the text.
 
-    pooled (B, P); guidance (B,) or None; grid = (rows, columns) of image tokens; in_channels of the backbone.
+    pooled (B, P); guidance (B,) or None; grid = (rows, columns) of image tokens; in_channels of the backbone; cells
+    (M,) are the numbers of the cells that are drawn, None for all of them; leak: see `Control.leak`.
     """
 
     backbone: Prefillable
@@ -83,6 +85,30 @@ class Run:
     pooled: Tensor
     guidance: Tensor | None
     in_channels: int
+    cells: Tensor | None = None
+    leak: LowRank | None = None
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A picture that is drawn in part: tokens (n, N, C) of all its cells, row-major; drawn (rows, columns), bool.
+
+    The sequence then holds the drawn cells only, and the others come back as given.
+    """
+
+    tokens: Tensor
+    drawn: Tensor
+
+    @property
+    def cells(self) -> Tensor:
+        """Numbers (M,) of the drawn cells."""
+        return self.drawn.flatten().nonzero()[:, 0]
+
+    def complete(self, drawn: Tensor) -> Tensor:
+        """All cells (B, N, C) from the drawn ones (B, M, C)."""
+        whole = match_batch(self.tokens, len(drawn), "fill").to(drawn).clone()
+        whole[:, self.cells] = drawn
+        return whole
 
 
 class Control:
@@ -103,6 +129,18 @@ class Control:
     def streams(self) -> tuple[Stream, ...]:
         """Join: tokens that enter the sequence."""
         return ()
+
+    def fill(self) -> Fill | None:
+        """Omit: the cells that need not be drawn, and what they hold. At most one control of a call."""
+        return None
+
+    def lora(self) -> LowRank | None:
+        """Adapt: a low-rank update for the tokens of text and image."""
+        return None
+
+    def leak(self) -> LowRank | None:
+        """An update that this control also puts on the conditions of others, as official code may; usually none."""
+        return None
 
     def pooled(self) -> Tensor | None:
         """Shift: an addition to the prompt's pooled vector, (B, P), or (B, N, P) for one a token of the image; of these
@@ -133,7 +171,7 @@ def match_batch(x: Tensor, batch: int, what: str) -> Tensor:
     raise ValueError(f"{what}: {x.shape[0]} references for {batch} images. Give 1, {batch}, or a divisor of {batch}.")
 
 
-def region_mask(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Pixel mask (B or 1, H, W) in [0, 1] -> weights (B or 1, 1, N, 1) on the token grid, by area."""
-    small = torch.nn.functional.interpolate(mask[:, None].float(), size=grid, mode="area")
-    return small.flatten(2)[..., None]
+def region_mask(mask: Tensor, grid: tuple[int, int], cells: Tensor | None = None) -> Tensor:
+    """Pixel mask (B or 1, H, W) in [0, 1] -> (B or 1, 1, N, 1) on the token grid, by area; `cells`: only theirs."""
+    small = torch.nn.functional.interpolate(mask[:, None].float(), size=grid, mode="area").flatten(2)
+    return (small if cells is None else small[..., cells.to(small.device)])[..., None]

@@ -213,7 +213,9 @@ class IPReference(Control):
             for path, (k, v) in self.kv.items()
             if any_site(self.where, path)
         }
-        region = None if self.mask is None else match_batch(region_mask(self.mask, run.grid), run.batch, "mask")
+        region = (
+            None if self.mask is None else match_batch(region_mask(self.mask, run.grid, run.cells), run.batch, "mask")
+        )
         if region is not None and bool((region == region[:, :, :1]).all()):
             region = region[:, :, :1]  # the same for every token, so that one clock serves all of them
         addition = None if self.addition is None else match_batch(self.addition, run.batch, "IPAdapter")

@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Run, Step, When, match_batch
+from condit.controls.control import Control, Fill, Prefillable, Run, Step, When, match_batch, region_mask
+from condit.controls.omini_fill import drawn_cells
+from condit.controls.omini_tasks import OminiConfig, Side, condition_ids, task_config
 from condit.nn.attention import Attend, Call
-from condit.nn.lora import LoRA, linear_shapes
-from condit.nn.streams import Stream, grid_ids
+from condit.nn.lora import LoRA, linear_shapes, together
+from condit.nn.streams import Sees, Stream, row_weights
 
 if TYPE_CHECKING:
     from condit.data.images import ImageSource
@@ -39,19 +41,11 @@ TARGETS = (
 )
 
 
-@dataclass(frozen=True)
-class OminiConfig:
-    """How an adapter was trained: delta in image tokens (rows, columns), (0, 0) for aligned tasks; `scale` of compact
-    conditions; `independent`: conditions attend to themselves only, so that a cache is exact; `annotator` that makes
-    the condition image from a picture."""
-
-    task: str = "custom"
-    delta: tuple[float, float] = (0, 0)
-    scale: float = 1.0
-    independent: bool = False
-    annotator: str | None = None
-    rank: int = 4
-    alpha: float | None = None
+JOINT = (
+    "This adapter was trained jointly: its condition attends to text and image, so its keys and values change with "
+    "every step and a cache only approximates them. Draw without a cache, or accept the approximation with "
+    "control(..., cached='approximate')."
+)
 
 
 def omini_targets(backbone: nn.Module) -> dict[str, tuple[int, int]]:
@@ -78,22 +72,24 @@ class OminiControl(nn.Module):
         return cls(LoRA(omini_targets(backbone), config.rank, config.alpha), config)
 
     @classmethod
-    def load(cls, source, pipe) -> OminiControl:
-        """From a name ("tiny/subject"), a file or a folder. Rank and targets are inferred from the tensors."""
+    def load(cls, source, pipe, task: str | OminiConfig | None = None) -> OminiControl:
+        """From a name ("tiny/subject"), a file or a folder. Rank and targets are inferred from the tensors.
+
+        task: how it was trained, a row of TASKS or a configuration, for a file that does not say so itself.
+        """
         file = pipe.adapter_file(source, "OminiControl")
         known = {k: v for k, v in file.config.items() if k in OminiConfig.__dataclass_fields__}
-        lora = LoRA.from_tensors(file.tensors, known.get("alpha"))
-        known["delta"] = tuple(known.get("delta", (0, 0)))
+        if isinstance(known.get("delta"), list):
+            known["delta"] = tuple(known["delta"])
+        config = OminiConfig(**known) if task is None else task_config(task)
+        lora = LoRA.from_tensors(file.tensors, config.alpha)
         lora = lora.requires_grad_(False).to(pipe.device, pipe.dtype)
-        adapter = cls(lora, OminiConfig(**{**known, "rank": lora.rank}), pipe)
-        shapes = linear_shapes(pipe.backbone, tuple(lora.keys))
-        for path, key in lora.keys.items():
-            found = len(lora.b[key]), lora.a[key].shape[1]
-            if shapes.get(path) != found:
-                raise ValueError(
-                    f"{source}: this LoRA adapts {path!r} of shape {found}; {pipe.name} has "
-                    f"{shapes.get(path, 'none')}. Was it made for another model?"
-                )
+        adapter = cls(lora, replace(config, rank=lora.rank), pipe)
+        for path, (found, expected) in lora.unfitting(pipe.backbone).items():
+            raise ValueError(
+                f"{source}: this LoRA adapts {path!r} of shape {found}; {pipe.name} has {expected or 'none'}. Was it "
+                "made for another model?"
+            )
         adapter.name, adapter.hash = file.name, file.hash
         return adapter
 
@@ -103,7 +99,13 @@ class OminiControl(nn.Module):
 
     def metadata(self) -> dict:
         """What `load` needs beside the tensors."""
-        return {"method": "OminiControl", **asdict(self.config)}
+        return {"method": "OminiControl", **asdict(self.config), "alpha": None}  # the tensors hold it
+
+    def bound(self):
+        """The pipeline that encodes the references."""
+        if self._pipe[0] is None:
+            raise ValueError("This adapter is not bound to a pipeline. Use OminiControl.load(name, pipe).")
+        return self._pipe[0]
 
     def control(
         self,
@@ -111,46 +113,114 @@ class OminiControl(nn.Module):
         *,
         strength: float = 1.0,
         when: When | None = None,
-        delta: tuple[float, float] | None = None,
+        mask: ImageSource | Sequence[ImageSource] | None = None,
+        fill: ImageSource | None = None,
+        text_bias: bool = True,
+        cached: bool | Literal["approximate"] | None = None,
+        delta: tuple[float, float] | Side | None = None,
+        size: tuple[int, int] | None = None,
         annotate: bool = True,
+        generator: torch.Generator | None = None,
     ) -> OminiReference:
         """A control from one reference, or from n references for n images.
 
-        strength: the factor gamma of section 3.2.3, >= 0, 1 as trained. `annotate=False`: the reference already is the
-        condition image (an edge map, say).
+        strength: the factor gamma of section 3.2.3, >= 0, 1 as trained. text_bias: it acts between condition and text
+        too (the official code) or not (Eq. 5). mask: where in the picture the condition acts, white = acts. fill: token
+        integration (OminiControl2): white is drawn, the rest of the reference is kept and is the condition. cached:
+        None, where the adapter is independent; False, the condition runs in every step; "approximate", also for a
+        jointly trained adapter. size: height and width at which the reference is read, None: the model's.
+        annotate=False: the reference already is the condition image (an edge map, say). generator: draws the tokens
+        from the autoencoder's posterior, then those of the black picture, as the official code does; None: their mode.
         """
         if strength < 0:
             raise ValueError(f"OminiControl's strength is a factor on attention, >= 0; found {strength}.")
-        pipe = self._pipe[0]
-        if pipe is None:
-            raise ValueError("This adapter is not bound to a pipeline. Use OminiControl.load(name, pipe).")
-        images = pipe.read_images(reference, self.config.annotator if annotate else None)
-        if self.config.scale != 1:
-            images = shrink(images, self.config.scale, pipe.pixels)
-        tokens, grid = pipe.encode_condition(images)
+        if cached not in (None, True, False, "approximate"):
+            raise ValueError(f"cached must be True, False, None or 'approximate'; found {cached!r}.")
+        if cached is True and not self.config.independent:
+            raise ValueError(JOINT)
+        pipe, c = self.bound(), self.config if delta is None else replace(self.config, delta=delta)
+        if fill is not None and (c.scale != 1 or tuple(c.delta) != (0, 0) or (annotate and c.annotator)):
+            raise ValueError(
+                "fill keeps cells of the picture where they stand, so it needs an adapter with delta (0, 0), scale 1 "
+                f"and no annotator; found delta {c.delta}, scale {c.scale}, annotator {c.annotator!r}."
+            )
+        small = size if c.scale == 1 else compact(size or pipe.size, c.scale, pipe.pixels)
+        images = pipe.read_images(reference, c.annotator if annotate else None, small)
+        tokens, grid = pipe.encode_condition(images, generator)
         # The unconditional pass sees a black picture, encoded like any other (spec of the official image guidance).
-        black, _ = pipe.encode_condition(torch.full_like(images[:1], -1.0))
+        black, _ = pipe.encode_condition(torch.full_like(images[:1], -1.0), generator)
+        ids, given = condition_ids(c, grid), None
+        settings: dict = {} if text_bias else {"text_bias": False}
+        settings |= {} if cached is None else {"cached": cached}
+        settings |= {} if delta is None else {"delta": delta if isinstance(delta, str) else list(delta)}
+        settings |= {} if size is None else {"size": list(size)}
+        if fill is not None:
+            given = Fill(tokens, drawn_cells(fill, grid, pipe.pixels))
+            known = ~given.drawn.flatten()
+            tokens, black, ids = tokens[:, known], black[:, known], ids[known]
+            settings["fill"] = pipe.describe_source(fill)
+        if mask is not None:
+            settings["mask"] = pipe.describe_source(mask)
         return OminiReference(
             tokens=tokens,
             black=black,
-            ids=grid_ids(*grid, delta=self.config.delta if delta is None else delta, scale=self.config.scale),
+            ids=ids,
             adapter=self,
             strength=strength,
             when=when or When(),
             source=pipe.describe_source(reference),
+            text_bias=text_bias,
+            mask=None if mask is None else (pipe.read_images(mask, None, size)[:, 0] + 1) / 2,
+            given=given,
+            independent=True if cached == "approximate" else None,
+            cached=cached is not False,
+            settings=settings,
         )
 
 
-def shrink(images: Tensor, scale: float, multiple: int) -> Tensor:
-    """Compact conditions (OminiControl2): images (n, 3, H, W) with sides divided by `scale`, multiples of a token, so
-    that positions spread by `scale` cover the picture again."""
-    size = [max(round(side / scale / multiple), 1) * multiple for side in images.shape[-2:]]
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+def compact(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
+    """The size of a compact condition (OminiControl2): sides divided by `scale`, multiples of a token, so that
+    positions spread by `scale` cover the picture again."""
+    height, width = (max(round(side / scale / multiple), 1) * multiple for side in size)
+    return height, width
+
+
+@dataclass(frozen=True)
+class ConditionCache:
+    """Keys and values (n, H, N, D) of an independent condition by site path, made with pooled text (n, P).
+
+    They depend on the condition, its positions, the adapter and the pooled text; on neither noise, time, guidance, seed
+    nor the size of the picture.
+    """
+
+    keys_values: dict[str, tuple[Tensor, Tensor]]
+    pooled: Tensor
+
+    def rows(self, run: Run) -> dict[str, tuple[Tensor, Tensor]]:
+        """Those of a run; ValueError if they were made for another prompt."""
+        kept = match_batch(self.pooled, run.batch, "The cache of a condition").to(run.pooled)
+        apart = (kept - run.pooled).float().norm(dim=-1) / run.pooled.float().norm(dim=-1)
+        # A batch of another size sums in another order, so equal prompts need not be equal to the bit.
+        if bool((apart > max(1e-4, 2 * torch.finfo(run.pooled.dtype).eps)).any()):
+            raise ValueError(
+                "This condition was prefilled for another prompt: its keys and values depend on the prompt's pooled "
+                f"text (which differs by {float(apart.max()):.0%}). Prefill it for this prompt, or pass the control "
+                "that was not prefilled."
+            )
+        return {
+            path: (match_batch(k, run.batch, "OminiControl"), match_batch(v, run.batch, "OminiControl"))
+            for path, (k, v) in self.keys_values.items()
+        }
 
 
 @dataclass(frozen=True)
 class OminiReference(Control):
-    """Condition tokens (n, N, C) and positions. A prepared one holds its stream, or its cached keys and values."""
+    """Condition tokens (n, N, C) and positions. A prepared one holds its stream, or its cached keys and values.
+
+    independent: None, as the adapter says; True on a jointly trained one makes the official approximation. cached: an
+    independent condition runs once, not in every step. text_bias: the strength acts between condition and text too.
+    mask (n or 1, H, W): where in the picture it acts. given: the picture whose known cells these tokens are.
+    """
 
     tokens: Tensor
     black: Tensor
@@ -159,17 +229,57 @@ class OminiReference(Control):
     strength: float
     when: When
     source: list[dict] = field(default_factory=list)
+    text_bias: bool = True
+    mask: Tensor | None = None
+    given: Fill | None = None
+    independent: bool | None = None
+    cached: bool = True
+    cache: ConditionCache | None = None
+    settings: dict = field(default_factory=dict)  # for the recipe
+    # Of a run:
     stream: Stream | None = None
     memory: dict[str, tuple[Tensor, Tensor]] | None = None
+    log_region: Tensor | None = None
     log_weight: Tensor | None = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether it attends to itself only."""
+        return self.adapter.config.independent if self.independent is None else self.independent
+
     def prepare(self, run: Run) -> OminiReference:
-        stream = condition_stream(self.adapter, match_batch(self.tokens, run.batch, "OminiControl"), self.ids, run)
-        if not self.adapter.config.independent:
-            return replace(self, stream=stream)
-        recorder = Recorder({})
-        run.backbone.prefill(stream, (recorder,))
-        return replace(self, memory=recorder.memory)
+        ready = self if self.mask is None else self.in_region(self.mask, run)
+        if self.cache is not None:
+            return replace(ready, memory=self.cache.rows(run))
+        tokens = match_batch(self.tokens, run.batch, "OminiControl")
+        stream = condition_stream(self.adapter, tokens, self.ids, run, sees="self" if self.alone else "main")
+        if self.alone and self.cached:
+            return replace(ready, memory=keys_values(stream, run.backbone))
+        return replace(ready, stream=stream)
+
+    def in_region(self, mask: Tensor, run: Run) -> OminiReference:
+        """With the log of the mask on the token grid, (B, N); a mask of 1 everywhere needs none."""
+        region = match_batch(region_mask(mask, run.grid, run.cells)[:, 0, :, 0], run.batch, "mask")
+        if not region.any():
+            return replace(self, strength=0.0)
+        return self if bool((region == 1).all()) else replace(self, log_region=region.log())
+
+    def prefill(self, prompt: str | Sequence[str]) -> OminiReference:
+        """The same with its keys and values made once, for this prompt or these: it serves any seed, number of steps,
+        guidance and size, and refuses another prompt. The unconditional side of guidance makes its own each call."""
+        if not self.alone:
+            raise ValueError(JOINT)
+        pipe = self.adapter.bound()
+        text = pipe.encode_text([prompt] if isinstance(prompt, str) else list(prompt))
+        batch = max(len(text.pooled), len(self.tokens))
+        pooled = match_batch(text.pooled, batch, "prompts")
+        guidance = pooled.new_ones(batch) if pipe.backbone.config.guidance_embeds else None
+        run = Run(pipe.backbone, batch, (0, 0), pooled, guidance, pipe.backbone.config.in_channels)
+        with torch.no_grad():
+            stream = condition_stream(
+                self.adapter, match_batch(self.tokens, batch, "OminiControl"), self.ids, run, sees="self"
+            )
+            return replace(self, cache=ConditionCache(keys_values(stream, run.backbone), pooled), cached=True)
 
     def at(self, step: Step) -> OminiReference | None:
         strength = self.strength * self.when.factor(step)
@@ -177,7 +287,9 @@ class OminiReference(Control):
             return None  # log(0) is minus infinity: the condition is not seen at all
         # Strength 1 stays without a bias, bit-equal to a model that knows of none.
         weight = None if strength == 1 else torch.tensor(math.log(strength), device=self.tokens.device)
-        stream = self.stream and replace(self.stream, log_weight=weight)
+        if self.log_region is not None:
+            weight = self.log_region if weight is None else self.log_region + weight
+        stream = self.stream and replace(self.stream, log_weight=weight, weight_text=self.text_bias)
         return replace(self, log_weight=weight, stream=stream)
 
     def streams(self) -> tuple[Stream, ...]:
@@ -187,10 +299,17 @@ class OminiReference(Control):
         if self.memory is None or call.image is None:
             return attend(call)
         k, v = self.memory[call.site.path]
-        return attend(call.append_kv(k, v, self.log_weight))
+        weight = self.log_weight
+        if weight is not None and (weight.ndim > 0 or not self.text_bias):
+            rows = row_weights(weight, call.q.shape[2], call.image, weight_text=self.text_bias)
+            weight = rows[:, None, :, None]
+        return attend(call.append_kv(k, v, weight))
+
+    def fill(self) -> Fill | None:
+        return self.given
 
     def negative(self) -> OminiReference:
-        return replace(self, tokens=self.black)
+        return replace(self, tokens=self.black, cache=None)
 
     def describe(self) -> dict:
         return {
@@ -200,11 +319,15 @@ class OminiReference(Control):
             "strength": self.strength,
             "when": [self.when.start, self.when.end],
             "reference": self.source,
+            **self.settings,
         }
 
 
-def condition_stream(adapter: OminiControl, tokens: Tensor, ids: Tensor, run: Run) -> Stream:
-    """The branch of a condition: clock 0, guidance 1, the prompt's pooled text, the adapter's LoRA."""
+def condition_stream(
+    adapter: OminiControl, tokens: Tensor, ids: Tensor, run: Run, *, sees: Sees | None = None
+) -> Stream:
+    """The branch of a condition: clock 0, guidance 1, the prompt's pooled text, the adapter's LoRA. `sees`: None, as
+    the adapter was trained."""
     missing = run.in_channels - tokens.shape[-1]
     clock = tokens.new_zeros(len(tokens))
     return Stream(
@@ -213,9 +336,16 @@ def condition_stream(adapter: OminiControl, tokens: Tensor, ids: Tensor, run: Ru
         timestep=clock,
         pooled=run.pooled.to(tokens.dtype),
         guidance=None if run.guidance is None else clock + 1,
-        lora=adapter.lora,
-        sees="self" if adapter.config.independent else "main",
+        lora=together((adapter.lora, run.leak)),
+        sees=sees or ("self" if adapter.config.independent else "main"),
     )
+
+
+def keys_values(stream: Stream, backbone: Prefillable) -> dict[str, tuple[Tensor, Tensor]]:
+    """What an independent condition shows to the main rows, by site path."""
+    recorder = Recorder({})
+    backbone.prefill(stream, (recorder,))
+    return recorder.memory
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,43 @@ def edges(image: ImageSource, sigma: float = 1.0, low: float = 0.06, high: float
     return _three(edges_array(_pixels(image), sigma, low, high))
 
 
+def canny(image: ImageSource, low: int = 100, high: int = 200) -> Image.Image:
+    """canny_array of any picture on white; white lines on black, three equal channels."""
+    return _three(canny_array(np.asarray(load_image(image)), low, high))
+
+
+def canny_array(pixels: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
+    """Edges as `cv2.Canny(pixels, low, high)` defines them, of uint8 (H, W, C) -> uint8 (H, W), 255 on 0.
+
+    Unlike `edges_array`: no smoothing, thresholds on |dx| + |dy| of 3 x 3 Sobel sums, and each pixel's strongest
+    channel, so that colours of one luma have an edge. The published OminiControl adapter knows these lines.
+    """
+    from skimage.measure import label
+
+    p = np.pad(pixels.astype(np.int64), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    rows, columns = p[:-2] + 2 * p[1:-1] + p[2:], p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]
+    dx, dy = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]
+    strongest = (abs(dx) + abs(dy)).argmax(2)[..., None]
+    dx, dy = (np.take_along_axis(d, strongest, 2)[..., 0] for d in (dx, dy))
+    size = abs(dx) + abs(dy)
+    around = np.pad(size, 1)
+
+    def at(y: int, x: int) -> np.ndarray:
+        """The size of the neighbour (y, x) of each pixel; 0 outside."""
+        return around[1 + y : 1 + y + size.shape[0], 1 + x : 1 + x + size.shape[1]]
+
+    # Along the gradient, in eighths of a circle: tan 22.5 degrees in fixed point, as there.
+    steep, flat = abs(dy) << 15, abs(dx) * 13573
+    horizontal, vertical = steep < flat, steep > flat + (abs(dx) << 16)
+    falling = (dx ^ dy) < 0
+    along = np.where(falling, (size > at(-1, 1)) & (size > at(1, -1)), (size > at(-1, -1)) & (size > at(1, 1)))
+    along = np.where(vertical, (size > at(-1, 0)) & (size >= at(1, 0)), along)
+    along = np.where(horizontal, (size > at(0, -1)) & (size >= at(0, 1)), along)
+    thin = np.where(along, size, 0)
+    chains = label(thin > low, connectivity=2)
+    return np.isin(chains, np.unique(chains[thin > high])).astype(np.uint8) * 255
+
+
 def lines_array(edges: np.ndarray) -> np.ndarray:
     """Edges (H, W), 255 on 0, as a pen draws them: 0 on 255, three pixels wide. Model and latent of icons know ink on
     paper; thin light lines on black are unlike anything they have seen."""

@@ -26,8 +26,9 @@ class Site:
 class Call:
     """One attention call: q (B, H, Nq, D), k and v (B, H, Nk, D); bias broadcasts to (B, H, Nq, Nk), in the log domain.
 
-    `image` marks the rows of q that belong to the noisy image; None where the call holds none of them (a condition
-    that attends on its own). `plain` are the same queries before rotary positions, for side branches without positions.
+    `image` marks the rows of q that belong to the noisy image: an empty slice where the text attends apart from it,
+    None where a condition attends on its own. `plain` are the same queries before rotary positions, for side branches
+    without positions.
     """
 
     q: Tensor
@@ -40,12 +41,13 @@ class Call:
     plain: Tensor | None = None
 
     def append_kv(self, k: Tensor, v: Tensor, log_weight: Tensor | None = None) -> Call:
-        """More keys in the same softmax; `log_weight` (0-d) is added to their scores."""
+        """More keys in the same softmax; `log_weight`, 0-d or one a query (B or 1, 1, Nq, 1), adds to their scores."""
         bias = self.bias
         if bias is not None or log_weight is not None:
             left = bias if bias is not None else self.q.new_zeros(1, 1, 1, self.k.shape[2])
-            right = left.new_zeros(*left.shape[:-1], k.shape[2])
-            bias = torch.cat([left, right if log_weight is None else right + log_weight], dim=-1)
+            right = left.new_zeros(1) if log_weight is None else log_weight.to(left)
+            rows = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
+            bias = torch.cat([left.expand(*rows, -1), right.expand(*rows, k.shape[2])], dim=-1)
         return replace(self, k=torch.cat([self.k, k], 2), v=torch.cat([self.v, v], 2), bias=bias)
 
 

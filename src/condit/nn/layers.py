@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.nn.lora import Linear, LoRA
+from condit.nn.lora import Linear, LowRank
 
 Rope = tuple[Tensor, Tensor]
 
@@ -60,12 +60,12 @@ class AdaNorm(nn.Module):
         super().__init__()
         self.linear, self.dim, self.chunks = Linear(dim, chunks * dim), dim, chunks
 
-    def modulation(self, embedding: Tensor, lora: LoRA | None = None) -> tuple[Tensor, ...]:
+    def modulation(self, embedding: Tensor, lora: LowRank | None = None) -> tuple[Tensor, ...]:
         """The chunks, each (B, 1, dim) or (B, N, dim), in the order of the published weights."""
         chunks = self.linear(F.silu(embedding), lora)
         return (chunks if embedding.ndim == 3 else chunks[:, None]).chunk(self.chunks, -1)
 
-    def forward(self, x: Tensor, embedding: Tensor, lora: LoRA | None = None) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, embedding: Tensor, lora: LowRank | None = None) -> tuple[Tensor, ...]:
         shift, scale, *gates = self.modulation(embedding, lora)
         return modulated_norm(x, shift, scale), *gates
 
@@ -84,5 +84,5 @@ class FeedForward(nn.Module):
         up.proj = Linear(dim, ratio * dim)
         self.net = nn.ModuleList([up, nn.Identity(), Linear(ratio * dim, dim)])
 
-    def forward(self, x: Tensor, lora: LoRA | None = None) -> Tensor:
+    def forward(self, x: Tensor, lora: LowRank | None = None) -> Tensor:
         return self.net[2](F.gelu(self.net[0].proj(x, lora), approximate="tanh"), lora)

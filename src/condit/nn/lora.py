@@ -2,44 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 
+class LowRank(Protocol):
+    """What a linear asks of the LoRA of its tokens."""
+
+    def delta(self, path: str, x: Tensor) -> Tensor | None: ...
+
+
 class LoRA(nn.Module):
     """Low-rank updates by the path of the `Linear` they belong to; the backbone is never touched.
 
-    `shapes` maps a path to (out, in). y = x W^T + scale * x A^T B^T with scale = alpha / rank (alpha absent: 1).
+    `shapes` maps a path to (out, in). y = x W^T + scale * x A^T B^T with scale = alpha / rank (alpha absent: 1). Rank
+    and alpha are numbers, or numbers by path.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], rank: int, alpha: float | None = None):
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        rank: int | Mapping[str, int],
+        alpha: float | Mapping[str, float] | None = None,
+    ):
         super().__init__()
-        self.rank, self.scale = rank, (alpha or rank) / rank
+        ranks = {p: rank if isinstance(rank, int) else rank[p] for p in shapes}
+        alphas = {p: alpha.get(p) if isinstance(alpha, Mapping) else alpha for p in shapes}
+        self.scales = {p: (alphas[p] or r) / r for p, r in ranks.items()}
         # ParameterDict keys may not hold dots.
         self.keys = {path: path.replace(".", "/") for path in shapes}
         self.a = nn.ParameterDict(
-            {self.keys[p]: nn.Parameter(torch.randn(rank, i) / rank) for p, (_, i) in shapes.items()}
+            {self.keys[p]: nn.Parameter(torch.randn(ranks[p], i) / ranks[p]) for p, (_, i) in shapes.items()}
         )
-        self.b = nn.ParameterDict({self.keys[p]: nn.Parameter(torch.zeros(o, rank)) for p, (o, _) in shapes.items()})
+        self.b = nn.ParameterDict(
+            {self.keys[p]: nn.Parameter(torch.zeros(o, ranks[p])) for p, (o, _) in shapes.items()}
+        )
+
+    @property
+    def rank(self) -> int:
+        """The largest of the ranks."""
+        return max(len(a) for a in self.a.values())
 
     def delta(self, path: str, x: Tensor) -> Tensor | None:
         """The update for tokens x (..., in) of the linear at `path`, or None where this LoRA has none."""
         key = self.keys.get(path)
-        return None if key is None else (x @ self.a[key].mT @ self.b[key].mT) * self.scale
+        return None if key is None else (x @ self.a[key].mT @ self.b[key].mT) * self.scales[path]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The published layout: `transformer.PATH.lora_A.weight` (rank, in) and `.lora_B.weight` (out, rank)."""
+        """The published layout: `transformer.PATH.lora_A.weight` (rank, in) and `.lora_B.weight` (out, rank).
+
+        B holds the scale, so that whoever reads it, alpha or no alpha, computes the same update.
+        """
         out = {}
         for path, key in self.keys.items():
+            b, scale = self.b[key].detach(), self.scales[path]
             out[f"transformer.{path}.lora_A.weight"] = self.a[key].detach()
-            out[f"transformer.{path}.lora_B.weight"] = self.b[key].detach()
+            out[f"transformer.{path}.lora_B.weight"] = b if scale == 1 else b * scale
         return out
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], alpha: float | None = None) -> LoRA:
-        """Read the layout of `tensors()`: rank and targets are inferred from the shapes."""
+        """Read the layout of `tensors()`, with or without `.alpha` beside a pair: ranks and targets are those of the
+        shapes. `alpha`, if given, is that of every path."""
         paths = sorted(
             name.removeprefix("transformer.").removesuffix(".lora_A.weight")
             for name in tensors
@@ -49,14 +77,64 @@ class LoRA(nn.Module):
             first = next(iter(tensors), "nothing")
             raise ValueError(f"No LoRA found: expected names '*.lora_A.weight', found {first!r} and the like.")
         prefix = "transformer." if f"transformer.{paths[0]}.lora_A.weight" in tensors else ""
-        pairs = {p: (tensors[f"{prefix}{p}.lora_A.weight"], tensors[f"{prefix}{p}.lora_B.weight"]) for p in paths}
-        rank = pairs[paths[0]][0].shape[0]
-        lora = cls({p: (b.shape[0], a.shape[1]) for p, (a, b) in pairs.items()}, rank, alpha)
+        pairs = {}
+        for path in paths:
+            a, b = tensors[f"{prefix}{path}.lora_A.weight"], tensors.get(f"{prefix}{path}.lora_B.weight")
+            if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                found = "no lora_B" if b is None else f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+                raise ValueError(f"{path}: expected A (rank, in) and B (out, rank); found {found}.")
+            pairs[path] = a, b
+        alphas = {p: float(tensors[f"{prefix}{p}.alpha"]) for p in paths if f"{prefix}{p}.alpha" in tensors}
+        shapes = {p: (b.shape[0], a.shape[1]) for p, (a, b) in pairs.items()}
+        lora = cls(shapes, {p: len(a) for p, (a, _) in pairs.items()}, alphas if alpha is None else alpha)
         with torch.no_grad():
             for path, (a, b) in pairs.items():
                 lora.a[lora.keys[path]].copy_(a)
                 lora.b[lora.keys[path]].copy_(b)
         return lora
+
+    def unfitting(self, model: nn.Module) -> dict[str, tuple[tuple[int, int], tuple[int, int] | None]]:
+        """Paths of this LoRA that the model lacks or has in another shape: (shape here, shape there)."""
+        there = linear_shapes(model, tuple(self.keys))
+        here = {path: (len(self.b[key]), self.a[key].shape[1]) for path, key in self.keys.items()}
+        return {path: (shape, there.get(path)) for path, shape in here.items() if there.get(path) != shape}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A LoRA on some paths only, or all but those, times a weight (0-d; None: 1)."""
+
+    lora: LowRank
+    weight: Tensor | None = None
+    only: Collection[str] | None = None
+    without: Collection[str] = ()
+
+    def delta(self, path: str, x: Tensor) -> Tensor | None:
+        if path in self.without or (self.only is not None and path not in self.only):
+            return None
+        delta = self.lora.delta(path, x)
+        return delta if delta is None or self.weight is None else delta * self.weight.to(delta)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Several low-rank updates at once."""
+
+    parts: tuple[LowRank, ...]
+
+    def delta(self, path: str, x: Tensor) -> Tensor | None:
+        total = None
+        for part in self.parts:
+            delta = part.delta(path, x)
+            if delta is not None:
+                total = delta if total is None else total + delta
+        return total
+
+
+def together(parts: Iterable[LowRank | None]) -> LowRank | None:
+    """All that are given as one."""
+    given = tuple(part for part in parts if part is not None)
+    return given[0] if len(given) == 1 else Sum(given) if given else None
 
 
 class Linear(nn.Linear):
@@ -64,7 +142,7 @@ class Linear(nn.Linear):
 
     path = ""
 
-    def forward(self, input: Tensor, lora: LoRA | None = None) -> Tensor:
+    def forward(self, input: Tensor, lora: LowRank | None = None) -> Tensor:
         y = super().forward(input)
         delta = None if lora is None else lora.delta(self.path, input)
         return y if delta is None else y + delta

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from condit.nn.lora import LoRA
+from condit.nn.lora import LowRank
 
 Sees = Literal["self", "main", "all"]
+Order = Literal["scale-first", "official-inference"]
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Stream:
 
     tokens (B, N, C); ids (N, 3) or (B, N, 3), kept in float32; timestep (B,) in [0, 1], 0 = clean; guidance (B,);
     pooled (B, P), or (B, N, P) for one a token. `sees`: what its queries attend to: only itself ("self", a cache is
-    then exact), text, image and itself ("main", the official default), or every stream ("all"). `log_weight` (0-d) is
-    log of the strength.
+    then exact), text, image and itself ("main", the official default), or every stream ("all"). `log_weight` is log of
+    the strength: 0-d, or (B or 1, N) for each token of the noisy image; see `row_weights`.
     """
 
     tokens: Tensor
@@ -29,7 +30,7 @@ class Stream:
     timestep: Tensor
     pooled: Tensor
     guidance: Tensor | None = None
-    lora: LoRA | None = None
+    lora: LowRank | None = None
     sees: Sees = "all"
     log_weight: Tensor | None = None
     weight_text: bool = True  # the strength also acts between condition and text (official code) or not (paper, Eq. 5)
@@ -44,17 +45,43 @@ class Group:
     weights: tuple[Tensor | None, ...]
 
 
-def grid_ids(height: int, width: int, *, delta: tuple[float, float] = (0, 0), scale: float = 1.0) -> Tensor:
+def row_weights(log_weight: Tensor, length: int, image: slice, *, weight_text: bool = True) -> Tensor:
+    """The log weight of each of `length` main rows, (B or 1, length), of which `image` are the noisy image's.
+
+    Text has no place in the picture: it takes the mean weight of the image's tokens, or 0 without `weight_text`.
+    """
+    count = image.stop - image.start
+    if log_weight.ndim == 0:
+        text = log_weight[None, None]
+        inside = text.expand(-1, count)
+    else:
+        text, inside = log_weight.exp().mean(-1, keepdim=True).log(), log_weight[:, :count]
+    text = text if weight_text else torch.zeros_like(text)
+    return torch.cat([text.expand(-1, image.start), inside, text.expand(-1, length - image.stop)], 1)
+
+
+def grid_ids(
+    height: int,
+    width: int,
+    *,
+    delta: tuple[float, float] = (0, 0),
+    scale: float = 1.0,
+    order: Order = "scale-first",
+) -> Tensor:
     """Positions (H W, 3) of a token grid, row-major, axis 0 always 0. id' = scale * id + (scale - 1) / 2 + delta.
 
     `delta` is in tokens of the image, applied after `scale` (the trainer's order; OminiControl, section 3.2.2).
+    "official-inference": id' = scale * (id + delta) + (scale - 1) / 2, so that delta counts in tokens of the condition.
     """
+    if order not in ("scale-first", "official-inference"):
+        raise ValueError(f"order must be 'scale-first' or 'official-inference'; found {order!r}.")
+    unit = scale if order == "official-inference" else 1
     ids = torch.zeros(height, width, 3)
     ids[..., 1] += torch.arange(height)[:, None]
     ids[..., 2] += torch.arange(width)[None, :]
     ids[..., 1:] = scale * ids[..., 1:] + (scale - 1) / 2
-    ids[..., 1] += delta[0]
-    ids[..., 2] += delta[1]
+    ids[..., 1] += unit * delta[0]
+    ids[..., 2] += unit * delta[1]
     return ids.flatten(0, 1)
 
 

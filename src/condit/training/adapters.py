@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT
 from condit.controls.control import Control, Run
 from condit.controls.ip_adapter import IPAdapter, IPConfig
-from condit.controls.omini import OminiConfig, OminiControl, condition_stream
+from condit.controls.omini import OminiControl, condition_stream
+from condit.controls.omini_tasks import OminiConfig, condition_ids
 from condit.data.annotators import edges_array, lines_array
 from condit.data.icon_captions import plain_caption
 from condit.data.icons import GROUPS, TRAIN_LICENCES
@@ -32,7 +33,7 @@ from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.lora import LoRA
-from condit.nn.streams import Stream, grid_ids
+from condit.nn.streams import Stream
 from condit.training.icon_batches import IconSet, procedural
 from condit.training.loop import Task, to_device
 from condit.training.text_to_image import GRID, SHIFT, T_MEAN, image_stream, training_times
@@ -282,7 +283,7 @@ class TokenTask(AdapterTask):
                 dropped[:, None, None, None], torch.full_like(batch.images, -1.0), batch.references[:, 0]
             )
             tokens = encode_tokens(self.vae, shown)
-        ids = grid_ids(*GRID, delta=self.omini.config.delta)
+        ids = condition_ids(self.omini.config, GRID)
         return [condition_stream(self.omini, tokens, ids, self.run_of(text))], []
 
 

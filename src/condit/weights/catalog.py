@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from condit.weights.files import hash_file, read_metadata, read_tensors
+from condit.weights.lora_files import peft_settings, published
 
 Kind = Literal["model", "ip-adapter", "omini"]
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -66,6 +67,8 @@ def read_adapter(source: str | Path, method: str) -> AdapterFile:
     tensors, metadata = read_tensors(file), read_metadata(file)
     config = json.loads(metadata.get("condit", "{}"))
     guess = what_is(tensors)
+    if guess == "OminiControl":
+        tensors = published(tensors, peft_settings(path if path.is_dir() else None, metadata))
     if guess not in (method, "unknown"):
         raise ValueError(f"{source} is for condit.{guess}, not condit.{method}: first tensor {next(iter(tensors))!r}.")
     return AdapterFile(tensors, config, name, hash_file(file), guess)
@@ -80,7 +83,7 @@ def adapter_weights(folder: Path) -> Path:
 
 def what_is(tensors: Mapping[str, Tensor]) -> str:
     """The class that reads these tensors: "IPAdapter", "OminiControl" or "unknown"."""
-    if any(".lora_A." in n or ".lora_down." in n for n in tensors):
+    if any(".lora_A." in n or ".lora_down." in n or ".lora.down." in n for n in tensors):
         return "OminiControl"
     if any(n.startswith("image_proj.") or ".to_k_ip." in n for n in tensors):
         return "IPAdapter"

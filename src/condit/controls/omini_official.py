@@ -1,0 +1,90 @@
+"""Image guidance of OminiControl as the official code computes it, for reproducing its pictures; not the default.
+
+There the pass without the condition has no mask between branches: black conditions see text, image and one another.
+With its cache, their keys and values are those of step 0, though they depend on its noise. By default condit masks that
+pass like the other one (Pipeline, `image_guidance_scale`); with one joint condition both are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from condit.controls.control import Control, Run, Step, When, match_batch
+from condit.controls.omini import OminiReference, condition_stream
+from condit.nn.attention import Attend, Call
+from condit.nn.streams import Stream
+
+
+def official_guidance(controls: Sequence[OminiReference]) -> list[Control]:
+    """The same conditions, of which the first brings the official unconditional pass of all of them.
+
+    They must be all conditions of the call: keys that another joint control adds cannot be told from theirs.
+    """
+    for control in controls:
+        if control.when != When() or control.strength != 1 or control.mask is not None:
+            raise ValueError("The official image guidance knows neither strength, schedule nor mask. Leave them out.")
+    if len({control.alone and control.cached for control in controls}) != 1:
+        raise ValueError("The official code caches all conditions of a call, or none. Give one kind.")
+    black = tuple(control.negative() for control in controls)
+    return [WithBlack(control, black if i == 0 else ()) for i, control in enumerate(controls)]
+
+
+@dataclass(frozen=True)
+class WithBlack(Control):
+    """A condition whose unconditional side is `black`, seen without a mask."""
+
+    inner: OminiReference
+    black: tuple[OminiReference, ...]
+
+    def prepare(self, run: Run) -> Control:
+        return self.inner.prepare(run)
+
+    def negative(self) -> Control | None:
+        return Unmasked(self.black) if self.black else None
+
+    def fill(self):
+        return self.inner.fill()
+
+    def describe(self) -> dict:
+        return {**self.inner.describe(), "image_guidance": "official"}
+
+
+@dataclass(frozen=True)
+class Unmasked(Control):
+    """Conditions that see every stream. `memory` is filled in step 0 and read in the others, if they are cached."""
+
+    conditions: tuple[OminiReference, ...]
+    joined: tuple[Stream, ...] = ()
+    memory: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    first: bool = False
+
+    @property
+    def cached(self) -> bool:
+        return self.conditions[0].alone and self.conditions[0].cached
+
+    def prepare(self, run: Run) -> Unmasked:
+        joined = tuple(
+            condition_stream(c.adapter, match_batch(c.tokens, run.batch, "OminiControl"), c.ids, run, sees="all")
+            for c in self.conditions
+        )
+        return replace(self, joined=joined, memory={})
+
+    def at(self, step: Step) -> Unmasked:
+        return replace(self, first=step.index == 0)
+
+    def streams(self) -> tuple[Stream, ...]:
+        return self.joined if self.first or not self.cached else ()
+
+    def around(self, call: Call, attend: Attend) -> Tensor:
+        if not self.cached or call.image is None:
+            return attend(call)
+        if not self.first:
+            return attend(call.append_kv(*self.memory[call.site.path]))
+        # The keys of text and image, then of the conditions.
+        begin, count = call.q.shape[2], sum(s.tokens.shape[1] for s in self.joined)
+        part = slice(begin, begin + count)
+        self.memory[call.site.path] = call.k[:, :, part], call.v[:, :, part]
+        return attend(call)

@@ -1,0 +1,72 @@
+"""How OminiControl adapters were trained, and where their conditions stand: the tasks of the papers as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from condit.nn.streams import Order, grid_ids
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class OminiConfig:
+    """How an adapter was trained.
+
+    delta: in image tokens (rows, columns), (0, 0) for aligned tasks; "left" and "right" are one width of the condition.
+    scale: of compact conditions, and its `order` with delta. independent: conditions attend to themselves only, so that
+    a cache is exact. annotator: what makes the condition image from a picture.
+    """
+
+    task: str = "custom"
+    delta: tuple[float, float] | Side = (0, 0)
+    scale: float = 1.0
+    independent: bool = False
+    annotator: str | None = None
+    order: Order = "scale-first"
+    rank: int = 4
+    alpha: float | None = None
+
+    def __post_init__(self):
+        if isinstance(self.delta, str) and self.delta not in ("left", "right"):
+            raise ValueError(f"delta must be two numbers, 'left' or 'right'; found {self.delta!r}.")
+
+
+# The published files carry no settings: these are theirs, all trained jointly. Beside each, what the condition is.
+TASKS: dict[str, OminiConfig] = {
+    "canny": OminiConfig("canny", annotator="canny"),  # experimental/canny (FLUX.1-dev); cv2.Canny(100, 200) of RGB
+    "depth": OminiConfig("depth"),  # experimental/depth; a map by Depth-Anything small as RGB, given ready
+    "coloring": OminiConfig("coloring", annotator="gray"),  # experimental/coloring; luma
+    # experimental/deblurring; trained on radius 1 to 10. The second generation's demos take 5, the first's 10.
+    "deblurring": OminiConfig("deblurring", annotator="blur-5"),
+    # experimental/fill; the picture with the hidden part black (omini_fill.hide), or token integration (`fill=`).
+    "fill": OminiConfig("fill"),
+    "depth_pred": OminiConfig("depth_pred"),  # a photo; draws its depth map. First generation: prompt "[depth] ..."
+    "subject": OminiConfig("subject", "left"),  # omini/subject_1024_beta, and everything trained by the released code
+    "subject-512": OminiConfig("subject-512", "right"),  # omini/subject_512, experimental/subject (schnell): (0, 32)
+    "sr": OminiConfig("sr", "left"),  # the small picture
+    "art": OminiConfig("art", "left"),  # OminiControlArt; a photo, long side 512. image_guidance_scale=1.5, no prompt
+    "cartoon": OminiConfig("cartoon", (0, -16)),  # saquiboye/oye-cartoon; a photo of a character
+}
+
+
+def task_config(task: str | OminiConfig) -> OminiConfig:
+    """A row of TASKS by name."""
+    if isinstance(task, OminiConfig):
+        return task
+    if task not in TASKS:
+        raise ValueError(f"No task {task!r}; there are {', '.join(TASKS)}. Or give an OminiConfig.")
+    return TASKS[task]
+
+
+def condition_ids(config: OminiConfig, grid: tuple[int, int]) -> Tensor:
+    """Positions (N, 3) of a condition of `grid` = (rows, columns) tokens."""
+    if isinstance(config.delta, str):
+        # One width of the condition, counted in the tokens in which `order` counts delta.
+        width = grid[1] * (config.scale if config.order == "scale-first" else 1)
+        config = replace(config, delta=(0, -width if config.delta == "left" else width))
+    assert not isinstance(config.delta, str)
+    return grid_ids(*grid, delta=config.delta, scale=config.scale, order=config.order)

@@ -1,0 +1,91 @@
+"""LoRA as a control: a style or character on the text and image tokens (Hu et al. 2021, arXiv:2106.09685).
+
+Nothing is merged. A style LoRA acts on its tokens only; the conditions of OminiControl keep to their own. The official
+OminiControl code lets a style leak: it silences other adapters only in the layers that OminiControl itself adapts.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from condit.controls.control import Control, Step, When
+from condit.controls.omini import TARGETS
+from condit.nn.lora import LoRA, LowRank, Part, linear_shapes, together
+
+
+class StyleLoRA(nn.Module):
+    """A LoRA of FLUX's transformer. `control(strength)` makes a control."""
+
+    def __init__(self, lora: LoRA, gated: frozenset[str]):
+        """gated: the paths at which the official OminiControl code silences it for conditions."""
+        super().__init__()
+        self.lora, self.gated, self.name, self.hash = lora, gated, "", ""
+
+    @classmethod
+    def load(cls, source, pipe) -> StyleLoRA:
+        """From a file or a folder in the layout of diffusers, peft or kohya, told by its tensors."""
+        file = pipe.adapter_file(source, "OminiControl")
+        lora = LoRA.from_tensors(file.tensors).requires_grad_(False).to(pipe.device, pipe.dtype)
+        for path, (found, expected) in lora.unfitting(pipe.backbone).items():
+            raise ValueError(
+                f"{source}: this LoRA adapts {path!r} of shape {found}; {pipe.name} has {expected or 'none'}. Was it "
+                "made for another model?"
+            )
+        adapter = cls(lora, frozenset(linear_shapes(pipe.backbone, TARGETS)))
+        adapter.name, adapter.hash = file.name, file.hash
+        return adapter
+
+    def control(self, strength: float = 1.0, *, when: When | None = None, official: bool = False) -> StyleReference:
+        """strength: a factor on the update, any real number. official: as OminiControl's second generation computes it
+        beside conditions. In the layers that OminiControl adapts, factor 1 without alpha, for text and image; in all
+        others, alpha and strength, for the conditions too."""
+        if official and when is not None:
+            raise ValueError("The official code knows no schedule. Leave when= or official= out.")
+        unit = copy.copy(self.lora)
+        unit.scales = dict.fromkeys(unit.scales, 1.0)
+        return StyleReference(self, strength, when or When(), unit if official else None)
+
+
+@dataclass(frozen=True)
+class StyleReference(Control):
+    """A style LoRA at one strength; `official` is it without alpha, for that form; `update` is that of a step."""
+
+    adapter: StyleLoRA
+    strength: float
+    when: When
+    official: LoRA | None = None
+    update: LowRank | None = None
+
+    def weighted(self, strength: float, **paths) -> Part:
+        return Part(self.adapter.lora, None if strength == 1 else torch.tensor(strength), **paths)
+
+    def at(self, step: Step) -> StyleReference | None:
+        if self.official is not None:
+            gated = self.adapter.gated
+            parts = Part(self.official, only=gated), self.weighted(self.strength, without=gated)
+            return replace(self, update=together(parts))
+        strength = self.strength * self.when.factor(step)
+        return None if strength == 0 else replace(self, update=self.weighted(strength))
+
+    def lora(self) -> LowRank | None:
+        return self.update
+
+    def leak(self) -> LowRank | None:
+        return self.weighted(self.strength, without=self.adapter.gated) if self.official is not None else None
+
+    def negative(self) -> StyleReference:
+        return self  # a style is there with and without the prompt, as if merged
+
+    def describe(self) -> dict:
+        return {
+            "method": "StyleLoRA",
+            "adapter": self.adapter.name,
+            "hash": self.adapter.hash,
+            "strength": self.strength,
+            "when": [self.when.start, self.when.end],
+            **({} if self.official is None else {"official": True}),
+        }

@@ -1,0 +1,141 @@
+"""LoRA files of other tools, in one layout: `transformer.PATH.lora_A.weight`, `.lora_B.weight` and `.alpha`, with PATH
+in diffusers' names. Read are the layouts of diffusers, peft, kohya's sd-scripts and FLUX's own names; rules are tables.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# FLUX's own names (kohya writes them with underscores) -> diffusers' paths. Several paths: one matrix is cut by rows.
+DOUBLE = {
+    "img_mod_lin": ("norm1.linear",),
+    "txt_mod_lin": ("norm1_context.linear",),
+    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn_proj": ("attn.to_out.0",),
+    "txt_attn_proj": ("attn.to_add_out",),
+    "img_mlp_0": ("ff.net.0.proj",),
+    "img_mlp_2": ("ff.net.2",),
+    "txt_mlp_0": ("ff_context.net.0.proj",),
+    "txt_mlp_2": ("ff_context.net.2",),
+}
+SINGLE = {
+    "modulation_lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+}
+WHOLE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in_in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in_out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in_in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in_out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in_in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
+    "final_layer_adaLN_modulation_1": "norm_out.linear",
+    "final_layer_linear": "proj_out",
+}
+PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_")
+TEXT = ("lora_te", "text_encoder")
+SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
+NAME = re.compile(r"(?P<path>.+?)\.(?P<side>lora_[AB]|lora[._]down|lora[._]up)(?:\.[^.]+)?\.weight")
+# A block and its number in either spelling: double_blocks.3.img_attn.qkv, double_blocks_3_img_attn_qkv.
+BLOCK = re.compile(r"(double|single)_blocks[._](\d+)[._](.+)")
+# Diffusers' own paths as kohya's underscores spell them.
+OURS = re.compile(r"(single_transformer_blocks|transformer_blocks)_(\d+)_(.+)")
+SUFFIXES = {path.replace(".", "_"): path for paths in (*DOUBLE.values(), *SINGLE.values()) for path in paths}
+
+
+def published(tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """The tensors of a LoRA file in the published layout; names that are no LoRA's raise ValueError.
+
+    Parts for text encoders are refused too: FLUX's are not adapted here, and half a LoRA is another one. settings:
+    peft's configuration, which has alpha where the tensors have not.
+    """
+    found: dict[str, Tensor] = {}
+    for module, a, b, alpha in modules(tensors):
+        for path, rows in targets(module, a, b):
+            alpha = peft_alpha(path, settings) if alpha is None and settings else alpha
+            found[f"transformer.{path}.lora_A.weight"] = a
+            found[f"transformer.{path}.lora_B.weight"] = rows
+            if alpha is not None:
+                found[f"transformer.{path}.alpha"] = alpha
+    return found
+
+
+def peft_alpha(path: str, settings: Mapping[str, Any]) -> Tensor | None:
+    """Alpha of a path by peft's configuration: the first of `alpha_pattern` whose end it has, else `lora_alpha`."""
+    for name in ("use_rslora", "use_dora"):
+        if settings.get(name):
+            raise ValueError(f"peft's {name} is set: this is no plain LoRA, and condit reads plain ones only.")
+    patterns = settings.get("alpha_pattern") or {}
+    matches = (alpha for pattern, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", path))
+    alpha = next(matches, settings.get("lora_alpha"))
+    return None if alpha is None else torch.tensor(float(alpha))
+
+
+def peft_settings(folder: Path | None, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """peft's configuration: `adapter_config.json` in the file's folder, or as diffusers keeps it in the file itself."""
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    kept = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    return {name.removeprefix("transformer."): value for name, value in kept.items()}
+
+
+def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """(module as named there, A, B, alpha) of every pair."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    alphas = {name.removesuffix(".alpha"): t for name, t in tensors.items() if name.endswith(".alpha")}
+    for name, tensor in tensors.items():
+        if name.startswith(TEXT):
+            raise ValueError(
+                f"{name!r}: this LoRA also adapts a text encoder, which condit leaves as it is. Remove these tensors "
+                "from the file if its transformer part is to be used alone."
+            )
+        if name.endswith(".alpha"):
+            continue
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(
+                f"{name!r} is in no LoRA layout that condit reads (diffusers, peft, kohya, FLUX's own names). LoHa, "
+                "LoKr, DoRA and xlabs files must be converted first."
+            )
+        pairs.setdefault(match["path"], {})[SIDES[match["side"]]] = tensor
+    for path, pair in pairs.items():
+        if pair.keys() != {"A", "B"}:
+            raise ValueError(f"{path!r} has only its {next(iter(pair))} matrix. Is the file cut off?")
+        yield path, pair["A"], pair["B"], alphas.get(path)
+
+
+def targets(module: str, a: Tensor, b: Tensor) -> list[tuple[str, Tensor]]:
+    """Diffusers' paths of a module, and the rows of B that belong to each."""
+    name = module
+    while (prefix := next((p for p in PREFIXES if name.startswith(p)), None)) is not None:
+        name = name.removeprefix(prefix)
+    if (match := BLOCK.fullmatch(name)) is not None:
+        kind, number, part = match.groups()
+        paths = (DOUBLE if kind == "double" else SINGLE).get(part.replace(".", "_"))
+        if paths is None:
+            raise ValueError(f"{module!r}: FLUX's {kind} blocks have no {part!r}. Is this a LoRA of another model?")
+        blocks = "transformer_blocks" if kind == "double" else "single_transformer_blocks"
+        # Queries, keys and values are as wide as the model, which is the width of the input; the rest is the MLP's.
+        width = a.shape[1]
+        sizes = [width] * (len(paths) - 1) + [b.shape[0] - width * (len(paths) - 1)]
+        if min(sizes) <= 0:
+            raise ValueError(f"{module!r}: B has {b.shape[0]} rows, too few for {len(paths)} parts of {width}.")
+        rows = b.split(sizes) if len(paths) > 1 else [b]
+        return [(f"{blocks}.{number}.{path}", part) for path, part in zip(paths, rows, strict=True)]
+    if (match := OURS.fullmatch(name)) is not None and match[3] in SUFFIXES:
+        return [(f"{match[1]}.{match[2]}.{SUFFIXES[match[3]]}", b)]
+    path = WHOLE.get(name.replace(".", "_"), name)
+    if path == "norm_out.linear" and name != path:
+        b = torch.cat(b.chunk(2)[::-1])  # FLUX's own order is (shift, scale), diffusers' norm_out has (scale, shift)
+    return [(path, b)]
