@@ -14,11 +14,17 @@ from condit.weights.files import save_folder
 # Part of the model -> (run, folder within its export).
 MODEL = {
     "clip": ("tiny-clip", "."),
-    "vae": ("tiny-latent", "."),
+    "vae": ("tiny-decoder", "."),
     "transformer": ("tiny", "transformer"),
     "canvas": ("tiny", "canvas"),
 }
-ADAPTERS = ("style", "style-tokens", "subject", "edges", "gray")
+ADAPTERS = {
+    "style": ("tiny", "style"),  # trained along with the transformer
+    "style-tokens": ("tiny-style-tokens", "."),
+    "subject": ("tiny-subject", "."),
+    "edges": ("tiny-edges", "."),
+    "gray": ("tiny-gray", "."),
+}
 LICENCE = "Apache-2.0"
 DATA = "icons under Apache-2.0, MIT, OFL-1.1 and CC-BY-4.0, training split only (ATTRIBUTION.md)"
 CURVE_POINTS = 24
@@ -33,8 +39,9 @@ def curve(log: Path) -> list[dict]:
     return [{k: r[k] for k in ("step", "loss", "images_per_s")} for r in losses[::every]]
 
 
-def card_of(run: Path) -> dict:
-    card = json.loads((run / "export" / "card.json").read_text(encoding="utf-8"))
+def card_of(run: Path, inner: str) -> dict:
+    own = run / "export" / inner / "card.json"
+    card = json.loads((own if own.is_file() else run / "export" / "card.json").read_text(encoding="utf-8"))
     return {**card, "data": DATA, "licence": LICENCE, "curve": curve(run / "log.jsonl")}
 
 
@@ -51,12 +58,11 @@ def ship(runs: Path, out: Path, attribution: Sequence[Path]) -> Path:
     with save_folder(out) as folder:
         for part, (run, inner) in MODEL.items():
             copy_part(runs / run / "export" / inner, folder / "model" / part)
-            cards[f"model/{part}"] = card_of(runs / run)
-        for name in ADAPTERS:
-            run = runs / f"tiny-{name}"
-            if (run / "export").is_dir():
-                copy_part(run / "export", folder / name)
-                cards[name] = card_of(run)
+            cards[f"model/{part}"] = card_of(runs / run, inner)
+        for name, (run, inner) in ADAPTERS.items():
+            if (runs / run / "export" / inner).is_dir():
+                copy_part(runs / run / "export" / inner, folder / name)
+                cards[name] = card_of(runs / run, inner)
         (folder / "cards.json").write_text(json.dumps(cards, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(readme(cards), encoding="utf-8")
         texts = [path.read_text(encoding="utf-8").strip() for path in attribution]
