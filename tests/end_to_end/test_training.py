@@ -11,7 +11,7 @@ import condit
 from condit.data.icons import sample_path
 from condit.training.adapters import StyleTask, TokenTask
 from condit.training.clip import ClipTask
-from condit.training.joint import JointTask
+from condit.training.joint import STYLE_GAIN, JointTask, amplify
 from condit.training.latent import LatentTask
 from condit.training.loop import Loop, LoopConfig
 from condit.training.text_to_image import TextToImageTask, training_times
@@ -82,6 +82,11 @@ def test_the_style_adapter_may_train_along_with_the_model_and_go_on_alone(tmp_pa
     for part in ("clip", "vae"):
         (folder / part).symlink_to(model / part)
     alone = StyleTask(ICONS, str(folder), init=str(folder / "style"))
+    again = JointTask(ICONS, str(model / "clip"), str(model / "vae"), init=str(folder))
+    for name, p in task.ip.named_parameters():
+        found = dict(again.ip.named_parameters())[name]
+        torch.testing.assert_close(found, p, atol=2e-3, rtol=2e-3)  # written in fp16
+    amplify(task.ip, STYLE_GAIN)
     for name, p in task.ip.named_parameters():
         torch.testing.assert_close(dict(alone.ip.named_parameters())[name], p, atol=2e-3, rtol=2e-3)
 
