@@ -166,6 +166,7 @@ def test_recipe_errors_name_the_field(tmp_path):
 def test_every_shipped_recipe_fits_its_task(recipe):
     found = read_recipe(recipe)
     task = tasks()[found.task]
+    assert isinstance(task, type)
     known = {name for kind in inspect.getmro(task) for name in inspect.signature(kind.__init__).parameters}
     assert set(found.data) <= known
 

@@ -105,6 +105,7 @@ class LatentTask(Task):
 
     def redrawn(self, x0: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
         """Tokens (B, N, C) of icons with noise, drawn back by the model: near the icons, with the model's faults."""
+        assert self.transformer is not None and self.text is not None
         text, (low, high) = self.text(captions), REDRAW_FROM
         t = (low + (high - low) * torch.rand(len(x0), generator=generator)).to(x0.device)
         x = add_noise(x0, torch.randn(x0.shape, generator=generator).to(x0.device), t)
