@@ -9,13 +9,13 @@ import torch
 
 import condit
 from condit.data.icons import sample_path
-from condit.training.adapters import StyleTask, TokenTask
+from condit.training.adapters import ADAPTER, STYLE_GAIN, StyleTask, TokenTask
 from condit.training.clip import ClipTask
-from condit.training.joint import STYLE_GAIN, JointTask, amplify
+from condit.training.joint import JointTask
 from condit.training.latent import LatentTask
 from condit.training.loop import Loop, LoopConfig
 from condit.training.text_to_image import TextToImageTask, training_times
-from condit.weights.files import save_tensors
+from condit.weights.files import read_tensors, save_tensors
 from condit.weights.load import load_tiny
 from condit.weights.tiny import load_clip, load_latent
 
@@ -84,11 +84,12 @@ def test_the_style_adapter_may_train_along_with_the_model_and_go_on_alone(tmp_pa
     alone = StyleTask(ICONS, str(folder), init=str(folder / "style"))
     again = JointTask(ICONS, str(model / "clip"), str(model / "vae"), init=str(folder))
     for name, p in task.ip.named_parameters():
-        found = dict(again.ip.named_parameters())[name]
-        torch.testing.assert_close(found, p, atol=2e-3, rtol=2e-3)  # written in fp16
-    amplify(task.ip, STYLE_GAIN)
-    for name, p in task.ip.named_parameters():
-        torch.testing.assert_close(dict(alone.ip.named_parameters())[name], p, atol=2e-3, rtol=2e-3)
+        for other in (alone, again):
+            found = dict(other.ip.named_parameters())[name]
+            torch.testing.assert_close(found, p, atol=2e-3, rtol=2e-3)  # written in fp16
+    shift = read_tensors(folder / "style" / ADAPTER)["pooled_proj.weight"].float()
+    assert task.ip.pooled_proj is not None
+    torch.testing.assert_close(shift, STYLE_GAIN * task.ip.pooled_proj.weight, atol=4e-3, rtol=4e-3)
 
 
 def test_rows_without_a_reference_do_not_pass_through_the_style_adapter(random_tiny_folder):

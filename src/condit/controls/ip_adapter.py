@@ -4,7 +4,7 @@ On an MM-DiT the image rows get a second attention, to keys and values made from
 out = attend(call) + lambda * softmax(q K'^T / sqrt(d)) V' (Eq. 5), with q before rotary positions and K' normalised.
 
 Beyond the paper, an adapter may also shift the prompt's pooled vector by lambda W f, f the image's feature. There a
-style word acts too, and the embedded model learns a style much faster (docs/tiny.md); published files have no W.
+style word acts too. The embedded model's adapter has it (docs/tiny.md); published files have no W.
 """
 
 from __future__ import annotations

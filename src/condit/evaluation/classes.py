@@ -1,4 +1,4 @@
-"""Small class models side by side: DiT, DiffiT and ViT trained on the icon world by style (docs/claims.md).
+"""Small class models side by side: DiT, DiffiT and ViT trained on the icon world by style.
 
 All models see the same held-out icons with the same noise, and draw the same classes from the same seeds, so that
 differences are paired: they carry an interval of their own, far narrower than that of each model.
@@ -223,4 +223,4 @@ def described(model: ClassPipeline | ViTPipeline, folder: str | Path) -> dict[st
     card = Path(folder) / "card.json"
     told = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
     kept = {key: told[key] for key in ("steps", "images_seen", "seconds") if key in told}
-    return {"parameters": sum(p.numel() for p in network.parameters() if p.requires_grad or p.ndim), **kept}
+    return {"parameters": sum(p.numel() for p in network.parameters()), **kept}

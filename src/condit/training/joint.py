@@ -7,7 +7,6 @@ reference do not pass through the adapter: without it the model is the plain one
 
 from __future__ import annotations
 
-import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condit.controls.ip_adapter import POOLED, IPAdapter
 from condit.diffusion.objectives import add_noise, drop, flow_loss
 from condit.encoders.image import TinyImage
 from condit.encoders.vae import encode_tokens
 from condit.training.adapters import (
     ADAPTER,
     Referenced,
+    amplified,
     export_adapter,
+    load_style_adapter,
     new_style_adapter,
     reference_features,
     style_batch,
@@ -31,12 +31,6 @@ from condit.training.adapters import (
 )
 from condit.training.loop import to_device
 from condit.training.text_to_image import TextToImageTask, training_times
-from condit.weights.files import load_strict, read_tensors
-from condit.weights.tiny import floats
-
-# What has the smallest error takes a style too faintly, as it does the words, which guidance amplifies
-# (arXiv:2207.12598). Exported V' and shift are twice as strong as trained: docs/tiny.md has the figures.
-STYLE_GAIN = 2.0
 
 
 class JointTask(TextToImageTask):
@@ -61,8 +55,7 @@ class JointTask(TextToImageTask):
         self.image = TinyImage(self.text.clip)
         self.ip = new_style_adapter(self.transformer)
         if init is not None and (file := Path(init) / "style" / ADAPTER).is_file():
-            load_strict(self.ip, floats(read_tensors(file)), source=file)
-            amplify(self.ip, 1 / STYLE_GAIN)
+            load_style_adapter(self.ip, file)
         self.table = style_table(self)
 
     def batch(self, rng: random.Random, size: int) -> Referenced:
@@ -109,14 +102,4 @@ class JointTask(TextToImageTask):
 
     def export(self, folder: Path, card: dict) -> None:
         super().export(folder, card)
-        shipped = copy.deepcopy(self.ip)
-        amplify(shipped, STYLE_GAIN)
-        export_adapter(shipped, folder / "style", card)
-
-
-@torch.no_grad()
-def amplify(adapter: IPAdapter, gain: float) -> None:
-    """The same adapter with `gain` times the strength."""
-    for name, p in adapter.named_parameters():
-        if "to_v_ip" in name or name == POOLED:
-            p.mul_(gain)
+        export_adapter(amplified(self.ip), folder / "style", card)
