@@ -9,6 +9,7 @@ import torch
 
 import condit
 from condit.data.icons import sample_path
+from condit.nn.streams import grid_ids
 from condit.training.adapters import ADAPTER, STYLE_GAIN, StyleTask, TokenTask
 from condit.training.clip import ClipTask
 from condit.training.joint import JointTask
@@ -123,3 +124,21 @@ def test_adapter_training_leaves_the_base_alone(tmp_path, monkeypatch, random_ti
     before = {k: v.clone() for k, v in task.transformer.state_dict().items()}
     one_step(task, tmp_path, monkeypatch)
     assert all(torch.equal(v, before[k]) for k, v in task.transformer.state_dict().items())
+
+
+def test_a_condition_walks_from_the_pictures_place_to_its_own(random_tiny_folder):
+    model = str(random_tiny_folder / "model")
+    task, there = TokenTask(ICONS, model, rank=4, walk=(0.2, 0.6)), grid_ids(8, 8, delta=(0, -8))
+    found = {}
+    for task.progress in (0.0, 0.2, 0.4, 0.6, 1.0):
+        found[task.progress] = task.positions()
+    assert torch.equal(found[0.0], grid_ids(8, 8)) and torch.equal(found[0.2], grid_ids(8, 8))
+    torch.testing.assert_close(found[0.4], grid_ids(8, 8, delta=(0, -4)))
+    assert torch.equal(found[0.6], there) and torch.equal(found[1.0], there)
+    assert torch.equal(TokenTask(ICONS, model, rank=4).positions(), there)
+
+
+@pytest.mark.parametrize("walk", [(0.6, 0.2), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.5), (0.5,)])
+def test_a_walk_that_is_none_is_refused(walk, random_tiny_folder):
+    with pytest.raises(ValueError, match="walk needs two shares"):
+        TokenTask(ICONS, str(random_tiny_folder / "model"), rank=4, walk=walk)

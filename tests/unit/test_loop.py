@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from condit.training.loop import Loop, LoopConfig, Task
+from condit.training.loop import Loop, LoopConfig, Task, fast_precision
 from condit.training.optim import lr_factor, parameter_groups
 from condit.training.run import read_recipe, tasks, train
 
@@ -69,6 +69,34 @@ def test_a_run_killed_and_resumed_ends_with_the_weights_of_one_never_stopped(tmp
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("whole", "cut")]
     for name in states[0]["parameters"]:
         assert torch.equal(states[0]["parameters"][name], states[1]["parameters"][name])
+
+
+def test_a_task_knows_the_share_of_the_run_that_is_done(tmp_path):
+    seen = []
+
+    class Watching(Toy):
+        def forward(self, batch, generator):
+            seen.append(self.progress)
+            return super().forward(batch, generator)
+
+        def validate(self):
+            seen.append(self.progress)
+            return {}
+
+    Loop(Watching(), CONFIG.model_copy(update={"steps": 4}), tmp_path).run()
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_autocast_is_bf16_only_where_the_device_computes_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for supported, expected in ((True, "bf16"), (False, "no")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported: supported)
+        assert fast_precision() == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert fast_precision() == "no"
+    made = Loop(Toy(), CONFIG.model_copy(update={"precision": "auto"}), tmp_path)
+    assert made.precision == made.card({})["precision"] == "no"
 
 
 def test_compile_compiles_what_the_task_names_and_looks_run_eagerly(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.lora import LoRA
-from condit.nn.streams import Stream
+from condit.nn.streams import Stream, grid_ids
 from condit.training.icon_batches import IconSet, procedural
 from condit.training.loop import Task, to_device
 from condit.training.text_to_image import GRID, SHIFT, T_MEAN, image_stream, training_times
@@ -206,7 +206,11 @@ class StyleTask(AdapterTask):
 
 
 class TokenTask(AdapterTask):
-    """OminiControl on the MM-DiT: a condition through the model's own code joins as independent tokens."""
+    """OminiControl on the MM-DiT: a condition through the model's own code joins as independent tokens.
+
+    walk: the shares of the run between which the condition moves from the picture's own positions, where an adapter
+    that has learned to look (`init`) finds it, to those of `kind`. None: it stands there from the start.
+    """
 
     t_mean = TOKEN_T_MEAN
 
@@ -219,12 +223,16 @@ class TokenTask(AdapterTask):
         init: str | None = None,
         kind: Kind = "subject",
         rank: int = 8,
+        walk: tuple[float, float] | None = None,
     ):
         super().__init__(icons, model, ui)
         aligned = kind in ("edges", "gray")
         annotator = {"edges": "lines", "gray": "gray"}.get(kind)
         delta = (0, 0) if aligned else (0, -GRID[1])
+        if walk is not None and not (len(walk) == 2 and 0 <= walk[0] < walk[1] <= 1):
+            raise ValueError(f"walk needs two shares of the run, 0 <= begin < end <= 1; found {walk}.")
         self.kind: Kind = kind
+        self.walk = walk
         config = OminiConfig(kind, delta, independent=True, annotator=annotator, rank=rank, alpha=float(rank))
         self.omini = OminiControl.new(self.transformer, config)
         if init is not None:
@@ -287,8 +295,16 @@ class TokenTask(AdapterTask):
                 dropped[:, None, None, None], torch.full_like(batch.images, -1.0), batch.references[:, 0]
             )
             tokens = encode_tokens(self.vae, shown)
-        ids = condition_ids(self.omini.config, GRID)
-        return [condition_stream(self.omini, tokens, ids, self.run_of(text))], []
+        return [condition_stream(self.omini, tokens, self.positions(), self.run_of(text))], []
+
+    def positions(self) -> Tensor:
+        """Where the condition stands at this point of the run, (N, 3)."""
+        there = condition_ids(self.omini.config, GRID)
+        if self.walk is None:
+            return there
+        begin, end = self.walk
+        here = grid_ids(*GRID)
+        return torch.lerp(here, there, min(1.0, max(0.0, (self.progress - begin) / (end - begin))))
 
 
 class StyleSource(Protocol):

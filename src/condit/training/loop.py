@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +47,7 @@ class LoopConfig(BaseModel):
     warmup: int = 50
     clip: float = 1.0
     ema: float = 0.999
-    precision: str = "bf16"
+    precision: Literal["auto", "bf16", "no"] = "auto"  # of autocast; auto: bf16 where the device computes in it
     compile: bool = False
     log_every: int = 20
     save_minutes: float = 4.0
@@ -55,7 +55,12 @@ class LoopConfig(BaseModel):
 
 
 class Task(nn.Module):
-    """What is trained. Only parameters with requires_grad are optimised, averaged and saved."""
+    """What is trained. Only parameters with requires_grad are optimised, averaged and saved.
+
+    `progress` is the share of the run that is done, 0 to 1, for what changes along the way.
+    """
+
+    progress = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -97,12 +102,21 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return dataclasses.replace(batch, **moved)
 
 
+def fast_precision() -> Literal["bf16", "no"]:
+    """bf16 where the device has arithmetic for it. A CPU that has none (AVX2) emulates it, tens of times slower."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+    fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "no"
+
+
 class Loop:
     """One run: `Loop(task, config, out).run()`. `out` holds state.pt, log.jsonl, sheets and, at the end, the export."""
 
     def __init__(self, task: Task, config: LoopConfig, out: Path, *, resume: bool = True, progress: bool = False):
         self.task, self.config, self.out, self.progress = task, config, out, progress
-        self.accelerator = Accelerator(mixed_precision=config.precision)
+        self.precision = fast_precision() if config.precision == "auto" else config.precision
+        self.accelerator = Accelerator(mixed_precision=self.precision)
         out.mkdir(parents=True, exist_ok=True)
         self.optimizers = make_optimizers(
             task,
@@ -169,6 +183,7 @@ class Loop:
         generator = torch.Generator().manual_seed(random.Random("noise/" + self.key(self.step)).getrandbits(62))
         batch = to_device(batch, self.accelerator.device)
         set_lr(self.optimizers, lr_factor(self.step, config.steps, config.warmup))
+        self.task.progress = self.step / config.steps
         with self.accelerator.autocast():
             loss, logs = self.model(batch, generator)
         self.accelerator.backward(loss)
@@ -196,6 +211,7 @@ class Loop:
         if not self.accelerator.is_main_process:
             return {}
         self.model.eval()
+        self.task.progress = self.step / self.config.steps
         # Other batch sizes than in training: compiling again for each would take longer than the look itself.
         with self.averaged(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             figures, sheet = self.task.validate(), self.task.sheet()
@@ -257,6 +273,7 @@ class Loop:
         return {
             "steps": self.step,
             "batch": self.config.batch,
+            "precision": self.precision,
             "images_seen": images,
             "seconds": round(self.seconds),
             "figures": figures,
