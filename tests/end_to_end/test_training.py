@@ -9,6 +9,7 @@ import torch
 
 import condit
 from condit.data.icons import sample_path
+from condit.encoders.vae import encode_tokens
 from condit.nn.streams import grid_ids
 from condit.training.adapters import ADAPTER, STYLE_GAIN, StyleTask, TokenTask
 from condit.training.clip import ClipTask
@@ -138,7 +139,21 @@ def test_a_condition_walks_from_the_pictures_place_to_its_own(random_tiny_folder
     assert torch.equal(TokenTask(ICONS, model, rank=4).positions(), there)
 
 
-@pytest.mark.parametrize("walk", [(0.6, 0.2), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.5), (0.5,)])
-def test_a_walk_that_is_none_is_refused(walk, random_tiny_folder):
-    with pytest.raises(ValueError, match="walk needs two shares"):
-        TokenTask(ICONS, str(random_tiny_folder / "model"), rank=4, walk=walk)
+def test_references_take_the_place_of_the_target_row_by_row(random_tiny_folder):
+    task = TokenTask(ICONS, str(random_tiny_folder / "model"), kind="subject", rank=4, leave=(0.3, 0.5))
+    batch, keep = task.batch(random.Random(0), 8), torch.zeros(8, dtype=torch.bool)
+    text = task.text(batch.captions)
+    target, other = (encode_tokens(task.vae, images) for images in (batch.images, batch.references[:, 0]))
+    assert batch.lots is not None
+    for task.progress, share in ((0.1, 0.0), (0.4, 0.5), (0.9, 1.0)):
+        ((stream,), _) = task.conditions(batch, text, keep)
+        seen = stream.tokens[..., : target.shape[-1]]
+        for row, lot in enumerate(batch.lots):
+            torch.testing.assert_close(seen[row], (other if lot < share else target)[row])
+
+
+@pytest.mark.parametrize("name", ["walk", "leave"])
+@pytest.mark.parametrize("part", [(0.6, 0.2), (0.5, 0.5), (-0.1, 0.5), (0.5, 1.5), (0.5,)])
+def test_shares_of_a_run_that_are_none_are_refused(name, part, random_tiny_folder):
+    with pytest.raises(ValueError, match=f"{name} needs two shares"):
+        TokenTask(ICONS, str(random_tiny_folder / "model"), rank=4, **{name: part})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -51,6 +51,7 @@ TOKEN_T_MEAN = 2.0
 STYLE_GAIN = 2.0
 Kind = Literal["subject", "edges", "gray", "style"]
 # Words that name no concept: the reference has to say what is drawn.
+NAMELESS_SHARE = 0.7
 NAMELESS = ("this", "this item", "the same thing", "这个", "同一个东西")
 
 
@@ -59,7 +60,7 @@ class Referenced:
     """Targets (B, 3, H, W), captions, references (B, R, 3, H, W), how many of the R count for each row (B,).
 
     `known` (K, R) numbers the references of the last K rows in a table of features made once; they have no pictures, so
-    that `references` then has B - K rows.
+    that `references` then has B - K rows. `lots` (B,) in [0, 1) decide which rows see their own target (`learn`).
     """
 
     images: Tensor
@@ -67,6 +68,7 @@ class Referenced:
     references: Tensor
     counts: Tensor
     known: Tensor | None = None
+    lots: Tensor | None = None
 
 
 class AdapterTask(Task):
@@ -208,8 +210,10 @@ class StyleTask(AdapterTask):
 class TokenTask(AdapterTask):
     """OminiControl on the MM-DiT: a condition through the model's own code joins as independent tokens.
 
-    walk: the shares of the run between which the condition moves from the picture's own positions, where an adapter
-    that has learned to look (`init`) finds it, to those of `kind`. None: it stands there from the start.
+    A fresh adapter soon learns to disregard a condition that helps little, and never looks again. So it may start from
+    one that looks (`init`), and be led. walk: the shares of the run between which the condition moves from the
+    picture's own positions to those of `kind`. leave: the shares of the run between which references take the place of
+    the target itself, which is what every row sees until then. None: as it will be, from the start.
     """
 
     t_mean = TOKEN_T_MEAN
@@ -224,15 +228,17 @@ class TokenTask(AdapterTask):
         kind: Kind = "subject",
         rank: int = 8,
         walk: tuple[float, float] | None = None,
+        leave: tuple[float, float] | None = None,
     ):
         super().__init__(icons, model, ui)
         aligned = kind in ("edges", "gray")
         annotator = {"edges": "lines", "gray": "gray"}.get(kind)
         delta = (0, 0) if aligned else (0, -GRID[1])
-        if walk is not None and not (len(walk) == 2 and 0 <= walk[0] < walk[1] <= 1):
-            raise ValueError(f"walk needs two shares of the run, 0 <= begin < end <= 1; found {walk}.")
+        for name, part in (("walk", walk), ("leave", leave)):
+            if part is not None and not (len(part) == 2 and 0 <= part[0] < part[1] <= 1):
+                raise ValueError(f"{name} needs two shares of the run, 0 <= begin < end <= 1; found {part}.")
         self.kind: Kind = kind
-        self.walk = walk
+        self.walk, self.leave = walk, leave
         config = OminiConfig(kind, delta, independent=True, annotator=annotator, rank=rank, alpha=float(rank))
         self.omini = OminiControl.new(self.transformer, config)
         if init is not None:
@@ -245,12 +251,14 @@ class TokenTask(AdapterTask):
 
     def batch(self, rng: random.Random, size: int) -> Referenced:
         if self.kind == "style":
-            return style_batch(self, rng, size, 0.3, most=1)
+            found = style_batch(self, rng, size, 0.3, most=1)
+            return replace(found, lots=torch.tensor([rng.random() for _ in found.captions]))
         chosen = [rng.randrange(len(self.icons)) for _ in range(size)]
         if self.kind == "subject":
             others = [self.icons.other_drawing(rng, i) for i in chosen]
             captions = [self.subject_caption(rng, i) for i in chosen]
-            return referenced(self.icons.images(chosen), captions, self.icons.images(others))
+            found = referenced(self.icons.images(chosen), captions, self.icons.images(others))
+            return replace(found, lots=torch.tensor([rng.random() for _ in chosen]))
         captions = [self.icons.caption(rng, i, p_no_style=0.3, p_tags=0.1) for i in chosen]
         images = self.icons.images(chosen)
         return referenced(images, captions, self.condition_image(self.icons, chosen, images))
@@ -259,7 +267,7 @@ class TokenTask(AdapterTask):
         """The full caption, or one that leaves the concept to the reference."""
         caption = self.icons.caption(rng, i, language="en", p_no_style=0.1, p_lead=0.0, p_short=0.0, p_tags=0.0)
         label = self.icons.icons[i].label
-        if caption and rng.random() < 0.4:
+        if caption and rng.random() < NAMELESS_SHARE:
             return caption.replace(label, rng.choice(NAMELESS), 1)
         return self.icons.caption(rng, i, p_no_style=0.1, p_tags=0.1)
 
@@ -290,10 +298,12 @@ class TokenTask(AdapterTask):
 
     def conditions(self, batch: Referenced, text: Text, dropped: Tensor) -> tuple[list[Stream], list[Control]]:
         with torch.no_grad():
+            shown = batch.references[:, 0]
+            if self.leave is not None and batch.lots is not None:
+                own = batch.lots >= risen(self.leave, self.progress)
+                shown = torch.where(own[:, None, None, None], batch.images, shown)
             # The empty condition is a black picture, encoded like any other.
-            shown = torch.where(
-                dropped[:, None, None, None], torch.full_like(batch.images, -1.0), batch.references[:, 0]
-            )
+            shown = torch.where(dropped[:, None, None, None], torch.full_like(batch.images, -1.0), shown)
             tokens = encode_tokens(self.vae, shown)
         return [condition_stream(self.omini, tokens, self.positions(), self.run_of(text))], []
 
@@ -302,9 +312,13 @@ class TokenTask(AdapterTask):
         there = condition_ids(self.omini.config, GRID)
         if self.walk is None:
             return there
-        begin, end = self.walk
-        here = grid_ids(*GRID)
-        return torch.lerp(here, there, min(1.0, max(0.0, (self.progress - begin) / (end - begin))))
+        return torch.lerp(grid_ids(*GRID), there, risen(self.walk, self.progress))
+
+
+def risen(between: tuple[float, float], progress: float) -> float:
+    """0 before the first share of the run, 1 after the second, a line between them."""
+    begin, end = between
+    return min(1.0, max(0.0, (progress - begin) / (end - begin)))
 
 
 class StyleSource(Protocol):
