@@ -8,11 +8,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from condit.backbones.unet import Attention, Block, Frame, UNet, UNetConfig
+from condit.controls.control import Control, Run, Step
+from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference, cross_shapes, layer_table
 from condit.encoders.clip_patches import ClipPatches, resize_antialiased
 from condit.encoders.qformer import QFormer, QFormerConfig
-from condit.weights.deadiff import join, split
+from condit.nn.attention import Site
+from condit.weights.deadiff import join, place_in_diffusers, split
 
 GOLDEN = Path(__file__).parent / "golden" / "deadiff"
+
+
+def unet_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    return convert_ldm_unet_checkpoint(dict(tensors), {"layers_per_block": 2, "class_embed_type": None})
 
 
 def close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
@@ -50,22 +60,8 @@ def qformer() -> QFormer:
 
 @pytest.fixture(scope="module")
 def tower() -> ClipPatches:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    c = json.loads((GOLDEN / "qformer_config.json").read_text())
-    vision = CLIPVisionModel(
-        CLIPVisionConfig(
-            hidden_size=c["vision_width"],
-            intermediate_size=4 * c["vision_width"],
-            num_hidden_layers=c["vision_layers"],
-            num_attention_heads=c["vision_heads"],
-            image_size=c["image_size"],
-            patch_size=c["patch"],
-        )
-    )
-    missing, unexpected = vision.load_state_dict(split(published_qformer()).tower, strict=False)
-    assert all("post_layernorm" in name for name in missing) and not unexpected
-    return ClipPatches(vision.eval().requires_grad_(False), blocks=c["vision_layers"])
+    heads = json.loads((GOLDEN / "qformer_config.json").read_text())["vision_heads"]
+    return ClipPatches.of(split(published_qformer()).tower, heads=heads)
 
 
 def test_tower_and_norm_equal_the_released_ones(tower, qformer):
@@ -95,6 +91,134 @@ def test_published_names_come_back_bit_by_bit():
     twin = {n.replace("style_blip", "content_blip"): v for n, v in published.items() if ".visual_encoder." in n}
     assert back.keys() == {*published, *twin}
     assert all(torch.equal(back[name], value) for name, value in (published | twin).items())
+
+
+# Joint attention
+
+
+IMAGE_WEIGHTS = ["none", "zeros", "w0.0", "w0.5", "w1.0", "w1.7"]
+
+
+def image_tokens(kind: str, tokens: Tensor) -> tuple[Tensor | None, float]:
+    """Tokens and their weight for a name of the fixture."""
+    if kind == "none":
+        return None, 1.0
+    return (torch.zeros_like(tokens), 1.0) if kind == "zeros" else (tokens, float(kind[1:]))
+
+
+def control_at(site: Site, maps: dict[str, Tensor], tokens: Tensor, strength: float) -> DEADiffReference:
+    """A control of one layer from the fixture's maps."""
+    kv = {site.path: (tokens @ maps["i_to_k.weight"].mT, tokens @ maps["i_to_v.weight"].mT)}
+    control = DEADiffReference(kv=kv, table={site.path: "style"}, adapter=None, strength={"style": strength})  # type: ignore[arg-type]
+    found = control.at(Step(0, 1, 1.0))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("kind", IMAGE_WEIGHTS)
+def test_joint_attention_equals_the_released_layer(kind):
+    golden, site = read("attention"), Site("attn2", "cross", 0)
+    w = {name.removeprefix("w."): value for name, value in golden.items() if name.startswith("w.")}
+    layer = Attention(16, 24, 2, site)
+    layer.load_state_dict({name: value for name, value in w.items() if not name.startswith("i_")}, strict=True)
+    tokens, strength = image_tokens(kind, golden["image"])
+    controls = () if tokens is None else (control_at(site, w, tokens, strength),)
+    with torch.no_grad():
+        text = {site.path: layer.keys_values(golden["text"], None)}
+        found = layer(golden["x"], Frame(golden["x"], text, None, controls))
+    close(found, golden[f"out.{kind}"])
+
+
+@pytest.mark.parametrize("weight", [0.6, 1.0])
+def test_a_transformer_block_equals_the_released_one(weight):
+    golden = read("attention")
+    w = {name.removeprefix("block."): value for name, value in golden.items() if name.startswith("block.")}
+    block = Block(16, 2, 24, "block")
+    block.load_state_dict({name: value for name, value in w.items() if ".i_to_" not in name}, strict=True)
+    maps = {name.removeprefix("attn2."): value for name, value in w.items()}
+    control = control_at(block.attn2.site, maps, golden["image"], weight)
+    with torch.no_grad():
+        text = {block.attn2.site.path: block.attn2.keys_values(golden["text"], None)}
+        found = block(golden["x"], Frame(golden["x"], text, None, (control,)))
+    close(found, golden[f"block_out.w{weight}"])
+
+
+# The UNet
+
+
+@pytest.fixture(scope="module")
+def published_unet() -> dict[str, Tensor]:
+    """The fixture's UNet as it stands in a full checkpoint."""
+    count = json.loads((GOLDEN / "unet_config.json").read_text())["weight_shards"]
+    shards = [read(f"unet_weights_{i}") for i in range(count)]
+    return {f"model.diffusion_model.{name}": value for shard in shards for name, value in shard.items()}
+
+
+@pytest.fixture(scope="module")
+def unet(published_unet) -> UNet:
+    c = json.loads((GOLDEN / "unet_config.json").read_text())["config"]
+    config = UNetConfig(
+        block_out_channels=tuple(c["model_channels"] * m for m in c["channel_mult"]),
+        attention_head_dim=c["num_heads"],
+        cross_attention_dim=c["context_dim"],
+        sample_size=8,
+    )
+    found = UNet(config)
+    found.load_state_dict(unet_names(split(published_unet).base), strict=True)
+    return found.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def adapter(published_unet, unet) -> DEADiff:
+    """The image maps of the fixture; its tokens are given, so the Q-Formers are empty."""
+    maps = {name: value for name, value in split(published_unet).adapter.items()}
+    small = QFormerConfig(queries=4, width=20, layers=1, heads=2, hidden=8, image_width=8, vocabulary=8, positions=8)
+    found = DEADiff(DEADiffConfig(), QFormer(small), QFormer(small), cross_shapes(unet))
+    missing, unexpected = found.load_state_dict(maps, strict=False)
+    assert not unexpected and all(name.startswith(("style.", "content.")) for name in missing)
+    return found.requires_grad_(False)
+
+
+def test_style_and_content_go_to_the_layers_of_the_released_unet(unet):
+    order = json.loads((GOLDEN / "unet_config.json").read_text())["attention_order"]
+    table = layer_table(unet.sites)
+    expected = [(f"{place_in_diffusers(row['module'])}.transformer_blocks.0.attn2", row["branch"]) for row in order]
+    assert list(table.items()) == expected
+
+
+MODES = {
+    "both.w0.0": (("style", "content"), 0.0),
+    "both.w0.5": (("style", "content"), 0.5),
+    "both.w1.0": (("style", "content"), 1.0),
+    "both.w1.5": (("style", "content"), 1.5),
+    "style_only.w1.0": (("style",), 1.0),
+    "content_only.w1.0": (("content",), 1.0),
+    "uncond.w1.0": ((), 1.0),
+    "no_image": (None, 1.0),
+    "split_text.w1.0": (("style", "content"), 1.0),
+}
+
+
+def controls_of(adapter: DEADiff, unet: UNet, sets, strength: float, text: Tensor | None = None) -> list[Control]:
+    """What a pipeline call hands to the UNet for a mode of the fixture; no sets: the unconditional side."""
+    io = read("unet_io")
+    if sets is None:
+        return []
+    tokens = {name: io[name] for name in sets or ("style",)}
+    control = adapter.reference(tokens, strength=dict.fromkeys(("style", "content"), strength), content_text=text)
+    control = control if sets else control.negative()
+    found = control.prepare(Run(unet, len(io["x"]), (8, 8), io["x"], None, 4)).at(Step(0, 1, 1.0))
+    return [found] if found is not None else []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_the_released_unet(unet, adapter, mode):
+    io, (sets, strength) = read("unet_io"), MODES[mode]
+    text = io["text_content"] if mode.startswith("split_text") else None
+    with torch.no_grad():
+        controls = controls_of(adapter, unet, sets, strength, text)
+        found = unet(io["x"], io["t"], io["text"], controls=controls)
+    close(found, io[f"out.{mode}"])
 
 
 # Preparation of references

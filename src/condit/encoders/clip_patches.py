@@ -5,6 +5,9 @@ Preparation of pictures as DEADiff's released code has it, kornia 0.6.8's antial
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +33,35 @@ class ClipPatches(nn.Module):
         self.size, self.features = config.image_size, config.hidden_size
         self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], heads: int | None = None) -> ClipPatches:
+        """A tower from its tensors in transformers' names, its last block already gone. Heads are of width 64 unless
+        told; patches and size are read off the tensors."""
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        width, _, patch, _ = tensors["embeddings.patch_embedding.weight"].shape
+        blocks = len({name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")})
+        config = CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
+            num_hidden_layers=blocks,
+            num_attention_heads=heads or width // 64,
+            patch_size=patch,
+            image_size=patch * math.isqrt(len(tensors["embeddings.position_embedding.weight"]) - 1),
+        )
+        tower = CLIPVisionModel(config)
+        # What follows the last block is never run here, and DEADiff's file does not have it.
+        unused = {n: v for n, v in tower.state_dict().items() if n.startswith("post_layernorm.")}
+        tower.load_state_dict({n: v.float() for n, v in tensors.items()} | unused, strict=True)
+        return cls(tower.eval().requires_grad_(False), blocks)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ClipPatches:
+        """A whole CLIP, or its image tower, from a folder in transformers' layout (openai/clip-vit-large-patch14)."""
+        from transformers import CLIPVisionModel
+
+        return cls(CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
