@@ -43,7 +43,9 @@ def published_qformer() -> dict[str, Tensor]:
     """The fixture's tensors as they stand in a full checkpoint."""
 
     def full(name: str) -> str:
-        return name.replace("proj_layer.", "style_proj_layer.") if name.startswith("proj_layer") else f"style_blip.{name}"
+        return (
+            name.replace("proj_layer.", "style_proj_layer.") if name.startswith("proj_layer") else f"style_blip.{name}"
+        )
 
     return {full(name): value for name, value in read("qformer_weights").items()}
 
@@ -242,7 +244,9 @@ def test_the_antialias_blurs_both_axes_as_soon_as_one_shrinks(size):
         sigma = max((side / 224 - 1) / 2, 0.001)
         width = int(max(4 * sigma, 3))
         width += width % 2 == 0
-        weights = torch.tensor([pow(2.718281828459045, -((i - width // 2) ** 2) / (2 * sigma**2)) for i in range(width)])
+        weights = torch.tensor(
+            [pow(2.718281828459045, -((i - width // 2) ** 2) / (2 * sigma**2)) for i in range(width)]
+        )
         kernels.append((weights / weights.sum()).double())
     dense = torch.outer(*kernels)[None, None].expand(2, 1, -1, -1)
     margin = [len(k) // 2 for k in kernels]

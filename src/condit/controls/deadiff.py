@@ -1,7 +1,7 @@
 """DEADiff: style and content of a reference, told apart (Qi et al. 2024, arXiv:2403.06951).
 
-Two Q-Formers read the reference, one asked for its "style", one for its "content". Their tokens c_i join the text c_t in
-one softmax, style in the fine cross-attention layers of the UNet and content in the coarse ones:
+Two Q-Formers read the reference, one asked for its "style", one for its "content". Their tokens c_i join the text c_t
+in one softmax, style in the fine cross-attention layers of the UNet and content in the coarse ones:
 out = softmax(q [W_k c_t; m W_k' c_i]^T / sqrt(d)) [W_v c_t; m W_v' c_i]. A set that is not given is zeros, not absent.
 """
 
@@ -16,7 +16,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Run, Step, When, Where, match_batch, region_mask
+from condit.controls.control import Control, Run, Step, When, Where, match_batch
+from condit.controls.deadiff_layers import (
+    CONTENT_LAYERS,
+    SETS,
+    ImageMaps,
+    Name,
+    check_maps,
+    cross_shapes,
+    layer_table,
+    log_regions,
+    plant,
+)
 from condit.data.images import load_image
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import BERT_WORDS, QFormer, QFormerConfig, word_ids
@@ -25,15 +36,11 @@ from condit.nn.attention import Attend, Call, Site, split_heads
 if TYPE_CHECKING:
     from condit.data.images import ImageSource
 
-Name = Literal["style", "content"]
 Combine = Literal["mean", "concat"]
 # What the strength m multiplies: keys and values, as released; values alone; or the attention to the tokens (m = 0:
 # they are absent).
 Acts = Literal["keys-values", "values", "attention"]
 Empty = Literal["zeros", "absent"]
-SETS: tuple[Name, Name] = ("style", "content")
-# Cross-attention layers in the order of the forward pass, of sixteen (`content_layer` of the released configuration).
-CONTENT_LAYERS = (4, 5, 6, 7, 8)
 # The negative prompt of the released script.
 NEGATIVE_PROMPT = (
     "over-exposure, under-exposure, saturated, duplicate, out of frame, lowres, cropped, worst quality, low quality, "
@@ -48,26 +55,6 @@ class DEADiffConfig:
 
     content_layers: tuple[int, ...] = CONTENT_LAYERS
     words: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: dict(BERT_WORDS))
-
-
-def layer_table(sites: Sequence[Site], content_layers: Sequence[int] = CONTENT_LAYERS) -> dict[str, Name]:
-    """Path of each cross-attention layer, in the order of the forward pass -> the set of tokens that it takes."""
-    depth = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-    cross = [site.path for site in sites if site.kind == "cross"]
-    # A UNet may count its middle last (diffusers does).
-    forward = sorted(cross, key=lambda path: depth.get(path.split(".")[0], 0))
-    wrong = [i for i in content_layers if not 0 <= i < len(forward)]
-    if wrong:
-        raise ValueError(f"content_layers has {wrong[0]}; there are {len(forward)} cross-attention layers, from 0.")
-    return {path: "content" if i in content_layers else "style" for i, path in enumerate(forward)}
-
-
-class ImageMaps(nn.Module):
-    """W_k' and W_v' of one layer."""
-
-    def __init__(self, width: int, dim: int):
-        super().__init__()
-        self.image_k, self.image_v = nn.Linear(width, dim, bias=False), nn.Linear(width, dim, bias=False)
 
 
 class DEADiff(nn.Module):
@@ -95,7 +82,13 @@ class DEADiff(nn.Module):
 
     @classmethod
     def new(
-        cls, backbone, qformer: QFormerConfig, tower: ClipPatches, *, config: DEADiffConfig | None = None, pipe: Any = None
+        cls,
+        backbone,
+        qformer: QFormerConfig,
+        tower: ClipPatches,
+        *,
+        config: DEADiffConfig | None = None,
+        pipe: Any = None,
     ) -> DEADiff:
         """An untrained adapter for a UNet: W_k', W_v' start as the text's W_k, W_v, both Q-Formers at random (those of
         BLIP-Diffusion's release in the paper)."""
@@ -120,7 +113,9 @@ class DEADiff(nn.Module):
         tower = {n.removeprefix("tower."): v for n, v in file.tensors.items() if n.startswith("tower.")}
         beside = ClipPatches.of(tower, heads=file.config.get("tower_heads")) if tower else image_encoder
         if beside is None:
-            raise ValueError(f"{source} has no image tower. Give image_encoder=ClipPatches.load(folder of CLIP ViT-L/14).")
+            raise ValueError(
+                f"{source} has no image tower. Give image_encoder=ClipPatches.load(folder of CLIP ViT-L/14)."
+            )
         readers = []
         for name in SETS:
             own = {n.removeprefix(f"{name}."): v for n, v in tensors.items() if n.startswith(f"{name}.")}
@@ -206,7 +201,9 @@ class DEADiff(nn.Module):
             table = {path: name for path, name in table.items() if Site(path, "cross", 0) in where}
         strength = {name: 1.0 for name in SETS} | dict(strength or {})
         kv = self.keys_values(tokens, table)
-        return DEADiffReference(kv=kv, table={path: table[path] for path in kv}, adapter=self, strength=strength, **fields)
+        return DEADiffReference(
+            kv=kv, table={path: table[path] for path in kv}, adapter=self, strength=strength, **fields
+        )
 
     def control(
         self,
@@ -302,7 +299,8 @@ class DEADiffReference(Control):
     regions: dict[int, Tensor] | None = None  # number of queries -> log region (B, 1, N, 1)
 
     def prepare(self, run: Run) -> DEADiffReference:
-        unknown = next((path for path in self.kv if path not in {site.path for site in sites_of(run.backbone)}), None)
+        here = {site.path for site in run.backbone.sites}  # type: ignore[attr-defined]
+        unknown = next((path for path in self.kv if path not in here), None)
         if unknown is not None:
             raise ValueError(f"This call's model has no layer {unknown!r}: the control was made for another one.")
         kv = {path: tuple(match_batch(x, run.batch, "DEADiff") for x in pair) for path, pair in self.kv.items()}
@@ -354,53 +352,6 @@ class DEADiffReference(Control):
         }
 
 
-def plant(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Register a module under a dotted path, with empty modules on the way."""
-    *way, last = path.split(".")
-    for part in way:
-        if not hasattr(root, part):
-            root.add_module(part, nn.Module())
-        root = getattr(root, part)
-    root.add_module(last, module)
-
-
-def sites_of(backbone: Any) -> Sequence[Site]:
-    return backbone.sites
-
-
-def cross_shapes(backbone: Any, name: str = "this model") -> dict[str, tuple[int, int]]:
-    """Path of each cross-attention layer -> width of the text that it reads, width of its keys. ValueError for a model
-    without any."""
-    paths = [site.path for site in backbone.sites if site.kind == "cross"]
-    if not paths:
-        raise ValueError(
-            f"DEADiff needs layers of cross-attention to the text; {name} has none. For an MM-DiT use condit.IPAdapter."
-        )
-    weights = {path: backbone.get_submodule(path).to_k.weight for path in paths}
-    return {path: (weight.shape[1], weight.shape[0]) for path, weight in weights.items()}
-
-
-def check_maps(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], source: Any, model: str) -> None:
-    """ValueError unless the file's K', V' maps are those of this model's layers."""
-    found = {n[5 : -len(".image_k.weight")]: tuple(v.shape) for n, v in tensors.items() if n.endswith(".image_k.weight")}
-    if not found:
-        near = sorted(n for n in tensors if "to_k" in n or "image" in n)[:3]
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise ValueError(f"{source} has no image K', V' (unet.PATH.attn2.image_k.weight){hint}.")
-    if found.keys() != shapes.keys():
-        missing = sorted(shapes.keys() - found.keys())[:1] or sorted(found.keys() - shapes.keys())[:1]
-        raise ValueError(
-            f"{source} has image K', V' of {len(found)} layers; {model} has {len(shapes)} cross-attention layers (first "
-            f"difference: {missing[0]}). Was it made for another model?"
-        )
-    for path, (width, dim) in shapes.items():
-        if found[path] != (dim, width):
-            raise ValueError(
-                f"{source}: K' of {path} is {found[path]}; {model} needs {(dim, width)}. DEADiff was made for Stable "
-                "Diffusion 1.5 and its fine-tunes (text width 768)."
-            )
-
-
 def check_choices(acts: str, empty: str, combine: str, strength: float, content_strength: float | None) -> None:
     for name, value, known in (
         ("acts", acts, ("keys-values", "values", "attention")),
@@ -411,13 +362,3 @@ def check_choices(acts: str, empty: str, combine: str, strength: float, content_
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {value!r}.")
     if acts == "attention" and min(strength, strength if content_strength is None else content_strength) < 0:
         raise ValueError('A weight of the attention cannot be negative. Use strength >= 0, or acts="keys-values".')
-
-
-def log_regions(mask: Tensor, grid: tuple[int, int], levels: int = 8) -> dict[int, Tensor]:
-    """Pixel mask (B, H, W) in [0, 1] -> its logarithm (B, 1, N, 1) for the N cells of each level of a UNet, each half of
-    the one before, rounded up."""
-    found = {}
-    for _ in range(levels):
-        found[grid[0] * grid[1]] = region_mask(mask, grid).clamp(0, 1).log()
-        grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
-    return found

@@ -6,6 +6,9 @@ Two layouts. A folder as `datasets.load_dataset("imagefolder")` reads it: `metad
 
 where every `ROLE_file_name` or `ROLE_file_names` is a role. Or WebDataset's tars: `KEY.png` is the target, `KEY.txt` or
 `KEY.json` (its "text") the caption, `KEY.ROLE.png` or `KEY.ROLE_0.png`, `KEY.ROLE_1.png`, ... the references.
+
+Where pictures are each other's references, rows name what they share instead: `"style_group": "prompt 17"`,
+`"content_group": "fox"`, in metadata.jsonl or `KEY.json` (data/grouped.py draws from them).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +26,7 @@ from condit.data.images import ImageSource, load_image
 METADATA = "metadata.jsonl"
 PICTURES = ("png", "jpg", "jpeg", "webp")
 _ROLE = re.compile(r"(.+)_file_names?")
+_GROUP = re.compile(r"(.+)_group")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Pair:
     image: ImageSource
     text: str
     references: Mapping[str, tuple[ImageSource, ...]]
+    groups: Mapping[str, str] = field(default_factory=dict)  # what it shares with other targets: "style" -> a name
 
     def one(self, role: str) -> ImageSource:
         """The first reference of a role; KeyError with the roles that there are."""
@@ -70,6 +75,17 @@ class TarPairs:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def facts(self, index: int) -> tuple[tuple[str, ...], Mapping[str, str]]:
+        """Roles and groups of a sample, without its pictures."""
+        tar, parts = self.samples[index]
+        roles = tuple(dict.fromkeys(_role(e) for e in parts if "." in e))
+        if "json" not in parts:
+            return roles, {}
+        offset, size = parts["json"]
+        with open(tar, "rb") as file:
+            file.seek(offset)
+            return roles, _groups(json.loads(file.read(size)))
+
     def __getitem__(self, index: int) -> Pair:
         tar, parts = self.samples[index]
         with open(tar, "rb") as file:
@@ -83,8 +99,9 @@ class TarPairs:
             for extension in sorted((e for e in parts if "." in e), key=_natural):
                 references.setdefault(_role(extension), []).append(read(extension))
             target = next(read(e) for e in PICTURES if e in parts)
-            text = read("txt").decode() if "txt" in parts else json.loads(read("json"))["text"]
-        return Pair(target, text, {role: tuple(found) for role, found in references.items()})
+            told = json.loads(read("json")) if "json" in parts else {}
+            text = read("txt").decode() if "txt" in parts else told["text"]
+        return Pair(target, text, {role: tuple(found) for role, found in references.items()}, _groups(told))
 
 
 @dataclass(frozen=True)
@@ -200,9 +217,21 @@ def _folder_pair(folder: Path, row: Any) -> tuple[str, Pair | None]:
                 raise ValueError(f"{column} must be {kind}; found {value!r}")
             found = tuple(located(column, name) for name in (value if several else [value]))
             references[match[1]] = (*references.get(match[1], ()), *found)
+        groups = _groups(row)
     except ValueError as error:
         return str(error), None
-    return "", Pair(target, row.get("text", ""), references)
+    return "", Pair(target, row.get("text", ""), references, groups)
+
+
+def _groups(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a row shares with others, by role. ValueError for a name that is no text."""
+    found = {
+        match[1]: value for column, value in row.items() if (match := _GROUP.fullmatch(column)) and value is not None
+    }
+    for role, value in found.items():
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{role}_group must be a name; found {value!r}")
+    return found
 
 
 def _tars(path: Path) -> list[Path]:

@@ -1,4 +1,5 @@
-"""CLIP's image tower without its last block: every token of a picture, for Q-Formers (BLIP-Diffusion, arXiv:2305.14720).
+"""CLIP's image tower without its last block: every token of a picture, for Q-Formers (BLIP-Diffusion,
+arXiv:2305.14720).
 
 Preparation of pictures as DEADiff's released code has it, kornia 0.6.8's antialiased resize included.
 """

@@ -139,7 +139,7 @@ def to_published(name: str) -> str | None:
 
 
 def place_in_diffusers(place: str) -> str | None:
-    """'input_blocks.7.1' -> 'down_blocks.2.attentions.0', for UNets of two layers a level, as Stable Diffusion's are."""
+    """'input_blocks.7.1' -> 'down_blocks.2.attentions.0', for UNets of two layers a level, as Stable Diffusion's."""
     if place == "middle_block.1":
         return "mid_block.attentions.0"
     match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.1", place)
