@@ -11,6 +11,8 @@ from torch import Tensor
 from condit.backbones.unet import Attention, Block, Frame, UNet, UNetConfig
 from condit.controls.control import Control, Run, Step
 from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference, cross_shapes, layer_table
+from condit.diffusion.vp import Process, make_path
+from condit.diffusion.vp_samplers import ddim
 from condit.encoders.clip_patches import ClipPatches, resize_antialiased
 from condit.encoders.qformer import QFormer, QFormerConfig
 from condit.nn.attention import Site
@@ -221,6 +223,31 @@ def test_every_mode_of_the_released_unet(unet, adapter, mode):
         controls = controls_of(adapter, unet, sets, strength, text)
         found = unet(io["x"], io["t"], io["text"], controls=controls)
     close(found, io[f"out.{mode}"])
+
+
+@pytest.mark.parametrize("weight", [0.6, 1.0])
+@pytest.mark.parametrize("mode", ["both", "style_only"])
+def test_a_guided_ddim_run_of_the_released_sampler(unet, adapter, mode, weight):
+    """Every step of it; the unconditional side has zero tokens and the negative text."""
+    golden, told = read("ddim_cfg"), json.loads((GOLDEN / "ddim_cfg_config.json").read_text())
+    io, process = read("unet_io"), Process()
+    path = make_path(process, "ddim", told["steps"])
+    assert path.timesteps.long().flip(0).tolist() == golden["timesteps"].tolist()
+    sides = [
+        (io["text"], controls_of(adapter, unet, ("style", "content") if mode == "both" else ("style",), weight)),
+        (golden["negative_text"], controls_of(adapter, unet, (), weight)),
+    ]
+
+    def denoise(x: Tensor, t: float, i: int) -> Tensor:
+        at = torch.full((len(x),), t)
+        cond, uncond = (unet(x, at, text, controls=controls) for text, controls in sides)
+        return uncond + told["guidance"] * (cond - uncond)
+
+    steps = [io["x"]]
+    with torch.no_grad():
+        final = ddim(denoise, io["x"], path, on_step=lambda i, x, x0: steps.append(x))
+    close(torch.stack(steps), golden[f"{mode}.w{weight}.trajectory"], 5e-5)
+    close(final, golden[f"{mode}.w{weight}.final"], 5e-5)
 
 
 # Preparation of references

@@ -1,5 +1,5 @@
-"""The cross-attention layers of a UNet as DEADiff (arXiv:2403.06951) uses them: which takes which tokens, the image maps
-of each, a region of the picture at each resolution."""
+"""The cross-attention layers of a UNet as DEADiff (arXiv:2403.06951) uses them: which takes which tokens, the image
+maps of each, a region of the picture at each resolution."""
 
 from __future__ import annotations
 
