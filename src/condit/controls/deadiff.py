@@ -23,6 +23,7 @@ from condit.controls.deadiff_layers import (
     ImageMaps,
     Name,
     check_maps,
+    coarse_layers,
     cross_shapes,
     layer_table,
     log_regions,
@@ -92,8 +93,8 @@ class DEADiff(nn.Module):
     ) -> DEADiff:
         """An untrained adapter for a UNet: W_k', W_v' start as the text's W_k, W_v, both Q-Formers at random (those of
         BLIP-Diffusion's release in the paper)."""
-        config = config or DEADiffConfig()
         shapes = cross_shapes(backbone)
+        config = config or DEADiffConfig(coarse_layers(len(shapes)))
         layer_table(backbone.sites, config.content_layers)
         wrong = next((path for path, (width, _) in shapes.items() if width != qformer.width), None)
         if wrong is not None:
@@ -119,7 +120,7 @@ class DEADiff(nn.Module):
         readers = []
         for name in SETS:
             own = {n.removeprefix(f"{name}."): v for n, v in tensors.items() if n.startswith(f"{name}.")}
-            readers.append(QFormer(QFormerConfig.of(own, heads=file.config.get("heads"))))
+            readers.append(QFormer(QFormerConfig.of(own, heads=file.config.get("heads"), source=f"{source}, {name}")))
         if readers[0].config.image_width != beside.features:
             raise ValueError(
                 f"{source} reads image tokens of width {readers[0].config.image_width}; the image encoder gives "
@@ -129,7 +130,7 @@ class DEADiff(nn.Module):
         config = DEADiffConfig(tuple(file.config.get("content_layers", CONTENT_LAYERS)), words)
         layer_table(pipe.backbone.sites, config.content_layers)
         adapter = cls(config, *readers, shapes, tower=beside, pipe=pipe)
-        adapter.load_state_dict({n: v.float() for n, v in tensors.items()}, strict=True)
+        file.load_into(adapter, {n: v.float() for n, v in tensors.items()})
         adapter.name, adapter.hash = file.name, file.hash
         beside.eval().requires_grad_(False).to(pipe.device)
         return adapter.eval().requires_grad_(False).to(pipe.device)
@@ -192,9 +193,9 @@ class DEADiff(nn.Module):
         """A control from tokens (B, T, width) of one set or both; the other is zeros, or `empty="absent"`."""
         if not tokens:
             raise ValueError("No reference: give style=, content= or both.")
-        given = next(iter(tokens.values()))
+        given, c = next(iter(tokens.values())), self.style.config
         if empty == "zeros":
-            tokens = {**{name: torch.zeros_like(given[:1]) for name in SETS}, **tokens}
+            tokens = {**{name: given.new_zeros(1, c.queries, c.width) for name in SETS}, **tokens}
         sites = [Site(path, "cross", i) for i, path in enumerate(self.paths)]
         table = layer_table(sites, self.config.content_layers if content_layers is None else content_layers)
         if where is not None:
@@ -303,15 +304,18 @@ class DEADiffReference(Control):
         unknown = next((path for path in self.kv if path not in here), None)
         if unknown is not None:
             raise ValueError(f"This call's model has no layer {unknown!r}: the control was made for another one.")
-        kv = {path: tuple(match_batch(x, run.batch, "DEADiff") for x in pair) for path, pair in self.kv.items()}
-        text = regions = None
+        dtype = next(run.backbone.parameters()).dtype  # type: ignore[attr-defined]
+        mask = None if self.mask is None else match_batch(self.mask, run.batch, "mask")
+        kv = {p: tuple(match_batch(x.to(dtype), run.batch, "DEADiff") for x in pair) for p, pair in self.kv.items()}
+        if mask is not None and not mask.any():
+            kv = {}  # nowhere: absent, to the bit
+        text = None
         if self.content_text is not None:
             all_text = run.backbone.text_keys_values(self.content_text)  # type: ignore[attr-defined]
             content = [path for path, name in self.table.items() if name == "content"]
             text = {p: tuple(match_batch(x, run.batch, "content_prompt") for x in all_text[p]) for p in content}
-        if self.mask is not None:
-            regions = log_regions(match_batch(self.mask, run.batch, "mask"), run.grid)
-        return replace(self, kv=kv, text=text, regions=regions)
+        everywhere = mask is None or bool((mask == 1).all())
+        return replace(self, kv=kv, text=text, regions=None if everywhere else log_regions(mask, run.grid))
 
     def at(self, step: Step) -> DEADiffReference | None:
         factor = self.when.factor(step)
@@ -325,7 +329,7 @@ class DEADiffReference(Control):
         if self.text is not None and call.site.path in self.text:
             k, v = self.text[call.site.path]
             call = replace(call, k=k, v=v)
-        k, v = (split_heads(x.to(call.k.dtype), call.q.shape[1]) for x in self.kv[call.site.path])
+        k, v = (split_heads(x.to(call.k), call.q.shape[1]) for x in self.kv[call.site.path])
         log_weight = None if self.regions is None else self.regions[call.q.shape[2]]
         if self.weight is not None:
             m = self.weight[self.table[call.site.path]].to(k)

@@ -29,6 +29,12 @@ def layer_table(sites: Sequence[Site], content_layers: Sequence[int] = CONTENT_L
     return {path: "content" if i in content_layers else "style" for i, path in enumerate(forward)}
 
 
+def coarse_layers(count: int) -> tuple[int, ...]:
+    """The content layers of a UNet of `count` cross-attention layers: from a quarter to a half of the way, which are
+    the released 4..8 of 16."""
+    return tuple(range(count // 4, count // 2 + 1))
+
+
 class ImageMaps(nn.Module):
     """W_k' and W_v' of one layer."""
 

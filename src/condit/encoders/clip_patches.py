@@ -25,15 +25,23 @@ class ClipPatches(nn.Module):
     """Images -> tokens (B, 1 + patches, width), class token first, as they leave the last but one block, not normed.
 
     `tower` is cut at `blocks`, which defaults to all but one. In a DEADiff file it comes with the last already gone.
+    mean, std: those of the pixels in [0, 1] with which it was trained.
     """
 
-    def __init__(self, tower: CLIPVisionModel, blocks: int | None = None):
+    def __init__(
+        self,
+        tower: CLIPVisionModel,
+        blocks: int | None = None,
+        *,
+        mean: tuple[float, ...] = CLIP_MEAN,
+        std: tuple[float, ...] = CLIP_STD,
+    ):
         super().__init__()
         config = tower.config
         self.tower, self.blocks = tower, config.num_hidden_layers - 1 if blocks is None else blocks
         self.size, self.features = config.image_size, config.hidden_size
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], heads: int | None = None) -> ClipPatches:
@@ -70,7 +78,7 @@ class ClipPatches(nn.Module):
         return self.tokens(self.prepare(images))
 
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), normalised as CLIP was trained."""
+        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), normalised."""
         images = resize_antialiased((images + 1) / 2, (self.size, self.size))
         return (images - self.mean) / self.std
 

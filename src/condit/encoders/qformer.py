@@ -7,6 +7,7 @@ LAVIS class of the released code does: queries first, without positions, then th
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,10 +33,19 @@ class QFormerConfig:
     positions: int = 512
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], heads: int | None = None) -> QFormerConfig:
-        """Sizes read off the tensors of a `QFormer`; heads cannot be, and are of width 64 unless told."""
-        width = tensors["query_tokens"].shape[-1]
+    def of(cls, tensors: Mapping[str, Tensor], heads: int | None = None, source: object = "the file") -> QFormerConfig:
+        """Sizes read off the tensors of a `QFormer`; heads cannot be, and are of width 64 unless told. ValueError names
+        a tensor that is missing."""
         first = "qformer.encoder.layer.0"
+        needed = ["query_tokens", f"{first}.intermediate_query.dense.weight"]
+        needed += [f"{first}.crossattention.attention.key.weight"]
+        needed += [f"qformer.embeddings.{kind}_embeddings.weight" for kind in ("word", "position")]
+        missing = [name for name in needed if name not in tensors]
+        if missing:
+            near = difflib.get_close_matches(missing[0], list(tensors), 3, cutoff=0.5)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise ValueError(f"{source}: no {missing[0]!r} among {len(tensors)} tensors of a Q-Former{hint}.")
+        width = tensors["query_tokens"].shape[-1]
         return cls(
             queries=tensors["query_tokens"].shape[1],
             width=width,

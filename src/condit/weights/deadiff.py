@@ -76,6 +76,14 @@ def is_published(tensors: Mapping[str, Tensor]) -> bool:
     return any(name.removeprefix(LIGHTNING).startswith("style_blip.") for name in tensors)
 
 
+def adapter_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> State:
+    """What `DEADiff.load` reads, from a published file or one of ours: our names, and `tower.*` if it is there."""
+    if not is_published(tensors):
+        return dict(tensors)
+    parts = split(tensors, source)
+    return parts.adapter | {f"tower.{name}": value for name, value in parts.tower.items()}
+
+
 def split(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> Checkpoint:
     """A published file's tensors in parts. ValueError if the two image towers differ: they are shared here."""
     tensors = {name.removeprefix(LIGHTNING): value for name, value in tensors.items()}
