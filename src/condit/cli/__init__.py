@@ -28,6 +28,7 @@ app.add_typer(data_app, name="data")
 for command in (draw.demo, draw.generate, draw.replay, study.train, study.evaluate, study.verify):
     app.command()(command)
 data_app.command()(study.icons)
+data_app.command("check")(study.check_data)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Commands that train, measure and make data: train, evaluate, verify, data icons."""
+"""Commands that train, measure and make data: train, evaluate, verify, data icons, data check."""
 
 from pathlib import Path
 from typing import Annotated
@@ -156,3 +156,27 @@ def icons(
     with progress("rasterising") as advance:
         build(out, ui=ui, packages=packages, progress=advance)
     typer.echo(str(out))
+
+
+def check_data(
+    source: Annotated[Path, typer.Argument(help="A folder with metadata.jsonl, a .tar, or a folder of tars.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Names and captions only; no picture is decoded.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check pairs of pictures before training on them.
+
+    Quotes every row that cannot be read; exit status 1 if there is one.
+    """
+    from condit.data.pairs import check
+
+    report = check(source, decode=not quick)
+    if as_json:
+        answer({"pairs": report.pairs, "roles": report.roles, "problems": report.problems})
+    else:
+        roles = ", ".join(f"{role} {count}" for role, count in report.roles.items()) or "none"
+        typer.echo(f"{report.pairs} pairs; with references: {roles}")
+        for problem in report.problems:
+            say(problem)
+    if report.problems:
+        raise typer.Exit(1)

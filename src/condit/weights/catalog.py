@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from condit.weights.files import hash_file, read_metadata, read_tensors
+from condit.weights import deadiff
+from condit.weights.files import hash_file, load_strict, read_metadata, read_tensors
 from condit.weights.lora_files import peft_settings, published
 
 Kind = Literal["model", "ip-adapter", "omini"]
@@ -55,6 +56,10 @@ class AdapterFile:
     hash: str
     guess: str
 
+    def load_into(self, module: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """All tensors of the file, or those given, into all of a module; ValueError with a readable difference."""
+        load_strict(module, self.tensors if tensors is None else tensors, source=self.name)
+
 
 def read_adapter(source: str | Path, method: str) -> AdapterFile:
     """An adapter by catalog name, file or folder. Told by its tensors; another method's file is refused."""
@@ -67,6 +72,8 @@ def read_adapter(source: str | Path, method: str) -> AdapterFile:
     tensors, metadata = read_tensors(file), read_metadata(file)
     config = json.loads(metadata.get("condit", "{}"))
     guess = what_is(tensors)
+    if guess == "DEADiff":
+        tensors = deadiff.adapter_tensors(tensors, source)
     if guess == "OminiControl":
         tensors = published(tensors, peft_settings(path if path.is_dir() else None, metadata))
     if guess not in (method, "unknown"):
@@ -82,7 +89,9 @@ def adapter_weights(folder: Path) -> Path:
 
 
 def what_is(tensors: Mapping[str, Tensor]) -> str:
-    """The class that reads these tensors: "IPAdapter", "OminiControl" or "unknown"."""
+    """The class that reads these tensors: "DEADiff", "IPAdapter", "OminiControl" or "unknown"."""
+    if deadiff.is_published(tensors) or any(n.startswith(("style.qformer.", "content.qformer.")) for n in tensors):
+        return "DEADiff"
     if any(".lora_A." in n or ".lora_down." in n or ".lora.down." in n for n in tensors):
         return "OminiControl"
     if any(n.startswith("image_proj.") or ".to_k_ip." in n for n in tensors):

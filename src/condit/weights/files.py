@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import errno
 import json
 import os
@@ -76,6 +77,8 @@ def load_strict(
     if missing or unexpected or shapes:
         lines = [f"{source} does not fit {type(module).__name__} ({len(wanted)} tensors wanted, {len(found)} found)"]
         lines += [f"{len(missing)} missing (first: {_first(missing)})"] if missing else []
+        near = difflib.get_close_matches(missing[0], unexpected, 2) if missing else []
+        lines += [f"nearest to {missing[0]}: {', '.join(near)}"] if near else []
         lines += [f"{len(unexpected)} unexpected (first: {_first(unexpected)})"] if unexpected else []
         if shapes:
             pairs = [f"{name} {found[name]} instead of {wanted[name]}" for name in shapes]

@@ -1,0 +1,368 @@
+"""DEADiff: style and content of a reference, told apart (Qi et al. 2024, arXiv:2403.06951).
+
+Two Q-Formers read the reference, one asked for its "style", one for its "content". Their tokens c_i join the text c_t
+in one softmax, style in the fine cross-attention layers of the UNet and content in the coarse ones:
+out = softmax(q [W_k c_t; m W_k' c_i]^T / sqrt(d)) [W_v c_t; m W_v' c_i]. A set that is not given is zeros, not absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from condit.controls.control import Control, Run, Step, When, Where, match_batch
+from condit.controls.deadiff_layers import (
+    CONTENT_LAYERS,
+    SETS,
+    ImageMaps,
+    Name,
+    check_maps,
+    coarse_layers,
+    cross_shapes,
+    layer_table,
+    log_regions,
+    plant,
+)
+from condit.data.images import load_image
+from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.qformer import BERT_WORDS, QFormer, QFormerConfig, word_ids
+from condit.nn.attention import Attend, Call, Site, split_heads
+
+if TYPE_CHECKING:
+    from condit.data.images import ImageSource
+
+Combine = Literal["mean", "concat"]
+# What the strength m multiplies: keys and values, as released; values alone; or the attention to the tokens (m = 0:
+# they are absent).
+Acts = Literal["keys-values", "values", "attention"]
+Empty = Literal["zeros", "absent"]
+# The negative prompt of the released script.
+NEGATIVE_PROMPT = (
+    "over-exposure, under-exposure, saturated, duplicate, out of frame, lowres, cropped, worst quality, low quality, "
+    "jpeg artifacts, morbid, mutilated, out of frame, ugly, bad anatomy, bad proportions, deformed, blurry, duplicate"
+)
+
+
+@dataclass(frozen=True)
+class DEADiffConfig:
+    """content_layers: which cross-attention layers, in forward order, take content; the others take style. words: token
+    numbers of the words that the Q-Formers are asked."""
+
+    content_layers: tuple[int, ...] = CONTENT_LAYERS
+    words: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: dict(BERT_WORDS))
+
+
+class DEADiff(nn.Module):
+    """An adapter: `style.*` and `content.*` (Q-Former and projection), `unet.PATH.image_k`, `.image_v` of every cross-
+    attention layer. The frozen image tower stands beside it and is not saved with it."""
+
+    def __init__(
+        self,
+        config: DEADiffConfig,
+        style: QFormer,
+        content: QFormer,
+        maps: Mapping[str, tuple[int, int]],
+        *,
+        tower: ClipPatches | None = None,
+        pipe: Any = None,
+    ):
+        """maps: path of each cross-attention layer -> width of the tokens, width of its keys."""
+        super().__init__()
+        self.config, self.name, self.hash = config, "", ""
+        self.style, self.content, self.unet = style, content, nn.Module()
+        self.paths = tuple(maps)
+        for path, shape in maps.items():
+            plant(self.unet, path, ImageMaps(*shape))
+        self._beside = [tower, pipe]  # in a list: their weights are not ours
+
+    @classmethod
+    def new(
+        cls,
+        backbone,
+        qformer: QFormerConfig,
+        tower: ClipPatches,
+        *,
+        config: DEADiffConfig | None = None,
+        pipe: Any = None,
+    ) -> DEADiff:
+        """An untrained adapter for a UNet: W_k', W_v' start as the text's W_k, W_v, both Q-Formers at random (those of
+        BLIP-Diffusion's release in the paper)."""
+        shapes = cross_shapes(backbone)
+        config = config or DEADiffConfig(coarse_layers(len(shapes)))
+        layer_table(backbone.sites, config.content_layers)
+        wrong = next((path for path, (width, _) in shapes.items() if width != qformer.width), None)
+        if wrong is not None:
+            raise ValueError(f"Q-Former tokens have width {qformer.width}; {wrong} reads {shapes[wrong][0]}.")
+        adapter = cls(config, QFormer(qformer), QFormer(qformer), shapes, tower=tower, pipe=pipe)
+        adapter.start_from_text(backbone)
+        return adapter
+
+    @classmethod
+    def load(cls, source, pipe, *, image_encoder: ClipPatches | None = None) -> DEADiff:
+        """From the published `.ckpt` or from a file or folder of ours. image_encoder: CLIP ViT-L/14 (ClipPatches.load)
+        where the file has no tower of its own."""
+        file = pipe.adapter_file(source, "DEADiff")
+        tensors = {n: v for n, v in file.tensors.items() if not n.startswith("tower.")}
+        shapes = cross_shapes(pipe.backbone, pipe.name)
+        check_maps(tensors, shapes, source, pipe.name)
+        tower = {n.removeprefix("tower."): v for n, v in file.tensors.items() if n.startswith("tower.")}
+        beside = ClipPatches.of(tower, heads=file.config.get("tower_heads")) if tower else image_encoder
+        if beside is None:
+            raise ValueError(
+                f"{source} has no image tower. Give image_encoder=ClipPatches.load(folder of CLIP ViT-L/14)."
+            )
+        readers = []
+        for name in SETS:
+            own = {n.removeprefix(f"{name}."): v for n, v in tensors.items() if n.startswith(f"{name}.")}
+            readers.append(QFormer(QFormerConfig.of(own, heads=file.config.get("heads"), source=f"{source}, {name}")))
+        if readers[0].config.image_width != beside.features:
+            raise ValueError(
+                f"{source} reads image tokens of width {readers[0].config.image_width}; the image encoder gives "
+                f"{beside.features}. DEADiff's is CLIP ViT-L/14 (1024)."
+            )
+        words = {word: tuple(ids) for word, ids in file.config.get("words", BERT_WORDS).items()}
+        config = DEADiffConfig(tuple(file.config.get("content_layers", CONTENT_LAYERS)), words)
+        layer_table(pipe.backbone.sites, config.content_layers)
+        adapter = cls(config, *readers, shapes, tower=beside, pipe=pipe)
+        file.load_into(adapter, {n: v.float() for n, v in tensors.items()})
+        adapter.name, adapter.hash = file.name, file.hash
+        beside.eval().requires_grad_(False).to(pipe.device)
+        return adapter.eval().requires_grad_(False).to(pipe.device)
+
+    @property
+    def tower(self) -> ClipPatches:
+        if self._beside[0] is None:
+            raise ValueError("This adapter has no image tower. Use DEADiff.load(name, pipe) or DEADiff.new(...).")
+        return self._beside[0]
+
+    def maps(self, path: str) -> ImageMaps:
+        return self.unet.get_submodule(path)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def start_from_text(self, backbone) -> None:
+        """W_k', W_v' as copies of the text's: where training starts, and never after it."""
+        for path in self.paths:
+            layer = backbone.get_submodule(path)
+            self.maps(path).image_k.weight.copy_(layer.to_k.weight)
+            self.maps(path).image_v.weight.copy_(layer.to_v.weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {k: v.detach() for k, v in self.state_dict().items()}
+
+    def metadata(self) -> dict:
+        """What `load` needs beside the tensors."""
+        words = {word: list(ids) for word, ids in self.config.words.items()}
+        layers, heads = list(self.config.content_layers), self.style.config.heads
+        return {"method": "DEADiff", "content_layers": layers, "heads": heads, "words": words}
+
+    def ask(self, name: Name, image: Tensor) -> Tensor:
+        """What one Q-Former answers to its word: tower tokens (B, N, W) -> (B, T, width)."""
+        ids = word_ids(name, len(image), self.config.words).to(image.device)
+        return getattr(self, name)(image, ids)
+
+    def tokens(self, name: Name, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> style or content tokens (B, T, width)."""
+        return self.ask(name, self.tower(images))
+
+    def keys_values(self, tokens: Mapping[Name, Tensor], table: Mapping[str, Name]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Tokens (B, T, width) of each set -> path of each layer that takes one -> K', V', each (B, T, dim)."""
+        found = {}
+        for path, name in table.items():
+            if name in tokens:
+                maps = self.maps(path)
+                c = tokens[name].to(maps.image_k.weight.dtype)
+                found[path] = (maps.image_k(c), maps.image_v(c))
+        return found
+
+    def reference(
+        self,
+        tokens: Mapping[Name, Tensor],
+        *,
+        strength: Mapping[Name, float] | None = None,
+        empty: Empty = "zeros",
+        content_layers: Sequence[int] | None = None,
+        where: Where | None = None,
+        **fields: Any,
+    ) -> DEADiffReference:
+        """A control from tokens (B, T, width) of one set or both; the other is zeros, or `empty="absent"`."""
+        if not tokens:
+            raise ValueError("No reference: give style=, content= or both.")
+        given, c = next(iter(tokens.values())), self.style.config
+        if empty == "zeros":
+            tokens = {**{name: given.new_zeros(1, c.queries, c.width) for name in SETS}, **tokens}
+        sites = [Site(path, "cross", i) for i, path in enumerate(self.paths)]
+        table = layer_table(sites, self.config.content_layers if content_layers is None else content_layers)
+        if where is not None:
+            table = {path: name for path, name in table.items() if Site(path, "cross", 0) in where}
+        strength = {name: 1.0 for name in SETS} | dict(strength or {})
+        kv = self.keys_values(tokens, table)
+        return DEADiffReference(
+            kv=kv, table={path: table[path] for path in kv}, adapter=self, strength=strength, **fields
+        )
+
+    def control(
+        self,
+        style: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        content: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        *,
+        strength: float = 1.0,
+        content_strength: float | None = None,
+        acts: Acts = "keys-values",
+        empty: Empty = "zeros",
+        combine: Combine = "mean",
+        weights: Sequence[float] | None = None,
+        content_layers: Sequence[int] | None = None,
+        content_prompt: str | Sequence[str] | None = None,
+        where: Where | str | tuple[str, ...] | None = None,
+        when: When | None = None,
+        mask: ImageSource | None = None,
+    ) -> DEADiffReference:
+        """A control from a reference for style, for content, or one for each: one image, n for n images, or n lists of
+        several. Several of one image are averaged as tokens by `weights`, which sum to 1 (as released), or stand side
+        by side in the softmax ("concat").
+
+        strength: m, of both sets unless content_strength is given. With acts="keys-values" (as released) m = 0 leaves
+        empty tokens in the softmax; with "attention" m weighs the attention to them, and 0 is the base model. empty:
+        what stands for the set that is not given. content_prompt: another prompt for the content layers. mask: where in
+        the picture it acts, white = acts.
+        """
+        check_choices(acts, empty, combine, strength, content_strength)
+        pipe = self._beside[1]
+        if pipe is None:
+            raise ValueError("This adapter is not bound to a pipeline. Use DEADiff.load(name, pipe).")
+        given: dict[Name, Any] = {name: r for name, r in zip(SETS, (style, content), strict=True) if r is not None}
+        with torch.no_grad():
+            tokens = {name: self.combined(name, r, combine, weights) for name, r in given.items()}
+            text = None
+            if content_prompt is not None:
+                prompts = [content_prompt] if isinstance(content_prompt, str) else list(content_prompt)
+                text = pipe.encode_text(prompts).tokens
+            return self.reference(
+                tokens,
+                strength={"style": strength, "content": strength if content_strength is None else content_strength},
+                empty=empty,
+                content_layers=content_layers,
+                where=None if where is None else Where.of(where),
+                acts=acts,
+                when=when or When(),
+                content_text=text,
+                mask=None if mask is None else (pipe.read_images(mask, None)[:, 0] + 1) / 2,
+                source={name: pipe.describe_source(r) for name, r in given.items()},
+            )
+
+    def combined(self, name: Name, reference: Any, combine: Combine, weights: Sequence[float] | None) -> Tensor:
+        """Tokens of n references, (n, T, width), or (n, R T, width) for R of each image side by side."""
+        rows = reference if isinstance(reference, list | tuple) else [reference]
+        groups = [list(row) if isinstance(row, list | tuple) else [row] for row in rows]
+        if not groups or not groups[0] or len({len(group) for group in groups}) != 1:
+            raise ValueError(f"Every image needs equally many {name} references; found {[len(g) for g in groups]}.")
+        images = torch.stack([self.read(source) for group in groups for source in group])
+        tokens = self.tokens(name, images.to(next(self.parameters()).device)).unflatten(0, (len(groups), -1))
+        if combine == "concat":
+            if weights is not None:
+                raise ValueError('weights are for combine="mean"; side by side every reference has its own keys.')
+            return tokens.flatten(1, 2)
+        count = tokens.shape[1]
+        shares = [1 / count] * count if weights is None else list(weights)
+        if len(shares) != count or abs(sum(shares) - 1) > 1e-4:
+            raise ValueError(f"weights must be {count} numbers that sum to 1; found {shares}.")
+        return torch.einsum("nrtc,r->ntc", tokens, tokens.new_tensor(shares))
+
+    def read(self, source: ImageSource) -> Tensor:
+        """A picture as the released script reads it: (3, size, size) in [-1, 1], squashed by Pillow's bicubic."""
+        side = self.tower.size
+        picture = load_image(source).resize((side, side), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class DEADiffReference(Control):
+    """K', V' (n, T, dim) of every layer that takes tokens, and the set it takes them from. `weight` (0-d each), `text`
+    and `regions` are set for a run."""
+
+    kv: dict[str, tuple[Tensor, Tensor]]
+    table: dict[str, Name]
+    adapter: DEADiff
+    strength: dict[Name, float]
+    acts: Acts = "keys-values"
+    when: When = field(default_factory=When)
+    content_text: Tensor | None = None
+    mask: Tensor | None = None
+    source: dict[str, list] = field(default_factory=dict)
+    weight: dict[Name, Tensor] | None = None
+    text: dict[str, tuple[Tensor, Tensor]] | None = None  # text keys and values of the content layers
+    regions: dict[int, Tensor] | None = None  # number of queries -> log region (B, 1, N, 1)
+
+    def prepare(self, run: Run) -> DEADiffReference:
+        here = {site.path for site in run.backbone.sites}  # type: ignore[attr-defined]
+        unknown = next((path for path in self.kv if path not in here), None)
+        if unknown is not None:
+            raise ValueError(f"This call's model has no layer {unknown!r}: the control was made for another one.")
+        dtype = next(run.backbone.parameters()).dtype  # type: ignore[attr-defined]
+        mask = None if self.mask is None else match_batch(self.mask, run.batch, "mask")
+        kv = {p: tuple(match_batch(x.to(dtype), run.batch, "DEADiff") for x in pair) for p, pair in self.kv.items()}
+        if mask is not None and not mask.any():
+            kv = {}  # nowhere: absent, to the bit
+        text = None
+        if self.content_text is not None:
+            all_text = run.backbone.text_keys_values(self.content_text)  # type: ignore[attr-defined]
+            content = [path for path, name in self.table.items() if name == "content"]
+            text = {p: tuple(match_batch(x, run.batch, "content_prompt") for x in all_text[p]) for p in content}
+        everywhere = mask is None or bool((mask == 1).all())
+        return replace(self, kv=kv, text=text, regions=None if everywhere else log_regions(mask, run.grid))
+
+    def at(self, step: Step) -> DEADiffReference | None:
+        factor = self.when.factor(step)
+        off = factor == 0 or (self.acts == "attention" and not any(self.strength.values()))
+        weight = {name: torch.tensor(factor * m) for name, m in self.strength.items()}
+        return None if off else replace(self, weight=weight)
+
+    def around(self, call: Call, attend: Attend) -> Tensor:
+        if call.site.kind != "cross" or call.site.path not in self.kv:
+            return attend(call)
+        if self.text is not None and call.site.path in self.text:
+            k, v = self.text[call.site.path]
+            call = replace(call, k=k, v=v)
+        k, v = (split_heads(x.to(call.k), call.q.shape[1]) for x in self.kv[call.site.path])
+        log_weight = None if self.regions is None else self.regions[call.q.shape[2]]
+        if self.weight is not None:
+            m = self.weight[self.table[call.site.path]].to(k)
+            if self.acts == "attention":
+                log_weight = m.log() if log_weight is None else m.log() + log_weight
+            else:
+                k, v = (k * m if self.acts == "keys-values" else k), v * m
+        return attend(call.append_kv(k, v, log_weight))
+
+    def negative(self) -> DEADiffReference:
+        """Zeros for both sets, as released; text layers read the negative prompt."""
+        kv = {path: (torch.zeros_like(k[:1]), torch.zeros_like(v[:1])) for path, (k, v) in self.kv.items()}
+        return replace(self, kv=kv, content_text=None)
+
+    def describe(self) -> dict:
+        return {
+            "method": "DEADiff",
+            "adapter": self.adapter.name,
+            "hash": self.adapter.hash,
+            "strength": dict(self.strength),
+            "acts": self.acts,
+            "when": [self.when.start, self.when.end],
+            "reference": self.source,
+        }
+
+
+def check_choices(acts: str, empty: str, combine: str, strength: float, content_strength: float | None) -> None:
+    for name, value, known in (
+        ("acts", acts, ("keys-values", "values", "attention")),
+        ("empty", empty, ("zeros", "absent")),
+        ("combine", combine, ("mean", "concat")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {value!r}.")
+    if acts == "attention" and min(strength, strength if content_strength is None else content_strength) < 0:
+        raise ValueError('A weight of the attention cannot be negative. Use strength >= 0, or acts="keys-values".')

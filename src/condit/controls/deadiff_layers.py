@@ -1,0 +1,98 @@
+"""The cross-attention layers of a UNet as DEADiff (arXiv:2403.06951) uses them: which takes which tokens, the image
+maps of each, a region of the picture at each resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from condit.controls.control import region_mask
+from condit.nn.attention import Site
+
+Name = Literal["style", "content"]
+SETS: tuple[Name, Name] = ("style", "content")
+# Cross-attention layers in the order of the forward pass, of sixteen (`content_layer` of the released configuration).
+CONTENT_LAYERS = (4, 5, 6, 7, 8)
+
+
+def layer_table(sites: Sequence[Site], content_layers: Sequence[int] = CONTENT_LAYERS) -> dict[str, Name]:
+    """Path of each cross-attention layer, in the order of the forward pass -> the set of tokens that it takes."""
+    depth = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
+    cross = [site.path for site in sites if site.kind == "cross"]
+    # A UNet may count its middle last (diffusers does).
+    forward = sorted(cross, key=lambda path: depth.get(path.split(".")[0], 0))
+    wrong = [i for i in content_layers if not 0 <= i < len(forward)]
+    if wrong:
+        raise ValueError(f"content_layers has {wrong[0]}; there are {len(forward)} cross-attention layers, from 0.")
+    return {path: "content" if i in content_layers else "style" for i, path in enumerate(forward)}
+
+
+def coarse_layers(count: int) -> tuple[int, ...]:
+    """The content layers of a UNet of `count` cross-attention layers: from a quarter to a half of the way, which are
+    the released 4..8 of 16."""
+    return tuple(range(count // 4, count // 2 + 1))
+
+
+class ImageMaps(nn.Module):
+    """W_k' and W_v' of one layer."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.image_k, self.image_v = nn.Linear(width, dim, bias=False), nn.Linear(width, dim, bias=False)
+
+
+def plant(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Register a module under a dotted path, with empty modules on the way."""
+    *way, last = path.split(".")
+    for part in way:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    root.add_module(last, module)
+
+
+def cross_shapes(backbone: Any, name: str = "this model") -> dict[str, tuple[int, int]]:
+    """Path of each cross-attention layer -> width of the text that it reads, width of its keys. ValueError for a model
+    without any."""
+    paths = [site.path for site in backbone.sites if site.kind == "cross"]
+    if not paths:
+        raise ValueError(
+            f"DEADiff needs layers of cross-attention to the text; {name} has none. For an MM-DiT use condit.IPAdapter."
+        )
+    weights = {path: backbone.get_submodule(path).to_k.weight for path in paths}
+    return {path: (weight.shape[1], weight.shape[0]) for path, weight in weights.items()}
+
+
+def check_maps(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], source: Any, model: str) -> None:
+    """ValueError unless the file's K', V' maps are those of this model's layers."""
+    found = {
+        n[5 : -len(".image_k.weight")]: tuple(v.shape) for n, v in tensors.items() if n.endswith(".image_k.weight")
+    }
+    if not found:
+        near = sorted(n for n in tensors if "to_k" in n or "image" in n)[:3]
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise ValueError(f"{source} has no image K', V' (unet.PATH.attn2.image_k.weight){hint}.")
+    if found.keys() != shapes.keys():
+        missing = sorted(shapes.keys() - found.keys())[:1] or sorted(found.keys() - shapes.keys())[:1]
+        raise ValueError(
+            f"{source} has image K', V' of {len(found)} layers; {model} has {len(shapes)} cross-attention layers "
+            f"(first difference: {missing[0]}). Was it made for another model?"
+        )
+    for path, (width, dim) in shapes.items():
+        if found[path] != (dim, width):
+            raise ValueError(
+                f"{source}: K' of {path} is {found[path]}; {model} needs {(dim, width)}. DEADiff was made for Stable "
+                "Diffusion 1.5 and its fine-tunes (text width 768)."
+            )
+
+
+def log_regions(mask: Tensor, grid: tuple[int, int], levels: int = 8) -> dict[int, Tensor]:
+    """Pixel mask (B, H, W) in [0, 1] -> its logarithm (B, 1, N, 1) for the N cells of each level of a UNet, each half
+    of the one before, rounded up."""
+    found = {}
+    for _ in range(levels):
+        found[grid[0] * grid[1]] = region_mask(mask, grid).clamp(0, 1).log()
+        grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+    return found

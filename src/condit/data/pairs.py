@@ -1,0 +1,284 @@
+"""Pairs to train on: a target, its caption and its references by role.
+
+Two layouts. A folder as `datasets.load_dataset("imagefolder")` reads it: `metadata.jsonl`, one row a target,
+
+    {"file_name": "t/1.png", "text": "...", "style_file_names": ["r/1a.png", "r/1b.png"], "edges_file_name": "e/1.png"}
+
+where every `ROLE_file_name` or `ROLE_file_names` is a role. Or WebDataset's tars: `KEY.png` is the target, `KEY.txt` or
+`KEY.json` (its "text") the caption, `KEY.ROLE.png` or `KEY.ROLE_0.png`, `KEY.ROLE_1.png`, ... the references.
+
+Where pictures are each other's references, rows name what they share instead: `"style_group": "prompt 17"`,
+`"content_group": "fox"`, in metadata.jsonl or `KEY.json` (data/grouped.py draws from them).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from condit.data.images import ImageSource, load_image
+
+METADATA = "metadata.jsonl"
+PICTURES = ("png", "jpg", "jpeg", "webp")
+_ROLE = re.compile(r"(.+)_file_names?")
+_GROUP = re.compile(r"(.+)_group")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target with its caption and its references by role, as sources that `load_image` reads."""
+
+    image: ImageSource
+    text: str
+    references: Mapping[str, tuple[ImageSource, ...]]
+    groups: Mapping[str, str] = field(default_factory=dict)  # what it shares with other targets: "style" -> a name
+
+    def one(self, role: str) -> ImageSource:
+        """The first reference of a role; KeyError with the roles that there are."""
+        if not self.references.get(role):
+            raise KeyError(f"no reference {role!r}; this pair has {', '.join(self.references) or 'none'}.")
+        return self.references[role][0]
+
+
+class Pairs(Protocol):
+    """A set of pairs with random access: a batch is a pure function of its row numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Pair: ...
+
+
+@dataclass(frozen=True)
+class FolderPairs:
+    """Rows of metadata.jsonl."""
+
+    rows: tuple[Pair, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.rows[index]
+
+
+@dataclass(frozen=True)
+class TarPairs:
+    """Samples of WebDataset tars, each file opened where it is read: no order, no stream, so a run resumes exactly."""
+
+    samples: tuple[tuple[Path, Mapping[str, tuple[int, int]]], ...]  # extension -> (offset, size)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def facts(self, index: int) -> tuple[tuple[str, ...], Mapping[str, str]]:
+        """Roles and groups of a sample, without its pictures."""
+        tar, parts = self.samples[index]
+        roles = tuple(dict.fromkeys(_role(e) for e in parts if "." in e))
+        if "json" not in parts:
+            return roles, {}
+        offset, size = parts["json"]
+        with open(tar, "rb") as file:
+            file.seek(offset)
+            return roles, _groups(json.loads(file.read(size)))
+
+    def __getitem__(self, index: int) -> Pair:
+        tar, parts = self.samples[index]
+        with open(tar, "rb") as file:
+
+            def read(extension: str) -> bytes:
+                offset, size = parts[extension]
+                file.seek(offset)
+                return file.read(size)
+
+            references: dict[str, list[bytes]] = {}
+            for extension in sorted((e for e in parts if "." in e), key=_natural):
+                references.setdefault(_role(extension), []).append(read(extension))
+            target = next(read(e) for e in PICTURES if e in parts)
+            told = json.loads(read("json")) if "json" in parts else {}
+            text = read("txt").decode() if "txt" in parts else told["text"]
+        return Pair(target, text, {role: tuple(found) for role, found in references.items()}, _groups(told))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found: how many pairs, how many have each role, and a line for each bad row."""
+
+    pairs: int
+    roles: Mapping[str, int]
+    problems: tuple[str, ...]
+
+
+def open_pairs(source: str | Path) -> Pairs:
+    """A folder with metadata.jsonl, a tar, or a folder of tars. ValueError quotes the first bad row."""
+    path = Path(source)
+    if (path / METADATA).is_file():
+        rows = []
+        for place, row in _rows(path / METADATA):
+            problem, pair = _folder_pair(path, row)
+            if pair is None:
+                raise ValueError(f"{place}: {problem}. Row: {_quoted(row)}")
+            rows.append(pair)
+        return FolderPairs(tuple(rows))
+    samples = []
+    for place, tar, parts in _tar_samples(_tars(path)):
+        problem = _bad_sample(parts)
+        if problem:
+            raise ValueError(f"{place}: {problem}. Found: {', '.join(parts)}")
+        samples.append((tar, parts))
+    return TarPairs(tuple(samples))
+
+
+def check(source: str | Path, *, decode: bool = True) -> Report:
+    """Every row of a set: names, files, captions and, with `decode`, whether each picture can be read."""
+    path, problems, roles, count = Path(source), [], {}, 0
+    for place, found in _checked(path):
+        count += 1
+        if isinstance(found, str):
+            problems.append(f"{place}: {found}")
+            continue
+        for role in found.references:
+            roles[role] = roles.get(role, 0) + 1
+        named = [("target", found.image), *((role, x) for role, xs in found.references.items() for x in xs)]
+        for role, picture in named if decode else ():
+            try:
+                load_image(picture)
+            except (ValueError, FileNotFoundError) as error:
+                problems.append(f"{place}: {role}: {error}")
+    if not count:
+        problems.append(f"{path} holds no pair")
+    return Report(count, roles, tuple(problems))
+
+
+def _checked(path: Path) -> Iterator[tuple[str, Pair | str]]:
+    """Place, and the pair or what is wrong with it."""
+    if (path / METADATA).is_file():
+        for place, row in _rows(path / METADATA):
+            problem, pair = _folder_pair(path, row)
+            yield place, f"{problem}. Row: {_quoted(row)}" if pair is None else pair
+        return
+    for place, tar, parts in _tar_samples(_tars(path)):
+        problem = _bad_sample(parts)
+        if problem:
+            yield place, f"{problem}. Found: {', '.join(parts)}"
+            continue
+        try:
+            yield place, TarPairs(((tar, parts),))[0]
+        except (ValueError, KeyError, TypeError) as error:  # a caption that is no text
+            yield place, f"no caption can be read: {error}"
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Place and content of every line that is not empty; a line that is no JSON comes as its text."""
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    row = line.strip()
+                yield f"{file.name}:{number}", row
+
+
+def _folder_pair(folder: Path, row: Any) -> tuple[str, Pair | None]:
+    """What is wrong with a row, or its pair. Files must lie in the folder."""
+    if not isinstance(row, dict):
+        return "not a JSON object", None
+    if not isinstance(row.get("file_name"), str):
+        return f"file_name must name the target; found {row.get('file_name')!r}", None
+    if not isinstance(row.get("text", ""), str):
+        return f"text must be a string; found {row['text']!r}", None
+    root = folder.resolve()
+
+    def located(column: str, name: Any) -> Path:
+        if not isinstance(name, str):
+            raise ValueError(f"{column} must hold file names; found {name!r}")
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise ValueError(f"{column}: {name!r} leads out of the folder")
+        if not path.is_file():
+            raise ValueError(f"{column}: no file {name!r}")
+        return path
+
+    references: dict[str, tuple[ImageSource, ...]] = {}
+    try:
+        target = located("file_name", row["file_name"])
+        for column, value in row.items():
+            match = _ROLE.fullmatch(column)
+            if match is None or value is None:
+                continue
+            several = column.endswith("s")
+            if several != isinstance(value, list):
+                kind = "a list of names" if several else "one name"
+                raise ValueError(f"{column} must be {kind}; found {value!r}")
+            found = tuple(located(column, name) for name in (value if several else [value]))
+            references[match[1]] = (*references.get(match[1], ()), *found)
+        groups = _groups(row)
+    except ValueError as error:
+        return str(error), None
+    return "", Pair(target, row.get("text", ""), references, groups)
+
+
+def _groups(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a row shares with others, by role. ValueError for a name that is no text."""
+    found = {
+        match[1]: value for column, value in row.items() if (match := _GROUP.fullmatch(column)) and value is not None
+    }
+    for role, value in found.items():
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{role}_group must be a name; found {value!r}")
+    return found
+
+
+def _tars(path: Path) -> list[Path]:
+    found = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" and path.is_file() else []
+    if not found:
+        raise ValueError(
+            f"{path} holds no pairs: expected a folder with {METADATA} (as datasets' imagefolder reads it), a .tar of "
+            "WebDataset's layout, or a folder of such."
+        )
+    return found
+
+
+def _tar_samples(tars: Sequence[Path]) -> Iterator[tuple[str, Path, dict[str, tuple[int, int]]]]:
+    """Place, tar and the parts of each sample: files side by side whose names agree up to the first dot."""
+    for tar in tars:
+        samples: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(tar, "r:") as file:  # never unpacked, so a name can lead nowhere
+                for member in file:
+                    folder, _, name = member.name.rpartition("/")
+                    key, dot, extension = name.partition(".")
+                    if member.isfile() and dot and key:
+                        samples.setdefault(f"{folder}/{key}", {})[extension] = member.offset_data, member.size
+        except tarfile.TarError as error:
+            raise ValueError(f"{tar} is no plain tar, or cut off: {error}. Fetch it again.") from error
+        for key, parts in samples.items():
+            yield f"{tar.name}:{key.lstrip('/')}", tar, parts
+
+
+def _bad_sample(parts: Mapping[str, tuple[int, int]]) -> str:
+    if not any(e in parts for e in PICTURES):
+        return f"no target (.{', .'.join(PICTURES)})"
+    if "txt" not in parts and "json" not in parts:
+        return "no caption (.txt, or .json with its text)"
+    wrong = [e for e in parts if "." in e and e.rpartition(".")[2] not in PICTURES]
+    return f".{wrong[0]} is no picture that is read" if wrong else ""
+
+
+def _role(extension: str) -> str:
+    """'style.png' and 'style_2.png' -> 'style'."""
+    return re.sub(r"_\d+$", "", extension.rpartition(".")[0])
+
+
+def _natural(text: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def _quoted(row: Any, limit: int = 200) -> str:
+    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
+    return text if len(text) <= limit else text[:limit] + " ..."
