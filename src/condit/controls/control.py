@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from condit.nn.attention import Attend, Call, Site
+from condit.nn.attention import Attend, Call, Reduction, Site
 from condit.nn.lora import LowRank
 from condit.nn.streams import Stream
 
@@ -149,6 +149,11 @@ class Control:
 
     def residual(self, site: Site, query: Tensor) -> Tensor | None:
         """Add: a residual (B, N, dim) for the image stream after the block; query (B, H, N, D) without positions."""
+        return None
+
+    def merging(self, site: Site, tokens: Tensor, image: slice) -> Reduction | None:
+        """Merge: how the layer at `site` runs on fewer tokens; tokens (B, N, C) are its input behind the norm, `image`
+        the noisy image's rows of them. None: on all of them."""
         return None
 
     def negative(self) -> Control | None:

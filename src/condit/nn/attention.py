@@ -22,13 +22,27 @@ class Site:
     index: int  # ordinal among the sites of the same kind
 
 
+class Reduction(Protocol):
+    """A layer on fewer tokens: `merge` before it, `unmerge` behind it, along dimension -2; `pick` takes of each group
+    one token's value, e.g. its position. `mlp`: whether the MLP runs on fewer tokens too."""
+
+    mlp: bool
+
+    def merge(self, x: Tensor) -> Tensor: ...
+
+    def unmerge(self, x: Tensor) -> Tensor: ...
+
+    def pick(self, x: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Call:
     """One attention call: q (B, H, Nq, D), k and v (B, H, Nk, D); bias broadcasts to (B, H, Nq, Nk), in the log domain.
 
     `image` marks the rows of q that belong to the noisy image: an empty slice where the text attends apart from it,
     None where a condition attends on its own. `plain` are the same queries before rotary positions, for side branches
-    without positions.
+    without positions. `keys` are the columns of k that belong to the noisy image; before them stand the text's, from 0
+    to `keys.start`, and behind them those of conditions. `merged`: how rows stand for tokens, where tokens were merged.
     """
 
     q: Tensor
@@ -39,6 +53,8 @@ class Call:
     edit_map: Callable[[Tensor], Tensor] | None = None
     image: slice | None = None
     plain: Tensor | None = None
+    keys: slice | None = None
+    merged: Reduction | None = None
 
     def append_kv(self, k: Tensor, v: Tensor, log_weight: Tensor | None = None) -> Call:
         """More keys in the same softmax; `log_weight`, 0-d or one a query (B or 1, 1, Nq, 1), adds to their scores."""
@@ -58,9 +74,15 @@ class Attend(Protocol):
 
 
 class Around(Protocol):
-    """The part of a control that this file needs."""
+    """The part of a control that `attend` needs."""
 
     def around(self, call: Call, attend: Attend) -> Tensor: ...
+
+
+class Merging(Protocol):
+    """The part of a control that `reduction` needs."""
+
+    def merging(self, site: Site, tokens: Tensor, image: slice) -> Reduction | None: ...
 
 
 def sdpa(call: Call) -> Tensor:
@@ -82,6 +104,15 @@ def attend(call: Call, controls: Sequence[Around] = ()) -> Tensor:
     for control in reversed(controls):
         run = partial(control.around, attend=run)
     return run(call)
+
+
+def reduction(site: Site, tokens: Tensor, image: slice, controls: Sequence[Merging]) -> Reduction | None:
+    """How the first control that merges tokens would merge the input (B, N, C) of the layer at `site`; None: not."""
+    for control in controls:
+        found = control.merging(site, tokens, image)
+        if found is not None:
+            return found
+    return None
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
