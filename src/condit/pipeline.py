@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from condit.data.images import ImageSource, load_image, to_images, to_tensor
 from condit.diffusion.guidance import guide, guide_text_image
 from condit.diffusion.objectives import to_velocity
 from condit.diffusion.samplers import euler
-from condit.diffusion.schedules import flow_sigmas, flux_mu
+from condit.diffusion.schedules import flow_sigmas
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import together
@@ -120,8 +119,7 @@ class Pipeline:
         ids = grid_ids(*grid).to(self.device)
         if cells is not None:
             noise, ids = noise[:, cells], ids[cells]
-        shift = math.exp(flux_mu(len(ids))) if self.parts.shift is None else self.parts.shift
-        sigmas = flow_sigmas(steps, shift=shift)
+        sigmas = flow_sigmas(steps, shift=self.parts.shift_of(len(ids)))
         image_scale = 1.0 if image_guidance_scale is None else image_guidance_scale
 
         def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
@@ -372,15 +370,20 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     vae: Any = None,
+    components: str | Path | None = None,
 ) -> Any:
-    """A `Pipeline` by name ("tiny", embedded) or from a folder in diffusers' FLUX layout; a `ClassPipeline` or a
-    `ViTPipeline` by name (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT, DiffiT or ViT.
-    vae: an autoencoder, its folder, or "tiny" for the embedded one, for a class model that has none beside it."""
+    """A `Pipeline` by name ("tiny", embedded), from a folder in diffusers' FLUX layout or a single file of FLUX.1; a
+    `ClassPipeline` or a `ViTPipeline` by name (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT,
+    DiffiT or ViT. vae: an autoencoder, its folder, or "tiny" for the embedded one, for a class model that has none
+    beside it. components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None:
+    the file's own."""
     found = class_models.recognise(source)
     if vae is not None and (found is None or found[0] == "vit"):
         raise ValueError(f"vae= is for DiT and DiffiT; {str(source)!r} brings its own or needs none. Leave it out.")
     if found is None:
-        return Pipeline(load_parts(source, dtype=dtype)).to(device)
+        return Pipeline(load_parts(source, dtype=dtype, components=components)).to(device)
+    if components is not None:
+        raise ValueError(f"components= is for a single file of FLUX.1; {str(source)!r} is a {found[0]}. Leave it out.")
     kind, path = found
     if kind == "vit":
         from condit.classifier import ViTPipeline

@@ -11,7 +11,8 @@ from condit.backbones.mmdit import PRESETS, MMDiT
 from condit.nn.lora import Linear, LoRA
 from condit.weights.catalog import read_adapter
 from condit.weights.files import save_tensors
-from condit.weights.lora_files import DOUBLE, SINGLE, WHOLE, published
+from condit.weights.flux_names import DOUBLE, SINGLE, WHOLE
+from condit.weights.lora_files import published
 
 WIDTH = 3072  # of FLUX.1
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +26,20 @@ def flux_mu(tokens: int, *, base: tuple[int, float] = (256, 0.5), maximum: tuple
     """log of FLUX.1-dev's shift: linear in the number of noisy image tokens through two points, also outside them."""
     (n0, m0), (n1, m1) = base, maximum
     return m0 + (m1 - m0) / (n1 - n0) * (tokens - n0)
+
+
+@dataclass(frozen=True)
+class DynamicShift:
+    """A shift that grows with the number of noisy image tokens, as a scheduler's configuration says; the defaults are
+    FLUX.1-dev's. kind: exp(mu), or mu itself."""
+
+    base: tuple[int, float] = (256, 0.5)
+    maximum: tuple[int, float] = (4096, 1.15)
+    kind: Literal["exponential", "linear"] = "exponential"
+
+    def __call__(self, tokens: int) -> float:
+        mu = flux_mu(tokens, base=self.base, maximum=self.maximum)
+        return math.exp(mu) if self.kind == "exponential" else mu
 
 
 def logit_normal(n: int, *, mean: float = 0.0, std: float = 1.0, generator: torch.Generator) -> Tensor:

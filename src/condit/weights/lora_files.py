@@ -13,42 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# FLUX's own names (kohya writes them with underscores) -> diffusers' paths. Several paths: one matrix is cut by rows.
-DOUBLE = {
-    "img_mod_lin": ("norm1.linear",),
-    "txt_mod_lin": ("norm1_context.linear",),
-    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn_proj": ("attn.to_out.0",),
-    "txt_attn_proj": ("attn.to_add_out",),
-    "img_mlp_0": ("ff.net.0.proj",),
-    "img_mlp_2": ("ff.net.2",),
-    "txt_mlp_0": ("ff_context.net.0.proj",),
-    "txt_mlp_2": ("ff_context.net.2",),
-}
-SINGLE = {
-    "modulation_lin": ("norm.linear",),
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-}
-WHOLE = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in_in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in_out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "guidance_in_in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in_out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "vector_in_in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in_out_layer": "time_text_embed.text_embedder.linear_2",
-    "final_layer_adaLN_modulation_1": "norm_out.linear",
-    "final_layer_linear": "proj_out",
-}
+from condit.weights.flux_names import DOUBLE, SINGLE, parts
+
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_")
 TEXT = ("lora_te", "text_encoder")
 SIDES = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
 NAME = re.compile(r"(?P<path>.+?)\.(?P<side>lora_[AB]|lora[._]down|lora[._]up)(?:\.[^.]+)?\.weight")
-# A block and its number in either spelling: double_blocks.3.img_attn.qkv, double_blocks_3_img_attn_qkv.
-BLOCK = re.compile(r"(double|single)_blocks[._](\d+)[._](.+)")
 # Diffusers' own paths as kohya's underscores spell them.
 OURS = re.compile(r"(single_transformer_blocks|transformer_blocks)_(\d+)_(.+)")
 SUFFIXES = {path.replace(".", "_"): path for paths in (*DOUBLE.values(), *SINGLE.values()) for path in paths}
@@ -120,22 +90,8 @@ def targets(module: str, a: Tensor, b: Tensor) -> list[tuple[str, Tensor]]:
     name = module
     while (prefix := next((p for p in PREFIXES if name.startswith(p)), None)) is not None:
         name = name.removeprefix(prefix)
-    if (match := BLOCK.fullmatch(name)) is not None:
-        kind, number, part = match.groups()
-        paths = (DOUBLE if kind == "double" else SINGLE).get(part.replace(".", "_"))
-        if paths is None:
-            raise ValueError(f"{module!r}: FLUX's {kind} blocks have no {part!r}. Is this a LoRA of another model?")
-        blocks = "transformer_blocks" if kind == "double" else "single_transformer_blocks"
-        # Queries, keys and values are as wide as the model, which is the width of the input; the rest is the MLP's.
-        width = a.shape[1]
-        sizes = [width] * (len(paths) - 1) + [b.shape[0] - width * (len(paths) - 1)]
-        if min(sizes) <= 0:
-            raise ValueError(f"{module!r}: B has {b.shape[0]} rows, too few for {len(paths)} parts of {width}.")
-        rows = b.split(sizes) if len(paths) > 1 else [b]
-        return [(f"{blocks}.{number}.{path}", part) for path, part in zip(paths, rows, strict=True)]
     if (match := OURS.fullmatch(name)) is not None and match[3] in SUFFIXES:
         return [(f"{match[1]}.{match[2]}.{SUFFIXES[match[3]]}", b)]
-    path = WHOLE.get(name.replace(".", "_"), name)
-    if path == "norm_out.linear" and name != path:
-        b = torch.cat(b.chunk(2)[::-1])  # FLUX's own order is (shift, scale), diffusers' norm_out has (scale, shift)
-    return [(path, b)]
+    # A LoRA's B has the rows of the weight that it updates; its A has the width of the input, which in blocks is the
+    # model's wherever a matrix is cut.
+    return parts(name, b, a.shape[1]) or [(name, b)]

@@ -1,0 +1,260 @@
+"""FLUX.1 from disk: folders as diffusers saves them, and single files in its authors' names (flux1-dev.safetensors,
+ae.safetensors, or a checkpoint that holds both).
+
+A single file says its sizes by its tensors. What no tensor says is FLUX.1's, or stands in a config.json of the
+components' folder: how a head's channels are shared among the axes, the autoencoder's norm groups and factors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
+from condit.diffusion.schedules import DynamicShift
+from condit.encoders.text import FluxText
+from condit.weights.catalog import describe_hash
+from condit.weights.class_models import looks_like, names_in
+from condit.weights.files import hash_file, load_strict, read_tensors
+from condit.weights.flux_names import parts
+from condit.weights.flux_vae import autoencoder_tensors, load_autoencoder
+from condit.weights.parts import Parts
+from condit.weights.tiny import read_config
+
+PREFIX = "model.diffusion_model."  # before the transformer's names in files of whole pipelines
+SIGN = re.compile(rf"({re.escape(PREFIX)})?double_blocks\.0\.img_attn\.qkv\.")
+
+
+# Folders
+
+
+def load_mmdit(folder: Path, convert: Callable = dict) -> MMDiT:
+    """An MM-DiT from diffusers' layout: config.json and one or several safetensors files, strictly."""
+    config = read_mmdit_config(folder)
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= read_tensors(file)
+    return build_mmdit(config, convert(tensors), folder)
+
+
+def read_mmdit_config(folder: Path) -> MMDiTConfig:
+    """config.json of diffusers' FLUX transformer; ValueError for another model's."""
+    given: dict[str, Any] = read_config(folder)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    unknown = sorted(given.keys() - MMDiTConfig.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(f"{folder}/config.json has {unknown[0]!r}, which FLUX's transformer does not. Another model?")
+    return MMDiTConfig(**given)
+
+
+def build_mmdit(config: MMDiTConfig, tensors: Mapping[str, Tensor], source: Path) -> MMDiT:
+    with torch.device("meta"):
+        backbone = MMDiT(config)
+    load_strict(backbone, tensors, source=source, assign=True)
+    return backbone.eval().requires_grad_(False)
+
+
+def load_flux(folder: Path, dtype: torch.dtype) -> Parts:
+    """A FLUX.1 folder as diffusers saves it."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    if "Flux" not in str(index.get("_class_name")):
+        raise ValueError(f"{folder} is a {index.get('_class_name')}; this loader reads FLUX.1 folders.")
+    backbone = load_mmdit(folder / "transformer").to(dtype)
+    return assemble(
+        folder.name, describe_hash(folder), backbone, folder, load_autoencoder(folder / "vae", dtype), dtype
+    )
+
+
+def assemble(name: str, hash: str, backbone: MMDiT, components: Path, vae: Any, dtype: torch.dtype) -> Parts:
+    """A pipeline's parts around a transformer."""
+    text = load_text(components, dtype)
+    shift, dynamic = read_schedule(components / "scheduler", dev=backbone.config.guidance_embeds)
+    pixels = 2 ** (len(vae.config.block_out_channels) - 1) * 2
+    side = 1024 if backbone.config.num_layers >= PRESETS["flux-dev"].num_layers else 8 * pixels
+    return Parts(
+        name=name,
+        hash=hash,
+        backbone=backbone,
+        text=text,
+        vae=vae,
+        image=None,
+        prediction="velocity",
+        shift=shift,
+        size=(side, side),
+        steps=28 if backbone.config.guidance_embeds else 4,
+        guidance=3.5,
+        distilled=True,
+        dynamic=dynamic,
+    )
+
+
+def load_text(folder: Path, dtype: torch.dtype) -> FluxText:
+    """Both text encoders and their tokenizers, frozen."""
+    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+    text = FluxText(
+        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True),
+        AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype, local_files_only=True),
+        AutoTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
+    )
+    return text.eval().requires_grad_(False)
+
+
+def read_schedule(folder: Path, *, dev: bool) -> tuple[float | None, DynamicShift]:
+    """The shift of the noise levels by scheduler_config.json: a number, or None and how it grows with the picture.
+    Without the file, that of FLUX.1-dev or schnell. ValueError for a schedule that condit does not have."""
+    file = folder / "scheduler_config.json"
+    if not file.is_file():
+        return (None if dev else 1.0), DynamicShift()
+    given = json.loads(file.read_text(encoding="utf-8"))
+    strange = [
+        name
+        for name in (
+            "shift_terminal",
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "invert_sigmas",
+        )
+        if given.get(name)
+    ]
+    if "FlowMatchEuler" not in given.get("_class_name", "FlowMatchEuler") or strange:
+        what = strange[0] if strange else given["_class_name"]
+        raise ValueError(
+            f"{file} asks for {what!r}; condit draws FLUX.1 by Euler steps at shifted flow levels. Use diffusers' "
+            "pipeline with condit.interop.attach."
+        )
+    standard = DynamicShift()
+    dynamic = DynamicShift(
+        (given.get("base_image_seq_len", standard.base[0]), given.get("base_shift", standard.base[1])),
+        (given.get("max_image_seq_len", standard.maximum[0]), given.get("max_shift", standard.maximum[1])),
+        given.get("time_shift_type", "exponential"),
+    )
+    return (None if given.get("use_dynamic_shifting") else float(given.get("shift", 1.0))), dynamic
+
+
+# Single files
+
+
+def is_flux_file(file: Path) -> bool:
+    """Whether a file holds FLUX.1's transformer in its authors' names."""
+    return any(SIGN.match(name) for name in names_in(file))
+
+
+def load_flux_file(file: Path, components: str | Path, dtype: torch.dtype) -> Parts:
+    """A single file, with what it lacks from a folder in diffusers' layout: text_encoder, tokenizer, text_encoder_2,
+    tokenizer_2 and `vae` or ae.safetensors, unless the file holds an autoencoder itself."""
+    folder = Path(components)
+    check_components(file, folder)
+    tensors = read_tensors(file)
+    config = read_mmdit_config(folder / "transformer") if (folder / "transformer" / "config.json").is_file() else None
+    backbone = flux_transformer(tensors, file, like=config).to(dtype)
+    inside = autoencoder_tensors(tensors)
+    vae = load_autoencoder(folder / "vae", dtype, inside) if inside else load_autoencoder(vae_place(folder), dtype)
+    return assemble(file.stem, hash_file(file), backbone, folder, vae, dtype)
+
+
+def check_components(file: Path, folder: Path) -> None:
+    """ValueError that names what the folder lacks, before anything large is read."""
+    missing = [n for n in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2") if not (folder / n).is_dir()]
+    if vae_place(folder) is None and not autoencoder_tensors(dict.fromkeys(names_in(file), torch.empty(0))):
+        missing.append("vae (or ae.safetensors)")
+    if missing:
+        raise ValueError(
+            f"{file.name} holds FLUX.1's transformer; {folder} lacks {', '.join(missing)}. Put the file beside these "
+            "folders, as in the repository of FLUX.1-dev, or give the folder that has them as components=."
+        )
+
+
+def vae_place(folder: Path) -> Path | None:
+    """diffusers' folder of the autoencoder, or a file in the authors' names."""
+    if any((folder / "vae").glob("*.safetensors")) or any((folder / "vae").glob("*.bin")):
+        return folder / "vae"
+    return next((folder / name for name in ("ae.safetensors", "ae.sft") if (folder / name).is_file()), None)
+
+
+def flux_transformer(tensors: Mapping[str, Tensor], source: Path, *, like: MMDiTConfig | None = None) -> MMDiT:
+    """The transformer among a single file's tensors. `like`: the configuration of a folder beside it."""
+    own = transformer_tensors(tensors)
+    config = infer_config(own, source, like)
+    return build_mmdit(config, to_diffusers(own, config.dim, source), source)
+
+
+def transformer_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the transformer, without the prefix that they have beside other parts."""
+    if any(name.startswith(PREFIX) for name in tensors):
+        return {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
+    return dict(tensors)
+
+
+def to_diffusers(tensors: Mapping[str, Tensor], width: int, source: str | Path) -> dict[str, Tensor]:
+    """Tensors in the authors' names -> in diffusers'. ValueError for a name that FLUX.1 does not have."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind in ("scale_weight", "scale_input", "weight_scale", "input_scale") or tensor.dtype == torch.uint8:
+            raise ValueError(
+                f"{source}: {name!r} belongs to quantised weights with scales of their own. Use the bf16 or plain fp8 "
+                "file; condit.load(..., quantize=) makes it small."
+            )
+        placed = parts(module, tensor, width)
+        if placed is None or kind not in ("weight", "bias", "scale"):
+            raise ValueError(f"{source}: FLUX.1 has no {name!r}. Is this another model, or a variant with more parts?")
+        for path, cut in placed:
+            found[f"{path}.{'weight' if kind == 'scale' else kind}"] = cut
+    return found
+
+
+def infer_config(tensors: Mapping[str, Tensor], source: Path, like: MMDiTConfig | None = None) -> MMDiTConfig:
+    """Sizes from the shapes; `axes_dims_rope` of FLUX.1, or of `like` where it fits the heads."""
+    try:
+        width, channels = tensors["img_in.weight"].shape
+        head = len(next(t for n, t in tensors.items() if n.endswith(("query_norm.scale", "query_norm.weight"))))
+        sizes = {
+            "in_channels": channels,
+            "out_channels": len(tensors["final_layer.linear.weight"]),
+            "joint_attention_dim": tensors["txt_in.weight"].shape[1],
+            "pooled_projection_dim": tensors["vector_in.in_layer.weight"].shape[1],
+        }
+    except (KeyError, StopIteration, ValueError) as error:
+        raise ValueError(
+            f"{source} is no whole transformer of FLUX.1: {error} is missing.{looks_like(source)}"
+        ) from None
+    axes = next((c.axes_dims_rope for c in (like, MMDiTConfig()) if c and sum(c.axes_dims_rope) == head), None)
+    if axes is None or width % head:
+        raise ValueError(
+            f"{source} has heads of {head} channels in a width of {width}; FLUX.1's have 128. For a model like it put "
+            "its transformer/config.json, which says axes_dims_rope, into the components' folder."
+        )
+
+    def count(kind: str) -> int:
+        return 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith(f"{kind}_blocks.")), default=-1)
+
+    found = MMDiTConfig(
+        num_layers=count("double"),
+        num_single_layers=count("single"),
+        attention_head_dim=head,
+        num_attention_heads=width // head,
+        guidance_embeds=any(n.startswith("guidance_in.") for n in tensors),
+        axes_dims_rope=axes,
+        **sizes,
+    )
+    if like is None:
+        return found
+    for field in fields(found):
+        # Of a configuration without out_channels they are in_channels.
+        here, there = (getattr(c, field.name) or c.in_channels for c in (found, like))
+        if here != there:
+            raise ValueError(
+                f"{source} has {field.name} {here}, transformer/config.json beside it {there}. Is it the file of "
+                "another FLUX.1 (dev, schnell, Fill)? Give the folder that belongs to it as components=."
+            )
+    return like

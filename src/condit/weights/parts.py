@@ -1,0 +1,34 @@
+"""What a pipeline is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from condit.backbones.mmdit import MMDiT
+from condit.diffusion.schedules import DynamicShift
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model's parts and defaults. `shift` of the noise levels: a number, or None for one that grows with the picture
+    (`dynamic`)."""
+
+    name: str
+    hash: str
+    backbone: MMDiT
+    text: Callable
+    vae: Any
+    image: Any
+    prediction: str
+    shift: float | None
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    distilled: bool  # guidance is an input of the model (FLUX.1-dev) or absent (schnell), not two predictions
+    dynamic: DynamicShift = DynamicShift()
+
+    def shift_of(self, tokens: int) -> float:
+        """The shift for a picture of so many noisy tokens."""
+        return self.dynamic(tokens) if self.shift is None else self.shift
