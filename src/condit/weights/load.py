@@ -13,10 +13,13 @@ from condit.weights.catalog import MODELS, describe_hash
 from condit.weights.class_models import PUBLISHED, looks_like
 from condit.weights.files import load_strict, read_tensors
 from condit.weights.flux import is_flux_file, load_flux, load_flux_file, load_mmdit
+from condit.weights.latent_models import PUBLISHED as LATENT
+from condit.weights.latent_models import LatentModel, LatentParts
 from condit.weights.parts import Parts
+from condit.weights.stable_diffusion import load_stable_diffusion
 from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
 
-__all__ = ["Parts", "load_mmdit", "load_parts", "load_tiny"]
+__all__ = ["Parts", "load_latent_parts", "load_mmdit", "load_parts", "load_tiny"]
 
 
 def load_parts(source: str | Path, *, dtype: torch.dtype | None = None, components: str | Path | None = None) -> Parts:
@@ -30,15 +33,21 @@ def load_parts(source: str | Path, *, dtype: torch.dtype | None = None, componen
     elif Path(source).is_file() and is_flux_file(Path(source)):
         return load_flux_file(Path(source), components or Path(source).parent, dtype or torch.bfloat16)
     else:
-        known = ", ".join([*(n for n, e in MODELS.items() if e.kind == "model"), *PUBLISHED])
+        known = ", ".join([*(n for n, e in MODELS.items() if e.kind == "model"), *LATENT, *PUBLISHED])
         raise ValueError(
             f"No model {name!r}.{looks_like(Path(source))} Known: {known}; or give a folder with model_index.json "
-            "(diffusers' FLUX layout), a single file of FLUX.1 (flux1-dev.safetensors), or a file or folder of DiT, "
-            "DiffiT or ViT. For FLUX.1 weights download the repository first and pass its folder."
+            "(diffusers' FLUX or Stable Diffusion layout), a single file of FLUX.1 (flux1-dev.safetensors), or a file or "
+            "folder of Stable Diffusion, DiT, DiffiT or ViT. For FLUX.1 weights download the repository first and pass "
+            "its folder."
         )
     if components is not None:
         raise ValueError(f"components= is for a single file of FLUX.1; {name!r} brings its own. Leave it out.")
     return found
+
+
+def load_latent_parts(model: LatentModel, *, dtype: torch.dtype) -> LatentParts:
+    """A text-to-image model over latents that `latent_models.recognise` has found."""
+    return load_stable_diffusion(model.path, dtype, model.name)
 
 
 def load_tiny(name: str, folder: Path, dtype: torch.dtype) -> Parts:
