@@ -25,12 +25,16 @@ from condit.diffusion.vp import make_path
 from condit.diffusion.vp_samplers import ddim
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import BERT_WORDS, QFormerConfig
+from condit.encoders.text import Text
 from condit.encoders.vae import decode_latents, scale_shift
 from condit.training.icon_batches import IconSet
 from condit.training.loop import Task, to_device
 from condit.training.paired import FolderSource, IconSource, Paired, PairSource
 from condit.weights import deadiff as published
+from condit.weights import latent_models
 from condit.weights.files import load_strict, read_metadata, read_tensors, save_tensors
+from condit.weights.latent_models import Frame, LatentParts, Network
+from condit.weights.load import load_latent_parts
 
 ADAPTER = "adapter.safetensors"
 # What a batch of each kind shows the network.
@@ -76,7 +80,7 @@ class DEADiffTask(Task):
         self.unet: nn.Module = parts.backbone.requires_grad_(False)
         self.vae: nn.Module = parts.vae.requires_grad_(False)
         self.text: nn.Module = parts.text.requires_grad_(False)
-        self.process, self.size, self.base_hash = parts.process, parts.size, parts.hash
+        self.process, self.size, self.base_hash, self.tell = parts.process, parts.size, parts.hash, parts.tell
         self.tower = image_tower(tower, plain_pixels)
         self.adapter = make_adapter(self.unet, self.tower, qformer or {}, content_layers)
         if blip is not None:
@@ -117,26 +121,32 @@ class DEADiffTask(Task):
         return loss, {f"loss_{batch.kind}": float(loss.detach())}
 
     @torch.no_grad()
-    def encoded(self, batch: Paired, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (B, C, h, w), drawn from their posterior; text states; image tokens."""
+    def encoded(self, batch: Paired, generator: torch.Generator | None) -> tuple[Tensor, Text, Tensor]:
+        """Latents (B, C, h, w), drawn from their posterior, or its mode without a generator; text; image tokens."""
         scale, shift = scale_shift(self.vae)
         posterior = self.vae.encode(batch.images).latent_dist  # type: ignore[operator]
         z = posterior.mode() if generator is None else sampled(posterior, generator)
-        return (z.float() - shift) * scale, self.text(batch.captions).tokens, self.tower(batch.references)
+        return (z.float() - shift) * scale, self.text(batch.captions), self.tower(batch.references)
 
-    def errors(self, x0: Tensor, noise: Tensor, t: Tensor, text: Tensor, tokens: Mapping[Name, Tensor]) -> Tensor:
+    def errors(self, x0: Tensor, noise: Tensor, t: Tensor, text: Text, tokens: Mapping[Name, Tensor]) -> Tensor:
         """Squared error of the noise (or of v), (B,): plain, without weights."""
         level = self.process.alphas_cumprod[t].to(x0.device)[:, None, None, None]
         x_t = level.sqrt() * x0 + (1 - level).sqrt() * noise
-        output = self.unet(x_t, t.to(x0.device), text, controls=[self.control(tokens, x0)]).float()
+        output = self.network(text)(x_t, t.to(x0.device), None, [self.control(tokens, x0)]).float()
         if self.process.prediction_type == "v_prediction":
             noise = level.sqrt() * noise - (1 - level).sqrt() * x0
         return (output - noise).square().flatten(1).mean(1)
 
     def control(self, tokens: Mapping[Name, Tensor], x: Tensor) -> DEADiffReference:
         """The control of a training step: tokens of some sets, zeros for the others."""
-        run = Run(self.unet, len(x), tuple(x.shape[-2:]), x, None, x.shape[1])  # type: ignore[arg-type]
-        return self.adapter.reference(tokens).prepare(run)
+        return self.adapter.reference(tokens).prepare(self.run_of(x))
+
+    def run_of(self, x: Tensor) -> Run:
+        return Run(self.unet, len(x), tuple(x.shape[-2:]), x, None, x.shape[1])  # type: ignore[arg-type]
+
+    def network(self, text: Text) -> Network:
+        """The UNet that knows a text, at the size it is trained at."""
+        return self.tell(self.unet, text, Frame(self.size, self.size, (0, 0), self.size))
 
     def validate(self) -> dict[str, float]:
         """On held-out pairs: the error, and how much it rises with another row's reference, in %."""
@@ -179,12 +189,12 @@ class DEADiffTask(Task):
         batch = to_device(batch, self.device)
         x0, text, image = self.encoded(batch, None)
         control = self.control({name: self.adapter.ask(name, image) for name in SHOWN[batch.kind]}, x0)
-        sides = [(text, control), (self.text([""] * len(x0)).tokens, control.negative())]
+        none = control.negative().prepare(self.run_of(x0))
+        sides = [(self.network(text), control), (self.network(self.text([""] * len(x0))), none)]
 
         def denoise(x: Tensor, t: float, i: int) -> Tensor:
             times = torch.full((len(x),), t, device=x.device)
-            run = Run(self.unet, len(x), tuple(x.shape[-2:]), x, None, x.shape[1])  # type: ignore[arg-type]
-            c, u = (self.unet(x, times, words, controls=[side.prepare(run)]) for words, side in sides)
+            c, u = (network(x, times, None, [side]) for network, side in sides)
             return guide(c, u, guidance)
 
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
@@ -277,6 +287,9 @@ def load_blip(adapter: DEADiff, folder: Path) -> None:
         load_strict(reader, tensors, source=folder)
 
 
-def load_base(model: str) -> Any:
-    """A frozen Stable Diffusion in float32."""
-    raise NotImplementedError
+def load_base(model: str) -> LatentParts:
+    """A frozen Stable Diffusion in float32, by name, folder or file."""
+    found = latent_models.recognise(model)
+    if found is None:
+        raise ValueError(f"{model!r} is no Stable Diffusion: DEADiff is trained on a UNet with cross-attention.")
+    return load_latent_parts(found, dtype=torch.float32)
