@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from condit import interop
     from condit.controls.control import Control, When, Where
+    from condit.controls.deadiff import DEADiff
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
     from condit.controls.style_lora import StyleLoRA
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Control",
+    "DEADiff",
     "IPAdapter",
     "OminiControl",
     "Pipeline",
@@ -34,6 +36,7 @@ _HOME = {
     "Pipeline": "condit.pipeline",
     "IPAdapter": "condit.controls.ip_adapter",
     "OminiControl": "condit.controls.omini",
+    "DEADiff": "condit.controls.deadiff",
     "StyleLoRA": "condit.controls.style_lora",
     "Control": "condit.controls.control",
     "Where": "condit.controls.control",

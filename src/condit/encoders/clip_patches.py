@@ -66,11 +66,14 @@ class ClipPatches(nn.Module):
         return cls(tower.eval().requires_grad_(False), blocks)
 
     @classmethod
-    def load(cls, folder: str | Path) -> ClipPatches:
+    def load(
+        cls, folder: str | Path, *, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
+    ) -> ClipPatches:
         """A whole CLIP, or its image tower, from a folder in transformers' layout (openai/clip-vit-large-patch14)."""
         from transformers import CLIPVisionModel
 
-        return cls(CLIPVisionModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False))
+        tower = CLIPVisionModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        return cls(tower.eval().requires_grad_(False), mean=mean, std=std)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class LoopConfig(BaseModel):
     beta2: float = 0.98  # of AdamW; 0.999 for runs of many thousand steps
     weight_decay: float = 0.0
     warmup: int = 50
+    decay: bool = True  # the last four fifths of the run fall to zero; False: constant after the warm-up
     clip: float = 1.0
     ema: float = 0.999
     precision: Literal["auto", "bf16", "no"] = "auto"  # of autocast; auto: bf16 where the device computes in it
@@ -57,10 +58,12 @@ class LoopConfig(BaseModel):
 class Task(nn.Module):
     """What is trained. Only parameters with requires_grad are optimised, averaged and saved.
 
-    `progress` is the share of the run that is done, 0 to 1, for what changes along the way.
+    `progress` is the share of the run that is done, 0 to 1, for what changes along the way. partly_used: a step may leave
+    some of them without a gradient, which several processes have to be told.
     """
 
     progress = 0.0
+    partly_used = False
 
     @property
     def device(self) -> torch.device:
@@ -116,7 +119,8 @@ class Loop:
     def __init__(self, task: Task, config: LoopConfig, out: Path, *, resume: bool = True, progress: bool = False):
         self.task, self.config, self.out, self.progress = task, config, out, progress
         self.precision = fast_precision() if config.precision == "auto" else config.precision
-        self.accelerator = Accelerator(mixed_precision=self.precision)
+        partly = [DistributedDataParallelKwargs(find_unused_parameters=True)] if task.partly_used else []
+        self.accelerator = Accelerator(mixed_precision=self.precision, kwargs_handlers=partly)
         out.mkdir(parents=True, exist_ok=True)
         self.optimizers = make_optimizers(
             task,
@@ -182,7 +186,7 @@ class Loop:
         config = self.config
         generator = torch.Generator().manual_seed(random.Random("noise/" + self.key(self.step)).getrandbits(62))
         batch = to_device(batch, self.accelerator.device)
-        set_lr(self.optimizers, lr_factor(self.step, config.steps, config.warmup))
+        set_lr(self.optimizers, lr_factor(self.step, config.steps, config.warmup, decay=config.decay))
         self.task.progress = self.step / config.steps
         with self.accelerator.autocast():
             loss, logs = self.model(batch, generator)

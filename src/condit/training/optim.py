@@ -54,10 +54,12 @@ def make_optimizers(
     return found
 
 
-def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, constant until 20 % of the run, then linear to zero."""
+def lr_factor(step: int, steps: int, warmup: int, *, decay: bool = True) -> float:
+    """Linear warm-up, constant until 20 % of the run, then linear to zero; without `decay` constant to the end."""
     if step < warmup:
         return (step + 1) / warmup
+    if not decay:
+        return 1.0
     return min(1.0, max(0.0, (steps - step) / (0.8 * steps)))
 
 

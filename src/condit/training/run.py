@@ -33,6 +33,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.class_conditional import ClassConditionalTask
     from condit.training.classify import ClassifyTask
     from condit.training.clip import ClipTask
+    from condit.training.deadiff import DEADiffTask
     from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
     from condit.training.text_to_image import TextToImageTask
@@ -46,6 +47,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
         "tokens": TokenTask,
         "class-conditional": ClassConditionalTask,
         "classify": ClassifyTask,
+        "deadiff": DEADiffTask,
     }
 
 

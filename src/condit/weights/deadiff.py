@@ -84,6 +84,18 @@ def adapter_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> State:
     return parts.adapter | {f"tower.{name}": value for name, value in parts.tower.items()}
 
 
+def blip_diffusion(reader: Mapping[str, Tensor], projection: Mapping[str, Tensor]) -> State:
+    """The tensors of one Q-Former from BLIP-Diffusion's release (`blip_weight.pt`, `proj_weight.pt`), where the paper
+    starts: the same for both."""
+    found: State = {}
+    for name, value in reader.items():
+        # Older files call the Q-Former text_model.
+        ours = to_ours(f"style_blip.{name.removeprefix('model.').replace('text_model.', 'Qformer.')}")
+        if ours is not None:
+            found[ours.removeprefix("style.")] = value.float()
+    return found | {f"proj.{name}": value.float() for name, value in projection.items()}
+
+
 def split(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> Checkpoint:
     """A published file's tensors in parts. ValueError if the two image towers differ: they are shared here."""
     tensors = {name.removeprefix(LIGHTNING): value for name, value in tensors.items()}

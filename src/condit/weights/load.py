@@ -36,8 +36,8 @@ def load_parts(source: str | Path, *, dtype: torch.dtype | None = None, componen
         known = ", ".join([*(n for n, e in MODELS.items() if e.kind == "model"), *LATENT, *PUBLISHED])
         raise ValueError(
             f"No model {name!r}.{looks_like(Path(source))} Known: {known}; or give a folder with model_index.json "
-            "(diffusers' FLUX or Stable Diffusion layout), a single file of FLUX.1 (flux1-dev.safetensors), or a file or "
-            "folder of Stable Diffusion, DiT, DiffiT or ViT. For FLUX.1 weights download the repository first and pass "
+            "(diffusers' FLUX or Stable Diffusion layout), a single file of FLUX.1 (flux1-dev.safetensors), or a file "
+            "or folder of Stable Diffusion, DiT, DiffiT or ViT. For FLUX.1 weights download the repository first and pass "
             "its folder."
         )
     if components is not None:

@@ -1,0 +1,295 @@
+"""Training of DEADiff (arXiv:2403.06951, section 3) on a frozen Stable Diffusion: style pairs, content pairs and
+reconstruction, one of the three a batch."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from condit.controls.control import Run
+from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference
+from condit.controls.deadiff_layers import Name, coarse_layers, cross_shapes
+from condit.data.grouped import KINDS, Kind
+from condit.data.icons import GROUPS, TRAIN_LICENCES
+from condit.data.images import to_images
+from condit.data.sheets import contact_sheet
+from condit.diffusion.guidance import guide
+from condit.diffusion.vp import make_path
+from condit.diffusion.vp_samplers import ddim
+from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.qformer import BERT_WORDS, QFormerConfig
+from condit.encoders.text import Text
+from condit.encoders.vae import decode_latents, scale_shift
+from condit.training.icon_batches import IconSet
+from condit.training.loop import Task, to_device
+from condit.training.paired import FolderSource, IconSource, Paired, PairSource
+from condit.weights import deadiff as published
+from condit.weights import latent_models
+from condit.weights.files import load_strict, read_metadata, read_tensors, save_tensors
+from condit.weights.latent_models import Frame, LatentParts, Network
+from condit.weights.load import load_latent_parts
+
+ADAPTER = "adapter.safetensors"
+# What a batch of each kind shows the network.
+SHOWN: dict[Kind, tuple[Name, ...]] = {
+    "style": ("style",),
+    "content": ("content",),
+    "reconstruction": ("style", "content"),
+}
+# An untrained Q-Former needs no more words than it is asked.
+OWN_WORDS: dict[str, tuple[int, ...]] = {"style": (0,), "content": (1,)}
+
+
+class DEADiffTask(Task):
+    """What is trained: both Q-Formers, their queries and projections, and the image maps W_k', W_v'. The norms of the
+    image tokens stay as they are, as in the released optimiser; so do UNet, text, autoencoder and image tower.
+
+    shares: how often a batch is of style pairs, content pairs, reconstruction. drop: how often a sample of each loses
+    its tokens, which are then zeros. caption_drop: how often a caption is left empty (not in the released code).
+    """
+
+    partly_used = True  # a batch of style pairs never asks for content
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        icons: str | None = None,
+        pairs: str | None = None,
+        held_out: str | None = None,
+        tower: str | None = None,
+        plain_pixels: bool = False,
+        init: str | None = None,
+        blip: str | None = None,
+        qformer: dict[str, int] | None = None,
+        content_layers: Sequence[int] | None = None,
+        shares: Sequence[float] = (1, 1, 1),
+        drop: Sequence[float] = (0.15, 0.15, 0.0),
+        caption_drop: float = 0.0,
+    ):
+        super().__init__()
+        check_odds(shares, drop, caption_drop)
+        parts = load_base(model)
+        self.unet: nn.Module = parts.backbone.requires_grad_(False)
+        self.vae: nn.Module = parts.vae.requires_grad_(False)
+        self.text: nn.Module = parts.text.requires_grad_(False)
+        self.process, self.size, self.base_hash, self.tell = parts.process, parts.size, parts.hash, parts.tell
+        self.tower = image_tower(tower, plain_pixels)
+        self.adapter = make_adapter(self.unet, self.tower, qformer or {}, content_layers)
+        if blip is not None:
+            load_blip(self.adapter, Path(blip))
+        if init is not None:
+            load_adapter(self.adapter, Path(init))
+        for reader in (self.adapter.style, self.adapter.content):
+            reader.ln_vision.requires_grad_(False)
+        self.shares, self.drop, self.caption_drop = list(shares), dict(zip(KINDS, drop, strict=True)), caption_drop
+        wanted = [kind for kind, share in zip(KINDS, shares, strict=True) if share]
+        self.source = open_source(icons, pairs, wanted, ("train",), self.size, self.tower.size)
+        self.held_out = None
+        if icons is not None or held_out is not None:
+            self.held_out = open_source(icons, held_out, wanted, ("combo",), self.size, self.tower.size)
+        self.kinds = wanted
+
+    def compiled(self) -> list[nn.Module]:
+        return [self.unet]
+
+    def batch(self, rng: random.Random, size: int) -> Paired:
+        kind = rng.choices(KINDS, weights=self.shares)[0]
+        found = self.source.batch(rng, kind, size)
+        # In reconstruction the reference says all, so no words are given.
+        told = ["" if kind == "reconstruction" or rng.random() < self.caption_drop else c for c in found.captions]
+        return Paired(kind, found.images, found.references, told)
+
+    def forward(self, batch: Paired, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        x0, text, image = self.encoded(batch, generator)
+        b, device = len(x0), x0.device
+        t = torch.randint(self.process.num_train_timesteps, (b,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        kept = (torch.rand(b, generator=generator) >= self.drop[batch.kind]).to(device)
+        # The Q-Formers' dropout draws from the device's generator: seed it from ours, and leave it as it was.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            tokens = {name: self.adapter.ask(name, image) * kept[:, None, None] for name in SHOWN[batch.kind]}
+        loss = self.errors(x0, noise, t, text, tokens).mean()
+        return loss, {f"loss_{batch.kind}": float(loss.detach())}
+
+    @torch.no_grad()
+    def encoded(self, batch: Paired, generator: torch.Generator | None) -> tuple[Tensor, Text, Tensor]:
+        """Latents (B, C, h, w), drawn from their posterior, or its mode without a generator; text; image tokens."""
+        scale, shift = scale_shift(self.vae)
+        posterior = self.vae.encode(batch.images).latent_dist  # type: ignore[operator]
+        z = posterior.mode() if generator is None else sampled(posterior, generator)
+        return (z.float() - shift) * scale, self.text(batch.captions), self.tower(batch.references)
+
+    def errors(self, x0: Tensor, noise: Tensor, t: Tensor, text: Text, tokens: Mapping[Name, Tensor]) -> Tensor:
+        """Squared error of the noise (or of v), (B,): plain, without weights."""
+        level = self.process.alphas_cumprod[t].to(x0.device)[:, None, None, None]
+        x_t = level.sqrt() * x0 + (1 - level).sqrt() * noise
+        output = self.network(text)(x_t, t.to(x0.device), None, [self.control(tokens, x0)]).float()
+        if self.process.prediction_type == "v_prediction":
+            noise = level.sqrt() * noise - (1 - level).sqrt() * x0
+        return (output - noise).square().flatten(1).mean(1)
+
+    def control(self, tokens: Mapping[Name, Tensor], x: Tensor) -> DEADiffReference:
+        """The control of a training step: tokens of some sets, zeros for the others."""
+        return self.adapter.reference(tokens).prepare(self.run_of(x))
+
+    def run_of(self, x: Tensor) -> Run:
+        return Run(self.unet, len(x), tuple(x.shape[-2:]), x, None, x.shape[1])  # type: ignore[arg-type]
+
+    def network(self, text: Text) -> Network:
+        """The UNet that knows a text, at the size it is trained at."""
+        return self.tell(self.unet, text, Frame(self.size, self.size, (0, 0), self.size))
+
+    def validate(self) -> dict[str, float]:
+        """On held-out pairs: the error, and how much it rises with another row's reference, in %."""
+        found: dict[str, float] = {}
+        for kind in self.kinds if self.held_out is not None else ():
+            batch: Paired = to_device(self.examples(kind, 32), self.device)
+            x0, text, image = self.encoded(batch, None)
+            noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
+            for share in (0.3, 0.7):
+                t = torch.full((len(x0),), int(share * self.process.num_train_timesteps))
+                right, wrong = (
+                    float(self.errors(x0, noise, t, text, {n: self.adapter.ask(n, i) for n in SHOWN[kind]}).mean())
+                    for i in (image, image.roll(1, 0))
+                )
+                found[f"{kind}_error_{share}"] = round(right, 4)
+                found[f"{kind}_wrong_reference_{share}"] = round(100 * (wrong / right - 1), 1)
+        return found
+
+    def examples(self, kind: Kind, count: int) -> Paired:
+        """The same held-out pairs at every look."""
+        assert self.held_out is not None
+        found = self.held_out.batch(random.Random(0), kind, count)
+        told = [""] * count if kind == "reconstruction" else found.captions
+        return Paired(kind, found.images, found.references, told)
+
+    def sheet(self) -> Image.Image | None:
+        """References, what is drawn from them, and the real targets, for each kind."""
+        if self.held_out is None:
+            return None
+        rows, labels = [], []
+        for kind in self.kinds:
+            batch = self.examples(kind, 6)
+            rows += [to_images(x) for x in (batch.references, self.draw(batch), batch.images)]
+            labels += [f"{kind}: reference", "drawn", "real"]
+        return contact_sheet(rows, labels)
+
+    @torch.no_grad()
+    def draw(self, batch: Paired, *, steps: int = 20, guidance: float = 5.0, seed: int = 0) -> Tensor:
+        """Pictures (B, 3, H, W), with zero tokens and no words on the unconditional side."""
+        batch = to_device(batch, self.device)
+        x0, text, image = self.encoded(batch, None)
+        control = self.control({name: self.adapter.ask(name, image) for name in SHOWN[batch.kind]}, x0)
+        none = control.negative().prepare(self.run_of(x0))
+        sides = [(self.network(text), control), (self.network(self.text([""] * len(x0))), none)]
+
+        def denoise(x: Tensor, t: float, i: int) -> Tensor:
+            times = torch.full((len(x),), t, device=x.device)
+            c, u = (network(x, times, None, [side]) for network, side in sides)
+            return guide(c, u, guidance)
+
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
+        path = make_path(self.process, "ddim", steps)
+        x = ddim(denoise, noise, path, prediction=self.process.prediction_type)
+        return decode_latents(self.vae, x)
+
+    def export(self, folder: Path, card: dict) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = {**self.adapter.metadata(), "base": self.base_hash}
+        tensors = {name: value.half() for name, value in self.adapter.tensors().items()}
+        save_tensors(folder / ADAPTER, tensors, {"condit": json.dumps(metadata)})
+        (folder / "card.json").write_text(json.dumps({**card, **metadata}, indent=1) + "\n")
+
+
+def check_odds(shares: Sequence[float], drop: Sequence[float], caption_drop: float) -> None:
+    if len(shares) != 3 or min(shares) < 0 or not sum(shares):
+        raise ValueError(
+            f"shares must be three numbers >= 0, not all 0 (style, content, reconstruction); found {shares}."
+        )
+    if len(drop) != 3 or not all(0 <= p <= 1 for p in (*drop, caption_drop)):
+        raise ValueError(f"drop must be three probabilities, caption_drop one; found {drop}, {caption_drop}.")
+
+
+def make_adapter(unet: Any, tower: ClipPatches, sizes: dict[str, int], layers: Sequence[int] | None) -> DEADiff:
+    """An untrained adapter whose Q-Formers have the released sizes, but for `sizes`, and fit tower and text."""
+    shapes = cross_shapes(unet)
+    width = next(iter(shapes.values()))[0]
+    small = {"vocabulary": len(OWN_WORDS), "positions": 1}
+    fitted = {"width": width, "image_width": tower.features, "heads": max(1, width // 64), "hidden": 4 * width}
+    config = QFormerConfig(**{**fitted, **small, **sizes})
+    words = OWN_WORDS if config.vocabulary == len(OWN_WORDS) else BERT_WORDS
+    chosen = coarse_layers(len(shapes)) if layers is None else tuple(layers)
+    return DEADiff.new(unet, config, tower, config=DEADiffConfig(chosen, words))
+
+
+def sampled(posterior: Any, generator: torch.Generator) -> Tensor:
+    """A sample whose noise is drawn on the CPU: a seed means the same on every device."""
+    if not hasattr(posterior, "std"):
+        return posterior.sample(generator)
+    noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+    return posterior.mean + posterior.std * noise
+
+
+def image_tower(folder: str | None, plain_pixels: bool) -> ClipPatches:
+    """A CLIP's image tower from its folder. plain_pixels: it reads [-1, 1] as it is, as the embedded CLIP does."""
+    if folder is None:
+        raise ValueError("tower must name the folder of a CLIP, such as openai/clip-vit-large-patch14 downloaded.")
+    plain = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if plain_pixels else {}
+    return ClipPatches.load(folder, **plain)
+
+
+def open_source(
+    icons: str | None,
+    pairs: str | None,
+    kinds: Sequence[Kind],
+    splits: tuple[str, ...],
+    size: tuple[int, int],
+    reference_size: int,
+) -> PairSource:
+    """Icons of some splits, or a folder or tars of pairs."""
+    if (icons is None) == (pairs is None):
+        raise ValueError("Give icons or pairs: the icon world, or a folder or tars of style and content groups.")
+    if pairs is None:
+        chosen = IconSet.open(icons, splits=splits, groups=GROUPS, licences=TRAIN_LICENCES)
+        return IconSource(chosen, size, reference_size)
+    source = FolderSource.open(pairs, size, reference_size)
+    source.pairs.need(kinds)
+    return source
+
+
+def load_adapter(adapter: DEADiff, source: Path) -> None:
+    """To go on from an earlier export (a folder or file), or from the published checkpoint."""
+    file = source / ADAPTER if source.is_dir() else source
+    tensors = published.adapter_tensors(read_tensors(file), file)
+    kept = {name: value.float() for name, value in tensors.items() if not name.startswith("tower.")}
+    told = json.loads(read_metadata(file).get("condit", "{}"))
+    layers = told.get("content_layers", list(adapter.config.content_layers))
+    if tuple(layers) != adapter.config.content_layers:
+        raise ValueError(f"{file} has content_layers {layers}; the recipe {list(adapter.config.content_layers)}.")
+    load_strict(adapter, kept, source=file)
+
+
+def load_blip(adapter: DEADiff, folder: Path) -> None:
+    """Both Q-Formers and projections from BLIP-Diffusion's release, which the paper starts from."""
+    tensors = published.blip_diffusion(
+        read_tensors(folder / "blip_model" / "blip_weight.pt"), read_tensors(folder / "proj_layer" / "proj_weight.pt")
+    )
+    for reader in (adapter.style, adapter.content):
+        load_strict(reader, tensors, source=folder)
+
+
+def load_base(model: str) -> LatentParts:
+    """A frozen Stable Diffusion in float32, by name, folder or file."""
+    found = latent_models.recognise(model)
+    if found is None:
+        raise ValueError(f"{model!r} is no Stable Diffusion: DEADiff is trained on a UNet with cross-attention.")
+    return load_latent_parts(found, dtype=torch.float32)

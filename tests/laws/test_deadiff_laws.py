@@ -1,0 +1,291 @@
+"""What every control keeps, for DEADiff on a random UNet behind the whole latent pipeline."""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from condit.latent_pipeline import LatentPipeline
+from condit.weights.latent_models import LatentParts, tell_unet
+from torch import Tensor, nn
+
+from condit.backbones.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
+from condit.controls.control import Control, Run, Step, When
+from condit.controls.deadiff import DEADiff
+from condit.diffusion.vp import Process
+from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.qformer import QFormerConfig
+from condit.encoders.text import Text
+from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+
+PROMPTS = ["a fox", "a rocket", "snow", "an apple"]
+WIDTH = 12
+# Which references a control of the table takes, and how.
+TABLE: dict[str, dict] = {
+    "style": {"style": 0},
+    "content": {"content": 0},
+    "both": {"style": 0, "content": 1},
+    "attention": {"style": 0, "acts": "attention"},
+    "absent": {"style": 0, "empty": "absent"},
+    "mixed": {"style": (0, 1), "weights": [0.4, 0.6]},
+}
+every_control = pytest.mark.parametrize("name", TABLE)
+
+
+class StubText(nn.Module):
+    """Random states that depend on the prompt alone."""
+
+    def forward(self, prompts: Sequence[str]) -> Text:
+        rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
+        tokens = torch.stack([torch.randn(5, WIDTH, generator=g) for g in rows])
+        return Text(tokens, tokens.new_zeros(len(prompts), 0))
+
+
+def randomise(module: nn.Module, seed: int, scale: float) -> None:
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=g))
+
+
+class World:
+    """A pipeline of some ten thousand weights with its adapter and six pictures."""
+
+    def __init__(self) -> None:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = UNetConfig(
+                block_out_channels=(8, 16),
+                down_block_types=(CROSS_DOWN, CROSS_DOWN),
+                up_block_types=(CROSS_UP, CROSS_UP),
+                layers_per_block=1,
+                attention_head_dim=2,
+                cross_attention_dim=WIDTH,
+                norm_num_groups=4,
+            )
+            unet = UNet(config)
+            vae = PatchAutoencoder(PatchAutoencoderConfig(patch=4, latent_channels=4, width=8, depth=1))
+            vision = CLIPVisionConfig(
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=16,
+                patch_size=8,
+            )
+            tower = ClipPatches(CLIPVisionModel(vision).eval().requires_grad_(False))
+            sizes = {"queries": 3, "layers": 1, "heads": 2, "hidden": 8, "vocabulary": 30523, "positions": 4}
+            self.adapter = DEADiff.new(unet, QFormerConfig(width=WIDTH, image_width=16, **sizes), tower)
+        for seed, module in enumerate((unet, vae, self.adapter)):
+            randomise(module, seed, 0.1)
+            module.eval().requires_grad_(False)
+        vae.fit(torch.rand(8, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+        self.pipe = LatentPipeline(
+            LatentParts(
+                name="random",
+                hash="0" * 16,
+                backbone=unet,
+                text=StubText(),
+                vae=vae,
+                image=None,
+                process=Process(),
+                solver="ddim",
+                size=(32, 48),
+                steps=3,
+                guidance=3.0,
+                tell=tell_unet,
+            )
+        )
+        self.adapter._beside[1] = self.pipe
+        self.tower = tower
+        self.pictures = list(np.random.default_rng(0).integers(0, 256, (6, 20, 24, 3), dtype=np.uint8))
+
+    def control(self, name: str, first: int = 0, rows: int | None = None, **how) -> Control:
+        """The control of a row of the table with references from number `first` on; `rows`: one of each picture."""
+
+        def chosen(value, row: int):
+            several = [self.pictures[(v + first + row) % 6] for v in (value if isinstance(value, tuple) else (value,))]
+            return several if isinstance(value, tuple) else several[0]
+
+        given = {**TABLE[name], **how}
+        for part in ("style", "content"):
+            if part in TABLE[name]:
+                found = [chosen(TABLE[name][part], row) for row in range(rows or 1)]
+                given[part] = found if rows or isinstance(TABLE[name][part], tuple) else found[0]
+        return self.adapter.control(**given)
+
+    def draw(self, controls: Sequence[Control] = (), prompts: str | list[str] = "a fox", **how) -> Tensor:
+        return self.pipe(prompts, controls=controls, **{"seed": 0, "output_type": "latent", **how}).images
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+def weights(world: World) -> list[Tensor]:
+    modules = (world.pipe.backbone, world.pipe.parts.vae, world.adapter, world.tower)
+    return [value.clone() for module in modules for value in module.state_dict().values()]
+
+
+def close(found: Tensor, expected: Tensor, atol: float) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
+@every_control
+def test_a_control_changes_the_picture_and_tells_references_apart(world, name):
+    one, other = (world.draw([world.control(name, first)]) for first in (0, 2))
+    assert (one - world.draw()).abs().max() > 1e-2
+    assert (one - other).abs().max() > 1e-3
+
+
+@every_control
+def test_outside_its_part_of_the_schedule_a_control_is_absent(world, name):
+    never = When(0, 0.1)  # none of three steps ends before 0.1
+    assert torch.equal(world.draw([world.control(name, when=never)]), world.draw())
+
+
+@every_control
+def test_absent_after_present_is_plain_and_no_weight_has_changed(world, name):
+    before, kept = world.draw(), weights(world)
+    world.draw([world.control(name, strength=0.7)])
+    assert torch.equal(world.draw(), before)
+    assert all(torch.equal(a, b) for a, b in zip(weights(world), kept, strict=True))
+
+
+def test_attention_of_no_weight_is_plain(world):
+    assert torch.equal(world.draw([world.control("attention", strength=0.0)]), world.draw())
+
+
+@every_control
+def test_a_repeat_is_bit_equal(world, name):
+    first, second = (world.draw([world.control(name, strength=0.8)]) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@every_control
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_a_row_of_a_batch_with_its_own_reference_equals_its_single_run(world, name, guidance):
+    batch = world.draw([world.control(name, rows=4)], PROMPTS, guidance_scale=guidance, seed=10)
+    for i, prompt in enumerate(PROMPTS):
+        alone = world.draw([world.control(name, first=i)], prompt, guidance_scale=guidance, seed=10 + i)
+        close(batch[i : i + 1], alone, atol=1e-4)  # matrix products of another batch size sum in another order
+
+
+@every_control
+def test_guidance_in_one_call_equals_two_calls(world, name):
+    control = world.control(name, strength=0.8)
+    one, two = (world.draw([control], guidance_in_one_call=together) for together in (True, False))
+    close(one, two, atol=1e-4)  # another batch size
+
+
+@every_control
+def test_copies_of_a_prompt_share_its_reference(world, name):
+    pair = world.draw([world.control(name, rows=2)], PROMPTS[:2], num_images_per_prompt=2, seed=10)
+    close(pair[1:2], world.draw([world.control(name)], PROMPTS[0], seed=11), atol=1e-4)
+
+
+@every_control
+def test_references_that_do_not_fit_the_batch_are_counted_in_the_error(world, name):
+    with pytest.raises(ValueError, match="3 references for 2 images"):
+        world.draw([world.control(name, rows=3)], PROMPTS[:2])
+
+
+@every_control
+def test_image_guidance_equal_to_the_text_guidance_changes_nothing(world, name):
+    control = world.control(name)
+    apart = world.draw([control], image_guidance_scale=3.0, guidance_scale=3.0)
+    close(apart, world.draw([control], guidance_scale=3.0), atol=1e-4)  # rounds otherwise
+
+
+@pytest.mark.parametrize("name", ["style", "both"])
+def test_a_region_of_zeros_is_plain_and_of_ones_is_everywhere(world, name):
+    def masked(value: int) -> Tensor:
+        return world.draw([world.control(name, mask=np.full((32, 48), value, np.uint8))])
+
+    everywhere = world.draw([world.control(name)])
+    assert torch.equal(masked(255), everywhere)
+    # A negative side of zero tokens is left out too: nothing is left of the control.
+    assert torch.equal(masked(0), world.draw())
+    assert (masked(100) - everywhere).abs().max() > 1e-4
+
+
+def test_a_region_acts_more_inside_than_outside(world):
+    left = np.zeros((32, 48), np.uint8)
+    left[:, :24] = 255
+    one_step = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    change = (world.draw([world.control("both", mask=left)], **one_step) - world.draw(**one_step)).abs()
+    columns = change.mean((0, 1, 2))
+    assert columns[:4].mean() > 2 * columns[8:].mean()
+
+
+def test_controls_commute(world):
+    """One softmax for all of them: their keys in another order."""
+    controls = [world.control("style"), world.control("content", first=1, strength=0.6)]
+    close(world.draw(controls), world.draw(controls[::-1]), atol=1e-5)
+
+
+def test_style_and_content_apart_without_empty_tokens_equal_both_in_one(world):
+    apart = [world.control("style", empty="absent"), world.control("content", first=1, empty="absent")]
+    close(world.draw(apart), world.draw([world.control("both")]), atol=1e-5)
+
+
+# The UNet's forward
+
+
+def first_run(world: World) -> Run:
+    return Run(world.pipe.backbone, 1, (8, 12), torch.zeros(1, 1), None, 4)  # type: ignore[arg-type]
+
+
+def at_step(world: World, control: Control) -> Control:
+    found = control.prepare(first_run(world)).at(Step(0, 3, 1.0))
+    assert found is not None
+    return found
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(1, 4, 8, 12, generator=g), torch.tensor([500.0]), torch.randn(1, 5, WIDTH, generator=g)
+
+
+@pytest.mark.parametrize("sets", [("style",), ("content",), ("style", "content")])
+def test_gradients_reach_the_adapter_and_nothing_else(world, sets):
+    """Of the set that is not shown neither the Q-Former nor the maps."""
+    adapter = world.adapter.requires_grad_(True)
+    try:
+        image = world.tower(torch.stack([adapter.read(world.pictures[0])]))
+        control = adapter.reference({name: adapter.ask(name, image) for name in sets}).prepare(first_run(world))
+        world.pipe.backbone(*inputs(), controls=[control]).square().mean().backward()
+        reached = {name.split(".")[0] for name, p in adapter.named_parameters() if p.grad is not None and p.grad.any()}
+        assert reached == {*sets, "unet"}
+        for path, name in control.table.items():
+            grads = [p.grad for p in adapter.maps(path).parameters()]
+            assert all(bool(g is not None and g.any()) == (name in sets) for g in grads)
+        others = (world.pipe.backbone, world.pipe.parts.vae, world.tower)
+        assert all(p.grad is None for module in others for p in module.parameters())
+    finally:
+        adapter.requires_grad_(False)
+        adapter.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("acts", ["keys-values", "attention"])
+def test_one_graph_serves_every_strength_reference_and_mask(world, acts):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    unet = world.pipe.backbone
+    compiled = torch.compile(unet, fullgraph=True, backend=counter)
+    seen = []
+    for i, strength in enumerate((0.3, 0.5, 1.7)):
+        mask = np.full((32, 48), 0, np.uint8)
+        mask[:, : 8 + 8 * i] = 200
+        control = at_step(world, world.control("both", i, strength=strength, acts=acts, mask=mask))
+        with torch.no_grad():
+            seen.append(compiled(*inputs(i), controls=[control]))
+            close(seen[-1], unet(*inputs(i), controls=[control]), atol=1e-5)
+    assert counter.frame_count == 1
+    assert not torch.equal(seen[0], seen[1])

@@ -1,0 +1,323 @@
+"""Training of DEADiff on a random Stable Diffusion: the three tasks, what learns, exact resume, what is exported."""
+
+import json
+import random
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from condit.latent_pipeline import LatentPipeline
+from condit.weights.latent_models import LatentParts, tell_unet
+from PIL import Image
+from torch import Tensor, nn
+
+from condit.backbones.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
+from condit.controls.deadiff import DEADiff
+from condit.data.icons import sample_path
+from condit.diffusion.vp import Process
+from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.text import Text
+from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.training import deadiff
+from condit.training.deadiff import DEADiffTask
+from condit.training.loop import Loop, LoopConfig
+from condit.training.paired import Paired
+from condit.training.run import tasks
+from condit.weights.deadiff import to_published
+
+WIDTH = 12
+QFORMER = {"queries": 3, "layers": 2, "heads": 2, "hidden": 8}
+
+
+class StubText(nn.Module):
+    """Random states that depend on the prompt alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked: list[str] = []
+
+    def forward(self, prompts: Sequence[str]) -> Text:
+        self.asked = list(prompts)
+        rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
+        tokens = torch.stack([torch.randn(5, WIDTH, generator=g) for g in rows])
+        return Text(tokens, tokens.new_zeros(len(prompts), 0))
+
+
+def base(prediction: str = "epsilon") -> LatentParts:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = UNetConfig(
+            block_out_channels=(8, 16),
+            down_block_types=(CROSS_DOWN, CROSS_DOWN),
+            up_block_types=(CROSS_UP, CROSS_UP),
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=WIDTH,
+            norm_num_groups=4,
+        )
+        unet = UNet(config).eval()
+        vae = PatchAutoencoder(PatchAutoencoderConfig(patch=4, latent_channels=4, width=8, depth=1))
+    vae.fit(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    return LatentParts(
+        name="random",
+        hash="0123",
+        backbone=unet,
+        text=StubText(),
+        vae=vae,
+        image=None,
+        process=Process(prediction_type=prediction),  # type: ignore[arg-type]
+        solver="ddim",
+        size=(32, 32),
+        steps=3,
+        guidance=3.0,
+        tell=tell_unet,
+    )
+
+
+def tower(*_) -> ClipPatches:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        c = CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+        return ClipPatches(CLIPVisionModel(c).eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Eight pictures, two styles of four subjects, in groups."""
+    path, rows = tmp_path_factory.mktemp("pairs"), []
+    for i, picture in enumerate(np.random.default_rng(0).integers(0, 256, (8, 20, 24, 3), dtype=np.uint8)):
+        Image.fromarray(picture).save(path / f"{i}.png")
+        groups = {"style_group": f"s{i % 2}", "content_group": f"c{i // 2}"}
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"t{i}", **groups}))
+    (path / "metadata.jsonl").write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture
+def make_task(monkeypatch, folder):
+    def make(prediction: str = "epsilon", **how) -> DEADiffTask:
+        monkeypatch.setattr(deadiff, "load_base", lambda model: base(prediction))
+        monkeypatch.setattr(deadiff, "image_tower", tower)
+        torch.manual_seed(0)
+        return DEADiffTask("base", **{"pairs": str(folder), "qformer": QFORMER, **how})
+
+    return make
+
+
+def step(task: DEADiffTask, kind, seed: int = 0) -> tuple[Tensor, dict[str, float]]:
+    batch = task.source.batch(random.Random(seed), kind, 4)
+    return task(batch, torch.Generator().manual_seed(seed))
+
+
+def test_a_recipe_finds_the_task():
+    assert tasks()["deadiff"] is DEADiffTask
+
+
+def test_batches_are_of_one_kind_and_the_kinds_come_equally_often(make_task):
+    task, rng = make_task(), random.Random(0)
+    kinds = [task.batch(rng, 1).kind for _ in range(300)]
+    assert all(70 < kinds.count(kind) < 130 for kind in ("style", "content", "reconstruction"))
+    assert {make_task(shares=[0, 2, 0]).batch(rng, 1).kind for _ in range(9)} == {"content"}
+
+
+def test_only_reconstruction_has_the_reference_as_its_target_and_no_words(make_task):
+    task, rng = make_task(), random.Random(0)
+    for _ in range(30):
+        batch = task.batch(rng, 2)
+        small = torch.nn.functional.interpolate(batch.images, size=(16, 16), mode="area")
+        alike = (small - batch.references).abs().mean((1, 2, 3))
+        assert bool((alike < 0.35).all()) == (batch.kind == "reconstruction")
+        assert all(caption == "" for caption in batch.captions) == (batch.kind == "reconstruction")
+
+
+def test_captions_may_be_left_out_for_guidance(make_task):
+    batch = make_task(caption_drop=1.0, shares=[1, 0, 0]).batch(random.Random(0), 4)
+    assert batch.captions == [""] * 4
+
+
+TRAINED = {
+    "style": {"style", "style maps"},
+    "content": {"content", "content maps"},
+    "reconstruction": {"style", "content", "style maps", "content maps"},
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_step_reaches_what_its_task_shows_and_nothing_else(make_task, kind):
+    task = make_task(drop=[0, 0, 0])
+    loss, logs = step(task, kind)
+    loss.backward()
+    table = task.adapter.reference({"style": torch.zeros(1, 3, WIDTH)}).table
+    reached = set()
+    for name, p in task.named_parameters():
+        if p.grad is None or not p.grad.any():
+            continue
+        assert name.startswith("adapter.") and "ln_vision" not in name
+        part = name.removeprefix("adapter.")
+        path = part.removeprefix("unet.").rpartition(".image_")[0]
+        reached.add(f"{table[path]} maps" if part.startswith("unet.") else part.split(".")[0])
+    assert reached == TRAINED[kind]
+    assert logs == {f"loss_{kind}": pytest.approx(float(loss))}
+
+
+def test_everything_that_the_released_optimiser_has_learns_here(make_task):
+    """But the MLM head, which nothing reads, and the word's own feed-forward of the last layer, which nothing reads."""
+    task = make_task(drop=[0, 0, 0])
+    step(task, "reconstruction")[0].backward()
+    idle = {n for n, p in task.adapter.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    last = ("layer.1.intermediate.dense", "layer.1.output.dense", "layer.1.output.LayerNorm")
+    assert all(any(part in name for part in last) for name in idle)
+    frozen = {name for name, p in task.adapter.named_parameters() if not p.requires_grad}
+    assert frozen == {f"{b}.ln_vision.{part}" for b in ("style", "content") for part in ("weight", "bias")}
+    assert all(to_published(name) is not None for name, _ in task.adapter.named_parameters())
+
+
+def test_dropped_samples_have_zero_tokens(make_task):
+    """All dropped: the loss is that of zero tokens, and no Q-Former learns."""
+    task = make_task(drop=[1, 1, 1])
+    dropped = step(task, "style")[0]
+    dropped.backward()
+    assert all(p.grad is None or not p.grad.any() for p in task.adapter.style.parameters())
+    batch, g = task.source.batch(random.Random(0), "style", 4), torch.Generator().manual_seed(0)
+    x0, text, _ = task.encoded(batch, g)
+    t, noise = torch.randint(1000, (4,), generator=g), torch.randn(x0.shape, generator=g)
+    zeros = {"style": torch.zeros(1, 3, WIDTH)}
+    torch.testing.assert_close(dropped, task.errors(x0, noise, t, text, zeros).mean(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_loss_is_the_plain_error_of_what_the_base_predicts(make_task, prediction):
+    task = make_task(prediction)
+    x0, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    t, text = torch.tensor([100, 900]), task.text(["a", "b"])
+    tokens = {"style": torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(1))}
+    with torch.no_grad():
+        found = task.errors(x0, noise, t, text, tokens)
+        for i in range(2):
+            a = float(task.process.alphas_cumprod[t[i]])
+            x_t = a**0.5 * x0[i] + (1 - a) ** 0.5 * noise[i]
+            target = noise[i] if prediction == "epsilon" else a**0.5 * noise[i] - (1 - a) ** 0.5 * x0[i]
+            control = task.control({"style": tokens["style"][i : i + 1]}, x0[:1])
+            out = task.unet(x_t[None], t[i : i + 1], text.tokens[i : i + 1], controls=[control])
+            torch.testing.assert_close(found[i], (out[0] - target).square().mean(), rtol=1e-5, atol=0)
+
+
+def test_dropout_draws_from_the_batchs_generator_and_leaves_the_global_one_alone(make_task):
+    task = make_task().train()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = (float(step(task, "style", seed)[0]) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == again != other
+    task.eval()
+    assert float(step(task, "style", 0)[0]) != first
+
+
+CONFIG = {"steps": 4, "batch": 2, "lr": 1e-2, "precision": "no", "warmup": 1, "decay": False, "save_minutes": 0.0}
+
+
+def run(task: DEADiffTask, out: Path, **how) -> dict[str, Tensor]:
+    Loop(task, LoopConfig(**{**CONFIG, **how}), out).run()
+    return {name: p.detach().clone() for name, p in task.adapter.named_parameters()}
+
+
+def test_a_run_that_stops_continues_bit_by_bit_and_exports_what_load_reads(make_task, tmp_path):
+    whole = run(make_task(), tmp_path / "whole")
+    run(make_task(), tmp_path / "parts", steps=2)
+    parts = run(make_task(), tmp_path / "parts")
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    start = dict(make_task().adapter.named_parameters())
+    assert not torch.equal(whole["style.query_tokens"], start["style.query_tokens"])
+
+    pipe = LatentPipeline(base())
+    loaded = DEADiff.load(tmp_path / "whole" / "export", pipe, image_encoder=tower())
+    picture = np.zeros((16, 16, 3), np.uint8)
+    drawn = pipe("t1", controls=[loaded.control(picture)], seed=0, output_type="latent", num_inference_steps=2).images
+    assert drawn.shape == (1, 4, 8, 8)
+    card = json.loads((tmp_path / "whole" / "export" / "card.json").read_text())
+    assert card["steps"] == 4 and card["base"] == "0123" and card["method"] == "DEADiff"
+
+
+def test_training_goes_on_from_an_export(make_task, tmp_path):
+    first = make_task()
+    first.export(tmp_path, {})
+    second = make_task(init=str(tmp_path))
+    for name, p in second.adapter.named_parameters():
+        torch.testing.assert_close(
+            p, first.adapter.get_parameter(name), rtol=1e-3, atol=1e-4
+        )  # stored in half precision
+    with pytest.raises(ValueError, match="content_layers"):
+        make_task(init=str(tmp_path), content_layers=[0])
+
+
+def test_the_q_formers_may_start_from_blip_diffusions_release(make_task, tmp_path):
+    task = make_task(qformer={**QFORMER, "vocabulary": 30523, "positions": 4})
+    reader = {}
+    for name, value in task.adapter.style.state_dict().items():
+        if not name.startswith("proj."):
+            old = (to_published(f"style.{name}") or "").removeprefix("style_blip.").replace("Qformer.", "text_model.")
+            reader[old] = torch.randn(value.shape)
+    projection = {n: torch.randn(v.shape) for n, v in task.adapter.style.proj.state_dict().items()}
+    for part, tensors in (("blip_model/blip_weight.pt", reader), ("proj_layer/proj_weight.pt", projection)):
+        (tmp_path / part).parent.mkdir()
+        torch.save(
+            {**tensors, "text_model.cls.predictions.bias": torch.zeros(3)} if "blip" in part else tensors,
+            tmp_path / part,
+        )
+    deadiff.load_blip(task.adapter, tmp_path)
+    for b in (task.adapter.style, task.adapter.content):
+        assert torch.equal(b.query_tokens, reader["query_tokens"])
+        assert torch.equal(b.proj.dense1.weight, projection["dense1.weight"])
+        assert torch.equal(b.ln_vision.bias, reader["ln_vision.bias"])
+
+
+def test_figures_and_sheet_of_held_out_pairs(make_task, folder):
+    task = make_task(held_out=str(folder)).eval()
+    figures = task.validate()
+    assert {name.split("_")[0] for name in figures} == {"style", "content", "reconstruction"}
+    assert all(np.isfinite(value) for value in figures.values())
+    assert task.sheet().size[0] > 0  # type: ignore[union-attr]
+    assert make_task().validate() == {} and make_task().sheet() is None
+
+
+def test_the_icon_world_is_a_source(make_task):
+    task = make_task(pairs=None, icons=str(sample_path()))
+    batch: Paired = task.batch(random.Random(0), 2)
+    assert batch.images.shape == (2, 3, 32, 32) and batch.references.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"shares": [1, 1]}, "shares must be three numbers"),
+        ({"shares": [0, 0, 0]}, "not all 0"),
+        ({"drop": [0.1, 0.1, 2]}, "three probabilities"),
+        ({"pairs": None}, "Give icons or pairs"),
+        ({"icons": "icons"}, "Give icons or pairs"),
+        ({"content_layers": [99]}, "content_layers has 99"),
+        ({"qformer": {"width": 8}}, "tokens have width 8"),
+    ],
+)
+def test_a_recipe_that_cannot_work_says_why(make_task, how, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(**how)
+
+
+def test_a_folder_without_pairs_of_a_wanted_kind_is_told(make_task, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "style_group": "s", "content_group": "c"}\n')
+    with pytest.raises(ValueError, match="no style pair"):
+        make_task(pairs=str(tmp_path))
+    assert make_task(pairs=str(tmp_path), shares=[0, 0, 1]).batch(random.Random(0), 1).kind == "reconstruction"

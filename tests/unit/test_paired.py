@@ -1,0 +1,101 @@
+"""Batches of paired pictures from the icon world and from a folder of groups."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from condit.data.grouped import KINDS
+from condit.data.icons import sample_path
+from condit.encoders.clip_patches import resize_antialiased
+from condit.training.adapters import NAMELESS
+from condit.training.icon_batches import IconSet
+from condit.training.paired import FolderSource, IconSource
+
+
+@pytest.fixture(scope="module")
+def source() -> IconSource:
+    return IconSource(IconSet.open(sample_path()), (64, 64), 32)
+
+
+def test_icons_of_a_pair_share_what_their_kind_says_and_nothing_is_its_own_reference(source):
+    rng, icons = random.Random(0), source.icons.icons
+    for kind in ("style", "content"):
+        for i in source.rows[kind][:200]:
+            one, other = icons[i], icons[source.partner(rng, kind, i)]
+            same = one.style == other.style, one.base == other.base
+            assert same == ((True, False) if kind == "style" else (False, True))
+
+
+def test_every_partner_is_drawn(source):
+    i, rng = source.rows["style"][0], random.Random(0)
+    one = source.icons.icons[i]
+    able = {j for j in source.icons.by_style[one.style] if source.icons.icons[j].base != one.base}
+    assert {source.partner(rng, "style", i) for _ in range(30 * len(able))} == able
+
+
+def test_a_batch_has_targets_references_and_captions_at_their_sizes(source):
+    for kind in KINDS:
+        batch = source.batch(random.Random(1), kind, 3)
+        assert batch.images.shape == (3, 3, 64, 64) and batch.references.shape == (3, 3, 32, 32)
+        assert len(batch.captions) == 3 and all(batch.captions) and batch.kind == kind
+        again = source.batch(random.Random(1), kind, 3)
+        assert torch.equal(again.images, batch.images) and again.captions == batch.captions
+    same = source.batch(random.Random(1), "reconstruction", 3)
+    small = torch.nn.functional.avg_pool2d(same.images, 2)
+    torch.testing.assert_close(same.references, small, rtol=0, atol=1e-6)
+
+
+def test_captions_leave_to_the_reference_what_it_shows(source):
+    rng, rows = random.Random(0), source.rows["content"]
+    style = [source.caption(rng, "style", rows[n % len(rows)]) for n in range(200)]
+    content = [source.caption(rng, "content", rows[n % len(rows)]) for n in range(200)]
+    nameless = sum(caption.startswith(NAMELESS) for caption in content)
+    assert 60 < nameless < 140 and not any(caption.startswith(NAMELESS) for caption in style)
+
+
+def test_icons_without_pairs_are_told():
+    icons = IconSet.open(sample_path())
+    alone = IconSet(icons.icons[:1], icons.concepts, icons.rgba[:1])
+    with pytest.raises(ValueError, match="no style pair"):
+        IconSource(alone, (64, 64), 32)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 20, 40, 3), dtype=np.uint8)
+    rows = []
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+        groups = {"style_group": f"s{i % 2}", "content_group": f"c{i // 2}"}
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": f"t{i}", **groups}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
+    return tmp_path, pictures
+
+
+def test_targets_of_a_folder_are_cropped_and_references_resized_as_released(folder):
+    path, pictures = folder
+    source = FolderSource.open(path, (16, 16), 8)
+    batch = source.batch(random.Random(0), "reconstruction", 4)
+    for image, reference, caption in zip(batch.images, batch.references, batch.captions, strict=True):
+        whole = torch.from_numpy(pictures[int(caption[1])]).movedim(-1, 0)[None].float() / 127.5 - 1
+        torch.testing.assert_close(reference[None], resize_antialiased(whole, (8, 8)), rtol=0, atol=1e-6)
+        # Beyond two cells from the cut, what Pillow saw outside of the crop no longer counts.
+        middle = Image.fromarray(pictures[int(caption[1])][:, 10:30]).resize((16, 16), Image.Resampling.LANCZOS)
+        cropped = torch.from_numpy(np.array(middle)).movedim(-1, 0).float() / 127.5 - 1
+        torch.testing.assert_close(image[..., 3:-3], cropped[..., 3:-3], rtol=0, atol=0.02)
+
+
+PARTNERS = {"style": {0: 2, 1: 3, 2: 0, 3: 1}, "content": {0: 1, 1: 0, 2: 3, 3: 2}}
+
+
+@pytest.mark.parametrize(("kind", "partners"), PARTNERS.items())
+def test_pairs_of_a_folder_follow_its_groups(folder, kind, partners):
+    path, pictures = folder
+    batch = FolderSource.open(path, (16, 16), 8).batch(random.Random(0), kind, 12)
+    for caption, reference in zip(batch.captions, batch.references, strict=True):
+        whole = torch.from_numpy(pictures[partners[int(caption[1])]]).movedim(-1, 0)[None].float() / 127.5 - 1
+        torch.testing.assert_close(reference[None], resize_antialiased(whole, (8, 8)), rtol=0, atol=1e-6)
