@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from condit import interop
     from condit.controls.control import Control, When, Where
+    from condit.controls.dit4edit import DiT4Edit
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
     from condit.controls.style_lora import StyleLoRA
+    from condit.controls.token_merging import TokenMerging
     from condit.data.images import load_image, save_image
     from condit.pipeline import Pipeline, load
 
@@ -16,10 +18,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Control",
+    "DiT4Edit",
     "IPAdapter",
     "OminiControl",
     "Pipeline",
     "StyleLoRA",
+    "TokenMerging",
     "When",
     "Where",
     "__version__",
@@ -35,6 +39,8 @@ _HOME = {
     "IPAdapter": "condit.controls.ip_adapter",
     "OminiControl": "condit.controls.omini",
     "StyleLoRA": "condit.controls.style_lora",
+    "DiT4Edit": "condit.controls.dit4edit",
+    "TokenMerging": "condit.controls.token_merging",
     "Control": "condit.controls.control",
     "Where": "condit.controls.control",
     "When": "condit.controls.control",

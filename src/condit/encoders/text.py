@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from condit.encoders.clip import embed_text, token_ids
+from condit.encoders.clip import TOKEN_LIMIT, embed_text, token_ids
+from condit.encoders.words import Words, words_of
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerFast
@@ -35,6 +36,8 @@ class TextEncoder(Protocol):
 
     def __call__(self, prompts: Sequence[str]) -> Text: ...
 
+    def words(self, prompts: Sequence[str]) -> list[Words]: ...
+
 
 class TinyText(nn.Module):
     """The embedded CLIP's text tower, and the canvas: a linear map from its pooled vector to thumbnails of the icons.
@@ -56,6 +59,10 @@ class TinyText(nn.Module):
             pooled = self.pooled(embedding)
             canvas = self.canvas(pooled.to(self.canvas.weight.dtype)).unflatten(-1, (self.tokens, self.channels))
         return Text(states, pooled, canvas)
+
+    def words(self, prompts: Sequence[str]) -> list[Words]:
+        """The prompts as words over the token states."""
+        return words_of(self.tokenizer, prompts, TOKEN_LIMIT)
 
     def pooled(self, embedding: Tensor) -> Tensor:
         """Unit-length parts -> entries of about unit variance."""
@@ -90,3 +97,7 @@ class FluxText(nn.Module):
         pooled = self.clip(ids(self.clip_tokenizer, 77).to(self.clip.device)).pooler_output
         tokens = self.t5(ids(self.t5_tokenizer, self.limit).to(self.t5.device))[0]
         return Text(tokens.to(pooled.device), pooled)
+
+    def words(self, prompts: Sequence[str]) -> list[Words]:
+        """The prompts as words over T5's token states."""
+        return words_of(self.t5_tokenizer, prompts, self.limit)
