@@ -7,9 +7,11 @@ if TYPE_CHECKING:
     from condit import interop
     from condit.controls.control import Control, When, Where
     from condit.controls.deadiff import DEADiff
+    from condit.controls.dit4edit import DiT4Edit
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
     from condit.controls.style_lora import StyleLoRA
+    from condit.controls.token_merging import TokenMerging
     from condit.data.images import load_image, save_image
     from condit.pipeline import Pipeline, load
 
@@ -18,10 +20,12 @@ __version__ = "0.1.0"
 __all__ = [
     "Control",
     "DEADiff",
+    "DiT4Edit",
     "IPAdapter",
     "OminiControl",
     "Pipeline",
     "StyleLoRA",
+    "TokenMerging",
     "When",
     "Where",
     "__version__",
@@ -38,6 +42,8 @@ _HOME = {
     "OminiControl": "condit.controls.omini",
     "DEADiff": "condit.controls.deadiff",
     "StyleLoRA": "condit.controls.style_lora",
+    "DiT4Edit": "condit.controls.dit4edit",
+    "TokenMerging": "condit.controls.token_merging",
     "Control": "condit.controls.control",
     "Where": "condit.controls.control",
     "When": "condit.controls.control",

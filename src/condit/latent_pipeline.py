@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control, Run, Step, match_batch
+from condit.controls.control import Control, Pair, Run, Step, match_batch
 from condit.controls.sides import sides
 from condit.data.images import ImageSource, to_images
 from condit.diffusion.gaussian_samplers import draw, image_noise
@@ -29,6 +29,10 @@ from condit.nn.lora import LowRank, together
 from condit.pipeline import MAX_SIDE, MAX_STEPS, Result, describe_source, image_generators, read_references
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.latent_models import Frame, LatentParts, Network
+
+if TYPE_CHECKING:
+    from condit.diffusion.inversion import Solver as InversionSolver
+    from condit.editing.edit import EditResult, Inversion
 
 Prompt = str | Sequence[str] | Text
 Images = ImageSource | Sequence[ImageSource]
@@ -208,6 +212,74 @@ class LatentPipeline:
         }
         return Result(self.decode(x, output_type), seeds, recipe)
 
+    @torch.no_grad()
+    def edit(
+        self,
+        image: ImageSource | Sequence[ImageSource] | Inversion,
+        source: str | Sequence[str] | None,
+        target: str | Sequence[str],
+        *,
+        controls: Sequence[Control] = (),
+        negative_prompt: str | Sequence[str] | None = None,
+        mask: ImageSource | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        solver: InversionSolver = "dpmpp2m",
+        iterations: int = 3,
+        anchored: bool = True,
+        maps: bool = False,
+        output_type: Literal["pil", "pt", "latent"] = "pil",
+    ) -> EditResult:
+        """Change what `source` says of a picture into what `target` says, as `Pipeline.edit` does: PixArt only.
+
+        solver: of the inversion (condit.diffusion.inversion.invert); "dpmpp2m" and "exact2m" also edit at second order.
+        """
+        from condit.editing.edit import edit_pictures
+        from condit.editing.noise import NoiseEditor
+
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
+        return edit_pictures(
+            NoiseEditor(self, solver),
+            image,
+            source,
+            target,
+            controls=controls,
+            negative=negative_prompt,
+            mask=mask,
+            steps=self.parts.steps if num_inference_steps is None else num_inference_steps,
+            scale=self.parts.guidance if guidance_scale is None else guidance_scale,
+            height=height,
+            width=width,
+            solver=solver,
+            iterations=iterations,
+            anchored=anchored,
+            maps=maps,
+            output_type=output_type,
+        )
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        source: str | Sequence[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        solver: InversionSolver = "dpmpp2m",
+        iterations: int = 3,
+    ) -> Inversion:
+        """A picture's way to noise under its prompt, for several edits of it; its round-trip error is in it."""
+        from condit.editing.edit import invert_pictures
+        from condit.editing.noise import NoiseEditor
+
+        steps = self.parts.steps if num_inference_steps is None else num_inference_steps
+        how = {"height": height, "width": width, "solver": solver, "iterations": iterations}
+        return invert_pictures(NoiseEditor(self, solver), image, source, steps=steps, **how)  # type: ignore[arg-type]
+
     # At the door
 
     def check(
@@ -256,6 +328,13 @@ class LatentPipeline:
         process = replace(self.parts.process, use_karras_sigmas=True) if karras else self.parts.process
         return found, process  # type: ignore[return-value]
 
+    def negatives(self, negative: str | Sequence[str] | None, n: int) -> list[str]:
+        """n negative prompts from one, several or none."""
+        found = [negative or ""] * n if negative is None or isinstance(negative, str) else list(negative)
+        if len(found) != n:
+            raise ValueError(f"{len(found)} negative prompts for {n} prompts. Give one, or as many as prompts.")
+        return found
+
     # What a run needs
 
     def texts(
@@ -297,14 +376,17 @@ class LatentPipeline:
         size: tuple[int, int],
         scale: float,
         image_scale: float | None,
+        edit: Pair | None = None,
+        memory: dict | None = None,
     ) -> list[Branch]:
         """Positive first; then text alone (if the controls have a scale of their own); then neither."""
-        side = self.pixels * self.patch
+        side, memory = self.pixels * self.patch, {} if memory is None else memory
         grid = size[0] // side, size[1] // side
 
         def branch(positive: bool, acting: Sequence[Control | None]) -> Branch:
             said = text(positive)
-            run = Run(self.backbone, batch, grid, said.pooled, None, self.channels)  # type: ignore[arg-type]
+            given = {"memory": memory, "edit": edit}
+            run = Run(self.backbone, batch, grid, said.pooled, None, self.channels, **given)  # type: ignore[arg-type]
             return Branch(said, tuple(c.prepare(run) for c in acting if c is not None))
 
         absent = [c.negative() for c in controls]
@@ -377,8 +459,9 @@ class LatentPipeline:
             step = Step(i, steps, t / process.num_train_timesteps)
             active = [[c for c in (control.at(step) for control in b.controls) if c is not None] for b in branches]
             loras = [together(control.lora() for control in controls) for controls in active]
-            if in_one_call and len(branches) > 1 and not any(lora is not None for lora in loras):
-                # A LoRA knows no rows, so with one the branches run apart.
+            merging = any(type(c).merging is not Control.merging for controls in active for c in controls)
+            if in_one_call and len(branches) > 1 and not merging and not any(lora is not None for lora in loras):
+                # A LoRA knows no rows, and merged tokens are one side's, so with one the branches run apart.
                 whole = torch.cat([x] * len(branches))
                 out = run(network(*range(len(branches))), whole, t, None, sides(active))
                 return list(out.chunk(len(branches)))

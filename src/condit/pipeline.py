@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from condit.controls.control import Control, Fill, Run, Step
+from condit.controls.control import Control, Fill, Pair, Run, Step
 from condit.data import annotators
 from condit.data.images import ImageSource, load_image, to_images, to_tensor
 from condit.diffusion.guidance import guide, guide_text_image
@@ -27,6 +27,10 @@ from condit.nn.streams import Stream, grid_ids
 from condit.weights import class_models, latent_models
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.load import Parts, load_parts
+
+if TYPE_CHECKING:
+    from condit.diffusion.inversion import Solver
+    from condit.editing.edit import EditResult, Inversion
 
 MAX_STEPS, MAX_SIDE = 1000, 4096
 
@@ -123,13 +127,7 @@ class Pipeline:
         image_scale = 1.0 if image_guidance_scale is None else image_guidance_scale
 
         def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
-            step = Step(i, steps, float(sigma))
-            found = [self.predict(branch, x, sigma, ids, step) for branch in branches]
-            if len(found) == 1:
-                return found[0]
-            if len(found) == 2:
-                return guide(found[0], found[1], image_scale if self.parts.distilled else scale)
-            return guide_text_image(found[0], found[1], found[2], scale, image_scale)
+            return self.guided(branches, x, sigma, ids, Step(i, steps, float(sigma)), scale, image_scale)
 
         def on_step(i: int, x: Tensor) -> Tensor | None:
             if callback_on_step_end is None:
@@ -153,6 +151,78 @@ class Pipeline:
             "controls": [c.describe() for c in controls],
         }
         return Result(self.decode(tokens, grid, output_type), seeds, recipe)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: ImageSource | Sequence[ImageSource] | Inversion,
+        source: str | Sequence[str] | None,
+        target: str | Sequence[str],
+        *,
+        controls: Sequence[Control] = (),
+        negative_prompt: str | Sequence[str] | None = None,
+        mask: ImageSource | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        solver: Solver = "fixed_point",
+        iterations: int = 2,
+        anchored: bool = True,
+        maps: bool = False,
+        output_type: Literal["pil", "pt", "latent"] = "pil",
+    ) -> EditResult:
+        """Change what `source` says of a picture into what `target` says: controls=[DiT4Edit(...)], other controls act
+        on the target. n pictures and n targets make n edits; one of either serves all of the other.
+
+        image: pictures, or an `Inversion` of them (`invert`, or `result.inversion`), which saves inverting again. mask:
+        white where the picture may change. solver, iterations: of the inversion (condit.diffusion.inversion.invert).
+        anchored: the target is corrected as the source is, so that the source's prompt gives the source back bit for
+        bit; False: it starts from the same noise and follows its predictions. maps: keep the attention to the words.
+        """
+        from condit.editing.edit import edit_pictures
+        from condit.editing.flow import FlowEditor
+
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
+        return edit_pictures(
+            FlowEditor(self),
+            image,
+            source,
+            target,
+            controls=controls,
+            negative=negative_prompt,
+            mask=mask,
+            steps=self.parts.steps if num_inference_steps is None else num_inference_steps,
+            scale=self.parts.guidance if guidance_scale is None else guidance_scale,
+            height=height,
+            width=width,
+            solver=solver,
+            iterations=iterations,
+            anchored=anchored,
+            maps=maps,
+            output_type=output_type,
+        )
+
+    @torch.no_grad()
+    def invert(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        source: str | Sequence[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        solver: Solver = "fixed_point",
+        iterations: int = 2,
+    ) -> Inversion:
+        """A picture's way to noise under its prompt, for several edits of it; its round-trip error is in it."""
+        from condit.editing.edit import invert_pictures
+        from condit.editing.flow import FlowEditor
+
+        steps = self.parts.steps if num_inference_steps is None else num_inference_steps
+        how = {"height": height, "width": width, "solver": solver, "iterations": iterations}
+        return invert_pictures(FlowEditor(self), image, source, steps=steps, **how)  # type: ignore[arg-type]
 
     def check(self, prompts: list[str], steps: int, height: int, width: int, copies: int = 1) -> None:
         if not prompts or not all(isinstance(p, str) for p in prompts):
@@ -198,8 +268,11 @@ class Pipeline:
         image_scale: float | None,
         copies: int,
         cells: Tensor | None,
+        edit: Pair | None = None,
+        memory: dict | None = None,
     ) -> list[Branch]:
         """Positive first; then text alone (if the controls have a scale of their own); then neither."""
+        memory = {} if memory is None else memory  # what the controls of this call share over the branches
 
         def branch(texts: list[str], acting: Sequence[Control | None]) -> Branch:
             text = self.encode_text(texts, copies)
@@ -209,7 +282,8 @@ class Pipeline:
             guidance = None
             if self.backbone.config.guidance_embeds:
                 guidance = torch.full((batch,), float(scale), device=self.device, dtype=self.dtype)
-            run = Run(self.backbone, batch, grid, text.pooled, guidance, self.backbone.config.in_channels, cells, leak)
+            channels = self.backbone.config.in_channels
+            run = Run(self.backbone, batch, grid, text.pooled, guidance, channels, cells, leak, memory, edit)
             return Branch(text, tuple(c.prepare(run) for c in acting if c is not None), guidance)
 
         absent = [c.negative() for c in controls]
@@ -222,6 +296,24 @@ class Pipeline:
         if scale != 1.0 or len(found) > 1:
             found.append(branch(negative, absent))
         return found
+
+    def guided(
+        self,
+        branches: Sequence[Branch],
+        x: Tensor,
+        sigma: Tensor,
+        ids: Tensor,
+        step: Step,
+        scale: float,
+        image_scale: float,
+    ) -> Tensor:
+        """Velocity of all branches together."""
+        found = [self.predict(branch, x, sigma, ids, step) for branch in branches]
+        if len(found) == 1:
+            return found[0]
+        if len(found) == 2:
+            return guide(found[0], found[1], image_scale if self.parts.distilled else scale)
+        return guide_text_image(found[0], found[1], found[2], scale, image_scale)
 
     def predict(self, branch: Branch, x: Tensor, sigma: Tensor, ids: Tensor, step: Step) -> Tensor:
         """Velocity of one branch, (B, N, C) in float32: the state of the sampler stays in float32."""

@@ -165,3 +165,56 @@ def build_sd(kind: str, *, scheduler=None, **unet):
 @pytest.fixture(scope="session")
 def make_sd() -> Callable:
     return build_sd
+
+
+def build_pixart(kind: str):
+    """A random PixArtAlphaPipeline ("alpha-512", "alpha-1024") or PixArtSigmaPipeline ("sigma") of diffusers. It draws
+    32 px from latents of 16, or says so of 256 px where 128 latent cells make the size embedders."""
+    from transformers import T5Config, T5EncoderModel
+
+    diffusers: Any = importlib.import_module("diffusers")  # its names are made when they are asked for
+    torch.manual_seed(0)
+    tokenizer = tokenizers()[1]
+    side = 128 if kind == "alpha-1024" else 16
+    parts: dict[str, Any] = {
+        "transformer": diffusers.PixArtTransformer2DModel(
+            num_attention_heads=3,
+            attention_head_dim=8,
+            num_layers=2,
+            cross_attention_dim=24,
+            sample_size=side,
+            caption_channels=12,
+            use_additional_conditions=kind == "alpha-1024",
+        ),
+        "text_encoder": T5EncoderModel(
+            T5Config(vocab_size=len(tokenizer), d_model=12, d_kv=6, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        "vae": diffusers.AutoencoderKL(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            scaling_factor=0.18215,
+        ),
+    }
+    with torch.no_grad():
+        for part in parts.values():
+            for p in part.eval().requires_grad_(False).parameters():
+                p.add_(0.1 * torch.randn(p.shape))
+        # Noise that is nearly the input's keeps the clean estimates in bounds.
+        parts["transformer"].proj_out.weight.mul_(0.1)
+    made = diffusers.PixArtSigmaPipeline if kind == "sigma" else diffusers.PixArtAlphaPipeline
+    pipe = made(
+        **parts,
+        tokenizer=tokenizer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def make_pixart() -> Callable:
+    return build_pixart

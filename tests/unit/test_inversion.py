@@ -14,13 +14,13 @@ from condit.diffusion.inversion import (
     edit_along,
     interleave,
     invert,
-    linear_cumprod,
     round_trip_error,
     walk,
 )
 from condit.diffusion.schedules import flow_sigmas
+from condit.diffusion.vp import Process
 
-CUMPROD = linear_cumprod()
+CUMPROD = Process(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear").alphas_cumprod
 MODES = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
 SPREAD = 0.3
 

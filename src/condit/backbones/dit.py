@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from condit.diffusion.objectives import drop
-from condit.nn.attention import Call, Site, attend, join_heads, split_heads
+from condit.nn.attention import Call, Reduction, Site, attend, join_heads, reduction, split_heads
 from condit.nn.layers import modulated_norm, timestep_features
 from condit.nn.lora import Linear, LoRA, name_linears
 
@@ -193,10 +193,12 @@ class Attention(nn.Module):
         self.heads, self.site = heads, site
         self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
-    def forward(self, x: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, frame: Frame, merged: Reduction | None = None) -> tuple[Tensor, Tensor]:
         """The output (B, T, D), and the queries (B, H, T, d)."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x, frame.lora).chunk(3, -1))
-        call = Call(q, k, v, self.site, image=slice(0, x.shape[1]), plain=q if frame.controls else None)
+        rows = slice(0, x.shape[1])
+        plain = q if frame.controls else None
+        call = Call(q, k, v, self.site, image=rows, plain=plain, keys=rows, merged=merged)
         return self.proj(join_heads(attend(call, frame.controls)), frame.lora), q
 
 
@@ -226,9 +228,18 @@ class Block(nn.Module):
             shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(frame)
         else:
             (shift, scale, shift_mlp, scale_mlp), gate, gate_mlp = self.adaLN_modulation(frame), 1, 1
-        attended, query = self.attn(modulated_norm(x, shift, scale), frame)
+        h = modulated_norm(x, shift, scale)
+        merged = reduction(self.attn.site, h, slice(0, x.shape[1]), frame.controls)
+        if merged is None:
+            attended, query = self.attn(h, frame)
+        else:
+            attended, query = (merged.unmerge(y) for y in self.attn(merged.merge(h), frame, merged))
         x = x + gate * attended
-        x = x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp), frame.lora)
+        h = modulated_norm(x, shift_mlp, scale_mlp)
+        if merged is not None and merged.mlp:
+            x = x + gate_mlp * merged.unmerge(self.mlp(merged.merge(h), frame.lora))
+        else:
+            x = x + gate_mlp * self.mlp(h, frame.lora)
         for control in frame.controls:
             addition = control.residual(self.attn.site, query)
             if addition is not None:

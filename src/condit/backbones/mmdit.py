@@ -3,14 +3,14 @@ arXiv:2403.03206), over streams. Parameter names are those of diffusers' `FluxTr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.nn.attention import Call, Site, attend, join_heads, split_heads
+from condit.nn.attention import Call, Reduction, Site, attend, join_heads, reduction, split_heads
 from condit.nn.layers import (
     AdaNorm,
     FeedForward,
@@ -82,6 +82,7 @@ class Frame:
     text: int | None  # index of the text stream
     image: tuple[int, int] | None  # (stream index, first row within it) of the noisy image
     controls: tuple
+    merged: Reduction | None = None
 
     @property
     def main(self) -> tuple[int, ...]:
@@ -93,6 +94,33 @@ class Frame:
         if self.image is None or stream != self.image[0]:
             return slice(0, 0)
         return slice(self.image[1], length)
+
+    def reduction(self, site: Site, xs: Sequence[Tensor]) -> Reduction | None:
+        """How controls merge tokens of the noisy image at a site; xs are the streams behind the norm."""
+        if self.image is None or not self.controls:
+            return None
+        stream, begin = self.image
+        return reduction(site, xs[stream], slice(begin, xs[stream].shape[1]), self.controls)
+
+    def reduced(self, merged: Reduction) -> Frame:
+        """The frame of fewer tokens: positions of one of each group, strengths of conditions as means."""
+        stream = self.image[0] if self.image else 0
+        cos, sin = self.ropes[stream]
+        rope = merged.pick(cos), merged.pick(sin)
+
+        def fewer(weight: Tensor | None) -> Tensor | None:
+            return weight if weight is None or weight.ndim == 0 else merged.merge(weight[..., None])[..., 0]
+
+        return replace(
+            self,
+            ropes=(*self.ropes[:stream], rope, *self.ropes[stream + 1 :]),
+            groups=tuple(replace(g, weights=tuple(fewer(w) for w in g.weights)) for g in self.groups),
+            merged=merged,
+        )
+
+    def on_image(self, xs: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The streams with that of the noisy image changed."""
+        return [change(x) if self.image and i == self.image[0] else x for i, x in enumerate(xs)]
 
 
 class Embedder(nn.Module):
@@ -153,6 +181,14 @@ class JointAttention(nn.Module):
 
     def forward(self, xs: Sequence[Tensor], frame: Frame) -> tuple[list[Tensor], Tensor | None]:
         """Attention output of every stream, and the noisy image's queries before rotary positions."""
+        merged = frame.merged
+        if merged is None:
+            return self.attended(xs, frame)
+        out, plain = self.attended(frame.on_image(xs, merged.merge), frame)
+        return frame.on_image(out, merged.unmerge), None if plain is None else merged.unmerge(plain)
+
+    def attended(self, xs: Sequence[Tensor], frame: Frame) -> tuple[list[Tensor], Tensor | None]:
+        """The same of tokens that are merged already."""
         q, k, v, plain = zip(
             *(
                 self.qkv(x, lora, rope, text=i == frame.text)
@@ -171,6 +207,8 @@ class JointAttention(nn.Module):
                 bias=score_bias(group, k, frame),
                 image=image_rows(group, lengths, frame),
                 plain=join([plain[i] for i in group.rows]) if frame.controls else None,
+                keys=image_part_of(group.cols, [k[j].shape[2] for j in group.cols], frame),
+                merged=frame.merged if set(group.rows) & set(frame.main) else None,
             )
             out += join_heads(attend(call, frame.controls)).split(lengths, 1)
         if self.with_text:
@@ -234,9 +272,14 @@ def image_rows(group: Group, lengths: Sequence[int], frame: Frame) -> slice | No
     """Where the noisy image's rows stand among the group's queries; empty for text alone, None for a condition."""
     if frame.image is None or not set(group.rows) & set(frame.main):
         return None
-    if frame.image[0] not in group.rows:
-        return slice(0, 0)
-    place = group.rows.index(frame.image[0])
+    return image_part_of(group.rows, lengths, frame) or slice(0, 0)
+
+
+def image_part_of(streams: Sequence[int], lengths: Sequence[int], frame: Frame) -> slice | None:
+    """Where the noisy image stands in these streams side by side; None if it is not among them."""
+    if frame.image is None or frame.image[0] not in streams:
+        return None
+    place = streams.index(frame.image[0])
     begin = sum(lengths[:place])
     return slice(begin + frame.image[1], begin + lengths[place])
 
@@ -255,12 +298,17 @@ class DoubleBlock(nn.Module):
             (self.norm1_context if i == frame.text else self.norm1)(x, embedding, lora)
             for i, (x, embedding, lora) in enumerate(zip(xs, frame.embeddings, frame.loras, strict=True))
         ]
-        attended, plain = self.attn([n[0] for n in normed], frame)
+        hs = [n[0] for n in normed]
+        merged = frame.reduction(self.attn.site, hs)
+        attended, plain = self.attn(hs, frame if merged is None else frame.reduced(merged))
         out = []
         for i, (x, a, (_, gate, shift, scale, gate_mlp)) in enumerate(zip(xs, attended, normed, strict=True)):
             x = x + gate * a
-            ff = self.ff_context if i == frame.text else self.ff
-            out.append(x + gate_mlp * ff(modulated_norm(x, shift, scale), frame.loras[i]))
+            h, ff = modulated_norm(x, shift, scale), self.ff_context if i == frame.text else self.ff
+            if merged is not None and merged.mlp and frame.image and i == frame.image[0]:
+                out.append(x + gate_mlp * merged.unmerge(ff(merged.merge(h), frame.loras[i])))
+            else:
+                out.append(x + gate_mlp * ff(h, frame.loras[i]))
         return with_residuals(out, self.attn.site, plain, frame)
 
 
@@ -275,12 +323,27 @@ class SingleBlock(nn.Module):
 
     def forward(self, xs: Sequence[Tensor], frame: Frame) -> list[Tensor]:
         normed = [self.norm(x, e, lora) for x, e, lora in zip(xs, frame.embeddings, frame.loras, strict=True)]
-        attended, plain = self.attn([n[0] for n in normed], frame)
-        out = []
-        for x, a, lora, (h, gate) in zip(xs, attended, frame.loras, normed, strict=True):
-            mlp = F.gelu(self.proj_mlp(h, lora), approximate="tanh")
-            out.append(x + gate * self.proj_out(torch.cat([a, mlp], -1), lora))
+        hs = [n[0] for n in normed]
+        merged = frame.reduction(self.attn.site, hs)
+        if merged is None:
+            outs, plain = self.both(hs, frame)
+        elif not merged.mlp:
+            outs, plain = self.both(hs, frame.reduced(merged))
+        else:
+            # Attention and MLP run on the same merged tokens; the attention must not merge them again.
+            outs, plain = self.both(frame.on_image(hs, merged.merge), frame.reduced(merged), merged_already=True)
+            outs, plain = frame.on_image(outs, merged.unmerge), None if plain is None else merged.unmerge(plain)
+        out = [x + gate * y for x, y, (_, gate) in zip(xs, outs, normed, strict=True)]
         return with_residuals(out, self.attn.site, plain, frame)
+
+    def both(self, hs: Sequence[Tensor], frame: Frame, *, merged_already: bool = False):
+        """Attention and MLP of every stream, projected together; and the noisy image's queries."""
+        attended, plain = (self.attn.attended if merged_already else self.attn)(hs, frame)
+        outs = []
+        for h, a, lora in zip(hs, attended, frame.loras, strict=True):
+            mlp = F.gelu(self.proj_mlp(h, lora), approximate="tanh")
+            outs.append(self.proj_out(torch.cat([a, mlp], -1), lora))
+        return outs, plain
 
 
 class MMDiT(nn.Module):

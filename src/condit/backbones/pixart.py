@@ -154,15 +154,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
         table = (self.scale_shift_table + frame.modulation).unsqueeze(2)  # adaLN-single (section 2.3): (B, 6, 1, dim)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
-        h, everything = modulated_norm(x, shift, scale), slice(0, x.shape[1])
-        merged = reduction(self.attn1.site, h, everything, frame.controls)
-        attended, query = self.attn1(h if merged is None else merged.merge(h), frame, merged)
-        x = x + gate * (attended if merged is None else merged.unmerge(attended))
+        h = modulated_norm(x, shift, scale)
+        merged = reduction(self.attn1.site, h, slice(0, x.shape[1]), frame.controls)
+        if merged is None:
+            attended, query = self.attn1(h, frame)
+        else:
+            attended, query = (merged.unmerge(y) for y in self.attn1(merged.merge(h), frame, merged))
+        x = x + gate * attended
         # The text is read by the stream itself: no norm before, no gate behind.
         x = x + self.attn2(x, frame)[0]
         x = x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp), frame, merged)
         for control in frame.controls:
-            addition = control.residual(self.attn1.site, query if merged is None else merged.unmerge(query))
+            addition = control.residual(self.attn1.site, query)
             if addition is not None:
                 x = x + addition
         return x

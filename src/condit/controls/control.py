@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from condit.encoders.words import Words
 from condit.nn.attention import Attend, Call, Reduction, Site
 from condit.nn.lora import LowRank
 from condit.nn.streams import Stream
@@ -72,11 +73,21 @@ class Prefillable(Protocol):
 
 
 @dataclass(frozen=True)
+class Pair:
+    """The prompts of an edit as words over the tokens that the picture attends to, one pair a picture."""
+
+    source: tuple[Words, ...]
+    target: tuple[Words, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """What a control may need to know of one pipeline call: the backbone, the batch, the token grid, the text.
 
     pooled (B, P); guidance (B,) or None; grid = (rows, columns) of image tokens; in_channels of the backbone; cells
-    (M,) are the numbers of the cells that are drawn, None for all of them; leak: see `Control.leak`.
+    (M,) are the numbers of the cells that are drawn, None for all of them; leak: see `Control.leak`. memory: what
+    controls share over the sides of guidance, ends with the call. edit: what is edited into what, in `Pipeline.edit`,
+    where rows of the batch are source 0, target 0, source 1, ...
     """
 
     backbone: Prefillable
@@ -87,6 +98,8 @@ class Run:
     in_channels: int
     cells: Tensor | None = None
     leak: LowRank | None = None
+    memory: dict = field(default_factory=dict)
+    edit: Pair | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,11 @@ class Control:
     def merging(self, site: Site, tokens: Tensor, image: slice) -> Reduction | None:
         """Merge: how the layer at `site` runs on fewer tokens; tokens (B, N, C) are its input behind the norm, `image`
         the noisy image's rows of them. None: on all of them."""
+        return None
+
+    def region(self) -> Tensor | None:
+        """Bound: where the target of an edit may differ from its source behind this step, (B, N) in [0, 1] on the token
+        grid; None: everywhere."""
         return None
 
     def negative(self) -> Control | None:

@@ -235,7 +235,8 @@ class IPReference(Control):
         if self.weight is not None:
             side = side * self.weight.to(side)
         if self.region is not None:
-            side = side * self.region.to(side)
+            region = self.region if call.merged is None else call.merged.merge(self.region)
+            side = side * region.to(side)
         return torch.cat([out[:, :, : rows.start], out[:, :, rows] + side, out[:, :, rows.stop :]], 2)
 
     def pooled(self) -> Tensor | None:

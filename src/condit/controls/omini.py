@@ -300,6 +300,8 @@ class OminiReference(Control):
             return attend(call)
         k, v = self.memory[call.site.path]
         weight = self.log_weight
+        if weight is not None and weight.ndim > 0 and call.merged is not None:
+            weight = call.merged.merge(weight[..., None])[..., 0]
         if weight is not None and (weight.ndim > 0 or not self.text_bias):
             rows = row_weights(weight, call.q.shape[2], call.image, weight_text=self.text_bias)
             weight = rows[:, None, :, None]

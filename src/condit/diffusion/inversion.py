@@ -17,6 +17,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from condit.diffusion.vp_samplers import ddim_step, estimate
+
 Network = Callable[[Tensor, float], Tensor]
 Solver = Literal["first_order", "dpmpp2m", "entered", "fixed_point", "exact2m"]
 
@@ -116,10 +118,11 @@ class NoisePath:
         """
         ratio, ratio_end = self.ratio(start), self.ratio(end, ending=end > start)
         if self.order == 1:
-            return ddim_step(x, found, ratio, ratio_end)
+            return first_order(x, found, ratio, ratio_end)
         (_, s), (a_end, s_end) = alpha_sigma(ratio), alpha_sigma(ratio_end)
         h = ratio.log() - ratio_end.log()
-        # Terms and float32 as in diffusers: near t = 0 large terms cancel, so another form differs by 2e-5.
+        # Terms and float32 as in diffusers: near t = 0 large terms cancel, so that `vp_samplers.dpm_step`, which is
+        # exact, differs by 2e-5 on the way up.
         weight, clean = a_end * (torch.exp(-h) - 1.0), self.kept(x, found, start)
         moved = (s_end / s) * x - weight * clean
         if earlier is None:
@@ -140,15 +143,15 @@ def alpha_sigma(ratio: Tensor) -> tuple[Tensor, Tensor]:
     return alpha, ratio * alpha
 
 
-def ddim_step(x: Tensor, noise: Tensor, ratio: Tensor, ratio_end: Tensor) -> Tensor:
-    """DDIM without noise (Song et al. 2020, arXiv:2010.02502, Eq. 12), up or down."""
-    (a, s), (a_end, s_end) = alpha_sigma(ratio.double()), alpha_sigma(ratio_end.double())
-    return a_end.item() * ((x - s.item() * noise) / a.item()) + s_end.item() * noise
+def level_of(ratio: Tensor) -> float:
+    """alpha_bar of sigma / alpha."""
+    return float(1 / (1 + ratio.double() ** 2))
 
 
-def linear_cumprod(steps: int = 1000, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """abar of the linear schedule of PixArt and DiT, (T,) float32 from float32 betas, as published code has them."""
-    return (1 - torch.linspace(start, end, steps, dtype=torch.float32)).cumprod(0)
+def first_order(x: Tensor, noise: Tensor, ratio: Tensor, ratio_end: Tensor) -> Tensor:
+    """DDIM between two levels, up or down."""
+    level = level_of(ratio)
+    return ddim_step(estimate(noise, x, level, "epsilon"), level, level_of(ratio_end))
 
 
 def noise_path(cumprod: Tensor, times: Tensor, order: int, to_zero: bool) -> NoisePath:
@@ -271,7 +274,7 @@ def fine_ddim(network: Network, x: Tensor, path: NoisePath, start: float, end: f
     """Explicit DDIM between two timesteps in `count` steps."""
     times = torch.linspace(start, end, count + 1, dtype=torch.float64).tolist()
     for now, following in zip(times[:-1], times[1:], strict=True):
-        x = ddim_step(x, network(x, now), path.between(now), path.between(following))
+        x = first_order(x, network(x, now), path.between(now), path.between(following))
     return x
 
 

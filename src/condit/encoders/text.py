@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from condit.encoders.clip import embed_text, token_ids
+from condit.encoders.clip import TOKEN_LIMIT, embed_text, token_ids
+from condit.encoders.words import Words, words_of
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerFast
@@ -49,6 +50,8 @@ class TextEncoder(Protocol):
 
     def __call__(self, prompts: Sequence[str]) -> Text: ...
 
+    def words(self, prompts: Sequence[str]) -> list[Words]: ...
+
 
 class TinyText(nn.Module):
     """The embedded CLIP's text tower, and the canvas: a linear map from its pooled vector to thumbnails of the icons.
@@ -70,6 +73,10 @@ class TinyText(nn.Module):
             pooled = self.pooled(embedding)
             canvas = self.canvas(pooled.to(self.canvas.weight.dtype)).unflatten(-1, (self.tokens, self.channels))
         return Text(states, pooled, canvas)
+
+    def words(self, prompts: Sequence[str]) -> list[Words]:
+        """The prompts as words over the token states."""
+        return words_of(self.tokenizer, prompts, TOKEN_LIMIT)
 
     def pooled(self, embedding: Tensor) -> Tensor:
         """Unit-length parts -> entries of about unit variance."""
@@ -104,6 +111,30 @@ class FluxText(nn.Module):
         pooled = self.clip(ids(self.clip_tokenizer, 77).to(self.clip.device)).pooler_output
         tokens = self.t5(ids(self.t5_tokenizer, self.limit).to(self.t5.device))[0]
         return Text(tokens.to(pooled.device), pooled)
+
+    def words(self, prompts: Sequence[str]) -> list[Words]:
+        """The prompts as words over T5's token states."""
+        return words_of(self.t5_tokenizer, prompts, self.limit)
+
+
+class T5Text(nn.Module):
+    """PixArt's text: T5 token states and which of them count. Prompts are lower-cased and stripped, as diffusers does
+    where it does not clean captions."""
+
+    def __init__(self, t5, tokenizer, *, limit: int):
+        super().__init__()
+        self.t5, self.tokenizer, self.limit = t5, tokenizer, limit
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> Text:
+        read = {"padding": "max_length", "max_length": self.limit, "truncation": True, "return_tensors": "pt"}
+        batch = self.tokenizer([p.lower().strip() for p in prompts], **read).to(self.t5.device)
+        tokens = self.t5(batch.input_ids, attention_mask=batch.attention_mask)[0]
+        return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=batch.attention_mask)
+
+    def words(self, prompts: Sequence[str]) -> list[Words]:
+        """The prompts as words over the token states."""
+        return words_of(self.tokenizer, [p.lower().strip() for p in prompts], self.limit)
 
 
 class ClipText(nn.Module):

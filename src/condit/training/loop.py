@@ -58,8 +58,8 @@ class LoopConfig(BaseModel):
 class Task(nn.Module):
     """What is trained. Only parameters with requires_grad are optimised, averaged and saved.
 
-    `progress` is the share of the run that is done, 0 to 1, for what changes along the way. partly_used: a step may leave
-    some of them without a gradient, which several processes have to be told.
+    progress: the share of the run that is done, 0 to 1, for what changes along the way. partly_used: a step may leave
+    some parameters without a gradient, which several processes have to be told.
     """
 
     progress = 0.0

@@ -18,7 +18,7 @@ from condit.nn.lora import LowRank
 from condit.weights.catalog import MODELS
 from condit.weights.class_models import models_folder, names_in
 
-Kind = Literal["stable-diffusion", "stable-diffusion-file"]
+Kind = Literal["stable-diffusion", "stable-diffusion-file", "pixart"]
 
 # Folders (diffusers' layout) or files (the original layout) in the models folder, and where they are published.
 PUBLISHED: dict[str, tuple[tuple[str, ...], str]] = {
@@ -30,9 +30,16 @@ PUBLISHED: dict[str, tuple[tuple[str, ...], str]] = {
         ("stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors", "sd_xl_base_1.0_0.9vae.safetensors"),
         "huggingface.co/stabilityai/stable-diffusion-xl-base-1.0",
     ),
+    "pixart-alpha-512": (("PixArt-XL-2-512x512",), "huggingface.co/PixArt-alpha/PixArt-XL-2-512x512"),
+    "pixart-alpha-1024": (("PixArt-XL-2-1024-MS",), "huggingface.co/PixArt-alpha/PixArt-XL-2-1024-MS"),
+    "pixart-sigma-1024": (("PixArt-Sigma-XL-2-1024-MS",), "huggingface.co/PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
 }
 # Of a pipeline's class in model_index.json, by its beginning: what is read as which kind.
-_CLASSES: dict[str, Kind | None] = {"StableDiffusion3": None, "StableDiffusion": "stable-diffusion"}
+_CLASSES: dict[str, Kind | None] = {
+    "StableDiffusion3": None,
+    "StableDiffusion": "stable-diffusion",
+    "PixArt": "pixart",
+}
 _ORIGINAL = "model.diffusion_model.input_blocks.0.0.weight"
 
 

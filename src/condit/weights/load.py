@@ -16,6 +16,7 @@ from condit.weights.flux import is_flux_file, load_flux, load_flux_file, load_mm
 from condit.weights.latent_models import PUBLISHED as LATENT
 from condit.weights.latent_models import LatentModel, LatentParts
 from condit.weights.parts import Parts
+from condit.weights.pixart import load_pixart
 from condit.weights.stable_diffusion import load_stable_diffusion
 from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
 
@@ -36,9 +37,9 @@ def load_parts(source: str | Path, *, dtype: torch.dtype | None = None, componen
         known = ", ".join([*(n for n, e in MODELS.items() if e.kind == "model"), *LATENT, *PUBLISHED])
         raise ValueError(
             f"No model {name!r}.{looks_like(Path(source))} Known: {known}; or give a folder with model_index.json "
-            "(diffusers' FLUX or Stable Diffusion layout), a single file of FLUX.1 (flux1-dev.safetensors), or a file "
-            "or folder of Stable Diffusion, DiT, DiffiT or ViT. For FLUX.1 weights download the repository first and pass "
-            "its folder."
+            "(diffusers' FLUX, Stable Diffusion or PixArt layout), a single file of FLUX.1 (flux1-dev.safetensors), "
+            "or a file or folder of Stable Diffusion, DiT, DiffiT or ViT. For FLUX.1 weights download the repository "
+            "first and pass its folder."
         )
     if components is not None:
         raise ValueError(f"components= is for a single file of FLUX.1; {name!r} brings its own. Leave it out.")
@@ -47,6 +48,8 @@ def load_parts(source: str | Path, *, dtype: torch.dtype | None = None, componen
 
 def load_latent_parts(model: LatentModel, *, dtype: torch.dtype) -> LatentParts:
     """A text-to-image model over latents that `latent_models.recognise` has found."""
+    if model.kind == "pixart":
+        return load_pixart(model.path, dtype, model.name)
     return load_stable_diffusion(model.path, dtype, model.name)
 
 

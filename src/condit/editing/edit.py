@@ -1,0 +1,312 @@
+"""Editing: invert a picture once, then draw targets beside it (DiT4Edit, arXiv:2411.03286; controls/dit4edit.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from condit.controls.control import Control, Pair, region_mask
+from condit.controls.dit4edit import DiT4Edit
+from condit.controls.targets import Targets
+from condit.controls.token_merging import TokenMerging
+from condit.data.images import ImageSource, load_image, to_images
+from condit.diffusion.inversion import Network, Path, Solver, edit_along, invert, round_trip_error, walk
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """A picture's way to noise under its prompt: a value that serves any number of edits.
+
+    trajectory (S + 1, B, ...) are latents, the noisiest first, the last of them the picture's own; again (B, ...) is
+    where sampling from that noise ends, without a stored trajectory: its distance is the round-trip error, rms (B,) in
+    the latent and decibels (B,) with the latent's range as peak. size in pixels.
+    """
+
+    trajectory: Tensor
+    path: Path
+    source: tuple[str, ...]
+    solver: str
+    size: tuple[int, int]
+    again: Tensor
+    rms: Tensor
+    decibels: Tensor
+    model: str
+
+    def __len__(self) -> int:
+        return self.trajectory.shape[1]
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """images: the targets; sources: the pictures as their latents decode; round_trips: from the noise and back.
+
+    psnr: of round_trips against sources in pixels, dB, one a picture, and latent_psnr in the latent. maps: (B, 2, N, L)
+    mean attention of the picture's tokens to the words of source and target, if it was asked for; words: those prompts.
+    """
+
+    images: Any
+    sources: Any
+    round_trips: Any
+    psnr: list[float]
+    latent_psnr: list[float]
+    inversion: Inversion
+    recipe: dict
+    maps: Tensor | None = None
+    words: Pair | None = None
+    grid: tuple[int, int] = (0, 0)
+
+
+class Editor(Protocol):
+    """What a kind of pipeline brings to be edited with; latents (B, ...) in float32, sizes in pixels."""
+
+    pipe: Any
+
+    def path(self, steps: int, size: tuple[int, int]) -> Path: ...
+
+    def network(self, prompts: list[str], size: tuple[int, int], path: Path) -> Network:
+        """Predictions without guidance and controls."""
+        ...
+
+    def predictor(
+        self,
+        pair: Pair,
+        prompts: list[str],
+        negative: list[str],
+        controls: Sequence[Control],
+        size: tuple[int, int],
+        path: Path,
+        scale: float,
+    ) -> Predictor: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor: ...
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]: ...
+
+    def spread(self, mask: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, N) of the token grid -> what multiplies latents."""
+        ...
+
+    def size(self, images: Sequence[ImageSource], height: int | None, width: int | None) -> tuple[int, int]: ...
+
+
+class Predictor(Protocol):
+    """Guided predictions for sources and targets in turn, and what the controls say behind each step."""
+
+    memory: dict
+
+    def __call__(self, x: Tensor, level: int) -> Tensor: ...
+
+    def regions(self, level: int) -> list[Tensor]: ...
+
+
+def as_list(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def invert_pictures(
+    editor: Editor,
+    image: ImageSource | Sequence[ImageSource],
+    source: str | Sequence[str],
+    *,
+    steps: int,
+    height: int | None,
+    width: int | None,
+    solver: Solver,
+    iterations: int,
+) -> Inversion:
+    """Encode and invert pictures under their prompts, without guidance (one prompt a picture, or one for all)."""
+    images, prompts = as_list(image), as_list(source)
+    if len(prompts) == 1:
+        prompts = prompts * len(images)
+    if len(prompts) != len(images) or not images:
+        raise ValueError(
+            f"{len(images)} pictures and {len(prompts)} source prompts. Give one prompt, or one a picture."
+        )
+    size = editor.size(images, height, width)
+    path = editor.path(steps, size)
+    network = editor.network(prompts, size, path)
+    x0 = editor.encode(editor.pipe.read_images(images, None, size))
+    trajectory = invert(network, x0, path, solver, iterations=iterations)
+    if not torch.isfinite(trajectory).all():
+        raise ValueError("The inversion produced NaN. Use more steps, or dtype=torch.float32.")
+    again = walk(network, trajectory[0], path)
+    rms, decibels = round_trip_error(trajectory, again)
+    return Inversion(trajectory, path, tuple(prompts), solver, size, again[-1], rms, decibels, editor.pipe.name)
+
+
+def edit_pictures(
+    editor: Editor,
+    image: ImageSource | Sequence[ImageSource] | Inversion,
+    source: str | Sequence[str] | None,
+    target: str | Sequence[str],
+    *,
+    controls: Sequence[Control],
+    negative: str | Sequence[str] | None,
+    mask: ImageSource | None,
+    steps: int,
+    scale: float,
+    height: int | None,
+    width: int | None,
+    solver: Solver,
+    iterations: int,
+    anchored: bool,
+    maps: bool,
+    output_type: str,
+) -> EditResult:
+    """`Pipeline.edit`."""
+    pipe, targets = editor.pipe, as_list(target)
+    if isinstance(image, Inversion):
+        inversion = image
+        if source is not None and tuple(as_list(source)) not in (inversion.source, inversion.source[:1]):
+            raise ValueError(
+                f"This inversion was made for {inversion.source[0]!r}, not {as_list(source)[0]!r}: words and noise "
+                "belong together. Invert the picture with the other prompt, or leave source out (None)."
+            )
+        if inversion.model != pipe.name:
+            raise ValueError(f"This inversion was made with {inversion.model}; this is {pipe.name}. Invert it again.")
+        if (height, width) != (None, None) and (height, width) != inversion.size:
+            raise ValueError(
+                f"This inversion has {inversion.size[0]} x {inversion.size[1]} pixels; leave the size out."
+            )
+    else:
+        if source is None:
+            raise ValueError("An edit needs the source prompt: what the picture shows, e.g. 'a cat'.")
+        inversion = invert_pictures(
+            editor, image, source, steps=steps, height=height, width=width, solver=solver, iterations=iterations
+        )
+    n = max(len(inversion), len(targets))
+    if len(inversion) not in (1, n) or len(targets) not in (1, n):
+        raise ValueError(
+            f"{len(inversion)} pictures and {len(targets)} target prompts. Give one of either, or as many of both."
+        )
+    sources = list(inversion.source) * (n // len(inversion))
+    targets = targets * (n // len(targets))
+    trajectory = inversion.trajectory.expand(-1, n, *inversion.trajectory.shape[2:])
+    given = checked(controls, maps)
+    words = pipe.parts.text.words
+    pair = Pair(tuple(words(sources)), tuple(words(targets)))
+    prompts = [p for both in zip(sources, targets, strict=True) for p in both]
+    negatives = [text for text in pipe.negatives(negative, n) for _ in (0, 1)]
+    size, path = inversion.size, inversion.path
+    predict, grid = editor.predictor(pair, prompts, negatives, given, size, path, scale), editor.grid(size)
+    bound = None
+    if mask is not None:
+        white = (pipe.read_images(mask, None, size)[:, 0] + 1) / 2
+        bound = region_mask(white, grid)[:, 0, :, 0]  # (1, N)
+    still = torch.tensor([same(s, t, given) for s, t in zip(sources, targets, strict=True)])
+
+    def predicted(x: Tensor, level: int) -> Tensor:
+        out = predict(x, level)
+        # Equal inputs give equal outputs; a kernel may round two rows of a batch differently.
+        old, new = (y.unflatten(0, (-1, 2)) for y in (x, out))
+        equal = still.to(x.device) & (old[:, 0] == old[:, 1]).flatten(1).all(1)
+        kept = torch.where(equal.reshape(-1, *[1] * (new.ndim - 2)), new[:, 0], new[:, 1])
+        return torch.stack([new[:, 0], kept], 1).flatten(0, 1)
+
+    def where(level: int) -> Tensor | None:
+        found = [m.to(trajectory) for m in (bound, *predict.regions(level)) if m is not None]
+        return editor.spread(prod(found), size) if found else None
+
+    drawn = edit_along(predicted, trajectory, inversion.path, anchored=anchored, mask=where)
+    return results(
+        editor,
+        inversion,
+        drawn,
+        pair,
+        predict.memory,
+        grid,
+        output_type,
+        {
+            "model": pipe.name,
+            "source": sources,
+            "target": targets,
+            "num_inference_steps": inversion.path.steps,
+            "guidance_scale": scale,
+            "solver": inversion.solver,
+            "anchored": anchored,
+            "size": list(inversion.size),
+            "controls": [control.describe() for control in given],
+        },
+    )
+
+
+def checked(controls: Sequence[Control], maps: bool) -> list[Control]:
+    """The controls of an edit: those that know sources from targets as they are, others on targets only."""
+    edits = [c for c in controls if isinstance(c, DiT4Edit)]
+    if len(edits) > 1:
+        raise ValueError(f"{len(edits)} DiT4Edit controls in one edit; it takes one. Put their settings together.")
+    found: list[Control] = []
+    for control in controls:
+        if isinstance(control, DiT4Edit):
+            found.append(replace(control, record=control.record or maps))
+        else:
+            found.append(control if isinstance(control, TokenMerging) else Targets(control))
+    if maps and not edits:
+        found.insert(0, DiT4Edit(cross=None, self_form=None, record=True))
+    return found
+
+
+def same(source: str, target: str, controls: Sequence[Control]) -> bool:
+    """Whether nothing tells target from source."""
+    if source != target or any(isinstance(c, Targets) for c in controls):
+        return False
+    return all(set(c.reweight.values()) <= {1.0} for c in controls if isinstance(c, DiT4Edit))
+
+
+def results(
+    editor: Editor,
+    inversion: Inversion,
+    drawn: Tensor,
+    pair: Pair,
+    memory: dict,
+    grid: tuple[int, int],
+    output_type: str,
+    recipe: dict,
+) -> EditResult:
+    """Decode target, source and round trip, and compare the last two."""
+    if not torch.isfinite(drawn).all():
+        raise ValueError("The edit produced NaN. Lower the guidance, or use dtype=torch.float32.")
+    shown = [drawn, inversion.trajectory[-1], inversion.again]
+    flat = [editor.decode(x, inversion.size) for x in shown]
+    error = ((flat[1] - flat[2]) / 2).square().flatten(1).mean(1)
+    psnr = (-10 * error.clamp(min=1e-12).log10()).tolist()
+    outputs = shown if output_type == "latent" else flat
+    if output_type == "pil":
+        outputs = [to_images(x) for x in flat]
+    maps = memory.get("DiT4Edit", {}).get("maps")
+    recipe |= {"hash": editor.pipe.parts.hash, "round_trip_psnr": [round(x, 2) for x in psnr]}
+    return EditResult(
+        *outputs,
+        psnr=psnr,
+        latent_psnr=inversion.decibels.tolist(),
+        inversion=inversion,
+        recipe=recipe,
+        maps=None if maps is None else maps.unflatten(0, (-1, 2)),
+        words=pair,
+        grid=grid,
+    )
+
+
+def fitted_size(images: Sequence[ImageSource], size: tuple[int, int], multiple: int, fixed: bool) -> tuple[int, int]:
+    """Height and width at which pictures are edited: the model's area in the first picture's shape, in whole tokens; a
+    `fixed` model's own size. ValueError for pictures of several shapes."""
+    if fixed:
+        return size
+    area, found = size[0] * size[1], set()
+    for source in images:
+        width, height = load_image(source).size
+        scale = min((area / (width * height)) ** 0.5, 1.0)
+        found.add(tuple(max(round(side * scale / multiple), 1) * multiple for side in (height, width)))
+    if len(found) > 1:
+        raise ValueError(
+            f"Pictures of {len(found)} shapes in one batch. Give height and width, or edit them one by one."
+        )
+    height, width = found.pop()
+    return height, width
