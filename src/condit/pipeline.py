@@ -110,6 +110,7 @@ class Pipeline:
         batch = len(prompts) * num_images_per_prompt
         grid = height // self.pixels, width // self.pixels
         negative = self.negatives(negative_prompt, len(prompts))
+        controls = [control.sized((height, width), self) for control in controls]
         fill = find_fill(controls, grid)
         cells = None if fill is None else fill.cells.to(self.device)
         branches = self.branches(
