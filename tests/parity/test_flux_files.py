@@ -288,3 +288,17 @@ def test_without_a_scheduler_the_kind_of_model_says_the_schedule(tmp_path):
 def test_the_configuration_of_diffusers_and_of_a_single_file_are_one(saved):
     found = flux.infer_config(saved[2], "file", TINY)  # type: ignore[arg-type]
     assert asdict(found) == asdict(TINY)
+
+
+# Memory
+
+
+def test_load_offloads_and_quantises(saved):
+    _, folder, _ = saved
+    plain = draw(folder)
+    assert torch.equal(draw(folder, offload="blocks"), plain) and torch.equal(draw(folder, offload="encoders"), plain)
+    small = condit.load(folder, dtype=torch.float32, quantize="float8")
+    drift = (small("a red fox", **GIVEN).images - plain).abs().mean()
+    assert 0 < drift < 0.1
+    with pytest.raises(ImportError, match="torchao"):
+        condit.load(folder, quantize="int8")
