@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from timing import Timing, machine, measure, save
@@ -26,9 +25,9 @@ from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
 from condit.controls.control import Control, Run, Step, When
 from condit.controls.omini import OminiConfig, OminiControl, OminiReference, condition_stream
 from condit.memory import keep_memory
+from condit.nn.cost import STEPS, Mode, average, cache_bytes, operations, ratio
 from condit.nn.streams import Stream, grid_ids
 
-STEPS = 28  # of a picture, over which a cache is written once
 SMALL = MMDiTConfig(
     num_layers=1,
     num_single_layers=2,
@@ -38,7 +37,6 @@ SMALL = MMDiTConfig(
     pooled_projection_dim=256,
     axes_dims_rope=(16, 24, 24),
 )
-Mode = Literal["none", "joint", "independent", "cached", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -65,40 +63,6 @@ CASES = {
     "filling the cache of one, once a picture": Case("prefill"),
 }
 BASE = "diffusers, no condition"
-
-
-# Closed forms. n: tokens of text and image; c: tokens of one condition; dim: D.
-
-
-def ratio(mode: Mode, dim: int, n: int, c: int, count: int = 1) -> float:
-    """Operations of a prediction with `count` conditions, in those of one without. Conditions do not see each other.
-
-    joint: a condition sees text and image; independent: itself; cached: only its keys are seen, the lower bound.
-    prefill: the conditions alone, in the same unit.
-    """
-    each = {
-        "none": 0,
-        "joint": c * (6 * dim + 2 * n + c),
-        "independent": c * (6 * dim + n + c),
-        "cached": c * n,
-        "prefill": c * (6 * dim + c),
-    }[mode]
-    return (mode != "prefill") + count * each / (n * (6 * dim + n))
-
-
-def average(dim: int, n: int, c: int, count: int = 1, steps: int = STEPS) -> float:
-    """The mean step of a picture whose first step, or prefill, writes the cache."""
-    return ratio("cached", dim, n, c, count) + ratio("prefill", dim, n, c, count) / steps
-
-
-def operations(dim: int, layers: int, n: int) -> int:
-    """Of one prediction without conditions."""
-    return 4 * dim * layers * n * (6 * dim + n)
-
-
-def cache_bytes(dim: int, layers: int, tokens: int, size: int) -> int:
-    """Keys and values of every layer; size: bytes of a number."""
-    return 2 * dim * layers * tokens * size
 
 
 # What is timed

@@ -2,7 +2,7 @@
 
     with condit.interop.attach(pipe, size=(512, 512)) as guest:
         omini = condit.OminiControl.load("canny.safetensors", guest)
-        image = guest("a house", controls=[omini.control("edges.png")], num_inference_steps=28).images[0]
+        image = guest("a house", controls=[omini.control("edges.png")], height=512, width=512).images[0]
 
 A call runs the pipeline's own `__call__` on a shallow copy of it, in which a `Controlled` stands for the transformer.
 At a step where a control acts, it runs condit's MM-DiT over the transformer's own linear layers and norms; at every
@@ -47,8 +47,9 @@ def attach(pipe: Any, *, size: tuple[int, int] | None = None, image: Any = None)
     """A `Guest` on one of diffusers' PIPELINES.
 
     size: (height, width) in pixels at which references are read, by default the pipeline's own (1024 x 1024 for
-    FLUX.1); give the size that an OminiControl was trained at. image: the image encoder of an IP-Adapter, images
-    (B, 3, H, W) in [-1, 1] -> features (B, E), with E as its `features`. ValueError for another pipeline.
+    FLUX.1); give the size that an OminiControl was trained at. A condition that lies on the picture has the size that
+    the call draws. image: the image encoder of an IP-Adapter, images (B, 3, H, W) in [-1, 1] -> features (B, E), with E
+    as its `features`. ValueError for another pipeline.
     """
     if not set(PIPELINES) & classes(pipe):
         raise ValueError(f"attach takes diffusers' {', '.join(PIPELINES)}; found {type(pipe).__name__}.")
@@ -97,6 +98,9 @@ class Guest:
         """
         pipe = self.pipe
         refuse_strangers(controls, self)
+        if controls:  # here, before offloading brings the transformer in and sends the autoencoder away
+            size = drawn_size(pipe, args, given, self.pixels)
+            controls = [control.sized(size, self) for control in controls]
         host = copy.copy(pipe)
         transformer = Controlled(
             pipe.transformer, tuple(controls), predictions_a_step(pipe, args, given), lambda: host.num_timesteps
@@ -363,11 +367,23 @@ def classes(value: object) -> set[str]:
     return {c.__name__ for c in type(value).__mro__ if c.__module__.startswith("diffusers.")}
 
 
-def predictions_a_step(pipe: Any, args: tuple, given: Mapping[str, Any]) -> int:
-    """2 with `true_cfg_scale` and a negative prompt, by diffusers' rule; else 1. TypeError for a strange argument."""
+def arguments(pipe: Any, args: tuple, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the pipeline's call by name, with its defaults. TypeError for a strange one."""
     call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **given)
     call.apply_defaults()
-    named = call.arguments
+    return call.arguments
+
+
+def drawn_size(pipe: Any, args: tuple, given: Mapping[str, Any], pixels: int) -> tuple[int, int]:
+    """Height and width that a call draws, by diffusers' rule."""
+    named, side = arguments(pipe, args, given), pipe.default_sample_size * pipe.vae_scale_factor
+    height, width = ((named.get(name) or side) // pixels * pixels for name in ("height", "width"))
+    return height, width
+
+
+def predictions_a_step(pipe: Any, args: tuple, given: Mapping[str, Any]) -> int:
+    """2 with `true_cfg_scale` and a negative prompt, by diffusers' rule; else 1. TypeError for a strange argument."""
+    named = arguments(pipe, args, given)
     embedded = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
     negative = named.get("negative_prompt") is not None or all(named.get(name) is not None for name in embedded)
     return 2 if named.get("true_cfg_scale", 1.0) > 1 and negative else 1

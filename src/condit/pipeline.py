@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from condit.controls.control import Control, Fill, Pair, Run, Step
 from condit.data import annotators
@@ -23,16 +23,19 @@ from condit.diffusion.schedules import flow_sigmas
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import together
+from condit.nn.offload import Visited, on_device, visited
 from condit.nn.streams import Stream, grid_ids
 from condit.weights import class_models, latent_models
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.load import Parts, load_parts
+from condit.weights.quantise import Quantise, quantise
 
 if TYPE_CHECKING:
     from condit.diffusion.inversion import Solver
     from condit.editing.edit import EditResult, Inversion
 
 MAX_STEPS, MAX_SIDE = 1000, 4096
+Offload = Literal["encoders", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,20 @@ class Branch:
 
 
 class Pipeline:
-    """A loaded model. It is not changed by a call: controls are values that a call receives."""
+    """A loaded model. It is not changed by a call: controls are values that a call receives.
 
-    def __init__(self, parts: Parts):
-        self.parts = parts
+    offload: text encoder and autoencoder ("encoders"), or the transformer's blocks too ("blocks"), rest on the CPU and
+    are copied to the device for their turn.
+    """
+
+    def __init__(self, parts: Parts, *, offload: Offload | None = None):
+        if offload not in (None, "encoders", "blocks"):
+            raise ValueError(f"offload must be 'encoders', 'blocks' or None; found {offload!r}.")
+        self.parts, self.offload = parts, offload
         self.name, self.backbone, self.image = parts.name, parts.backbone, parts.image
+        if offload == "blocks":
+            self.backbone = visited(parts.backbone)
+            self.parts = replace(parts, backbone=self.backbone)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,10 +87,20 @@ class Pipeline:
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Move every part, in place; returns the pipeline."""
-        for part in (self.backbone, self.parts.text, self.parts.vae, self.image):
+        moving = (self.image,) if self.offload else (self.parts.text, self.parts.vae, self.image)
+        for part in moving:
             if part is not None:
                 part.to(device)
+        if self.offload == "blocks":
+            for part in self.backbone.children():
+                part.move(device) if isinstance(part, Visited) else part.to(device)
+        else:
+            self.backbone.to(device)
         return self
+
+    def on_duty(self, part: Any) -> Any:
+        """The text encoder or the autoencoder where it computes."""
+        return on_device(part, self.device) if self.offload and isinstance(part, nn.Module) else part
 
     @torch.no_grad()
     def __call__(
@@ -114,6 +136,7 @@ class Pipeline:
         batch = len(prompts) * num_images_per_prompt
         grid = height // self.pixels, width // self.pixels
         negative = self.negatives(negative_prompt, len(prompts))
+        controls = [control.sized((height, width), self) for control in controls]
         fill = find_fill(controls, grid)
         cells = None if fill is None else fill.cells.to(self.device)
         branches = self.branches(
@@ -330,7 +353,7 @@ class Pipeline:
         return to_velocity(out.float(), x, t, self.parts.prediction)  # type: ignore[arg-type]
 
     def encode_text(self, prompts: list[str], copies: int = 1) -> Text:
-        text = self.parts.text(prompts)
+        text = self.on_duty(self.parts.text)(prompts)
         index = torch.arange(len(prompts)).repeat_interleave(copies).to(text.pooled.device)
         text = text.rows(index)
         return replace(text, tokens=text.tokens.to(self.dtype), pooled=text.pooled.to(self.dtype))
@@ -361,7 +384,7 @@ class Pipeline:
         if not torch.isfinite(tokens).all():
             raise ValueError("The sampler produced NaN. Lower the strengths or guidance, or use dtype=torch.float32.")
         dtype = next(self.parts.vae.parameters()).dtype
-        images = decode_tokens(self.parts.vae, tokens.to(dtype), grid).float()
+        images = decode_tokens(self.on_duty(self.parts.vae), tokens.to(dtype), grid).float()
         return images if output_type == "pt" else to_images(images)
 
     # What adapters ask of a pipeline.
@@ -386,7 +409,8 @@ class Pipeline:
         """Images (n, 3, H, W) through the model's own autoencoder: packed tokens and their grid (rows, columns). They
         are the mode of its posterior, or drawn from it by `generator`."""
         dtype = next(self.parts.vae.parameters()).dtype
-        encoded = encode_tokens(self.parts.vae, images.to(dtype), generator, sample=generator is not None)
+        vae = self.on_duty(self.parts.vae)
+        encoded = encode_tokens(vae, images.to(dtype), generator, sample=generator is not None)
         tokens = encoded.to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
 
@@ -463,29 +487,39 @@ def load(
     device: str | torch.device = "cpu",
     vae: Any = None,
     components: str | Path | None = None,
+    offload: Offload | None = None,
+    quantize: Quantise | None = None,
 ) -> Any:
     """A `Pipeline` by name ("tiny", embedded), from a folder in diffusers' FLUX layout or a single file of FLUX.1; a
     `LatentPipeline` by name ("sd15", "sdxl") or from a folder or file of Stable Diffusion; a `ClassPipeline` or a
     `ViTPipeline` by name (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT, DiffiT or ViT.
 
     vae: an autoencoder, its folder, or "tiny" for the embedded one, for a class model that has none beside it.
-    components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None: its own."""
+    components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None: its own.
+    offload: see `Pipeline`. quantize: see `condit.weights.quantise`; the weights of FLUX's blocks take one byte each."""
     latent = latent_models.recognise(source)
     if latent is not None:
         from condit.latent_pipeline import LatentPipeline  # here, as it imports this module
         from condit.weights.load import load_latent_parts
 
-        if vae is not None or components is not None:
-            raise ValueError(f"vae= and components= have no use here: {str(source)!r} brings its own. Leave them out.")
+        if any(given is not None for given in (vae, components, offload, quantize)):
+            raise ValueError(
+                f"vae=, components=, offload= and quantize= have no use with {str(source)!r}, which is not FLUX.1 or a "
+                "class model. Leave them out."
+            )
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         return LatentPipeline(load_latent_parts(latent, dtype=dtype or half)).to(device)
     found = class_models.recognise(source)
     if vae is not None and (found is None or found[0] == "vit"):
         raise ValueError(f"vae= is for DiT and DiffiT; {str(source)!r} brings its own or needs none. Leave it out.")
     if found is None:
-        return Pipeline(load_parts(source, dtype=dtype, components=components)).to(device)
-    if components is not None:
-        raise ValueError(f"components= is for a single file of FLUX.1; {str(source)!r} is a {found[0]}. Leave it out.")
+        parts = load_parts(source, dtype=dtype, components=components)
+        if quantize is not None:
+            quantise(parts.backbone, quantize)
+        return Pipeline(parts, offload=offload).to(device)
+    given = {"components": components, "offload": offload, "quantize": quantize}
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{wrong[0]}= is for FLUX.1; {str(source)!r} is a {found[0]}. Leave it out.")
     kind, path = found
     if kind == "vit":
         from condit.classifier import ViTPipeline

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from condit.latent_pipeline import LatentPipeline
-from condit.weights.latent_models import LatentParts, tell_unet
 from torch import Tensor, nn
 
 from condit.backbones.unet import CROSS_DOWN, CROSS_UP, UNet, UNetConfig
@@ -18,6 +16,8 @@ from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import QFormerConfig
 from condit.encoders.text import Text
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.latent_pipeline import LatentPipeline
+from condit.weights.latent_models import LatentParts, tell_unet
 
 PROMPTS = ["a fox", "a rocket", "snow", "an apple"]
 WIDTH = 12

@@ -1,14 +1,17 @@
 """A random FLUX.1 of diffusers with about 50,000 parameters, and random Stable Diffusions."""
 
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from condit.backbones.mmdit import MMDiTConfig
+from condit.weights.flux_names import DOUBLE, NORMS, SINGLE, WHOLE
 
 WORDS = "a red fox in the snow"  # all that its tokenizers know
 
@@ -218,3 +221,45 @@ def build_pixart(kind: str):
 @pytest.fixture(scope="session")
 def make_pixart() -> Callable:
     return build_pixart
+
+
+def dotted(part: str) -> str:
+    """The authors' spelling of a rule's name."""
+    part = re.sub(r"_(in|out)_layer$", r".\1_layer", part)
+    part = re.sub(r"^(img|txt)_(attn|mlp|mod)_", r"\1_\2.", part).replace("modulation_lin", "modulation.lin")
+    part = part.replace("final_layer_adaLN_modulation_1", "final_layer.adaLN_modulation.1")
+    part = part.replace("final_layer_linear", "final_layer.linear")
+    return re.sub(r"norm_(query|key)_norm", r"norm.\1_norm", part)
+
+
+def authors_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Diffusers' tensors in the authors' names: the rules backwards."""
+    found = {}
+
+    def take(path: str, name: str, kind: str) -> None:
+        key = f"{path}.{kind}"
+        if key in tensors:
+            shift_first = path == "norm_out.linear"
+            found[f"{name}.{kind}"] = torch.cat(tensors[key].chunk(2)[::-1]) if shift_first else tensors[key]
+
+    for name, path in WHOLE.items():
+        for kind in ("weight", "bias"):
+            take(path, dotted(name), kind)
+    for theirs, ours, table in (
+        ("double_blocks", "transformer_blocks", DOUBLE),
+        ("single_blocks", "single_transformer_blocks", SINGLE),
+    ):
+        numbers = {n.split(".")[1] for n in tensors if n.startswith(f"{ours}.")}
+        for i in numbers:
+            for name, paths in table.items():
+                for kind in ("weight", "bias"):
+                    cut = [tensors[f"{ours}.{i}.{path}.{kind}"] for path in paths]
+                    found[f"{theirs}.{i}.{dotted(name)}.{kind}"] = torch.cat(cut)
+            for name, path in NORMS[theirs.split("_")[0]].items():
+                found[f"{theirs}.{i}.{dotted(name)}.scale"] = tensors[f"{ours}.{i}.{path}.weight"]
+    return found
+
+
+@pytest.fixture(scope="session")
+def authors() -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return authors_names

@@ -13,7 +13,6 @@ import condit
 from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
 from condit.weights import flux
 from condit.weights.files import save_tensors
-from condit.weights.flux_names import DOUBLE, NORMS, SINGLE, WHOLE
 from condit.weights.flux_vae import autoencoder_tensors
 from condit.weights.flux_vae import to_diffusers as vae_to_diffusers
 
@@ -30,43 +29,6 @@ TINY = MMDiTConfig(
 )
 
 
-def dotted(part: str) -> str:
-    """The authors' spelling of a rule's name."""
-    part = re.sub(r"_(in|out)_layer$", r".\1_layer", part)
-    part = re.sub(r"^(img|txt)_(attn|mlp|mod)_", r"\1_\2.", part).replace("modulation_lin", "modulation.lin")
-    part = part.replace("final_layer_adaLN_modulation_1", "final_layer.adaLN_modulation.1")
-    part = part.replace("final_layer_linear", "final_layer.linear")
-    return re.sub(r"norm_(query|key)_norm", r"norm.\1_norm", part)
-
-
-def authors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Diffusers' tensors in the authors' names: the rules backwards."""
-    found = {}
-
-    def take(path: str, name: str, kind: str) -> None:
-        key = f"{path}.{kind}"
-        if key in tensors:
-            shift_first = path == "norm_out.linear"
-            found[f"{name}.{kind}"] = torch.cat(tensors[key].chunk(2)[::-1]) if shift_first else tensors[key]
-
-    for name, path in WHOLE.items():
-        for kind in ("weight", "bias"):
-            take(path, dotted(name), kind)
-    for theirs, ours, table in (
-        ("double_blocks", "transformer_blocks", DOUBLE),
-        ("single_blocks", "single_transformer_blocks", SINGLE),
-    ):
-        numbers = {n.split(".")[1] for n in tensors if n.startswith(f"{ours}.")}
-        for i in numbers:
-            for name, paths in table.items():
-                for kind in ("weight", "bias"):
-                    cut = [tensors[f"{ours}.{i}.{path}.{kind}"] for path in paths]
-                    found[f"{theirs}.{i}.{dotted(name)}.{kind}"] = torch.cat(cut)
-            for name, path in NORMS[theirs.split("_")[0]].items():
-                found[f"{theirs}.{i}.{dotted(name)}.scale"] = tensors[f"{ours}.{i}.{path}.weight"]
-    return found
-
-
 def diffusers_converter(width: int):
     """diffusers' own conversion, in whose code FLUX.1's width is a constant."""
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers as convert
@@ -81,7 +43,7 @@ def random_state(config: MMDiTConfig) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
-def test_the_rules_equal_diffusers_converter_and_undo_the_rules_backwards(guidance):
+def test_the_rules_equal_diffusers_converter_and_undo_the_rules_backwards(authors, guidance):
     ours = random_state(replace(TINY, guidance_embeds=guidance))
     given = authors(ours)
     expected = diffusers_converter(TINY.dim)(dict(given))
@@ -93,7 +55,7 @@ def test_the_rules_equal_diffusers_converter_and_undo_the_rules_backwards(guidan
     assert not torch.equal(found["norm_out.linear.weight"], swapped)
 
 
-def test_flux_dev_in_its_authors_names_covers_all_1160_tensors():
+def test_flux_dev_in_its_authors_names_covers_all_1160_tensors(authors):
     with torch.device("meta"):
         wanted = MMDiT(PRESETS["flux-dev"]).state_dict()
     given = authors(wanted)
@@ -104,7 +66,7 @@ def test_flux_dev_in_its_authors_names_covers_all_1160_tensors():
 
 
 @pytest.mark.parametrize("name", ["flux-schnell", "flux-fill"])
-def test_sizes_of_the_other_published_transformers_are_read_off_their_shapes(name):
+def test_sizes_of_the_other_published_transformers_are_read_off_their_shapes(authors, name):
     with torch.device("meta"):
         given = authors(MMDiT(PRESETS[name]).state_dict())
     found = flux.infer_config(given, "file")  # type: ignore[arg-type]
@@ -116,7 +78,7 @@ def test_sizes_of_the_other_published_transformers_are_read_off_their_shapes(nam
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, make_flux):
+def saved(tmp_path_factory, make_flux, authors):
     """A folder of diffusers, its pipeline, and the transformer's tensors in the authors' names."""
     pipe = make_flux(TINY, dynamic=True)
     folder = tmp_path_factory.mktemp("flux") / "components"
@@ -288,3 +250,17 @@ def test_without_a_scheduler_the_kind_of_model_says_the_schedule(tmp_path):
 def test_the_configuration_of_diffusers_and_of_a_single_file_are_one(saved):
     found = flux.infer_config(saved[2], "file", TINY)  # type: ignore[arg-type]
     assert asdict(found) == asdict(TINY)
+
+
+# Memory
+
+
+def test_load_offloads_and_quantises(saved):
+    _, folder, _ = saved
+    plain = draw(folder)
+    assert torch.equal(draw(folder, offload="blocks"), plain) and torch.equal(draw(folder, offload="encoders"), plain)
+    small = condit.load(folder, dtype=torch.float32, quantize="float8")
+    drift = (small("a red fox", **GIVEN).images - plain).abs().mean()
+    assert 0 < drift < 0.1
+    with pytest.raises(ImportError, match="torchao"):
+        condit.load(folder, quantize="int8")

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from condit.latent_pipeline import LatentPipeline
-from condit.weights.latent_models import LatentParts, tell_unet
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,12 +19,14 @@ from condit.diffusion.vp import Process
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.text import Text
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.latent_pipeline import LatentPipeline
 from condit.training import deadiff
 from condit.training.deadiff import DEADiffTask
 from condit.training.loop import Loop, LoopConfig
 from condit.training.paired import Paired
 from condit.training.run import tasks
 from condit.weights.deadiff import to_published
+from condit.weights.latent_models import LatentParts, tell_unet
 
 WIDTH = 12
 QFORMER = {"queries": 3, "layers": 2, "heads": 2, "hidden": 8}

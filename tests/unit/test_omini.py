@@ -189,7 +189,7 @@ def test_one_prefill_serves_seeds_steps_guidance_and_copies(pipe, make_omini, pi
 
 def test_one_prefill_serves_every_size(make_pipe, make_omini, pictures):
     pipe = make_pipe(canvas=False, guidance_embeds=True, distilled=True)
-    control = make_omini(pipe, independent=True).control(pictures(1))
+    control = make_omini(pipe, independent=True).control(pictures(1), size=pipe.size)  # it would follow the call's
     found = latents(pipe, [control.prefill("a fox")], height=16, width=40)
     assert found.shape == (1, 10, 16) and torch.equal(found, latents(pipe, [control], height=16, width=40))
 
@@ -245,6 +245,41 @@ def test_a_condition_is_read_at_the_size_that_is_asked_for(pipe, make_omini, pic
     assert control.describe()["size"] == [16, 40]
     with pytest.raises(ValueError, match="size must be multiples of 8 up to 4096; found 16 x 42"):
         make_omini(pipe).control(pictures(1), size=(16, 42))
+
+
+@pytest.mark.parametrize("config", [{}, {"scale": 2.0}, {"annotator": "gray"}])
+def test_an_aligned_condition_has_the_size_that_the_call_draws(make_pipe, make_omini, pictures, config):
+    pipe = make_pipe(canvas=False)
+    adapter, given = make_omini(pipe, **config), {"height": 48, "width": 64}
+    fixed = latents(pipe, [adapter.control(pictures(1), size=(48, 64))], **given)
+    assert torch.equal(latents(pipe, [adapter.control(pictures(1))], **given), fixed)
+    small = latents(pipe, [adapter.control(pictures(1), size=pipe.size)], **given)
+    assert not torch.allclose(small, fixed, atol=1e-3)
+
+
+def test_at_another_size_the_empty_reference_is_black_and_posterior_draws_repeat(make_pipe, make_omini, pictures):
+    pipe = make_pipe(canvas=False)
+    adapter = make_omini(pipe)
+    control = adapter.control(pictures(1), generator=torch.Generator().manual_seed(3))
+    at = control.sized((48, 64), pipe)
+    assert len(at.ids) == 48 and torch.equal(control.sized((48, 64), pipe).tokens, at.tokens)
+    black = adapter.control(-np.zeros((8, 8, 3), np.uint8), size=(48, 64))
+    assert torch.equal(control.negative().sized((48, 64), pipe).tokens, black.black)
+    assert control.sized(control.size, pipe) is control
+
+
+def test_a_condition_beside_the_picture_keeps_its_size(make_pipe, make_omini, pictures):
+    for how in ({"delta": (0, -6)}, {"delta": "left"}):
+        pipe = make_pipe(canvas=False)
+        control = make_omini(pipe, **how).control(pictures(1))
+        assert control.sized((48, 64), pipe) is control
+
+
+def test_a_picture_to_fill_follows_the_call_too(make_pipe, make_omini, pictures):
+    pipe = make_pipe(canvas=False)
+    control = make_omini(pipe).control(pictures(1), fill=LEFT)
+    assert latents(pipe, [control], height=64, width=96).shape == (1, 96, 16)
+    assert int(control.sized((64, 96), pipe).given.drawn.sum()) == 48
 
 
 def test_a_picture_to_fill_must_have_the_size_of_the_call(make_pipe, make_omini, pictures):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -367,7 +368,7 @@ class MMDiT(nn.Module):
     @property
     def sites(self) -> list[Site]:
         """Every attention layer in the order of execution."""
-        return [block.attn.site for block in (*self.transformer_blocks, *self.single_transformer_blocks)]
+        return [m.site for m in self.modules() if isinstance(m, JointAttention)]
 
     def embed(self, stream: Stream) -> tuple[Tensor, Tensor, Rope]:
         """Tokens, clock and positions of an image-like stream."""
@@ -433,7 +434,7 @@ class MMDiT(nn.Module):
             controls=tuple(controls),
         )
         xs = [x]
-        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+        for block in chain(self.transformer_blocks, self.single_transformer_blocks):
             xs = block(xs, frame)
 
 

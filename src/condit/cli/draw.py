@@ -1,4 +1,4 @@
-"""Commands that draw: demo, generate, replay."""
+"""Commands that draw: demo, generate, replay; and plan, which says what drawing would take."""
 
 import re
 import time
@@ -177,3 +177,56 @@ def replay(
         if before.tobytes() == load_image(target).tobytes()
         else "another picture than the one in the file"
     )
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A FLUX.1 folder or file, tiny, or a preset as flux-dev.")],
+    height: Annotated[int, typer.Option(help="Of the picture, in pixels.")] = 1024,
+    width: Annotated[int, typer.Option(help="Of the picture, in pixels.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 28,
+    count: Annotated[int, typer.Option("--count", "-n", help="Pictures at once.")] = 1,
+    controls: Annotated[int, typer.Option(help="How many OminiControl conditions.")] = 0,
+    condition: Annotated[int | None, typer.Option(help="Side of a condition [default: the picture's].")] = None,
+    cached: Annotated[bool, typer.Option("--cached", help="Independent conditions, which run once.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    quantize: Annotated[str | None, typer.Option(help="float8 or int8, of the transformer's blocks.")] = None,
+    offload: Annotated[str | None, typer.Option(help="encoders or blocks: what rests on the CPU.")] = None,
+    components: Annotated[Path | None, typer.Option(help="Folder of what a single file lacks.")] = None,
+    device: Annotated[str | None, typer.Option(help="Measure its rate, and tell the time.", show_default=False)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell memory and time of drawing before anything is loaded.
+
+    Reads configurations and the headers of files only.
+    """
+    choices = {"dtype": (dtype, ("float32", "bfloat16", "float16"))}
+    choices |= {"quantize": (quantize, (None, "float8", "int8")), "offload": (offload, (None, "encoders", "blocks"))}
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise typer.BadParameter(f"--{name} is {', '.join(k for k in known if k)}; found {value!r}")
+    import torch
+
+    from condit.weights.plan import Wish, measured_rate
+    from condit.weights.plan import plan as run
+
+    kind = getattr(torch, dtype)
+    side = None if condition is None else (condition, condition)
+    mode = "cached" if cached else "joint"
+    wish = Wish(height, width, steps, count, controls, side, mode, kind, quantize, offload)  # type: ignore[arg-type]
+    rate = None if device is None else measured_rate(device, kind)
+    found = run(model, wish, components=components, rate=rate)
+    if as_json:
+        answer(found.as_json())
+        return
+    gigabytes = [(p.name, f"{p.parameters:,} parameters", p.loaded) for p in found.parts]
+    gigabytes += [("activations", f"about; {found.tokens + found.condition_tokens:,} tokens", found.activations)]
+    gigabytes += [("cache", f"{found.condition_tokens:,} tokens of conditions", found.cache)] if found.cache else []
+    gigabytes += [("at once", f"with offload={found.offload}" if found.offload else "all of it", found.resident)]
+    for name, text, size in gigabytes:
+        typer.echo(f"{name:<16} {size / 1e9:9.3f} GB  {text}")
+    typer.echo(f"{'a step':<16} {found.operations_a_step / 1e12:9.3f} TFLOP")
+    if found.seconds is not None and found.rate is not None:
+        typer.echo(
+            f"{'time':<16} {found.seconds:9.1f} s   {steps} steps at {found.rate / 1e12:.3g} TFLOP/s of products"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -126,6 +126,10 @@ class Fill:
 
 class Control:
     """One reference at one strength. Every method has a default, so a new control overrides what its paper adds."""
+
+    def sized(self, size: tuple[int, int], pipe: Any) -> Control:
+        """First in a call of `pipe`, which draws (height, width) in pixels: the control for that size."""
+        return self
 
     def prepare(self, run: Run) -> Control:
         """Once per pipeline call: bring the reference to the batch, fill caches. Returns the control of this run."""

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.controls.control import Control, Fill, Prefillable, Run, Step, When, match_batch, region_mask
-from condit.controls.omini_fill import drawn_cells
-from condit.controls.omini_tasks import OminiConfig, Side, condition_ids, task_config
+from condit.controls.omini_picture import Picture
+from condit.controls.omini_tasks import OminiConfig, Side, task_config
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, linear_shapes, together
 from condit.nn.streams import Sees, Stream, row_weights
@@ -128,9 +128,10 @@ class OminiControl(nn.Module):
         too (the official code) or not (Eq. 5). mask: where in the picture the condition acts, white = acts. fill: token
         integration (OminiControl2): white is drawn, the rest of the reference is kept and is the condition. cached:
         None, where the adapter is independent; False, the condition runs in every step; "approximate", also for a
-        jointly trained adapter. size: height and width at which the reference is read, None: the model's.
-        annotate=False: the reference already is the condition image (an edge map, say). generator: draws the tokens
-        from the autoencoder's posterior, then those of the black picture, as the official code does; None: their mode.
+        jointly trained adapter. size: height and width at which the reference is read; None: those that the call draws
+        where the condition lies on the picture (delta 0), else the model's. annotate=False: the reference already is
+        the condition image (an edge map, say). generator: draws the tokens from the autoencoder's posterior, then those
+        of the black picture, as the official code does; None: their mode.
         """
         if strength < 0:
             raise ValueError(f"OminiControl's strength is a factor on attention, >= 0; found {strength}.")
@@ -144,45 +145,34 @@ class OminiControl(nn.Module):
                 "fill keeps cells of the picture where they stand, so it needs an adapter with delta (0, 0), scale 1 "
                 f"and no annotator; found delta {c.delta}, scale {c.scale}, annotator {c.annotator!r}."
             )
-        small = size if c.scale == 1 else compact(size or pipe.size, c.scale, pipe.pixels)
-        images = pipe.read_images(reference, c.annotator if annotate else None, small)
-        tokens, grid = pipe.encode_condition(images, generator)
-        # The unconditional pass sees a black picture, encoded like any other (spec of the official image guidance).
-        black, _ = pipe.encode_condition(torch.full_like(images[:1], -1.0), generator)
-        ids, given = condition_ids(c, grid), None
+        picture = Picture.of(reference, c, annotate=annotate, fill=fill).drawn_by(generator)
+        at = size or pipe.size
+        encoded = picture.encoded(pipe, at, generator)
         settings: dict = {} if text_bias else {"text_bias": False}
         settings |= {} if cached is None else {"cached": cached}
         settings |= {} if delta is None else {"delta": delta if isinstance(delta, str) else list(delta)}
         settings |= {} if size is None else {"size": list(size)}
         if fill is not None:
-            given = Fill(tokens, drawn_cells(fill, grid, pipe.pixels))
-            known = ~given.drawn.flatten()
-            tokens, black, ids = tokens[:, known], black[:, known], ids[known]
             settings["fill"] = pipe.describe_source(fill)
         if mask is not None:
             settings["mask"] = pipe.describe_source(mask)
         return OminiReference(
-            tokens=tokens,
-            black=black,
-            ids=ids,
+            tokens=encoded.tokens,
+            black=encoded.black,
+            ids=encoded.ids,
             adapter=self,
             strength=strength,
             when=when or When(),
             source=pipe.describe_source(reference),
             text_bias=text_bias,
             mask=None if mask is None else (pipe.read_images(mask, None, size)[:, 0] + 1) / 2,
-            given=given,
+            given=encoded.given,
+            picture=picture if size is None and picture.follows else None,
+            size=at,
             independent=True if cached == "approximate" else None,
             cached=cached is not False,
             settings=settings,
         )
-
-
-def compact(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
-    """The size of a compact condition (OminiControl2): sides divided by `scale`, multiples of a token, so that
-    positions spread by `scale` cover the picture again."""
-    height, width = (max(round(side / scale / multiple), 1) * multiple for side in size)
-    return height, width
 
 
 @dataclass(frozen=True)
@@ -219,7 +209,8 @@ class OminiReference(Control):
 
     independent: None, as the adapter says; True on a jointly trained one makes the official approximation. cached: an
     independent condition runs once, not in every step. text_bias: the strength acts between condition and text too.
-    mask (n or 1, H, W): where in the picture it acts. given: the picture whose known cells these tokens are.
+    mask (n or 1, H, W): where in the picture it acts. given: the picture whose known cells these tokens are. picture:
+    what it was encoded from at `size`, for another size, if it lies on the drawing.
     """
 
     tokens: Tensor
@@ -232,6 +223,9 @@ class OminiReference(Control):
     text_bias: bool = True
     mask: Tensor | None = None
     given: Fill | None = None
+    picture: Picture | None = None
+    size: tuple[int, int] | None = None
+    empty: bool = False  # its tokens are those of the black picture
     independent: bool | None = None
     cached: bool = True
     cache: ConditionCache | None = None
@@ -246,6 +240,13 @@ class OminiReference(Control):
     def alone(self) -> bool:
         """Whether it attends to itself only."""
         return self.adapter.config.independent if self.independent is None else self.independent
+
+    def sized(self, size: tuple[int, int], pipe: Any) -> OminiReference:
+        if self.picture is None or self.cache is not None or size == self.size:
+            return self
+        new = self.picture.encoded(pipe, size, self.picture.again())
+        tokens = new.black if self.empty else new.tokens
+        return replace(self, tokens=tokens, black=new.black, ids=new.ids, given=new.given, size=size)
 
     def prepare(self, run: Run) -> OminiReference:
         ready = self if self.mask is None else self.in_region(self.mask, run)
@@ -266,7 +267,8 @@ class OminiReference(Control):
 
     def prefill(self, prompt: str | Sequence[str]) -> OminiReference:
         """The same with its keys and values made once, for this prompt or these: it serves any seed, number of steps,
-        guidance and size, and refuses another prompt. The unconditional side of guidance makes its own each call."""
+        guidance and size (it keeps its own), and refuses another prompt. The unconditional side of guidance makes its
+        own each call."""
         if not self.alone:
             raise ValueError(JOINT)
         pipe = self.adapter.bound()
@@ -311,7 +313,7 @@ class OminiReference(Control):
         return self.given
 
     def negative(self) -> OminiReference:
-        return replace(self, tokens=self.black, cache=None)
+        return replace(self, tokens=self.black, empty=True, cache=None)
 
     def describe(self) -> dict:
         return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -38,6 +39,9 @@ class WithBlack(Control):
 
     inner: OminiReference
     black: tuple[OminiReference, ...]
+
+    def sized(self, size: tuple[int, int], pipe: Any) -> Control:
+        return replace(self, inner=self.inner.sized(size, pipe), black=tuple(b.sized(size, pipe) for b in self.black))
 
     def prepare(self, run: Run) -> Control:
         return self.inner.prepare(run)

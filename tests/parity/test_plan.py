@@ -1,0 +1,152 @@
+"""`condit plan`: its figures are those of the real tensors."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import condit
+from condit.backbones.mmdit import MMDiTConfig
+from condit.cli import main
+from condit.controls.omini import OminiConfig, OminiControl
+from condit.nn.lora import Linear
+from condit.pipeline import Pipeline
+from condit.weights.files import save_tensors
+from condit.weights.plan import Wish, header, measured_rate, plan
+
+CONFIG = MMDiTConfig(
+    in_channels=8,
+    num_layers=2,
+    num_single_layers=3,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=12,
+    pooled_projection_dim=10,
+    guidance_embeds=True,
+    axes_dims_rope=(4, 6, 6),
+)
+WISH = Wish(24, 32, steps=3, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_flux):
+    found = tmp_path_factory.mktemp("flux") / "model"
+    make_flux(CONFIG, dynamic=True).save_pretrained(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pipe(folder) -> Pipeline:
+    return condit.load(folder, dtype=torch.float32)
+
+
+def size(module: torch.nn.Module) -> tuple[int, int]:
+    """Weights and bytes, tied ones once."""
+    unique = {id(p): p for p in module.parameters()}.values()
+    return sum(p.numel() for p in unique), sum(p.nbytes for p in unique)
+
+
+def test_parameters_and_bytes_of_every_part_are_those_of_the_loaded_model(folder, pipe):
+    found = {p.name: (p.parameters, p.loaded) for p in plan(folder, WISH).parts}
+    real = {"transformer": pipe.backbone, "text_encoder": pipe.parts.text.clip, "text_encoder_2": pipe.parts.text.t5}
+    assert found == {name: size(module) for name, module in {**real, "vae": pipe.parts.vae}.items()}
+    half = {p.name: p.loaded for p in plan(folder, replace(WISH, dtype=torch.bfloat16)).parts}
+    assert half == {name: loaded // 2 for name, (_, loaded) in found.items()}
+    disk = {p.name: p.disk for p in plan(folder, WISH).parts}
+    assert disk["transformer"] == {"F32": found["transformer"][1]}
+
+
+def test_a_cache_has_the_planned_bytes_and_a_joint_condition_none(folder, pipe, pictures):
+    adapter = OminiControl.new(pipe.backbone, OminiConfig(independent=True))
+    adapter = OminiControl(adapter.lora.requires_grad_(False), adapter.config, pipe)
+    control = adapter.control(pictures(1), size=(16, 24)).prefill("a fox")
+    real = sum(t.nbytes for pair in control.cache.keys_values.values() for t in pair)
+    wish = replace(WISH, controls=1, condition_size=(16, 24), mode="cached")
+    found = plan(folder, wish)
+    assert found.cache == real and found.condition_tokens == 24
+    assert plan(folder, replace(wish, controls=3, batch=2)).cache == 6 * real
+    assert plan(folder, replace(wish, mode="joint")).cache == 0
+
+
+def test_quantised_bytes_are_those_of_quantised_blocks(folder):
+    small = condit.load(folder, dtype=torch.float32, quantize="float8")
+    found = plan(folder, replace(WISH, quantize="float8"))
+    assert found.parts[0].loaded == size(small.backbone)[1]
+    rows = sum(m.out_features for n, m in small.backbone.named_modules() if isinstance(m, Linear) and "blocks." in n)
+    assert plan(folder, replace(WISH, quantize="int8")).parts[0].loaded == found.parts[0].loaded + 4 * rows
+
+
+def test_offloading_leaves_the_largest_block_and_one_encoder_on_the_device(folder, pipe):
+    whole, encoders, blocks = (plan(folder, replace(WISH, offload=how)) for how in (None, "encoders", "blocks"))
+    drawing = whole.activations
+    sizes = {p.name: p.loaded for p in whole.parts}
+    assert whole.resident == sum(sizes.values()) + drawing
+    text = sizes["text_encoder"] + sizes["text_encoder_2"]
+    assert encoders.resident == sizes["transformer"] + max(drawing, text, sizes["vae"])
+    each = [size(b)[1] for b in (*pipe.backbone.transformer_blocks, *pipe.backbone.single_transformer_blocks)]
+    assert encoders.resident - blocks.resident == sum(each) - max(each)
+
+
+def test_operations_are_those_of_the_cost_model_and_time_is_theirs_at_the_rate(folder):
+    n, d, layers = 512 + 48, 32, 5
+    found = plan(folder, replace(WISH, batch=2), rate=1e9)
+    assert found.operations_a_step == 2 * layers * (24 * d * d * n + 4 * d * n * n)
+    assert found.seconds == pytest.approx(3 * found.operations_a_step / 1e9)
+    joint = plan(folder, replace(WISH, controls=1)).operations_a_step
+    cached = plan(folder, replace(WISH, controls=1, mode="cached", steps=28)).operations_a_step
+    plain = plan(folder, WISH).operations_a_step
+    assert plain < cached < joint
+    # FLUX.1 at 512 px beside a condition of 512 px: 21.5 TFLOP a step, 1.752 times as much with it.
+    wish = Wish(512, 512, controls=1)
+    assert plan("flux-dev", wish).operations_a_step == pytest.approx(1.752 * 21.5e12, rel=2e-3)
+    assert plan("flux-dev", replace(wish, mode="cached")).cache == 717_225_984
+
+
+def test_a_single_file_is_planned_by_its_header(folder, authors, tmp_path):
+    tensors = condit.load(folder, dtype=torch.bfloat16).backbone.state_dict()
+    save_tensors(tmp_path / "flux1.safetensors", authors(tensors))
+    found = plan(tmp_path / "flux1.safetensors", WISH, components=folder)
+    expected = plan(folder, WISH)
+    assert [(p.name, p.parameters, p.loaded) for p in found.parts] == [
+        (p.name, p.parameters, p.loaded) for p in expected.parts
+    ]
+    assert set(found.parts[0].disk) == {"BF16"} and found.resident == expected.resident
+    assert header(tmp_path / "flux1.safetensors")["img_in.weight"] == ("BF16", (32, 8))
+
+
+def test_the_embedded_model_can_be_planned():
+    found = plan("tiny", replace(WISH, height=128, width=128))
+    assert found.tokens == 24 + 64 and {p.name for p in found.parts} == {"transformer", "canvas", "clip", "vae"}
+
+
+def test_what_cannot_be_planned_is_told(folder, tmp_path):
+    with pytest.raises(ValueError, match="No model 'nothing' to plan.*flux-dev"):
+        plan("nothing", WISH)
+    with pytest.raises(ValueError, match="multiples of 4.*found 24 x 30"):
+        plan(folder, replace(WISH, width=30))
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match="no safetensors file"):
+        plan(tmp_path / "bad.safetensors", WISH)
+
+
+def test_a_rate_is_measured():
+    assert measured_rate("cpu", torch.float32, side=64, seconds=0.01) > 1e6
+
+
+def test_the_command_prints_the_plan(folder, capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", *arguments])
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    given = (str(folder), "--height", "24", "--width", "32", "--controls", "1", "--cached", "--offload", "blocks")
+    code, out, _ = run(*given)
+    assert code == 0 and all(word in out for word in ("transformer", "vae", "cache", "at once", "TFLOP"))
+    code, out, _ = run(*given, "--json")
+    assert (
+        code == 0
+        and json.loads(out)["cache"] == plan(folder, Wish(24, 32, controls=1, mode="cached", offload="blocks")).cache
+    )
+    assert run(*given, "--quantize", "int3")[0] == 2
+    assert run("nothing")[0] == 1
