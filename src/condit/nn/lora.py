@@ -148,18 +148,33 @@ class Linear(nn.Linear):
         return y if delta is None else y + delta
 
 
+class Pointwise(nn.Conv2d):
+    """A 1 x 1 convolution over tokens (B, N, in), weight (out, in, 1, 1): a `Linear` as old checkpoints store it."""
+
+    path = ""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, 1)
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, input: Tensor, lora: LowRank | None = None) -> Tensor:
+        y = nn.functional.linear(input, self.weight[:, :, 0, 0], self.bias)
+        delta = None if lora is None else lora.delta(self.path, input)
+        return y if delta is None else y + delta
+
+
 def name_linears(model: nn.Module) -> None:
-    """Tell every `Linear` its own module path, the name under which a LoRA knows it."""
+    """Tell every `Linear` and `Pointwise` its own module path, the name under which a LoRA knows it."""
     for path, module in model.named_modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | Pointwise):
             module.path = path
 
 
 def linear_shapes(model: nn.Module, suffixes: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """(out, in) of every `Linear` whose path ends with one of `suffixes` (whole path parts)."""
+    """(out, in) of every layer that takes a LoRA and whose path ends with one of `suffixes` (whole path parts)."""
     wanted = tuple(suffixes)
     return {
         path: (module.out_features, module.in_features)
         for path, module in model.named_modules()
-        if isinstance(module, Linear) and any(path == s or path.endswith("." + s) for s in wanted)
+        if isinstance(module, Linear | Pointwise) and any(path == s or path.endswith("." + s) for s in wanted)
     }

@@ -1,0 +1,195 @@
+"""The discrete variance-preserving process of Stable Diffusion and PixArt, and the levels that a sampler visits.
+
+A level is alpha_bar, the share of the picture's variance that is left: x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
+(Ho et al. 2020, arXiv:2006.11239, Eq. 4). Samplers that are written for x0 + sigma eps (Karras et al. 2022,
+arXiv:2206.00364) run on the same x here, as sigma^2 = (1 - alpha_bar) / alpha_bar. Timesteps and levels are those of
+diffusers' schedulers, to the rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from condit.diffusion.gaussian import beta_schedule
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+Spacing = Literal["leading", "trailing", "linspace"]
+Solver = Literal["ddim", "dpm++", "euler", "euler-ancestral"]
+
+# What a scheduler's file may ask for and is not built here: field -> the values that leave the process as it is.
+_AS_BUILT: dict[str, tuple] = {
+    "trained_betas": (None,),
+    "thresholding": (False,),
+    "clip_sample": (False,),
+    "solver_order": (2,),
+    "solver_type": ("midpoint",),
+    "algorithm_type": ("dpmsolver++",),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "use_flow_sigmas": (False,),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+}
+
+
+@dataclass(frozen=True)
+class Process:
+    """Fields of diffusers' scheduler_config.json; the defaults are Stable Diffusion's, betas and offset.
+
+    timestep_spacing None: that of the solver (leading for DDIM, linspace for the others). set_alpha_to_one is DDIM's
+    end: the picture itself, or level 0 of the training. final_sigmas_type, lower_order_final, euler_at_final are those
+    of DPM-Solver++.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
+    prediction_type: Prediction = "epsilon"
+    timestep_spacing: Spacing | None = None
+    steps_offset: int = 1
+    set_alpha_to_one: bool = False
+    use_karras_sigmas: bool = False
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    rescale_betas_zero_snr: bool = False
+
+    def __post_init__(self):
+        if self.prediction_type not in Prediction.__args__:
+            raise ValueError(f"prediction_type must be one of {Prediction.__args__}; found {self.prediction_type!r}.")
+        if self.timestep_spacing not in (None, *Spacing.__args__):
+            raise ValueError(f"timestep_spacing must be one of {Spacing.__args__}; found {self.timestep_spacing!r}.")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Process:
+        """From the content of a scheduler_config.json; what it leaves out is diffusers' default."""
+        for name, known in _AS_BUILT.items():
+            if name in config and config[name] not in known:
+                raise ValueError(f"The scheduler has {name} = {config[name]!r}; known here: {known[0]!r}.")
+        theirs = {
+            "beta_start": 0.0001,
+            "beta_end": 0.02,
+            "beta_schedule": "linear",
+            "steps_offset": 0,
+            "set_alpha_to_one": config.get("_class_name") != "PNDMScheduler",
+        }
+        given = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        return cls(**{**theirs, **given})
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """Levels (num_train_timesteps,), falling, in float32 as diffusers has them."""
+        steps = self.num_train_timesteps
+        if self.beta_schedule == "scaled_linear":
+            betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, steps) ** 2
+        elif self.beta_schedule == "linear":
+            betas = torch.linspace(self.beta_start, self.beta_end, steps)
+        elif self.beta_schedule == "squaredcos_cap_v2":
+            betas = beta_schedule("squaredcos_cap_v2", steps).float()
+        else:
+            raise ValueError(
+                f"No beta_schedule {self.beta_schedule!r}: 'scaled_linear', 'linear', 'squaredcos_cap_v2'."
+            )
+        levels = (1 - betas).cumprod(0)
+        return zero_terminal_snr(levels) if self.rescale_betas_zero_snr else levels
+
+
+def zero_terminal_snr(levels: Tensor) -> Tensor:
+    """Levels stretched so that the last is (nearly) noise alone (Lin et al. 2023, arXiv:2305.08891, Alg. 1)."""
+    root = levels.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return torch.cat([root[:-1].square(), root.new_full((1,), 2.0**-24)])  # not 0: 1 / alpha_bar must be finite
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """The S steps of a run. Step i begins at level[i], where the network is told timesteps[i], and ends at after[i];
+    all (S,) float64, on the CPU. `start`: the factor on unit noise at which the run begins."""
+
+    timesteps: Tensor
+    level: Tensor
+    after: Tensor
+    start: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def since(self, begin: int) -> Path:
+        """The steps from number `begin` on."""
+        return Path(self.timesteps[begin:], self.level[begin:], self.after[begin:], self.start)
+
+
+def make_path(process: Process, solver: Solver, steps: int) -> Path:
+    """The steps of a solver over a process, from noise to picture."""
+    if not 1 <= steps <= process.num_train_timesteps:
+        raise ValueError(f"num_inference_steps must be 1 to {process.num_train_timesteps}; found {steps}.")
+    levels = process.alphas_cumprod.double()
+    if solver == "ddim":
+        times = spaced(process, process.timestep_spacing or "leading", steps).round()
+        before = times.long() - process.num_train_timesteps // steps
+        end = levels.new_tensor(1.0) if process.set_alpha_to_one else levels[0]
+        return Path(times, levels[times.long()], torch.where(before < 0, end, levels[before.clamp(min=0)]))
+    spacing = process.timestep_spacing or "linspace"
+    if solver == "dpm++":
+        # One level more than steps are spread, of which the last is left out.
+        times = spaced(process, spacing, steps + (spacing != "trailing")).round()[:steps]
+    else:
+        times = spaced(process, spacing, steps).float().double()
+    table = (1 / levels - 1).sqrt().float().double()
+    sigmas = interpolate(table, times)
+    if process.use_karras_sigmas and solver != "euler-ancestral":
+        ends = (table[-1], table[0]) if solver == "dpm++" else (sigmas[0], sigmas[-1])
+        sigmas = karras(float(ends[0]), float(ends[1]), steps)
+        times = times_of(sigmas, table)
+        if solver == "dpm++" and process.beta_schedule != "squaredcos_cap_v2":
+            times = times.round()
+    last = table[0] if solver != "euler-ancestral" and process.final_sigmas_type == "sigma_min" else 0 * table[0]
+    level = 1 / (1 + torch.cat([sigmas, last[None]]).float().double().square())
+    start = 1.0 if solver == "dpm++" or spacing == "leading" else float((1 - level.min()).sqrt())
+    return Path(times, level[:-1], level[1:], start)
+
+
+def spaced(process: Process, spacing: Spacing, steps: int) -> Tensor:
+    """Timesteps (steps,), falling, float64 (Lin et al. 2023, arXiv:2305.08891, Table 2)."""
+    total, n = process.num_train_timesteps, torch.arange(steps, dtype=torch.float64)
+    if spacing == "linspace":
+        return (n * ((total - 1) / max(steps - 1, 1))).flip(0)
+    if spacing == "leading":
+        return (n * (total // steps)).flip(0) + process.steps_offset
+    return (total - n * (total / steps)).round() - 1
+
+
+def interpolate(table: Tensor, times: Tensor) -> Tensor:
+    """Entries of a table (T,) at real numbered places (S,), the ends kept beyond them."""
+    times = times.clamp(0, len(table) - 1)
+    low = times.floor().long().clamp(max=len(table) - 2)
+    return table[low] + (times - low) * (table[low + 1] - table[low])
+
+
+def karras(highest: float, lowest: float, steps: int, *, rho: float = 7.0) -> Tensor:
+    """Sigmas (steps,), falling (Karras et al. 2022, arXiv:2206.00364, Eq. 5)."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    return (highest ** (1 / rho) + ramp * (lowest ** (1 / rho) - highest ** (1 / rho))) ** rho
+
+
+def times_of(sigmas: Tensor, table: Tensor) -> Tensor:
+    """The places of sigmas in a rising table (T,), in between by their logarithms."""
+    logs, wanted = table.log(), sigmas.clamp(min=1e-10).log()
+    low = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, len(table) - 2)
+    return low + ((wanted - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
+
+
+def add_noise(x0: Tensor, noise: Tensor, level: Tensor | float) -> Tensor:
+    """x at a level, for pictures (B, ...)."""
+    level = float(level)
+    return level**0.5 * x0 + (1 - level) ** 0.5 * noise

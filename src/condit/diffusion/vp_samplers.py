@@ -1,0 +1,147 @@
+"""Samplers on `diffusion/vp.py`: DDIM (Song et al. 2020, arXiv:2010.02502) and DPM-Solver++ of second order (Lu et al.
+2022, arXiv:2211.01095, Alg. 2).
+
+Euler and ancestral Euler (Karras et al. 2022, arXiv:2206.00364) are DDIM at their own levels: for x0 + sigma eps with
+eps held fixed over a step both go along the same line, and the ancestral noise is that of eta = 1. Steps are functions
+that can be called alone; they go either way, towards the picture or towards noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from condit.diffusion.gaussian_samplers import Noise
+from condit.diffusion.vp import Path, Prediction, Process, Solver
+
+# denoise(x, t, i): the network's output for x (B, ...) in step i of the path, where it is told t.
+Denoise = Callable[[Tensor, float, int], Tensor]
+# on_step(number of the step, x after it, its estimate of x0): may give another x.
+OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the network's output says at x: the picture x0 and the noise eps, both (B, ...)."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+def estimate(output: Tensor, x: Tensor, level: float, prediction: Prediction) -> Estimate:
+    """From a network that predicts the noise, v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022,
+    arXiv:2202.00512), or the picture."""
+    a, s = level**0.5, (1 - level) ** 0.5
+    if prediction == "epsilon":
+        return Estimate((x - s * output) / a, output)
+    if prediction == "v_prediction":
+        return Estimate(a * x - s * output, a * output + s * x)
+    return Estimate(output, (x - a * output) / s)
+
+
+def ddim_step(found: Estimate, level: float, after: float, *, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
+    """x at level `after` (Eq. 12). eta 0: no noise is added; eta 1: as much as DDPM adds."""
+    deviation = eta * ((1 - after) / (1 - level) * (1 - level / after)) ** 0.5 if eta else 0.0
+    x = after**0.5 * found.x0 + max(1 - after - deviation**2, 0.0) ** 0.5 * found.eps
+    if not eta:
+        return x
+    if noise is None:
+        raise ValueError(f"DDIM with eta {eta} adds noise: give noise, for instance image_noise(generators).")
+    return x + deviation * noise
+
+
+def log_snr(level: float) -> float:
+    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)); infinite for the picture itself."""
+    return math.inf if level >= 1 else 0.5 * math.log(level / (1 - level))
+
+
+def dpm_step(
+    x: Tensor, x0: Tensor, level: float, after: float, *, before: tuple[Tensor, float] | None = None
+) -> Tensor:
+    """x at level `after` by DPM-Solver++ (2M, midpoint). `before`: x0 and level of the step before it; None: first
+    order, which is DDIM."""
+    h = log_snr(after) - log_snr(level)
+    direction = x0
+    if before is not None:
+        r = (log_snr(level) - log_snr(before[1])) / h
+        direction = x0 + (x0 - before[0]) / (2 * r)
+    return ((1 - after) / (1 - level)) ** 0.5 * x - after**0.5 * math.expm1(-h) * direction
+
+
+def ddim(
+    denoise: Denoise,
+    x: Tensor,
+    path: Path,
+    *,
+    prediction: Prediction = "epsilon",
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """x (B, ...) at the path's first level -> at its end. `noise` is asked once a step where eta > 0."""
+    for i, (t, level, after) in enumerate(rows(path)):
+        found = estimate(denoise(x, t, i), x, level, prediction)
+        drawn = noise(x) if eta and noise is not None else None
+        x = told(on_step, i, ddim_step(found, level, after, eta=eta, noise=drawn), found.x0)
+    return x
+
+
+def dpm_solver(
+    denoise: Denoise,
+    x: Tensor,
+    path: Path,
+    *,
+    prediction: Prediction = "epsilon",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """x (B, ...) at the path's first level -> at its end. The first step is of first order, and the last one where it
+    ends in the picture itself, with `euler_at_final`, or by `lower_order_final` among fewer than 15."""
+    before = None
+    for i, (t, level, after) in enumerate(rows(path)):
+        x0 = estimate(denoise(x, t, i), x, level, prediction).x0
+        last = i == len(path) - 1 and (after >= 1 or euler_at_final or (lower_order_final and len(path) < 15))
+        moved = dpm_step(x, x0, level, after, before=None if last else before)
+        before = x0, level
+        x = told(on_step, i, moved, x0)
+    return x
+
+
+def sample(
+    solver: Solver,
+    process: Process,
+    denoise: Denoise,
+    x: Tensor,
+    path: Path,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """One of the solvers by name, with the process's own settings. eta is DDIM's; Euler has 0, its ancestral form 1."""
+    if solver == "dpm++":
+        return dpm_solver(
+            denoise,
+            x,
+            path,
+            prediction=process.prediction_type,
+            lower_order_final=process.lower_order_final,
+            euler_at_final=process.euler_at_final,
+            on_step=on_step,
+        )
+    share = {"ddim": eta, "euler": 0.0, "euler-ancestral": 1.0}[solver]
+    return ddim(denoise, x, path, prediction=process.prediction_type, eta=share, noise=noise, on_step=on_step)
+
+
+def rows(path: Path) -> list[tuple[float, float, float]]:
+    """(t, level, after) of each step."""
+    return list(zip(path.timesteps.tolist(), path.level.tolist(), path.after.tolist(), strict=True))
+
+
+def told(on_step: OnStep | None, i: int, x: Tensor, x0: Tensor) -> Tensor:
+    replaced = None if on_step is None else on_step(i, x, x0)
+    return x if replaced is None else replaced
