@@ -18,6 +18,8 @@ class TinyImage(nn.Module):
     """The embedded CLIP's image tower: its embedding (256) beside the statistics of two middle layers (768)."""
 
     features = 256 + 768
+    embedding = slice(0, 256)  # the part that shares a space with the text tower
+    gain = 11.3  # of that part: its two halves of unit length become entries of about unit variance
 
     def __init__(self, clip: CLIPModel):
         super().__init__()
@@ -30,4 +32,4 @@ class TinyImage(nn.Module):
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
         hidden, embedding = embed_image(self.clip, images.clamp(-1, 1))
-        return torch.cat([embedding.float() * 11.3, style_statistics(hidden)], -1)
+        return torch.cat([embedding.float() * self.gain, style_statistics(hidden)], -1)

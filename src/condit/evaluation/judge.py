@@ -49,6 +49,10 @@ class Judge(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Framed images (B, 3, 64, 64), 0 = white to 1 = no light -> logits (B, styles)."""
+        return self.head(self.statistics(images).to(self.head.weight.dtype))
+
+    def statistics(self, images: Tensor) -> Tensor:
+        """What the head sees: means and deviations of the last two stages, (B, 3, 64, 64) -> (B, 448)."""
         x = torch.einsum("dc,bchw->bdhw", _YCC.to(images), images)
         found = []
         for number, stage in enumerate(self.stages):
@@ -57,15 +61,23 @@ class Judge(nn.Module):
                 flat = x.flatten(2).float()
                 found += [flat.mean(2), flat.std(2)]
             x = F.max_pool2d(x, 2)
-        return self.head(torch.cat(found, 1).to(self.head.weight.dtype))
+        return torch.cat(found, 1)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, among: Collection[str] | None = None, batch: int = 256) -> Tensor:
         """Pictures (B, 3, H, W) uint8 on white -> (B, styles), rows sum to 1. among: styles that may be answers."""
-        framed = torch.stack([torch.from_numpy(frame(x)) for x in images.permute(0, 2, 3, 1).numpy()])
         closed = torch.tensor([among is not None and style not in among for style in self.styles])
-        logits = torch.cat([self(to_input(part)).float() for part in framed.split(batch)])
+        logits = torch.cat([self(to_input(part)).float() for part in _framed(images).split(batch)])
         return logits.masked_fill(closed, -torch.inf).softmax(1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor, batch: int = 256) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 on white -> (B, 448): how they are drawn, whatever the styles are called."""
+        return torch.cat([self.statistics(to_input(part)).float() for part in _framed(images).split(batch)])
+
+
+def _framed(images: Tensor) -> Tensor:
+    return torch.stack([torch.from_numpy(frame(x)) for x in images.permute(0, 2, 3, 1).numpy()])
 
 
 def frame(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:

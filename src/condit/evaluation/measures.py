@@ -63,6 +63,21 @@ def bootstrap(
     return Interval(float(found.mean()), float(low), float(high), len(found))
 
 
+def resample(
+    rows: Sequence[Sequence | Tensor | NDArray],
+    clusters: Sequence | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> NDArray:
+    """Means of several values of the same n pictures, M rows of (n,), in every resample, drawn together: (M, R)."""
+    found = [_values(row) for row in rows]
+    if len({len(row) for row in found}) != 1:
+        raise ValueError(f"rows of {sorted({len(row) for row in found})} values; all are of the same pictures")
+    draws = _draws(clusters, len(found[0]), resamples, seed)
+    return np.stack([_resampled(row, *draws) for row in found])
+
+
 def ratio(
     values: Sequence | Tensor | NDArray,
     ceiling: Sequence | Tensor | NDArray,

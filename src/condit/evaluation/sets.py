@@ -190,14 +190,14 @@ def draw_set(
 ) -> tuple[Tensor, float]:
     """The set's pictures (N, 3, 128, 128) uint8 and the seconds they took. Picture i starts from the noise of seed + i
     in every set, so sets differ by their controls alone. Kept in folder/NAME.safetensors: a broken run goes on."""
-    file, mark = folder / f"{spec.name}.safetensors", _mark(pipe, adapter, spec, world, cells, seed, steps)
-    images, seconds = _kept(file, mark)
-    for start in range(len(images), len(cells), BATCH):
-        began, part = time.perf_counter(), cells[start : start + BATCH]
+    mark = _mark(pipe, adapter, spec, world, cells, seed, steps)
+
+    def draw(start: int) -> list[Image.Image]:
+        part = cells[start : start + BATCH]
         controls = []
         if spec.reference is not None:
             controls = make_controls(adapter, [shown(world, cell, spec.reference) for cell in part], spec)
-        drawn = pipe(
+        return pipe(
             [prompt_of(world.icons[cell.icon], spec) for cell in part],
             controls=controls,
             seed=seed + start,
@@ -205,23 +205,45 @@ def draw_set(
             image_guidance_scale=spec.image_guidance,
             num_inference_steps=steps,
         ).images
+
+    return draw_kept(folder / f"{spec.name}.safetensors", mark, len(cells), draw, tell=tell)
+
+
+def draw_kept(
+    file: Path, mark: str, count: int, draw: Callable[[int], list[Image.Image]], *, tell: Callable[[str], None]
+) -> tuple[Tensor, float]:
+    """`count` pictures (N, 3, 128, 128) uint8 and the seconds they took, kept in `file` under `mark`, which says all
+    that they depend on. draw(start) makes the next BATCH of them; what an earlier run kept isn't drawn again."""
+    images, seconds = _kept(file, mark)
+    for start in range(len(images), count, BATCH):
+        began = time.perf_counter()
+        drawn = draw(start)
         new = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in drawn])
         images, seconds = torch.cat([images, new]), seconds + time.perf_counter() - began
-        if len(images) == len(cells) or (start // BATCH + 1) % SAVE_EVERY == 0:
+        if len(images) == count or (start // BATCH + 1) % SAVE_EVERY == 0:
             save_tensors(file, {"images": images}, {"mark": mark, "seconds": seconds})
-            tell(f"{spec.name}: {len(images)} of {len(cells)} pictures, {seconds:.0f} s")
+            tell(f"{file.stem}: {len(images)} of {count} pictures, {seconds:.0f} s")
     return images, seconds
 
 
-def _mark(pipe: Any, adapter: Any, spec: Spec, world: IconWorld, cells: Sequence[Cell], seed: int, steps: int) -> str:
-    """Everything that the pictures depend on, so that an old file is never taken for this set."""
+def mark_of(key: object) -> str:
+    """A short hash of everything that pictures depend on."""
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
+def cell_names(world: IconWorld, cells: Sequence[Cell]) -> list[list[str]]:
+    """The icons of each cell by name, for a mark: numbers change with the world's filters."""
 
     def name(i: int) -> str:
         return f"{world.icons[i].style}/{world.icons[i].hex}"
 
-    shown_names = [[name(c.icon), *map(name, c.style), name(c.unseen), name(c.subject)] for c in cells]
-    key = [pipe.parts.hash, str(pipe.dtype), getattr(adapter, "hash", ""), asdict(spec), shown_names, seed, steps]
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return [[name(c.icon), *map(name, c.style), name(c.unseen), name(c.subject)] for c in cells]
+
+
+def _mark(pipe: Any, adapter: Any, spec: Spec, world: IconWorld, cells: Sequence[Cell], seed: int, steps: int) -> str:
+    """Everything that the pictures depend on, so that an old file is never taken for this set."""
+    names = cell_names(world, cells)
+    return mark_of([pipe.parts.hash, str(pipe.dtype), getattr(adapter, "hash", ""), asdict(spec), names, seed, steps])
 
 
 def _kept(file: Path, mark: str) -> tuple[Tensor, float]:
