@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from condit.evaluation.verify.fixtures import (
     lines,
     markdown,
     round_up,
+    unknown,
+    verify_fixtures,
     write_between_marks,
 )
 from condit.weights.dit import save_dit
@@ -93,8 +96,21 @@ def test_every_fixture_in_the_folder_is_compared_with():
     golden = find_golden()
     assert golden == ROOT / "tests" / "parity" / "golden"
     for name, checks in CHECKS.items():
-        stems = {file.stem for file in (golden / name).iterdir() if file.suffix in (".safetensors", ".npz", ".json")}
-        assert stems - {case for check in checks for case in check.cases} <= {"hf_layout"}  # under two kinds of names
+        assert unknown(name, golden / name) == []
+        assert all(check.cases(golden / name) for check in checks)
+
+
+def test_a_folder_may_hold_some_kinds_only_but_none_that_nobody_compares(tmp_path):
+    (tmp_path / "vit").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"holds none of vit_\*\.safetensors"):
+        verify_fixtures("vit", tmp_path)
+    shutil.copy(find_golden() / "vit" / "posembed_resize.json", tmp_path / "vit" / "posembed_resize_b.json")
+    shutil.copy(find_golden() / "vit" / "posembed_resize.safetensors", tmp_path / "vit" / "posembed_resize_b.safetensors")
+    (found,) = verify_fixtures("vit", tmp_path)
+    assert found.ok and list(found.cases) == ["posembed_resize_b"]
+    (tmp_path / "vit" / "swin.json").write_text("{}")
+    with pytest.raises(ValueError, match="nothing compares swin"):
+        verify_fixtures("vit", tmp_path)
 
 
 def test_the_table_of_the_parity_page_is_the_commands():
@@ -104,10 +120,12 @@ def test_the_table_of_the_parity_page_is_the_commands():
     def rows(text: str) -> list[list[str]]:
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
 
-    def unmeasured(check: Check) -> Row:
-        return Row(check.what, check.against, check.tolerance, {case: {} for case in check.cases})
+    golden = find_golden()
 
-    written = rows(markdown({name: map(unmeasured, checks) for name, checks in CHECKS.items()}))
+    def unmeasured(name: str, check: Check) -> Row:
+        return Row(check.what, check.against, check.tolerance, {case: {} for case in check.cases(golden / name)})
+
+    written = rows(markdown({name: [unmeasured(name, check) for check in checks] for name, checks in CHECKS.items()}))
     assert [cells[:-1] for cells in rows(table)] == [cells[:-1] for cells in written]
     assert all(re.fullmatch(r"0|equal|\d\.\de-\d+", cells[-1]) for cells in rows(table)[2:])
 

@@ -14,17 +14,27 @@ Differences = dict[str, float]  # name of what was compared -> largest differenc
 
 @dataclass(frozen=True)
 class Check:
-    """One row of a report. compare(folder, case): everything that a fixture of `folder` records, against ours."""
+    """One row of a report. compare(folder, case): everything that a fixture of `folder` records, against ours.
+
+    files: a pattern of the fixtures' names, so that another set of the same kinds is compared as it is. ways: a fixture
+    that is compared in several is a case in each, "NAME, WAY".
+    """
 
     what: str
     against: str
     tolerance: float
-    cases: tuple[str, ...]
+    files: str
     compare: Callable[[Path, str], Differences]
+    ways: tuple[str, ...] = ()
+
+    def cases(self, folder: Path) -> list[str]:
+        """Names, without ending, of the fixtures in a backbone's folder that this check compares."""
+        names = sorted(file.stem for file in folder.glob(self.files))
+        return [f"{name}, {way}" for name in names for way in self.ways] if self.ways else names
 
     def run(self, folder: Path) -> Row:
         """Compares every case with the fixtures in the backbone's `folder`."""
-        cases = {case: self.compare(folder, case) for case in self.cases}
+        cases = {case: self.compare(folder, case) for case in self.cases(folder)}
         return Row(self.what, self.against, self.tolerance, cases)
 
 

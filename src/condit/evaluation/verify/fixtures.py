@@ -34,11 +34,31 @@ def find_golden(given: Path | None = None) -> Path:
 
 
 def verify_fixtures(backbone: str, golden: Path) -> list[Row]:
-    """Everything that the fixtures of a backbone record, against ours, in float32 on the CPU."""
+    """Everything that the fixtures of a backbone record, against ours, in float32 on the CPU.
+
+    A kind of fixture that the folder does not have makes no row; ValueError for one that nothing here compares.
+    """
     folder = golden / backbone
     if not folder.is_dir():
         raise FileNotFoundError(f"no fixtures of {backbone!r}: {golden} has no folder {backbone}.")
-    return [check.run(folder) for check in CHECKS[backbone]]
+    present = [check for check in CHECKS[backbone] if check.cases(folder)]
+    if not present:
+        raise FileNotFoundError(f"no fixtures of {backbone!r}: {folder} holds none of {kinds(backbone)}.")
+    if strange := unknown(backbone, folder):
+        raise ValueError(f"{folder}: nothing compares {', '.join(strange)}; known are {kinds(backbone)}.")
+    return [check.run(folder) for check in present]
+
+
+def kinds(backbone: str) -> str:
+    """The patterns of a backbone's fixtures, for an error's text."""
+    return ", ".join(dict.fromkeys(check.files for check in CHECKS[backbone]))
+
+
+def unknown(backbone: str, folder: Path) -> list[str]:
+    """Names of the fixtures in a backbone's folder that no check compares."""
+    files = {file.stem for file in folder.iterdir() if file.suffix in (".safetensors", ".npz", ".json")}
+    compared = {file.stem for check in CHECKS[backbone] for file in folder.glob(check.files)}
+    return sorted(files - compared)
 
 
 def round_up(value: float) -> str:
