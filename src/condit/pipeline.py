@@ -496,7 +496,7 @@ def load(
 
     vae: an autoencoder, its folder, or "tiny" for the embedded one, for a class model that has none beside it.
     components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None: its own.
-    offload: see `Pipeline`. quantize: see `condit.weights.quantise`; the weights of FLUX's blocks take one byte each."""
+    offload: see `Pipeline`. quantize: see `condit.weights.quantise`; weights of FLUX's blocks take one byte each."""
     latent = latent_models.recognise(source)
     if latent is not None:
         from condit.latent_pipeline import LatentPipeline  # here, as it imports this module
