@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from condit.weights.catalog import TINY
-from condit.weights.files import save_folder
+from condit.weights.files import COMPLETE, save_folder
 
 # Part of the model -> (run, folder within its export).
 MODEL = {
@@ -52,21 +52,37 @@ def copy_part(source: Path, target: Path) -> None:
             shutil.copy2(file, target / file.name)
 
 
-def ship(runs: Path, out: Path, attribution: Sequence[Path]) -> Path:
-    """Assemble what is there under `runs` (one folder a recipe) into `out`, whole or not at all."""
-    cards: dict[str, dict] = {}
+def ship(runs: Path, out: Path, attribution: Sequence[Path] = (), *, only: Sequence[str] = ()) -> Path:
+    """Assemble what is there under `runs` (one folder a recipe) into `out`, whole or not at all.
+
+    only: names of adapters; the rest of `out` stays as it is, with its cards and attribution.
+    """
+    if unknown := sorted(set(only) - set(ADAPTERS)):
+        raise ValueError(f"No adapter {unknown[0]!r} is shipped; there are {', '.join(ADAPTERS)}.")
+    if not only and not attribution:
+        raise ValueError("The whole model needs attribution=, the ATTRIBUTION.md files of its data.")
     with save_folder(out) as folder:
-        for part, (run, inner) in MODEL.items():
-            copy_part(runs / run / "export" / inner, folder / "model" / part)
-            cards[f"model/{part}"] = card_of(runs / run, inner)
-        for name, (run, inner) in ADAPTERS.items():
+        if only:
+            shutil.copytree(out, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(COMPLETE))
+            cards = json.loads((folder / "cards.json").read_text(encoding="utf-8"))
+        else:
+            cards = {}
+            for part, (run, inner) in MODEL.items():
+                copy_part(runs / run / "export" / inner, folder / "model" / part)
+                cards[f"model/{part}"] = card_of(runs / run, inner)
+            texts = [path.read_text(encoding="utf-8").strip() for path in attribution]
+            (folder / "ATTRIBUTION.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+        for name in only or ADAPTERS:
+            run, inner = ADAPTERS[name]
             if (runs / run / "export" / inner).is_dir():
                 copy_part(runs / run / "export" / inner, folder / name)
                 cards[name] = card_of(runs / run, inner)
+            elif only:
+                raise ValueError(f"{runs / run} has no export yet; run recipes/{run}.toml to its end.")
+        order = [*(f"model/{part}" for part in MODEL), *ADAPTERS]
+        cards = {name: cards[name] for name in order if name in cards}
         (folder / "cards.json").write_text(json.dumps(cards, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(readme(cards), encoding="utf-8")
-        texts = [path.read_text(encoding="utf-8").strip() for path in attribution]
-        (folder / "ATTRIBUTION.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     return out
 
 
@@ -94,9 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m condit.training.ship", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=TINY)
-    parser.add_argument("--attribution", type=Path, nargs="+", required=True, help="ATTRIBUTION.md of the data used")
+    parser.add_argument("--attribution", type=Path, nargs="+", default=[], help="ATTRIBUTION.md of the data used")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ADAPTER", help="these adapters; the rest stays")
     given = parser.parse_args(arguments)
-    print(ship(given.runs, given.out, given.attribution))
+    print(ship(given.runs, given.out, given.attribution, only=given.only))
 
 
 if __name__ == "__main__":
