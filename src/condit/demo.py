@@ -17,12 +17,11 @@ from condit.request import Reference, Request, Studio
 # The sheet's font has Latin letters only.
 IN_CHINESE = {
     "红苹果": "red apple (Chinese)",
-    "蜗牛": "snail (Chinese)",
     "蘑菇": "mushroom (Chinese)",
     "汽车": "car (Chinese)",
     "螃蟹": "crab (Chinese)",
 }
-PROMPTS = ("a red apple", "a rocket", "a cat face", "红苹果")
+PROMPTS = ("a red apple", "a frog", "a rocket", "红苹果")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ ROWS = (
     Row("+ style\nof a third", (Given("style", "emojione-monotone", "guitar"),)),
     Row(
         "+ subject\nas another hand drew it",
-        (Given("subject", "twemoji", "snail"),),
-        ("a snail", "a snail, fluent 3d style", "a snail, emojione monochrome style", "蜗牛"),
+        (Given("subject", "fluent-emoji-flat", "automobile"),),
+        ("an automobile", "an automobile, noto style", "an automobile, emojione monochrome style", "汽车"),
     ),
     Row(
         "+ edges\nof the reference",
