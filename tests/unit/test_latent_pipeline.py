@@ -65,7 +65,8 @@ def test_a_row_of_a_batch_equals_its_single_run(pipes, pictures, kind: str, guid
             single = draw(
                 pipe, prompt, negative_prompt="xyz"[i], controls=[Louder(factors[i : i + 1])], seed=i, **how, **one
             )
-            torch.testing.assert_close(batch[i : i + 1], single, rtol=1e-5, atol=1e-4)
+            # Guidance and the random weights amplify the rounding of a batch; latents reach 60.
+            torch.testing.assert_close(batch[i : i + 1], single, rtol=1e-4, atol=1e-4)
 
 
 @every_kind
