@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from condit.controls.omini import OminiControl
     from condit.controls.style_lora import StyleLoRA
     from condit.data.images import load_image, save_image
+    from condit.latent_pipeline import LatentPipeline
     from condit.pipeline import Pipeline, load
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Control",
     "IPAdapter",
+    "LatentPipeline",
     "OminiControl",
     "Pipeline",
     "StyleLoRA",
@@ -32,6 +34,7 @@ __all__ = [
 _HOME = {
     "load": "condit.pipeline",
     "Pipeline": "condit.pipeline",
+    "LatentPipeline": "condit.latent_pipeline",
     "IPAdapter": "condit.controls.ip_adapter",
     "OminiControl": "condit.controls.omini",
     "StyleLoRA": "condit.controls.style_lora",
