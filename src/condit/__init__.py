@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from condit.controls.style_lora import StyleLoRA
     from condit.controls.token_merging import TokenMerging
     from condit.data.images import load_image, save_image
+    from condit.latent_pipeline import LatentPipeline
     from condit.pipeline import Pipeline, load
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "DEADiff",
     "DiT4Edit",
     "IPAdapter",
+    "LatentPipeline",
     "OminiControl",
     "Pipeline",
     "StyleLoRA",
@@ -38,6 +40,7 @@ __all__ = [
 _HOME = {
     "load": "condit.pipeline",
     "Pipeline": "condit.pipeline",
+    "LatentPipeline": "condit.latent_pipeline",
     "IPAdapter": "condit.controls.ip_adapter",
     "OminiControl": "condit.controls.omini",
     "DEADiff": "condit.controls.deadiff",

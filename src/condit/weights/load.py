@@ -15,6 +15,7 @@ from condit.weights.files import load_strict, read_tensors
 from condit.weights.flux import is_flux_file, load_flux, load_flux_file, load_mmdit
 from condit.weights.latent_models import PUBLISHED as LATENT
 from condit.weights.latent_models import LatentModel, LatentParts
+from condit.weights.original_sd import load_original
 from condit.weights.parts import Parts
 from condit.weights.pixart import load_pixart
 from condit.weights.stable_diffusion import load_stable_diffusion
@@ -50,6 +51,8 @@ def load_latent_parts(model: LatentModel, *, dtype: torch.dtype) -> LatentParts:
     """A text-to-image model over latents that `latent_models.recognise` has found."""
     if model.kind == "pixart":
         return load_pixart(model.path, dtype, model.name)
+    if model.kind == "stable-diffusion-file":
+        return load_original(model.path, dtype, model.name)
     return load_stable_diffusion(model.path, dtype, model.name)
 
 

@@ -81,7 +81,7 @@ def assemble(
         raise ValueError(f"{name}: text of width {found} for a UNet that reads {c.cross_attention_dim}. Another model?")
     upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     for module, kind in ((unet, dtype), (text, dtype), (vae, torch.float32 if upcast else dtype)):
-        module.to(kind).eval().requires_grad_(False)
+        nn.Module.to(module, kind).eval().requires_grad_(False)  # diffusers' own `to` warns about nothing
     side = c.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     sdxl = c.addition_embed_type is not None
     return LatentParts(
@@ -152,12 +152,13 @@ def make_clip_text(
     return model
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, **how: str) -> Any:
+    """CLIP's tokenizer; FileNotFoundError without its files, which transformers would replace by an empty one."""
     from transformers import CLIPTokenizer
 
-    if not folder.is_dir():
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(f"no tokenizer at {folder}: vocab.json and merges.txt are expected there")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **how)
 
 
 def load_autoencoder(folder: Path) -> Any:
