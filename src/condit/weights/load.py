@@ -19,6 +19,7 @@ from condit.weights.class_models import PUBLISHED, looks_like
 from condit.weights.files import load_strict, read_tensors
 from condit.weights.latent_models import PUBLISHED as LATENT
 from condit.weights.latent_models import LatentModel, LatentParts
+from condit.weights.original_sd import load_original
 from condit.weights.stable_diffusion import load_stable_diffusion
 from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent, read_config
 
@@ -59,6 +60,8 @@ def load_parts(source: str | Path, *, dtype: torch.dtype | None = None) -> Parts
 
 def load_latent_parts(model: LatentModel, *, dtype: torch.dtype) -> LatentParts:
     """A text-to-image model over latents that `latent_models.recognise` has found."""
+    if model.kind == "stable-diffusion-file":
+        return load_original(model.path, dtype, model.name)
     return load_stable_diffusion(model.path, dtype, model.name)
 
 

@@ -152,12 +152,13 @@ def make_clip_text(
     return model
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, **how: str) -> Any:
+    """CLIP's tokenizer; FileNotFoundError without its files, which transformers would replace by an empty one."""
     from transformers import CLIPTokenizer
 
-    if not folder.is_dir():
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(f"no tokenizer at {folder}: vocab.json and merges.txt are expected there")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **how)
 
 
 def load_autoencoder(folder: Path) -> Any:
