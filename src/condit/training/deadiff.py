@@ -150,6 +150,7 @@ class DEADiffTask(Task):
         """The UNet that knows a text, at the size it is trained at."""
         return self.tell(self.unet, text, Frame(self.size, self.size, (0, 0), self.size))
 
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """On held-out pairs: the error, and how much it rises with another row's reference, in %."""
         found: dict[str, float] = {}
