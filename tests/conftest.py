@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.backbones.unet import CROSS_DOWN, CROSS_UP, DOWN, UP, UNet, UNetConfig
+from condit.controls.deadiff import DEADiff
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiConfig, OminiControl
 from condit.diffusion.vp import Process
+from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.qformer import QFormerConfig
 from condit.encoders.text import Text
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.latent_pipeline import LatentPipeline
@@ -176,6 +179,28 @@ def build_ip(pipe: Pipeline, *, combine: str = "mean", shift: bool = False) -> I
     return adapter.requires_grad_(False)
 
 
+def build_tower() -> ClipPatches:
+    """A random CLIP image tower of 16 px without its last block."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
+    return ClipPatches(tower.eval().requires_grad_(False))
+
+
+def build_deadiff(pipe: LatentPipeline) -> DEADiff:
+    sizes = {"queries": 3, "layers": 1, "heads": 2, "hidden": 8, "vocabulary": 30523, "positions": 4}
+    width = pipe.backbone.config.cross_attention_dim
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = QFormerConfig(width=width, image_width=16, **sizes)
+        adapter = DEADiff.new(pipe.backbone, config, build_tower(), pipe=pipe)
+    randomise(adapter, 9)
+    return adapter.eval().requires_grad_(False)
+
+
 def build_omini(pipe: Pipeline, *, seed: int = 4, **config) -> OminiControl:
     adapter = OminiControl.new(pipe.backbone, OminiConfig(**config))
     randomise(adapter, seed, 0.3)
@@ -201,6 +226,16 @@ def make_latent() -> Callable[..., LatentPipeline]:
 @pytest.fixture(scope="session")
 def make_ip() -> Callable[..., IPAdapter]:
     return build_ip
+
+
+@pytest.fixture(scope="session")
+def make_tower() -> Callable[[], ClipPatches]:
+    return build_tower
+
+
+@pytest.fixture(scope="session")
+def make_deadiff() -> Callable[[LatentPipeline], DEADiff]:
+    return build_deadiff
 
 
 @pytest.fixture(scope="session")

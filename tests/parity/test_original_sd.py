@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import condit
@@ -190,6 +190,25 @@ def test_a_single_file_draws_what_its_folder_draws(make_sd, tmp_path: Path, kind
     how = {"seed": 1, "num_inference_steps": 2, "output_type": "pt", "sampler": "ddim"}
     ours, folder = LatentPipeline(parts), condit.load(tmp_path / kind)
     assert torch.equal(ours("a red fox", **how).images, folder("a red fox", **how).images)
+
+
+def test_deadiffs_checkpoint_is_a_base_too(make_sd, tmp_path: Path):
+    """Lightning's wrapper, image maps inside the UNet, Q-Formers beside it: the base is what is left."""
+    pipe = make_sd("sd15")
+    pipe.save_pretrained(tmp_path / "sd15")
+    originals = single_file(pipe, tmp_path / "plain.safetensors", "sd15")
+    tensors = load_file(tmp_path / "plain.safetensors")
+    for letter in "kv":
+        texts = [name for name in tensors if name.endswith(f"attn2.to_{letter}.weight")]
+        tensors |= {n.replace(f".to_{letter}", f".i_to_{letter}"): torch.randn(tensors[n].shape) for n in texts}
+    tensors |= {"style_blip.query_tokens": torch.zeros(1, 2, 3), "content_proj_layer.dense1.bias": torch.zeros(2)}
+    torch.save({"state_dict": tensors, "global_step": 5}, tmp_path / "deadiff_v1.ckpt")
+    found = recognise(tmp_path / "deadiff_v1.ckpt")
+    assert found is not None and found.kind == "stable-diffusion-file"
+    parts = load_original(found.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
+    how = {"seed": 1, "num_inference_steps": 2, "output_type": "pt"}
+    folder = condit.load(tmp_path / "sd15")
+    assert torch.equal(LatentPipeline(parts)("a red fox", **how).images, folder("a red fox", **how).images)
 
 
 def test_a_file_of_another_width_is_told(make_sd, tmp_path: Path):

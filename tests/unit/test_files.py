@@ -7,8 +7,10 @@ import pickle
 import resource
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from torch import nn
 from condit.weights.files import (
     atomic_write,
     hash_file,
+    inner_state,
     is_complete,
     load_strict,
     open_folder,
@@ -70,6 +73,23 @@ def test_pytorch_files_are_read_told_by_content_and_flattened(tmp_path):
     assert read_metadata(tmp_path / "named.safetensors") == {}
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert list(read_tensors(tmp_path / "old.pt")) == ["ema.x.weight"]
+
+
+def test_a_lightning_checkpoint_is_read_with_its_bystanders_and_without_lightning(tmp_path, monkeypatch):
+    """A callback's class as a key, numbers of numpy: neither is imported, called or kept."""
+    module, weight = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint"), torch.randn(2)
+    callback = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    module.ModelCheckpoint = callback  # type: ignore[attr-defined]
+    with monkeypatch.context() as there:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+            there.setitem(sys.modules, name, module)
+        told = {"best_model_score": torch.tensor(0.1), "wait": np.float64(1.5), "n": np.int64(3)}
+        state = {"state_dict": {"model.x": weight}, "callbacks": {callback: told}, "global_step": 7}
+        torch.save(state, tmp_path / "model.ckpt")
+    found = read_tensors(tmp_path / "model.ckpt")
+    assert torch.equal(found["state_dict.model.x"], weight)
+    assert list(inner_state(found)) == ["model.x"]
+    assert inner_state({"x": weight}).keys() == {"x"}
 
 
 @pytest.mark.parametrize("writer", ["zip", "legacy", "bare"])

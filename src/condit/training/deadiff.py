@@ -43,8 +43,9 @@ SHOWN: dict[Kind, tuple[Name, ...]] = {
     "content": ("content",),
     "reconstruction": ("style", "content"),
 }
-# An untrained Q-Former needs no more words than it is asked.
-OWN_WORDS: dict[str, tuple[int, ...]] = {"style": (0,), "content": (1,)}
+# An untrained Q-Former needs no more words than it is asked; row 0 is padding, which never learns.
+OWN_WORDS: dict[str, tuple[int, ...]] = {"style": (1,), "content": (2,)}
+OWN_VOCABULARY = 3
 
 
 class DEADiffTask(Task):
@@ -56,6 +57,7 @@ class DEADiffTask(Task):
     """
 
     partly_used = True  # a batch of style pairs never asks for content
+    looked, steps = (32, 6), 20  # pairs of each kind for figures and for a sheet; steps of its pictures
 
     def __init__(
         self,
@@ -148,11 +150,12 @@ class DEADiffTask(Task):
         """The UNet that knows a text, at the size it is trained at."""
         return self.tell(self.unet, text, Frame(self.size, self.size, (0, 0), self.size))
 
+    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """On held-out pairs: the error, and how much it rises with another row's reference, in %."""
         found: dict[str, float] = {}
         for kind in self.kinds if self.held_out is not None else ():
-            batch: Paired = to_device(self.examples(kind, 32), self.device)
+            batch: Paired = to_device(self.examples(kind, self.looked[0]), self.device)
             x0, text, image = self.encoded(batch, None)
             noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
             for share in (0.3, 0.7):
@@ -178,13 +181,13 @@ class DEADiffTask(Task):
             return None
         rows, labels = [], []
         for kind in self.kinds:
-            batch = self.examples(kind, 6)
+            batch = self.examples(kind, self.looked[1])
             rows += [to_images(x) for x in (batch.references, self.draw(batch), batch.images)]
             labels += [f"{kind}: reference", "drawn", "real"]
         return contact_sheet(rows, labels)
 
     @torch.no_grad()
-    def draw(self, batch: Paired, *, steps: int = 20, guidance: float = 5.0, seed: int = 0) -> Tensor:
+    def draw(self, batch: Paired, *, guidance: float = 5.0, seed: int = 0) -> Tensor:
         """Pictures (B, 3, H, W), with zero tokens and no words on the unconditional side."""
         batch = to_device(batch, self.device)
         x0, text, image = self.encoded(batch, None)
@@ -198,7 +201,7 @@ class DEADiffTask(Task):
             return guide(c, u, guidance)
 
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
-        path = make_path(self.process, "ddim", steps)
+        path = make_path(self.process, "ddim", self.steps)
         x = ddim(denoise, noise, path, prediction=self.process.prediction_type)
         return decode_latents(self.vae, x)
 
@@ -223,10 +226,10 @@ def make_adapter(unet: Any, tower: ClipPatches, sizes: dict[str, int], layers: S
     """An untrained adapter whose Q-Formers have the released sizes, but for `sizes`, and fit tower and text."""
     shapes = cross_shapes(unet)
     width = next(iter(shapes.values()))[0]
-    small = {"vocabulary": len(OWN_WORDS), "positions": 1}
+    small = {"vocabulary": OWN_VOCABULARY, "positions": 1}
     fitted = {"width": width, "image_width": tower.features, "heads": max(1, width // 64), "hidden": 4 * width}
     config = QFormerConfig(**{**fitted, **small, **sizes})
-    words = OWN_WORDS if config.vocabulary == len(OWN_WORDS) else BERT_WORDS
+    words = OWN_WORDS if config.vocabulary == OWN_VOCABULARY else BERT_WORDS
     chosen = coarse_layers(len(shapes)) if layers is None else tuple(layers)
     return DEADiff.new(unet, config, tower, config=DEADiffConfig(chosen, words))
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from condit.data.files import atomic_write
+from condit.weights.files import inner_state
 
 State = dict[str, Tensor]
 Rules = tuple[tuple[str, str], ...]
 
-LIGHTNING = "state_dict."  # what PyTorch Lightning's checkpoints put before each name
 UNET = "model.diffusion_model."
 BASE = (UNET, "first_stage_model.", "cond_stage_model.")
 
@@ -55,7 +55,8 @@ TOWER: Rules = (
 )
 _QKV = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 _APART = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)")
-_IMAGE_MAP = re.compile(r"model\.diffusion_model\.(.+)\.(transformer_blocks\.\d+)\.attn2\.i_to_([kv])\.weight")
+# Where DEADiff keeps its maps inside a UNet in the original layout.
+IMAGE_MAP = re.compile(r"model\.diffusion_model\.(.+)\.(transformer_blocks\.\d+)\.attn2\.i_to_([kv])\.weight")
 _OUR_MAP = re.compile(r"unet\.(.+)\.(transformer_blocks\.\d+)\.attn2\.image_([kv])\.weight")
 _PARTS = {"b": "style|content", "i": r"\d+", "e": r"(?:word|position)_embeddings\.weight", "x": ".+"}
 
@@ -72,8 +73,8 @@ class Checkpoint:
 
 
 def is_published(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are a published DEADiff's tensors, with or without Lightning's `state_dict.` before each name."""
-    return any(name.removeprefix(LIGHTNING).startswith("style_blip.") for name in tensors)
+    """Whether these are a published DEADiff's tensors, as read or out of Lightning's wrapper."""
+    return any(name.startswith(("style_blip.", "state_dict.style_blip.")) for name in tensors)
 
 
 def adapter_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> State:
@@ -88,7 +89,7 @@ def blip_diffusion(reader: Mapping[str, Tensor], projection: Mapping[str, Tensor
     """The tensors of one Q-Former from BLIP-Diffusion's release (`blip_weight.pt`, `proj_weight.pt`), where the paper
     starts: the same for both."""
     found: State = {}
-    for name, value in reader.items():
+    for name, value in inner_state(reader).items():
         # Older files call the Q-Former text_model.
         ours = to_ours(f"style_blip.{name.removeprefix('model.').replace('text_model.', 'Qformer.')}")
         if ours is not None:
@@ -98,7 +99,7 @@ def blip_diffusion(reader: Mapping[str, Tensor], projection: Mapping[str, Tensor
 
 def split(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> Checkpoint:
     """A published file's tensors in parts. ValueError if the two image towers differ: they are shared here."""
-    tensors = {name.removeprefix(LIGHTNING): value for name, value in tensors.items()}
+    tensors = inner_state(tensors)
     adapter: State = {}
     towers: dict[str, State] = {"style": {}, "content": {}}
     base: State = {}
@@ -124,7 +125,7 @@ def split(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> Che
 
 
 def join(checkpoint: Checkpoint) -> State:
-    """The published names of all parts, without Lightning's prefix: the inverse of `split`."""
+    """The published names of all parts: the inverse of `split`."""
     tower = _tower_to_published(checkpoint.tower)
     found = {f"{b}_blip.visual_encoder.{name}": value for b in ("style", "content") for name, value in tower.items()}
     for name, value in checkpoint.adapter.items():
@@ -144,7 +145,7 @@ def save_published(path: str | Path, checkpoint: Checkpoint, *, global_step: int
 
 def to_ours(name: str) -> str | None:
     """Our name of an adapter's tensor; None for what is not the adapter's."""
-    match = _IMAGE_MAP.fullmatch(name)
+    match = IMAGE_MAP.fullmatch(name)
     if match and (place := place_in_diffusers(match[1])) is not None:
         return f"unet.{place}.{match[2]}.attn2.image_{match[3]}.weight"
     return _renamed(name, ADAPTER, back=False)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ from condit.data.files import atomic_write, beside, fsync_path, hash_file, write
 __all__ = [
     "atomic_write",
     "hash_file",
+    "inner_state",
     "is_complete",
     "load_strict",
     "open_folder",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 COMPLETE = "COMPLETE"  # the last file that save_folder writes: a folder without it is half a folder
+_WRAPPER = "state_dict."
 _HEADER_LIMIT = 100_000_000  # safetensors' own limit on its JSON header
 
 
@@ -48,6 +51,12 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is broken or cut off: {error}. Fetch it again") from error
     return _flatten(_read_pickle(path), path)
+
+
+def inner_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a PyTorch Lightning checkpoint, which keeps them under `state_dict`; others as they are."""
+    inside = {name.removeprefix(_WRAPPER): t for name, t in tensors.items() if name.startswith(_WRAPPER)}
+    return inside or dict(tensors)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -195,13 +204,27 @@ def _is_safetensors(path: Path) -> bool:
     raise ValueError(f"{path} is neither safetensors nor a PyTorch file (it starts with {head[:8]!r})")
 
 
+class _Left:
+    """Stands for a bystander in a checkpoint, whose class is never imported."""
+
+
+def _bystanders() -> list:
+    """What honest training files carry beside their weights: DiT's its argparse.Namespace, Lightning's the class of a
+    callback as a key, both numbers of numpy."""
+    scalar = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
+    callback = "callbacks.model_checkpoint.ModelCheckpoint"
+    lightning = [(_Left, f"{package}.{callback}") for package in ("pytorch_lightning", "lightning.pytorch")]
+    old = (scalar, "numpy.core.multiarray.scalar")  # before numpy 2
+    return [argparse.Namespace, scalar, old, np.dtype, *kinds, *lightning]
+
+
 def _read_pickle(path: Path) -> object:
-    # DiT's training files carry their argparse.Namespace beside the weights.
     try:
         # The open file, not its name: torch reads a path by its ending. Its warnings (protocol 4) help no user here.
         with (
             open(path, "rb") as file,
-            torch.serialization.safe_globals([argparse.Namespace]),
+            torch.serialization.safe_globals(_bystanders()),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")

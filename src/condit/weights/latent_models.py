@@ -68,7 +68,9 @@ def recognise(source: str | Path) -> LatentModel | None:
         return None
     if path.is_file():
         called = name if name in PUBLISHED else path.stem
-        return LatentModel("stable-diffusion-file", called, path) if _ORIGINAL in names_in(path) else None
+        names = names_in(path)
+        known = _ORIGINAL in names or f"state_dict.{_ORIGINAL}" in names  # the latter in Lightning's checkpoints
+        return LatentModel("stable-diffusion-file", called, path) if known else None
     if not (path / "model_index.json").is_file():
         return None
     kind = str(json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))

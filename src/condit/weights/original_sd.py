@@ -21,7 +21,8 @@ from condit.backbones.unet import CROSS_DOWN, CROSS_UP, PRESETS, UNet, UNetConfi
 from condit.diffusion.vp import Process
 from condit.encoders.text import ClipText
 from condit.weights.class_models import models_folder
-from condit.weights.files import hash_file, load_strict, read_tensors
+from condit.weights.deadiff import IMAGE_MAP
+from condit.weights.files import hash_file, inner_state, load_strict, read_tensors
 from condit.weights.latent_models import LatentParts
 from condit.weights.stable_diffusion import assemble, load_tokenizer, make_autoencoder, make_clip_text
 
@@ -134,7 +135,9 @@ def load_original(
     file: Path, dtype: torch.dtype, name: str, originals: Mapping[str, Original] = ORIGINALS, tokenizer: Any = None
 ) -> LatentParts:
     """The parts in such a file. ValueError where it holds no Stable Diffusion that is known here."""
-    tensors = read_tensors(file)
+    tensors = inner_state(read_tensors(file))
+    # DEADiff's file is a Stable Diffusion with image maps inside its UNet; those are its adapter's.
+    tensors = {name: tensor for name, tensor in tensors.items() if not IMAGE_MAP.fullmatch(name)}
     original = told(tensors, originals, file)
     with torch.device("meta"):
         unet = UNet(original.unet)
