@@ -31,21 +31,21 @@ Feature = Literal["embeds", "hidden", "identity", "identity+hidden"]
 
 # (pattern, replacement), the first that fits. The left sides are the spellings found in the wild.
 SPELLINGS: tuple[tuple[str, str], ...] = (
-    (r"image_proj_model\.", "image_proj."),  # tutorial_train.py's checkpoints
-    (r"adapter_modules\.", "ip_adapter."),
-    (r"ip_adapter_proj_model\.", "image_proj."),  # XLabs
-    (r"double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.", r"ip_adapter.\1.to_\2_ip."),
+    (r"^image_proj_model\.", "image_proj."),  # tutorial_train.py's checkpoints
+    (r"^adapter_modules\.", "ip_adapter."),
+    (r"^ip_adapter_proj_model\.", "image_proj."),  # XLabs
+    (r"^double_blocks\.(\d+)\.processor\.ip_adapter_double_stream_([kv])_proj\.", r"ip_adapter.\1.to_\2_ip."),
 )
 # InstantX's SD3.5 projector, whose blocks diffusers renames.
 TIMED: tuple[tuple[str, str], ...] = (
-    (r"\.0\.norm1\.", ".ln0."),
-    (r"\.0\.norm2\.", ".ln1."),
-    (r"\.0\.to_out\.", ".attn.to_out.0."),
-    (r"\.0\.to_(q|kv)\.", r".attn.to_\1."),
-    (r"\.1\.0\.", ".adaln_norm."),
-    (r"\.1\.1\.", ".ff.net.0.proj."),
-    (r"\.1\.3\.", ".ff.net.2."),
-    (r"\.2\.1\.", ".adaln_proj."),
+    (r"^layers\.(\d+)\.0\.norm1\.", r"layers.\1.ln0."),
+    (r"^layers\.(\d+)\.0\.norm2\.", r"layers.\1.ln1."),
+    (r"^layers\.(\d+)\.0\.to_out\.", r"layers.\1.attn.to_out.0."),
+    (r"^layers\.(\d+)\.0\.to_(q|kv)\.", r"layers.\1.attn.to_\2."),
+    (r"^layers\.(\d+)\.1\.0\.", r"layers.\1.adaln_norm."),
+    (r"^layers\.(\d+)\.1\.1\.", r"layers.\1.ff.net.0.proj."),
+    (r"^layers\.(\d+)\.1\.3\.", r"layers.\1.ff.net.2."),
+    (r"^layers\.(\d+)\.2\.1\.", r"layers.\1.adaln_proj."),
 )
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 4096: "FLUX.1", 2432: "SD 3.5"}
 
@@ -70,7 +70,7 @@ def read_layout(tensors: Mapping[str, Tensor], source: object) -> IPFile:
     named = {respelt(name): t for name, t in tensors.items() if not name.startswith("unet.")}
     projector = {n.removeprefix("image_proj."): t for n, t in named.items() if n.startswith("image_proj.")}
     if "time_embedding.linear_1.weight" in projector:
-        projector = {respelt(name, TIMED) if name.startswith("layers.") else name: t for name, t in projector.items()}
+        projector = {respelt(name, TIMED): t for name, t in projector.items()}
     layers: dict[int, dict[str, Tensor]] = {}
     lora: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
