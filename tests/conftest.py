@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
+from condit.backbones.unet import CROSS_DOWN, CROSS_UP, DOWN, UP, UNet, UNetConfig
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiConfig, OminiControl
+from condit.diffusion.vp import Process
 from condit.encoders.text import Text
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.latent_pipeline import LatentPipeline
 from condit.pipeline import Pipeline
+from condit.weights.latent_models import LatentParts, tell_unet
 from condit.weights.load import Parts
 
 SIZE = 32, 48  # pixels; tokens of 8 px stand in 4 rows of 6, so that rows and columns cannot be confused
@@ -102,6 +106,68 @@ def build_pipe(
     )
 
 
+class StubWords(nn.Module):
+    """Stands for the text encoders of a UNet: random states that depend on the prompt alone."""
+
+    def __init__(self, width: int, pooled: int):
+        super().__init__()
+        self.width, self.pooled = width, pooled
+
+    def forward(self, prompts: Sequence[str], clip_skip: int | None = None) -> Text:
+        seeds = [zlib.crc32(prompt.encode()) + (clip_skip or 0) for prompt in prompts]
+        gs = [torch.Generator().manual_seed(seed) for seed in seeds]
+        tokens = torch.stack([torch.randn(5, self.width, generator=g) for g in gs])
+        return Text(tokens, torch.stack([torch.randn(self.pooled, generator=g) for g in gs]))
+
+
+def build_latent(kind: str = "sd15", **unet) -> LatentPipeline:
+    """A random pipeline with a UNet of two levels: "sd15", "sd15-inpainting" or "sdxl"."""
+    g, xl = torch.Generator().manual_seed(0), kind == "sdxl"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fields = {
+            "in_channels": 9 if kind.endswith("inpainting") else 4,
+            "block_out_channels": (8, 16),
+            "down_block_types": (DOWN, CROSS_DOWN) if xl else (CROSS_DOWN, CROSS_DOWN),
+            "up_block_types": (CROSS_UP, UP) if xl else (CROSS_UP, CROSS_UP),
+            "layers_per_block": 1,
+            "transformer_layers_per_block": (1, 2) if xl else 1,
+            "attention_head_dim": 2,
+            "cross_attention_dim": 12,
+            "norm_num_groups": 4,
+            "sample_size": 8,
+        }
+        if xl:
+            fields |= {
+                "use_linear_projection": True,
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 4,
+                "projection_class_embeddings_input_dim": 34,
+            }
+        backbone = UNet(UNetConfig(**{**fields, **unet}))
+        vae = PatchAutoencoder(PatchAutoencoderConfig(patch=4, latent_channels=4, width=8, depth=1))
+    randomise(backbone, 1)
+    randomise(vae, 2, 0.02)
+    vae.fit(torch.rand(8, 3, *SIZE, generator=g) * 2 - 1)
+    return LatentPipeline(
+        LatentParts(
+            name=f"random {kind}",
+            hash="0" * 16,
+            backbone=backbone.eval().requires_grad_(False),
+            text=StubWords(12, 10 if xl else 0),
+            vae=vae.eval().requires_grad_(False),
+            image=StubImage(),
+            process=Process(),
+            solver="ddim",
+            size=SIZE,
+            steps=3,
+            guidance=3.0,
+            tell=tell_unet,
+            zero_negative=xl,
+        )
+    )
+
+
 def build_ip(pipe: Pipeline, *, combine: str = "mean", shift: bool = False) -> IPAdapter:
     pooled = pipe.backbone.config.pooled_projection_dim if shift else 0
     config = IPConfig(StubImage.features, tokens=3, dim=8, heads=2, combine=combine, pooled=pooled)  # type: ignore[arg-type]
@@ -125,6 +191,11 @@ def build_pictures(n: int, seed: int = 5) -> list[np.ndarray]:
 @pytest.fixture(scope="session")
 def make_pipe() -> Callable[..., Pipeline]:
     return build_pipe
+
+
+@pytest.fixture(scope="session")
+def make_latent() -> Callable[..., LatentPipeline]:
+    return build_latent
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import together
 from condit.nn.streams import Stream, grid_ids
-from condit.weights import class_models
+from condit.weights import class_models, latent_models
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.load import Parts, load_parts
 
@@ -373,9 +373,19 @@ def load(
     device: str | torch.device = "cpu",
     vae: Any = None,
 ) -> Any:
-    """A `Pipeline` by name ("tiny", embedded) or from a folder in diffusers' FLUX layout; a `ClassPipeline` or a
-    `ViTPipeline` by name (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT, DiffiT or ViT.
+    """A `Pipeline` by name ("tiny", embedded) or from a folder in diffusers' FLUX layout; a `LatentPipeline` by name
+    ("sd15", "sdxl") or from a folder or file of Stable Diffusion; a `ClassPipeline` or a `ViTPipeline` by name
+    (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT, DiffiT or ViT.
     vae: an autoencoder, its folder, or "tiny" for the embedded one, for a class model that has none beside it."""
+    latent = latent_models.recognise(source)
+    if latent is not None:
+        from condit.latent_pipeline import LatentPipeline  # here, as it imports this module
+        from condit.weights.load import load_latent_parts
+
+        if vae is not None:
+            raise ValueError(f"vae= is for DiT and DiffiT; {str(source)!r} brings its own. Leave it out.")
+        half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+        return LatentPipeline(load_latent_parts(latent, dtype=dtype or half)).to(device)
     found = class_models.recognise(source)
     if vae is not None and (found is None or found[0] == "vit"):
         raise ValueError(f"vae= is for DiT and DiffiT; {str(source)!r} brings its own or needs none. Leave it out.")

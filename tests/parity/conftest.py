@@ -1,7 +1,9 @@
-"""A random FLUX.1 of diffusers with about 50,000 parameters."""
+"""A random FLUX.1 of diffusers with about 50,000 parameters, and random Stable Diffusions."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +81,87 @@ def build_flux(config: MMDiTConfig, *, dynamic: bool):
 @pytest.fixture(scope="session")
 def make_flux() -> Callable:
     return build_flux
+
+
+def build_sd(kind: str, *, scheduler=None, **unet):
+    """A random StableDiffusionPipeline ("sd15"), its inpainting form ("sd15-inpainting") or an XL pipeline ("sdxl") of
+    diffusers. It draws 32 px from latents of 16; `unet`: other fields of its network."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from condit.backbones.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
+
+    diffusers: Any = importlib.import_module("diffusers")  # its names are made when they are asked for
+    torch.manual_seed(0)
+    tokenizer, xl = tokenizers()[0], kind == "sdxl"
+    shape: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 9 if kind.endswith("inpainting") else 4,
+        "block_out_channels": (8, 16),
+        "down_block_types": (DOWN, CROSS_DOWN) if xl else (CROSS_DOWN, DOWN),
+        "up_block_types": (CROSS_UP, UP) if xl else (UP, CROSS_UP),
+        "layers_per_block": 1,
+        "attention_head_dim": (1, 2) if xl else 2,
+        "transformer_layers_per_block": (1, 2) if xl else 1,
+        "cross_attention_dim": 20 if xl else 10,
+        "norm_num_groups": 4,
+    }
+    if xl:
+        shape |= {
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 36,
+        }
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.18215,
+    )
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 10,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "projection_dim": 12,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    parts: dict[str, Any] = {
+        "vae": vae,
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
+        "unet": diffusers.UNet2DConditionModel(**{**shape, **unet}),
+    }
+    if xl:
+        parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**text))
+    with torch.no_grad():
+        for part in parts.values():
+            for p in part.eval().requires_grad_(False).parameters():
+                p.add_(0.1 * torch.randn(p.shape))
+    parts["scheduler"] = scheduler or diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    parts["tokenizer"] = tokenizer
+    if xl:
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=tokenizers()[0], add_watermarker=False)
+    else:
+        made = diffusers.StableDiffusionInpaintPipeline if kind.endswith("inpainting") else None
+        made = made or diffusers.StableDiffusionPipeline
+        pipe = made(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def make_sd() -> Callable:
+    return build_sd

@@ -155,8 +155,8 @@ def test_the_schedule_is_read_from_the_folder(both):
 
 
 def test_a_folder_of_another_pipeline_is_refused(tmp_path):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    with pytest.raises(ValueError, match="StableDiffusionPipeline.*FLUX"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline.*FLUX"):
         condit.load(tmp_path)
 
 

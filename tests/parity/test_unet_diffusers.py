@@ -1,6 +1,7 @@
 """Our UNet against diffusers' `UNet2DConditionModel`: the same names, the same numbers."""
 
 from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 import torch
@@ -142,8 +143,7 @@ def test_unet_compiles_as_one_graph(kind: str):
     }
     config = replace(SMALL[kind], layers_per_block=1, **levels)  # compiling takes seconds a block
     _, ours = make_pair(config)
-    given = inputs(config)
-    given["text"] = ours.text_keys_values(given["text"])
+    given: dict[str, Any] = {**inputs(config), "text": ours.text_keys_values(inputs(config)["text"])}
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**given), ours(**given), rtol=0, atol=1e-5)
 

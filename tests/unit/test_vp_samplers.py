@@ -1,9 +1,10 @@
 """Every solver against diffusers' scheduler of that name, on a network that is a fixed function."""
 
+import importlib
 import math
 from itertools import product
+from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from condit.diffusion.gaussian_samplers import image_noise
 from condit.diffusion.vp import Process, add_noise, make_path
 from condit.diffusion.vp_samplers import ddim_step, dpm_step, estimate, sample
 
-SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-PIXART = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+diffusers: Any = importlib.import_module("diffusers")  # its names are made when they are asked for
+SD: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+PIXART: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 THEIRS = {
     "ddim": diffusers.DDIMScheduler,
     "dpm++": diffusers.DPMSolverMultistepScheduler,

@@ -22,6 +22,14 @@ def guide_text_image(both: Tensor, text: Tensor, none: Tensor, text_scale: float
     return none + text_scale * (text - none) + image_scale * (both - text)
 
 
+def rescale(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
+    """The guided prediction with, by `share`, the deviation of the conditional one, against washed-out pictures (Lin et
+    al. 2023, arXiv:2305.08891, section 3.4; the paper has 0.7)."""
+    dims = list(range(1, guided.ndim))
+    factor = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return share * guided * factor + (1 - share) * guided
+
+
 def power_cosine_scale(t: Tensor, scale: float, *, power: float = 4.0, steps: int = 1000) -> Tensor:
     """DiffiT's scale per timestep (arXiv:2312.02139, section 5.8): s_t = 1 + (s - 1) (1 - cos(pi (1 - t/T)^power)) / 2.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,20 +15,33 @@ from condit.encoders.clip import embed_text, token_ids
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerFast
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts: tokens (B, L, C), pooled (B, P); canvas (B, N, K) or None: a coarse picture that the words call
-    up, one row an image token, fed beside the noisy latent (as FLUX.1 Fill feeds its mask)."""
+    """Encoded prompts: tokens (B, L, C), pooled (B, P), P = 0 where a model reads none; canvas (B, N, K) or None: a
+    coarse picture that the words call up, one row an image token, fed beside the noisy latent (as FLUX.1 Fill feeds its
+    mask); mask (B, L) or None: 1 where a token counts."""
 
     tokens: Tensor
     pooled: Tensor
     canvas: Tensor | None = None
+    mask: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Text:
+        """The same change to every part that is there."""
+        canvas, mask = (None if part is None else change(part) for part in (self.canvas, self.mask))
+        return Text(change(self.tokens), change(self.pooled), canvas, mask)
 
     def rows(self, index: Tensor) -> Text:
         """The prompts at `index` (B',)."""
-        canvas = None if self.canvas is None else self.canvas[index]
-        return Text(self.tokens[index], self.pooled[index], canvas)
+        return self.each(lambda part: part[index])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Text:
+        """On a device; tokens and pooled vector in `dtype`."""
+        moved = self.each(lambda part: part.to(device))
+        return replace(moved, tokens=moved.tokens.to(dtype), pooled=moved.pooled.to(dtype))
 
 
 class TextEncoder(Protocol):
@@ -90,3 +104,57 @@ class FluxText(nn.Module):
         pooled = self.clip(ids(self.clip_tokenizer, 77).to(self.clip.device)).pooler_output
         tokens = self.t5(ids(self.t5_tokenizer, self.limit).to(self.t5.device))[0]
         return Text(tokens.to(pooled.device), pooled)
+
+
+class ClipText(nn.Module):
+    """Stable Diffusion's text: the states of one CLIP text tower (SD 1.x and 2.x), or of SDXL's two side by side with
+    the pooled vector of the last.
+
+    tokenizers and encoders belong together in order. penultimate: the states before the last layer, without the final
+    norm, and a pooled vector (SDXL); else the last states behind the final norm, and none.
+    """
+
+    def __init__(self, tokenizers: Sequence, encoders: Sequence[nn.Module], *, penultimate: bool):
+        super().__init__()
+        self.tokenizers, self.encoders, self.penultimate = list(tokenizers), nn.ModuleList(encoders), penultimate
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str], clip_skip: int | None = None) -> Text:
+        """Prompts -> states of all tokens, cut and padded to the tower's length. clip_skip: so many layers less."""
+        states, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+            read = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+            batch = tokenizer(list(prompts), return_tensors="pt", **read).to(encoder.device)
+            tell_cut(tokenizer, prompts)
+            mask = batch.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
+            out = encoder(batch.input_ids, attention_mask=mask, output_hidden_states=True)
+            hidden = out.hidden_states[-1 - (clip_skip or 0) - self.penultimate]
+            if self.penultimate:
+                states.append(hidden)
+            else:
+                tower = getattr(encoder, "text_model", encoder)  # transformers 5 has it flat
+                states.append(out.last_hidden_state if not clip_skip else tower.final_layer_norm(hidden))
+            if self.penultimate and "text_embeds" in out:
+                pooled = out.text_embeds
+        tokens = torch.cat(states, -1)
+        return Text(tokens, tokens.new_zeros(len(tokens), 0) if pooled is None else pooled)
+
+
+def tell_cut(tokenizer, prompts: Sequence[str]) -> None:
+    """Log the prompts of which a tower reads only the beginning."""
+    limit = tokenizer.model_max_length
+    for prompt in prompts:
+        if len(prompt) > limit // 2 and len(tokenizer(prompt, verbose=False).input_ids) > limit:
+            log.warning("Of this prompt the text encoder reads the first %d tokens only: %r", limit, prompt)
+
+
+def join_texts(texts: Sequence[Text]) -> Text:
+    """Texts of equally many tokens as one batch."""
+    if len(texts) == 1:
+        return texts[0]
+
+    def joined(parts: list[Tensor | None]) -> Tensor | None:
+        return None if any(part is None for part in parts) else torch.cat([p for p in parts if p is not None])
+
+    tokens, pooled = torch.cat([t.tokens for t in texts]), torch.cat([t.pooled for t in texts])
+    return Text(tokens, pooled, joined([t.canvas for t in texts]), joined([t.mask for t in texts]))

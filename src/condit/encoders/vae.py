@@ -6,6 +6,7 @@ decoder for what the code leaves out. diffusers' AutoencoderKL satisfies the sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -163,6 +164,18 @@ def decode_latents(vae, latents: Tensor) -> Tensor:
     scale, shift = scale_shift(vae)
     z = latents / scale + shift
     return vae.decode(z.to(next(vae.parameters()).dtype)).sample.float().clamp(-1, 1)
+
+
+def encode_latents(vae, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) in float32: of each the mode of its posterior, or a
+    sample by its own generator. One by one, so that a row does not depend on its batch."""
+    scale, shift = scale_shift(vae)
+    images = images.to(next(vae.parameters()))
+    found = []
+    for i, image in enumerate(images):
+        posterior = vae.encode(image[None]).latent_dist
+        found.append(posterior.mode() if generators is None else posterior.sample(generators[i]))
+    return (torch.cat(found).float() - shift) * scale
 
 
 def encode_tokens(vae, images: Tensor, generator: torch.Generator | None = None, *, sample: bool = True) -> Tensor:

@@ -17,6 +17,10 @@ from condit.encoders.text import FluxText, TinyText
 from condit.weights.catalog import MODELS, describe_hash
 from condit.weights.class_models import PUBLISHED, looks_like
 from condit.weights.files import load_strict, read_tensors
+from condit.weights.latent_models import PUBLISHED as LATENT
+from condit.weights.latent_models import LatentModel, LatentParts
+from condit.weights.original_sd import load_original
+from condit.weights.stable_diffusion import load_stable_diffusion
 from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent, read_config
 
 
@@ -46,12 +50,19 @@ def load_parts(source: str | Path, *, dtype: torch.dtype | None = None) -> Parts
     folder = Path(source)
     if (folder / "model_index.json").is_file():
         return load_flux(folder, dtype or torch.bfloat16)
-    known = ", ".join([*(n for n, e in MODELS.items() if e.kind == "model"), *PUBLISHED])
+    known = ", ".join([*(n for n, e in MODELS.items() if e.kind == "model"), *LATENT, *PUBLISHED])
     raise ValueError(
         f"No model {name!r}.{looks_like(folder)} Known: {known}; or give a folder with model_index.json (diffusers' "
-        "FLUX layout), or a file or folder of DiT, DiffiT or ViT. "
+        "FLUX or Stable Diffusion layout), or a file or folder of Stable Diffusion, DiT, DiffiT or ViT. "
         "For FLUX.1 weights download the repository first and pass its folder."
     )
+
+
+def load_latent_parts(model: LatentModel, *, dtype: torch.dtype) -> LatentParts:
+    """A text-to-image model over latents that `latent_models.recognise` has found."""
+    if model.kind == "stable-diffusion-file":
+        return load_original(model.path, dtype, model.name)
+    return load_stable_diffusion(model.path, dtype, model.name)
 
 
 def load_tiny(name: str, folder: Path, dtype: torch.dtype) -> Parts:

@@ -1,0 +1,452 @@
+"""Pictures of prompts in latents: Stable Diffusion 1.x, 2.x, SDXL and whatever else comes as `LatentParts`.
+
+Text to image, image to image and inpainting by one call. Each picture has a generator of its own for all its noise, so
+it does not depend on the batch it was drawn in. The latents of every solver have unit variance at full noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from condit.controls.control import Control, Run, Step, match_batch
+from condit.controls.sides import sides
+from condit.data.images import ImageSource, to_images
+from condit.diffusion.gaussian_samplers import draw, image_noise
+from condit.diffusion.guidance import guide, guide_text_image, rescale
+from condit.diffusion.vp import Path as Steps
+from condit.diffusion.vp import Process, Solver, add_noise, make_path
+from condit.diffusion.vp_samplers import sample
+from condit.encoders.text import Text, join_texts
+from condit.encoders.vae import decode_latents, encode_latents
+from condit.nn.lora import LowRank, together
+from condit.pipeline import MAX_SIDE, MAX_STEPS, Result, describe_source, image_generators, read_references
+from condit.weights.catalog import AdapterFile, read_adapter
+from condit.weights.latent_models import Frame, LatentParts, Network
+
+Prompt = str | Sequence[str] | Text
+Images = ImageSource | Sequence[ImageSource]
+Sampler = Literal["ddim", "dpm++", "dpm++-karras", "euler", "euler-karras", "euler-ancestral"]
+Callback = Callable[["LatentPipeline", int, float, dict], dict | None]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One side of the guidance: a text and the controls that act in it."""
+
+    text: Text
+    controls: tuple[Control, ...]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from, in latents (B, C, h, w): x at the first level; with a picture to repaint, the latents
+    `kept` where `mask` (B, 1, h, w) is 0, and the `noise` they stand in; `beside`: channels that the network reads
+    beside x, of an inpainting model."""
+
+    x: Tensor
+    noise: Tensor
+    kept: Tensor | None = None
+    mask: Tensor | None = None
+    beside: Tensor | None = None
+
+
+class LatentPipeline:
+    """A loaded model. It is not changed by a call: controls are values that a call receives."""
+
+    def __init__(self, parts: LatentParts):
+        self.parts = parts
+        self.name, self.image = parts.name, parts.image
+        self.backbone: Any = parts.backbone
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels at which it draws, and reads references, unless told otherwise."""
+        return self.parts.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.backbone.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a latent cell's side."""
+        config = self.parts.vae.config
+        return config.patch if hasattr(config, "patch") else 2 ** (len(config.block_out_channels) - 1)
+
+    @property
+    def patch(self) -> int:
+        """Latent cells of a token's side: 1 on UNets."""
+        return getattr(self.backbone.config, "patch_size", 1)
+
+    @property
+    def repaints(self) -> bool:
+        """Whether it is an inpainting model, which reads the mask and the picture around it beside the latents."""
+        return self.backbone.config.in_channels > self.channels
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return self.parts.vae.config.latent_channels
+
+    def to(self, device: str | torch.device) -> LatentPipeline:
+        """Move every part, in place; returns the pipeline."""
+        for part in (self.backbone, self.parts.text, self.parts.vae, self.image):
+            if isinstance(part, torch.nn.Module):
+                part.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt,
+        negative_prompt: Prompt | None = None,
+        *,
+        controls: Sequence[Control] = (),
+        image: Images | None = None,
+        mask_image: Images | None = None,
+        strength: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        image_guidance_scale: float | None = None,
+        guidance_in_one_call: bool = True,
+        sampler: Sampler | None = None,
+        eta: float = 0.0,
+        clip_skip: int | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: Literal["pil", "pt", "latent"] = "pil",
+        callback_on_step_end: Callback | None = None,
+    ) -> Result:
+        """Draw. Arguments as in diffusers; `seed` is sugar: image i has noise of seed + i, drawn on the CPU.
+
+        prompt: words, or a `Text` that was encoded before. image: start from it, changed by `strength` in (0, 1]
+        (None: 0.8, with a mask 1); mask_image: repaint where it is white. guidance_scale 1 makes one prediction a step,
+        not two; guidance_in_one_call False makes them one after the other, in half the memory. image_guidance_scale, if
+        given, guides the controls apart from the text: none + s_T (text - none) + s_I (text and controls - text).
+        sampler None: the model's own. eta: DDIM's noise, 0 to 1. latents: the first noise (B, C, h, w), of unit
+        variance. original_size, crops_coords_top_left, target_size: what SDXL is told, in pixels.
+        """
+        steps = self.parts.steps if num_inference_steps is None else num_inference_steps
+        scale = self.parts.guidance if guidance_scale is None else guidance_scale
+        size = height or self.parts.size[0], width or self.parts.size[1]
+        count = _count(prompt)
+        self.check(size, steps, num_images_per_prompt, output_type, controls)
+        if strength is None:
+            strength = 0.8 if image is not None and mask_image is None else 1.0
+        self.check_picture(image, mask_image, strength)
+        solver, process = self.solver(sampler, eta)
+        path = make_path(process, solver, steps)
+        path = path.since(_skipped(steps, strength))
+        batch = count * num_images_per_prompt
+        texts = self.texts(prompt, negative_prompt, count, num_images_per_prompt, clip_skip)
+        branches = self.branches(texts, tuple(controls), batch, size, scale, image_guidance_scale)
+        seeds, generators = image_generators(batch, seed, generator)
+        start = self.start(image, mask_image, strength, size, path, generators, latents)
+        frame = Frame(size, original_size or size, crops_coords_top_left, target_size or size)
+        predict = self.predictor(branches, frame, len(path), process, start.beside, guidance_in_one_call)
+
+        def denoise(x: Tensor, t: float, i: int) -> Tensor:
+            found = predict(x, t, i)
+            if len(found) == 1:
+                return found[0]
+            if len(found) == 2:
+                guided = guide(found[0], found[1], scale)
+            else:
+                guided = guide_text_image(found[0], found[1], found[2], scale, image_guidance_scale or 0.0)
+            return rescale(guided, found[0], guidance_rescale) if guidance_rescale else guided
+
+        def on_step(i: int, x: Tensor, x0: Tensor) -> Tensor:
+            x = repainted(x, start, path, i)
+            if callback_on_step_end is None:
+                return x
+            told = callback_on_step_end(self, i, float(path.timesteps[i]), {"latents": x}) or {}
+            return told.get("latents", x)
+
+        noise = image_noise(generators)
+        x = sample(solver, process, denoise, start.x, path, eta=eta, noise=noise, on_step=on_step)
+        recipe = {
+            "model": self.name,
+            "hash": self.parts.hash,
+            "prompt": _words(prompt),
+            "negative_prompt": _words(negative_prompt),
+            "num_inference_steps": steps,
+            "sampler": sampler or solver + ("-karras" if process.use_karras_sigmas else ""),
+            "eta": eta,
+            "guidance_scale": scale,
+            "guidance_rescale": guidance_rescale,
+            "image_guidance_scale": image_guidance_scale,
+            "clip_skip": clip_skip,
+            "height": size[0],
+            "width": size[1],
+            "original_size": list(frame.original),
+            "crops_coords_top_left": list(frame.crop),
+            "target_size": list(frame.target),
+            "image": None if image is None else describe_source(image),
+            "mask_image": None if mask_image is None else describe_source(mask_image),
+            "strength": None if image is None else strength,
+            "seeds": seeds,
+            "controls": [c.describe() for c in controls],
+        }
+        return Result(self.decode(x, output_type), seeds, recipe)
+
+    # At the door
+
+    def check(
+        self, size: tuple[int, int], steps: int, copies: int, output_type: str, controls: Sequence[Control]
+    ) -> None:
+        side = self.pixels * self.patch
+        if any(s % side or not 0 < s <= MAX_SIDE for s in size):
+            raise ValueError(
+                f"height and width must be multiples of {side} up to {MAX_SIDE}; found {size[0]} x {size[1]}."
+            )
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"num_inference_steps must be 1 to {MAX_STEPS}; found {steps}.")
+        if copies < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1; found {copies}.")
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
+        for control in controls:
+            if type(control).streams is not Control.streams or type(control).fill is not Control.fill:
+                raise ValueError(
+                    f"{type(control).__name__} joins tokens to the sequence, and {self.name} takes none. "
+                    "Use a control that wraps attention, such as IPAdapter."
+                )
+            if control.pooled() is not None:
+                raise ValueError(f"{type(control).__name__} shifts a pooled vector; {self.name} reads none of it.")
+
+    def check_picture(self, image: Images | None, mask: Images | None, strength: float) -> None:
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength must be in (0, 1]; found {strength}.")
+        if mask is not None and image is None:
+            raise ValueError("mask_image says where to repaint: give image= too.")
+        if image is None and strength != 1:
+            raise ValueError(f"strength {strength} says how much of a picture to change: give image= too.")
+        if self.repaints and mask is None:
+            raise ValueError(f"{self.name} is an inpainting model: give image= and mask_image=, white where to paint.")
+
+    def solver(self, sampler: Sampler | None, eta: float) -> tuple[Solver, Process]:
+        """The solver and the process with its levels, of a sampler's name."""
+        if sampler is None and self.parts.solver is None:
+            raise ValueError(f"The scheduler of {self.name} is none of ours: give sampler=, one of {_SAMPLERS}.")
+        name = sampler or self.parts.solver or ""
+        found, karras = name.removesuffix("-karras"), name.endswith("-karras")
+        if (sampler is not None and sampler not in _SAMPLERS) or found not in get_args(Solver):
+            raise ValueError(f"sampler must be one of {_SAMPLERS}; found {sampler!r}.")
+        if not 0 <= eta <= 1 or (eta and found != "ddim"):
+            raise ValueError(f"eta is the noise of sampler='ddim', 0 to 1; found {eta} with {found!r}.")
+        process = replace(self.parts.process, use_karras_sigmas=True) if karras else self.parts.process
+        return found, process  # type: ignore[return-value]
+
+    # What a run needs
+
+    def texts(
+        self, prompt: Prompt, negative: Prompt | None, count: int, copies: int, clip_skip: int | None
+    ) -> Callable[[bool], Text]:
+        """text(positive): a row for each picture, encoded when first asked for."""
+
+        @cache
+        def text(positive: bool) -> Text:
+            if positive:
+                found = self.encode_text(prompt, clip_skip)
+            elif negative is None and self.parts.zero_negative:
+                found = text(True).each(torch.zeros_like)
+                return found
+            else:
+                # As diffusers, whose clip_skip leaves the negative prompt alone.
+                found = self.encode_text("" if negative is None else negative, None)
+            if len(found.tokens) not in (1, count):
+                raise ValueError(
+                    f"{len(found.tokens)} negative prompts for {count} prompts. Give one, or as many as prompts."
+                )
+            return found.each(lambda part: match_batch(part, count, "prompt").repeat_interleave(copies, 0))
+
+        return text
+
+    def encode_text(self, prompt: Prompt, clip_skip: int | None = None) -> Text:
+        """Words through the model's own text encoder; a `Text` as it is."""
+        if not isinstance(prompt, Text):
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            how = {} if clip_skip is None else {"clip_skip": clip_skip}
+            prompt = self.parts.text(prompts, **how)
+        return prompt.to(self.device, self.dtype)
+
+    def branches(
+        self,
+        text: Callable[[bool], Text],
+        controls: tuple[Control, ...],
+        batch: int,
+        size: tuple[int, int],
+        scale: float,
+        image_scale: float | None,
+    ) -> list[Branch]:
+        """Positive first; then text alone (if the controls have a scale of their own); then neither."""
+        side = self.pixels * self.patch
+        grid = size[0] // side, size[1] // side
+
+        def branch(positive: bool, acting: Sequence[Control | None]) -> Branch:
+            said = text(positive)
+            run = Run(self.backbone, batch, grid, said.pooled, None, self.channels)  # type: ignore[arg-type]
+            return Branch(said, tuple(c.prepare(run) for c in acting if c is not None))
+
+        absent = [c.negative() for c in controls]
+        found = [branch(True, controls)]
+        if image_scale is not None and controls:
+            found.append(branch(True, absent))
+        if scale != 1.0 or len(found) > 1:
+            found.append(branch(False, absent))
+        return found
+
+    def start(
+        self,
+        image: Images | None,
+        mask_image: Images | None,
+        strength: float,
+        size: tuple[int, int],
+        path: Steps,
+        generators: list[torch.Generator],
+        latents: Tensor | None,
+    ) -> Start:
+        """The first latents. Each generator gives, in this order: the picture's posterior, the noise, the posterior of
+        what is around the mask."""
+        batch, shape = len(generators), (self.channels, size[0] // self.pixels, size[1] // self.pixels)
+        picture = mask = kept = small = beside = None
+        if image is not None:
+            picture = match_batch(self.read_images(image, None, size), batch, "image")
+        if mask_image is not None:
+            white = (self.read_images(mask_image, None, size)[:, :1] + 1) / 2
+            mask = match_batch((white >= 0.5).float(), batch, "mask_image")
+            small = torch.nn.functional.interpolate(mask, size=shape[1:])
+        if picture is not None and not (self.repaints and strength == 1):
+            kept = self.encode_images(picture, generators)
+        if latents is None:
+            noise = draw(shape, generators).to(self.device)
+        elif tuple(latents.shape) != (batch, *shape):
+            raise ValueError(f"latents must be noise of shape {(batch, *shape)}; found {tuple(latents.shape)}.")
+        else:
+            noise = latents.float().to(self.device)
+        if self.repaints and picture is not None and mask is not None and small is not None:
+            beside = torch.cat([small, self.encode_images(picture * (1 - mask), generators)], 1)
+        # A picture to repaint at full strength is drawn from noise alone, as diffusers does.
+        if kept is None or (mask is not None and strength == 1):
+            x = path.start * noise
+        else:
+            x = add_noise(kept, noise, path.level[0])
+        return Start(x, noise, None if self.repaints else kept, small, beside)
+
+    def predictor(
+        self,
+        branches: Sequence[Branch],
+        frame: Frame,
+        steps: int,
+        process: Process,
+        beside: Tensor | None,
+        in_one_call: bool,
+    ) -> Callable[[Tensor, float, int], list[Tensor]]:
+        """predict(x, t, i): what every branch predicts in step i, each (B, C, h, w) in float32."""
+
+        @cache
+        def network(*which: int) -> Network:
+            return self.parts.tell(self.backbone, join_texts([branches[i].text for i in which]), frame)
+
+        def run(told: Network, x: Tensor, t: float, lora: LowRank | None, controls: Sequence[Control]) -> Tensor:
+            if beside is not None:
+                x = torch.cat([x, beside.repeat(len(x) // len(beside), 1, 1, 1)], 1)
+            times = torch.full((len(x),), t, device=x.device)
+            return told(x.to(self.dtype), times, lora, controls).float()
+
+        def predict(x: Tensor, t: float, i: int) -> list[Tensor]:
+            step = Step(i, steps, t / process.num_train_timesteps)
+            active = [[c for c in (control.at(step) for control in b.controls) if c is not None] for b in branches]
+            loras = [together(control.lora() for control in controls) for controls in active]
+            if in_one_call and len(branches) > 1 and not any(lora is not None for lora in loras):
+                # A LoRA knows no rows, so with one the branches run apart.
+                whole = torch.cat([x] * len(branches))
+                out = run(network(*range(len(branches))), whole, t, None, sides(active))
+                return list(out.chunk(len(branches)))
+            return [run(network(n), x, t, loras[n], active[n]) for n in range(len(branches))]
+
+        return predict
+
+    def decode(self, latents: Tensor, output_type: str) -> Any:
+        """Latents (B, C, h, w) -> pictures, a tensor (B, 3, H, W) in [-1, 1], or the latents."""
+        if output_type == "latent":
+            return latents
+        if not torch.isfinite(latents).all():
+            raise ValueError("The sampler produced NaN. Lower the strengths or guidance, or use dtype=torch.float32.")
+        images = decode_latents(self.parts.vae, latents)
+        return images if output_type == "pt" else to_images(images)
+
+    # What adapters ask of a pipeline
+
+    def adapter_file(self, source: str | Path, method: str) -> AdapterFile:
+        """The tensors and the configuration of an adapter by name, file or folder."""
+        return read_adapter(source, method)
+
+    def read_images(self, reference: Images, annotator: str | None, size: tuple[int, int] | None = None) -> Tensor:
+        """References as (n, 3, H, W) in [-1, 1] at `size` (None: the model's), annotated if asked for."""
+        return read_references(reference, annotator, size or self.size, self.pixels).to(self.device)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, h, w) in float32: of each the mode of its posterior, or a
+        sample by its own generator."""
+        return encode_latents(self.parts.vae, images, generators)
+
+    def describe_source(self, reference: Any) -> list:
+        """What a recipe keeps of a reference."""
+        return describe_source(reference)
+
+
+_SAMPLERS = get_args(Sampler)
+
+
+def repainted(x: Tensor, start: Start, path: Steps, i: int) -> Tensor:
+    """x after step i, with the picture itself, in the noise of the next step, where nothing is to be painted."""
+    if start.kept is None or start.mask is None:
+        return x
+    last = i == len(path) - 1
+    around = start.kept if last else add_noise(start.kept, start.noise, path.level[i + 1])
+    return (1 - start.mask) * around + start.mask * x
+
+
+def _skipped(steps: int, strength: float) -> int:
+    """How many steps image-to-image leaves out."""
+    kept = min(int(steps * strength), steps)
+    if kept < 1:
+        raise ValueError(f"strength {strength} of {steps} steps leaves none. Raise one of them.")
+    return steps - kept
+
+
+def _count(prompt: Prompt) -> int:
+    if isinstance(prompt, Text):
+        return len(prompt.tokens)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
+    return len(prompts)
+
+
+def _words(prompt: Prompt | None) -> list[str] | None:
+    """For a recipe: the words; None for text that came encoded."""
+    if prompt is None or isinstance(prompt, Text):
+        return None
+    return [prompt] if isinstance(prompt, str) else list(prompt)
