@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from condit import interop
     from condit.controls.control import Control, When, Where
+    from condit.controls.instantstyle import InstantStyle
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
     from condit.controls.style_lora import StyleLoRA
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Control",
     "IPAdapter",
+    "InstantStyle",
     "OminiControl",
     "Pipeline",
     "StyleLoRA",
@@ -33,6 +35,7 @@ _HOME = {
     "load": "condit.pipeline",
     "Pipeline": "condit.pipeline",
     "IPAdapter": "condit.controls.ip_adapter",
+    "InstantStyle": "condit.controls.instantstyle",
     "OminiControl": "condit.controls.omini",
     "StyleLoRA": "condit.controls.style_lora",
     "Control": "condit.controls.control",

@@ -16,7 +16,7 @@ from condit.diffusion.vp import Process, make_path
 from condit.diffusion.vp_samplers import sample
 from condit.encoders.image import CLIPImage
 from condit.weights.catalog import AdapterFile, read_adapter
-from condit.weights.image_encoder import load_image_encoder
+from condit.weights.clip_towers import load_image_encoder, load_text_tower
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -54,6 +54,9 @@ class GoldenPipe:
 
     def image_encoder(self, folder) -> CLIPImage:
         return load_image_encoder(folder)
+
+    def text_tower(self, folder=None):
+        return None if folder is None else load_text_tower(folder)
 
     def describe_source(self, reference) -> list:
         return []

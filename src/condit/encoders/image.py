@@ -147,3 +147,42 @@ class CLIPImage(nn.Module):
 
     def _moved(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.model.device, self.model.dtype)
+
+
+# The twin of an image tower, whose words share its space: width of the states, of the projected embedding.
+TEXT_TWINS: dict[str, tuple[int, int]] = {
+    "ViT-H/14": (1024, 1024),
+    "ViT-bigG/14": (1280, 1280),  # SDXL's second text encoder
+    "ViT-L/14": (768, 768),  # Stable Diffusion 1.x has it without its projection
+}
+
+
+class TextTower(nn.Module):
+    """A CLIP text tower with projection: words -> vectors in the space of its image tower's embeddings."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        c: Any = model.config
+        self.hidden, self.projection = c.hidden_size, c.projection_dim
+
+    @torch.no_grad()
+    def forward(self, phrases: Sequence[str]) -> Tensor:
+        """Phrases -> embeddings (n, E), of their own length; cut and padded, which changes nothing before the end."""
+        read = {"padding": "max_length", "max_length": self.tokenizer.model_max_length, "truncation": True}
+        batch = self.tokenizer(list(phrases), return_tensors="pt", **read)
+        return self.model(batch.input_ids.to(self.model.device)).text_embeds  # type: ignore[operator,arg-type]
+
+    def check_twin(self, size: EncoderSize) -> None:
+        """ValueError unless it was trained together with an image tower of this size."""
+        known = [n for n, widths in TOWERS.items() if widths == (size.hidden, size.projection)]
+        wrong = self.projection != size.projection or any(
+            TEXT_TWINS[n] != (self.hidden, self.projection) for n in known
+        )
+        if wrong:
+            ours = [n for n, widths in TEXT_TWINS.items() if widths == (self.hidden, self.projection)]
+            name = f"CLIP {ours[0]}" if ours else "a CLIP"
+            raise ValueError(
+                f"The text tower is {name} (states {self.hidden}, embeddings {self.projection}); the adapter's image "
+                f"tower is {size.describe()}. Words can be subtracted only in the space of its own twin."
+            )
