@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from condit.controls.control import Control, When, Where
     from condit.controls.deadiff import DEADiff
     from condit.controls.dit4edit import DiT4Edit
+    from condit.controls.instantstyle import InstantStyle
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
     from condit.controls.style_lora import StyleLoRA
@@ -24,6 +25,7 @@ __all__ = [
     "DiT4Edit",
     "IPAdapter",
     "LatentPipeline",
+    "InstantStyle",
     "OminiControl",
     "Pipeline",
     "StyleLoRA",
@@ -42,6 +44,7 @@ _HOME = {
     "Pipeline": "condit.pipeline",
     "LatentPipeline": "condit.latent_pipeline",
     "IPAdapter": "condit.controls.ip_adapter",
+    "InstantStyle": "condit.controls.instantstyle",
     "OminiControl": "condit.controls.omini",
     "DEADiff": "condit.controls.deadiff",
     "StyleLoRA": "condit.controls.style_lora",

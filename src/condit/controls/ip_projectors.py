@@ -33,9 +33,7 @@ class FullProjection(nn.Module):
 
     def __init__(self, features: int, dim: int):
         super().__init__()
-        self.proj = nn.Sequential(
-            nn.Linear(features, features), nn.GELU(), nn.Linear(features, dim), nn.LayerNorm(dim)
-        )
+        self.proj = nn.Sequential(nn.Linear(features, features), nn.GELU(), nn.Linear(features, dim), nn.LayerNorm(dim))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.proj(features)
@@ -196,7 +194,17 @@ class TimeResampler(nn.Module):
     (B, dim) that the layers read. Both depend on the step, so they are made once a step, not once a run."""
 
     def __init__(
-        self, features: int, dim: int, out: int, *, queries: int, inner: int, heads: int, depth: int, hidden: int, t: int
+        self,
+        features: int,
+        dim: int,
+        out: int,
+        *,
+        queries: int,
+        inner: int,
+        heads: int,
+        depth: int,
+        hidden: int,
+        t: int,
     ):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(1, queries, dim) / dim**0.5)
@@ -300,7 +308,7 @@ def _time_resampler(shape: Shapes, head_dim: int) -> TimeResampler:
 def _heads(inner: int, head_dim: int) -> int:
     if inner % head_dim:
         raise ValueError(
-            f"a Perceiver of inner width {inner} has no heads of {head_dim}. Published ones have {HEAD_DIM}; for another "
-            "give head_dim="
+            f"a Perceiver of inner width {inner} has no heads of {head_dim}. Published ones have {HEAD_DIM}; for "
+            "another give head_dim="
         )
     return inner // head_dim
