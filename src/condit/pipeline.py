@@ -23,7 +23,7 @@ from condit.diffusion.schedules import flow_sigmas
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import together
-from condit.nn.offload import Visited, on_device, visited
+from condit.nn.offload import Visited, on_device, with_blocks
 from condit.nn.streams import Stream, grid_ids
 from condit.weights import class_models
 from condit.weights.catalog import AdapterFile, read_adapter
@@ -65,7 +65,7 @@ class Pipeline:
         self.parts, self.offload = parts, offload
         self.name, self.backbone, self.image = parts.name, parts.backbone, parts.image
         if offload == "blocks":
-            self.backbone = visited(parts.backbone)
+            self.backbone = with_blocks(parts.backbone, Visited)
             self.parts = replace(parts, backbone=self.backbone)
 
     @property
