@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from condit.controls.control import Control, Fill, Run, Step
 from condit.data import annotators
+from condit.data.depth import depth
 from condit.data.images import ImageSource, load_image, to_images, to_tensor
 from condit.diffusion.guidance import guide, guide_text_image
 from condit.diffusion.objectives import to_velocity
@@ -328,8 +329,9 @@ class Pipeline:
 
 
 ANNOTATORS: dict[str, Callable] = {
-    name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur", "canny")
+    name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur", "canny", "soft_edges")
 }
+ANNOTATORS |= {"depth": depth}
 ANNOTATORS |= {f"blur-{radius}": partial(annotators.blur, sigma=float(radius)) for radius in (5, 10)}
 
 

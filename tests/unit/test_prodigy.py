@@ -59,7 +59,9 @@ def test_the_first_two_steps_equal_algorithm_4_by_hand():
         optimizer.zero_grad()
         (x - 1).square().sum().backward()
         optimizer.step()
-    assert float(x.detach()) == pytest.approx(w, rel=1e-5) and optimizer.param_groups[0]["d"] == pytest.approx(d, rel=1e-5)
+    assert float(x.detach()) == pytest.approx(w, rel=1e-5) and optimizer.param_groups[0]["d"] == pytest.approx(
+        d, rel=1e-5
+    )
 
 
 def test_a_run_goes_on_from_its_saved_state_bit_by_bit():
