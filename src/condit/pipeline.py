@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from condit.controls.control import Control, Fill, Pair, Run, Step
 from condit.data import annotators
+from condit.data.depth import depth
 from condit.data.images import ImageSource, load_image, to_images, to_tensor
 from condit.diffusion.guidance import guide, guide_text_image
 from condit.diffusion.objectives import to_velocity
@@ -24,7 +25,7 @@ from condit.encoders.image import CLIPImage
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import together
-from condit.nn.offload import Visited, on_device, visited
+from condit.nn.offload import Visited, on_device, with_blocks
 from condit.nn.streams import Stream, grid_ids
 from condit.weights import class_models, latent_models
 from condit.weights.catalog import AdapterFile, read_adapter
@@ -71,7 +72,7 @@ class Pipeline:
         self.parts, self.offload = parts, offload
         self.name, self.backbone, self.image = parts.name, parts.backbone, parts.image
         if offload == "blocks":
-            self.backbone = visited(parts.backbone)
+            self.backbone = with_blocks(parts.backbone, Visited)
             self.parts = replace(parts, backbone=self.backbone)
 
     @property
@@ -426,8 +427,9 @@ class Pipeline:
 
 
 ANNOTATORS: dict[str, Callable] = {
-    name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur", "canny")
+    name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur", "canny", "soft_edges")
 }
+ANNOTATORS |= {"depth": depth}
 ANNOTATORS |= {f"blur-{radius}": partial(annotators.blur, sigma=float(radius)) for radius in (5, 10)}
 
 

@@ -1,4 +1,4 @@
-"""`condit data check`."""
+"""`condit data check` and `condit annotate`."""
 
 import json
 
@@ -27,3 +27,36 @@ def test_data_check_counts_pairs_and_quotes_what_is_wrong(tmp_path, capsys):
     assert code == 1 and json.loads(out)["problems"]
     code, _, err = run(capsys, "data", "check", str(tmp_path / "none"))
     assert code == 1 and "metadata.jsonl" in err
+
+
+def test_annotate_writes_the_condition_beside_the_picture(tmp_path, capsys):
+    picture = Image.new("RGB", (16, 12), "white")
+    picture.paste((255, 0, 0), (4, 4, 12, 12))
+    picture.save(tmp_path / "a.png")
+    code, out, _ = run(capsys, "annotate", str(tmp_path / "a.png"), "canny")
+    assert code == 0 and out == f"{tmp_path / 'a-canny.png'}\n"
+    assert Image.open(tmp_path / "a-canny.png").convert("L").getextrema() == (0, 255)
+    given = (
+        "annotate",
+        str(tmp_path / "a.png"),
+        "gray",
+        "--height",
+        "24",
+        "--width",
+        "32",
+        "-o",
+        str(tmp_path / "g.png"),
+    )
+    assert run(capsys, *given)[0] == 0 and Image.open(tmp_path / "g.png").size == (32, 24)
+    code, _, err = run(capsys, "annotate", str(tmp_path / "a.png"), "nothing")
+    assert code == 2 and "soft_edges" in err
+    assert run(capsys, "annotate", str(tmp_path / "b.png"), "gray")[0] == 1
+
+
+def test_annotate_depth_without_weights_says_what_to_download(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("condit.data.depth.MODEL", "nobody/nothing")
+    Image.new("RGB", (16, 12)).save(tmp_path / "a.png")
+    code, _, err = run(capsys, "annotate", str(tmp_path / "a.png"), "depth")
+    assert code == 1 and "no depth network" in err and "nobody/nothing" in err

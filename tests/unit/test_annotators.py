@@ -156,3 +156,12 @@ def test_canny_follows_both_diagonals_in_stairs():
 def test_canny_gives_three_equal_channels():
     found = np.asarray(canny(step(200)))
     assert found.shape == (9, 9, 3) and (found[..., 0] == found[..., 2]).all() and found.max() == 255
+
+
+@pytest.mark.parametrize("kind", ["photo", "noise"])
+def test_canny_equals_opencv_where_that_is_installed(kind):
+    cv2 = pytest.importorskip("cv2")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    if kind == "photo":
+        pixels = np.asarray(Image.fromarray(pixels[:8, :10]).resize((80, 64), Image.Resampling.BICUBIC))
+    assert np.array_equal(canny_array(pixels), cv2.Canny(pixels, 100, 200))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from condit.data.line_score import edge_f1
 from condit.evaluation import measures
 
 
@@ -117,9 +118,9 @@ def test_edge_similarity_falls_with_displacement_and_ignores_the_fill():
 
 
 def test_edge_f1_forgives_two_pixels_and_not_three():
-    assert measures.edge_f1(line(10), line(10)).item() == 1
-    assert measures.edge_f1(line(12), line(10)).item() == 1
-    assert measures.edge_f1(line(13), line(10)).item() == 0
+    assert edge_f1(line(10), line(10)).item() == 1
+    assert edge_f1(line(12), line(10)).item() == 1
+    assert edge_f1(line(13), line(10)).item() == 0
 
 
 def test_edge_f1_tolerance_is_a_disk():
@@ -127,20 +128,20 @@ def test_edge_f1_tolerance_is_a_disk():
     corner[0, 5, 5] = True
     away = torch.zeros(1, 16, 16, dtype=torch.bool)
     away[0, 7, 7] = True  # 2 rows and 2 columns are 2.83 pixels
-    assert measures.edge_f1(away, corner).item() == 0
+    assert edge_f1(away, corner).item() == 0
 
 
 def test_edge_f1_of_half_the_lines_is_two_thirds():
     both = line(5) | line(25)
-    assert measures.edge_f1(line(5), both).item() == pytest.approx(2 / 3)  # precision 1, recall 1/2
-    assert measures.edge_f1(both, line(5)).item() == pytest.approx(2 / 3)  # precision 1/2, recall 1
+    assert edge_f1(line(5), both).item() == pytest.approx(2 / 3)  # precision 1, recall 1/2
+    assert edge_f1(both, line(5)).item() == pytest.approx(2 / 3)  # precision 1/2, recall 1
 
 
 def test_edge_f1_of_empty_maps():
     empty = torch.zeros(1, 32, 32, dtype=torch.bool)
-    assert measures.edge_f1(empty, empty).item() == 1
-    assert measures.edge_f1(empty, line(5)).item() == 0
-    assert measures.edge_f1(line(5), empty).item() == 0
+    assert edge_f1(empty, empty).item() == 1
+    assert edge_f1(empty, line(5)).item() == 0
+    assert edge_f1(line(5), empty).item() == 0
 
 
 def test_nearest_finds_the_copy_at_distance_zero():

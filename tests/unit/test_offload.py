@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from condit.nn.lora import Linear
-from condit.nn.offload import Visited, on_device, visited
+from condit.nn.offload import Visited, on_device, with_blocks
 from condit.pipeline import Pipeline
 from condit.weights.quantise import Float8Linear, in_blocks, quantise
 
@@ -31,7 +31,7 @@ def test_a_copy_on_a_device_leaves_the_module_where_it_was_and_keeps_ties():
 
 def test_blocks_come_one_at_a_time_and_the_model_itself_is_not_changed(make_pipe):
     backbone = make_pipe().backbone
-    resting = visited(backbone)
+    resting = with_blocks(backbone, Visited)
     resting.transformer_blocks.move("meta")
     first = next(iter(resting.transformer_blocks))
     assert first.ff.net[2].weight.device.type == "meta"

@@ -25,7 +25,16 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make the data that models are trained on.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
-for command in (draw.demo, draw.generate, draw.replay, draw.plan, study.train, study.evaluate, study.verify):
+for command in (
+    draw.demo,
+    draw.generate,
+    draw.replay,
+    draw.annotate,
+    draw.plan,
+    study.train,
+    study.evaluate,
+    study.verify,
+):
     app.command()(command)
 data_app.command()(study.icons)
 data_app.command("check")(study.check_data)

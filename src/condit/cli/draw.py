@@ -1,4 +1,4 @@
-"""Commands that draw: demo, generate, replay; and plan, which says what drawing would take."""
+"""Commands that draw: demo, generate, replay; annotate, which makes conditions; plan, which says what drawing takes."""
 
 import re
 import time
@@ -208,6 +208,35 @@ def replay(
         if before.tobytes() == load_image(target).tobytes()
         else "another picture than the one in the file"
     )
+
+
+def annotate(
+    image: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
+    kind: Annotated[str, typer.Argument(help="canny, edges, lines, soft_edges, gray, blur, blur-5, blur-10 or depth.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write it [default: beside it, with the kind].")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Scale to this height first; lines depend on the size.")] = None,
+    width: Annotated[int | None, typer.Option(help="And to this width.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Make the condition that an adapter was trained on: edges, gray, blur, depth.
+
+    depth needs the weights of a depth network, which are not part of condit.
+    """
+    from condit.data.images import load_image, save_image
+    from condit.pipeline import ANNOTATORS
+
+    if kind not in ANNOTATORS:
+        raise typer.BadParameter(f"there are {', '.join(ANNOTATORS)}; found {kind!r}")
+    picture = load_image(image, mode="RGBA" if kind in ("edges", "lines", "soft_edges") else "RGB")
+    if height is not None or width is not None:
+        size = width or picture.width, height or picture.height
+        if min(size) < 1:
+            raise typer.BadParameter("--height and --width are at least 1")
+        picture = picture.resize(size)
+    target = out or image.with_name(f"{image.stem}-{kind}.png")
+    typer.echo(str(save_image(ANNOTATORS[kind](picture), target)))
 
 
 def plan(

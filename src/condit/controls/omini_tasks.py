@@ -38,7 +38,7 @@ class OminiConfig:
 # The published files carry no settings: these are theirs, all trained jointly. Beside each, what the condition is.
 TASKS: dict[str, OminiConfig] = {
     "canny": OminiConfig("canny", annotator="canny"),  # experimental/canny (FLUX.1-dev); cv2.Canny(100, 200) of RGB
-    "depth": OminiConfig("depth"),  # experimental/depth; a map by Depth-Anything small as RGB, given ready
+    "depth": OminiConfig("depth", annotator="depth"),  # experimental/depth; a map by Depth-Anything small as RGB
     "coloring": OminiConfig("coloring", annotator="gray"),  # experimental/coloring; luma
     # experimental/deblurring; trained on radius 1 to 10. The second generation's demos take 5, the first's 10.
     "deblurring": OminiConfig("deblurring", annotator="blur-5"),

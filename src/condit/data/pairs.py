@@ -13,6 +13,7 @@ Where pictures are each other's references, rows name what they share instead: `
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tarfile
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from condit.data.files import hash_file
 from condit.data.images import ImageSource, load_image
 
 METADATA = "metadata.jsonl"
@@ -131,6 +133,15 @@ def open_pairs(source: str | Path) -> Pairs:
             raise ValueError(f"{place}: {problem}. Found: {', '.join(parts)}")
         samples.append((tar, parts))
     return TarPairs(tuple(samples))
+
+
+def fingerprint(source: str | Path) -> str:
+    """16 hex digits that change with the rows of a set: what is computed from them may be kept under this name."""
+    path = Path(source)
+    if (path / METADATA).is_file():
+        return hash_file(path / METADATA)
+    stats = [(tar.name, tar.stat().st_size, tar.stat().st_mtime_ns) for tar in _tars(path)]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
 
 def check(source: str | Path, *, decode: bool = True) -> Report:

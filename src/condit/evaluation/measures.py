@@ -172,23 +172,6 @@ def edge_similarity(images: Tensor, truth: Tensor, sigma: float = 2.0) -> Tensor
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-8)
 
 
-def edge_f1(found: Tensor, given: Tensor, tolerance: int = 2) -> Tensor:
-    """F1 of edge pixels, bool (N, H, W) twice -> (N,): precision = found pixels with a given one within `tolerance`
-    pixels (Euclidean), recall = the other way round. Two empty maps agree."""
-    grown_given, grown_found = _grow(given, tolerance), _grow(found, tolerance)
-    precision = (found & grown_given).flatten(1).sum(1) / found.flatten(1).sum(1).clamp(min=1)
-    recall = (given & grown_found).flatten(1).sum(1) / given.flatten(1).sum(1).clamp(min=1)
-    both_empty = ~found.flatten(1).any(1) & ~given.flatten(1).any(1)
-    f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-8)
-    return torch.where(both_empty, torch.ones_like(f1), f1)
-
-
-def _grow(lines: Tensor, radius: int) -> Tensor:
-    offsets = torch.arange(-radius, radius + 1)
-    disk = (offsets[:, None] ** 2 + offsets**2 <= radius**2).float()[None, None]
-    return F.conv2d(lines[:, None].float(), disk, padding=radius)[:, 0] > 0
-
-
 def thumbnails(images: Tensor, side: int = 32) -> Tensor:
     """Mean colours in 0..1 of side x side cells: (N, 3, H, W) -> (N, 3 * side**2)."""
     return F.avg_pool2d(images.float() / 255, images.shape[-1] // side).flatten(1)

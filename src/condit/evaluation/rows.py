@@ -12,6 +12,7 @@ from torch import Tensor
 
 from condit.data import annotators
 from condit.data.icons import Icon, IconWorld
+from condit.data.line_score import edge_f1
 from condit.evaluation import measures
 from condit.evaluation.sets import Cell, Spec, Split
 
@@ -188,7 +189,7 @@ def edge_scores(scene: Scene, world: IconWorld) -> dict[str, Tensor]:
     for name in ("edges", "words", "real"):
         if name in scene.images:
             lines = torch.stack([_lines(x.permute(1, 2, 0).numpy()) for x in scene.images[name]])
-            found[name] = measures.edge_f1(lines, given)
+            found[name] = edge_f1(lines, given)
     return found
 
 

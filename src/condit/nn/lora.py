@@ -50,7 +50,11 @@ class LoRA(nn.Module):
     def delta(self, path: str, x: Tensor) -> Tensor | None:
         """The update for tokens x (..., in) of the linear at `path`, or None where this LoRA has none."""
         key = self.keys.get(path)
-        return None if key is None else (x @ self.a[key].mT @ self.b[key].mT) * self.scales[path]
+        if key is None:
+            return None
+        # In training float32 weights serve a base of bfloat16.
+        a, b = self.a[key].to(x.dtype), self.b[key].to(x.dtype)
+        return (x @ a.mT @ b.mT) * self.scales[path]
 
     def tensors(self) -> dict[str, Tensor]:
         """The published layout: `transformer.PATH.lora_A.weight` (rank, in) and `.lora_B.weight` (out, rank).

@@ -1,4 +1,5 @@
-"""Modules that rest on the CPU and are copied to a device for their turn.
+"""Less memory for the same arithmetic: modules that rest on the CPU and are copied to a device for their turn, blocks
+that are computed twice.
 
 What rests is never changed: a turn works on a copy of the module's structure whose tensors lie on the device, and drops
 it. So two calls in two threads do not see each other, and nothing is copied back.
@@ -7,11 +8,13 @@ it. So two calls in two threads do not see each other, and nothing is copied bac
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,9 +60,18 @@ class Visited(nn.ModuleList):
         self.device = device
 
 
-def visited(module: M) -> M:
-    """The module with each list of its blocks as `Visited`; the blocks are shared, and the module is not changed."""
+class Checkpointed(nn.ModuleList):
+    """Blocks whose insides are computed again in the backward pass instead of being kept (Chen et al. 2016,
+    arXiv:1604.06174)."""
+
+    def __iter__(self) -> Iterator[Callable]:  # type: ignore[override]
+        for block in super().__iter__():
+            yield partial(checkpoint, block, use_reentrant=False)
+
+
+def with_blocks(module: M, kind: type[nn.ModuleList]) -> M:
+    """The module with each list of its blocks as `kind`; the blocks are shared, and the module is not changed."""
     found = copy.copy(module)
-    children = {n: Visited(m) if isinstance(m, nn.ModuleList) else m for n, m in module._modules.items()}
+    children = {n: kind(m._modules.values()) if isinstance(m, nn.ModuleList) else m for n, m in module._modules.items()}  # type: ignore[arg-type]
     vars(found)["_modules"] = children
     return found

@@ -39,7 +39,8 @@ class LoopConfig(BaseModel):
     steps: int
     batch: int
     seed: int = 0
-    lr: float = 1e-3
+    optimizer: Literal["adamw", "prodigy"] = "adamw"
+    lr: float = 1e-3  # of Prodigy a factor: 1
     muon_lr: float | None = None
     embedding_lr: float | None = None
     beta2: float = 0.98  # of AdamW; 0.999 for runs of many thousand steps
@@ -95,14 +96,16 @@ class Task(nn.Module):
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A tensor, or a dataclass with its tensors, on the device."""
+    """A tensor, a tuple of them, or a dataclass with its tensors, on the device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, tuple):
+        return tuple(to_device(value, device) for value in batch)
     if not dataclasses.is_dataclass(batch) or isinstance(batch, type):
         return batch
-    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if isinstance(value, Tensor)}
-    return dataclasses.replace(batch, **moved)
+    return dataclasses.replace(
+        batch, **{f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
+    )
 
 
 def fast_precision() -> Literal["bf16", "no"]:
@@ -129,6 +132,7 @@ class Loop:
             embedding_lr=config.embedding_lr,
             weight_decay=config.weight_decay,
             beta2=config.beta2,
+            optimizer=config.optimizer,
         )
         self.parameters = {name: p for name, p in task.named_parameters() if p.requires_grad}
         self.model, *prepared = self.accelerator.prepare(task, *self.optimizers)

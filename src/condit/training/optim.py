@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import nn
+
+from condit.training.prodigy import Prodigy
 
 
 def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -36,9 +39,12 @@ def make_optimizers(
     embedding_lr: float | None,
     weight_decay: float,
     beta2: float = 0.98,
+    optimizer: Literal["adamw", "prodigy"] = "adamw",
 ) -> list[torch.optim.Optimizer]:
-    """One AdamW, and before it Muon (Jordan et al. 2024) on hidden matrices if `muon_lr` is given."""
+    """One AdamW or Prodigy, and before it Muon (Jordan et al. 2024) on hidden matrices if `muon_lr` is given."""
     matrices, embeddings, rest = parameter_groups(module)
+    if optimizer == "prodigy" and (muon_lr is not None or embedding_lr is not None):
+        raise ValueError("Prodigy finds one step size for all weights; leave muon_lr and embedding_lr out.")
     if muon_lr is None or not matrices:
         matrices, rest = [], matrices + rest
     found: list[torch.optim.Optimizer] = []
@@ -47,7 +53,11 @@ def make_optimizers(
     groups = [{"params": rest, "lr": lr}]
     if embeddings:
         groups.append({"params": embeddings, "lr": embedding_lr or lr})
-    found.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay))
+    if optimizer == "prodigy":
+        every = [{"params": matrices + rest + embeddings}]
+        found.append(Prodigy(every, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay))
+    else:
+        found.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay))
     for optimizer in found:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

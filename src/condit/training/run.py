@@ -36,6 +36,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.deadiff import DEADiffTask
     from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
+    from condit.training.omini import OminiTask
     from condit.training.text_to_image import TextToImageTask
 
     return {
@@ -45,6 +46,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
         "text-and-style": JointTask,
         "style": StyleTask,
         "tokens": TokenTask,
+        "omini": OminiTask,
         "class-conditional": ClassConditionalTask,
         "classify": ClassifyTask,
         "deadiff": DEADiffTask,
