@@ -27,7 +27,7 @@ EXTREME, RANDOM, ACROSS, SIDE = 12, 24, 4, 96
 INK, FAINT, BAR, BESIDE, WHISKER = (32, 32, 32), (225, 225, 225), (66, 118, 178), (170, 170, 170), (20, 20, 20)
 _LINE, _LABEL, _WIDTH, _VALUE = 24, 330, 460, 60
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
+STYLE_SHEET = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}
 td.number{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}.missed{color:#b02020;font-weight:600}
 code{background:#f3f3f3;padding:.1em .3em}"""
@@ -43,21 +43,21 @@ def write_page(folder: Path, result: Mapping[str, Any], scenes: Sequence[Scene],
     ]
     for number, (measure, split, rows) in enumerate(by_table(result["rows"])):
         picture = plot(rows)
-        save_image(picture, folder / "plots" / f"{number:02d}-{split}-{_slug(measure)}.png")
-        parts += [f"<h2>{html.escape(measure)}, {SPLITS[split]}</h2>", _inline(picture), _rows_table(rows)]
+        save_image(picture, folder / "plots" / f"{number:02d}-{split}-{slug(measure)}.png")
+        parts += [f"<h2>{html.escape(measure)}, {SPLITS[split]}</h2>", inline(picture), _rows_table(rows)]
     for scene in scenes:
         for name, spec in scene.specs.items():
             picture = sheet(scene, name, spec, world, result["seed"])
             save_image(picture, folder / "sheets" / f"{name}.png")
             title = f"{name}: {spec.what}, {SPLITS[scene.split]}"
-            parts += [f"<h2>{html.escape(title)}</h2>", f"<p>{_SCORES.get(name, _SCORE)}</p>", _inline(picture)]
+            parts += [f"<h2>{html.escape(title)}</h2>", f"<p>{_SCORES.get(name, _SCORE)}</p>", inline(picture)]
     parts += [f"<p>Left out: {html.escape(x['set'])} ({html.escape(x['why'])}).</p>" for x in result["skipped"]]
     parts.append(_confusion_table(result["judge"]["card"]))
     seconds = "; ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
     parts.append(f"<p>Time: {html.escape(seconds)}.</p>")
     body = "\n".join(parts)
     page = '<!doctype html><html lang="en"><meta charset="utf-8"><title>condit evaluation</title>'
-    page += f"<style>{_STYLE}</style><body>\n{body}\n</body></html>\n"
+    page += f"<style>{STYLE_SHEET}</style><body>\n{body}\n</body></html>\n"
     return atomic_write(folder / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
 
 
@@ -109,13 +109,13 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, "</table>"])
 
 
-def _inline(picture: Image.Image) -> str:
+def inline(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, format="WEBP", quality=90)  # a page of PNG sheets is too big to mail; those lie beside it
     return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 

@@ -74,7 +74,7 @@ def evaluate(
     specs = _wanted(sets)
     if count < 1:
         raise ValueError(f"count is the number of pictures a set, at least 1; found {count}")
-    world = IconWorld.open(data or _sample())
+    world = IconWorld.open(open_world(data))
     pipe = load(model, dtype=torch.bfloat16 if bf16 else None)
     bench = make_bench(world, pipe)
     scenes = draw_scenes(bench, specs, folder / "images", count=count, seed=seed, steps=steps, tell=tell)
@@ -120,7 +120,10 @@ def _wanted(sets: Collection[str] | None) -> list[Spec]:
     return [spec for spec in SPECS if sets is None or spec.name in sets]
 
 
-def _sample() -> Path:
+def open_world(data: str | Path | None) -> str | Path:
+    """The world that was asked for, or the packed sample."""
+    if data is not None:
+        return data
     if not sample_path().exists():
         raise ValueError("no icon world given; build one: condit data icons --out DIR, then --data DIR")
     log.warning("no --data given: the packed sample has few held-out icons, so the intervals are wide")
@@ -271,10 +274,15 @@ def _parts(indices: list[int], size: int = 512) -> list[list[int]]:
 def write_table(result: Mapping[str, Any], path: str | Path) -> Path:
     """The figures as Markdown into `path`: between the lines `<!-- evaluation -->` and `<!-- /evaluation -->` where it
     has them, else as the whole file."""
+    return write_between(path, tables.markdown(result), "evaluation")
+
+
+def write_between(path: str | Path, body: str, mark: str) -> Path:
+    """`body` between the lines `<!-- mark -->` and `<!-- /mark -->` of `path`, or as a new file. ValueError for a file
+    without them."""
     path = Path(path)
-    first, last = "<!-- evaluation -->", "<!-- /evaluation -->"
+    first, last = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    body = tables.markdown(result)
     if old and (first not in old or last not in old.split(first, 1)[1]):
         raise ValueError(f"{path} has no lines {first} and {last}; put them where the figures belong")
     if old:
