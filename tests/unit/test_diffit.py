@@ -144,6 +144,9 @@ def test_parameters_and_multiply_accumulates_of_xl_2(size, depth, parameters, al
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.empty(1, 4, size, size), torch.empty(1), torch.empty(1, dtype=torch.long))
     assert sum(p.numel() for p in model.parameters()) == parameters
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    assert block == 15 * 1152**2 + 12 * 1152 + (size - 1) ** 2 * 16
+    assert size == 64 or parameters - depth * block == 3_128_864  # with the fixed positions
     counts = {str(op): n / 2e9 for op, n in counter.get_flop_counts()["Global"].items()}
     products = sum(n for op, n in counts.items() if "bmm" in op or "attention" in op)
     assert round(sum(counts.values()), 3) == all_g

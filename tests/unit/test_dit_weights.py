@@ -15,6 +15,7 @@ from condit.weights.dit import load_dit, save_dit, to_diffusers
 
 TINY = DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5)
 ODD = replace(TINY, input_size=(4, 12), mlp_ratio=3.0, class_dropout_prob=0.0, learn_sigma=False, in_channels=3)
+GOLDEN = Path(__file__).parent.parent / "parity" / "golden" / "dit"
 LAYOUTS = {"official": "dit.pt", "training": "training.pt", "diffusers": "transformer"}
 
 
@@ -99,6 +100,21 @@ def test_an_official_file_is_flat_and_read_without_code(tmp_path):
     save_dit(build(), tmp_path / "dit.pt")
     found = torch.load(tmp_path / "dit.pt", weights_only=True)
     assert list(found) == list(build().state_dict())
+
+
+@pytest.mark.parametrize("release", ["layout_dit_xl_2_256", "layout_dit_xl_2_512"])
+def test_a_file_with_the_released_list_of_names_loads_strictly(release, tmp_path):
+    """The network of 28 blocks, 48 channels wide instead of 1152, so that the file is small."""
+    told = json.loads((GOLDEN / f"{release}.json").read_text())["keys"]
+    side = 32 if release.endswith("256") else 64
+    config = DiTConfig(input_size=side, hidden_size=48, num_heads=16, num_classes=1000)
+    state = DiT(config).state_dict()
+    assert list(state) == list(told) and len(told) == 292
+    torch.save({name: state[name] for name in told}, tmp_path / "dit.pt")
+    assert load_dit(tmp_path / "dit.pt", num_heads=16).config == config
+    torch.save({name: state[name] for name in list(told)[:-1]}, tmp_path / "dit.pt")
+    with pytest.raises(ValueError, match=rf"1 missing \(first: {list(told)[-1]}\).*It looks like a DiT"):
+        load_dit(tmp_path / "dit.pt", num_heads=16)
 
 
 # Training files

@@ -17,6 +17,7 @@ from condit.weights.files import read_metadata
 from condit.weights.vit import for_finetuning, load_vit, read_vit, save_vit, what_is
 from condit.weights.vit_layouts import Layout, to_layout
 
+GOLDEN = Path(__file__).parent.parent / "parity" / "golden" / "vit"
 TINY = ViTConfig(patch_size=4, image_size=16, dim=24, depth=2, heads=3, mlp_dim=40, classes=5)
 LAYOUTS: dict[Layout, str] = {"npz": "a.npz", "linen": "a.npz", "timm": "a.safetensors", "transformers": "a"}
 
@@ -136,6 +137,41 @@ def test_a_config_of_timm_beside_our_own_file_does_not_hide_its_metadata(tmp_pat
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny"}))
     assert path.parent == tmp_path
     assert read_vit(tmp_path)[0] == model.config
+
+
+# The published lists of names of ViT-B/16, with 12 channels instead of 768, so that the files are small.
+SMALLER = {768: 12, 3072: 48, 2304: 36, 64: 1, 21843: 7, 1000: 7}
+
+
+def published(layout: str) -> dict[str, Tensor]:
+    told = json.loads((GOLDEN / f"layout_{layout}.json").read_text())
+    shapes = {row["hub"]: row["shape"] for row in told["keys"].values()} if "keys" in told else told
+    g = torch.Generator().manual_seed(0)
+    return {name: torch.randn([SMALLER.get(n, n) for n in shape], generator=g) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "ending"), [("npz_vit_b_16_imagenet21k", "npz"), ("timm_vit_b_16", "safetensors"), ("hf_vit_b_16", "bin")]
+)
+def test_a_file_with_the_published_list_of_names_loads_strictly(layout, ending, tmp_path):
+    tensors, path = published(layout), tmp_path / f"vit.{ending}"
+
+    def write_file(tensors: dict[str, Tensor]) -> Path:
+        if ending == "npz":
+            np.savez(path, **{k: x.numpy() for k, x in tensors.items()})  # type: ignore[arg-type]
+        elif ending == "bin":
+            torch.save(tensors, path)
+        else:
+            save_file(tensors, path)
+        return path
+
+    model = load_vit(write_file(tensors), heads=12)
+    config = ViTConfig(dim=12, mlp_dim=48, classes=7, flavour=model.config.flavour)
+    assert model.config == (replace(config, representation_size=12) if ending == "npz" else config)
+    assert sum(p.numel() for p in model.parameters()) == sum(x.numel() for x in tensors.values())
+    last = list(tensors)[-1]
+    with pytest.raises(ValueError, match=f"misses 1 tensors.*{last}.*It looks like a ViT in the layout"):
+        load_vit(write_file({name: x for name, x in tensors.items() if name != last}), heads=12)
 
 
 # Wrong files.
