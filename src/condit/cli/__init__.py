@@ -12,6 +12,7 @@ import typer
 
 from condit import __version__
 from condit.cli import draw, study
+from condit.cli.edit import edit
 from condit.cli.terminal import Debug, Json, answer, output_folder, say
 from condit.memory import keep_memory
 
@@ -25,7 +26,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make the data that models are trained on.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
-for command in (draw.demo, draw.generate, draw.replay, study.train, study.evaluate, study.verify):
+for command in (draw.demo, draw.generate, edit, draw.replay, study.train, study.evaluate, study.verify):
     app.command()(command)
 data_app.command()(study.icons)
 
