@@ -19,6 +19,7 @@ from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import QFormerConfig
 from condit.encoders.text import Text
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.encoders.words import Words
 from condit.latent_pipeline import LatentPipeline
 from condit.pipeline import Pipeline
 from condit.weights.latent_models import LatentParts, tell_unet
@@ -43,6 +44,16 @@ class StubText(nn.Module):
             rows.append([torch.randn(shape, generator=g) for shape in shapes])
         tokens, pooled, canvas = (torch.stack(column) for column in zip(*rows, strict=True))
         return Text(tokens, pooled, canvas if self.canvas else None)
+
+    def words(self, prompts: Sequence[str]) -> list[Words]:
+        """A token a word, from the second on: the first stands for a begin token."""
+        found = []
+        for prompt in prompts:
+            words = tuple(prompt.split())
+            ids = (0, *(zlib.crc32(word.encode()) for word in words))[:5]
+            places = tuple((i + 1,) if i + 1 < 5 else () for i in range(len(words)))
+            found.append(Words(prompt, words, places, ids, 5))
+        return found
 
 
 class StubImage(nn.Module):

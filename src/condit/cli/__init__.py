@@ -12,6 +12,7 @@ import typer
 
 from condit import __version__
 from condit.cli import draw, study
+from condit.cli.edit import edit
 from condit.cli.terminal import Debug, Json, answer, output_folder, say
 from condit.memory import keep_memory
 
@@ -28,6 +29,7 @@ app.add_typer(data_app, name="data")
 for command in (
     draw.demo,
     draw.generate,
+    edit,
     draw.replay,
     draw.annotate,
     draw.plan,

@@ -66,9 +66,9 @@ class DiT4Edit(Control):
     cross_until: float = 0.8
     word_until: Mapping[str, float] = field(default_factory=dict)
     reweight: Mapping[str, float] = field(default_factory=dict)
-    self_form: Literal["kv", "map"] | None = "kv"
-    self_steps: Window = (0.08, 1.0)
-    self_layers: Window = (0.5, 1.0)
+    self_form: Literal["kv", "map"] | None = "map"
+    self_steps: Window = (0.0, 0.3)
+    self_layers: Window = (0.0, 1.0)
     blend: Blend | None = None
     record: bool = False
     # Of a run:
@@ -298,11 +298,11 @@ def edited_places(blend: Blend | None, source: Words, target: Words) -> Tensor:
 
 # By edit type; which values are the paper's and which ours, and how they did on icons: docs/papers/dit4edit.md.
 PRESETS: dict[str, DiT4Edit] = {
-    "swap": DiT4Edit(cross_until=0.8, self_form="kv", blend=Blend()),
-    "attribute": DiT4Edit(cross_until=0.6, self_form="map", self_steps=(0.0, 0.4), self_layers=(0.0, 1.0)),
-    "style": DiT4Edit(cross_until=0.4, self_form="kv", self_steps=(0.08, 0.5)),
-    "background": DiT4Edit(cross_until=0.6, self_form="map", self_steps=(0.0, 0.4), self_layers=(0.0, 1.0)),
-    "shape": DiT4Edit(cross_until=0.4, self_form="kv"),
-    "add": DiT4Edit(cross="refine", cross_until=0.6, self_form="kv", blend=Blend()),
-    "remove": DiT4Edit(cross="refine", cross_until=0.6, self_form="kv", self_steps=(0.08, 0.5), blend=Blend()),
+    "swap": DiT4Edit(blend=Blend()),
+    "attribute": DiT4Edit(cross_until=0.6, self_steps=(0.0, 0.8)),
+    "style": DiT4Edit(cross_until=0.4, self_steps=(0.0, 0.4)),
+    "background": DiT4Edit(cross_until=0.6, self_steps=(0.0, 0.8)),
+    "shape": DiT4Edit(cross_until=0.4, self_form="kv", self_steps=(0.08, 1.0), self_layers=(0.5, 1.0)),
+    "add": DiT4Edit(cross="refine", cross_until=0.6, self_steps=(0.0, 0.4), blend=Blend()),
+    "remove": DiT4Edit(cross="refine", cross_until=0.6, blend=Blend()),
 }

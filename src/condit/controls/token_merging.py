@@ -31,7 +31,9 @@ class Matching:
         return x[..., :extra, :], x[..., extra:, :]
 
     def merge(self, x: Tensor) -> Tensor:
-        """(B, ..., N, C) -> (B, ..., M, C): means."""
+        """(B, ..., N, C) -> (B, ..., M, C): means. One row that stands for all tokens stays one."""
+        if x.shape[-2] == 1:
+            return x
         before, x = self.parts(x, self.rows.shape[1])
         count = self.picks.shape[1]
         batch = max(len(x), len(self.rows))
@@ -125,6 +127,7 @@ class TokenMerging(Control):
     # Of a run:
     grid: tuple[int, int] | None = None
     order: Order | None = None
+    paths: frozenset[str] | None = None  # of the sites that `where` names; None: all
     paired: bool = False
     memory: dict[tuple[str, float], Matching] = field(default_factory=dict)
     follows: bool = False  # takes the match that the conditional side of guidance has made in this step
@@ -142,8 +145,12 @@ class TokenMerging(Control):
                 "TokenMerging needs the whole grid of tokens; this call draws a part (fill). Leave one out."
             )
         memory = run.memory.setdefault("TokenMerging", {})
+        sites = getattr(run.backbone, "sites", ())  # told once: a compiled forward cannot match patterns
+        paths = None if self.where == Where() else frozenset(s.path for s in sites if s in self.where)
         source, destination = (x.to(run.pooled.device) for x in corner_order(run.grid))
-        return replace(self, grid=run.grid, order=(source, destination), paired=run.edit is not None, memory=memory)
+        return replace(
+            self, grid=run.grid, order=(source, destination), paths=paths, paired=run.edit is not None, memory=memory
+        )
 
     def at(self, step: Step) -> TokenMerging | None:
         ratio = self.ratio * self.when.factor(step)
@@ -156,7 +163,9 @@ class TokenMerging(Control):
         return replace(self, ratio=ratio, fresh=first and not self.follows)
 
     def merging(self, site: Site, tokens: Tensor, image: slice) -> Matching | None:
-        if site.kind == "cross" or site not in self.where or self.grid is None or self.order is None:
+        if self.grid is None or self.order is None or site.kind == "cross":
+            return None
+        if self.paths is not None and site.path not in self.paths:
             return None
         if image.stop - image.start != self.grid[0] * self.grid[1]:
             return None

@@ -287,7 +287,9 @@ CHECKS = (
     Check("terms of one step, one inversion step", _OFFICIAL, TOLERANCE, _DIFFUSIONS, compare_statistics),
     Check("5 steps of DDPM and DDIM (relative)", _OFFICIAL, TOLERANCE, _DIFFUSIONS, compare_samples),
     Check("5 steps of DDPM, x0 clipped (relative)", _OFFICIAL, CLIPPED_TOLERANCE, _DIFFUSIONS, compare_clipped_samples),
-    Check("noise schedules, respacings (float64)", _OFFICIAL, TABLE_TOLERANCE, "schedules*.safetensors", compare_schedules),
+    Check(
+        "noise schedules, respacings (float64)", _OFFICIAL, TABLE_TOLERANCE, "schedules*.safetensors", compare_schedules
+    ),
     Check("position tables (float64)", _OFFICIAL, TABLE_TOLERANCE, "pos_embed*.safetensors", compare_positions),
     Check("names and shapes of DiT-XL/2, 256 and 512 px", _OFFICIAL, 0, "layout_*.json", compare_layout),
 )

@@ -228,7 +228,13 @@ CHECKS = (
     ),
     Check("the same, numbered as released", _AUTHORS, TOLERANCE, "legacy_names*.npz", compare_released_numbering),
     Check("positions at another size", _AUTHORS, TOLERANCE, "posembed_resize*.safetensors", compare_resizing),
-    Check("features, logits, positions at another size", "timm 1.0.31", TOLERANCE, "timm_*layout.safetensors", compare_timm),
+    Check(
+        "features, logits, positions at another size",
+        "timm 1.0.31",
+        TOLERANCE,
+        "timm_*layout.safetensors",
+        compare_timm,
+    ),
     Check(
         "hidden states, pooler, logits, also at another size",
         "transformers 5.23",

@@ -1,0 +1,111 @@
+"""The command that edits: edit."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from condit.cli.terminal import Debug, Json, answer, say, waiting
+
+TYPES = "swap, attribute, style, background, shape, add, remove, or none"
+
+
+def edit(
+    image: Annotated[str, typer.Argument(help="The picture to change.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="What it shows, e.g. 'a cat'.", show_default=False)],
+    target: Annotated[str, typer.Argument(help="What it shall show, e.g. 'a dog'.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help="tiny, or a folder of PixArt or FLUX.1.")] = "tiny",
+    kind: Annotated[str, typer.Option("--type", "-t", help=f"Kind of change: {TYPES}.")] = "swap",
+    style: Annotated[
+        list[str] | None, typer.Option("--style", metavar="REF[:S]", help="Draw the change in this picture's style.")
+    ] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="White where the picture may change.")] = None,
+    reweight: Annotated[
+        list[str] | None, typer.Option("--reweight", metavar="WORD=F", help="Attend F times as much to a word.")
+    ] = None,
+    merge: Annotated[float, typer.Option(help="Share of tokens to merge, 0 to 0.75; from 1024 tokens on.")] = 0.0,
+    negative: Annotated[str | None, typer.Option("--negative", help="What to keep away from.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps up and down [default: the model's].")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance by the text [default: the model's].")] = None,
+    solver: Annotated[str | None, typer.Option(help="Of the inversion [default: the model's].")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="A PNG of source, round trip, edit and attention to the words.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps [default: cpu for tiny].")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A .png, .jpg or .webp, or a folder.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Change a picture by words.
+
+    The picture is inverted to noise and drawn again beside its change: what the words leave alone stays.
+    """
+    from condit.cli.draw import output_paths, parse_reference
+    from condit.data.images import load_image, save_image
+
+    factors = {}
+    for value in reweight or ():
+        word, equals, factor = value.partition("=")
+        try:
+            factors[word] = float(factor)
+        except ValueError:
+            equals = ""
+        if not equals or not word:
+            raise typer.BadParameter(f"--reweight takes WORD=F, as in fluffy=2; found {value!r}")
+    references = [parse_reference(value, 1.0) for value in style or ()]
+    for path in (image, *(path for path, _ in references), *([mask] if mask else [])):
+        load_image(path)  # a wrong picture is told before seconds are spent on loading the model
+    (target_path,) = output_paths(target, out, 0, 1, no_metadata=True)
+    from dataclasses import replace
+
+    import condit
+    from condit.controls.dit4edit import PRESETS
+    from condit.request import default_device, load_adapter
+
+    if kind not in (*PRESETS, "none"):
+        raise typer.BadParameter(f"--type is one of {TYPES}; found {kind!r}")
+    if kind == "none" and factors:
+        raise typer.BadParameter("--reweight acts on attention, which --type none leaves alone")
+    start = time.perf_counter()
+    with waiting(f"loading {model}"):
+        pipe = condit.load(model, device=device or default_device(model))
+        if not hasattr(pipe, "edit"):
+            raise ValueError(f"{model!r} is a {type(pipe).__name__}, which cannot edit. Use tiny, PixArt or FLUX.1")
+        controls: list = [] if kind == "none" else [replace(PRESETS[kind], reweight=factors)]
+        if merge:
+            controls.append(condit.TokenMerging(merge))
+        if references:
+            adapter = load_adapter(f"{model}/style", pipe)
+            controls += [adapter.control(path, strength=strength) for path, strength in references]
+    with waiting("editing"):
+        how = {} if solver is None else {"solver": solver}
+        result = pipe.edit(
+            image,
+            source,
+            target,
+            controls=controls,
+            mask=mask,
+            negative_prompt=negative,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            maps=page is not None,
+            **how,
+        )
+    recipe = {**result.recipe, "condit": condit.__version__, "edited": Path(image).name}
+    png = target_path.suffix.lower() == ".png"
+    save_image(result.images[0], target_path, **({"recipe": recipe} if png else {}))
+    seconds = round(time.perf_counter() - start, 2)
+    if page is not None:
+        from condit.editing.page import edit_page
+
+        save_image(edit_page(result, source, target), page)
+    if as_json:
+        answer({"image": str(target_path), "page": page and str(page), "seconds": seconds, "recipe": recipe})
+        return
+    say(f"edited in {seconds} s; round trip {result.psnr[0]:.1f} dB")
+    typer.echo(str(target_path))
+    if page is not None:
+        typer.echo(str(page))
