@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from condit import interop
     from condit.controls.control import Control, When, Where
     from condit.controls.deadiff import DEADiff
+    from condit.controls.instantstyle import InstantStyle
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
     from condit.controls.style_lora import StyleLoRA
@@ -19,6 +20,7 @@ __all__ = [
     "Control",
     "DEADiff",
     "IPAdapter",
+    "InstantStyle",
     "OminiControl",
     "Pipeline",
     "StyleLoRA",
@@ -35,6 +37,7 @@ _HOME = {
     "load": "condit.pipeline",
     "Pipeline": "condit.pipeline",
     "IPAdapter": "condit.controls.ip_adapter",
+    "InstantStyle": "condit.controls.instantstyle",
     "OminiControl": "condit.controls.omini",
     "DEADiff": "condit.controls.deadiff",
     "StyleLoRA": "condit.controls.style_lora",

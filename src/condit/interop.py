@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Run, Step
 from condit.data.images import ImageSource
+from condit.encoders.image import CLIPImage
 from condit.encoders.vae import encode_tokens
 from condit.nn.attention import Site
 from condit.nn.layers import RMSNorm
@@ -31,6 +32,7 @@ from condit.nn.lora import Linear, LoRA
 from condit.nn.streams import Stream
 from condit.pipeline import describe_source, read_references
 from condit.weights.catalog import AdapterFile, read_adapter
+from condit.weights.clip_towers import load_image_encoder
 
 # Their tokens are the noisy image and nothing else. Kontext's hold references too; Fill and Control stack channels.
 PIPELINES = (
@@ -152,6 +154,10 @@ class Guest:
         images = images.to(self.pipe.vae.dtype)
         tokens = encode_tokens(self.pipe.vae, images, generator, sample=generator is not None).to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
+
+    def image_encoder(self, folder: str | Path) -> CLIPImage:
+        """A CLIP image tower from its folder, where the model computes."""
+        return load_image_encoder(folder).to(self.device)
 
     def describe_source(self, reference: Any) -> list:
         """What a recipe keeps of a reference."""

@@ -23,11 +23,13 @@ from condit.diffusion.guidance import guide, guide_text_image, rescale
 from condit.diffusion.vp import Path as Steps
 from condit.diffusion.vp import Process, Solver, add_noise, make_path
 from condit.diffusion.vp_samplers import sample
+from condit.encoders.image import CLIPImage, TextTower
 from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
 from condit.nn.lora import LowRank, together
 from condit.pipeline import MAX_SIDE, MAX_STEPS, Result, describe_source, image_generators, read_references
 from condit.weights.catalog import AdapterFile, read_adapter
+from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.latent_models import Frame, LatentParts, Network
 
 Prompt = str | Sequence[str] | Text
@@ -411,12 +413,28 @@ class LatentPipeline:
         sample by its own generator."""
         return encode_latents(self.parts.vae, images, generators)
 
+    def image_encoder(self, folder: str | Path) -> CLIPImage:
+        """A CLIP image tower from its folder, where the model computes."""
+        return load_image_encoder(folder).to(self.device)
+
+    def text_tower(self, folder: str | Path | None = None) -> TextTower | None:
+        """A CLIP text tower with projection from its folder; None: the model's own, if it has one (SDXL's second)."""
+        if folder is not None:
+            return load_text_tower(folder).to(self.device)
+        own = [pair for pair in zip(*towers_of(self.parts.text), strict=True) if hasattr(pair[1], "text_projection")]
+        return TextTower(own[-1][1], own[-1][0]) if own else None
+
     def describe_source(self, reference: Any) -> list:
         """What a recipe keeps of a reference."""
         return describe_source(reference)
 
 
 _SAMPLERS = get_args(Sampler)
+
+
+def towers_of(text: Any) -> tuple[list, list]:
+    """The tokenizers and encoders of a text encoder, where it is made of them."""
+    return list(getattr(text, "tokenizers", [])), list(getattr(text, "encoders", []))
 
 
 def repainted(x: Tensor, start: Start, path: Steps, i: int) -> Tensor:

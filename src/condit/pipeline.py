@@ -21,12 +21,14 @@ from condit.diffusion.guidance import guide, guide_text_image
 from condit.diffusion.objectives import to_velocity
 from condit.diffusion.samplers import euler
 from condit.diffusion.schedules import flow_sigmas, flux_mu
+from condit.encoders.image import CLIPImage
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import together
 from condit.nn.streams import Stream, grid_ids
 from condit.weights import class_models, latent_models
 from condit.weights.catalog import AdapterFile, read_adapter
+from condit.weights.clip_towers import load_image_encoder
 from condit.weights.load import Parts, load_parts
 
 MAX_STEPS, MAX_SIDE = 1000, 4096
@@ -299,6 +301,10 @@ class Pipeline:
         encoded = encode_tokens(self.parts.vae, images.to(dtype), generator, sample=generator is not None)
         tokens = encoded.to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
+
+    def image_encoder(self, folder: str | Path) -> CLIPImage:
+        """A CLIP image tower from its folder, where the model computes."""
+        return load_image_encoder(folder).to(self.device)
 
     def describe_source(self, reference: Any) -> list:
         """What a recipe keeps of a reference."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -171,7 +171,28 @@ def match_batch(x: Tensor, batch: int, what: str) -> Tensor:
     raise ValueError(f"{what}: {x.shape[0]} references for {batch} images. Give 1, {batch}, or a divisor of {batch}.")
 
 
-def region_mask(mask: Tensor, grid: tuple[int, int], cells: Tensor | None = None) -> Tensor:
-    """Pixel mask (B or 1, H, W) in [0, 1] -> (B or 1, 1, N, 1) on the token grid, by area; `cells`: only theirs."""
-    small = torch.nn.functional.interpolate(mask[:, None].float(), size=grid, mode="area").flatten(2)
+MaskMode = Literal["area", "bilinear", "bicubic"]
+
+
+def region_mask(mask: Tensor, grid: tuple[int, int], cells: Tensor | None = None, mode: MaskMode = "area") -> Tensor:
+    """Pixel mask (B or 1, H, W) in [0, 1] -> (B or 1, 1, N, 1) on the token grid; `cells`: only theirs. mode: by area;
+    "bilinear" is ComfyUI's; "bicubic" is diffusers', which may leave [0, 1]."""
+    small = torch.nn.functional.interpolate(mask[:, None].float(), size=grid, mode=mode).flatten(2)
     return (small if cells is None else small[..., cells.to(small.device)])[..., None]
+
+
+def region_levels(mask: Tensor, grid: tuple[int, int], mode: MaskMode = "area") -> dict[int, Tensor]:
+    """A pixel mask on every token grid of a UNet over `grid`: N -> (B or 1, 1, N, 1). Strides of 2 round up, so that 65
+    rows become 33, and N tells the level. ValueError for a mask of another shape than the picture's."""
+    (height, width), (rows, columns) = mask.shape[-2:], grid
+    if abs(height * columns - width * rows) > max(rows, columns):  # one pixel of rounding is let pass
+        raise ValueError(
+            f"a mask of {height} x {width} (height x width) for a picture of {rows} x {columns} latent cells: the "
+            "shapes differ. Crop or pad the mask to the picture's shape."
+        )
+    found = {}
+    while True:
+        found[rows * columns] = region_mask(mask, (rows, columns), mode=mode)
+        if rows * columns == 1:
+            return found
+        rows, columns = -(-rows // 2), -(-columns // 2)

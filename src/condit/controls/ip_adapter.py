@@ -1,7 +1,11 @@
 """IP-Adapter: text-compatible image prompts through decoupled attention (Ye et al. 2023, arXiv:2308.06721).
 
-On an MM-DiT the image rows get a second attention, to keys and values made from the reference alone:
-out = attend(call) + lambda * softmax(q K'^T / sqrt(d)) V' (Eq. 5), with q before rotary positions and K' normalised.
+    z_t + lambda * softmax(q K'^T / sqrt(d)) V'        (Eq. 5), in front of the output projection
+
+q and z_t are the frozen layer's; K', V' are made from the reference alone. On UNets every attention to the text gets
+them, as published. On an MM-DiT the image rows do, with q before rotary positions and K' normalised; XLabs' FLUX files
+add behind each double block instead. Here: the adapter. `ip_reference.py`: what acts in a run; `ip_projectors.py`;
+`ip_files.py`: published layouts; `instantstyle.py`: which blocks.
 
 Beyond the paper, an adapter may also shift the prompt's pooled vector by lambda W f, f the image's feature. There a
 style word acts too. The embedded model's adapter has it (docs/tiny.md); published files have no W.
@@ -9,28 +13,58 @@ style word acts too. The embedded model's adapter has it (docs/tiny.md); publish
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Run, Step, When, Where, match_batch, region_mask
-from condit.nn.attention import Attend, Call, Site, sdpa, split_heads
+from condit.controls.control import Control, MaskMode, When, Where
+from condit.controls.ip_combine import COMBINES, Combine, Features, combined, each_token, grouped, times, zeros_of
+from condit.controls.ip_files import (
+    Feature,
+    Form,
+    Layer,
+    face_lora,
+    face_tensors,
+    fit_layers,
+    form_of,
+    layers_of,
+    needs_of,
+    read_layout,
+)
+from condit.controls.ip_projectors import HEAD_DIM, ImageProjection, TimeResampler, projector_of
+from condit.controls.ip_reference import (
+    IPReference,
+    KeyValues,
+    Scaling,
+    Strength,
+    Together,
+    WithLoRA,
+    any_site,
+    strength_at,
+)
+from condit.data.images import load_image, to_tensor
+from condit.encoders.image import CLIPImage, Fit, encoder_size
+from condit.nn.attention import Site, split_heads
+from condit.nn.lora import LoRA, Part
 
 if TYPE_CHECKING:
     from condit.data.images import ImageSource
 
-Combine = Literal["mean", "concat"]
+__all__ = ["POOLED", "IPAdapter", "IPConfig", "IPReference"]
+
 POOLED = "pooled_proj.weight"
 
 
 @dataclass(frozen=True)
 class IPConfig:
-    """features: width of the image encoder's output; tokens: image tokens T; dim: width of the tokens; pooled: width of
-    the pooled vector that the adapter shifts, 0 if it does not."""
+    """features: width of the image encoder's output; tokens: image tokens T; dim: width of the tokens; heads: of the
+    layers, where a backbone does not say; combine: of several references, by default; pooled: width of the pooled
+    vector that the adapter shifts, 0 if it does not; form: where the branch is added; feature: what is read."""
 
     features: int
     tokens: int = 4
@@ -38,96 +72,141 @@ class IPConfig:
     heads: int = 4
     combine: Combine = "mean"
     pooled: int = 0
-
-
-class ImageProjection(nn.Module):
-    """Global projector: features (B, E) -> T tokens (B, T, C); the norm is per token (section 3.2.1)."""
-
-    def __init__(self, config: IPConfig):
-        super().__init__()
-        self.tokens = config.tokens
-        self.proj = nn.Linear(config.features, config.tokens * config.dim)
-        self.norm = nn.LayerNorm(config.dim)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.norm(self.proj(features).unflatten(-1, (self.tokens, -1)))
+    form: Form = "joint"
+    feature: Feature = "embeds"
 
 
 class KeyValue(nn.Module):
     """K' and V' of one site."""
 
-    def __init__(self, config: IPConfig, width: int):
+    def __init__(self, dim: int, width: int, *, bias: bool = False):
         super().__init__()
-        self.to_k_ip = nn.Linear(config.dim, width, bias=False)
-        self.to_v_ip = nn.Linear(config.dim, width, bias=False)
+        self.to_k_ip = nn.Linear(dim, width, bias=bias)
+        self.to_v_ip = nn.Linear(dim, width, bias=bias)
 
 
 class IPAdapter(nn.Module):
     """An adapter: projector and one K', V' pair a site. Published: `image_proj.*`, `ip_adapter.N.to_k_ip.weight`."""
 
-    def __init__(self, config: IPConfig, sites: Sequence[Site], width: int, pipe=None):
+    def __init__(
+        self,
+        config: IPConfig,
+        sites: Sequence[Site | Layer],
+        width: int = 0,
+        pipe=None,
+        *,
+        projector: nn.Module | None = None,
+        absent: Sequence[Layer] = (),
+    ):
+        """sites: the layers that get K', V'; width: of each, where they do not say. absent: those that get none, though
+        an adapter may have them there. V' starts at zero, so that step 0 of training is the base model."""
         super().__init__()
         self.config, self.name, self.hash = config, "", ""
-        self.sites = tuple(s.path for s in sites)
-        self.image_proj = ImageProjection(config)
-        self.ip_adapter = nn.ModuleList(KeyValue(config, width) for _ in sites)
+        self.layers = tuple(
+            s if isinstance(s, Layer) else Layer(i, s.path, width, config.heads) for i, s in enumerate(sites)
+        )
+        self.absent = tuple(absent)
+        self.image_proj = projector or ImageProjection(config.features, config.dim, config.tokens)
+        bias = config.form == "residual"
+        self.ip_adapter = nn.ModuleDict({str(x.number): KeyValue(config.dim, x.width, bias=bias) for x in self.layers})
         self.pooled_proj = nn.Linear(config.features, config.pooled, bias=False) if config.pooled else None
+        self.lora: LoRA | None = None  # FaceID's
+        self.attentions: tuple[str, ...] = ()  # paths of all attention layers, which number that LoRA
         self._pipe = [pipe]  # in a list: the pipeline's weights are not ours
+        self._encoder: list[CLIPImage | None] = [None]
         if self.pooled_proj is not None:
             nn.init.zeros_(self.pooled_proj.weight)
-        for pair in self.ip_adapter:
-            nn.init.zeros_(pair.to_v_ip.weight)  # type: ignore[union-attr]  # step 0 of training is the base model
+        for pair in self.ip_adapter.values():
+            nn.init.zeros_(pair.to_v_ip.weight)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Paths of the layers that have K', V'."""
+        return tuple(layer.path for layer in self.layers)
+
+    # Made, loaded, saved
 
     @classmethod
-    def load(cls, source, pipe) -> IPAdapter:
-        """From a name ("tiny/style"), a file or a folder; sizes are read off the tensors."""
+    def new(
+        cls, pipe, config: IPConfig, *, projector: nn.Module | None = None, where: Where | str | tuple | None = None
+    ) -> IPAdapter:
+        """An adapter to train on a UNet: K', V' are copies of the text's K, V of their layers (section 3.2.2). where:
+        only for these layers. pipe: a pipeline, or a UNet."""
+        backbone, chosen = getattr(pipe, "backbone", pipe), Where.of(where)
+        layers = layers_of(backbone, backbone.sites, "cross")
+        kept = [layer for layer in layers if any_site(chosen, layer.path)]
+        absent = [layer for layer in layers if layer not in kept]
+        bound = None if pipe is backbone else pipe
+        adapter = cls(replace(config, form="cross"), kept, pipe=bound, projector=projector, absent=absent)
+        with torch.no_grad():
+            for layer, pair in zip(kept, adapter.ip_adapter.values(), strict=True):
+                attention = backbone.get_submodule(layer.path)
+                pair.to_k_ip.weight.copy_(attention.to_k.weight)  # type: ignore[union-attr,operator]
+                pair.to_v_ip.weight.copy_(attention.to_v.weight)  # type: ignore[union-attr,operator]
+        return adapter
+
+    @classmethod
+    def load(
+        cls,
+        source,
+        pipe,
+        *,
+        image_encoder: CLIPImage | str | Path | None = None,
+        where: Where | str | tuple[str, ...] | None = None,
+        head_dim: int = HEAD_DIM,
+    ) -> IPAdapter:
+        """From a name ("tiny/style"), a published file or a folder; what it is and its sizes are read off the tensors.
+
+        image_encoder: an encoder or its folder; None: the pipeline's, or the folder `image_encoder` beside the file.
+        It is checked before its weights are read. where: load K', V' of these layers only; the others are inactive.
+        head_dim: of a "plus" projector's heads, 64 in every published file. ValueError for a file of another base or
+        for another encoder.
+        """
         file = pipe.adapter_file(source, "IPAdapter")
-        for name in ("image_proj.proj.weight", "image_proj.norm.weight", "ip_adapter.0.to_k_ip.weight"):
-            if name not in file.tensors:
-                raise ValueError(f"{source}: no {name!r}. Expected an IP-Adapter for an MM-DiT; found {file.guess}.")
-        rows, features = file.tensors["image_proj.proj.weight"].shape
-        dim = len(file.tensors["image_proj.norm.weight"])
-        width = file.tensors["ip_adapter.0.to_k_ip.weight"].shape[0]
-        pairs, sites = sum(n.endswith(".to_k_ip.weight") for n in file.tensors), pipe.backbone.sites
-        if (pairs, width) != (len(sites), pipe.backbone.config.dim):
-            raise ValueError(
-                f"{source} has {pairs} K', V' pairs of width {width}; {pipe.name} has {len(sites)} attention layers of "
-                f"width {pipe.backbone.config.dim}. Was it made for another model?"
-            )
-        if pipe.image is None or pipe.image.features != features:
-            found = "no image encoder" if pipe.image is None else f"an image encoder of width {pipe.image.features}"
-            raise ValueError(f"{source} needs image features of width {features}; {pipe.name} has {found}.")
-        heads = pipe.backbone.config.num_attention_heads
-        pooled = len(file.tensors.get(POOLED, ()))
-        if pooled not in (0, pipe.backbone.config.pooled_projection_dim):
-            raise ValueError(
-                f"{source} shifts a pooled vector of width {pooled}; that of {pipe.name} has "
-                f"{pipe.backbone.config.pooled_projection_dim}. Was it made for another model?"
-            )
-        config = IPConfig(features, rows // dim, dim, heads, file.config.get("combine", "mean"), pooled)
-        adapter = cls(config, sites, width, pipe)
-        adapter.load_state_dict({k: v.float() for k, v in file.tensors.items()}, strict=True)
-        adapter.name, adapter.hash = file.name, file.hash
-        return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
+        sites = pipe.backbone.sites
+        published = any(s.kind == "cross" for s in sites) or any("ip_adapter_double_stream" in n for n in file.tensors)
+        if published or "ip_adapter.0.to_k_ip.bias" in file.tensors:
+            return load_published(cls, source, pipe, file, image_encoder, Where.of(where), head_dim)
+        return load_own(cls, source, pipe, file)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {k: v.detach() for k, v in self.state_dict().items()}
+        """Under the published names, FaceID's LoRA too."""
+        found = {k: v.detach() for k, v in self.state_dict().items() if not k.startswith("lora.")}
+        return found if self.lora is None else found | face_tensors(self.lora, self.attentions)
 
     def metadata(self) -> dict:
         """What `load` needs beside the tensors."""
         return {"method": "IPAdapter", **asdict(self.config)}
 
-    def keys_values(self, features: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Features (B, E), or (B, R, E) for R references concatenated, -> site path -> K', V', each (B, H, T, D)."""
-        tokens = self.image_proj(features)
-        if tokens.ndim == 4:
-            tokens = tokens.flatten(1, 2)
+    # From features to keys and values
+
+    def tokens(self, features: Features, shortcut: float | None = None) -> Tensor:
+        """Features of B images, or (B, R, ...) of R images each to stand side by side -> tokens (B, T or R T, C)."""
+        first, flat = features if isinstance(features, tuple) else (features,), 3 if self._states else 2
+        many = first[-1].ndim > flat
+        rows = [x.flatten(0, 1) if many else x for x in first]
+        tokens = self.image_proj(*rows, shortcut) if len(rows) == 2 else self.image_proj(*rows)
+        return tokens.unflatten(0, (-1, first[0].shape[1])).flatten(1, 2) if many else tokens
+
+    @property
+    def _states(self) -> bool:
+        """Whether the features end in (L, H)."""
+        return self.config.feature in ("hidden", "identity+hidden")
+
+    def project(self, tokens: Tensor, where: Where | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Tokens (B, T, C) -> site path -> K', V', each (B, H, T, D). Once a run, not once a step."""
         found = {}
-        for path, pair in zip(self.sites, self.ip_adapter, strict=True):
-            k = split_heads(pair.to_k_ip(tokens), self.config.heads)  # type: ignore[operator]
-            v = split_heads(pair.to_v_ip(tokens), self.config.heads)  # type: ignore[operator]
-            found[path] = (F.rms_norm(k, k.shape[-1:], eps=1e-5), v)
+        for layer, pair in zip(self.layers, self.ip_adapter.values(), strict=True):
+            if where is not None and not any_site(where, layer.path):
+                continue
+            k = split_heads(pair.to_k_ip(tokens), layer.heads)  # type: ignore[operator]
+            v = split_heads(pair.to_v_ip(tokens), layer.heads)  # type: ignore[operator]
+            found[layer.path] = (F.rms_norm(k, k.shape[-1:], eps=1e-5) if self.config.form == "joint" else k, v)
         return found
+
+    def keys_values(self, features: Features, where: Where | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """`project` of the tokens of features (B, E), or (B, R, E) for R references concatenated."""
+        return self.project(self.tokens(features), where)
 
     def shift(self, features: Tensor) -> Tensor | None:
         """W f (B, P) for features (B, E), or (B, R, E), of which the mean counts; None for an adapter without W."""
@@ -135,136 +214,332 @@ class IPAdapter(nn.Module):
             return None
         return self.pooled_proj(features if features.ndim == 2 else features.mean(1))
 
-    def reference(self, features: Tensor, strength: float = 1.0, where: Where | None = None, **fields) -> IPReference:
-        """A control from features (B, E), or (B, R, E) for R references side by side; zeros stand for no reference."""
+    def reference(
+        self,
+        features: Features,
+        strength: Strength = 1.0,
+        where: Where | None = None,
+        *,
+        empty: Features | None = None,
+        weights: Sequence[float] | None = None,
+        against: Where | None = None,
+        shortcut: float | None = None,
+        one_graph: bool = False,
+        when: When | None = None,
+        mask: Tensor | None = None,
+        mask_mode: MaskMode = "area",
+        scaling: Scaling = "V only",
+        source: Sequence[dict] = (),
+    ) -> IPReference:
+        """A control from features of B references, or (B, R, ...) for R side by side; zeros stand for no reference.
+
+        empty: the features of no reference, where that is not zeros. weights: of each of R side by side, on V'. For the
+        other arguments see `control`.
+        """
         where = where or Where()
+        acts = where
+        if isinstance(strength, Mapping):
+            # A layer at strength 0 is skipped: it gets no K', V'.
+            acts = Where(tuple(p for p in self.sites if any_site(where, p) and strength_at(strength, p)))
+        kv = self.project(self.tokens(features, shortcut), acts)
+        if weights is not None:
+            kv = {path: (k, v * each_token(weights, v)) for path, (k, v) in kv.items()}
+        nothing = zeros_of(features) if empty is None else empty
+        none = self.project(self.tokens(nothing, shortcut), acts)
+        if against is not None:  # the reference acts on the other side of guidance, which pushes away from it
+            turned = {path for path in kv if any_site(against, path)}
+            none = {path: kv[path] if path in turned else pair for path, pair in none.items()}
+            kv = {path: pair for path, pair in kv.items() if path not in turned}
+        if one_graph:
+            kv, none = (self.filled(pairs) for pairs in (kv, none))
+            strength = {"": strength} if isinstance(strength, float | int) else strength
+        whole = where == Where() and not isinstance(strength, Mapping) and isinstance(features, Tensor)
         return IPReference(
-            kv=self.keys_values(features),
-            empty=self.keys_values(torch.zeros_like(features[:1])),
+            kv=kv,
+            empty=none,
             # The shift reaches every layer, so a control of some layers goes without.
-            addition=self.shift(features) if where == Where() else None,
+            addition=self.shift(features) if whole and isinstance(features, Tensor) else None,
             adapter=self,
             strength=strength,
-            where=where,
-            **fields,
+            where=Where() if one_graph else where,
+            when=when or When(),
+            mask=mask,
+            mask_mode=mask_mode,
+            scaling=scaling,
+            source=list(source),
         )
+
+    def filled(self, pairs: KeyValues) -> dict[str, tuple[Tensor, Tensor]]:
+        """K', V' at every site an adapter may have, zeros where none act: one compiled graph then serves every choice
+        of blocks. V' = 0 adds exactly nothing."""
+        some = next(iter(pairs.values()))[0]
+        found = {}
+        for layer in sorted((*self.layers, *self.absent), key=lambda x: x.number):
+            zeros = some.new_zeros(len(some), layer.heads, some.shape[2], layer.width // layer.heads)
+            found[layer.path] = pairs.get(layer.path, (zeros, zeros))
+        return found
+
+    # From pictures to a control
+
+    def features(self, sources: Sequence[ImageSource], fit: Fit = "crop") -> Tensor:
+        """What the projector reads of pictures: (n, E) or (n, L, H). Not FaceID's vectors: those come from outside."""
+        pipe, encoder = self._pipe[0], self._encoder[0]
+        if encoder is None:
+            return pipe.image(pipe.read_images(list(sources), None))
+        pixels = encoder.pixels([load_image(source) for source in sources], fit)
+        return encoder.hidden(pixels) if self._states else encoder.embeds(pixels)
+
+    def nothing(self, features: Features) -> Features:
+        """The features of no reference (spec of the official code): zeros; behind a reader of hidden states those of a
+        mean-coloured picture (zeros after normalising); FLUX's of a black one."""
+        encoder = self._encoder[0]
+        if isinstance(features, tuple):
+            return torch.zeros_like(features[0][:1]), self._hidden_of_zeros(features[1])
+        if self._states:
+            return self._hidden_of_zeros(features)
+        if self.config.form == "residual" and encoder is not None:
+            return encoder.embeds(encoder.black()).to(features)
+        return torch.zeros_like(features[:1])
+
+    def _hidden_of_zeros(self, like: Tensor) -> Tensor:
+        encoder = self._encoder[0]
+        if encoder is None:
+            raise ValueError(f"{self.name} has no image encoder, which makes the features of no reference.")
+        return encoder.hidden(encoder.zeros()).to(like)
 
     def control(
         self,
-        reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]],
+        reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
         *,
-        strength: float = 1.0,
+        strength: float | Sequence[float] | Mapping[str, float] = 1.0,
         where: Where | str | tuple[str, ...] | None = None,
         when: When | None = None,
-        mask: ImageSource | None = None,
+        mask: ImageSource | Sequence[ImageSource] | None = None,
         combine: Combine | None = None,
-    ) -> IPReference:
+        weights: Sequence[float] | None = None,
+        embeds: Tensor | None = None,
+        identity: Tensor | None = None,
+        shortcut: float | None = None,
+        content: Tensor | None = None,
+        against: Where | str | tuple[str, ...] | None = None,
+        scaling: Scaling = "V only",
+        mask_mode: MaskMode = "area",
+        fit: Fit = "crop",
+        lora_scale: float = 1.0,
+        one_graph: bool = False,
+    ) -> Control:
         """A control from one reference, from n references for n images, or from n lists of several references each.
 
-        strength: lambda, any real number. Several references of one image are averaged as features ("mean") or stand
-        side by side in one softmax ("concat"). mask: where in the picture it acts, white = acts. where: the attention
-        layers at which it acts; the shift of the pooled vector reaches all of them, so with `where` it is left out.
+        strength: lambda, any real number; one an image; or by prefix of the layers' paths ("up_blocks.0.attentions.1"),
+        where what is not named is off. where: the layers at which it acts; a shift of the pooled vector reaches all of
+        them, so with `where` it is left out. when: the part of the schedule. mask: where in the picture it acts, white
+        = acts; with combine="sum" a list has one for each of the references of an image.
+
+        Several references of one image: "mean" or "add" of their features; "subtract": the first minus the mean of the
+        others; "concat": side by side in one softmax; "sum": an attention each, added. weights: of each of them.
+
+        embeds (n, ...) or (n, R, ...): features made elsewhere, in place of pictures. identity (n, E): FaceID's faces;
+        shortcut: None for FaceID-Plus, a number (usually 1) for v2; lora_scale: of FaceID's LoRA. content (E,) or
+        (n, E): subtracted from the features (InstantStyle). against: layers at which the reference acts on the negative
+        side instead. scaling: how lambda acts. fit: of the picture to the encoder's square. one_graph: every choice of
+        blocks compiles to the same graph, at the cost of acting everywhere.
         """
+        chosen = combine or self.config.combine
+        if chosen not in COMBINES:
+            raise ValueError(f"combine must be one of {COMBINES}; found {chosen!r}.")
+        if against is not None and isinstance(strength, float | int) and strength == 0:
+            raise ValueError("against= needs a strength.")
+        groups = None if reference is None else grouped(reference)
+        with torch.no_grad():
+            given = self.given(groups, embeds, identity, content, fit)
+            parts = combined(given, chosen, weights)
+            source = [] if reference is None else self._bound().describe_source(reference)
+            masks = self.masks(mask, len(parts))
+            found = [
+                self.reference(
+                    part,
+                    times(strength, weight),
+                    Where.of(where),
+                    empty=self.nothing(part) if self._states or self.config.form == "residual" else None,
+                    weights=weights if chosen == "concat" else None,
+                    against=None if against is None else Where.of(against),
+                    shortcut=shortcut,
+                    one_graph=one_graph,
+                    mask=m,
+                    source=source,
+                    when=when,
+                    scaling=scaling,
+                    mask_mode=mask_mode,
+                )
+                for (part, weight), m in zip(parts, masks, strict=True)
+            ]
+        made: Control = found[0] if len(found) == 1 else Together(tuple(found))
+        if self.lora is None:
+            return made
+        return WithLoRA(made, self, Part(self.lora, None if lora_scale == 1 else torch.tensor(lora_scale)))
+
+    def given(
+        self,
+        groups: list[list] | None,
+        embeds: Tensor | None,
+        identity: Tensor | None,
+        content: Tensor | None,
+        fit: Fit,
+    ) -> Features:
+        """The features of n images with R references each, (n, R, ...), in the adapter's dtype."""
+        like = next(self.parameters())
+        pictures = None if embeds is None else embeds.to(like)
+        if embeds is not None and embeds.ndim == (3 if self._states else 2):
+            pictures = embeds[:, None].to(like)
+        reads = self.config.feature
+        if groups is not None:
+            pictures = torch.stack([self.features(group, fit) for group in groups]).to(like)
+        if content is not None:
+            if reads != "embeds" or pictures is None:
+                raise ValueError(
+                    f"{self.name or 'This adapter'} reads {reads} features, from which no words can be subtracted: "
+                    "words share a space with CLIP's pooled image embedding only. Use a global adapter."
+                )
+            pictures = pictures - content.to(like).reshape(-1, 1, content.shape[-1])
+        if reads in ("identity", "identity+hidden"):
+            if identity is None:
+                raise ValueError(f"{self.name or 'This adapter'} is FaceID: give identity= (n, E), a face's vector.")
+            faces = (identity[:, None] if identity.ndim == 2 else identity).to(like)
+            if reads == "identity":
+                return faces
+            if pictures is None:
+                raise ValueError(f"{self.name or 'This adapter'} is FaceID-Plus: give the reference picture too.")
+            return faces, pictures
+        if identity is not None:
+            raise ValueError(f"{self.name or 'This adapter'} reads no identity=; it is no FaceID.")
+        if pictures is None:
+            raise ValueError("Give a reference picture, or embeds=.")
+        return pictures
+
+    def masks(self, mask, count: int) -> list[Tensor | None]:
+        """A mask (n or 1, H, W) in [0, 1] for each of `count` references of an image."""
+        if mask is None:
+            return [None] * count
+        pipe = self._bound()
+
+        def read(source) -> Tensor:
+            if self.config.form != "cross":
+                return (pipe.read_images(source, None)[:, 0] + 1) / 2
+            each = source if isinstance(source, list | tuple) else [source]
+            pictures = [load_image(m) for m in each]
+            if len({picture.size for picture in pictures}) > 1:
+                raise ValueError(f"masks of several sizes: {sorted({p.size for p in pictures})}. Give them one size.")
+            planes = [to_tensor(picture, picture.size[::-1])[0] / 2 + 0.5 for picture in pictures]
+            return torch.stack(planes).to(pipe.device)
+
+        if count == 1 or not isinstance(mask, list | tuple):
+            return [read(mask)] * count
+        if len(mask) != count:
+            raise ValueError(f"{len(mask)} masks for {count} references of an image. Give one, or one of each.")
+        return [None if m is None else read(m) for m in mask]
+
+    def _bound(self):
         pipe = self._pipe[0]
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use IPAdapter.load(name, pipe).")
-        if combine not in (None, "mean", "concat"):
-            raise ValueError(f"combine must be 'mean' or 'concat'; found {combine!r}.")
-        groups = [r if isinstance(r, list | tuple) else [r] for r in as_list(reference)]
-        if len({len(g) for g in groups}) != 1 or not groups[0]:
-            raise ValueError(f"Every image needs equally many references; found {[len(g) for g in groups]}.")
-        features = torch.stack([pipe.image(pipe.read_images(list(group), None)) for group in groups])  # (n, R, E)
-        with torch.no_grad():
-            given = features if (combine or self.config.combine) == "concat" else features.mean(1)
-            return self.reference(
-                given.to(pipe.dtype),
-                strength,
-                Where.of(where),
-                when=when or When(),
-                mask=None if mask is None else (pipe.read_images(mask, None)[:, 0] + 1) / 2,
-                source=pipe.describe_source(reference),
-            )
+        return pipe
 
 
-def as_list(value) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value]
+# Files
 
 
-@dataclass(frozen=True)
-class IPReference(Control):
-    """K', V' of a reference at every site; `empty` are those of zero features; `addition` (B, P) to the pooled vector.
-    `weight` (0-d) and `region` are set for a run."""
-
-    kv: dict[str, tuple[Tensor, Tensor]]
-    empty: dict[str, tuple[Tensor, Tensor]]
-    addition: Tensor | None
-    adapter: IPAdapter
-    strength: float
-    where: Where
-    when: When = field(default_factory=When)
-    mask: Tensor | None = None
-    source: list[dict] = field(default_factory=list)
-    weight: Tensor | None = None
-    region: Tensor | None = None
-
-    def prepare(self, run: Run) -> IPReference:
-        kv = {
-            path: (match_batch(k, run.batch, "IPAdapter"), match_batch(v, run.batch, "IPAdapter"))
-            for path, (k, v) in self.kv.items()
-            if any_site(self.where, path)
-        }
-        region = (
-            None if self.mask is None else match_batch(region_mask(self.mask, run.grid, run.cells), run.batch, "mask")
+def load_own(cls: type[IPAdapter], source, pipe, file) -> IPAdapter:
+    """Our adapters for an MM-DiT (docs/tiny.md)."""
+    for name in ("image_proj.proj.weight", "image_proj.norm.weight", "ip_adapter.0.to_k_ip.weight"):
+        if name not in file.tensors:
+            raise ValueError(f"{source}: no {name!r}. Expected an IP-Adapter for an MM-DiT; found {file.guess}.")
+    rows, features = file.tensors["image_proj.proj.weight"].shape
+    dim = len(file.tensors["image_proj.norm.weight"])
+    width = file.tensors["ip_adapter.0.to_k_ip.weight"].shape[0]
+    pairs, sites = sum(n.endswith(".to_k_ip.weight") for n in file.tensors), pipe.backbone.sites
+    if (pairs, width) != (len(sites), pipe.backbone.config.dim):
+        raise ValueError(
+            f"{source} has {pairs} K', V' pairs of width {width}; {pipe.name} has {len(sites)} attention layers of "
+            f"width {pipe.backbone.config.dim}. Was it made for another model?"
         )
-        if region is not None and bool((region == region[:, :, :1]).all()):
-            region = region[:, :, :1]  # the same for every token, so that one clock serves all of them
-        addition = None if self.addition is None else match_batch(self.addition, run.batch, "IPAdapter")
-        return replace(self, kv=kv, addition=addition, region=region)
-
-    def at(self, step: Step) -> IPReference | None:
-        weight = self.strength * self.when.factor(step)
-        return None if weight == 0 else replace(self, weight=torch.tensor(weight))
-
-    def around(self, call: Call, attend: Attend) -> Tensor:
-        out = attend(call)
-        if call.image is None or call.plain is None or call.site.path not in self.kv:
-            return out
-        rows = call.image
-        k, v = self.kv[call.site.path]
-        side = sdpa(Call(call.plain[:, :, rows], k, v, call.site))
-        if self.weight is not None:
-            side = side * self.weight.to(side)
-        if self.region is not None:
-            side = side * self.region.to(side)
-        return torch.cat([out[:, :, : rows.start], out[:, :, rows] + side, out[:, :, rows.stop :]], 2)
-
-    def pooled(self) -> Tensor | None:
-        if self.addition is None:
-            return None
-        addition = self.addition if self.weight is None else self.addition * self.weight.to(self.addition)
-        if self.region is None:
-            return addition
-        each = addition[:, None] * self.region[:, 0].to(addition)  # (B, N, P), or (B, 1, P) if all tokens have one
-        return each if each.shape[1] > 1 else each[:, 0]
-
-    def inside(self, region: Tensor) -> IPReference:
-        """Acting by `region`, which broadcasts to (B, H, N, D): 0 = not at all, 1 = at full strength."""
-        return replace(self, region=region)
-
-    def negative(self) -> IPReference:
-        return replace(self, kv=self.empty, addition=None)
-
-    def describe(self) -> dict:
-        return {
-            "method": "IPAdapter",
-            "adapter": self.adapter.name,
-            "hash": self.adapter.hash,
-            "strength": self.strength,
-            "when": [self.when.start, self.when.end],
-            "where": list(self.where.patterns),
-            "reference": self.source,
-        }
+    if pipe.image is None or pipe.image.features != features:
+        found = "no image encoder" if pipe.image is None else f"an image encoder of width {pipe.image.features}"
+        raise ValueError(f"{source} needs image features of width {features}; {pipe.name} has {found}.")
+    heads = pipe.backbone.config.num_attention_heads
+    pooled = len(file.tensors.get(POOLED, ()))
+    if pooled not in (0, pipe.backbone.config.pooled_projection_dim):
+        raise ValueError(
+            f"{source} shifts a pooled vector of width {pooled}; that of {pipe.name} has "
+            f"{pipe.backbone.config.pooled_projection_dim}. Was it made for another model?"
+        )
+    config = IPConfig(features, rows // dim, dim, heads, file.config.get("combine", "mean"), pooled)
+    adapter = cls(config, sites, width, pipe)
+    adapter.load_state_dict({k: v.float() for k, v in file.tensors.items()}, strict=True)
+    adapter.name, adapter.hash = file.name, file.hash
+    return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
 
 
-def any_site(where: Where, path: str) -> bool:
-    return Site(path, "joint", 0) in where
+def load_published(cls: type[IPAdapter], source, pipe, file, image_encoder, where: Where, head_dim: int) -> IPAdapter:
+    """A published file for a UNet or FLUX."""
+    layout, backbone = read_layout(file.tensors, source), pipe.backbone
+    if layout.others:
+        raise ValueError(f"{source} holds {next(iter(layout.others))!r}, which is no part of an IP-Adapter.")
+    form = form_of(layout, backbone.sites)
+    layers = layers_of(backbone, backbone.sites, form)
+    width = backbone.config.cross_attention_dim if form == "cross" else backbone.config.joint_attention_dim
+    kept = fit_layers(layout, layers, width, where, source, pipe.name)
+    if not kept:
+        raise ValueError(f"{source}: none of its layers is in where={where.patterns}.")
+    projector = projector_of(layout.projector, head_dim)
+    if isinstance(projector, TimeResampler):
+        raise ValueError(f"{source} is an adapter of SD 3.5, which {pipe.name} is not.")
+    needs = needs_of(projector)
+    encoder = find_encoder(pipe, image_encoder, source, needs) if needs.width else None
+    dim = layout.text_width
+    tokens = getattr(projector, "tokens", 0)
+    config = IPConfig(needs.width, tokens, dim, combine="concat", form=form, feature=needs.feature)
+    present = [layer for layer in layers if layer.number in kept]
+    absent = [layer for layer in layers if layer.number not in kept]
+    with torch.device("meta"):
+        adapter = cls(config, present, pipe=pipe, projector=projector, absent=absent)
+    found = {f"image_proj.{n}": t for n, t in layout.projector.items()}
+    found |= {f"ip_adapter.{n}.{part}": t for n, parts in kept.items() for part, t in parts.items()}
+    load_whole(adapter, found, source)
+    if layout.lora:
+        adapter.attentions = tuple(site.path for site in backbone.sites)
+        adapter.lora = face_lora(layout.lora, adapter.attentions, backbone, source)
+    adapter._encoder[0] = encoder
+    adapter.name, adapter.hash = file.name, file.hash
+    return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
+
+
+def load_whole(adapter: IPAdapter, tensors: Mapping[str, Tensor], source) -> None:
+    """All of the tensors, or none: ValueError with the first that does not fit."""
+    wanted = {n: tuple(t.shape) for n, t in adapter.state_dict().items()}
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    wrong = sorted(n for n in {*wanted, *shapes} if wanted.get(n) != shapes.get(n))
+    if wrong:
+        first = wrong[0]
+        raise ValueError(
+            f"{source}: {len(wrong)} tensors do not fit (first: {first}, expected {wanted.get(first)}, found "
+            f"{shapes.get(first)})."
+        )
+    adapter.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+def find_encoder(pipe, given, source, needs) -> CLIPImage | None:
+    """The image encoder: given, the pipeline's, or beside the file. Its size is checked before its weights are read."""
+    if isinstance(given, CLIPImage):
+        needs.refuse(given.size, source, "the image encoder given")
+        return given
+    if given is None and isinstance(pipe.image, CLIPImage):
+        needs.refuse(pipe.image.size, source, f"the image encoder of {pipe.name}")
+        return pipe.image
+    beside = Path(str(source)).parent / "image_encoder"
+    folder = given if given is not None else beside if beside.is_dir() else None
+    if folder is None and pipe.image is not None and needs.feature == "embeds" and pipe.image.features == needs.width:
+        return None  # an encoder of the pipeline's own
+    if folder is None:
+        return needs.refuse(None, source, pipe.name)
+    needs.refuse(encoder_size(folder), source, folder)
+    return pipe.image_encoder(folder)

@@ -94,7 +94,8 @@ def what_is(tensors: Mapping[str, Tensor]) -> str:
         return "DEADiff"
     if any(".lora_A." in n or ".lora_down." in n or ".lora.down." in n for n in tensors):
         return "OminiControl"
-    if any(n.startswith("image_proj.") or ".to_k_ip." in n for n in tensors):
+    spelt = ("image_proj.", "image_proj_model.", "ip_adapter_proj_model.", "adapter_modules.")
+    if any(n.startswith(spelt) or ".to_k_ip." in n for n in tensors):
         return "IPAdapter"
     return "unknown"
 

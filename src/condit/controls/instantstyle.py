@@ -1,0 +1,330 @@
+"""InstantStyle: style without content by where an image prompt acts, and what is taken from it (Wang et al. 2024,
+arXiv:2404.02733). It adds no weights to an IP-Adapter.
+
+Two switches: the image branch acts in some blocks only, and words for the reference's content are subtracted from its
+embedding before the projector. A third door here: `block_weights`, the weight types of ComfyUI_IPAdapter_plus.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from condit.controls.control import Control, When, Where
+from condit.controls.ip_adapter import IPAdapter
+from condit.controls.ip_projectors import HEAD_DIM
+from condit.controls.ip_reference import IPReference, Together, WithLoRA
+from condit.encoders.image import CLIPImage, Fit, TextTower
+from condit.nn.attention import Site
+
+if TYPE_CHECKING:
+    from condit.data.images import ImageSource
+
+Join = Literal["sum", "mean"]
+
+# Prefixes of the blocks that act. They belong to the trained weights, not to the shape: Playground v2.5 has SDXL's and
+# does not behave so.
+PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "sdxl": {
+        "all": (),
+        "style": ("up_blocks.0.attentions.1",),
+        "layout": ("down_blocks.2.attentions.1",),
+        "style+layout": ("up_blocks.0.attentions.1", "down_blocks.2.attentions.1"),
+    },
+    # The official demo's; "experimental" in its own words. It runs with "all" and words subtracted.
+    "sd15": {
+        "all": (),
+        "style": ("up_blocks.1",),
+        "style+layout": ("down_blocks.2", "mid_block", "up_blocks.1"),
+    },
+}
+
+
+def family(backbone: Any) -> str:
+    """ "sdxl" or "sd15". ValueError for what has no known blocks."""
+    if not any(site.kind == "cross" for site in backbone.sites) or not hasattr(backbone.config, "addition_embed_type"):
+        raise ValueError(
+            f"No preset for {type(backbone).__name__}: InstantStyle's blocks were found for SDXL, and some for SD 1.5. "
+            "Rank its blocks with condit.controls.instantstyle.probe, and pass where= to IPAdapter.control."
+        )
+    return "sdxl" if backbone.config.addition_embed_type == "text_time" else "sd15"
+
+
+def preset(name: str, backbone: Any) -> Where:
+    """The layers of a preset. ValueError with the names there are."""
+    table = PRESETS[family(backbone)]
+    if name not in table:
+        raise ValueError(f"No preset {name!r} for {family(backbone)}: {', '.join(table)}.")
+    # Whole path parts: up_blocks.1 is not up_blocks.10.
+    return Where(tuple(f"{prefix}.*" for prefix in table[name]) or ("*",))
+
+
+@dataclass(frozen=True)
+class InstantStyle:
+    """An IP-Adapter used for style, and the text tower that names what to leave out."""
+
+    adapter: IPAdapter
+    text: TextTower | None = None
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        pipe: Any,
+        *,
+        preset: str = "all",
+        image_encoder: CLIPImage | str | Path | None = None,
+        text_encoder: TextTower | str | Path | None = None,
+        head_dim: int = HEAD_DIM,
+    ) -> InstantStyle:
+        """A published IP-Adapter. preset: hold K', V' of its blocks only ("style": 15 % of SDXL's). text_encoder: the
+        twin of the image encoder, or its folder; None: the pipeline's own, where it has one (SDXL's second)."""
+        where = _preset(preset, pipe.backbone)
+        adapter = IPAdapter.load(source, pipe, image_encoder=image_encoder, where=where, head_dim=head_dim)
+        return cls(adapter, text_encoder if isinstance(text_encoder, TextTower) else pipe.text_tower(text_encoder))
+
+    def control(
+        self,
+        reference: ImageSource | Sequence[ImageSource] | None = None,
+        *,
+        preset: str = "style",
+        style: ImageSource | Sequence[ImageSource] | None = None,
+        layout: ImageSource | Sequence[ImageSource] | None = None,
+        strength: float = 1.0,
+        layout_strength: float | None = None,
+        content: str | Sequence[str] | Tensor | None = None,
+        content_scale: float = 1.0,
+        join: Join = "sum",
+        when: When | None = None,
+        mask: ImageSource | None = None,
+        fit: Fit = "crop",
+        one_graph: bool = False,
+    ) -> Control:
+        """A control from one reference in the blocks of a preset, or from `style` and `layout`, each in its own.
+
+        strength: lambda in the blocks; layout_strength: of the layout, None: the same. content: words for what is to be
+        left out of the (style) reference, or their embedding (E,); content_scale times their `join` is subtracted. It
+        is no percentage: image and text embeddings differ in length. one_graph: see IPAdapter.control.
+        """
+        backbone = self.adapter._bound().backbone
+        if (reference is None) == (style is None and layout is None):
+            raise ValueError("Give one reference, or style= and layout=.")
+        taken = None if content is None else self.content(content, join) * content_scale
+        pairs = [(style, "style", strength, taken)]
+        pairs += [(layout, "layout", strength if layout_strength is None else layout_strength, None)]
+        if reference is not None:
+            pairs = [(reference, preset, strength, taken)]
+        found = [
+            self.adapter.control(
+                given,
+                strength=value,
+                where=self.held(_preset(name, backbone), name),
+                when=when,
+                mask=mask,
+                content=words,
+                fit=fit,
+                one_graph=one_graph,
+            )
+            for given, name, value, words in pairs
+            if given is not None
+        ]
+        return found[0] if len(found) == 1 else together(found)
+
+    def held(self, where: Where, name: str) -> Where:
+        """ValueError where the adapter was loaded without the blocks of this preset."""
+        wanted = [x.path for x in (*self.adapter.layers, *self.adapter.absent) if Site(x.path, "cross", 0) in where]
+        missing = sorted(set(wanted) - set(self.adapter.sites))
+        if missing:
+            raise ValueError(f"preset {name!r} acts at {missing[0]}, of which no K', V' were loaded. Load more blocks.")
+        return where
+
+    def content(self, words: str | Sequence[str] | Tensor, join: Join = "sum") -> Tensor:
+        """Words -> one vector (E,) in the space of the image embeddings, before the projector."""
+        if self.adapter.config.feature != "embeds":
+            raise ValueError(
+                f"{self.adapter.name or 'This adapter'} reads {self.adapter.config.feature} features, from which no "
+                "words can be subtracted. Use a global adapter, or leave content= out."
+            )
+        if isinstance(words, Tensor):
+            return self._fitting(words.reshape(-1))
+        phrases = [words] if isinstance(words, str) else list(words)
+        if not phrases or not all(isinstance(p, str) and p.strip() for p in phrases):
+            raise ValueError(f"content must be words for what the reference shows; found {words!r}. Leave it out.")
+        if join not in ("sum", "mean"):
+            raise ValueError(f"join must be 'sum' or 'mean'; found {join!r}.")
+        if self.text is None:
+            raise ValueError(
+                "content= needs the text tower that is the twin of the image encoder: text_encoder= in "
+                "InstantStyle.load (for SD 1.5 that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K; its own is another CLIP)."
+            )
+        encoder = self.adapter._encoder[0]
+        if encoder is not None:
+            self.text.check_twin(encoder.size)
+        found = self.text(phrases)
+        return self._fitting(found.sum(0) if join == "sum" else found.mean(0))
+
+    def _fitting(self, vector: Tensor) -> Tensor:
+        if len(vector) != self.adapter.config.features:
+            raise ValueError(
+                f"a content vector of width {len(vector)}; the image embeddings have {self.adapter.config.features}. "
+                "It must come from the text tower that is the twin of the image encoder."
+            )
+        return vector
+
+
+_preset = preset  # where an argument has this name
+
+
+def together(controls: Sequence[Control]) -> Control:
+    """Controls of one adapter as one."""
+    parts: list[IPReference] = []
+    for control in controls:
+        inner = control.inner if isinstance(control, WithLoRA) else control
+        parts += inner.parts if isinstance(inner, Together) else [inner]  # type: ignore[list-item]
+    joined = Together(tuple(parts))
+    first = controls[0]
+    return replace(first, inner=joined) if isinstance(first, WithLoRA) else joined
+
+
+# Weight types of ComfyUI_IPAdapter_plus
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Strengths by attention module, for IPAdapter.control(strength=, against=)."""
+
+    strength: Mapping[str, float]
+    against: tuple[str, ...] | None = None
+
+
+def modules_of(sites: Sequence[Site]) -> list[str]:
+    """The attention modules of a UNet in the order of execution: down, middle, up. Their places are ComfyUI's indices:
+    6 is SDXL's style, 3 its layout."""
+    found = list(dict.fromkeys(s.path.split(".transformer_blocks.")[0] for s in sites if s.kind == "cross"))
+    return sorted(found, key=lambda path: ("down", "mid_", "up_b").index(path[:4]))  # sorted keeps the order within
+
+
+EASES: dict[str, Callable[[float], float]] = {  # of t/n, the place among n modules
+    "linear": lambda x: 1.0,
+    "ease in": lambda x: 0.05 + 0.95 * (1 - x),
+    "ease out": lambda x: 0.05 + 0.95 * x,
+    "ease in-out": lambda x: 0.05 + 0.95 * (1 - abs(2 * x - 1)),
+    "reverse in-out": lambda x: 0.05 + 0.95 * abs(2 * x - 1),
+}
+# stage -> the modules that keep the whole weight, the others get a fifth
+STAGES: dict[str, tuple[str, ...]] = {
+    "weak input": ("mid_", "up_b"),
+    "weak middle": ("down", "up_b"),
+    "weak output": ("down", "mid_"),
+    "strong middle": ("mid_",),
+}
+_FINE = (*range(4), *range(9, 16))  # SD 1.5's style, as ComfyUI has it
+CHOICES = ("style transfer", "composition", "strong style transfer", "style and composition")
+PRECISE = ("style transfer precise", "composition precise")
+WEIGHT_TYPES = (*EASES, *STAGES, *CHOICES, *PRECISE)
+
+
+def block_weights(
+    kind: str, sites: Sequence[Site], weight: float = 1.0, *, composition: float = 1.0, boost: float | None = None
+) -> BlockWeights:
+    """A weight type by its name in ComfyUI, for SDXL's 11 or SD 1.5's 16 attention modules.
+
+    composition: the weight of the layout in "style and composition"; boost: of the part that is pushed away in the
+    "precise" ones (None: `weight`), which are SDXL's only. There the reference acts on the negative side, so that
+    guidance leads away from its layout, or from its style.
+    """
+    modules = modules_of(sites)
+    n = len(modules)
+    if kind in EASES:
+        return BlockWeights({m: weight * EASES[kind](t / n) for t, m in enumerate(modules)})
+    if kind in STAGES:
+        return BlockWeights({m: weight if m.startswith(STAGES[kind]) else 0.2 * weight for m in modules})
+    if kind not in WEIGHT_TYPES:
+        raise ValueError(f"No weight type {kind!r}: {', '.join(WEIGHT_TYPES)}.")
+    if n not in (11, 16) or (kind in PRECISE and n != 11):
+        there = "SDXL's 11 attention modules" + ("" if kind in PRECISE else " and SD 1.5's 16")
+        raise ValueError(f"{kind!r} is known for {there}; found {n}.")
+    layout = {3: 1.0} if n == 11 else {4: 0.25, 5: 1.0}
+    by_place: dict[int, float] = {
+        "style transfer": {6: weight} if n == 11 else dict.fromkeys(_FINE, weight),
+        "composition": {t: weight * share for t, share in layout.items()},
+        "strong style transfer": {t: weight for t in range(n) if t not in layout},
+        "style and composition": {
+            **{t: composition * share for t, share in layout.items()},
+            **({6: weight} if n == 11 else dict.fromkeys(_FINE, weight)),
+        },
+        "style transfer precise": {3: weight if boost is None else boost, 6: weight},
+        "composition precise": {
+            **{t: 0.1 * weight for t in range(n) if t not in (3, 6)},
+            3: weight,
+            6: weight if boost is None else boost,
+        },
+    }[kind]
+    turned = {"style transfer precise": [3], "composition precise": [t for t in range(n) if t != 3]}.get(kind)
+    away = None if turned is None else tuple(f"{modules[t]}.*" for t in turned)
+    return BlockWeights({modules[t]: w for t, w in by_place.items()}, away)
+
+
+# Which blocks carry style, for any backbone
+
+
+@dataclass(frozen=True)
+class BlockScore:
+    """What one block does alone: the rise of style and of leakage over no reference, each with the half width of a 95 %
+    interval over n pictures."""
+
+    block: str
+    style: float
+    style_error: float
+    leakage: float
+    leakage_error: float
+    n: int
+
+
+Measure = Callable[[Sequence[Any], Any], Sequence[float]]
+
+
+def probe(
+    draw: Callable[[Sequence[Control]], Sequence[Any]],
+    adapter: IPAdapter,
+    references: Sequence[ImageSource],
+    *,
+    style: Measure,
+    leakage: Measure,
+    blocks: Sequence[str] | None = None,
+    strength: float = 1.0,
+) -> list[BlockScore]:
+    """Blocks from the one with most style over least leakage, each acting alone.
+
+    draw(controls) -> pictures of the same prompts and seeds each time. style and leakage(pictures, reference) -> one
+    number a picture: how near in style, and how much of the reference's content is in it. blocks: prefixes of paths;
+    None: every attention module of the adapter.
+    """
+    if blocks is None:
+        blocks = list(dict.fromkeys(path.split(".transformer_blocks.")[0] for path in adapter.sites))
+    if not references or not blocks:
+        raise ValueError(f"{len(references)} references and {len(blocks)} blocks: at least one of each is needed.")
+    plain = draw([])
+    before = [(list(style(plain, r)), list(leakage(plain, r))) for r in references]
+    found = []
+    for block in blocks:
+        gains: list[float] = []
+        leaks: list[float] = []
+        for reference, (style_before, leak_before) in zip(references, before, strict=True):
+            pictures = draw([adapter.control(reference, strength=strength, where=(block, f"{block}.*"))])
+            gains += [a - b for a, b in zip(style(pictures, reference), style_before, strict=True)]
+            leaks += [a - b for a, b in zip(leakage(pictures, reference), leak_before, strict=True)]
+        found.append(BlockScore(block, *interval(gains), *interval(leaks), len(gains)))
+    return sorted(found, key=lambda score: score.leakage - score.style)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval; an infinite one for a single value."""
+    error = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return fmean(values), error

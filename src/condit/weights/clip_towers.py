@@ -1,0 +1,47 @@
+"""CLIP's towers for image prompts, from folders: h94/IP-Adapter's `image_encoder/`, a whole CLIP, a text tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from condit.encoders.image import CLIPImage, TextTower, vision_config
+from condit.weights.files import load_strict, read_tensors
+from condit.weights.stable_diffusion import load_tokenizer, make_clip_text, read_json
+
+# Safetensors first: the same weights, without a pickle.
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def load_image_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> CLIPImage:
+    """Strictly; of a whole CLIP only the image half. ValueError where files are missing or do not fit."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(vision_config(folder)))
+    tensors = read_tensors(weight_file(folder))
+    # A whole CLIP holds the text's half too, and old files the numbers of the positions.
+    half = {n: t for n, t in tensors.items() if not n.startswith(("text_model.", "text_projection", "logit_scale"))}
+    load_strict(model, {n: t for n, t in half.items() if not n.endswith("position_ids")}, source=folder)
+    return CLIPImage(model.to(dtype).eval().requires_grad_(False))
+
+
+def load_text_tower(folder: str | Path) -> TextTower:
+    """The text half with its projection and its tokenizer, of a folder in transformers' layout."""
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    inner: dict[str, Any] = {**config.get("text_config", config)}
+    if "text_config" in config:
+        inner["projection_dim"] = config["projection_dim"]
+    tensors = read_tensors(weight_file(folder))
+    half = {n: t for n, t in tensors.items() if n.startswith(("text_model.", "text_projection"))}
+    model = make_clip_text(inner, half, folder, projected=True)
+    return TextTower(model.eval().requires_grad_(False), load_tokenizer(folder))
+
+
+def weight_file(folder: str | Path) -> Path:
+    file = next((Path(folder) / name for name in FILES if (Path(folder) / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} holds neither {' nor '.join(FILES)}.")
+    return file
