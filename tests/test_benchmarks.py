@@ -10,7 +10,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = "timing", "backbones", "omini"
+SCRIPTS = "timing", "backbones", "omini", "deadiff"
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,16 @@ def test_every_form_of_a_network_computes_the_same(scripts, kind, monkeypatch):
                 continue
             atol = 0.05 if "bfloat16" in form else 1e-4
             torch.testing.assert_close(call().float(), expected, rtol=0.05, atol=atol * float(expected.abs().max()))
+
+
+@pytest.mark.slow
+def test_every_form_of_deadiff_computes_the_same(scripts):
+    module = scripts["deadiff"]
+    with torch.inference_mode():
+        calls = module.variants(module.setting(full=False, device="cpu", cells=8))
+        plain, made, weighed, again, *_ = (call() for call in calls.values())
+    assert torch.equal(made, again)
+    assert not torch.equal(plain, made) and not torch.equal(made, weighed)
 
 
 # OminiControl: the closed forms against figures computed apart for FLUX.1 (D = 3072, 57 layers, 512 text tokens), and

@@ -271,6 +271,8 @@ def test_a_region_of_zeros_is_plain_and_of_ones_is_everywhere(bench, adapter, pi
 def test_a_region_of_one_grey_is_a_weight_of_the_attention(bench, adapter, pictures):
     grey = adapter.control(pictures[0], mask=np.full((64, 64), 51, np.uint8))
     close(bench.draw([grey]), bench.draw([adapter.control(pictures[0], strength=0.2, acts="attention")]))
+    both = adapter.control(pictures[0], mask=np.full((64, 64), 51, np.uint8), strength=0.5, acts="attention")
+    close(bench.draw([both]), bench.draw([adapter.control(pictures[0], strength=0.1, acts="attention")]))
 
 
 def test_outside_its_region_a_layer_attends_to_the_text_alone(adapter, pictures):
