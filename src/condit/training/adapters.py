@@ -38,6 +38,7 @@ from condit.nn.streams import Stream
 from condit.training.icon_batches import IconSet, procedural
 from condit.training.loop import Task, to_device
 from condit.training.text_to_image import GRID, SHIFT, T_MEAN, image_stream, training_times
+from condit.training.token_variants import Variant, added
 from condit.weights.files import load_strict, read_tensors, save_tensors
 from condit.weights.load import load_tiny
 from condit.weights.tiny import floats
@@ -219,13 +220,17 @@ class TokenTask(AdapterTask):
         init: str | None = None,
         kind: Kind = "subject",
         rank: int = 8,
+        variant: dict | None = None,
     ):
+        """variant: fields of `token_variants.Variant`, for ablations."""
         super().__init__(icons, model, ui)
+        self.variant = Variant(**(variant or {}))
         aligned = kind in ("edges", "gray")
         annotator = {"edges": "lines", "gray": "gray"}.get(kind)
         delta = (0, 0) if aligned else (0, -GRID[1])
         self.kind: Kind = kind
         config = OminiConfig(kind, delta, independent=True, annotator=annotator, rank=rank, alpha=float(rank))
+        config = self.variant.config(config)
         self.omini = OminiControl.new(self.transformer, config)
         if init is not None:
             lora = LoRA.from_tensors(floats(read_tensors(Path(init) / ADAPTER)), float(rank))
@@ -286,9 +291,16 @@ class TokenTask(AdapterTask):
             shown = torch.where(
                 dropped[:, None, None, None], torch.full_like(batch.images, -1.0), batch.references[:, 0]
             )
-            tokens = encode_tokens(self.vae, shown)
-        ids = condition_ids(self.omini.config, GRID)
-        return [condition_stream(self.omini, tokens, ids, self.run_of(text))], []
+            tokens = encode_tokens(self.vae, self.variant.small(shown))
+        ids = condition_ids(self.omini.config, (GRID[0] // self.variant.scale, GRID[1] // self.variant.scale))
+        stream = condition_stream(self.omini, tokens, ids, self.run_of(text))
+        return ([stream], []) if self.variant.what == "add" else self.variant.entered(stream, self.transformer)
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Text, streams: list[Stream], controls: list[Control]) -> Tensor:
+        if self.variant.what != "add":
+            return super().predict(x_t, t, text, streams, controls)
+        ids = torch.zeros(text.tokens.shape[1], 3, device=x_t.device)
+        return self.transformer(added(image_stream(x_t, t, text), streams[0]), text.tokens, ids)
 
 
 class StyleSource(Protocol):
