@@ -58,8 +58,10 @@ CASES = {
     "cached, gamma 0.5": Case("cached", gamma=0.5),
     "compact, joint": Case("joint", scale=2),
     "compact, cached": Case("cached", scale=2),
+    "2 joint": Case("joint", 2),
     "2 cached": Case("cached", 2),
     "4 cached": Case("cached", 4),
+    "4 compact, cached": Case("cached", 4, scale=2),
     "filling the cache of one, once a picture": Case("prefill"),
 }
 BASE = "diffusers, no condition"

@@ -168,6 +168,6 @@ def test_the_tables_hold_every_variant_and_the_memory_of_a_cache_is_as_computed(
         page = module.table(small_flux, found)
         assert page.count("\n| ") == len(found) + 1 and f"{module.average(32, 24, 16):.3f}" in page
         rows = [line.split(" | ") for line in module.memory(small_flux).splitlines()[2:]]
-    assert len(rows) == 4  # one, compact, two, four
+    assert len(rows) == 5  # one, compact, two, four, four compact
     assert all(row[1] == row[2].removesuffix(" |") for row in rows)
     assert rows[0][1] == f"{2 * 32 * 3 * 16 * 4:,}"

@@ -1,5 +1,6 @@
 """controls/omini.py: adapters and what they place into the sequence. Numbers: tests/parity/test_omini_golden.py."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -189,7 +190,7 @@ def test_one_prefill_serves_seeds_steps_guidance_and_copies(pipe, make_omini, pi
 
 def test_one_prefill_serves_every_size(make_pipe, make_omini, pictures):
     pipe = make_pipe(canvas=False, guidance_embeds=True, distilled=True)
-    control = make_omini(pipe, independent=True).control(pictures(1), size=pipe.size)  # it would follow the call's
+    control = make_omini(pipe, independent=True, delta=(0, -6)).control(pictures(1))
     found = latents(pipe, [control.prefill("a fox")], height=16, width=40)
     assert found.shape == (1, 10, 16) and torch.equal(found, latents(pipe, [control], height=16, width=40))
 
@@ -378,3 +379,58 @@ def test_a_side_is_saved_and_loaded(pipe, make_omini, tmp_path):
     adapter = make_omini(pipe, delta="left", order="official-inference")
     path = save_tensors(tmp_path / "a.safetensors", adapter.tensors(), {"condit": adapter.metadata()})
     assert OminiControl.load(path, pipe).config == adapter.config
+
+
+# Bad input, and two callers at once
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"scale": 0.0}, "scale spreads.*above 0; found 0.0"),
+        ({"scale": float("nan")}, "scale spreads"),
+        ({"delta": (0, float("inf"))}, "delta must be two numbers"),
+        ({"delta": (0, 1, 2)}, "delta must be two numbers"),
+        ({"delta": "above"}, "delta must be two numbers, 'left' or 'right'; found 'above'"),
+    ],
+)
+def test_scales_and_offsets_that_are_no_place_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        OminiConfig(**config)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_condition_on_the_picture_that_leaves_its_grid_is_refused(make_pipe, make_omini, pictures, scale):
+    pipe = make_pipe(canvas=False)
+    control = make_omini(pipe, scale=scale).control(pictures(1), size=(48, 96))
+    assert latents(pipe, [control], height=48, width=96).isfinite().all()
+    with pytest.raises(ValueError, match=r"reaches position \(.*the call draws 4 x 6 cells. Leave size= out"):
+        latents(pipe, [control])
+    beside = make_omini(pipe, delta=(0, -6)).control(pictures(1), size=(48, 96))
+    assert latents(pipe, [beside]).isfinite().all()  # nothing to lie on
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 2), (2, 3, 4, 4)])
+def test_a_mask_of_a_wrong_shape_is_refused(pipe, make_omini, pictures, shape):
+    with pytest.raises(ValueError, match="has shape .*expected one image"):
+        make_omini(pipe).control(pictures(1), mask=np.zeros(shape, np.uint8))
+
+
+def test_masks_that_do_not_fit_the_batch_are_refused(pipe, make_omini, pictures):
+    control = make_omini(pipe).control(pictures(3), mask=[LEFT, 255 - LEFT])
+    with pytest.raises(ValueError, match="mask: 2 references for 3 images"):
+        pipe(["a", "b", "c"], controls=[control], seed=0, output_type="latent")
+
+
+def test_two_threads_with_different_controls_on_one_model_give_what_each_gives_alone(pipe, make_omini, pictures):
+    joint, cached = make_omini(pipe, seed=1), make_omini(pipe, seed=2, independent=True)
+    controls = [joint.control(pictures(2)[0], strength=0.7), cached.control(pictures(2)[1], when=When(0, 0.7))]
+
+    def draw(i: int) -> torch.Tensor:
+        return latents(pipe, [controls[i % 2]])
+
+    alone = [draw(0), draw(1)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(draw, range(6)))
+    assert all(torch.equal(x, alone[i % 2]) for i, x in enumerate(found))
+    assert not torch.allclose(*alone)

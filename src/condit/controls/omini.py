@@ -169,6 +169,7 @@ class OminiControl(nn.Module):
             given=encoded.given,
             picture=picture if size is None and picture.follows else None,
             size=at,
+            on_picture=picture.follows,
             independent=True if cached == "approximate" else None,
             cached=cached is not False,
             settings=settings,
@@ -225,6 +226,7 @@ class OminiReference(Control):
     given: Fill | None = None
     picture: Picture | None = None
     size: tuple[int, int] | None = None
+    on_picture: bool = False  # delta 0
     empty: bool = False  # its tokens are those of the black picture
     independent: bool | None = None
     cached: bool = True
@@ -242,11 +244,25 @@ class OminiReference(Control):
         return self.adapter.config.independent if self.independent is None else self.independent
 
     def sized(self, size: tuple[int, int], pipe: Any) -> OminiReference:
-        if self.picture is None or self.cache is not None or size == self.size:
+        if self.cache is not None or size == self.size:
+            return self
+        if self.picture is None:
+            self.check_extent(size, pipe)
             return self
         new = self.picture.encoded(pipe, size, self.picture.again())
         tokens = new.black if self.empty else new.tokens
         return replace(self, tokens=tokens, black=new.black, ids=new.ids, given=new.given, size=size)
+
+    def check_extent(self, size: tuple[int, int], pipe: Any) -> None:
+        """ValueError for a condition that lies on the picture, at a size of its own, and reaches beyond its cells."""
+        rows, columns = size[0] // pipe.pixels, size[1] // pipe.pixels
+        last = self.ids[:, 1:].amax(0).tolist()
+        if self.on_picture and (last[0] > rows - 0.5 or last[1] > columns - 0.5):
+            raise ValueError(
+                f"This condition lies on the picture (delta 0) and reaches position ({last[0]:g}, {last[1]:g}), but "
+                f"the call draws {rows} x {columns} cells. Leave size= out, so that it has the size of the call, or "
+                "draw larger."
+            )
 
     def prepare(self, run: Run) -> OminiReference:
         ready = self if self.mask is None else self.in_region(self.mask, run)

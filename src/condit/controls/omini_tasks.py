@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,6 +34,10 @@ class OminiConfig:
     def __post_init__(self):
         if isinstance(self.delta, str) and self.delta not in ("left", "right"):
             raise ValueError(f"delta must be two numbers, 'left' or 'right'; found {self.delta!r}.")
+        if not isinstance(self.delta, str) and (len(self.delta) != 2 or not all(map(math.isfinite, self.delta))):
+            raise ValueError(f"delta must be two numbers, 'left' or 'right'; found {self.delta!r}.")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale spreads the positions of a condition and must be above 0; found {self.scale}.")
 
 
 # The published files carry no settings: these are theirs, all trained jointly. Beside each, what the condition is.

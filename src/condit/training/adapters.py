@@ -34,10 +34,11 @@ from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.lora import LoRA
-from condit.nn.streams import Stream, grid_ids
+from condit.nn.streams import Stream
 from condit.training.icon_batches import IconSet, procedural
 from condit.training.loop import Task, to_device
 from condit.training.text_to_image import GRID, SHIFT, T_MEAN, image_stream, training_times
+from condit.training.token_variants import Variant, added
 from condit.weights.files import load_strict, read_tensors, save_tensors
 from condit.weights.load import load_tiny
 from condit.weights.tiny import floats
@@ -229,8 +230,11 @@ class TokenTask(AdapterTask):
         rank: int = 8,
         walk: tuple[float, float] | None = None,
         leave: tuple[float, float] | None = None,
+        variant: dict | None = None,
     ):
+        """variant: fields of `token_variants.Variant`, for ablations."""
         super().__init__(icons, model, ui)
+        self.variant = Variant(**(variant or {}))
         aligned = kind in ("edges", "gray")
         annotator = {"edges": "lines", "gray": "gray"}.get(kind)
         delta = (0, 0) if aligned else (0, -GRID[1])
@@ -240,6 +244,7 @@ class TokenTask(AdapterTask):
         self.kind: Kind = kind
         self.walk, self.leave = walk, leave
         config = OminiConfig(kind, delta, independent=True, annotator=annotator, rank=rank, alpha=float(rank))
+        config = self.variant.config(config)
         self.omini = OminiControl.new(self.transformer, config)
         if init is not None:
             lora = LoRA.from_tensors(floats(read_tensors(Path(init) / ADAPTER)), float(rank))
@@ -304,15 +309,23 @@ class TokenTask(AdapterTask):
                 shown = torch.where(own[:, None, None, None], batch.images, shown)
             # The empty condition is a black picture, encoded like any other.
             shown = torch.where(dropped[:, None, None, None], torch.full_like(batch.images, -1.0), shown)
-            tokens = encode_tokens(self.vae, shown)
-        return [condition_stream(self.omini, tokens, self.positions(), self.run_of(text))], []
+            tokens = encode_tokens(self.vae, self.variant.small(shown))
+        stream = condition_stream(self.omini, tokens, self.positions(), self.run_of(text))
+        return ([stream], []) if self.variant.what == "add" else self.variant.entered(stream, self.transformer)
 
     def positions(self) -> Tensor:
         """Where the condition stands at this point of the run, (N, 3)."""
-        there = condition_ids(self.omini.config, GRID)
+        config, grid = self.omini.config, (GRID[0] // self.variant.scale, GRID[1] // self.variant.scale)
+        there = condition_ids(config, grid)
         if self.walk is None:
             return there
-        return torch.lerp(grid_ids(*GRID), there, risen(self.walk, self.progress))
+        return torch.lerp(condition_ids(replace(config, delta=(0, 0)), grid), there, risen(self.walk, self.progress))
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Text, streams: list[Stream], controls: list[Control]) -> Tensor:
+        if self.variant.what != "add":
+            return super().predict(x_t, t, text, streams, controls)
+        ids = torch.zeros(text.tokens.shape[1], 3, device=x_t.device)
+        return self.transformer(added(image_stream(x_t, t, text), streams[0]), text.tokens, ids)
 
 
 def risen(between: tuple[float, float], progress: float) -> float:

@@ -1,0 +1,221 @@
+"""OminiControl's claims in small (arXiv:2411.15098): short variants of one adapter on the embedded model, trained from
+equal seeds for equal steps, and measured on the same held-out icons.
+
+    python benchmarks/claims_omini.py --icons data/icons [--steps 260] [--only gray,gray-add] [--out benchmarks/results]
+
+Error is the squared error of the velocity at noise level 0.9, where the condition must say what is drawn; beside it the
+rise in % with another icon's condition (0 = the condition is not read). 95 % intervals by bootstrap over icons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from timing import machine
+from torch import Tensor
+
+from condit.data.files import atomic_write
+from condit.diffusion.objectives import add_noise, flow_loss
+from condit.encoders.vae import encode_tokens
+from condit.evaluation.measures import Interval, bootstrap, ratio
+from condit.memory import keep_memory
+from condit.training.adapters import Referenced, TokenTask
+from condit.training.loop import Loop, LoopConfig, to_device
+from condit.weights.catalog import TINY
+
+LEVEL = 0.9
+STRENGTHS = 0.0, 0.25, 0.5, 1.0, 1.5, 2.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One adapter: the task, its rank, and how the condition enters (fields of token_variants.Variant)."""
+
+    kind: Literal["gray", "subject"]
+    rank: int = 8
+    variant: Mapping = field(default_factory=dict)
+
+
+TRIALS = {
+    # Positions, for an aligned task and one that is not.
+    "gray": Trial("gray"),
+    "gray-offset": Trial("gray", variant={"delta": (0, -8)}),
+    "subject": Trial("subject"),
+    "subject-shared": Trial("subject", variant={"delta": (0, 0)}),
+    # Tokens in the sequence, or condition latents added to the noisy ones.
+    "gray-add": Trial("gray", variant={"what": "add"}),
+    "subject-add": Trial("subject", variant={"what": "add"}),
+    # Rank ("gray" has 8).
+    "gray-rank-1": Trial("gray", 1),
+    "gray-rank-4": Trial("gray", 4),
+    "gray-rank-16": Trial("gray", 16),
+    # Where, how many tokens, and whether the condition sees the picture.
+    "gray-double": Trial("gray", variant={"what": "double"}),
+    "gray-compact": Trial("gray", variant={"scale": 2}),
+    "gray-joint": Trial("gray", variant={"independent": False}),
+}
+CLAIMS = {
+    "Positions: shared for aligned tasks, offset for subjects": ("gray", "gray-offset", "subject", "subject-shared"),
+    "Tokens in the sequence against latents added": ("gray", "gray-add", "subject", "subject-add"),
+    "Rank": ("gray-rank-1", "gray-rank-4", "gray", "gray-rank-16"),
+    "All blocks against double blocks only": ("gray", "gray-double"),
+    "Compact tokens (a quarter)": ("gray", "gray-compact"),
+    "Cached (independent) against joint": ("gray", "gray-joint"),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """error: of the velocity; wrong, none: errors with another icon's and without a condition, over the error."""
+
+    error: Interval
+    wrong: Interval | None
+    none: Interval | None
+
+
+def train(name: str, trial: Trial, given: argparse.Namespace) -> TokenTask:
+    """The trial's adapter after the same steps as all others; a trial that was trained before is read."""
+    torch.manual_seed(given.seed)
+    task = TokenTask(given.icons, given.model, kind=trial.kind, rank=trial.rank, variant=dict(trial.variant))
+    config = LoopConfig(
+        steps=given.steps,
+        batch=given.batch,
+        seed=given.seed,
+        lr=3e-3,
+        muon_lr=0.01,
+        ema=0.98,
+        warmup=20,
+        precision="no",
+    )
+    loop = Loop(task, config, given.out / "runs" / name)
+    loop.model.train()
+    while loop.step < config.steps:
+        loop.train_step(loop.make_batch(loop.step))
+        loop.step += 1
+    loop.save()
+    with torch.no_grad():
+        for key, parameter in loop.parameters.items():
+            parameter.copy_(loop.average.shadow[key])
+    return task.eval()
+
+
+@torch.no_grad()
+def errors(task: TokenTask, count: int, *, chunk: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared errors (n,) on held-out icons at LEVEL: with the right condition, another icon's, and none."""
+    whole = task.examples(task.held_out, count)
+    n = len(whole.captions)
+    noise = torch.randn(n, 64, 4 * task.vae.config.latent_channels, generator=torch.Generator().manual_seed(0))
+    found: list[list[Tensor]] = [[], [], []]
+    for begin in range(0, n, chunk):
+        rows = torch.arange(begin, min(begin + chunk, n))
+        other = (rows + 7) % n
+        images, captions = whole.images[rows], [whole.captions[i] for i in rows]
+        batch = to_device(Referenced(images, captions, whole.references[rows], whole.counts[rows]), task.device)
+        swapped = to_device(Referenced(images, captions, whole.references[other], whole.counts[other]), task.device)
+        x0, text, e = encode_tokens(task.vae, batch.images), task.text(captions), noise[rows].to(task.device)
+        t = torch.full((len(rows),), LEVEL, device=task.device)
+        keep = torch.zeros(len(rows), dtype=torch.bool, device=task.device)
+        for into, (given, dropped) in zip(found, ((batch, keep), (swapped, keep), (batch, ~keep)), strict=True):
+            out = task.predict(add_noise(x0, e, t), t, text, *task.conditions(given, text, dropped))
+            into.append(flow_loss(out, x0, e, t, "x").cpu())
+    right, wrong, none = (torch.cat(parts) for parts in found)
+    return right, wrong, none
+
+
+def measured(task: TokenTask, count: int) -> Found:
+    right, wrong, none = errors(task, count)
+    return Found(bootstrap(right), ratio(wrong, right), ratio(none, right))
+
+
+def sweep(task: TokenTask, count: int) -> dict[str, Found]:
+    """A trained adapter at other strengths than it was trained at."""
+    found, variant = {}, task.variant
+    for strength in STRENGTHS:
+        task.variant = replace(variant, strength=strength)
+        found[f"{strength:g}"] = measured(task, count)
+    task.variant = variant
+    return found
+
+
+def cell(interval: Interval | None, *, percent: bool = False) -> str:
+    if interval is None:
+        return "-"
+    values = (interval.value, interval.low, interval.high)
+    if percent:
+        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * (v - 1) for v in values))
+    return "{:.4f} ({:.4f} to {:.4f})".format(*values)
+
+
+def table(rows: Mapping[str, Found]) -> str:
+    lines = ["| variant | n | error | another's condition, % | none, % |", "|---|---|---|---|---|"]
+    for name, f in rows.items():
+        cells = cell(f.error), cell(f.wrong, percent=True), cell(f.none, percent=True)
+        lines.append(f"| {name} | {f.error.n} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(found: Mapping[str, Found], strengths: Mapping[str, Found], command: str, given: argparse.Namespace) -> str:
+    """Markdown: a table a claim, and the command."""
+    parts = [f"`{command}`, {given.steps} steps of {given.batch}, seed {given.seed}, on {machine()}."]
+    for claim, names in CLAIMS.items():
+        rows = {name: found[name] for name in names if name in found}
+        parts += [f"**{claim}**", table(rows)] if rows else []
+    if strengths:
+        parts += ["**Strength of `gray`, trained at 1**", table(strengths)]
+    return "\n\n".join(parts) + "\n"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--icons", required=True, help="an icon world made by `condit data icons`")
+    parser.add_argument("--model", default=str(TINY / "model"), help="folder of the embedded model")
+    parser.add_argument("--steps", type=int, default=260)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=256, help="held-out icons")
+    parser.add_argument("--only", help="trials, separated by commas")
+    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims-omini"))
+    given = parser.parse_args(arguments)
+    given.names = list(TRIALS) if given.only is None else [name.strip() for name in given.only.split(",")]
+    unknown = [name for name in given.names if name not in TRIALS]
+    if unknown:
+        parser.error(f"no trial {unknown[0]!r}; there are {', '.join(TRIALS)}")
+    return given
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    keep_memory()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    random.seed(given.seed)
+    command = shlex.join(["python", "benchmarks/claims_omini.py", *(sys.argv[1:] if arguments is None else arguments)])
+    found: dict[str, Found] = {}
+    strengths: dict[str, Found] = {}
+    for name in given.names:
+        task = train(name, TRIALS[name], given)
+        found[name] = measured(task, given.count)
+        if name == "gray":
+            strengths = sweep(task, given.count)
+        # After each trial, so that a run that is stopped has said what it knows.
+        rows = {"trials": found, "strengths": strengths}
+        figures = {kind: {n: asdict(f) for n, f in values.items()} for kind, values in rows.items()}
+        said = {"command": command, "machine": machine(), "level": LEVEL, "steps": given.steps, "batch": given.batch}
+        text, markdown = json.dumps({**said, **figures}, indent=1) + "\n", page(found, strengths, command, given)
+        atomic_write(given.out / "claims.json", lambda path, text=text: path.write_text(text))
+        atomic_write(given.out / "claims.md", lambda path, text=markdown: path.write_text(text))
+    print((given.out / "claims.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
