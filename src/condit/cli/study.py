@@ -1,7 +1,7 @@
 """Commands that train, measure and make data: train, evaluate, verify, data icons, data check."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,21 +32,66 @@ def train(
 
 def evaluate(
     models: Annotated[
-        list[str] | None, typer.Argument(help="tiny, or exported class models to compare.", show_default="tiny")
+        list[str] | None,
+        typer.Argument(
+            help="tiny; style: methods of style transfer; or exported class models to compare.", show_default="tiny"
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the page.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="An icon world made by `condit data icons`.")] = None,
     count: Annotated[int, typer.Option("--count", "-n", help="Pictures a measure.")] = 512,
-    quick: Annotated[bool, typer.Option("--quick", help="64 pictures a measure, to see that it works.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="64 pictures a measure (style: 16), to see that it works.")
+    ] = False,
     sets: Annotated[str | None, typer.Option("--sets", help="Sets to draw, separated by commas.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Draw in bfloat16: faster where the CPU knows it.")] = False,
     vae: Annotated[str, typer.Option("--vae", help="The autoencoder that class models were trained on.")] = "tiny",
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="style: methods, separated by commas [default: all that can run].")
+    ] = None,
+    strengths: Annotated[
+        list[str] | None,
+        typer.Option("--strengths", help='style: "0.3,1" for every method, "plain=0.3,1" for one; repeatable.'),
+    ] = None,
+    split: Annotated[
+        str, typer.Option("--split", help="style: combo, held-out combinations; or style, the never-trained style.")
+    ] = "combo",
+    sites: Annotated[
+        str | None, typer.Option("--sites", help="style: layers of the style block [default: by the block probe].")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="style: steps of the sampler.")] = 20,
+    adain: Annotated[
+        Path | None, typer.Option("--adain", help="style: folder of AdaIN's weights, for that baseline.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="style: page to write the tables into.", show_default=False)
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure models on held-out pictures."""
     folder = out or output_folder() / "evaluation"
+    if models == ["style"]:
+        if sets or bf16:
+            raise typer.BadParameter("style has --methods instead of --sets, and draws in float32")
+        if split not in ("combo", "style"):
+            raise typer.BadParameter(f"--split is combo or style; found {split!r}")
+        from condit.evaluation.style import QUICK, Protocol, evaluate_style, write_table
+
+        kept = min(count, QUICK) if quick else count
+        where: Literal["combo", "style"] = "combo" if split == "combo" else "style"
+        protocol = Protocol(kept, seed, _names(methods), tuple(strengths or ()), where, _names(sites) or (), steps)
+        result = evaluate_style(folder, protocol, data=data, adain=adain)
+        if table is not None:
+            write_table(result, table)
+            say(f"written into {table}")
+        answer(result) if as_json else typer.echo(str(folder))
+        return
+    if methods or strengths or sites or adain or table:
+        raise typer.BadParameter(
+            "--methods, --strengths, --sites, --adain and --table belong to: condit evaluate style"
+        )
     if models and models != ["tiny"]:
         if data is None or sets or bf16:
             raise typer.BadParameter(
@@ -65,6 +110,11 @@ def evaluate(
         answer(result)
     else:
         typer.echo(str(folder))
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """ "a, b" as names."""
+    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def verify(

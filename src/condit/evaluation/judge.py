@@ -66,14 +66,17 @@ class Judge(nn.Module):
     @torch.no_grad()
     def probabilities(self, images: Tensor, among: Collection[str] | None = None, batch: int = 256) -> Tensor:
         """Pictures (B, 3, H, W) uint8 on white -> (B, styles), rows sum to 1. among: styles that may be answers."""
-        closed = torch.tensor([among is not None and style not in among for style in self.styles])
-        logits = torch.cat([self(to_input(part)).float() for part in _framed(images).split(batch)])
-        return logits.masked_fill(closed, -torch.inf).softmax(1)
+        return self.choose(self.head(self.features(images, batch)), among)
 
     @torch.no_grad()
     def features(self, images: Tensor, batch: int = 256) -> Tensor:
         """Pictures (B, 3, H, W) uint8 on white -> (B, 448): how they are drawn, whatever the styles are called."""
         return torch.cat([self.statistics(to_input(part)).float() for part in _framed(images).split(batch)])
+
+    def choose(self, logits: Tensor, among: Collection[str] | None = None) -> Tensor:
+        """Logits (B, styles) -> probabilities; styles that are not among the answers have none."""
+        closed = torch.tensor([among is not None and style not in among for style in self.styles])
+        return logits.float().masked_fill(closed, -torch.inf).softmax(1)
 
 
 def _framed(images: Tensor) -> Tensor:

@@ -56,6 +56,14 @@ def cosines(pictures: Tensor, texts: Tensor) -> Tensor:
     return F.cosine_similarity(pictures.float(), texts.float(), dim=-1)
 
 
+def above_others(pictures: Tensor, texts: Tensor, numbers: Tensor) -> Tensor:
+    """The cosine with a picture's own text less its mean cosine with the others' texts, those of another number; with
+    none of them, less nothing. (N, D) twice, (N,) -> (N,)."""
+    scores = F.normalize(pictures.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
+    other = (numbers[:, None] != numbers[None]).float()
+    return scores.diagonal() - (scores * other).sum(1) / other.sum(1).clamp(min=1)
+
+
 def reach(bank: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     """How far each real picture reaches: the distance to its k-th neighbour in the bank, (M, D) -> (M,)."""
     if len(bank) <= neighbours:

@@ -16,6 +16,7 @@ from condit.data.images import save_image
 from condit.data.sheets import Cell as Picture
 from condit.data.sheets import contact_sheet
 from condit.evaluation import style_rows as tables
+from condit.evaluation import style_rulers as rulers
 from condit.evaluation.report import FAINT, INK, STYLE_SHEET, inline, slug
 
 EXTREME, ACROSS, OVERVIEW = 6, 2, 8
@@ -39,17 +40,17 @@ def write_page(
     result: Mapping[str, Any],
     images: Mapping[tuple[str, float], Tensor],
     values: tables.Table,
-    given: Mapping[str, tables.Given],
+    given: Mapping[str, rulers.Given],
 ) -> Path:
     """`index.html`, with its curves and sheets as `plots/*.png` and `sheets/*.png`."""
     parts = [
         "<h1>condit: evaluation of style transfer</h1>",
         f"<p><code>{html.escape(result['command'])}</code>, {result['seconds']['all']:.0f} s. n = {result['n']} "
-        f"pictures of {result['concepts']} concepts in {result['styles']} styles, split {result['split']}; model "
-        f"{result['hash']}. Intervals: 95 %, bootstrap over concepts. A method wins where it lies above the baseline's "
-        "curve (black) at the same style score, not where it has more of one measure.</p>",
+        f"pictures of {result['concepts']} concepts in {result['styles']} styles; model {result['hash']}. "
+        "Intervals: 95 %, bootstrap over concepts. A method wins where it lies above the baseline's curve (black) at "
+        "the same style score, not where it has more of one measure.</p>",
     ]
-    for name in (m.name for m in tables.MEASURES if m.compared):
+    for name in (m.name for m in rulers.MEASURES if m.compared):
         picture = curves(result, name)
         save_image(picture, folder / "plots" / f"{slug(name)}.png")
         parts += [f"<h2>{html.escape(name)} against style</h2>", inline(picture)]
@@ -76,7 +77,7 @@ _ORDER = "In the order of style score + text alignment - leakage. Orange: shown 
 
 
 def _measure_list() -> str:
-    items = [f"<li><b>{html.escape(m.name)}</b>: {html.escape(m.what)}</li>" for m in tables.MEASURES]
+    items = [f"<li><b>{html.escape(m.name)}</b>: {html.escape(m.what)}</li>" for m in rulers.MEASURES]
     return f"<ul>{''.join(items)}</ul>"
 
 
@@ -102,7 +103,7 @@ def _to_html(markdown: str) -> str:
 
 def best_strength(values: tables.Table, method: str) -> float:
     """The strength with the most style."""
-    return max((s for m, s in values if m == method), key=lambda s: float(values[method, s][tables.SCORE].mean()))
+    return max((s for m, s in values if m == method), key=lambda s: float(values[method, s][rulers.SCORE].mean()))
 
 
 def curves(result: Mapping[str, Any], measure: str) -> Image.Image:
@@ -112,11 +113,11 @@ def curves(result: Mapping[str, Any], measure: str) -> Image.Image:
     methods = [
         m for m in result["methods"] if any((m["name"], s, measure) in found for s in _strengths(found, m["name"]))
     ]
-    methods = [m for m in methods if any(k[0] == m["name"] and k[2] == tables.SCORE for k in found)]
+    methods = [m for m in methods if any(k[0] == m["name"] and k[2] == rulers.SCORE for k in found)]
     methods = [m for m in methods if result["shows"][m["name"]] == "style"]
     points = {
         m["name"]: [
-            (found[m["name"], s, tables.SCORE], found[m["name"], s, measure]) for s in _strengths(found, m["name"])
+            (found[m["name"], s, rulers.SCORE], found[m["name"], s, measure]) for s in _strengths(found, m["name"])
         ]
         for m in methods
     }
@@ -124,7 +125,7 @@ def curves(result: Mapping[str, Any], measure: str) -> Image.Image:
     frame = _Frame.of([x for x, _ in every], [y for _, y in every])
     image = Image.new("RGB", ((_LEFT + _WIDTH + _LEGEND) * _SCALE, (_HEIGHT + _BOTTOM + 12) * _SCALE), "white")
     pen = ImageDraw.Draw(image)
-    frame.draw(pen, tables.SCORE, measure)
+    frame.draw(pen, rulers.SCORE, measure)
     baselines = {m["baseline"]: m["blank"] for m in methods if m["baseline"]}
     for number, method in enumerate(methods):
         name, colour = method["name"], _COLOURS[number % len(_COLOURS)]
@@ -210,7 +211,7 @@ def overview(
     result: Mapping[str, Any],
     images: Mapping[tuple[str, float], Tensor],
     values: tables.Table,
-    given: tables.Given,
+    given: rulers.Given,
 ) -> Image.Image:
     """The first cells, a method a row at its strength with the most style."""
     count = min(OVERVIEW, len(given.wanted))
@@ -232,11 +233,11 @@ def cases(
     drawn: Tensor,
     blank: Tensor,
     values: tables.Table,
-    given: tables.Given,
+    given: rulers.Given,
 ) -> Image.Image:
     """The best and the worst pairs: what was shown, without a control, the result, the true icon."""
     found = values[entry["name"], strength]
-    score = found[tables.SCORE] + found[tables.ALIGNMENT] - found[tables.LEAKAGE]
+    score = found[rulers.SCORE] + found[rulers.ALIGNMENT] - found[rulers.LEAKAGE]
     order = torch.argsort(score, descending=True).tolist()
     rows: list[list[Picture | Image.Image | None]] = []
     labels: list[str] = []
