@@ -35,6 +35,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.clip import ClipTask
     from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
+    from condit.training.pixels import PixelTask
     from condit.training.text_to_image import TextToImageTask
 
     return {
@@ -46,6 +47,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
         "tokens": TokenTask,
         "class-conditional": ClassConditionalTask,
         "classify": ClassifyTask,
+        "pixels": PixelTask,
     }
 
 
