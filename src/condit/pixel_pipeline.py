@@ -1,5 +1,5 @@
-"""Pictures drawn in pixels, without classes: DiffiT's image-space model (arXiv:2312.02139, section 3.2) by EDM's sampler
-(Karras et al. 2022, arXiv:2206.00364).
+"""Pictures drawn in pixels, without classes: DiffiT's image-space model (arXiv:2312.02139, section 3.2) by EDM's
+sampler (Karras et al. 2022, arXiv:2206.00364).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PixelPipeline:
         """Draw pictures; `seed` is sugar: image i is drawn with seed + i. The model knows no class, so label is None.
 
         num_inference_steps None: 18 up to 32 px, else 40, as published; each asks the model twice. height, width: those
-        of the training unless given. latents: the first noise (B, C, H, W) of deviation 1. "pt": (B, C, H, W) in [-1, 1].
+        of the training unless given. latents: the first noise (B, C, H, W) of deviation 1. "pt": a tensor in [-1, 1].
         """
         if label is not None:
             raise ValueError(f"{self.name} is unconditional, it knows no class {label!r}. Leave the label out.")

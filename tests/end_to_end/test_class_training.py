@@ -18,7 +18,17 @@ import condit
 from condit.data.icons import sample_path
 from condit.diffusion.edm import EDM, edm_sigmas, heun, precondition
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig, decode_latents
-from condit.evaluation.classes import ACCURACY, AGREEMENT, DISTANCE, ERROR, evaluate_classes
+from condit.evaluation.class_claims import class_claims
+from condit.evaluation.classes import (
+    ACCURACY,
+    AGREEMENT,
+    CLIP,
+    CONCEPT,
+    CONCEPT5,
+    DISTANCE,
+    ERROR,
+    evaluate_classes,
+)
 from condit.training import latent_cache
 from condit.training.class_conditional import ClassConditionalTask
 from condit.training.classify import ClassifyTask
@@ -127,6 +137,7 @@ def test_exported_class_models_are_compared_on_the_same_icons(tmp_path, coarse):
         step(ClassConditionalTask(backbone=backbone, **given), tmp_path / backbone) for backbone in ("DiT", "DiffiT")
     ]
     folders.append(step(ClassifyTask(icons=ICONS, label="style", sizes=VIT), tmp_path / "ViT"))
+    folders.append(step(ClassifyTask(icons=ICONS, label="base", sizes=VIT), tmp_path / "concepts"))
     told: list[str] = []
     found = evaluate_classes(folders, tmp_path / "out", data=ICONS, vae=coarse["vae"], count=16, tell=told.append)
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == found
@@ -141,6 +152,15 @@ def test_exported_class_models_are_compared_on_the_same_icons(tmp_path, coarse):
     assert one["less"] is None and other["less"]["value"] == pytest.approx(expected)
     untrained, judge = (figures[name, ACCURACY]["interval"]["value"] for name in ("ViT", "the judge, a CNN"))
     assert 0 <= untrained < judge
+    for who in ("concepts", CLIP):
+        first, five = (figures[who, measure]["interval"] for measure in (CONCEPT, CONCEPT5))
+        assert 0 <= first["value"] <= five["value"] <= 100 and first["n"] == five["n"] > 0
+    assert (
+        figures[CLIP, CONCEPT5]["interval"]["value"] > figures["concepts", CONCEPT5]["interval"]["value"]
+    )  # untrained
+    claims = class_claims(found)
+    assert claims.keys() == {"diffit-dit", "vit-style", "vit-concept"}
+    assert f"{found['models']['DiffiT']['parameters']:,}" in claims["diffit-dit"]
     assert found["models"]["DiT"]["steps"] == 1 and found["models"]["DiT"]["parameters"] > 1000
     assert Image.open(tmp_path / "out" / "classes.png").width > 200
     # Again, the same figures.

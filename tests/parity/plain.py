@@ -23,7 +23,9 @@ def write(folder: Path, name: str, facts: dict, tensors: Tensors) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(facts))
     keep = tuple if name.startswith(("pos_embed", "schedules")) else (torch.float64,)  # those stay in float64
-    narrow = {k: x.detach().float() if keep is not tuple and x.dtype in keep else x.detach() for k, x in tensors.items()}
+    narrow = {
+        k: x.detach().float() if keep is not tuple and x.dtype in keep else x.detach() for k, x in tensors.items()
+    }
     save_file({k: x.contiguous().clone() for k, x in narrow.items()}, folder / f"{name}.safetensors")
 
 
@@ -102,7 +104,12 @@ def embedding(p: Tensors, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def shapes(c: dict, diffit: bool) -> dict[str, tuple[int, ...]]:
     """The official names."""
-    d, size, channels, hidden = c["hidden_size"], c["patch_size"], c["in_channels"], int(c["hidden_size"] * c["mlp_ratio"])
+    d, size, channels, hidden = (
+        c["hidden_size"],
+        c["patch_size"],
+        c["in_channels"],
+        int(c["hidden_size"] * c["mlp_ratio"]),
+    )
     rows, side = c["num_classes"] + (c["class_dropout_prob"] > 0), c["input_size"] // size
     linears = {"t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d)}
     tables = {}
@@ -118,7 +125,10 @@ def shapes(c: dict, diffit: bool) -> dict[str, tuple[int, ...]]:
     linears["final_layer.linear"] = (size**2 * channels * (1 + c["learn_sigma"]), d)
     if not diffit:
         linears["final_layer.adaLN_modulation.1"] = (2 * d, d)
-    found: dict[str, tuple[int, ...]] = {"x_embedder.proj.weight": (d, channels, size, size), "x_embedder.proj.bias": (d,)}
+    found: dict[str, tuple[int, ...]] = {
+        "x_embedder.proj.weight": (d, channels, size, size),
+        "x_embedder.proj.bias": (d,),
+    }
     found |= {"y_embedder.embedding_table.weight": (rows, d)} | tables
     for name, shape in linears.items():
         found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
@@ -140,7 +150,9 @@ def dit(p: Tensors, c: dict, x: Tensor, t: Tensor, y: Tensor) -> Tensors:
     for i in range(c["depth"]):
         b = f"blocks.{i}"
         s1, g1, a1, s2, g2, a2 = affine(p, f"{b}.adaLN_modulation.1", signal)[:, None].chunk(6, -1)
-        q, k, v = affine(p, f"{b}.attn.qkv", norm(tokens) * (1 + g1) + s1).unflatten(-1, (3, c["num_heads"], -1)).unbind(2)
+        q, k, v = (
+            affine(p, f"{b}.attn.qkv", norm(tokens) * (1 + g1) + s1).unflatten(-1, (3, c["num_heads"], -1)).unbind(2)
+        )
         attended = affine(p, f"{b}.attn.proj", attention(q, k, v))
         tokens = tokens + a1 * attended
         mlp = affine(p, f"{b}.mlp.fc2", gelu(affine(p, f"{b}.mlp.fc1", norm(tokens) * (1 + g2) + s2)))
@@ -344,7 +356,9 @@ def write_diffusion(
     write(folder, name, facts, found)
 
 
-def sample(found: Tensors, c: dict, p: Tensors, process: Tables, options: dict, scale: float, g: torch.Generator) -> None:
+def sample(
+    found: Tensors, c: dict, p: Tensors, process: Tables, options: dict, scale: float, g: torch.Generator
+) -> None:
     """Trajectories of every sampler, guided as the official batch of [z; z] is, and one inversion."""
     n, side = 2, c["input_size"]
     z, y = random(g, n, c["in_channels"], side, side), torch.tensor([2, 1])
@@ -377,7 +391,9 @@ def write_schedules(folder: Path, respacings: tuple[str, ...]) -> None:
     for how in respacings:
         process = Tables(respacing=how)
         key = f"linear.respaced_{how.replace(',', '_')}"
-        found |= {f"{key}.{k}": torch.tensor(getattr(process, k)) for k in ("timestep_map", "betas", "posterior_variance")}
+        found |= {
+            f"{key}.{k}": torch.tensor(getattr(process, k)) for k in ("timestep_map", "betas", "posterior_variance")
+        }
     write(folder, "schedules_b", {"respaced_timesteps": dict.fromkeys(respacings, [])}, found)
 
 
@@ -408,7 +424,9 @@ def diffit(p: Tensors, c: dict, x: Tensor, t: Tensor, y: Tensor) -> Tensors:
     return acts | {"out": picture_of(c, acts["final_tokens"], x.shape[-1])}
 
 
-def write_diffit(folder: Path, name: str, c: dict, *, seed: int, guidance: str, cases: list[dict], respacing: str) -> None:
+def write_diffit(
+    folder: Path, name: str, c: dict, *, seed: int, guidance: str, cases: list[dict], respacing: str
+) -> None:
     g, p = torch.Generator().manual_seed(seed + 1), weights(c, seed, diffit=True)
     shape = 3, c["in_channels"], c["input_size"], c["input_size"]
     x, noise, t, y = random(g, *shape), random(g, *shape), torch.tensor([5, 417, 999]), torch.tensor([0, 1, 2])
@@ -461,7 +479,10 @@ def vit_weights(c: dict, seed: int) -> Tensors:
         for part in ("query", "key", "value"):
             dense[f"{b}/MultiHeadDotProductAttention_0/{part}"] = (d, heads, d // heads), (heads, d // heads)
         dense[f"{b}/MultiHeadDotProductAttention_0/out"] = (heads, d // heads, d), (d,)
-        dense[f"{b}/MlpBlock_0/Dense_0"], dense[f"{b}/MlpBlock_0/Dense_1"] = ((d, hidden), (hidden,)), ((hidden, d), (d,))
+        dense[f"{b}/MlpBlock_0/Dense_0"], dense[f"{b}/MlpBlock_0/Dense_1"] = (
+            ((d, hidden), (hidden,)),
+            ((hidden, d), (d,)),
+        )
     if c["representation_size"]:
         dense["pre_logits"] = (d, wide), (wide,)
     if c["num_classes"]:
@@ -471,7 +492,10 @@ def vit_weights(c: dict, seed: int) -> Tensors:
     for name, (kernel, bias) in dense.items():
         found |= {f"{name}/kernel": random(g, *kernel, scale=0.15), f"{name}/bias": random(g, *bias, scale=0.15)}
     for name in norms:
-        found |= {f"{name}/scale": 1 + random(g, d, scale=0.1).float().double(), f"{name}/bias": random(g, d, scale=0.1)}
+        found |= {
+            f"{name}/scale": 1 + random(g, d, scale=0.1).float().double(),
+            f"{name}/bias": random(g, d, scale=0.1),
+        }
     return {k: v.float().double() for k, v in found.items()}
 
 

@@ -92,7 +92,9 @@ def test_the_plain_fixtures_tell_a_wrong_loss_sampler_or_option(tmp_path):
 
 
 def test_schedules_respacings_and_positions_equal_the_plain_ones(tmp_path):
-    plain.write_schedules(tmp_path / "dit", ("7", "100", "1000", "ddim10", "ddim100", "20,10", "3,1,4,1", "334,333,333"))
+    plain.write_schedules(
+        tmp_path / "dit", ("7", "100", "1000", "ddim10", "ddim100", "20,10", "3,1,4,1", "334,333,333")
+    )
     plain.write_positions(tmp_path / "dit", [{"grid": 1, "dim": 8}, {"grid": 5, "dim": 20}, {"grid": 32, "dim": 16}])
     assert_all_equal("dit", tmp_path, rows=2)
 

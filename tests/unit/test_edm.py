@@ -34,7 +34,9 @@ def error(steps: int, mean: float = 0.3, std: float = 0.5) -> float:
 def test_the_sampler_solves_the_ode_of_gaussian_data():
     errors = [error(steps) for steps in (18, 36, 72)]
     assert errors[0] < 0.1 and errors[2] < 0.01
-    assert 3 < errors[0] / errors[1] < 6 and 3 < errors[1] / errors[2] < 6  # of second order: a quarter for half the step
+    assert (
+        3 < errors[0] / errors[1] < 6 and 3 < errors[1] / errors[2] < 6
+    )  # of second order: a quarter for half the step
 
 
 def test_the_mean_of_the_data_is_a_fixed_point():
@@ -82,7 +84,11 @@ def test_the_network_sees_and_is_asked_for_deviation_one():
 def test_the_true_target_makes_the_loss_zero():
     """F = (x0 - c_skip x) / c_out, Eq. 8."""
     g = torch.Generator().manual_seed(0)
-    x0, noise, sigma = torch.randn(2, 3, 4, 4, generator=g), torch.randn(2, 3, 4, 4, generator=g), torch.tensor([0.1, 9.0])
+    x0, noise, sigma = (
+        torch.randn(2, 3, 4, 4, generator=g),
+        torch.randn(2, 3, 4, 4, generator=g),
+        torch.tensor([0.1, 9.0]),
+    )
     s, d = sigma.reshape(-1, 1, 1, 1), DESIGN.sigma_data
     x = x0 + s * noise
     target = (x0 - d**2 / (s**2 + d**2) * x) / (s * d / (s**2 + d**2).sqrt())

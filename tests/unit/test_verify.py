@@ -105,7 +105,9 @@ def test_a_folder_may_hold_some_kinds_only_but_none_that_nobody_compares(tmp_pat
     with pytest.raises(FileNotFoundError, match=r"holds none of vit_\*\.safetensors"):
         verify_fixtures("vit", tmp_path)
     shutil.copy(find_golden() / "vit" / "posembed_resize.json", tmp_path / "vit" / "posembed_resize_b.json")
-    shutil.copy(find_golden() / "vit" / "posembed_resize.safetensors", tmp_path / "vit" / "posembed_resize_b.safetensors")
+    shutil.copy(
+        find_golden() / "vit" / "posembed_resize.safetensors", tmp_path / "vit" / "posembed_resize_b.safetensors"
+    )
     (found,) = verify_fixtures("vit", tmp_path)
     assert found.ok and list(found.cases) == ["posembed_resize_b"]
     (tmp_path / "vit" / "swin.json").write_text("{}")

@@ -151,7 +151,8 @@ def published(layout: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "ending"), [("npz_vit_b_16_imagenet21k", "npz"), ("timm_vit_b_16", "safetensors"), ("hf_vit_b_16", "bin")]
+    ("layout", "ending"),
+    [("npz_vit_b_16_imagenet21k", "npz"), ("timm_vit_b_16", "safetensors"), ("hf_vit_b_16", "bin")],
 )
 def test_a_file_with_the_published_list_of_names_loads_strictly(layout, ending, tmp_path):
     tensors, path = published(layout), tmp_path / f"vit.{ending}"

@@ -71,7 +71,11 @@ def edm_sigmas(steps: int, edm: EDM) -> Tensor:
 
 
 def heun(
-    denoise: Denoiser, x: Tensor, sigmas: Tensor, *, on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """Heun's second-order steps of dx/dsigma = (x - D(x, sigma)) / sigma, Alg. 1 without churn; Euler to sigma 0.
 

@@ -37,8 +37,8 @@ class Pixels:
 
 
 class PixelTask(Task):
-    """Pictures from `icons` or `folder` (subfolders count for nothing), all held in memory in 8 bits; `size` is a side or
-    [height, width] in pixels.
+    """Pictures from `icons` or `folder` (subfolders count for nothing), all held in memory in 8 bits; `size` is a side
+    or [height, width] in pixels.
 
     backbone: a preset of the U-shape, or "DiffiTImage" with `sizes`, the fields of its config. edm: fields of `EDM`.
     """

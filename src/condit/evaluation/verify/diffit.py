@@ -110,9 +110,7 @@ def compare_trajectory(golden: Path, name: str) -> Differences:
     if "sample.ddpm.x" not in t:  # without a null class nothing is guided
         return {"no trajectory recorded": float(bool(model.config.class_dropout_prob))}
     settings = told(golden, name)["sampling"]
-    process = gaussian(
-        steps=settings["diffusion_steps"], respacing=settings["respacing"], variance=variance_of(model)
-    )
+    process = gaussian(steps=settings["diffusion_steps"], respacing=settings["respacing"], variance=variance_of(model))
     scale = scale_of(golden, name, settings["cfg_scale"], settings["scale_pow"])
     denoise = class_guidance(model, t["input.y"][:2], model.null_label, scale)
     draws, seen = iter(t["sample.step_noise"][:, :2]), []

@@ -22,8 +22,8 @@ from condit.evaluation.verify.check import Check, Differences, difference, layou
 from condit.nn.layers import modulated_norm, timestep_features
 
 TOLERANCE = 1e-5  # the official explicit and fused attention differ by 1.5e-6 themselves
-# Where x0 is clipped, it is at much noise a difference of numbers 157 times as large as what is left of it: the fixtures
-# themselves are 4e-5 from the same step computed in float64.
+# Where x0 is clipped, it is at much noise a difference of numbers 157 times as large as what is left of it: the
+# fixtures themselves are 4e-5 from the same step computed in float64.
 CLIPPED_TOLERANCE = 5e-4
 TABLE_TOLERANCE = 1e-12  # float64
 
@@ -287,7 +287,9 @@ CHECKS = (
     Check("terms of one step, one inversion step", _OFFICIAL, TOLERANCE, _DIFFUSIONS, compare_statistics),
     Check("5 steps of DDPM and DDIM (relative)", _OFFICIAL, TOLERANCE, _DIFFUSIONS, compare_samples),
     Check("5 steps of DDPM, x0 clipped (relative)", _OFFICIAL, CLIPPED_TOLERANCE, _DIFFUSIONS, compare_clipped_samples),
-    Check("noise schedules, respacings (float64)", _OFFICIAL, TABLE_TOLERANCE, "schedules*.safetensors", compare_schedules),
+    Check(
+        "noise schedules, respacings (float64)", _OFFICIAL, TABLE_TOLERANCE, "schedules*.safetensors", compare_schedules
+    ),
     Check("position tables (float64)", _OFFICIAL, TABLE_TOLERANCE, "pos_embed*.safetensors", compare_positions),
     Check("names and shapes of DiT-XL/2, 256 and 512 px", _OFFICIAL, 0, "layout_*.json", compare_layout),
 )
