@@ -500,7 +500,8 @@ def load(
 ) -> Any:
     """A `Pipeline` by name ("tiny", embedded), from a folder in diffusers' FLUX layout or a single file of FLUX.1; a
     `LatentPipeline` by name ("sd15", "sdxl") or from a folder or file of Stable Diffusion; a `ClassPipeline` or a
-    `ViTPipeline` by name (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT, DiffiT or ViT.
+    `ViTPipeline` by name (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT, DiffiT or ViT; a
+    `PixelPipeline` from a file of the image-space DiffiT.
 
     vae: an autoencoder, its folder, or "tiny" for the embedded one, for a class model that has none beside it.
     components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None: its own.
@@ -518,7 +519,7 @@ def load(
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
         return LatentPipeline(load_latent_parts(latent, dtype=dtype or half)).to(device)
     found = class_models.recognise(source)
-    if vae is not None and (found is None or found[0] == "vit"):
+    if vae is not None and (found is None or found[0] not in ("dit", "diffit")):
         raise ValueError(f"vae= is for DiT and DiffiT; {str(source)!r} brings its own or needs none. Leave it out.")
     if found is None:
         parts = load_parts(source, dtype=dtype, components=components)
@@ -533,6 +534,10 @@ def load(
         from condit.classifier import ViTPipeline
 
         return ViTPipeline(class_models.load_classifier_parts(str(source), path, dtype=dtype)).to(device)
+    if kind == "diffit-image":
+        from condit.pixel_pipeline import PixelPipeline
+
+        return PixelPipeline(class_models.load_pixel_parts(str(source), path, dtype=dtype)).to(device)
     from condit.class_pipeline import ClassPipeline  # here, as it imports this module
 
     return ClassPipeline(class_models.load_class_parts(str(source), kind, path, vae=vae, dtype=dtype)).to(device)

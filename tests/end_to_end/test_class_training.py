@@ -14,15 +14,28 @@ import pytest
 import torch
 from PIL import Image
 
+import condit
 from condit.data.icons import sample_path
+from condit.diffusion.edm import EDM, edm_sigmas, heun, precondition
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig, decode_latents
-from condit.evaluation.classes import ACCURACY, AGREEMENT, DISTANCE, ERROR, evaluate_classes
+from condit.evaluation.class_claims import class_claims
+from condit.evaluation.classes import (
+    ACCURACY,
+    AGREEMENT,
+    CLIP,
+    CONCEPT,
+    CONCEPT5,
+    DISTANCE,
+    ERROR,
+    evaluate_classes,
+)
 from condit.training import latent_cache
 from condit.training.class_conditional import ClassConditionalTask
 from condit.training.classify import ClassifyTask
 from condit.training.labelled import from_folder
-from condit.training.loop import Loop, LoopConfig
-from condit.weights.diffit import load_diffit
+from condit.training.loop import Loop, LoopConfig, Task
+from condit.training.pixels import PixelTask
+from condit.weights.diffit import load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
 from condit.weights.files import save_tensors
 from condit.weights.tiny import WEIGHTS
@@ -33,6 +46,7 @@ ICONS = str(sample_path())
 ONE_STEP = LoopConfig(steps=1, batch=4, precision="no", warmup=1, ema=0.0)
 SIZES = {"hidden_size": 32, "depth": 2, "num_heads": 2}
 VIT = {"patch_size": 16, "dim": 32, "depth": 2, "heads": 2, "mlp_dim": 64}
+PIXELS = {"blocks": [1, 1], "widths": [8, 16], "window": 4, "time_dim": 12, "time_features": 8, "head_dim": 4}
 RUN = LoopConfig(steps=4, batch=4, lr=1e-2, precision="no", warmup=1, ema=0.5, save_minutes=0.0)
 
 
@@ -123,6 +137,7 @@ def test_exported_class_models_are_compared_on_the_same_icons(tmp_path, coarse):
         step(ClassConditionalTask(backbone=backbone, **given), tmp_path / backbone) for backbone in ("DiT", "DiffiT")
     ]
     folders.append(step(ClassifyTask(icons=ICONS, label="style", sizes=VIT), tmp_path / "ViT"))
+    folders.append(step(ClassifyTask(icons=ICONS, label="base", sizes=VIT), tmp_path / "concepts"))
     told: list[str] = []
     found = evaluate_classes(folders, tmp_path / "out", data=ICONS, vae=coarse["vae"], count=16, tell=told.append)
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == found
@@ -137,6 +152,15 @@ def test_exported_class_models_are_compared_on_the_same_icons(tmp_path, coarse):
     assert one["less"] is None and other["less"]["value"] == pytest.approx(expected)
     untrained, judge = (figures[name, ACCURACY]["interval"]["value"] for name in ("ViT", "the judge, a CNN"))
     assert 0 <= untrained < judge
+    for who in ("concepts", CLIP):
+        first, five = (figures[who, measure]["interval"] for measure in (CONCEPT, CONCEPT5))
+        assert 0 <= first["value"] <= five["value"] <= 100 and first["n"] == five["n"] > 0
+    assert (
+        figures[CLIP, CONCEPT5]["interval"]["value"] > figures["concepts", CONCEPT5]["interval"]["value"]
+    )  # untrained
+    claims = class_claims(found)
+    assert claims.keys() == {"diffit-dit", "vit-style", "vit-concept"}
+    assert f"{found['models']['DiffiT']['parameters']:,}" in claims["diffit-dit"]
     assert found["models"]["DiT"]["steps"] == 1 and found["models"]["DiT"]["parameters"] > 1000
     assert Image.open(tmp_path / "out" / "classes.png").width > 200
     # Again, the same figures.
@@ -154,13 +178,15 @@ def test_dit_and_diffit_are_given_the_same_batches(pets, vae):
     assert torch.equal(first.labels, second.labels)
 
 
-def test_a_rectangular_folder_of_classes_trains_and_is_judged_repeatably(tmp_path, pets, vae):
-    task = small(pets, vae)
+@pytest.mark.parametrize("backbone", ["DiT", "DiffiT"])
+def test_a_rectangular_folder_of_classes_trains_and_is_judged_repeatably(backbone, tmp_path, pets, vae):
+    task = small(pets, vae, backbone=backbone)
     assert task.classes == ["cats", "dogs"]
     assert len(task.latents) + len(task.held_out) == 28
     assert task.network.config.input_size == (8, 12)
     torch.nn.init.normal_(task.network.final_layer.linear.weight, std=0.1)
-    torch.nn.init.normal_(task.network.final_layer.adaLN_modulation[1].weight, std=0.1)
+    if backbone == "DiT":
+        torch.nn.init.normal_(task.network.final_layer.adaLN_modulation[1].weight, std=0.1)
     with torch.no_grad():
         figures = task.validate()
         assert figures == task.validate()
@@ -168,18 +194,26 @@ def test_a_rectangular_folder_of_classes_trains_and_is_judged_repeatably(tmp_pat
     assert figures["wrong_class"] != 0
     assert task.sheet().size[0] > 300
     folder = step(task, tmp_path) / "transformer"
-    config = load_dit(folder / WEIGHTS).config
+    read = {"DiT": load_dit, "DiffiT": load_diffit}[backbone]
+    config = read(folder / WEIGHTS).config
     assert (config.latent, config.num_classes) == ((8, 12), 2)
     assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "cats", "1": "dogs"}
-    assert load_dit(folder).config.latent == (8, 12)  # by diffusers' names, of which sample_size is a list here
+    if backbone == "DiT":
+        assert load_dit(folder).config.latent == (8, 12)  # by diffusers' names, of which sample_size is a list here
+    pipe = condit.load(folder.parent, vae=vae)
+    assert pipe("dogs", num_inference_steps=2, seed=0).images[0].size == (48, 32)
 
 
-def test_a_flat_folder_trains_an_unconditional_network(tmp_path, vae):
+@pytest.mark.parametrize("backbone", ["DiT", "DiffiT"])
+def test_a_flat_folder_trains_an_unconditional_network(backbone, tmp_path, vae):
     folder = write_pictures(tmp_path / "flat", count=6, size=(32, 32))
-    task = ClassConditionalTask(backbone="DiT", sizes=SIZES, folder=str(folder), size=32, vae=vae)
+    task = ClassConditionalTask(backbone=backbone, sizes=SIZES, folder=str(folder), size=32, vae=vae)
     assert task.network.config.num_classes == 0
     assert len(task.draw([0, 0])) == 2
-    network = load_dit(step(task, tmp_path / "run") / "transformer")
+    out = step(task, tmp_path / "run")
+    assert condit.load(out, vae=vae)(num_inference_steps=2, seed=0).images[0].size == (32, 32)
+    read = {"DiT": load_dit, "DiffiT": load_diffit}[backbone]
+    network = read(out / "transformer" / WEIGHTS)
     assert network(torch.zeros(1, 4, 8, 8), torch.tensor([5])).shape == (1, 8, 8, 8)
 
 
@@ -228,21 +262,58 @@ def test_latents_come_from_the_cache_until_a_picture_changes(tmp_path, vae, monk
     assert len(made) == 2
 
 
+def make(kind: str, pets: str, vae: str) -> Task:
+    """A small task of each kind on the same pictures, with the chance that it has: noise, dropped labels, dropout."""
+    if kind in ("DiT", "DiffiT"):
+        return small(pets, vae, backbone=kind)
+    torch.manual_seed(0)
+    if kind == "ViT":
+        return ClassifyTask(folder=pets, size=[32, 48], sizes={**VIT, "dropout": 0.3}, flip=True)
+    return PixelTask(folder=pets, size=[16, 24], sizes=PIXELS)
+
+
+def kill(kind: str, pets: str, vae: str, out: Path) -> None:
+    """Trains until the fourth batch is made, then dies without a word."""
+    task = make(kind, pets, vae)
+    task.validate, task.sheet, seen, batch = dict, lambda: None, [], task.batch
+
+    def killing(rng, size):
+        seen.append(1)
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch(rng, size)
+
+    task.batch = killing
+    Loop(task, RUN, out / kind).run()
+
+
+KINDS = ("DiT", "DiffiT", "ViT", "pixels")
 KILLED = """
-import os, signal, sys
+import os, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_class_training import RUN, Loop, small
-task = small({pets!r}, {vae!r})
-task.validate, task.sheet, task.seen, batch = dict, lambda: None, 0, task.batch
-def killing(rng, size):
-    task.seen += 1
-    if task.seen == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return batch(rng, size)
-task.batch = killing
-Loop(task, RUN, Path({out!r})).run()
+import test_class_training as here
+for kind in here.KINDS:  # a fork each: importing torch once is enough
+    child = os.fork()
+    if not child:
+        try:
+            here.kill(kind, {pets!r}, {vae!r}, Path({out!r}))
+        finally:
+            os._exit(1)
+    print(kind, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, pets, vae) -> Path:
+    """A folder with a run of every kind that was killed."""
+    out = tmp_path_factory.mktemp("killed")
+    script = KILLED.format(tests=str(Path(__file__).parent), pets=pets, vae=vae, out=str(out))
+    # Threads decide the order of sums.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True, env=environment)
+    assert ended.stdout.split() == [word for kind in KINDS for word in (kind, str(-signal.SIGKILL))], ended.stderr
+    return out
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -251,39 +322,35 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert all(torch.equal(value, states[1][kind][name]) for name, value in states[0][kind].items())
 
 
-def test_a_killed_and_resumed_dit_ends_as_one_never_stopped(tmp_path, pets, vae):
-    step(small(pets, vae), tmp_path / "whole", RUN)
-    script = KILLED.format(tests=str(Path(__file__).parent), pets=pets, vae=vae, out=str(tmp_path / "cut"))
-    # Threads decide the order of sums.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, env=environment)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
-    resumed = Loop(small(pets, vae), RUN, tmp_path / "cut")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_and_resumed_run_ends_as_one_never_stopped(kind, tmp_path, killed, pets, vae):
+    step(make(kind, pets, vae), tmp_path / "whole", RUN)
+    resumed = Loop(make(kind, pets, vae), RUN, killed / kind)
     assert 0 < resumed.step < RUN.steps
-    step(resumed.task, tmp_path / "cut", RUN)
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    step(resumed.task, killed / kind, RUN)
+    assert_same_end(tmp_path / "whole", killed / kind)
 
 
-def test_a_stopped_and_resumed_vit_with_dropout_ends_as_one_never_stopped(tmp_path, pets):
-    def task() -> ClassifyTask:
-        torch.manual_seed(0)
-        return ClassifyTask(folder=pets, size=[32, 48], sizes={**VIT, "dropout": 0.3}, flip=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_of_nan_is_skipped_and_moves_no_weight(kind, tmp_path, pets, vae):
+    task = make(kind, pets, vae)
+    forward = task.forward
 
-    step(task(), tmp_path / "whole", RUN)
-    stopped = task()
-    batch, seen = stopped.batch, []
+    def bad(batch, generator):
+        loss, logs = forward(batch, generator)
+        return loss * float("nan"), logs
 
-    def failing(rng, size):
-        seen.append(1)
-        if len(seen) == 4:
-            raise KeyboardInterrupt
-        return batch(rng, size)
-
-    stopped.batch = failing
-    with pytest.raises(KeyboardInterrupt):
-        Loop(stopped, RUN, tmp_path / "cut").run()
-    step(task(), tmp_path / "cut", RUN)
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    loop = Loop(task, ONE_STEP, tmp_path)
+    task.forward = bad
+    batch = task.batch(random.Random(0), 4)
+    loop.train_step(batch)
+    assert loop.bad_steps == 1
+    assert all(torch.equal(p, before[name]) for name, p in task.named_parameters())
+    task.forward = forward
+    loop.train_step(batch)
+    assert loop.bad_steps == 0
+    assert any(not torch.equal(p, before[name]) for name, p in task.named_parameters())
 
 
 def test_a_vit_trains_a_step_on_icons_and_loads_and_starts_another(tmp_path, pets):
@@ -322,6 +389,64 @@ def test_augmentation_moves_every_picture_and_none_when_it_is_off():
     moved = augment(images, random.Random(0), shift=0.1, zoom=0.2, flip=True)
     assert all((a - b).abs().mean() > 0.01 for a, b in zip(moved, images, strict=True))
     assert torch.equal(moved, augment(images, random.Random(0), shift=0.1, zoom=0.2, flip=True))
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("icons", [True, False])
+def test_a_u_shape_trains_a_step_on_pixels_and_its_export_draws(icons, tmp_path, pets):
+    source = {"icons": ICONS, "size": 32} if icons else {"folder": pets, "size": [16, 24]}
+    task = PixelTask(sizes=PIXELS, edm={"sigma_max": 20.0}, **source)
+    with torch.no_grad():
+        fresh = task.eval().validate()
+        assert fresh == task.validate() and fresh["n"] == len(task.held_images) > 0
+    folder = step(task.train(), tmp_path, ONE_STEP.model_copy(update={"steps": 3, "lr": 1e-2}))
+    pipe = condit.load(folder)
+    assert (pipe.parts.size, pipe.parts.edm.sigma_max) == (task.size, 20.0)
+    found = pipe(num_images_per_prompt=2, num_inference_steps=3, seed=5, output_type="pt")
+    assert found.images.shape == (2, 3, *task.size) and found.seeds == [5, 6]
+    # The sampler by hand, of the second picture alone.
+    noise = torch.randn(3, *task.size, generator=torch.Generator().manual_seed(6))[None]
+    edm, network = EDM(sigma_max=20.0), load_diffit_image(folder / WEIGHTS)
+    with torch.no_grad():
+        alone = heun(precondition(network, edm), 20.0 * noise, edm_sigmas(3, edm)).clamp(-1, 1)
+    torch.testing.assert_close(found.images[1:], alone, rtol=0, atol=1e-4)  # a row of a batch
+    again = pipe(latents=noise, num_inference_steps=3, output_type="pt").images
+    torch.testing.assert_close(again, alone, rtol=0, atol=1e-6)
+    assert pipe(num_inference_steps=2, seed=0, height=16, width=16).images[0].size == (16, 16)
+    seen = []
+    pipe(num_inference_steps=3, callback_on_step_end=lambda pipe, i, sigma, state: seen.append((i, round(sigma, 3))))
+    assert [i for i, _ in seen] == [0, 1, 2] and seen[0][1] == 20.0
+
+
+def test_mistakes_with_pixels_are_told(tmp_path, pets):
+    for match, more in (
+        ("No backbone 'UNet' for pixels", {"backbone": "UNet"}),
+        ("must be multiples of 8", {"size": 12}),
+        ("equally many resolutions", {"sizes": {**PIXELS, "blocks": [1]}}),
+        ("3 channels", {"sizes": {**PIXELS, "in_channels": 4}}),
+        ("sigma_max above", {"edm": {"sigma_max": 0.0}}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            PixelTask(**{"folder": pets, "size": 16, "sizes": PIXELS, **more})
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        PixelTask(folder=pets, sizes={"widht": 3})
+    pipe = condit.load(step(PixelTask(folder=pets, size=16, sizes=PIXELS), tmp_path))
+    for match, more in (
+        ("knows no class 'fox'", {"label": "fox"}),
+        ("multiples of 8", {"height": 20}),
+        ("2 to", {"num_inference_steps": 1}),
+        ("output_type 'pil' or 'pt'", {"output_type": "latent"}),
+        ("noise of shape", {"latents": torch.zeros(1, 3, 8, 8)}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            pipe(**more)
+    with pytest.raises(ValueError, match="vae= is for DiT and DiffiT"):
+        condit.load(tmp_path / "export", vae="tiny")
+    pipe.backbone.head[1].bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN"):
+        pipe(num_inference_steps=2)
 
 
 def test_mistakes_in_the_pictures_are_told_by_name(tmp_path, vae):

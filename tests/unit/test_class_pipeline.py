@@ -445,7 +445,7 @@ def test_too_few_class_names_are_told(tmp_path):
     [
         ("blocks.0.attn.qkv_temb.weight", "diffit"),
         ("module.blocks.3.adaLN_modulation.1.weight", "dit"),
-        ("encoder.0.blocks.0.block.attn.qkv_temb.weight", None),  # the image-space DiffiT has no pipeline
+        ("encoder.0.blocks.0.block.attn.qkv_temb.weight", "diffit-image"),
         ("final_layer.adaLN_modulation.1.weight", None),  # FLUX of its authors
         ("down_blocks.0.attentions.0.proj_in.weight", None),
     ],

@@ -23,6 +23,7 @@ from condit.backbones.dit import (
     unpatchify,
 )
 from condit.nn.attention import Call, Site, attend, join_heads, split_heads
+from condit.nn.layers import dropout
 from condit.nn.lora import Linear, LoRA, name_linears
 
 
@@ -126,6 +127,8 @@ class Frame:
     grid: tuple[int, int]
     lora: LoRA | None = None
     controls: tuple = ()
+    dropout: float = 0.0
+    generator: torch.Generator | None = None
 
 
 class TMSA(nn.Module):
@@ -301,14 +304,14 @@ class ResBlock(nn.Module):
 
     def __init__(self, c: DiffiTImageConfig, n_in: int, width: int, site: Site):
         super().__init__()
-        self.window, self.dropout = c.window, c.dropout
+        self.window = c.window
         self.norm, self.conv = group_norm(n_in), nn.Conv2d(n_in, width, 3, padding=1)
         self.shortcut = nn.Identity() if n_in == width else nn.Conv2d(n_in, width, 1)
         attn = TMSA(width, c.time_dim, width // c.head_dim, (c.window, c.window), site)
         self.block = Block(attn, width, c.mlp_ratio, affine=c.norm_affine)
 
     def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        h = F.dropout(self.conv(F.silu(self.norm(x))), self.dropout, self.training)
+        h = dropout(self.conv(F.silu(self.norm(x))), frame.dropout, frame.generator)
         h = self.block(to_windows(h, self.window), frame)
         return from_windows(h, self.window, x.shape[2]) + self.shortcut(x)
 
@@ -389,15 +392,25 @@ class DiffiTImage(nn.Module):
         """Every attention layer in the order of execution."""
         return [block.block.attn.site for stage in (*self.encoder, *self.decoder) for block in stage.blocks]
 
-    def forward(self, x: Tensor, c_noise: Tensor, *, lora: LoRA | None = None, controls: Sequence = ()) -> Tensor:
-        """(B, 3, H, W), c_noise (B,) = ln(sigma) / 4 -> (B, 3, H, W)."""
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        *,
+        lora: LoRA | None = None,
+        controls: Sequence = (),
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """(B, 3, H, W), c_noise (B,) = ln(sigma) / 4 -> (B, 3, H, W). `generator` draws the dropout of training, on the
+        device of the model."""
         c = self.config
         if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.stride or x.shape[3] % c.stride:
             raise ValueError(
                 f"Images (B, {c.in_channels}, H, W) with H and W multiples of {c.stride} are expected (a window of "
                 f"{c.window} at the coarsest resolution); found {tuple(x.shape)}."
             )
-        frame = Frame(self.t_embedder(c_noise, lora), (c.window, c.window), lora, tuple(controls))
+        rate = c.dropout if self.training else 0.0
+        frame = Frame(self.t_embedder(c_noise, lora), (c.window, c.window), lora, tuple(controls), rate, generator)
         x = self.tokenizer(x)
         skips = []
         for stage in self.encoder:

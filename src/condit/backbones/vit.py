@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.nn.attention import Around, Call, Site, attend, join_heads, split_heads
+from condit.nn.layers import dropout
 from condit.nn.lora import Linear, LoRA, name_linears
 
 Resize = Literal["linear_aligned", "bicubic_antialias", "bicubic"]
@@ -128,11 +129,7 @@ class Frame:
     dropout: float = 0.0
 
     def drop(self, x: Tensor) -> Tensor:
-        # F.dropout knows the global generator only.
-        if self.dropout == 0:
-            return x
-        keep = torch.empty_like(x).bernoulli_(1 - self.dropout, generator=self.generator)
-        return x * keep / (1 - self.dropout)
+        return dropout(x, self.dropout, self.generator)
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], resize: Resize) -> Tensor:

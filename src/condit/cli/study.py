@@ -66,6 +66,9 @@ def evaluate(
     table: Annotated[
         Path | None, typer.Option("--table", help="style: page to write the tables into.", show_default=False)
     ] = None,
+    claims: Annotated[
+        Path | None, typer.Option("--claims", help="Page to write what class models show into, as docs/claims.md.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -100,8 +103,16 @@ def evaluate(
         from condit.evaluation.classes import evaluate_classes
 
         found = evaluate_classes(models, folder, data=data, vae=vae, count=64 if quick else count, seed=seed)
+        if claims is not None:
+            from condit.evaluation.claims import write
+            from condit.evaluation.class_claims import class_claims
+
+            write(claims, class_claims(found))
+            say(f"written into {claims}")
         answer(found) if as_json else typer.echo(str(folder))
         return
+    if claims is not None:
+        raise typer.BadParameter("--claims is for class models; the tiny model's figures stand in docs/tiny.md")
     from condit.evaluation.tiny import evaluate as run
 
     chosen = None if sets is None else [name.strip() for name in sets.split(",")]

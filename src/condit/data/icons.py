@@ -83,6 +83,12 @@ class Icon:
         return f"{self.style}/{self.hex}.webp"
 
 
+def concept_names(icons: Iterable[Icon]) -> dict[str, str]:
+    """base -> label of every concept. An icon of the concept itself names it better than one of its variants ("woman
+    astronaut")."""
+    return {icon.base: icon.label for icon in sorted(icons, key=lambda icon: icon.hex == icon.base)}
+
+
 def key_of(hexcode: str) -> str:
     """Code points as a key: upper case, without variation selectors. '2764-fe0f' -> '2764'."""
     return "-".join(part for part in hexcode.upper().split("-") if part not in _VARIATION)

@@ -1,4 +1,4 @@
-"""Small class models side by side: DiT, DiffiT and ViT trained on the icon world by style.
+"""Small class models side by side: DiT, DiffiT and ViT trained on the icon world by style, ViT also by concept.
 
 All models see the same held-out icons with the same noise, and draw the same classes from the same seeds, so that
 differences are paired: they carry an interval of their own, far narrower than that of each model.
@@ -18,23 +18,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from condit.backbones.dit import DiTConfig
+from condit.backbones.vit import ViT
 from condit.class_pipeline import ClassPipeline
 from condit.classifier import ViTPipeline
 from condit.data.files import atomic_write
-from condit.data.icons import GROUPS, TRAIN_LICENCES, Icon, IconWorld, on_white
+from condit.data.icons import GROUPS, TRAIN_LICENCES, Icon, IconWorld, concept_names, on_white
 from condit.data.sheets import Cell, contact_sheet
 from condit.diffusion.gaussian import gaussian, training_loss
-from condit.encoders.clip import embed_image
+from condit.encoders.clip import CONCEPT as CLIP_CONCEPT
+from condit.encoders.clip import embed_image, embed_text, token_ids
 from condit.encoders.vae import scale_shift
 from condit.evaluation.judge import load_judge
-from condit.evaluation.measures import Interval, bootstrap, kernel_distance
+from condit.evaluation.measures import Interval, bootstrap, concept_ranks, kernel_distance
 from condit.evaluation.sets import pictures
-from condit.pipeline import Pipeline, load
+from condit.pipeline import load
 
 log = logging.getLogger(__name__)
 
 ERROR, AGREEMENT, DISTANCE = "error on held-out icons", "style agreement", "kernel distance to real icons, x 1000"
 ACCURACY = "accuracy on unseen concepts, %"
+CONCEPT, CONCEPT5 = "concept of another hand's icons, %", "concept among the first five, %"
+JUDGE, CLIP = "the judge, a CNN", "the embedded CLIP, by words"
 BATCH, STEPS, GUIDANCE = 64, 50, 2.0
 
 
@@ -67,10 +72,14 @@ def evaluate_classes(
     world, judge = IconWorld.open(data, groups=GROUPS, licences=TRAIN_LICENCES), load_judge()
     names = [Path(folder).parent.name if Path(folder).name == "export" else Path(folder).name for folder in folders]
     models = [open_model(folder, vae) for folder in folders]
-    styles = styles_of(models[0], world)
-    for name, model in zip(names, models, strict=True):
+    concepts = {n: m for n, m in zip(names, models, strict=True) if tells_concepts(m, world)}
+    by_style = {n: m for n, m in zip(names, models, strict=True) if n not in concepts}
+    styles = styles_of(next(iter(by_style.values())), world) if by_style else []
+    for name, model in by_style.items():
         if styles_of(model, world) != styles:
-            raise ValueError(f"{name} was trained on other classes than {names[0]}; compare models of the same ones.")
+            raise ValueError(
+                f"{name} was trained on other styles than {next(iter(by_style))}; compare models of the same."
+            )
     figures: list[Figure] = []
     first: dict[str, Tensor] = {}
 
@@ -82,11 +91,12 @@ def evaluate_classes(
         tell(f"{name}: {measure} {values.mean():.4f}")
 
     told = [i for i, icon in enumerate(world.icons) if icon.split == "concept" and icon.style in styles]
-    held = pick([i for i, icon in enumerate(world.icons) if icon.split == "combo" and icon.style in styles], count)
-    labels = torch.arange(count) % len(styles)
-    clip, sheet, speed = load("tiny").image.clip, [], {}
-    real = embed(clip, pictures(world, held))
-    for name, model in zip(names, models, strict=True):
+    labels = torch.arange(count) % max(len(styles), 1)
+    clip, sheet, speed, held, real = load("tiny").image.clip, [], {}, [], torch.empty(0)
+    if any(isinstance(model, ClassPipeline) for model in by_style.values()):
+        held = pick([i for i, icon in enumerate(world.icons) if icon.split == "combo" and icon.style in styles], count)
+        real = embed(clip, pictures(world, held))
+    for name, model in by_style.items():
         if isinstance(model, ViTPipeline):
             right = classified(model, world, told) * 100
             add(name, ACCURACY, right, [world.icons[i] for i in told])
@@ -102,11 +112,13 @@ def evaluate_classes(
         figures.append(Figure(name, DISTANCE, Interval(1000 * value, 1000 * low, 1000 * high, len(images))))
         tell(f"{name}: {DISTANCE} {1000 * value:.2f}")
         sheet.append([Cell(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in images[: len(styles)]])
+    for name, model in concepts.items():
+        figures += concept_figures(name, model, world, tell)
     if told:
         said = judge.probabilities(pictures(world, told), styles).argmax(1)
         wanted = torch.tensor([judge.styles.index(world.icons[i].style) for i in told])
         icons = [world.icons[i].base for i in told]
-        figures.append(Figure("the judge, a CNN", ACCURACY, bootstrap(100.0 * (said == wanted).float(), icons)))
+        figures.append(Figure(JUDGE, ACCURACY, bootstrap(100.0 * (said == wanted).float(), icons)))
     result = {
         "command": f"condit evaluate {' '.join(names)} --data ICONS --count {count} --seed {seed}",
         "count": count,
@@ -114,6 +126,7 @@ def evaluate_classes(
         "steps": STEPS,
         "guidance": GUIDANCE,
         "classes": styles,
+        "first": {f.measure: f.model for f in reversed(figures)},
         "models": {n: described(m, f) for n, m, f in zip(names, models, folders, strict=True)},
         "seconds_per_picture": speed,
         "seconds": round(time.perf_counter() - began, 1),
@@ -133,7 +146,7 @@ def open_model(folder: str | Path, vae: str | Path) -> ClassPipeline | ViTPipeli
         found = load(folder, vae=vae)
     except ValueError:
         found = load(folder)  # a ViT takes no autoencoder
-    if isinstance(found, Pipeline) or found.labels is None:
+    if not isinstance(found, ClassPipeline | ViTPipeline) or found.labels is None:
         raise ValueError(f"{folder} holds no class model with names; expected the export of a small-*.toml recipe.")
     return found
 
@@ -144,6 +157,49 @@ def styles_of(model: ClassPipeline | ViTPipeline, world: IconWorld) -> list[str]
     found, known = [model.label(i) for i in range(count)], {icon.style for icon in world.icons}
     if strange := [name for name in found if name not in known]:
         raise ValueError(f"{model.name}: class {strange[0]!r} is no style of the icon world; train with label='style'.")
+    return found
+
+
+def tells_concepts(model: ClassPipeline | ViTPipeline, world: IconWorld) -> bool:
+    """Whether a ViT's classes are the concepts of the world, in the order of training."""
+    if isinstance(model, ClassPipeline):
+        return False
+    found = [model.label(i) for i in range(model.model.config.classes)]
+    return found == [name for _, name in sorted(trained_concepts(world).items())]
+
+
+def trained_concepts(world: IconWorld) -> dict[str, str]:
+    return concept_names(icon for icon in world.icons if icon.split == "train")
+
+
+def concept_figures(name: str, model: Any, world: IconWorld, tell: Callable[[str], None]) -> list[Figure]:
+    """First guesses and five guesses of a ViT on held-out drawings of its concepts, beside the embedded CLIP, which
+    ranks the same class names by their words."""
+    by_base = trained_concepts(world)
+    numbers = {base: i for i, base in enumerate(sorted(by_base))}
+    rows = [i for i, icon in enumerate(world.icons) if icon.split == "combo" and icon.base in numbers]
+    if not rows:
+        raise ValueError(f"The icon world holds no held-out drawings of {name}'s concepts. Give the whole one.")
+    truth = torch.tensor([numbers[world.icons[i].base] for i in rows])
+    tiny, ranked, near = load("tiny"), [], []
+    ids = token_ids(tiny.parts.text.tokenizer, [by_base[base] for base in numbers])
+    with torch.no_grad():
+        words = torch.cat([embed_text(tiny.image.clip, part)[1][:, CLIP_CONCEPT] for part in ids.split(256)])
+    for begin in range(0, len(rows), BATCH):
+        part, wanted = rows[begin : begin + BATCH], truth[begin : begin + BATCH]
+        images = pictures(world, part)
+        with torch.no_grad():
+            shown = model.preprocess([Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images])
+            scores = model.model(shown).float().cpu()
+        # A tie counts against the picture, as among words.
+        ranked.append((scores >= scores.gather(1, wanted[:, None])).sum(1) - 1)
+        near.append(concept_ranks(embed(tiny.image.clip, images)[:, CLIP_CONCEPT], words, wanted))
+    icons, found = [world.icons[i].base for i in rows], []
+    for who, ranks in ((name, torch.cat(ranked)), (CLIP, torch.cat(near))):
+        for measure, within in ((CONCEPT, 1), (CONCEPT5, 5)):
+            figure = Figure(who, measure, bootstrap(100.0 * (ranks < within).float(), icons))
+            tell(f"{who}: {measure} {figure.interval.value:.1f}")
+            found.append(figure)
     return found
 
 
@@ -223,4 +279,13 @@ def described(model: ClassPipeline | ViTPipeline, folder: str | Path) -> dict[st
     card = Path(folder) / "card.json"
     told = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
     kept = {key: told[key] for key in ("steps", "images_seen", "seconds") if key in told}
-    return {"parameters": sum(p.numel() for p in network.parameters()), **kept}
+    c: Any = network.config
+    plain = isinstance(c, DiTConfig) and not c.gates
+    return {
+        "backbone": type(network).__name__,
+        "adaln": ("plain" if plain else "zero") if isinstance(c, DiTConfig) else None,
+        "depth": c.depth,
+        "width": c.dim if isinstance(network, ViT) else c.hidden_size,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        **kept,
+    }

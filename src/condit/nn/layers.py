@@ -14,6 +14,15 @@ from condit.nn.lora import Linear, LowRank
 Rope = tuple[Tensor, Tensor]
 
 
+def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+    """x with a share `rate` of its numbers zero and the others larger; drawn on x's device. F.dropout knows the global
+    generator only."""
+    if rate == 0:
+        return x
+    keep = torch.empty_like(x).bernoulli_(1 - rate, generator=generator)
+    return x * keep / (1 - rate)
+
+
 def rope_frequencies(ids: Tensor, axes: Sequence[int], theta: float = 10_000.0) -> Rope:
     """cos and sin of the rotary angles, each (..., N, sum(axes) / 2) float32, for ids (..., N, len(axes)).
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from condit.data import pages
 from condit.data.files import atomic_write
 from condit.weights.catalog import TINY
 
 Cards = Mapping[str, Mapping]
 CURVE_ROWS = 10
-_PLACE = re.compile(r"(<!-- figures:(?P<name>\S+) -->\n).*?(<!-- /figures -->)", re.S)
 
 
 def block(name: str, cards: Cards) -> str:
@@ -46,7 +45,7 @@ def overview(cards: Cards) -> str:
 
 def fill(page: str, cards: Cards) -> str:
     """The page with every place filled."""
-    return _PLACE.sub(lambda m: m.group(1) + block(m["name"], cards) + m.group(3), page)
+    return pages.fill(page, "figures", lambda name: block(name, cards))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

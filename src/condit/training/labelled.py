@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from condit.data.icons import GROUPS, SIZE, TRAIN_LICENCES, on_white, unit
+from condit.data.icons import GROUPS, SIZE, TRAIN_LICENCES, concept_names, on_white, unit
 from condit.data.images import load_image, to_tensor
 from condit.training.icon_batches import IconSet
 
@@ -79,8 +79,7 @@ def from_icons(path: str, label: Label, size: tuple[int, int], *, held_out: str)
     )
     names = {getattr(icon, label): getattr(icon, label) for icon in train.icons}
     if label == "base":
-        # An icon of the concept itself names it better than one of its variants ("woman astronaut").
-        names = {icon.base: icon.label for icon in sorted(train.icons, key=lambda icon: icon.hex == icon.base)}
+        names = concept_names(train.icons)
     numbers = {name: i for i, name in enumerate(sorted(names))}
 
     def pictures(icons: IconSet) -> Pictures:

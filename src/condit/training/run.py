@@ -37,6 +37,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
     from condit.training.omini import OminiTask
+    from condit.training.pixels import PixelTask
     from condit.training.text_to_image import TextToImageTask
 
     return {
@@ -50,6 +51,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
         "class-conditional": ClassConditionalTask,
         "classify": ClassifyTask,
         "deadiff": DEADiffTask,
+        "pixels": PixelTask,
     }
 
 

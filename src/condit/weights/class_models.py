@@ -22,20 +22,21 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from condit.backbones.diffit import DiffiT
+from condit.backbones.diffit import DiffiT, DiffiTImage
 from condit.backbones.dit import DiT
 from condit.backbones.vit import Resize, ViT
 from condit.data.imagenet import ClassNames, imagenet
+from condit.diffusion.edm import EDM
 from condit.diffusion.gaussian import Prediction
 from condit.weights import diffit, dit
 from condit.weights.catalog import MODELS
-from condit.weights.diffit import load_diffit
+from condit.weights.diffit import load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
 from condit.weights.files import atomic_write, hash_file, read_metadata, read_tensors
 from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit
 
-Kind = Literal["dit", "diffit", "vit"]
+Kind = Literal["dit", "diffit", "diffit-image", "vit"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ PUBLISHED: dict[str, Published] = {
 _PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.npz")
 # Pieces of names that one architecture has; the first that is found tells it. load_* refuses what only looks like it.
 _SIGNS: dict[str, Kind] = {
+    r"^encoder\.\d+\.blocks\.\d+\.block\.attn\.qkv_temb\.": "diffit-image",
     r"(^|\.)blocks\.\d+\.attn\.qkv_temb\.": "diffit",
     r"(^|\.)blocks\.\d+\.adaLN_modulation\.": "dit",
     r"^transformer_blocks\.\d+\.norm1\.emb\.class_embedder\.": "dit",
@@ -91,6 +93,17 @@ class ClassParts:
     power: float
     place: Path  # beside which an autoencoder is looked for
     predicts: Prediction = "noise"
+
+
+@dataclass(frozen=True)
+class PixelParts:
+    """What draws pixels: the image-space DiffiT, unconditional, at the size (height, width) that it was trained on."""
+
+    name: str
+    hash: str
+    backbone: DiffiTImage
+    edm: EDM
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -225,6 +238,19 @@ def load_class_parts(
         place=path if path.is_dir() else path.parent,
         predicts=_beside(file.parent, "config.json").get("condit", {}).get("predicts", "noise"),  # condit's trainer
     )
+
+
+def load_pixel_parts(name: str, path: Path, *, dtype: torch.dtype | None = None) -> PixelParts:
+    """An image-space DiffiT as `save_diffit` wrote it; noise levels and size from the config.json of condit's trainer,
+    else EDM's and the papers' sizes. dtype None: the file's."""
+    file = weight_file(path)
+    assert file is not None  # `recognise` has read it
+    model = load_diffit_image(file)
+    model = model.requires_grad_(False).to(dtype or next(model.parameters()).dtype)
+    told = _beside(file.parent, "config.json").get("condit", {})
+    side = 8 * 2 ** (len(model.config.blocks) - 1)  # 64 px of four resolutions, 32 of three: Tables S.2 and S.3
+    height, width = told.get("size", (side, side))
+    return PixelParts(name, hash_file(file), model, EDM(**told.get("edm", {})), (height, width))
 
 
 def load_classifier_parts(name: str, path: Path, *, dtype: torch.dtype | None = None) -> ClassifierParts:

@@ -22,8 +22,8 @@ from condit.evaluation.verify.check import Check, Differences, difference, layou
 from condit.nn.layers import modulated_norm, timestep_features
 
 TOLERANCE = 1e-5  # the official explicit and fused attention differ by 1.5e-6 themselves
-# Where x0 is clipped, it is at much noise a difference of numbers 157 times as large as what is left of it: the fixtures
-# themselves are 4e-5 from the same step computed in float64.
+# Where x0 is clipped, it is at much noise a difference of numbers 157 times as large as what is left of it: the
+# fixtures themselves are 4e-5 from the same step computed in float64.
 CLIPPED_TOLERANCE = 5e-4
 TABLE_TOLERANCE = 1e-12  # float64
 

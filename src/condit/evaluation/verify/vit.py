@@ -77,7 +77,7 @@ def compare_authors(golden: Path, name: str) -> Differences:
 
 @torch.no_grad()
 def compare_released_numbering(golden: Path, name: str) -> Differences:
-    """legacy_names*: the weights of the fixture with a representation layer under the names of the released archives."""
+    """legacy_names*: the weights of the fixture with a representation layer numbered as in the released archives."""
     model = load_vit(golden / f"{name}.npz")
     weight = "npz.embedding/kernel"
     for file in sorted(golden.glob("vit_*.safetensors")):
@@ -148,8 +148,8 @@ def with_class_token(model: ViT, x: Tensor, blocks: int | None = None) -> Tensor
 
 @torch.no_grad()
 def compare_transformers(golden: Path, case: str) -> Differences:
-    """hf_*layout, under the names of files or of transformers 5 in memory: classifier with hidden states and at a larger
-    size; backbone with pooler."""
+    """hf_*layout, under the names of files or of transformers 5 in memory: classifier with hidden states and at a
+    larger size; backbone with pooler."""
     name, _, names = case.partition(", ")
     t = load_file(golden / f"{name}.safetensors")
     told = json.loads((golden / f"{name}.json").read_text())["config"] | {"model_type": "vit"}

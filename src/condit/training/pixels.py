@@ -1,0 +1,136 @@
+"""Training of DiffiT's image-space model (arXiv:2312.02139, appendix I.1): EDM's preconditioning and loss on pixels
+(Karras et al. 2022, arXiv:2206.00364), without classes.
+
+Of EDM's augmentation only the mirror is here: the others need a condition on what was done to a picture, which DiffiT's
+paper does not tell how to bring in.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from condit.backbones.diffit import IMAGE_PRESETS, DiffiTImage, DiffiTImageConfig
+from condit.data.images import to_images
+from condit.data.sheets import Cell, contact_sheet
+from condit.diffusion.edm import EDM, edm_loss, edm_sigmas, heun, precondition, training_sigmas
+from condit.training.classify import in_memory, to_float
+from condit.training.labelled import height_width, open_labelled
+from condit.training.loop import Task
+from condit.weights.diffit import save_diffit
+from condit.weights.tiny import WEIGHTS
+
+DRAW_STEPS = 18
+
+
+@dataclass
+class Pixels:
+    x0: Tensor  # (B, 3, H, W) in [-1, 1]
+
+
+class PixelTask(Task):
+    """Pictures from `icons` or `folder` (subfolders count for nothing), all held in memory in 8 bits; `size` is a side
+    or [height, width] in pixels.
+
+    backbone: a preset of the U-shape, or "DiffiTImage" with `sizes`, the fields of its config. edm: fields of `EDM`.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: str = "DiffiTImage",
+        sizes: Mapping[str, Any] | None = None,
+        icons: str | None = None,
+        folder: str | None = None,
+        size: int | Sequence[int] = 32,
+        flip: bool = True,
+        edm: Mapping[str, float] | None = None,
+    ):
+        super().__init__()
+        self.size, self.flip, self.edm = height_width(size), flip, EDM(**(edm or {}))
+        config = configure(backbone, sizes or {}, self.size)
+        data = open_labelled(icons, folder, label="style", size=self.size, held_out="combo")
+        self.images, self.held_images = in_memory(data.train)[0], in_memory(data.held_out)[0]
+        self.network = DiffiTImage(config)
+
+    def compiled(self) -> list[nn.Module]:
+        return [self.network]
+
+    def batch(self, rng: random.Random, size: int) -> Pixels:
+        chosen = [rng.randrange(len(self.images)) for _ in range(size)]
+        x0 = to_float(self.images[chosen])
+        mirrored = torch.tensor([self.flip and rng.random() < 0.5 for _ in chosen])
+        return Pixels(torch.where(mirrored[:, None, None, None], x0.flip(-1), x0))
+
+    def forward(self, batch: Pixels, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        sigma = training_sigmas(len(batch.x0), self.edm, generator=generator).to(batch.x0.device)
+        noise = torch.randn(batch.x0.shape, generator=generator).to(batch.x0.device)
+        # Dropout draws on the device; its seed is the step's, so a resumed run draws the same.
+        seed = int(torch.randint(2**62, (), generator=generator))
+        dropout = torch.Generator(batch.x0.device).manual_seed(seed)
+        return self.loss(batch.x0, sigma, noise, dropout).mean(), {}
+
+    def loss(self, x0: Tensor, sigma: Tensor, noise: Tensor, dropout: torch.Generator | None = None) -> Tensor:
+        denoise = precondition(lambda x, c: self.network(x, c, generator=dropout), self.edm)
+        return edm_loss(denoise, x0, sigma, noise, self.edm)
+
+    def validate(self) -> dict[str, float]:
+        """Held-out pictures at fixed noise of evenly spread chance: the loss, and n."""
+        n = min(256, len(self.held_images))
+        if n == 0:
+            return {}
+        generator, chosen = torch.Generator().manual_seed(0), random.Random(0).sample(range(len(self.held_images)), n)
+        x0 = to_float(self.held_images[chosen])
+        noise, evenly = torch.randn(x0.shape, generator=generator), (torch.arange(n) + 0.5) / n
+        sigma = (self.edm.noise_mean + self.edm.noise_std * torch.special.ndtri(evenly)).exp()
+        rows = [part.to(self.device) for part in (x0, sigma, noise)]
+        found = torch.cat([self.loss(*given) for given in zip(*(row.split(64) for row in rows), strict=True)])
+        return {"loss": round(float(found.mean()), 4), "n": n}
+
+    @torch.no_grad()
+    def draw(self, count: int, *, seed: int = 0) -> list[Image.Image]:
+        """Pictures by 18 steps of the deterministic sampler."""
+        shape = count, self.network.config.in_channels, *self.size
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        denoise = precondition(self.network, self.edm)
+        return to_images(heun(denoise, noise * self.edm.sigma_max, edm_sigmas(DRAW_STEPS, self.edm)).clamp(-1, 1))
+
+    def sheet(self) -> Image.Image:
+        """Two rows of eight that it draws, one of real ones."""
+        rows: list[list[Cell | Image.Image | None]] = [list(self.draw(8, seed=seed)) for seed in range(2)]
+        real = to_images(to_float(self.images[:8]))
+        rows.append([Cell(image, "", given=True) for image in real])
+        return contact_sheet(rows, labels=["seed 0", "seed 1", "real"])
+
+    def export(self, folder: Path, card: dict) -> None:
+        """model.safetensors with its configuration, config.json with noise levels and size, card.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_diffit(self.network, folder / WEIGHTS)
+        fields = {"_class_name": "DiffiTImage", "condit": {"size": self.size, "edm": asdict(self.edm)}}
+        (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+        (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def configure(backbone: str, sizes: Mapping[str, Any], size: tuple[int, int]) -> DiffiTImageConfig:
+    """A preset of the U-shape, or "DiffiTImage", with some `sizes` replaced, for pictures of `size`."""
+    presets = {"DiffiTImage": DiffiTImageConfig(), **IMAGE_PRESETS}
+    if backbone not in presets:
+        raise ValueError(f"No backbone {backbone!r} for pixels. Known: {', '.join(presets)}.")
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    config = replace(presets[backbone], **given)  # a wrong name fails here
+    if config.in_channels != 3:
+        raise ValueError(f"Pictures have 3 channels; sizes.in_channels is {config.in_channels}.")
+    if size[0] % config.stride or size[1] % config.stride:
+        raise ValueError(
+            f"Pictures of {size} do not divide into windows: with {len(config.blocks)} resolutions and window "
+            f"{config.window}, `size` must be multiples of {config.stride}."
+        )
+    return config
