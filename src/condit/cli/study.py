@@ -32,7 +32,7 @@ def train(
 
 def evaluate(
     models: Annotated[
-        list[str] | None, typer.Argument(help="tiny, or exported class models to compare.", show_default="tiny")
+        list[str] | None, typer.Argument(help="tiny; edit; or exported class models to compare.", show_default="tiny")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the page.")] = None,
     data: Annotated[Path | None, typer.Option("--data", help="An icon world made by `condit data icons`.")] = None,
@@ -47,6 +47,14 @@ def evaluate(
 ) -> None:
     """Measure models on held-out pictures."""
     folder = out or output_folder() / "evaluation"
+    if models == ["edit"]:
+        if sets or bf16:
+            raise typer.BadParameter("edits are measured without --sets and --bf16")
+        from condit.evaluation.edit import evaluate_edit
+
+        edits = evaluate_edit(folder, data=data, count=4 if quick else min(count, 64), seed=seed, tell=say)
+        answer(edits) if as_json else typer.echo(str(folder))
+        return
     if models and models != ["tiny"]:
         if data is None or sets or bf16:
             raise typer.BadParameter(
