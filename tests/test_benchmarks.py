@@ -10,7 +10,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = "timing", "backbones", "omini", "deadiff"
+SCRIPTS = "timing", "backbones", "omini", "deadiff", "edit"
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +171,37 @@ def test_the_tables_hold_every_variant_and_the_memory_of_a_cache_is_as_computed(
     assert len(rows) == 5  # one, compact, two, four, four compact
     assert all(row[1] == row[2].removesuffix(" |") for row in rows)
     assert rows[0][1] == f"{2 * 32 * 3 * 16 * 4:,}"
+
+
+# Editing: the closed forms against figures computed apart for PixArt-XL/2, and every variant at a tiny size.
+
+MERGED = {  # tokens: self-attention alone at 25, 50, 75 %; with the MLP
+    1024: ((0.90, 0.81, 0.72), (0.78, 0.56, 0.35)),
+    4096: ((0.84, 0.69, 0.58), (0.75, 0.50, 0.30)),
+    16384: ((0.75, 0.52, 0.37), (0.70, 0.42, 0.23)),
+}
+
+
+@pytest.mark.parametrize("tokens", MERGED)
+def test_the_share_of_operations_left_by_merging_equals_the_table_for_pixart(scripts, tokens):
+    module = scripts["edit"]
+    for mlp, printed in zip((False, True), MERGED[tokens], strict=True):
+        found = [module.bound(tokens, 1152, 120, ratio, mlp=mlp) for ratio in (0.25, 0.5, 0.75)]
+        assert found == pytest.approx(printed, rel=0.02)
+
+
+def test_every_edit_step_runs_and_merging_nothing_is_the_plain_step(scripts):
+    module, timing = scripts["edit"], scripts["timing"]
+    config = module.PixArtConfig(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=16, caption_channels=8
+    )
+    with torch.inference_mode():
+        s = module.setting(config, side=6, text=5, device="cpu", dtype=torch.float32)
+        found = {name: module.edit_step(s, case)() for name, case in module.CASES.items()}
+        plain = found[module.PLAIN]
+        for name, sides in found.items():
+            assert [x.shape for x in sides] == [x.shape for x in plain]
+            if name != module.PLAIN:
+                assert not torch.equal(sides[0], plain[0])
+        page = module.table(s, {name: timing.Timing(2.0, 1.0, 3.0) for name in module.CASES})
+    assert page.count("\n| ") == len(module.CASES)

@@ -34,7 +34,8 @@ def evaluate(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="tiny; style: methods of style transfer; or exported class models to compare.", show_default="tiny"
+            help="tiny; style: methods of style transfer; edit; or exported class models to compare.",
+            show_default="tiny",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the page.")] = None,
@@ -95,6 +96,14 @@ def evaluate(
         raise typer.BadParameter(
             "--methods, --strengths, --sites, --adain and --table belong to: condit evaluate style"
         )
+    if models == ["edit"]:
+        if sets or bf16:
+            raise typer.BadParameter("edits are measured without --sets and --bf16")
+        from condit.evaluation.edit import evaluate_edit
+
+        edits = evaluate_edit(folder, data=data, count=4 if quick else min(count, 64), seed=seed, tell=say)
+        answer(edits) if as_json else typer.echo(str(folder))
+        return
     if models and models != ["tiny"]:
         if data is None or sets or bf16:
             raise typer.BadParameter(

@@ -1,0 +1,374 @@
+"""The suite of `condit evaluate edit`: icons give the truth of an edit, since vendors draw the same concepts.
+
+Two tasks: another concept by the same vendor ("a cat, noto style" -> "a dog, noto style"), and the same concept by
+another vendor. What is measured and with which result: docs/papers/dit4edit.md. PIE-Bench's axes (Ju et al. 2023,
+arXiv:2310.01506): structure distance, background, CLIP.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from condit.controls.control import Control
+from condit.controls.dit4edit import DiT4Edit
+from condit.controls.token_merging import TokenMerging
+from condit.data.files import atomic_write
+from condit.data.icons import GROUPS, TRAIN_LICENCES, Icon, IconWorld, plain_caption, sample_path, unit
+from condit.data.images import save_image, to_images
+from condit.data.sheets import Cell, contact_sheet
+from condit.encoders.clip import CONCEPT, embed_image, embed_text, token_ids
+from condit.evaluation.judge import Judge, frame, load_judge, to_input
+from condit.evaluation.measures import bootstrap, concept_ranks, edge_similarity
+from condit.evaluation.sets import pictures
+
+if TYPE_CHECKING:
+    from condit.pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+
+BATCH = 8
+LEAST_BACKGROUND = 0.05  # of the picture; with less, its figures are noise
+CROSS = DiT4Edit(self_form=None)
+# kind -> what the target is drawn with, and whether it takes the source's correction.
+METHODS: dict[str, tuple[tuple[Control, ...], bool]] = {
+    "words alone": ((), False),
+    "words, anchored": ((), True),
+    "cross-attention": ((CROSS,), True),
+    "unified": ((DiT4Edit(),), True),
+    "unified, merging 50 %": ((DiT4Edit(), TokenMerging(0.5, minimum=0)), True),
+}
+SOLVERS = {"first_order": 1, "entered": 1, "fixed_point": 3}  # network calls a level, up
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+PHOTO_PROMPTS = ("an astronaut", "a cat face", "a cup of coffee", "a rocket")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One edit: numbers of the world's icons, source and truth, and their prompts."""
+
+    source: int
+    truth: int
+    source_prompt: str
+    target_prompt: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure with its 95 % interval, bootstrapped over concepts."""
+
+    task: str
+    measure: str
+    case: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def choose_jobs(world: IconWorld, task: str, count: int, seed: int = 0) -> list[Job]:
+    """Up to `count` edits with a held-out source where the world has enough of them; told by names and seed alone."""
+    icons = world.icons
+    usable = [i for i, x in enumerate(icons) if x.group in GROUPS and x.licence in TRAIN_LICENCES]
+    held_out = [i for i in usable if icons[i].split != "train"]
+    start = held_out if len(held_out) >= count else usable
+    start = sorted(start, key=lambda i: unit(f"edit/{task}/{seed}/{icons[i].style}/{icons[i].hex}"))
+    jobs = []
+    for i in start:
+        icon, rng = icons[i], random.Random(f"{task}/{seed}/{icons[i].style}/{icons[i].hex}")
+        if task == "concept":
+            others = [j for j in usable if icons[j].style == icon.style and icons[j].label != icon.label]
+        else:
+            others = [j for j in usable if icons[j].base == icon.base and icons[j].style != icon.style]
+        if others:
+            j = rng.choice(others)
+            jobs.append(Job(i, j, plain_caption(icon), plain_caption(icons[j]), icons[j].label))
+        if len(jobs) == count:
+            break
+    return jobs
+
+
+def evaluate_edit(
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    count: int = 32,
+    seed: int = 0,
+    model: str = "tiny",
+    steps: int = 20,
+    trip_steps: Sequence[int] = (10, 20, 50),
+    methods: Mapping[str, tuple[tuple[Control, ...], bool]] = METHODS,
+    pipe: Pipeline | None = None,
+    judge: Judge | None = None,
+    tell: Callable[[str], None] = log.info,
+) -> dict[str, Any]:
+    """Measure edits of `count` pictures a task and round trips of icons and photographs; returns what stands in
+    `out/edit.json`, beside a page `out/edit.html`. data: an icon world, None: the packed sample."""
+    if count < 1:
+        raise ValueError(f"count is the number of edits a task, at least 1; found {count}")
+    from condit.pipeline import load
+
+    began, folder = time.perf_counter(), Path(out)
+    world = IconWorld.open(data or sample_path())
+    pipe, judge = pipe or load(model), judge or load_judge()
+    rows, sheets, seconds = [], {}, {}
+    for task in ("concept", "vendor"):
+        jobs = choose_jobs(world, task, count, seed)
+        if not jobs:
+            raise ValueError(f"{data or 'the sample'} holds no two icons for the task {task!r}.")
+        found, drawn, spent = run_task(world, pipe, judge, task, jobs, steps, methods, tell)
+        rows += found
+        seconds[task] = spent
+        sheets[task] = show(world, jobs, drawn)
+    icons = choose_jobs(world, "concept", min(count, BATCH), seed)
+    given = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures(world, [j.source for j in icons])]
+    rows += round_trips(pipe, "icons", given, [j.source_prompt for j in icons], trip_steps, tell)
+    rows += round_trips(pipe, "photographs", photographs(), list(PHOTO_PROMPTS), trip_steps, tell)
+    result = {
+        "model": model,
+        "hash": pipe.parts.hash,
+        "command": f"condit evaluate edit{' --data ICONS' if data else ''} --count {count} --seed {seed}",
+        "count": count,
+        "steps": steps,
+        "seconds_an_edit": seconds,
+        "seconds": round(time.perf_counter() - began, 1),
+        "rows": [asdict(row) for row in rows],
+    }
+    text = json.dumps(result, indent=1, allow_nan=False)
+    atomic_write(folder / "edit.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    for task, sheet in sheets.items():
+        save_image(sheet, folder / "sheets" / f"{task}.png")
+    page = write_page(result, list(sheets))
+    atomic_write(folder / "edit.html", lambda path: path.write_text(page, encoding="utf-8"))
+    tell(f"{folder / 'edit.html'}: {result['seconds']:.0f} s")
+    return result
+
+
+def run_task(
+    world: IconWorld,
+    pipe: Pipeline,
+    judge: Judge,
+    task: str,
+    jobs: Sequence[Job],
+    steps: int,
+    methods: Mapping[str, tuple[tuple[Control, ...], bool]],
+    tell: Callable[[str], None],
+) -> tuple[list[Row], dict[str, Tensor], dict[str, float]]:
+    """Rows, pictures (N, 3, H, W) uint8 of every method and the seconds that an edit took, inversion apart."""
+    sources, truths = (pictures(world, [getattr(j, name) for j in jobs]) for name in ("source", "truth"))
+    drawn: dict[str, list[Tensor]] = {name: [] for name in ("latent", *methods)}
+    seconds = dict.fromkeys(("inversion", *methods), 0.0)
+    for at in range(0, len(jobs), BATCH):
+        part = jobs[at : at + BATCH]
+        given = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in sources[at : at + BATCH]]
+        clock = time.perf_counter()
+        inversion = pipe.invert(given, [j.source_prompt for j in part], num_inference_steps=steps)
+        seconds["inversion"] += time.perf_counter() - clock
+        for name, (controls, anchored) in methods.items():
+            clock = time.perf_counter()
+            targets = [j.target_prompt for j in part]
+            found = pipe.edit(inversion, None, targets, controls=controls, anchored=anchored, output_type="pt")
+            seconds[name] += time.perf_counter() - clock
+            drawn[name].append(to_bytes(found.images))
+        drawn["latent"].append(to_bytes(found.sources))  # type: ignore[possibly-undefined]
+        tell(f"{task}: {at + len(part)} of {len(jobs)}")
+    together = {name: torch.cat(parts) for name, parts in drawn.items()}
+    cases = {"source, unchanged": together["latent"], **{n: together[n] for n in methods}, "true icon": truths}
+    measured = measure(world, pipe, judge, task, jobs, together["latent"], truths, cases)
+    return measured, together, {name: round(value / len(jobs), 3) for name, value in seconds.items()}
+
+
+def measure(
+    world: IconWorld,
+    pipe: Pipeline,
+    judge: Judge,
+    task: str,
+    jobs: Sequence[Job],
+    sources: Tensor,
+    truths: Tensor,
+    cases: Mapping[str, Tensor],
+) -> list[Row]:
+    """Every measure of every case: the source as its latent decodes and the true icon stand beside the methods."""
+    clusters = [j.label for j in jobs]
+    labels = sorted({icon.label for icon in world.icons if icon.group in GROUPS} | set(clusters))
+    wanted = torch.tensor([labels.index(name) for name in clusters])
+    texts = embed_texts(pipe, labels)[:, CONCEPT]
+    before, after = (embed_texts(pipe, [getattr(j, n) for j in jobs]) for n in ("source_prompt", "target_prompt"))
+    old, hidden = embed_pictures(pipe, sources)
+    background = 1 - ink(sources, truths).float()
+    enough = background.flatten(1).mean(1) >= LEAST_BACKGROUND
+    rows = []
+    for case, images in cases.items():
+        new, patches = embed_pictures(pipe, images)
+        change = F.cosine_similarity(new - old, after - before, dim=1)
+        values = {
+            "CLIP direction": change,
+            "concept among the five nearest": (concept_ranks(new[:, CONCEPT], texts, wanted) < 5).float(),
+            "structure distance": (similarities(patches) - similarities(hidden)).square().flatten(1).mean(1),
+            "lines like the true icon's": edge_similarity(images, truths),
+            "style as wanted": styles_agree(judge, images, [world.icons[j.truth] for j in jobs]),
+        }
+        if case == "source, unchanged":
+            values.pop("CLIP direction")  # of no change there is no direction
+        rows += [interval(task, measure, case, value, clusters) for measure, value in values.items()]
+        if case != "source, unchanged" and bool(enough.any()):
+            kept = [c for c, ok in zip(clusters, enough.tolist(), strict=True) if ok]
+            psnr, ssim = background_figures(images[enough], sources[enough], background[enough])
+            rows.append(interval(task, "background PSNR, dB", case, psnr, kept))
+            rows.append(interval(task, "background SSIM", case, ssim, kept))
+    return rows
+
+
+def interval(task: str, measure: str, case: str, values: Tensor, clusters: Sequence[str]) -> Row:
+    found = bootstrap(values, clusters)
+    return Row(task, measure, case, found.value, found.low, found.high, found.n)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def ink(sources: Tensor, truths: Tensor) -> Tensor:
+    """Where source or truth are not white, grown by 4 pixels: (N, H, W) bool. Elsewhere nothing has to change."""
+    drawn = ((255 - torch.minimum(sources, truths).amin(1)) > 24).float()[:, None]
+    return F.max_pool2d(drawn, 9, 1, 4)[:, 0] > 0
+
+
+def background_figures(images: Tensor, sources: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
+    """PSNR (at most 60 dB) and mean SSIM of the edit to the source over the background, (N,) each."""
+    from skimage.metrics import structural_similarity
+
+    error = ((images.float() - sources.float()) / 255).square().mean(1)
+    area = background.flatten(1).sum(1)
+    psnr = -10 * ((error * background).flatten(1).sum(1) / area).clamp(min=1e-6).log10()
+    ssim = []
+    for image, source, mask in zip(images, sources, background, strict=True):
+        pair = (x.permute(1, 2, 0).numpy() for x in (image, source))
+        _, values = structural_similarity(*pair, channel_axis=2, full=True)
+        ssim.append(float((torch.from_numpy(np.asarray(values)).mean(-1) * mask).sum() / mask.sum()))
+    return psnr, torch.tensor(ssim)
+
+
+@torch.no_grad()
+def embed_texts(pipe: Pipeline, texts: list[str]) -> Tensor:
+    ids = token_ids(pipe.parts.text.tokenizer, texts)  # type: ignore[attr-defined]
+    return torch.cat([embed_text(pipe.image.clip, part)[1] for part in ids.split(256)]).float()
+
+
+@torch.no_grad()
+def embed_pictures(pipe: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, 256), and the patches of the fourth layer (N, 64, 192) of the embedded CLIP."""
+    found = [embed_image(pipe.image.clip, part.float() / 127.5 - 1) for part in images.split(64)]
+    return torch.cat([e for _, e in found]).float(), torch.cat([h[4, :, 1:] for h, _ in found]).float()
+
+
+def similarities(patches: Tensor) -> Tensor:
+    """Cosines between all patches of a picture, (N, P, P): its structure (Tumanyan et al. 2022, arXiv:2201.00424)."""
+    unit = F.normalize(patches, dim=-1)
+    return unit @ unit.mT
+
+
+@torch.no_grad()
+def styles_agree(judge: Judge, images: Tensor, truths: Sequence[Icon]) -> Tensor:
+    framed = torch.stack([torch.from_numpy(frame(x.permute(1, 2, 0).numpy())) for x in images])
+    said = judge(to_input(framed)).argmax(1).tolist()
+    return torch.tensor([float(judge.styles[s] == icon.style) for s, icon in zip(said, truths, strict=True)])
+
+
+# Round trips
+
+
+def photographs() -> list[Image.Image]:
+    """Four photographs that scikit-image ships, squares from their middle."""
+    import skimage
+
+    folder, found = Path(skimage.__file__).parent / "data", []
+    for name in PHOTOS:
+        image = Image.open(folder / name).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        found.append(image.crop((left, top, left + side, top + side)))
+    return found
+
+
+def round_trips(
+    pipe: Pipeline,
+    what: str,
+    images: list[Image.Image],
+    prompts: list[str],
+    trip_steps: Sequence[int],
+    tell: Callable[[str], None],
+) -> list[Row]:
+    """Latent PSNR from picture to noise and back, by solver and steps."""
+    rows = []
+    for steps in trip_steps:
+        for solver, calls in SOLVERS.items():
+            iterations = calls - 1 if solver == "fixed_point" else 1
+            found = pipe.invert(
+                images,
+                prompts,
+                num_inference_steps=steps,
+                solver=solver,
+                iterations=iterations,  # type: ignore[arg-type]
+            )
+            case = f"{solver}, {steps} steps, {calls * steps} network calls"
+            rows.append(interval(what, "round trip, dB in the latent", case, found.decibels, prompts))
+        tell(f"round trips of {what}: {steps} steps")
+    return rows
+
+
+# The page
+
+
+def show(world: IconWorld, jobs: Sequence[Job], drawn: Mapping[str, Tensor], most: int = 12) -> Image.Image:
+    rows = []
+    for i, job in enumerate(jobs[:most]):
+        pictures_of = {name: to_images(x[i : i + 1].float() / 127.5 - 1)[0] for name, x in drawn.items()}
+        truth = to_images(pictures(world, [job.truth]).float() / 127.5 - 1)[0]
+        rows.append(
+            [
+                Cell(pictures_of["latent"], "source", given=True),
+                *(Cell(image, name) for name, image in pictures_of.items() if name != "latent"),
+                Cell(truth, "true icon", given=True),
+            ]
+        )
+    return contact_sheet(rows, [f"{j.source_prompt} -> {j.target_prompt}" for j in jobs[:most]])
+
+
+def write_page(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
+    """Tables and sheets as one HTML text; the sheets lie beside it."""
+    parts = [
+        f"<h1>condit: edits with {html.escape(result['model'])}</h1>",
+        f"<p><code>{html.escape(result['command'])}</code>, {result['seconds']:.0f} s. Intervals: 95 %, bootstrap over "
+        "concepts.</p>",
+    ]
+    kinds: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        kinds.setdefault((row["task"], row["measure"]), []).append(row)
+    for (task, measure), rows in kinds.items():
+        cells = "".join(
+            f"<tr><td>{html.escape(r['case'])}</td><td>{r['value']:.3f}</td><td>{r['low']:.3f} to {r['high']:.3f}</td>"
+            f"<td>{r['n']}</td></tr>"
+            for r in rows
+        )
+        parts.append(f"<h2>{html.escape(measure)}, {html.escape(task)}</h2><table>{cells}</table>")
+    for task in tasks:
+        spent = ", ".join(f"{html.escape(n)} {s:.2f} s" for n, s in result["seconds_an_edit"][task].items())
+        parts.append(f'<h2>{html.escape(task)}</h2><p>An edit: {spent}.</p><img src="sheets/{task}.png" alt="">')
+    style = "body{font:15px/1.5 system-ui;max-width:1180px;margin:2em auto}td{padding:.2em .8em}img{max-width:100%}"
+    head = f'<meta charset="utf-8"><title>condit edits</title><style>{style}</style>'
+    return f'<!doctype html><html lang="en">{head}<body>\n' + "\n".join(parts) + "\n</body></html>\n"
