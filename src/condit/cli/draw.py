@@ -220,7 +220,7 @@ def annotate(
     width: Annotated[int | None, typer.Option(help="And to this width.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Make the condition that an adapter was trained on: edges, gray, blur, depth.
+    """Make the condition of a picture: edges, gray, blur or depth.
 
     depth needs the weights of a depth network, which are not part of condit.
     """
