@@ -5,6 +5,9 @@ VENV ?= .venv
 #   make demo TORCH="torch==2.13.0 --index-url URL"
 TORCH ?= torch==2.13.0
 
+# Test processes. The tests' models are too small for threads to help, so each process takes one.
+JOBS ?= auto
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -15,7 +18,7 @@ demo: $(READY)
 	$(BIN)/condit demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks
