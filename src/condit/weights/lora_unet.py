@@ -1,5 +1,5 @@
-"""LoRA files for Stable Diffusion's UNet, in the layout of `weights/lora_files.py`. Read are those of diffusers, peft and
-kohya's sd-scripts, which spells paths with underscores, and SDXL's by the authors' names."""
+"""LoRA files for Stable Diffusion's UNet, in the layout of `weights/lora_files.py`. Read are those of diffusers, peft
+and kohya's sd-scripts, which spells paths with underscores, and SDXL's by the authors' names."""
 
 from __future__ import annotations
 
