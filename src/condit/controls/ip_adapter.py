@@ -275,8 +275,10 @@ class IPAdapter(nn.Module):
         some = next(iter(pairs.values()))[0]
         found = {}
         for layer in sorted((*self.layers, *self.absent), key=lambda x: x.number):
-            zeros = some.new_zeros(len(some), layer.heads, some.shape[2], layer.width // layer.heads)
-            found[layer.path] = pairs.get(layer.path, (zeros, zeros))
+            shape = len(some), some.shape[2], layer.width
+            # Two tensors: one in two places would be another graph.
+            zeros = tuple(split_heads(some.new_zeros(shape), layer.heads) for _ in range(2))
+            found[layer.path] = pairs.get(layer.path, zeros)  # type: ignore[assignment]
         return found
 
     # From pictures to a control
