@@ -4,6 +4,7 @@ what they computed. Tolerances of its README: tokens 1e-5, one UNet call 2e-5, t
 import json
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from ip_golden import GOLDEN, close, golden_pipe
@@ -15,6 +16,7 @@ from condit.controls.control import Control, Run, Step, Where
 from condit.controls.instantstyle import EASES, STAGES, InstantStyle, block_weights, modules_of
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import Layer
+from condit.controls.ip_reference import Together
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
 
 TOKENS, CALL, TRAJECTORY = 1e-5, 2e-5, 1e-4
@@ -111,6 +113,26 @@ def test_the_official_generate_is_reproduced_with_presets_and_content_subtracted
         close(nothing, t[f"{run}/uncond_image_tokens"], TOKENS)  # the negative side is not shifted
         for i, x in enumerate(pipe.ddim(t, control)):
             close(x, t[f"{run}/latents/step_{i + 1}"], TRAJECTORY)
+
+
+def test_a_reference_each_for_style_and_layout_acts_in_its_blocks_with_the_weights_once():
+    pipe, style = pipe_of("sdxl"), style_of("sdxl", "global")
+    given = pipe.tensors("inputs")
+    rng = np.random.default_rng(0)
+    one, other = (Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)) for _ in range(2))
+    both = style.control(style=one, layout=other, strength=0.8, layout_strength=0.3)
+    assert isinstance(both, Together) and all(part.adapter is style.adapter for part in both.parts)
+    apart = [style.control(one, preset="style", strength=0.8), style.control(other, preset="layout", strength=0.3)]
+    close(pipe.predict(given, both), pipe.predict(given, *apart), CALL)
+    assert {p.split(".transformer_blocks.")[0] for part in both.parts for p in part.kv} == {
+        "up_blocks.0.attentions.1",
+        "down_blocks.2.attentions.1",
+    }
+    part = style_of("sdxl", "global", "style")
+    with pytest.raises(ValueError, match="preset 'layout' acts at .* of which no K', V' were loaded"):
+        part.control(one, preset="layout")
+    with pytest.raises(ValueError, match="one reference, or style= and layout="):
+        style.control()
 
 
 # ComfyUI's weight types
