@@ -1,6 +1,7 @@
 """What every control keeps, for DEADiff on a random UNet behind the whole latent pipeline."""
 
 from collections.abc import Sequence
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,7 +11,11 @@ from torch import Tensor
 from condit.backbones.unet import CROSS_DOWN, CROSS_UP
 from condit.controls.control import Control, Run, Step, When
 from condit.controls.deadiff import DEADiff
+from condit.controls.ip_adapter import IPAdapter, IPConfig
+from condit.controls.style_lora import StyleLoRA
+from condit.encoders.image import CLIPImage
 from condit.latent_pipeline import LatentPipeline
+from condit.nn.lora import LoRA, linear_shapes
 
 PROMPTS = ["a fox", "a rocket", "snow", "an apple"]
 # Which references a control of the table takes, and how.
@@ -22,6 +27,8 @@ TABLE: dict[str, dict] = {
     "absent": {"style": 0, "empty": "absent"},
     "mixed": {"style": (0, 1), "weights": [0.4, 0.6]},
 }
+LEFT_HALF = np.zeros((32, 48), np.uint8)
+LEFT_HALF[:, :24] = 255
 every_control = pytest.mark.parametrize("name", TABLE)
 
 
@@ -152,10 +159,8 @@ def test_a_region_of_zeros_is_plain_and_of_ones_is_everywhere(world, name):
 
 
 def test_a_region_acts_more_inside_than_outside(world):
-    left = np.zeros((32, 48), np.uint8)
-    left[:, :24] = 255
     one_step = {"num_inference_steps": 1, "guidance_scale": 1.0}
-    change = (world.draw([world.control("both", mask=left)], **one_step) - world.draw(**one_step)).abs()
+    change = (world.draw([world.control("both", mask=LEFT_HALF)], **one_step) - world.draw(**one_step)).abs()
     columns = change.mean((0, 1, 2))
     # The picture's own attention carries it on, so not by nothing outside (by layer: unit/test_deadiff.py).
     assert columns[:4].mean() > 1.3 * columns[8:].mean()
@@ -228,3 +233,42 @@ def test_one_graph_serves_every_strength_reference_and_mask(small_world, acts):
             close(seen[-1], unet(*inputs(i), controls=[control]), atol=1e-5)
     assert counter.frame_count == 1
     assert not torch.equal(seen[0], seen[1])
+
+
+# Beside other controls
+
+
+@pytest.fixture(scope="module")
+def company(world) -> list[Control]:
+    """InstantStyle (an IP-Adapter in the style blocks) in the left half, DEADiff's content, a LoRA."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=12)
+        encoder = CLIPImage(CLIPVisionModelWithProjection(vision).eval().requires_grad_(False))
+        ip = IPAdapter.new(world.pipe, IPConfig(12, 3, 12, combine="concat", feature="embeds")).requires_grad_(False)
+        lora = LoRA(linear_shapes(world.pipe.backbone, ("to_q", "ff.net.2")), 2).requires_grad_(False)
+        for p in (*ip.parameters(), *lora.parameters()):
+            p.add_(0.3 * torch.randn(p.shape))
+    ip._encoder[0] = encoder
+    style = ip.control(world.pictures[4], strength=0.8, where="up_blocks.*", mask=LEFT_HALF)
+    return [style, world.control("content", strength=0.7), StyleLoRA(lora, frozenset()).control(0.5)]
+
+
+def test_it_composes_with_ip_adapter_a_mask_and_a_lora_in_any_order(world, company):
+    drawn = [world.draw(order) for order in permutations(company)]
+    for other in drawn[1:]:
+        close(other, drawn[0], atol=1e-4)  # sums in another order
+    for left_out in range(3):
+        others = [control for i, control in enumerate(company) if i != left_out]
+        assert (world.draw(others) - drawn[0]).abs().max() > 1e-3
+
+
+def test_a_row_of_a_batch_beside_other_controls_equals_its_single_run(world, company):
+    style, _, lora = company
+    batch = world.draw([style, world.control("both", rows=4), lora], PROMPTS, guidance_scale=5.0, seed=10)
+    for i in (0, 3):
+        alone = world.draw([style, world.control("both", i), lora], PROMPTS[i], guidance_scale=5.0, seed=10 + i)
+        close(batch[i : i + 1], alone, atol=1e-4)

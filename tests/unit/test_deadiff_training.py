@@ -263,3 +263,20 @@ def test_a_folder_without_pairs_of_a_wanted_kind_is_told(make_task, tmp_path):
     with pytest.raises(ValueError, match="no style pair"):
         make_task(pairs=str(tmp_path))
     assert make_task(pairs=str(tmp_path), shares=[0, 0, 1]).batch(random.Random(0), 1).kind == "reconstruction"
+
+
+def test_the_image_tower_comes_from_a_folder_of_clip_without_its_last_block(tmp_path):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    whole = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
+    whole.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    tower = deadiff.image_tower(str(tmp_path), False)
+    with torch.no_grad():
+        expected = whole.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(tower.tokens(pixels), expected, rtol=0, atol=1e-6)
+    plain = deadiff.image_tower(str(tmp_path), True)
+    torch.testing.assert_close(plain.prepare(pixels), pixels, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="tower must name the folder of a CLIP"):
+        deadiff.image_tower(None, False)

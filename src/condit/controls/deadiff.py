@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -104,8 +105,8 @@ class DEADiff(nn.Module):
         return adapter
 
     @classmethod
-    def load(cls, source, pipe, *, image_encoder: ClipPatches | None = None) -> DEADiff:
-        """From the published `.ckpt` or from a file or folder of ours. image_encoder: CLIP ViT-L/14 (ClipPatches.load)
+    def load(cls, source, pipe, *, image_encoder: str | Path | ClipPatches | None = None) -> DEADiff:
+        """From the published `.ckpt`, or from a file or folder of ours. image_encoder: the folder of CLIP ViT-L/14,
         where the file has no tower of its own."""
         file = pipe.adapter_file(source, "DEADiff")
         tensors = {n: v for n, v in file.tensors.items() if not n.startswith("tower.")}
@@ -114,9 +115,9 @@ class DEADiff(nn.Module):
         tower = {n.removeprefix("tower."): v for n, v in file.tensors.items() if n.startswith("tower.")}
         beside = ClipPatches.of(tower, heads=file.config.get("tower_heads")) if tower else image_encoder
         if beside is None:
-            raise ValueError(
-                f"{source} has no image tower. Give image_encoder=ClipPatches.load(folder of CLIP ViT-L/14)."
-            )
+            raise ValueError(f"{source} has no image tower. Give image_encoder=, the folder of CLIP ViT-L/14.")
+        if not isinstance(beside, ClipPatches):
+            beside = ClipPatches(pipe.image_encoder(beside).model.vision_model)
         readers = []
         for name in SETS:
             own = {n.removeprefix(f"{name}."): v for n, v in tensors.items() if n.startswith(f"{name}.")}
@@ -252,7 +253,7 @@ class DEADiff(nn.Module):
                 acts=acts,
                 when=when or When(),
                 content_text=text,
-                mask=None if mask is None else (pipe.read_images(mask, None)[:, 0] + 1) / 2,
+                mask=None if mask is None else read_mask(mask).to(pipe.device),
                 source={name: pipe.describe_source(r) for name, r in given.items()},
             )
 
@@ -354,6 +355,15 @@ class DEADiffReference(Control):
             "when": [self.when.start, self.when.end],
             "reference": self.source,
         }
+
+
+def read_mask(source: ImageSource | Sequence[ImageSource]) -> Tensor:
+    """One mask, or one for each image, in its own size: (n, H, W) in [0, 1], white = 1."""
+    sources = source if isinstance(source, list | tuple) else [source]
+    pictures = [load_image(s).convert("L") for s in sources]
+    if len({p.size for p in pictures}) != 1:
+        raise ValueError(f"masks of several sizes: {sorted({p.size for p in pictures})}. Give them one size.")
+    return torch.stack([torch.from_numpy(np.array(p, dtype=np.float32)) / 255 for p in pictures])
 
 
 def check_choices(acts: str, empty: str, combine: str, strength: float, content_strength: float | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from condit.controls.control import region_mask
+from condit.controls.control import region_levels
 from condit.nn.attention import Site
 
 Name = Literal["style", "content"]
@@ -88,11 +88,6 @@ def check_maps(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, in
             )
 
 
-def log_regions(mask: Tensor, grid: tuple[int, int], levels: int = 8) -> dict[int, Tensor]:
-    """Pixel mask (B, H, W) in [0, 1] -> its logarithm (B, 1, N, 1) for the N cells of each level of a UNet, each half
-    of the one before, rounded up."""
-    found = {}
-    for _ in range(levels):
-        found[grid[0] * grid[1]] = region_mask(mask, grid).clamp(0, 1).log()
-        grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
-    return found
+def log_regions(mask: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
+    """Pixel mask (B, H, W) in [0, 1] -> the logarithm of it (B, 1, N, 1) for the N cells of each level of a UNet."""
+    return {n: region.clamp(0, 1).log() for n, region in region_levels(mask, grid).items()}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,16 +63,6 @@ class ClipPatches(nn.Module):
         unused = {n: v for n, v in tower.state_dict().items() if n.startswith("post_layernorm.")}
         tower.load_state_dict({n: v.float() for n, v in tensors.items()} | unused, strict=True)
         return cls(tower.eval().requires_grad_(False), blocks)
-
-    @classmethod
-    def load(
-        cls, folder: str | Path, *, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
-    ) -> ClipPatches:
-        """A whole CLIP, or its image tower, from a folder in transformers' layout (openai/clip-vit-large-patch14)."""
-        from transformers import CLIPVisionModel
-
-        tower = CLIPVisionModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-        return cls(tower.eval().requires_grad_(False), mean=mean, std=std)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

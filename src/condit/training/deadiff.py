@@ -32,6 +32,7 @@ from condit.training.loop import Task, to_device
 from condit.training.paired import FolderSource, IconSource, Paired, PairSource
 from condit.weights import deadiff as published
 from condit.weights import latent_models
+from condit.weights.clip_towers import load_image_encoder
 from condit.weights.files import load_strict, read_metadata, read_tensors, save_tensors
 from condit.weights.latent_models import Frame, LatentParts, Network
 from condit.weights.load import load_latent_parts
@@ -247,7 +248,7 @@ def image_tower(folder: str | None, plain_pixels: bool) -> ClipPatches:
     if folder is None:
         raise ValueError("tower must name the folder of a CLIP, such as openai/clip-vit-large-patch14 downloaded.")
     plain = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if plain_pixels else {}
-    return ClipPatches.load(folder, **plain)
+    return ClipPatches(load_image_encoder(folder).model.vision_model, **plain)
 
 
 def open_source(
