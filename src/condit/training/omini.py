@@ -216,6 +216,7 @@ class OminiTask(Task):
         """Rows of tokens on the task's device."""
         if isinstance(given, Rows):
             return given
+        assert self.text is not None  # pictures come where nothing is kept on disk
         text, pooled = data.text_of(self.text(given.captions), self.dtype)
         conditions = tuple(data.moments_of(self.vae, c) for c in given.conditions)
         return Rows(data.moments_of(self.vae, given.images), conditions, text, pooled, given.drawn)
@@ -238,7 +239,8 @@ class OminiTask(Task):
         missing = [i for i in range(len(self.pairs)) if not self.row_file(i).exists()]
         device: torch.device = PartialState().device  # type: ignore[assignment]
         for module in (self.vae, self.text):
-            module.to(device)
+            if module is not None:
+                module.to(device)
         if not self.row_file("empty").exists():
             data.save_row(self.row_file("empty"), self.encode(to_device(self.black(), device)), 0)
         if missing:
