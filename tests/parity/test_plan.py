@@ -61,6 +61,7 @@ def test_a_cache_has_the_planned_bytes_and_a_joint_condition_none(folder, pipe, 
     adapter = OminiControl.new(pipe.backbone, OminiConfig(independent=True))
     adapter = OminiControl(adapter.lora.requires_grad_(False), adapter.config, pipe)
     control = adapter.control(pictures(1), size=(16, 24)).prefill("a fox")
+    assert control.cache is not None
     real = sum(t.nbytes for pair in control.cache.keys_values.values() for t in pair)
     wish = replace(WISH, controls=1, condition_size=(16, 24), mode="cached")
     found = plan(folder, wish)

@@ -19,7 +19,7 @@ def network(tmp_path_factory):
         num_attention_heads=2,
         image_size=28,
         patch_size=14,
-        out_indices=[1, 2, 3, 4],
+        out_indices=[1, 2, 3, 4],  # type: ignore[call-arg]
         reshape_hidden_states=False,
         apply_layernorm=True,
     )

@@ -286,6 +286,8 @@ def plan(
     for name, text, size in gigabytes:
         typer.echo(f"{name:<16} {size / 1e9:9.3f} GB  {text}")
     typer.echo(f"{'a step':<16} {found.operations_a_step / 1e12:9.3f} TFLOP")
+    if len(found.parts) == 1:
+        say("only the transformer is counted; give a folder or a file for text encoders and autoencoder")
     if found.seconds is not None and found.rate is not None:
         typer.echo(
             f"{'time':<16} {found.seconds:9.1f} s   {steps} steps at {found.rate / 1e12:.3g} TFLOP/s of products"

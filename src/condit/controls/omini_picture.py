@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Picture:
         annotate: bool,
         fill: ImageSource | None = None,
     ) -> Picture:
-        sources = list(reference) if isinstance(reference, list | tuple) else [reference]
+        sources: list[Any] = list(reference) if isinstance(reference, list | tuple) else [reference]
         images = tuple(load_image(source, mode="RGBA") for source in sources)
         return cls(images, config, annotate, None if fill is None else load_image(fill))
 

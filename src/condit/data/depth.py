@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,7 +27,8 @@ def depth(image: ImageSource, model: str | Path | None = None) -> Image.Image:
     processor, network = load(find(model))
     with torch.no_grad():
         found = network(**processor(images=picture, return_tensors="pt"))
-    values = processor.post_process_depth_estimation(found, [picture.size[::-1]])[0]["predicted_depth"].numpy()
+    scaled: Any = processor.post_process_depth_estimation(found, [(picture.height, picture.width)])[0]
+    values = scaled["predicted_depth"].numpy()
     spread = values - values.min()
     return Image.fromarray((spread / max(float(spread.max()), 1e-12) * 255).astype(np.uint8)).convert("RGB")
 

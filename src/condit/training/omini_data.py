@@ -50,9 +50,8 @@ def read_specs(given: Sequence[dict[str, Any]]) -> tuple[ConditionSpec, ...]:
     """The tables of a recipe. TypeError for an unknown field, as for any argument."""
     if not given:
         raise ValueError("conditions must hold at least one table, as [[data.conditions]] with role = 'subject'.")
-    return tuple(
-        ConditionSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}) for table in given
-    )
+    tables: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()} for t in given]
+    return tuple(ConditionSpec(**table) for table in tables)
 
 
 @dataclass
@@ -134,8 +133,8 @@ def read_pair(pair: Pair, specs: Sequence[ConditionSpec], size: tuple[int, int])
 
 
 def fitted(source: Any, size: tuple[int, int]) -> Image.Image:
-    picture = load_image(source)
-    return picture if picture.size == size[::-1] else ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
+    picture, wanted = load_image(source), (size[1], size[0])
+    return picture if picture.size == wanted else ImageOps.fit(picture, wanted, Image.Resampling.LANCZOS)
 
 
 # Rows on disk

@@ -58,8 +58,8 @@ def make_optimizers(
         found.append(Prodigy(every, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay))
     else:
         found.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay))
-    for optimizer in found:
-        for group in optimizer.param_groups:
+    for each in found:
+        for group in each.param_groups:
             group["peak_lr"] = group["lr"]
     return found
 

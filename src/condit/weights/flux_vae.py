@@ -35,7 +35,7 @@ FLUX |= {"use_post_quant_conv": False}
 def load_autoencoder(place: Path | None, dtype: torch.dtype, inside: Mapping[str, Tensor] | None = None) -> Any:
     """AutoencoderKL from a folder of diffusers or a file in the authors' names, frozen. `inside`: tensors in these
     names, for which the folder only gives the configuration, if there is one."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     assert place is not None
     if inside is None and place.is_dir():
