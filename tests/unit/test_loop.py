@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from condit.training.loop import Loop, LoopConfig, Task, fast_precision
@@ -354,3 +354,6 @@ def test_what_cannot_be_sharded_is_told(tmp_path, monkeypatch):
         Loop(Toy(), SHARDED, tmp_path)
     with pytest.raises(ValueError, match="leave muon_lr out"):
         Loop(Sharded(), SHARDED.model_copy(update={"muon_lr": 0.1}), tmp_path)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="leave accelerate's FSDP settings out"):
+        Loop(Sharded(), SHARDED, tmp_path)

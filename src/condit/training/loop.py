@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -124,6 +124,10 @@ class Loop:
         self.task, self.config, self.out, self.progress = task, config, out, progress
         self.precision = fast_precision() if config.precision == "auto" else config.precision
         self.accelerator = Accelerator(mixed_precision=self.precision)
+        if self.accelerator.distributed_type is DistributedType.FSDP:
+            raise ValueError(
+                "Weights are sharded by `shard = true` under [train]; leave accelerate's FSDP settings out."
+            )
         out.mkdir(parents=True, exist_ok=True)
         self.sharded = config.shard and self.accelerator.num_processes > 1
         self.skeleton = self.shard() if self.sharded else None
@@ -198,17 +202,17 @@ class Loop:
         return sharding.agree(flag, self.accelerator.device) if self.sharded else flag
 
     def export(self, figures: dict[str, float]) -> None:
-        """The task's export, from averaged weights. A sharded network is whole afterwards, on every process."""
+        """The task's export, from averaged weights. A sharded network is whole afterwards, on the first process."""
+        main = self.accelerator.is_main_process
         if self.skeleton is not None:
             name, _ = self.task.shards()
-            state = getattr(self.task, name).state_dict()
-            average = self.average.shadow
-            state = {key: sharding.whole(average.get(f"{name}.{key}", x)) for key, x in state.items()}
-            self.skeleton.load_state_dict(state, strict=True, assign=True)
-            setattr(self.task, name, self.skeleton)
-            if self.accelerator.is_main_process:
+            state, average = getattr(self.task, name).state_dict(), self.average.shadow
+            state = {k: sharding.collect(average.get(f"{name}.{k}", x), keep=main) for k, x in state.items()}
+            if main:
+                self.skeleton.load_state_dict(state, strict=True, assign=True)
+                setattr(self.task, name, self.skeleton)
                 self.task.export(self.out / "export", self.card(figures))
-        elif self.accelerator.is_main_process:
+        elif main:
             with self.averaged():
                 self.task.export(self.out / "export", self.card(figures))
 
@@ -280,17 +284,18 @@ class Loop:
 
     def save(self) -> None:
         """Parameters, optimisers, average and position in one file, replaced atomically. Tensors are whole in it."""
-        if not (self.accelerator.is_main_process or self.sharded):
+        main = self.accelerator.is_main_process
+        if not (main or self.sharded):
             return
         state = {
             "step": self.step,
             "seconds": self.seconds,
-            "parameters": {name: sharding.whole(p.detach()) for name, p in self.parameters.items()},
-            "average": {name: sharding.whole(x) for name, x in self.average.shadow.items()},
+            "parameters": {name: sharding.collect(p.detach(), keep=main) for name, p in self.parameters.items()},
+            "average": {name: sharding.collect(x, keep=main) for name, x in self.average.shadow.items()},
             "average_count": self.average.count,
-            "optimizers": [sharding.whole_state(optimizer) for optimizer in self.optimizers],
+            "optimizers": [sharding.whole_state(optimizer, keep=main) for optimizer in self.optimizers],
         }
-        if self.accelerator.is_main_process:
+        if main:
             atomic_write(self.out / "state.pt", lambda path: torch.save(state, path))
         if self.sharded:
             self.accelerator.wait_for_everyone()

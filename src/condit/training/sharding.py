@@ -30,6 +30,12 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def collect(x: Tensor, *, keep: bool) -> Tensor:
+    """`whole`, on the CPU, where it is kept; elsewhere nothing, so that one tensor at a time is whole on a device."""
+    full = whole(x)
+    return full.cpu() if keep else full.new_empty(0)
+
+
 def part_of(x: Tensor, like: Tensor) -> Tensor:
     """A whole tensor sharded as `like` is; as it is where that is not sharded."""
     if not isinstance(like, DTensor):
@@ -37,11 +43,11 @@ def part_of(x: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
 
 
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`state_dict` with whole tensors."""
+def whole_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
+    """`state_dict` with whole tensors, where it is kept."""
     told = optimizer.state_dict()
     state = {
-        number: {key: whole(x) if isinstance(x, Tensor) else x for key, x in entries.items()}
+        number: {key: collect(x, keep=keep) if isinstance(x, Tensor) else x for key, x in entries.items()}
         for number, entries in told["state"].items()
     }
     return {**told, "state": state}
