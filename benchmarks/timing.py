@@ -61,12 +61,14 @@ def machine() -> str:
     return f"{torch.get_num_threads()} threads of {name}, torch {torch.__version__}"
 
 
-def table(title: str, timings: Mapping[str, Timing], base: str) -> str:
-    """A Markdown table: milliseconds, and how many times faster than `base`."""
-    lines = [f"**{title}**", "", f"| variant | ms (quartiles) | times as fast as {base} |", "|---|---|---|"]
+def table(title: str, timings: Mapping[str, Timing], *bases: str) -> str:
+    """A Markdown table: milliseconds, and how many times faster than each of `bases`."""
+    heads = " | ".join(f"times as fast as {base}" for base in bases)
+    lines = [f"**{title}**", "", f"| variant | ms (quartiles) | {heads} |", "|---" * (2 + len(bases)) + "|"]
     for name, t in timings.items():
         ms = f"{1000 * t.seconds:.1f} ({1000 * t.low:.1f} to {1000 * t.high:.1f})"
-        lines.append(f"| {name} | {ms} | {timings[base].seconds / t.seconds:.2f} |")
+        ratios = " | ".join(f"{timings[base].seconds / t.seconds:.2f}" for base in bases)
+        lines.append(f"| {name} | {ms} | {ratios} |")
     return "\n".join([*lines, ""])
 
 

@@ -5,10 +5,13 @@ import importlib.util
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from condit.backbones.dit import PRESETS
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = tuple(sorted(path.stem for path in FOLDER.glob("*.py")))
@@ -69,6 +72,47 @@ def test_every_form_of_deadiff_computes_the_same(scripts):
         plain, made, weighed, again, *_ = (call() for call in calls.values())
     assert torch.equal(made, again)
     assert not torch.equal(plain, made) and not torch.equal(made, weighed)
+
+
+def test_a_table_sets_every_form_against_both_references_and_tells_emulation(scripts, monkeypatch):
+    timing, module = scripts["timing"], scripts["backbones"]
+    found = {name: timing.Timing(s, s, s) for name, s in {"theirs": 3.0, "plain": 2.0, "ours": 1.0}.items()}
+    lines = timing.table("x", found, "plain", "theirs").splitlines()
+    assert lines[2].count("times as fast as") == 2
+    assert lines[-2 if lines[-1] == "" else -1].endswith("| 2.00 | 3.00 |")
+    monkeypatch.setattr(module, "fast_precision", lambda: "no")
+    assert "emulated" in module.bfloat16("cpu") and module.bfloat16("cuda") == "bfloat16"
+    monkeypatch.setattr(module, "fast_precision", lambda: "bf16")
+    assert module.bfloat16("cpu") == "bfloat16"
+
+
+def test_the_official_and_the_fast_settings_of_dit_draw_and_train_the_same(scripts, monkeypatch):
+    """Tiny, on the CPU, compilation left out: what is timed is one function, and a step of it moves the weights."""
+    module = scripts["dit_speed"]
+    monkeypatch.setattr(module.torch, "compile", lambda network, **_: network)
+    config = replace(PRESETS["DiT-S/8"], hidden_size=32, depth=2, num_heads=2, input_size=8, patch_size=2)
+    drawn = [call() for call in module.sampling(config, 2, 3, "cpu").values()]
+    for other in drawn[1:]:
+        torch.testing.assert_close(other, drawn[0], rtol=0, atol=0.02 * float(drawn[0].abs().max()))  # bfloat16
+    steps = list(module.training(config, 2, "cpu").values())
+    losses = [[float(step()) for _ in range(3)] for step in steps]
+    assert all(three[2] < three[0] for three in losses)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)  # bfloat16
+    assert module.forward_flops(PRESETS["DiT-XL/2"], 1) / 2e9 == pytest.approx(118.621, abs=1e-3)
+    monkeypatch.setattr(module, "matmul_peak", lambda device, side: 1e12)
+    found = module.run("tiny", config, 2, device="cpu", steps=2, turns=2, side=8)
+    assert len(found) == 6 and found[0].times == found[3].times == 1 and found[0].share_of_peak is None
+    t = module.Timing(2.0, 2.0, 2.0)
+    (row,) = module.rows("sampling", {"official": t}, amount=32 * 10 / 250, flops=8e12, peak=1e13)
+    assert (row.per_s, row.share_of_peak) == (0.64, 0.4)
+    assert "| 0.64 | 1.00 | 40 % |" in module.page([row], "python x")
+
+
+@pytest.mark.gpu
+def test_the_speed_of_dit_is_told_as_ratios_and_shares_of_the_peak_on_an_accelerator(scripts):
+    module = scripts["dit_speed"]
+    found = module.run("DiT-S/2", PRESETS["DiT-S/2"], 8, device="cuda", steps=2, turns=2, side=4096)
+    assert all(row.share_of_peak is not None and 0 < row.share_of_peak < 1 for row in found)
 
 
 # OminiControl: the closed forms against figures computed apart for FLUX.1 (D = 3072, 57 layers, 512 text tokens), and

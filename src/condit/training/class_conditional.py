@@ -136,6 +136,9 @@ class ClassConditionalTask(Task):
     def compiled(self) -> list[nn.Module]:
         return [self.network]
 
+    def shards(self) -> tuple[str, Sequence[nn.Module]]:
+        return "network", [*self.network.blocks]
+
     def batch(self, rng: random.Random, size: int) -> Latents:
         chosen = [rng.randrange(len(self.latents)) for _ in range(size)]
         views = [int(self.flip and rng.random() < 0.5) for _ in chosen]

@@ -73,6 +73,9 @@ class ClassifyTask(Task):
     def compiled(self) -> list[nn.Module]:
         return [self.network]
 
+    def shards(self) -> tuple[str, Sequence[nn.Module]]:
+        return "network", [*self.network.blocks]
+
     def batch(self, rng: random.Random, size: int) -> Classified:
         chosen = [rng.randrange(len(self.images)) for _ in range(size)]
         images = augment(to_float(self.images[chosen]), rng, shift=self.shift, zoom=self.zoom, flip=self.flip)

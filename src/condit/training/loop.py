@@ -11,19 +11,21 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from condit.data.files import atomic_write
+from condit.training import sharding
 from condit.training.optim import Average, lr_factor, make_optimizers, set_lr
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class LoopConfig(BaseModel):
     ema: float = 0.999
     precision: Literal["auto", "bf16", "no"] = "auto"  # of autocast; auto: bf16 where the device computes in it
     compile: bool = False
+    shard: bool = False  # weights over all processes (FSDP2), for networks that one device cannot hold
     log_every: int = 20
     save_minutes: float = 4.0
     sheet_minutes: float = 8.0
@@ -73,6 +76,10 @@ class Task(nn.Module):
     def compiled(self) -> list[nn.Module]:
         """What `compile = true` compiles: parts that see the same shapes in every step."""
         return []
+
+    def shards(self) -> tuple[str, Sequence[nn.Module]]:
+        """What `shard = true` shards: the attribute that holds the network, and its parts, gathered one at a time."""
+        raise ValueError(f"{type(self).__name__} cannot be sharded; leave `shard` out.")
 
     def batch(self, rng: random.Random, size: int) -> Any:
         """One batch on the CPU, a pure function of `rng`; a tensor or a dataclass of them; runs in a background
@@ -124,7 +131,13 @@ class Loop:
         self.precision = fast_precision() if config.precision == "auto" else config.precision
         partly = [DistributedDataParallelKwargs(find_unused_parameters=True)] if task.partly_used else []
         self.accelerator = Accelerator(mixed_precision=self.precision, kwargs_handlers=partly)
+        if self.accelerator.distributed_type is DistributedType.FSDP:
+            raise ValueError(
+                "Weights are sharded by `shard = true` under [train]; leave accelerate's FSDP settings out."
+            )
         out.mkdir(parents=True, exist_ok=True)
+        self.sharded = config.shard and self.accelerator.num_processes > 1
+        self.skeleton = self.shard() if self.sharded else None
         self.optimizers = make_optimizers(
             task,
             lr=config.lr,
@@ -135,8 +148,10 @@ class Loop:
             optimizer=config.optimizer,
         )
         self.parameters = {name: p for name, p in task.named_parameters() if p.requires_grad}
-        self.model, *prepared = self.accelerator.prepare(task, *self.optimizers)
-        self.optimizers = prepared
+        self.model: nn.Module = task
+        if not self.sharded:  # what is sharded sums its gradients itself
+            self.model = self.accelerator.prepare(task)
+        self.optimizers = [self.accelerator.prepare_optimizer(optimizer) for optimizer in self.optimizers]
         self.average = Average(self.parameters, config.ema)
         if config.compile:
             for part in task.compiled():
@@ -144,6 +159,19 @@ class Loop:
         self.step, self.bad_steps, self.seconds = 0, 0, 0.0
         if resume and (out / "state.pt").exists():
             self.load()
+
+    def shard(self) -> nn.Module:
+        """Shards the task's network; returns the same network without weights, in which they will be exported."""
+        if self.config.muon_lr is not None:
+            raise ValueError("Muon works on whole matrices: with shard = true leave muon_lr out.")
+        name, parts = self.task.shards()
+        skeleton = deepcopy(getattr(self.task, name)).to("meta")
+        self.task.to(self.accelerator.device)
+        sharding.shard(getattr(self.task, name), parts)
+        outside = [n for n, p in self.task.named_parameters() if p.requires_grad and not n.startswith(f"{name}.")]
+        if outside:
+            raise ValueError(f"{outside[0]} is trained outside of what is sharded ({name}); leave `shard` out.")
+        return skeleton
 
     def run(self) -> dict[str, float]:
         """Train to the last step; returns the last validation figures."""
@@ -167,18 +195,34 @@ class Loop:
                     self.seconds += now - mark
                     mark, mark_step = now, self.step
                     self.write({"loss": loss, "images_per_s": round(rate, 1), **logs})
-                if now - saved > 60 * config.save_minutes:
+                if self.due(now - saved > 60 * config.save_minutes):
                     self.save()
                     saved = now
-                if now - shown > 60 * config.sheet_minutes or self.step == config.steps:
+                if self.due(now - shown > 60 * config.sheet_minutes) or self.step == config.steps:
                     figures = self.look()
                     shown = time.monotonic()
                     mark, mark_step = shown, self.step
         self.save()
-        if self.accelerator.is_main_process:
+        self.export(figures)
+        return figures
+
+    def due(self, flag: bool) -> bool:
+        return sharding.agree(flag, self.accelerator.device) if self.sharded else flag
+
+    def export(self, figures: dict[str, float]) -> None:
+        """The task's export, from averaged weights. A sharded network is whole afterwards, on the first process."""
+        main = self.accelerator.is_main_process
+        if self.skeleton is not None:
+            name, _ = self.task.shards()
+            state, average = getattr(self.task, name).state_dict(), self.average.shadow
+            state = {k: sharding.collect(average.get(f"{name}.{k}", x), keep=main) for k, x in state.items()}
+            if main:
+                self.skeleton.load_state_dict(state, strict=True, assign=True)
+                setattr(self.task, name, self.skeleton)
+                self.task.export(self.out / "export", self.card(figures))
+        elif main:
             with self.averaged():
                 self.task.export(self.out / "export", self.card(figures))
-        return figures
 
     def make_batch(self, step: int) -> Any:
         return self.task.batch(random.Random(self.key(step)), self.config.batch)
@@ -196,8 +240,10 @@ class Loop:
             loss, logs = self.model(batch, generator)
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.clip)
+        norm = 0.0 if norm is None else float(sharding.whole(torch.as_tensor(norm)))
         value = float(loss.detach())
-        if math.isfinite(value) and (norm is None or math.isfinite(float(norm))):
+        # The norm is of all processes' gradients, the loss this one's: sharded, all must decide alike.
+        if math.isfinite(norm) and (self.sharded or math.isfinite(value)):
             for optimizer in self.optimizers:
                 optimizer.step()
             self.average.update(self.parameters)
@@ -216,7 +262,7 @@ class Loop:
 
     def look(self) -> dict[str, float]:
         """Validation figures into the log and a sample sheet, from averaged weights."""
-        if not self.accelerator.is_main_process:
+        if not (self.accelerator.is_main_process or self.sharded):
             return {}
         self.model.eval()
         self.task.progress = self.step / self.config.steps
@@ -226,7 +272,7 @@ class Loop:
         self.model.train()
         if figures:
             self.write({"validation": figures})
-        if sheet is not None:
+        if sheet is not None and self.accelerator.is_main_process:
             sheet.save(self.out / f"sheet-{self.step:06d}.png")
         return figures
 
@@ -245,18 +291,22 @@ class Loop:
                     p.copy_(live[name])
 
     def save(self) -> None:
-        """Parameters, optimisers, average and position in one file, replaced atomically."""
-        if not self.accelerator.is_main_process:
+        """Parameters, optimisers, average and position in one file, replaced atomically. Tensors are whole in it."""
+        main = self.accelerator.is_main_process
+        if not (main or self.sharded):
             return
         state = {
             "step": self.step,
             "seconds": self.seconds,
-            "parameters": {name: p.detach() for name, p in self.parameters.items()},
-            "average": self.average.shadow,
+            "parameters": {name: sharding.collect(p.detach(), keep=main) for name, p in self.parameters.items()},
+            "average": {name: sharding.collect(x, keep=main) for name, x in self.average.shadow.items()},
             "average_count": self.average.count,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [sharding.whole_state(optimizer, keep=main) for optimizer in self.optimizers],
         }
-        atomic_write(self.out / "state.pt", lambda path: torch.save(state, path))
+        if main:
+            atomic_write(self.out / "state.pt", lambda path: torch.save(state, path))
+        if self.sharded:
+            self.accelerator.wait_for_everyone()
 
     def load(self) -> None:
         state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
@@ -268,11 +318,11 @@ class Loop:
             )
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(state["parameters"][name])
-                self.average.shadow[name].copy_(state["average"][name])
+                p.copy_(sharding.part_of(state["parameters"][name], p))
+                self.average.shadow[name].copy_(sharding.part_of(state["average"][name], p))
         self.average.count, self.step, self.seconds = state["average_count"], state["step"], state["seconds"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            sharding.load_whole_state(optimizer, saved)
         log.info("Resumed %s at step %d of %d.", self.out, self.step, self.config.steps)
 
     def card(self, figures: dict[str, float]) -> dict:

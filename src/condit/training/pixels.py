@@ -64,6 +64,9 @@ class PixelTask(Task):
     def compiled(self) -> list[nn.Module]:
         return [self.network]
 
+    def shards(self) -> tuple[str, Sequence[nn.Module]]:
+        return "network", [*self.network.encoder, *self.network.decoder]
+
     def batch(self, rng: random.Random, size: int) -> Pixels:
         chosen = [rng.randrange(len(self.images)) for _ in range(size)]
         x0 = to_float(self.images[chosen])
