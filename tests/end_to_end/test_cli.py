@@ -29,7 +29,7 @@ from condit.request import USES, Reference, Request, differences, locate
 from condit.weights import catalog
 from condit.weights.diffit import save_diffit
 
-VERBS = ("demo", "generate", "replay", "train", "evaluate", "verify", "models", "doctor", "data")
+VERBS = ("demo", "generate", "edit", "replay", "train", "evaluate", "verify", "models", "doctor", "data")
 
 
 needs_tiny = pytest.mark.skipif(
@@ -506,3 +506,38 @@ def test_verify_tells_what_a_file_is_in_text_and_json(run, tmp_path):
 def test_a_model_with_one_sampler_takes_no_other(run):
     code, _, errors = run("generate", "a red apple", "--sampler", "ddim")
     assert code == 1 and "takes no sampler" in errors
+
+
+# Editing
+
+
+@needs_tiny
+def test_edit_writes_the_picture_its_recipe_and_a_page(run, picture, tmp_path):
+    code, out, err = run(
+        *("edit", str(picture), "a red apple", "a green apple", "--type", "attribute", "--steps", "2"),
+        *("-o", str(tmp_path / "green.png"), "--page", str(tmp_path / "page.png")),
+    )
+    assert code == 0 and "round trip" in err
+    assert out.split() == [str(tmp_path / "green.png"), str(tmp_path / "page.png")]
+    recipe = read_recipe(tmp_path / "green.png")
+    assert (recipe["source"], recipe["target"]) == (["a red apple"], ["a green apple"])
+    assert load_image(tmp_path / "page.png").height > 3 * 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--type", "melt"), "--type is one of swap"),
+        (("--reweight", "green"), "--reweight takes WORD=F"),
+        (("--type", "none", "--reweight", "green=2"), "leaves alone"),
+        (("-o", "x.gif"), "end it in .png"),
+    ],
+)
+def test_a_wrong_edit_is_told_before_anything_is_loaded(run, picture, arguments, message):
+    code, _, err = run("edit", str(picture), "a red apple", "a green apple", *arguments)
+    assert code == 2 and message in " ".join(err.split())
+
+
+def test_a_missing_picture_to_edit_is_told(run):
+    code, _, err = run("edit", "nowhere.png", "a cat", "a dog")
+    assert code == 1 and "nowhere.png" in err

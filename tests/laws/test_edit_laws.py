@@ -254,7 +254,9 @@ def frame_of(network, kind: str, controls: tuple):
     return Frame(torch.zeros(1, 16), None, controls)
 
 
-@every_backbone
+@pytest.mark.parametrize(
+    "kind", [pytest.param("mmdit", marks=pytest.mark.slow), pytest.param("pixart", marks=pytest.mark.slow), "dit"]
+)
 def test_merging_compiles_into_one_graph_and_is_reused_in_another(make_pipe, kind):
     network, predict = build(kind, make_pipe)
     torch._dynamo.reset()

@@ -120,14 +120,14 @@ class NoisePath:
         if self.order == 1:
             return first_order(x, found, ratio, ratio_end)
         (_, s), (a_end, s_end) = alpha_sigma(ratio), alpha_sigma(ratio_end)
-        h = ratio.log() - ratio_end.log()
+        h = log_snr(ratio_end) - log_snr(ratio)
         # Terms and float32 as in diffusers: near t = 0 large terms cancel, so that `vp_samplers.dpm_step`, which is
         # exact, differs by 2e-5 on the way up.
         weight, clean = a_end * (torch.exp(-h) - 1.0), self.kept(x, found, start)
         moved = (s_end / s) * x - weight * clean
         if earlier is None:
             return moved
-        r = (self.ratio(earlier.level).log() - ratio.log()) / h
+        r = (log_snr(ratio) - log_snr(self.ratio(earlier.level))) / h
         return moved - 0.5 * weight * ((1.0 / r) * (clean - earlier.kept))
 
     def between(self, time: float) -> Tensor:
@@ -141,6 +141,12 @@ def alpha_sigma(ratio: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma, alpha^2 + sigma^2 = 1."""
     alpha = 1 / (ratio**2 + 1).sqrt()
     return alpha, ratio * alpha
+
+
+def log_snr(ratio: Tensor) -> Tensor:
+    """l = log(alpha / sigma) as diffusers rounds it."""
+    alpha, sigma = alpha_sigma(ratio)
+    return alpha.log() - sigma.log()
 
 
 def level_of(ratio: Tensor) -> float:

@@ -71,8 +71,12 @@ class FlowEditor:
 
     def size(self, images: Sequence[ImageSource], height: int | None, width: int | None) -> tuple[int, int]:
         pipe = self.pipe
-        fitted = fitted_size(images, pipe.size, pipe.pixels, fixed=pipe.name == "tiny" or None not in (height, width))
-        return height or fitted[0], width or fitted[1]
+        # A text's canvas has the tokens of one size.
+        fixed = bool(getattr(pipe.parts.text, "canvas", None)) or None not in (height, width)
+        fitted = fitted_size(images, pipe.size, pipe.pixels, fixed=fixed)
+        found = height or fitted[0], width or fitted[1]
+        pipe.check(["edit"], 1, *found)
+        return found
 
 
 @dataclass(frozen=True)
