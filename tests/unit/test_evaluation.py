@@ -264,6 +264,26 @@ def test_an_unknown_set_or_count_is_refused(tmp_path, world):
         tiny.evaluate(tmp_path, data=world[0], count=0)
 
 
+def test_the_subjects_reference_is_measured_beside_the_words_alone_and_the_true_icon(world):
+    cells = sets.choose_cells(world[1], "combo", 4)
+    scene = rows.Scene("combo", cells, [world[1].icons[c.icon] for c in cells])
+    spec = next(s for s in sets.SPECS if s.name == "subject")
+    red, green = (torch.full((4, 3, 128, 128), 255, dtype=torch.uint8) for _ in range(2))
+    red[:, 1:, 30:90, 30:90] = 0
+    green[:, ::2, 40:100, 10:80] = 0
+    scene.images = {"real": green, "other": red, "subject": red.clone(), "words": green.clone()}
+    assert rows.subject_rows(scene) == []  # the set was not drawn
+    scene.specs["subject"] = spec
+    found = {(r.measure, r.case): r.value for r in rows.subject_rows(scene)}
+    assert len(found) == 6
+    assert found[rows.SUBJECT_EDGES, spec.what] == pytest.approx(1, abs=1e-3)
+    assert found[rows.SUBJECT_COLOUR, spec.what] == 0
+    assert found[rows.SUBJECT_EDGES, rows.WORDS_ALONE] == found[rows.SUBJECT_EDGES, rows.REAL] < 0.9
+    assert found[rows.SUBJECT_COLOUR, rows.WORDS_ALONE] == found[rows.SUBJECT_COLOUR, rows.REAL] > 50
+    scene.images["real"] = rows._gray(green)  # a black and white target cannot have the reference's colours
+    assert {r.measure for r in rows.subject_rows(scene)} == {rows.SUBJECT_EDGES}
+
+
 def row(measure, case, value, share=None, split="combo"):
     return Row(measure, split, case, value, value, value, 512, share)
 

@@ -20,7 +20,7 @@ from condit.data.images import save_image
 from condit.data.sheets import Cell as Picture
 from condit.data.sheets import contact_sheet
 from condit.evaluation import measures
-from condit.evaluation.rows import COLOUR, LATENT, PSNR, REAL, SPLITS, Scene, by_table, edge_scores
+from condit.evaluation.rows import COLOUR, LATENT, PSNR, REAL, SPLITS, SUBJECT_COLOUR, Scene, by_table, edge_scores
 from condit.evaluation.sets import Cell, Spec, prompt_of, shown
 
 EXTREME, RANDOM, ACROSS, SIDE = 12, 24, 4, 96
@@ -122,7 +122,7 @@ def slug(text: str) -> str:
 def plot(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     """Horizontal bars from 0 with 95 % whiskers; shares on an axis to 1."""
     top = max(row["high"] for row in rows)
-    if rows[0]["measure"] not in (PSNR, COLOUR):
+    if rows[0]["measure"] not in (PSNR, COLOUR, SUBJECT_COLOUR):
         top = max(top, 1.0) if top > 0.3 else top * 1.2
     top = top or 1.0
     font = ImageFont.load_default(13)

@@ -19,6 +19,10 @@ from condit.evaluation.sets import Cell, Spec, Split
 STYLE, TOP1, TOP5, LEAKAGE = "style agreement", "concept top-1", "concept top-5", "leakage"
 SIMILARITY, DUPLICATES, F1 = "edge similarity to the true icon", "near-duplicates of training icons", "edge F1"
 PSNR, COLOUR = "luma PSNR to the gray picture, dB", "colour distance to the true icon"
+SUBJECT_EDGES, SUBJECT_COLOUR = (
+    "edge similarity to the subject's reference",
+    "colour distance to the subject's reference",
+)
 REAL, COPY, OTHER = "real icons", "copying the reference", "real icons of the concept by another vendor"
 LATENT = "real icons through the latent"
 WORDS_ALONE = "no control (style word alone)"  # beside edges and gray, whose prompts have the style word
@@ -205,8 +209,7 @@ def gray_rows(scene: Scene) -> list[Row]:
     if "gray" not in scene.specs:
         return []
     real = scene.images["real"]
-    levels = (measures.luma(real) * 255).round().to(torch.uint8)
-    gray = levels[:, None].expand(-1, 3, -1, -1)
+    gray = _gray(real)
     coloured = _by_parts(measures.colour_distance, gray, real) > _COLOURED
     compared = {scene.case("gray"): scene.images["gray"]}
     if "words" in scene.images:
@@ -219,6 +222,31 @@ def gray_rows(scene: Scene) -> list[Row]:
         distance = _by_parts(measures.colour_distance, images, real)
         found.append(scene.row(COLOUR, case, distance, kept=coloured))
     return found
+
+
+def subject_rows(scene: Scene) -> list[Row]:
+    """How near pictures come to the reference that shows their subject; the true icon is another hand's drawing of it.
+    Colours are asked where both of these have some."""
+    if "subject" not in scene.specs:
+        return []
+    shown, real = scene.images["other"], scene.images["real"]
+    compared = {scene.case("subject"): scene.images["subject"]}
+    if "words" in scene.images:
+        compared[WORDS_ALONE] = scene.images["words"]
+    compared[REAL] = real
+    found = [scene.row(SUBJECT_EDGES, c, _by_parts(measures.edge_similarity, x, shown)) for c, x in compared.items()]
+    coloured = torch.stack([_by_parts(measures.colour_distance, _gray(x), x) > _COLOURED for x in (shown, real)]).all(0)
+    if coloured.any():
+        for case, images in compared.items():
+            distance = _by_parts(measures.colour_distance, images, shown)
+            found.append(scene.row(SUBJECT_COLOUR, case, distance, kept=coloured))
+    return found
+
+
+def _gray(images: Tensor) -> Tensor:
+    """The same without colours, (N, 3, H, W) uint8."""
+    levels = (measures.luma(images) * 255).round().to(torch.uint8)
+    return levels[:, None].expand(-1, 3, -1, -1)
 
 
 def criteria(rows: Collection[Row]) -> list[dict[str, Any]]:

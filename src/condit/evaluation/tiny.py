@@ -249,6 +249,7 @@ def measure(bench: Bench, scenes: Collection[Scene]) -> tuple[list[Row], float]:
         found += tables.near_duplicate_rows(scene, bank, threshold)
         found += tables.edge_f1_rows(scene, world)
         found += tables.gray_rows(scene)
+        found += tables.subject_rows(scene)
     return found, threshold
 
 
