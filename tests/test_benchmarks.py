@@ -1,5 +1,6 @@
 """benchmarks/: the clock, and that every form of a network computes the same."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = "timing", "backbones", "omini", "ip_adapter"
+SCRIPTS = "timing", "backbones", "omini", "stable_diffusion", "ip_adapter"
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +193,24 @@ def test_every_ip_adapter_variant_runs_and_equal_ones_are_equal(scripts):
         assert differences["condit", guidance] < 1e-4
         assert differences["diffusers", guidance] > 1e-3  # each image sees all four references
     assert "condit | 5 |" in module.differences_table(differences)
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sdxl"])
+def test_every_form_of_a_unet_computes_the_same(scripts, preset):
+    module = scripts["stable_diffusion"]
+    xl = preset == "sdxl"
+    small = dataclasses.replace(
+        module.PRESETS[preset],
+        block_out_channels=(8, 16, 24) if xl else (8, 16, 24, 24),
+        attention_head_dim=2,
+        transformer_layers_per_block=1,
+        cross_attention_dim=12,
+        norm_num_groups=4,
+        addition_time_embed_dim=4 if xl else None,
+        projection_class_embeddings_input_dim=34 if xl else None,
+    )
+    with torch.inference_mode():
+        calls = module.variants(small, 8, "cpu", torch.float32)
+        wanted = calls["diffusers"]()
+        for call in calls.values():
+            torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from condit.controls.omini import OminiControl
     from condit.controls.style_lora import StyleLoRA
     from condit.data.images import load_image, save_image
+    from condit.latent_pipeline import LatentPipeline
     from condit.pipeline import Pipeline, load
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "Control",
     "IPAdapter",
     "InstantStyle",
+    "LatentPipeline",
     "OminiControl",
     "Pipeline",
     "StyleLoRA",
@@ -34,6 +36,7 @@ __all__ = [
 _HOME = {
     "load": "condit.pipeline",
     "Pipeline": "condit.pipeline",
+    "LatentPipeline": "condit.latent_pipeline",
     "IPAdapter": "condit.controls.ip_adapter",
     "InstantStyle": "condit.controls.instantstyle",
     "OminiControl": "condit.controls.omini",

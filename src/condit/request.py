@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from condit.controls.control import Control
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
+    from condit.latent_pipeline import LatentPipeline
     from condit.pipeline import Pipeline
 
 MAX_PROMPT = 2000  # characters; no text encoder here reads more
@@ -34,7 +35,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Request:
-    """`count` pictures of one prompt, drawn in one batch; picture i starts from seed + i. None: the model's default."""
+    """`count` pictures of one prompt, drawn in one batch; picture i starts from seed + i. None: the model's default.
+
+    image, mask, change: a picture to start from, where to repaint it (white), and how much of it to change, in (0, 1].
+    """
 
     prompt: str
     model: str = "tiny"
@@ -45,6 +49,12 @@ class Request:
     steps: int | None = None
     guidance: float | None = None
     image_guidance: float | None = None
+    sampler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    image: str | None = None
+    mask: str | None = None
+    change: float | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -86,6 +96,11 @@ class Request:
         words += ["--steps", str(self.steps)] if self.steps is not None else []
         words += ["--guidance", f"{self.guidance:g}"] if self.guidance is not None else []
         words += ["--image-guidance", f"{self.image_guidance:g}"] if self.image_guidance is not None else []
+        for name in ("sampler", "height", "width", "image", "mask", "change"):
+            value = getattr(self, name)
+            words += (
+                [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)] if value is not None else []
+            )
         words += ["-n", str(self.count)] if self.count > 1 else []
         return shlex.join([*words, "-o", str(output)])
 
@@ -95,7 +110,7 @@ class Request:
         lines += [f"Negative prompt: {self.negative}"] if self.negative else []
         settings = {
             "Steps": facts.get("num_inference_steps", self.steps),
-            "Sampler": "Euler",
+            "Sampler": facts.get("sampler", "Euler"),
             "CFG scale": facts.get("guidance_scale", self.guidance),
             "Seed": self.seed + index,
             "Size": f"{size[0]}x{size[1]}",
@@ -123,12 +138,12 @@ class Studio:
     def __init__(self, model: str = "tiny", device: str | None = None) -> None:
         self.model = model
         pipe = condit.load(model, device=device or default_device(model))
-        if not isinstance(pipe, condit.Pipeline):
+        if not isinstance(pipe, condit.Pipeline | condit.LatentPipeline):
             raise ValueError(
                 f"{model!r} is a {type(pipe).__name__}, which takes no prompt. Use it from Python: "
                 f"condit.load({model!r})."
             )
-        self.pipe: Pipeline = pipe
+        self.pipe: Pipeline | LatentPipeline = pipe
         self.adapters: dict[str, IPAdapter | OminiControl] = {}
 
     def draw(self, request: Request) -> Drawing:
@@ -144,6 +159,9 @@ class Studio:
             image_guidance_scale=request.image_guidance,
             num_images_per_prompt=request.count,
             seed=request.seed,
+            height=request.height,
+            width=request.width,
+            **self.of_latents(request),
         )
         shared = {"condit": condit.__version__, "request": asdict(request), "run": result.recipe}
         return Drawing(
@@ -151,6 +169,22 @@ class Studio:
             recipes=[{**shared, "index": index} for index in range(request.count)],
             parameters=[request.parameters(i, image.size, result.recipe) for i, image in enumerate(result.images)],
         )
+
+    def of_latents(self, request: Request) -> dict:
+        """What only a pipeline over latents is asked. ValueError where another one is."""
+        given = {
+            "sampler": request.sampler,
+            "image": request.image,
+            "mask_image": request.mask,
+            "strength": request.change,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and not isinstance(self.pipe, condit.LatentPipeline):
+            raise ValueError(
+                f"{self.model!r} takes no {', '.join(given)}: it has one sampler and draws from noise. "
+                "Use a Stable Diffusion."
+            )
+        return given
 
     def controls(self, references: Sequence[Reference]) -> "list[Control]":
         """One control a reference; but references of one image adapter and strength make one control together."""
@@ -184,7 +218,7 @@ def default_device(model: str) -> str:
     return "cuda" if model != "tiny" and torch.cuda.is_available() else "cpu"
 
 
-def load_adapter(name: str, pipe: "Pipeline") -> "IPAdapter | OminiControl":
+def load_adapter(name: str, pipe: "Pipeline | LatentPipeline") -> "IPAdapter | OminiControl":
     """An adapter by catalog name, file or folder, of the class that its tensors tell."""
     from condit.weights.catalog import MODELS, adapter_weights, what_is
     from condit.weights.files import read_tensors
@@ -202,16 +236,17 @@ def load_adapter(name: str, pipe: "Pipeline") -> "IPAdapter | OminiControl":
 
 def locate(request: Request, folder: Path) -> Request:
     """The request with its references found: where they were, seen from here, or else from `folder`."""
-    found = []
-    for reference in request.references:
-        places = [Path(reference.path), folder / reference.path, folder / Path(reference.path).name]
-        path = next((place for place in places if place.is_file()), None)
-        if path is None:
-            raise FileNotFoundError(
-                f"the reference {reference.path} of this picture is missing; looked in . and {folder}"
-            )
-        found.append(replace(reference, path=str(path)))
-    return replace(request, references=tuple(found))
+
+    def found(path: str) -> str:
+        places = [Path(path), folder / path, folder / Path(path).name]
+        here = next((place for place in places if place.is_file()), None)
+        if here is None:
+            raise FileNotFoundError(f"the reference {path} of this picture is missing; looked in . and {folder}")
+        return str(here)
+
+    references = tuple(replace(reference, path=found(reference.path)) for reference in request.references)
+    image, mask = (None if path is None else found(path) for path in (request.image, request.mask))
+    return replace(request, references=references, image=image, mask=mask)
 
 
 def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

@@ -497,3 +497,9 @@ def test_verify_tells_what_a_file_is_in_text_and_json(run, tmp_path):
     report = json.loads(run("verify", "diffit", "x.safetensors", "--json")[1])
     assert (report["layout"], report["dtype"], report["differs"]["depth"]) == ("release", "float32", [2, 28])
     assert report["reference"] == {"note": "none: neither transformers nor diffusers has a DiffiT", "rows": []}
+
+
+@needs_tiny
+def test_a_model_with_one_sampler_takes_no_other(run):
+    code, _, errors = run("generate", "a red apple", "--sampler", "ddim")
+    assert code == 1 and "takes no sampler" in errors

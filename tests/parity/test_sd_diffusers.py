@@ -188,3 +188,37 @@ def test_a_folder_of_half_precision_is_read(make_sd, tmp_path: Path):
     wanted = theirs.unet.state_dict()["conv_in.weight"].float()
     assert torch.equal(ours.backbone.state_dict()["conv_in.weight"], wanted)
     assert condit.load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def command(capsys, *arguments: str) -> tuple[int | str | None, str, str]:
+    from condit.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return end.value.code, *capsys.readouterr()
+
+
+def test_generate_draws_from_a_folder_and_its_picture_is_drawn_again(make_sd, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_sd("sd15").save_pretrained(tmp_path / "sd")
+    picture().save("start.png")
+    white().save("mask.png")
+    asked = ["generate", "a red fox", "--model", "sd", "--steps", "3", "--sampler", "dpm++", "--seed", "2"]
+    repaint = ["--image", "start.png", "--mask", "mask.png", "--change", "0.7", "--height", "24", "-o", "fox.png"]
+    code, _, errors = command(capsys, *asked, *repaint)
+    assert code == 0, errors
+    recipe = load_recipe("fox.png")
+    assert recipe["request"]["sampler"] == "dpm++" and recipe["run"]["strength"] == 0.7
+    code, _, errors = command(capsys, "replay", "fox.png")
+    assert code == 0 and "the same picture" in errors
+    how = {"num_inference_steps": 3, "sampler": "dpm++", "seed": 2, "height": 24}
+    direct = condit.load(tmp_path / "sd")("a red fox", image="start.png", mask_image="mask.png", strength=0.7, **how)
+    assert direct.images[0].tobytes() == Image.open("fox.png").tobytes()
+    code, _, errors = command(capsys, "generate", "a fox", "--model", "sd", "--sampler", "plms")
+    assert code == 1 and "sampler must be one of" in errors
+
+
+def load_recipe(path: str) -> dict[str, Any]:
+    from condit.data.images import read_recipe
+
+    return read_recipe(path)

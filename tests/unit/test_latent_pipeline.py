@@ -243,3 +243,24 @@ def test_a_published_model_that_is_not_there_is_told_with_its_place(monkeypatch,
     monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="models.*huggingface.co"):
         condit.load(name)
+
+
+def test_a_compiled_backbone_is_one_graph_for_all_steps_and_strengths(make_latent):
+    level = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    pipe, graphs = make_latent("sd15", block_out_channels=(8,), **level), 0  # compiling takes seconds a block
+    louder = [Louder(torch.tensor([factor])) for factor in (1.3, 0.6)]
+    how = {"num_inference_steps": 3, "guidance_scale": 4.0, "negative_prompt": "bad"}
+    wanted = [draw(pipe, "a fox", controls=[control], **how) for control in louder]
+
+    def backend(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    pipe.backbone = torch.compile(pipe.backbone, fullgraph=True, backend=backend)
+    for control, picture in zip(louder, wanted, strict=True):
+        found = draw(pipe, "a fox", controls=[control], **how)
+        torch.testing.assert_close(found, picture, rtol=1e-5, atol=1e-4)
+    assert graphs == 1
+    torch._dynamo.reset()

@@ -32,7 +32,9 @@ def demo(
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw, in English or Chinese.", show_default=False)],
-    model: Annotated[str, typer.Option("--model", "-m", help="A name of `condit models`.")] = "tiny",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A name of `condit models`, a folder or a file.")
+    ] = "tiny",
     style: Annotated[
         list[str] | None, typer.Option("--style", metavar="REF[:S]", help="Draw in the style of this picture.")
     ] = None,
@@ -60,6 +62,18 @@ def generate(
     image_guidance: Annotated[
         float | None, typer.Option(help="Guidance by the references, apart from the text [default: none].")
     ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim, dpm++, euler, euler-ancestral, ...; Stable Diffusion [default: its own].")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels [default: the model's].")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels [default: the model's].")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Start from this picture (Stable Diffusion).", show_default=False)
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Repaint the image where this one is white.", show_default=False)
+    ] = None,
+    change: Annotated[float | None, typer.Option(help="How much of the image to change, to 1 [default: 0.8].")] = None,
     count: Annotated[int, typer.Option("--count", "-n", help="How many pictures.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps [default: cpu for tiny].")] = None,
     out: Annotated[
@@ -88,12 +102,29 @@ def generate(
             raise typer.BadParameter(f"--control takes ADAPTER=REF[:S], as in tiny/style=ref.png; found {value!r}")
         references.append(Reference(adapter, *parse_reference(reference, strength)))
     try:
-        request = Request(prompt, model, tuple(references), negative, seed, count, steps, guidance, image_guidance)
+        request = Request(
+            prompt,
+            model,
+            tuple(references),
+            negative,
+            seed,
+            count,
+            steps,
+            guidance,
+            image_guidance,
+            sampler=sampler,
+            height=height,
+            width=width,
+            image=None if image is None else str(image),
+            mask=None if mask is None else str(mask),
+            change=change,
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     paths = output_paths(request.prompt, out, seed, count, no_metadata)
-    for reference in request.references:  # a wrong picture is told before seconds are spent on loading the model
-        load_image(reference.path)
+    given = [reference.path for reference in request.references] + [p for p in (request.image, request.mask) if p]
+    for path in given:  # a wrong picture is told before seconds are spent on loading the model
+        load_image(path)
     draw_and_save(request, paths, range(count), with_recipe=not no_metadata, as_json=as_json, device=device)
 
 

@@ -81,7 +81,7 @@ def assemble(
         raise ValueError(f"{name}: text of width {found} for a UNet that reads {c.cross_attention_dim}. Another model?")
     upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     for module, kind in ((unet, dtype), (text, dtype), (vae, torch.float32 if upcast else dtype)):
-        module.to(kind).eval().requires_grad_(False)
+        nn.Module.to(module, kind).eval().requires_grad_(False)  # diffusers' own `to` warns about nothing
     side = c.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     sdxl = c.addition_embed_type is not None
     return LatentParts(
