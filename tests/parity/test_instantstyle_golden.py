@@ -2,6 +2,7 @@
 what they computed. Tolerances of its README: tokens 1e-5, one UNet call 2e-5, trajectories 1e-4."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -17,6 +18,8 @@ from condit.controls.instantstyle import EASES, STAGES, InstantStyle, block_weig
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import Layer
 from condit.controls.ip_reference import Together
+from condit.encoders.text import ClipText
+from condit.latent_pipeline import LatentPipeline
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
 
 TOKENS, CALL, TRAJECTORY = 1e-5, 2e-5, 1e-4
@@ -244,3 +247,15 @@ def test_every_tensor_of_comfys_fixture_is_tested():
     stored = [n.split("/") for n in COMFY if n.startswith("layers")]
     assert {kind for _, kind, _ in stored} == {*EASES, *STAGES, "style transfer precise", "composition precise"}
     assert len(stored) >= 2 * 11
+
+
+def test_sdxls_second_text_encoder_names_what_to_leave_out(make_sd, make_latent):
+    """Its pooled prompt is the content vector of the official code; SD 1.x has no projection, so no tower."""
+    theirs, ours = make_sd("sdxl"), make_latent("sdxl")
+    parts = [theirs.tokenizer, theirs.tokenizer_2], [theirs.text_encoder, theirs.text_encoder_2]
+    pipe = LatentPipeline(replace(ours.parts, text=ClipText(*parts, penultimate=True)))
+    tower = pipe.text_tower()
+    assert tower is not None
+    _, _, pooled, _ = theirs.encode_prompt("a red fox", do_classifier_free_guidance=False)
+    close(tower(["a red fox"]), pooled, TOKENS)
+    assert make_latent("sd15").text_tower() is None

@@ -285,8 +285,9 @@ class IPAdapter(nn.Module):
 
     def features(self, sources: Sequence[ImageSource], fit: Fit = "crop") -> Tensor:
         """What the projector reads of pictures: (n, E) or (n, L, H). Not FaceID's vectors: those come from outside."""
-        pipe, encoder = self._pipe[0], self._encoder[0]
+        encoder = self._encoder[0]
         if encoder is None:
+            pipe = self._bound()
             return pipe.image(pipe.read_images(list(sources), None))
         pixels = encoder.pixels([load_image(source) for source in sources], fit)
         return encoder.hidden(pixels) if self._states else encoder.embeds(pixels)
@@ -443,7 +444,7 @@ class IPAdapter(nn.Module):
             pictures = [load_image(m) for m in each]
             if len({picture.size for picture in pictures}) > 1:
                 raise ValueError(f"masks of several sizes: {sorted({p.size for p in pictures})}. Give them one size.")
-            planes = [to_tensor(picture, picture.size[::-1])[0] / 2 + 0.5 for picture in pictures]
+            planes = [to_tensor(picture, (picture.height, picture.width))[0] / 2 + 0.5 for picture in pictures]
             return torch.stack(planes).to(pipe.device)
 
         if count == 1 or not isinstance(mask, list | tuple):
