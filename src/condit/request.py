@@ -13,6 +13,7 @@ from condit.data.annotators import edge_map, line_map
 
 if TYPE_CHECKING:
     from condit.controls.control import Control
+    from condit.controls.deadiff import DEADiff
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
     from condit.latent_pipeline import LatentPipeline
@@ -144,7 +145,7 @@ class Studio:
                 f"condit.load({model!r})."
             )
         self.pipe: Pipeline | LatentPipeline = pipe
-        self.adapters: dict[str, IPAdapter | OminiControl] = {}
+        self.adapters: dict[str, DEADiff | IPAdapter | OminiControl] = {}
 
     def draw(self, request: Request) -> Drawing:
         """Draws the request; ValueError names what is wrong with it."""
@@ -203,7 +204,7 @@ class Studio:
             return adapter.control(ready(first.path), strength=first.strength, annotate=False)
         return adapter.control(first.path, strength=first.strength)
 
-    def adapter(self, use: str) -> "IPAdapter | OminiControl":
+    def adapter(self, use: str) -> "DEADiff | IPAdapter | OminiControl":
         """The adapter of a reference, loaded on first use."""
         name = f"{self.model}/{use}" if use in USES else use
         if name not in self.adapters:
@@ -218,20 +219,21 @@ def default_device(model: str) -> str:
     return "cuda" if model != "tiny" and torch.cuda.is_available() else "cpu"
 
 
-def load_adapter(name: str, pipe: "Pipeline | LatentPipeline") -> "IPAdapter | OminiControl":
+def load_adapter(name: str, pipe: "Pipeline | LatentPipeline") -> "DEADiff | IPAdapter | OminiControl":
     """An adapter by catalog name, file or folder, of the class that its tensors tell."""
     from condit.weights.catalog import MODELS, adapter_weights, what_is
     from condit.weights.files import read_tensors
 
     if name in MODELS:
-        known = MODELS[name].kind == "ip-adapter"
+        known = "IPAdapter" if MODELS[name].kind == "ip-adapter" else "OminiControl"
     elif Path(name).exists():
         file = Path(name)
-        known = what_is(read_tensors(adapter_weights(file) if file.is_dir() else file)) == "IPAdapter"
+        known = what_is(read_tensors(adapter_weights(file) if file.is_dir() else file))
     else:
         here = ", ".join(other for other, entry in MODELS.items() if entry.kind != "model") or "none"
         raise ValueError(f"no adapter {name!r}: neither a file nor one of the embedded ones ({here})")
-    return (condit.IPAdapter if known else condit.OminiControl).load(name, pipe)
+    classes = {"IPAdapter": condit.IPAdapter, "DEADiff": condit.DEADiff}  # a DEADiff gives the style of a reference
+    return classes.get(known, condit.OminiControl).load(name, pipe)
 
 
 def locate(request: Request, folder: Path) -> Request:

@@ -306,6 +306,15 @@ def test_the_content_layers_may_read_another_prompt(bench, adapter, pictures):
     assert control.negative().content_text is None
 
 
+def test_a_recipe_keeps_what_made_the_control(adapter, pictures):
+    how = {"strength": 0.5, "acts": "values", "empty": "absent", "where": "up_blocks.*", "content_prompt": "a cat"}
+    told = adapter.control(pictures[0], when=When(0.2, 0.9), **how).describe()
+    assert told["method"] == "DEADiff" and told["when"] == [0.2, 0.9] and told["reference"] == {"style": ["given"]}
+    assert told["strength"] == {"style": 0.5, "content": 0.5} and told["where"] == ["up_blocks.*"]
+    assert all(told[name] == how[name] for name in ("acts", "empty", "content_prompt"))
+    json.dumps(told)
+
+
 def test_references_are_squashed_by_pillows_bicubic_as_in_the_released_script(adapter, pictures):
     expected = np.asarray(Image.fromarray(pictures[0]).resize((16, 16)), np.float32)  # PIL's default is bicubic
     close(adapter.read(pictures[0]), torch.from_numpy(expected).permute(2, 0, 1) / 127.5 - 1, 1e-6)

@@ -130,7 +130,7 @@ class DEADiff(nn.Module):
         words = {word: tuple(ids) for word, ids in file.config.get("words", BERT_WORDS).items()}
         config = DEADiffConfig(tuple(file.config.get("content_layers", CONTENT_LAYERS)), words)
         layer_table(pipe.backbone.sites, config.content_layers)
-        adapter = cls(config, *readers, shapes, tower=beside, pipe=pipe)
+        adapter = cls(config, readers[0], readers[1], shapes, tower=beside, pipe=pipe)
         file.load_into(adapter, {n: v.float() for n, v in tensors.items()})
         adapter.name, adapter.hash = file.name, file.hash
         beside.eval().requires_grad_(False).to(pipe.device)
@@ -200,12 +200,11 @@ class DEADiff(nn.Module):
         sites = [Site(path, "cross", i) for i, path in enumerate(self.paths)]
         table = layer_table(sites, self.config.content_layers if content_layers is None else content_layers)
         if where is not None:
-            table = {path: name for path, name in table.items() if Site(path, "cross", 0) in where}
-        strength = {name: 1.0 for name in SETS} | dict(strength or {})
+            table: dict[str, Name] = {p: table[p] for p in table if Site(p, "cross", 0) in where}
+        each: dict[Name, float] = {name: (strength or {}).get(name, 1.0) for name in SETS}
         kv = self.keys_values(tokens, table)
-        return DEADiffReference(
-            kv=kv, table={path: table[path] for path in kv}, adapter=self, strength=strength, **fields
-        )
+        taken: dict[str, Name] = {path: table[path] for path in kv}
+        return DEADiffReference(kv=kv, table=taken, adapter=self, strength=each, **fields)
 
     def control(
         self,
@@ -222,7 +221,7 @@ class DEADiff(nn.Module):
         content_prompt: str | Sequence[str] | None = None,
         where: Where | str | tuple[str, ...] | None = None,
         when: When | None = None,
-        mask: ImageSource | None = None,
+        mask: ImageSource | Sequence[ImageSource] | None = None,
     ) -> DEADiffReference:
         """A control from a reference for style, for content, or one for each: one image, n for n images, or n lists of
         several. Several of one image are averaged as tokens by `weights`, which sum to 1 (as released), or stand side
@@ -239,7 +238,7 @@ class DEADiff(nn.Module):
             raise ValueError("This adapter is not bound to a pipeline. Use DEADiff.load(name, pipe).")
         given: dict[Name, Any] = {name: r for name, r in zip(SETS, (style, content), strict=True) if r is not None}
         with torch.no_grad():
-            tokens = {name: self.combined(name, r, combine, weights) for name, r in given.items()}
+            tokens: dict[Name, Tensor] = {n: self.combined(n, r, combine, weights) for n, r in given.items()}
             text = None
             if content_prompt is not None:
                 prompts = [content_prompt] if isinstance(content_prompt, str) else list(content_prompt)
@@ -255,6 +254,14 @@ class DEADiff(nn.Module):
                 content_text=text,
                 mask=None if mask is None else read_mask(mask).to(pipe.device),
                 source={name: pipe.describe_source(r) for name, r in given.items()},
+                told={
+                    "empty": empty,
+                    "combine": combine,
+                    "weights": None if weights is None else list(weights),
+                    "content_layers": None if content_layers is None else list(content_layers),
+                    "content_prompt": content_prompt,
+                    "where": None if where is None else list(Where.of(where).patterns),
+                },
             )
 
     def combined(self, name: Name, reference: Any, combine: Combine, weights: Sequence[float] | None) -> Tensor:
@@ -296,6 +303,7 @@ class DEADiffReference(Control):
     content_text: Tensor | None = None
     mask: Tensor | None = None
     source: dict[str, list] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)  # of the arguments that made it, what nothing else keeps
     weight: dict[Name, Tensor] | None = None
     text: dict[str, tuple[Tensor, Tensor]] | None = None  # text keys and values of the content layers
     regions: dict[int, Tensor] | None = None  # number of queries -> log region (B, 1, N, 1)
@@ -310,13 +318,14 @@ class DEADiffReference(Control):
         kv = {p: tuple(match_batch(x.to(dtype), run.batch, "DEADiff") for x in pair) for p, pair in self.kv.items()}
         if mask is not None and not mask.any():
             kv = {}  # nowhere: absent, to the bit
-        text = None
+        text = regions = None
         if self.content_text is not None:
             all_text = run.backbone.text_keys_values(self.content_text)  # type: ignore[attr-defined]
             content = [path for path, name in self.table.items() if name == "content"]
             text = {p: tuple(match_batch(x, run.batch, "content_prompt") for x in all_text[p]) for p in content}
-        everywhere = mask is None or bool((mask == 1).all())
-        return replace(self, kv=kv, text=text, regions=None if everywhere else log_regions(mask, run.grid))
+        if mask is not None and not (mask == 1).all():
+            regions = log_regions(mask, run.grid)
+        return replace(self, kv=kv, text=text, regions=regions)
 
     def at(self, step: Step) -> DEADiffReference | None:
         factor = self.when.factor(step)
@@ -353,12 +362,14 @@ class DEADiffReference(Control):
             "strength": dict(self.strength),
             "acts": self.acts,
             "when": [self.when.start, self.when.end],
+            "masked": self.mask is not None,
             "reference": self.source,
+            **self.told,
         }
 
 
-def read_mask(source: ImageSource | Sequence[ImageSource]) -> Tensor:
-    """One mask, or one for each image, in its own size: (n, H, W) in [0, 1], white = 1."""
+def read_mask(source: Any) -> Tensor:
+    """One mask, or a list of one for each image, in its own size: (n, H, W) in [0, 1], white = 1."""
     sources = source if isinstance(source, list | tuple) else [source]
     pictures = [load_image(s).convert("L") for s in sources]
     if len({p.size for p in pictures}) != 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ class ClipPatches(nn.Module):
     mean, std: those of the pixels in [0, 1] with which it was trained.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         tower: CLIPVisionModel,
@@ -36,9 +39,10 @@ class ClipPatches(nn.Module):
         std: tuple[float, ...] = CLIP_STD,
     ):
         super().__init__()
-        config = tower.config
+        config: Any = tower.config
         self.tower, self.blocks = tower, config.num_hidden_layers - 1 if blocks is None else blocks
-        self.size, self.features = config.image_size, config.hidden_size
+        self.size: int = config.image_size
+        self.features: int = config.hidden_size
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
@@ -76,7 +80,7 @@ class ClipPatches(nn.Module):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Prepared pixels -> tokens, in float32."""
-        weight = self.tower.get_input_embeddings().weight
+        weight: Any = self.tower.get_input_embeddings().weight
         found = self.tower(pixels.to(weight.dtype), output_hidden_states=True).hidden_states
         return found[self.blocks].float()
 

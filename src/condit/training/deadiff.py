@@ -93,7 +93,7 @@ class DEADiffTask(Task):
         for reader in (self.adapter.style, self.adapter.content):
             reader.ln_vision.requires_grad_(False)
         self.shares, self.drop, self.caption_drop = list(shares), dict(zip(KINDS, drop, strict=True)), caption_drop
-        wanted = [kind for kind, share in zip(KINDS, shares, strict=True) if share]
+        wanted: list[Kind] = [kind for kind, share in zip(KINDS, shares, strict=True) if share]
         self.source = open_source(icons, pairs, wanted, ("train",), self.size, self.tower.size)
         self.held_out = None
         if icons is not None or held_out is not None:
@@ -119,9 +119,14 @@ class DEADiffTask(Task):
         # The Q-Formers' dropout draws from the device's generator: seed it from ours, and leave it as it was.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            tokens = {name: self.adapter.ask(name, image) * kept[:, None, None] for name in SHOWN[batch.kind]}
+            tokens = self.shown(batch.kind, image, kept)
         loss = self.errors(x0, noise, t, text, tokens).mean()
         return loss, {f"loss_{batch.kind}": float(loss.detach())}
+
+    def shown(self, kind: Kind, image: Tensor, kept: Tensor | None = None) -> dict[Name, Tensor]:
+        """The answers (B, T, width) that a batch of a kind shows the network; zeros for rows that are not `kept`."""
+        rows = 1 if kept is None else kept[:, None, None]
+        return {name: self.adapter.ask(name, image) * rows for name in SHOWN[kind]}
 
     @torch.no_grad()
     def encoded(self, batch: Paired, generator: torch.Generator | None) -> tuple[Tensor, Text, Tensor]:
@@ -162,7 +167,7 @@ class DEADiffTask(Task):
             for share in (0.3, 0.7):
                 t = torch.full((len(x0),), int(share * self.process.num_train_timesteps))
                 right, wrong = (
-                    float(self.errors(x0, noise, t, text, {n: self.adapter.ask(n, i) for n in SHOWN[kind]}).mean())
+                    float(self.errors(x0, noise, t, text, self.shown(kind, i)).mean())
                     for i in (image, image.roll(1, 0))
                 )
                 found[f"{kind}_error_{share}"] = round(right, 4)
@@ -192,7 +197,7 @@ class DEADiffTask(Task):
         """Pictures (B, 3, H, W), with zero tokens and no words on the unconditional side."""
         batch = to_device(batch, self.device)
         x0, text, image = self.encoded(batch, None)
-        control = self.control({name: self.adapter.ask(name, image) for name in SHOWN[batch.kind]}, x0)
+        control = self.control(self.shown(batch.kind, image), x0)
         none = control.negative().prepare(self.run_of(x0))
         sides = [(self.network(text), control), (self.network(self.text([""] * len(x0))), none)]
 
@@ -247,8 +252,8 @@ def image_tower(folder: str | None, plain_pixels: bool) -> ClipPatches:
     """A CLIP's image tower from its folder. plain_pixels: it reads [-1, 1] as it is, as the embedded CLIP does."""
     if folder is None:
         raise ValueError("tower must name the folder of a CLIP, such as openai/clip-vit-large-patch14 downloaded.")
-    plain = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if plain_pixels else {}
-    return ClipPatches(load_image_encoder(folder).model.vision_model, **plain)
+    vision = load_image_encoder(folder).model.vision_model
+    return ClipPatches(vision, mean=(0.5,) * 3, std=(0.5,) * 3) if plain_pixels else ClipPatches(vision)
 
 
 def open_source(
