@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def test_a_cached_condition_acts_on_the_target_and_a_joint_one_is_refused(pipes,
 # Token merging, on its own
 
 
-def mmdit_call(make_pipe) -> tuple[object, Callable]:
+def mmdit_call(make_pipe) -> tuple[Any, Callable]:
     pipe = make_pipe(blocks=1)
     return pipe.backbone, lambda backbone, controls: predict_flow(pipe, backbone, controls)
 
@@ -191,11 +192,11 @@ def predict_flow(pipe: Pipeline, backbone, controls) -> Tensor:
     return backbone(image, text.tokens, torch.zeros(5, 3), controls=controls)
 
 
-def build(kind: str, make_pipe) -> tuple[torch.nn.Module, Callable]:
+def build(kind: str, make_pipe) -> tuple[Any, Callable]:
     """A backbone, and predict(network, controls) on fixed inputs of 4 x 6 tokens."""
     g = torch.Generator().manual_seed(0)
     if kind == "mmdit":
-        return mmdit_call(make_pipe)  # type: ignore[return-value]
+        return mmdit_call(make_pipe)
     torch.manual_seed(0)
     t = torch.tensor([500])
     if kind == "pixart":

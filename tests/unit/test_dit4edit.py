@@ -198,8 +198,9 @@ def test_the_kept_maps_bound_the_edit_after_the_blends_start():
     assert early.region() is None
     region = late.region()
     assert region is not None and region.shape == (1, N) and set(region.unique().tolist()) <= {0.0, 1.0}
-    kept = replace(late, blend=replace(late.blend, keep=("cat",)))
-    assert kept.region() is not None and torch.equal(kept.region(), 1 - region)
+    assert late.blend is not None
+    kept = replace(late, blend=replace(late.blend, keep=("cat",))).region()
+    assert kept is not None and torch.equal(kept, 1 - region)
 
 
 # What is refused

@@ -55,7 +55,7 @@ def pictures() -> Tensor:
 
 def psnr(pictures: Tensor, steps: int, solver: str, *, order: int = 2, **how) -> float:
     path = ddim_path(CUMPROD, steps) if solver == "entered" else dpm_path(CUMPROD, steps, order=order)
-    up = invert(noise_of, pictures, path, solver, **how)
+    up = invert(noise_of, pictures, path, solver, **how)  # type: ignore[arg-type]
     return float(round_trip_error(up, walk(noise_of, up[0], path))[1].mean())
 
 

@@ -64,11 +64,12 @@ class EditResult:
 class Editor(Protocol):
     """What a kind of pipeline brings to be edited with; latents (B, ...) in float32, sizes in pixels."""
 
-    pipe: Any
+    @property
+    def pipe(self) -> Any: ...
 
     def path(self, steps: int, size: tuple[int, int]) -> Path: ...
 
-    def network(self, prompts: list[str], size: tuple[int, int], path: Path) -> Network:
+    def network(self, prompts: list[str], size: tuple[int, int], path: Any) -> Network:
         """Predictions without guidance and controls."""
         ...
 
@@ -79,7 +80,7 @@ class Editor(Protocol):
         negative: list[str],
         controls: Sequence[Control],
         size: tuple[int, int],
-        path: Path,
+        path: Any,
         scale: float,
     ) -> Predictor: ...
 
@@ -99,7 +100,8 @@ class Editor(Protocol):
 class Predictor(Protocol):
     """Guided predictions for sources and targets in turn, and what the controls say behind each step."""
 
-    memory: dict
+    @property
+    def memory(self) -> dict: ...
 
     def __call__(self, x: Tensor, level: int) -> Tensor: ...
 
