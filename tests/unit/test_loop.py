@@ -48,6 +48,22 @@ class Toy(Task):
 
 CONFIG = LoopConfig(steps=12, batch=4, lr=1e-2, muon_lr=0.01, warmup=2, ema=0.9, precision="no", save_minutes=0.0)
 
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path):
+    whole = Loop(Toy(), CONFIG, tmp_path / "whole")
+    parts = Loop(Toy(), CONFIG.model_copy(update={"batch": 2, "accumulate": 2}), tmp_path / "parts")
+    losses = []
+    for loop in (whole, parts):
+        loop.optimizers = []  # they would step and clear; what they would see is compared
+        losses.append(loop.train_step(loop.make_batch(0))[0])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for name, p in whole.parameters.items():
+        assert p.grad is not None and p.grad.abs().max() > 1e-4
+        torch.testing.assert_close(p.grad, parts.parameters[name].grad, rtol=0, atol=1e-6)
+    assert whole.images_a_step == parts.images_a_step == 4
+    assert whole.card({})["images_seen"] == parts.card({})["images_seen"]
+
+
 KILLED = """
 import sys; sys.path.insert(0, {tests!r})
 from pathlib import Path

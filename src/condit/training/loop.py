@@ -40,6 +40,7 @@ class LoopConfig(BaseModel):
 
     steps: int
     batch: int
+    accumulate: int = 1  # batches whose gradients make one step
     seed: int = 0
     optimizer: Literal["adamw", "prodigy"] = "adamw"
     lr: float = 1e-3  # of Prodigy a factor: 1
@@ -191,7 +192,7 @@ class Loop:
                 tick(loss)
                 now = time.monotonic()
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    rate = (self.step - mark_step) * config.batch * self.accelerator.num_processes / (now - mark)
+                    rate = (self.step - mark_step) * self.images_a_step / (now - mark)
                     self.seconds += now - mark
                     mark, mark_step = now, self.step
                     self.write({"loss": loss, "images_per_s": round(rate, 1), **logs})
@@ -224,24 +225,31 @@ class Loop:
             with self.averaged():
                 self.task.export(self.out / "export", self.card(figures))
 
-    def make_batch(self, step: int) -> Any:
-        return self.task.batch(random.Random(self.key(step)), self.config.batch)
+    def make_batch(self, step: int) -> list[Any]:
+        """The batches of a step."""
+        rng = random.Random(self.key(step))
+        return [self.task.batch(rng, self.config.batch) for _ in range(self.config.accumulate)]
+
+    @property
+    def images_a_step(self) -> int:
+        return self.config.batch * self.config.accumulate * self.accelerator.num_processes
 
     def key(self, step: int) -> str:
         return f"{self.config.seed}/{step}/{self.accelerator.process_index}"
 
-    def train_step(self, batch: Any) -> tuple[float, dict[str, float]]:
+    def train_step(self, batches: list[Any]) -> tuple[float, dict[str, float]]:
         config = self.config
         generator = torch.Generator().manual_seed(random.Random("noise/" + self.key(self.step)).getrandbits(62))
-        batch = to_device(batch, self.accelerator.device)
         set_lr(self.optimizers, lr_factor(self.step, config.steps, config.warmup, decay=config.decay))
         self.task.progress = self.step / config.steps
-        with self.accelerator.autocast():
-            loss, logs = self.model(batch, generator)
-        self.accelerator.backward(loss)
+        value, logs = 0.0, {}
+        for batch in batches:
+            with self.accelerator.autocast():
+                loss, logs = self.model(to_device(batch, self.accelerator.device), generator)
+            self.accelerator.backward(loss / len(batches))
+            value += float(loss.detach()) / len(batches)
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.clip)
         norm = 0.0 if norm is None else float(sharding.whole(torch.as_tensor(norm)))
-        value = float(loss.detach())
         # The norm is of all processes' gradients, the loss this one's: sharded, all must decide alike.
         if math.isfinite(norm) and (self.sharded or math.isfinite(value)):
             for optimizer in self.optimizers:
@@ -327,7 +335,7 @@ class Loop:
 
     def card(self, figures: dict[str, float]) -> dict:
         """What a model card says about this run."""
-        images = self.step * self.config.batch * self.accelerator.num_processes
+        images = self.step * self.images_a_step
         return {
             "steps": self.step,
             "batch": self.config.batch,
