@@ -33,9 +33,10 @@ def write_page(
     """`index.html`, with its curves and sheets as `plots/*.png` and `sheets/*.png`."""
     parts = [
         "<h1>condit: evaluation of style transfer</h1>",
-        f"<p><code>{html.escape(result['command'])}</code>, {result['seconds']['all']:.0f} s. n = {result['n']} "
-        f"pictures of {result['concepts']} concepts in {result['styles']} styles; model {result['hash']}. "
-        "Intervals: 95 %, bootstrap over concepts. A method wins where it lies above the baseline's curve (black) at "
+        f"<p><code>{html.escape(result['command'])}</code>, {result['seconds']['drawing']:.0f} s of drawing. "
+        f"n = {result['n']} pictures of {result['concepts']} concepts in {result['styles']} styles; model "
+        f"{result['hash']}. Intervals: 95 %, bootstrap over concepts. "
+        "A method wins where it lies above the baseline's curve (black) at "
         "the same style score, not where it has more of one measure.</p>",
     ]
     for name in (m.name for m in rulers.MEASURES if m.compared):
