@@ -128,7 +128,12 @@ def evaluate_style(
         **figures,
         "probe": probe,
         "rulers": rulers.check_rulers(ruler, world),
-        "seconds": {**study.seconds, "all": round(time.perf_counter() - began, 1)},
+        # Pictures that were kept from an earlier run count with the time that they took then.
+        "seconds": {
+            **study.seconds,
+            "drawing": round(sum(study.seconds.values()), 1),
+            "all": round(time.perf_counter() - began, 1),
+        },
     }
     text = json.dumps(result, indent=1, allow_nan=False)
     atomic_write(folder / "style.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))

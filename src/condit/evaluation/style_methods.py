@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from condit.controls.control import Control
-from condit.controls.ip_adapter import IPReference
 from condit.data.icons import Icon, IconWorld, plain_caption
 from condit.encoders.clip import CONCEPT, embed_text, token_ids
 from condit.evaluation.adain import AdaIN
 from condit.evaluation.sets import Cell, pictures, shown
+
+STYLE = "tiny/style"
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,6 @@ class Stage:
     adapters: Mapping[str, Any] = field(default_factory=dict)
     sites: tuple[str, ...] = ()
     adain: AdaIN | None = None
-
-    @property
-    def style(self) -> Any:
-        return self.adapters["tiny/style"]
 
 
 Make = Callable[[Stage, Shown, float], list[Control]]
@@ -98,68 +96,60 @@ def reference_icons(world: IconWorld, cells: Sequence[Cell], shows: Literal["sty
     return pictures(world, (cell.unseen if shows == "style" else cell.subject for cell in cells))
 
 
-# How each row makes its controls.
+# How each row makes its controls. A row of another model hands its own adapter: partial(plain, adapter="NAME").
 
 
 def nothing(stage: Stage, given: Shown, strength: float) -> list[Control]:
     return []
 
 
-def plain(stage: Stage, given: Shown, strength: float) -> list[Control]:
-    """The whole adapter at lambda = strength."""
-    return [_plain(stage, given, strength)]
+def plain(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[Control]:
+    """The whole IP-Adapter at lambda = strength."""
+    return [stage.adapters[adapter].control(list(given.references), strength=strength)]
 
 
-def subject_tokens(stage: Stage, given: Shown, strength: float) -> list[Control]:
-    return [stage.adapters["tiny/subject"].control(list(given.references), annotate=False)]
-
-
-def attention_only(stage: Stage, given: Shown, strength: float) -> list[Control]:
+def attention_only(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[Control]:
     """Decoupled attention without the shift of the pooled vector: the paper's adapter."""
-    return [replace(_plain(stage, given, strength), addition=None)]
+    return [replace(control, addition=None) for control in plain(stage, given, strength, adapter)]
 
 
-def shift_only(stage: Stage, given: Shown, strength: float) -> list[Control]:
-    """The shift of the pooled vector without attention: what a style word does."""
-    return [replace(_plain(stage, given, strength), kv={}, empty={})]
+def shift_only(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[Control]:
+    """The shift of the pooled vector without attention."""
+    return [replace(control, kv={}, empty={}) for control in plain(stage, given, strength, adapter)]
 
 
-def style_block(stage: Stage, given: Shown, strength: float) -> list[Control]:
-    """Attention at some layers only, as InstantStyle has it; the shift reaches every layer and is left out."""
+def at_sites(
+    stage: Stage, given: Shown, strength: float, sites: tuple[str, ...], adapter: str = STYLE
+) -> list[Control]:
+    """Attention at some layers only; the shift reaches every layer and is left out."""
+    return [stage.adapters[adapter].control(list(given.references), strength=strength, where=sites)]
+
+
+def style_block(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[Control]:
+    """The same at the layers of the style block (InstantStyle, section 3.2)."""
     if not stage.sites:
         raise ValueError("the style block needs its layers; run the block probe first, or name them")
-    return at_sites(stage, given, strength, stage.sites)
+    return at_sites(stage, given, strength, stage.sites, adapter)
 
 
-def at_sites(stage: Stage, given: Shown, strength: float, sites: tuple[str, ...]) -> list[Control]:
-    return [stage.style.control(list(given.references), strength=strength, where=sites)]
-
-
-def subtracted(stage: Stage, given: Shown, strength: float) -> list[Control]:
+def subtracted(
+    stage: Stage, given: Shown, strength: float, adapter: str = STYLE, part: slice | None = None
+) -> list[Control]:
     """Content subtraction at lambda = 1: the adapter is fed e - s c, c the text embedding of the reference's own label
-    (InstantStyle, section 3.2)."""
-    return [_subtract(stage, given, strength, stage.pipe.image.embedding)]
-
-
-def subtracted_concept(stage: Stage, given: Shown, strength: float) -> list[Control]:
-    """The same in the half of the embedding that was trained on what is drawn: the half on how stays whole."""
-    return [_subtract(stage, given, strength, CONCEPT)]
-
-
-def _subtract(stage: Stage, given: Shown, strength: float, part: slice) -> IPReference:
+    (InstantStyle, section 3.2). part: of the embedding; None is all of it."""
     pipe = stage.pipe
-    features = pipe.image(pipe.read_images(list(given.references), None))
+    part = part or pipe.image.embedding
+    features = pipe.image(pipe.read_images(list(given.references), None)).clone()
     with torch.no_grad():
         ids = token_ids(pipe.parts.text.tokenizer, [icon.label for icon in given.icons]).to(pipe.device)
         words = embed_text(pipe.image.clip, ids)[1] * pipe.image.gain
     # Only where the feature is a CLIP embedding: the statistics of middle layers have no twin in the text tower.
-    features = features.clone()
     features[:, part] -= strength * words[:, part].to(features)
-    return stage.style.reference(features.to(pipe.dtype), 1.0)
+    return [stage.adapters[adapter].reference(features.to(pipe.dtype), 1.0)]
 
 
-def _plain(stage: Stage, given: Shown, strength: float) -> IPReference:
-    return stage.style.control(list(given.references), strength=strength)
+def subject_tokens(stage: Stage, given: Shown, strength: float) -> list[Control]:
+    return [stage.adapters["tiny/subject"].control(list(given.references), annotate=False)]
 
 
 # How the rows that draw nothing make their pictures.
@@ -182,26 +172,26 @@ def real(stage: Stage, blank: Tensor, references: Tensor, true: Tensor, strength
     return true
 
 
-_STYLE = "tiny/style"
 METHODS: tuple[Method, ...] = (
     Method("none", "no control", nothing, baseline=None),
     Method("words", "style word, no reference", nothing, prompt="caption"),
-    Method("plain", "plain IP-Adapter", plain, strengths=(0.3, 0.5, 0.7, 1.0, 1.5, 2.0), needs=_STYLE),
-    Method("subtract", "content subtraction", subtracted, strengths=(0.0, 0.25, 0.5, 0.75, 1.0), needs=_STYLE),
+    Method("plain", "plain IP-Adapter", plain, strengths=(0.3, 0.5, 0.7, 1.0, 1.5, 2.0), needs=STYLE),
+    Method("subtract", "content subtraction", subtracted, strengths=(0.0, 0.25, 0.5, 0.75, 1.0), needs=STYLE),
     Method(
         "subtract-concept",
         "content subtraction, concept half only",
-        subtracted_concept,
+        # The half of the embedding that was trained on what is drawn; that on how stays whole.
+        partial(subtracted, part=CONCEPT),
         strengths=(0.5, 1.0),
-        needs=_STYLE,
+        needs=STYLE,
     ),
-    Method("shift", "shift of the pooled text only", shift_only, strengths=(0.5, 1.0, 1.5, 2.0), needs=_STYLE),
-    Method("attention", "attention only", attention_only, strengths=(0.5, 1.0, 1.5, 2.0), needs=_STYLE),
-    Method("block", "attention at the style block only", style_block, strengths=(1.0, 2.0, 3.0), needs=_STYLE),
+    Method("shift", "shift of the pooled text only", shift_only, strengths=(0.5, 1.0, 1.5, 2.0), needs=STYLE),
+    Method("attention", "attention only", attention_only, strengths=(0.5, 1.0, 1.5, 2.0), needs=STYLE),
+    Method("block", "attention at the style block only", style_block, strengths=(1.0, 2.0, 3.0), needs=STYLE),
     Method("adain", "AdaIN on the picture without control", edit=by_adain, strengths=(0.5, 1.0), needs="adain"),
     Method("copy", "copying the reference", edit=copied),
     Method("real", "the true icon", edit=real),
-    Method("subject", "plain IP-Adapter shown the subject", plain, needs=_STYLE, shows="subject", baseline=None),
+    Method("subject", "plain IP-Adapter shown the subject", plain, needs=STYLE, shows="subject", baseline=None),
     Method(
         "subject-tokens",
         "OminiControl shown the subject",

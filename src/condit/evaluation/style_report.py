@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from condit.data.files import atomic_write
@@ -17,22 +17,10 @@ from condit.data.sheets import Cell as Picture
 from condit.data.sheets import contact_sheet
 from condit.evaluation import style_rows as tables
 from condit.evaluation import style_rulers as rulers
-from condit.evaluation.report import FAINT, INK, STYLE_SHEET, inline, slug
+from condit.evaluation.report import STYLE_SHEET, inline, slug
+from condit.evaluation.style_plot import curves
 
 EXTREME, ACROSS, OVERVIEW = 6, 2, 8
-_SCALE, _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _LEGEND = 2, 620, 430, 62, 46, 300
-_COLOURS = (
-    (20, 20, 20),
-    (31, 119, 180),
-    (214, 90, 20),
-    (44, 140, 60),
-    (190, 40, 60),
-    (120, 80, 170),
-    (120, 90, 70),
-    (0, 150, 160),
-    (200, 80, 160),
-    (140, 140, 20),
-)
 
 
 def write_page(
@@ -45,9 +33,10 @@ def write_page(
     """`index.html`, with its curves and sheets as `plots/*.png` and `sheets/*.png`."""
     parts = [
         "<h1>condit: evaluation of style transfer</h1>",
-        f"<p><code>{html.escape(result['command'])}</code>, {result['seconds']['all']:.0f} s. n = {result['n']} "
-        f"pictures of {result['concepts']} concepts in {result['styles']} styles; model {result['hash']}. "
-        "Intervals: 95 %, bootstrap over concepts. A method wins where it lies above the baseline's curve (black) at "
+        f"<p><code>{html.escape(result['command'])}</code>, {result['seconds']['drawing']:.0f} s of drawing. "
+        f"n = {result['n']} pictures of {result['concepts']} concepts in {result['styles']} styles; model "
+        f"{result['hash']}. Intervals: 95 %, bootstrap over concepts. "
+        "A method wins where it lies above the baseline's curve (black) at "
         "the same style score, not where it has more of one measure.</p>",
     ]
     for name in (m.name for m in rulers.MEASURES if m.compared):
@@ -106,107 +95,6 @@ def best_strength(values: tables.Table, method: str) -> float:
     return max((s for m, s in values if m == method), key=lambda s: float(values[method, s][rulers.SCORE].mean()))
 
 
-def curves(result: Mapping[str, Any], measure: str) -> Image.Image:
-    """Every method over its strengths: style score across, the measure up, 95 % whiskers on both. Methods with one
-    strength are points; the baselines are thick and start at no control."""
-    found = {(r["method"], r["strength"], r["measure"]): r for r in result["rows"]}
-    methods = [
-        m for m in result["methods"] if any((m["name"], s, measure) in found for s in _strengths(found, m["name"]))
-    ]
-    methods = [m for m in methods if any(k[0] == m["name"] and k[2] == rulers.SCORE for k in found)]
-    methods = [m for m in methods if result["shows"][m["name"]] == "style"]
-    points = {
-        m["name"]: [
-            (found[m["name"], s, rulers.SCORE], found[m["name"], s, measure]) for s in _strengths(found, m["name"])
-        ]
-        for m in methods
-    }
-    every = [point for group in points.values() for point in group]
-    frame = _Frame.of([x for x, _ in every], [y for _, y in every])
-    image = Image.new("RGB", ((_LEFT + _WIDTH + _LEGEND) * _SCALE, (_HEIGHT + _BOTTOM + 12) * _SCALE), "white")
-    pen = ImageDraw.Draw(image)
-    frame.draw(pen, rulers.SCORE, measure)
-    baselines = {m["baseline"]: m["blank"] for m in methods if m["baseline"]}
-    for number, method in enumerate(methods):
-        name, colour = method["name"], _COLOURS[number % len(_COLOURS)]
-        line = points[name]
-        if name in baselines and baselines[name] in points:
-            colour, line = _COLOURS[0], [*points[baselines[name]], *line]
-        _draw_curve(pen, frame, line, colour, 3 if name in baselines else 1)
-        if len(points[name]) > 1:
-            for x, y in points[name]:
-                at = frame.at(x["value"], y["value"])
-                pen.text(
-                    (at[0] + 7 * _SCALE, at[1] - 7 * _SCALE), f"{x['strength']:g}", colour, font=_font(10), anchor="ls"
-                )
-        top = (14 + 20 * number) * _SCALE
-        left = (_LEFT + _WIDTH + 14) * _SCALE
-        pen.rectangle((left, top - 5 * _SCALE, left + 10 * _SCALE, top + 5 * _SCALE), colour)
-        pen.text((left + 16 * _SCALE, top), method["what"], INK, font=_font(12), anchor="lm")
-    return image.resize((image.width // _SCALE, image.height // _SCALE), Image.Resampling.LANCZOS)
-
-
-def _strengths(found: Mapping[tuple[str, float, str], Any], method: str) -> list[float]:
-    return sorted({s for m, s, _ in found if m == method})
-
-
-def _font(size: int):
-    return ImageFont.load_default(size * _SCALE)
-
-
-class _Frame:
-    """Axes: what is where."""
-
-    def __init__(self, x: tuple[float, float], y: tuple[float, float]):
-        self.x, self.y = x, y
-
-    @classmethod
-    def of(cls, xs: Sequence[Mapping[str, Any]], ys: Sequence[Mapping[str, Any]]) -> _Frame:
-        def span(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-            low, high = min(r["low"] for r in rows), max(r["high"] for r in rows)
-            margin = 0.05 * (high - low or 1.0)
-            return low - margin, high + margin
-
-        return cls(span(xs), span(ys))
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x[0]) / (self.x[1] - self.x[0])
-        up = (y - self.y[0]) / (self.y[1] - self.y[0])
-        return (_LEFT + across * _WIDTH) * _SCALE, (8 + (1 - up) * _HEIGHT) * _SCALE
-
-    def draw(self, pen: ImageDraw.ImageDraw, across: str, up: str) -> None:
-        for part in range(6):
-            x = self.x[0] + part / 5 * (self.x[1] - self.x[0])
-            y = self.y[0] + part / 5 * (self.y[1] - self.y[0])
-            pen.line((*self.at(x, self.y[0]), *self.at(x, self.y[1])), FAINT)
-            pen.line((*self.at(self.x[0], y), *self.at(self.x[1], y)), FAINT)
-            left, bottom = self.at(x, self.y[0])
-            pen.text((left, bottom + 4 * _SCALE), f"{x:.2f}", INK, font=_font(10), anchor="ma")
-            left, bottom = self.at(self.x[0], y)
-            pen.text((left - 5 * _SCALE, bottom), f"{y:.2f}", INK, font=_font(10), anchor="rm")
-        left, bottom = self.at(sum(self.x) / 2, self.y[0])
-        pen.text((left, bottom + 22 * _SCALE), across, INK, font=_font(12), anchor="ma")
-        left, top = self.at(self.x[0], self.y[1])
-        pen.text((left + 6 * _SCALE, top + 2 * _SCALE), f"up: {up}", INK, font=_font(12), anchor="la")
-
-
-def _draw_curve(
-    pen: ImageDraw.ImageDraw,
-    frame: _Frame,
-    line: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
-    colour: tuple[int, int, int],
-    width: int,
-) -> None:
-    faint = tuple(round(c + (255 - c) * 0.6) for c in colour)
-    for x, y in line:
-        pen.line((*frame.at(x["low"], y["value"]), *frame.at(x["high"], y["value"])), faint, width=_SCALE)
-        pen.line((*frame.at(x["value"], y["low"]), *frame.at(x["value"], y["high"])), faint, width=_SCALE)
-    pen.line([frame.at(x["value"], y["value"]) for x, y in line], colour, width=width * _SCALE)
-    for x, y in line:
-        left, top = frame.at(x["value"], y["value"])
-        pen.ellipse((left - 4 * _SCALE, top - 4 * _SCALE, left + 4 * _SCALE, top + 4 * _SCALE), colour)
-
-
 def overview(
     result: Mapping[str, Any],
     images: Mapping[tuple[str, float], Tensor],
@@ -241,7 +129,8 @@ def cases(
     order = torch.argsort(score, descending=True).tolist()
     rows: list[list[Picture | Image.Image | None]] = []
     labels: list[str] = []
-    for title, chosen in (("best", order[:EXTREME]), ("worst", order[::-1][:EXTREME])):
+    count = min(EXTREME, max(1, len(order) // 2))
+    for title, chosen in (("best", order[:count]), ("worst", order[::-1][:count])):
         for start in range(0, len(chosen), ACROSS):
             row: list[Picture | Image.Image | None] = []
             for i in chosen[start : start + ACROSS]:

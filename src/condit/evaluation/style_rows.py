@@ -86,7 +86,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     names = {entry["name"]: entry["what"] for entry in result["methods"]}
     lines = [
         f"`{result['command']}`: n = {result['n']} pictures of {result['concepts']} concepts, "
-        f"{result['seconds']['all']:.0f} s; model {result['hash']}. In brackets: 95 %, bootstrap over concepts.",
+        f"{result['seconds']['drawing']:.0f} s of drawing; model {result['hash']}. In brackets: 95 %, bootstrap over "
+        "concepts.",
         "",
         *_methods_table(result, names),
         "",
