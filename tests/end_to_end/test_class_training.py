@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -389,6 +390,48 @@ def test_augmentation_moves_every_picture_and_none_when_it_is_off():
     moved = augment(images, random.Random(0), shift=0.1, zoom=0.2, flip=True)
     assert all((a - b).abs().mean() > 0.01 for a, b in zip(moved, images, strict=True))
     assert torch.equal(moved, augment(images, random.Random(0), shift=0.1, zoom=0.2, flip=True))
+
+
+SHARED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_class_training as here
+task = here.make({kind!r}, {pets!r}, {vae!r})
+loop = here.Loop(task, here.RUN.model_copy(update={{"shard": True}}), Path({out!r}))
+assert loop.accelerator.num_processes == 2
+assert all(p.to_local().numel() < p.numel() for p in loop.parameters.values() if p.shape[0] > 1)
+loop.run()
+"""
+
+
+@pytest.mark.parametrize("kind", ["DiT", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+def test_two_processes_share_the_weights_of_a_network_and_its_export_loads(kind, tmp_path, pets, vae):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = SHARED.format(tests=str(Path(__file__).parent), kind=kind, pets=pets, vae=vae, out=str(tmp_path))
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    assert json.loads((tmp_path / "export" / "card.json").read_text())["images_seen"] == 2 * RUN.steps * RUN.batch
+    resumed = Loop(make(kind, pets, vae), RUN, tmp_path)  # one process takes the checkpoint
+    assert resumed.step == RUN.steps
+    pipe = condit.load(tmp_path / "export", **({"vae": vae} if "Di" in kind else {}))
+    network = pipe.model if kind == "ViT" else pipe.backbone
+    with resumed.averaged():
+        averaged = {name: p.detach().clone() for name, p in resumed.task.network.named_parameters()}
+    assert all(torch.equal(p, averaged[name]) for name, p in network.named_parameters())
 
 
 # Pixels

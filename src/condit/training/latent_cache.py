@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from condit.data.files import atomic_write
@@ -86,7 +87,8 @@ def encode(vae: nn.Module, pictures: Pictures, *, flip: bool, cache: str | None 
 def fill(found: np.ndarray, vae: nn.Module, pictures: Pictures) -> None:
     """Moments into an array, on the device that training will use."""
     home = next(vae.parameters()).device
-    vae.to(PartialState().device)
+    # The first state of accelerate decides for all later ones, and only an Accelerator looks for this wish.
+    vae.to(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device)
     for begin in range(0, len(pictures), ENCODE_BATCH):
         chosen = range(begin, min(begin + ENCODE_BATCH, len(pictures)))
         images = pictures.read(chosen)
