@@ -271,13 +271,13 @@ def find_tokenizer(file: Path, tower: int) -> Any:
         for home in homes:
             if (home / "tokenizer_2").is_dir():
                 return load_tokenizer(home / "tokenizer_2")
-    padding = {} if tower == 0 else {"pad_token": "!"}
+    padding = None if tower == 0 else "!"
     for home in homes:
         if (home / "tokenizer").is_dir():
-            return load_tokenizer(home / "tokenizer", **padding)
+            return load_tokenizer(home / "tokenizer", pad_token=padding)
     cached = cached_clip()
     if cached is not None:
-        return load_tokenizer(cached, **padding)
+        return load_tokenizer(cached, pad_token=padding)
     raise FileNotFoundError(
         f"{file.name} has no tokenizer inside: put CLIP's (vocab.json and merges.txt, as in "
         f"huggingface.co/openai/clip-vit-large-patch14) into {homes[0] / 'tokenizer'} or {homes[1] / 'tokenizer'}."

@@ -152,13 +152,16 @@ def make_clip_text(
     return model
 
 
-def load_tokenizer(folder: Path, **how: str) -> Any:
-    """CLIP's tokenizer; FileNotFoundError without its files, which transformers would replace by an empty one."""
+def load_tokenizer(folder: Path, *, pad_token: str | None = None) -> Any:
+    """CLIP's tokenizer; FileNotFoundError without its files, as transformers would make an empty one."""
     from transformers import CLIPTokenizer
 
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(f"no tokenizer at {folder}: vocab.json and merges.txt are expected there")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True, **how)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    if pad_token is not None:
+        tokenizer.pad_token = pad_token
+    return tokenizer
 
 
 def load_autoencoder(folder: Path) -> Any:
