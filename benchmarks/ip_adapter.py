@@ -11,7 +11,8 @@ prompts give what four single runs give? The answer is a difference, not a time.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,10 @@ def batch_differences(s: Setting, *, steps: int = 4, count: int = 4) -> dict[tup
     for guidance in (1.0, 5.0):
         for name, draw in (("diffusers", theirs), ("condit", ours)):
             batch = draw(texts, latents, references, guidance, steps)
-            alone = [draw(*(x[i : i + 1] for x in (texts, latents, references)), guidance, steps) for i in range(count)]
+            alone = []
+            for i in range(count):
+                row = slice(i, i + 1)
+                alone.append(draw(texts[row], latents[row], references[row], guidance, steps))
             single = torch.cat(alone)
             found[name, guidance] = float((batch - single).abs().max() / single.abs().max())
     return found
@@ -161,13 +165,12 @@ Draw = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 
 
 def their_pipeline(s: Setting) -> Draw:
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    scheduler = DDIMScheduler(
+    diffusers: Any = importlib.import_module("diffusers")  # its names are made when they are asked for
+    scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
     )  # fmt: skip
-    pipe = StableDiffusionPipeline(
+    pipe = diffusers.StableDiffusionPipeline(
         vae=autoencoder(), text_encoder=None, tokenizer=None, unet=s.theirs, scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -187,9 +190,13 @@ def their_pipeline(s: Setting) -> Draw:
     return draw
 
 
+def no_text(prompts: Sequence[str]) -> Text:
+    raise ValueError(f"The texts here are given encoded; found {prompts!r}.")
+
+
 def our_pipeline(s: Setting) -> Draw:
     parts = LatentParts(
-        name="benchmark", hash="", backbone=s.ours, text=lambda prompts: None, vae=autoencoder(), image=None,
+        name="benchmark", hash="", backbone=s.ours, text=no_text, vae=autoencoder(), image=None,
         process=Process(), solver="ddim", size=(8 * s.x.shape[2], 8 * s.x.shape[3]), steps=4, guidance=5.0,
         tell=tell_unet, zero_negative=False,
     )  # fmt: skip
@@ -208,9 +215,8 @@ def our_pipeline(s: Setting) -> Draw:
 
 def autoencoder() -> Any:
     """Eight pixels a latent cell, as Stable Diffusion's; its weights are not used."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return AutoencoderKL(
+    diffusers: Any = importlib.import_module("diffusers")
+    return diffusers.AutoencoderKL(
         block_out_channels=(4,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,

@@ -113,7 +113,7 @@ def test_absent_and_strength_zero_and_out_of_schedule_are_plain_bit_for_bit(worl
         assert torch.equal(world.draw(world.controls(name, references[0], **how)), before)
 
 
-@every
+@pytest.mark.parametrize("name", ["style", "both"])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_four_references_in_a_batch_equal_four_single_runs(world, references, name, guidance):
     batch = world.draw(world.controls(name, references), PROMPTS, guidance_scale=guidance, seed=10)

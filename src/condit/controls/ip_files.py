@@ -139,7 +139,8 @@ def needs_of(projector: nn.Module) -> Needs:
     if isinstance(projector, ImageProjection):
         return Needs("embeds", projector.proj.in_features)
     if isinstance(projector, FullProjection):
-        return Needs("hidden", projector.proj[0].in_features)
+        first: Any = projector.proj[0]
+        return Needs("hidden", first.in_features)
     if isinstance(projector, Resampler | TimeResampler):
         return Needs("hidden", projector.proj_in.in_features)
     if isinstance(projector, IdentityPlusProjection):
