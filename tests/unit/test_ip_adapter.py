@@ -115,7 +115,7 @@ def test_a_mask_limits_the_shift_to_its_tokens_and_the_text_takes_its_share(pipe
     uniform = replace(control, region=torch.full((1, 1, 24, 1), 0.5))
     whole = replace(control, region=torch.full((1, 1, 1, 1), 0.5))
     found, expected = forward(pipe, pooled, [uniform]), forward(pipe, pooled, [whole])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)  # one rounding of values of 2
     assert (forward(pipe, pooled, [control]) - expected).abs().max() > 1e-3
 
 
