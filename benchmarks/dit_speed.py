@@ -84,7 +84,8 @@ def matmul_peak(device: str, side: int) -> float:
 
 def sampling(config: DiTConfig, batch: int, steps: int, device: str) -> dict[str, Callable[[], object]]:
     """Guided ancestral sampling of so many steps."""
-    model = randomise(DiT(config)).to(device)
+    model = DiT(config)
+    randomise(model).to(device)
     small = deepcopy(model).to(torch.bfloat16)
     compiled = torch.compile(small, dynamic=False)
     x = torch.randn(batch, config.in_channels, *config.latent, generator=torch.Generator().manual_seed(0)).to(device)

@@ -22,9 +22,9 @@ def random(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tenso
 def write(folder: Path, name: str, facts: dict, tensors: Tensors) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(facts))
-    keep = tuple if name.startswith(("pos_embed", "schedules")) else (torch.float64,)  # those stay in float64
+    wide = name.startswith(("pos_embed", "schedules"))  # those stay in float64
     narrow = {
-        k: x.detach().float() if keep is not tuple and x.dtype in keep else x.detach() for k, x in tensors.items()
+        k: x.detach().float() if x.dtype == torch.float64 and not wide else x.detach() for k, x in tensors.items()
     }
     save_file({k: x.contiguous().clone() for k, x in narrow.items()}, folder / f"{name}.safetensors")
 
@@ -320,6 +320,11 @@ def walk(p: Tables, denoise, x: Tensor, noises: Tensor, options: dict, *, eta: f
     return torch.stack([x for x, _ in seen]), torch.stack([x0 for _, x0 in seen])
 
 
+def gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def write_diffusion(
     folder: Path, name: str, model: str, c: dict, p: Tensors, *, variants: dict, respacing: str, scale: float, seed: int
 ) -> None:
@@ -340,7 +345,7 @@ def write_diffusion(
         if variant == "default":
             terms["loss"].mean().backward()
     found["grad_norms"] = torch.tensor([-1.0 if v.grad is None else float(v.grad.norm()) for v in leaves.values()])
-    found |= {f"grad.{k}": leaves[k].grad for k in ("x_embedder.proj.weight", "final_layer.linear.weight")}
+    found |= {f"grad.{k}": gradient(leaves[k]) for k in ("x_embedder.proj.weight", "final_layer.linear.weight")}
     options, process = variants["default"], Tables()
     x = found["q_sample"] = process.noised(x0, noise, i)
     found |= {f"q_posterior.{k}": v for k, v in process.posterior(x0, x, i).items()}
@@ -447,7 +452,7 @@ def write_diffit(
     terms["loss"].mean().backward()
     found |= {f"loss.{k}": v for k, v in terms.items()}
     tracked = ("blocks.0.attn.qkv_temb.weight", "blocks.0.attn.relative_position_bias_table")
-    found |= {f"grad.{k}": leaves[k].grad for k in tracked}
+    found |= {f"grad.{k}": gradient(leaves[k]) for k in tracked}
     settings = {"respacing": respacing, "cfg_scale": 1.0, "scale_pow": 4.0, "diffusion_steps": 1000}
     if cases:
         settings |= {"cfg_scale": cases[0]["scale"], "scale_pow": cases[0]["power"]}

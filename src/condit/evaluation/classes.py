@@ -285,7 +285,7 @@ def described(model: ClassPipeline | ViTPipeline, folder: str | Path) -> dict[st
         "backbone": type(network).__name__,
         "adaln": ("plain" if plain else "zero") if isinstance(c, DiTConfig) else None,
         "depth": c.depth,
-        "width": c.dim if isinstance(network, ViT) else c.hidden_size,
+        "width": c.dim if type(network) is ViT else c.hidden_size,
         "parameters": sum(p.numel() for p in network.parameters()),
         **kept,
     }

@@ -215,8 +215,8 @@ class Loop:
         main = self.accelerator.is_main_process
         if self.skeleton is not None:
             name, _ = self.task.shards()
-            state, average = getattr(self.task, name).state_dict(), self.average.shadow
-            state = {k: sharding.collect(average.get(f"{name}.{k}", x), keep=main) for k, x in state.items()}
+            state = {f"{name}.{k}": x for k, x in getattr(self.task, name).state_dict().items()} | self.average.shadow
+            state = {k.removeprefix(f"{name}."): sharding.collect(x, keep=main) for k, x in state.items()}
             if main:
                 self.skeleton.load_state_dict(state, strict=True, assign=True)
                 setattr(self.task, name, self.skeleton)
