@@ -12,15 +12,15 @@ SOURCE = Path(__file__).parent.parent / "src" / "condit"
 FLOORS = {
     **dict.fromkeys(["cli", "demo", "doctor", "memory", "request", "web"], 6),
     **dict.fromkeys(["training", "evaluation"], 5),
-    **dict.fromkeys(["pipeline", "class_pipeline", "latent_pipeline", "pixel_pipeline", "classifier", "interop"], 4),
-    "editing": 4,
+    **dict.fromkeys(["loading", "pipeline", "class_pipeline", "latent_pipeline", "pixel_pipeline"], 4),
+    **dict.fromkeys(["references", "classifier", "interop", "editing"], 4),
     "weights": 3,
     **dict.fromkeys(["backbones", "controls"], 2),
     **dict.fromkeys(["nn", "diffusion", "encoders", "data"], 1),
 }
 DOORS = {"cli", "demo", "doctor", "memory", "request", "web"}  # one room: the command line opens the others
 # One room: condit.load opens the one that fits a file, and interop reads references as a pipeline does.
-PIPELINES = {"pipeline", "class_pipeline", "latent_pipeline", "pixel_pipeline", "classifier", "interop", "editing"}
+PIPELINES = {room for room, floor in FLOORS.items() if floor == 4}
 TORCH_ONLY = {"nn", "diffusion"}
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from condit.controls.token_merging import TokenMerging
     from condit.data.images import load_image, save_image
     from condit.latent_pipeline import LatentPipeline
-    from condit.pipeline import Pipeline, load
+    from condit.loading import load
+    from condit.pipeline import Pipeline
 
 __version__ = "0.1.0"
 
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "load": "condit.pipeline",
+    "load": "condit.loading",
     "Pipeline": "condit.pipeline",
     "LatentPipeline": "condit.latent_pipeline",
     "IPAdapter": "condit.controls.ip_adapter",

@@ -22,7 +22,8 @@ from condit.diffusion.gaussian import Denoise, Gaussian, gaussian
 from condit.diffusion.gaussian_samplers import Noise, ancestral, ddim, image_noise
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
 from condit.encoders.vae import decode_latents
-from condit.pipeline import MAX_SIDE, MAX_STEPS, Result, image_generators
+from condit.pipeline import MAX_STEPS, Result, image_generators
+from condit.references import MAX_SIDE
 from condit.weights.class_models import ClassParts
 
 Label = str | int | None

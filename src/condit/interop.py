@@ -30,7 +30,7 @@ from condit.nn.attention import Site
 from condit.nn.layers import RMSNorm
 from condit.nn.lora import Linear, LoRA
 from condit.nn.streams import Stream
-from condit.pipeline import describe_source, read_references
+from condit.references import describe_source, read_references
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.clip_towers import load_image_encoder
 

@@ -28,7 +28,8 @@ from condit.encoders.image import CLIPImage, TextTower
 from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
 from condit.nn.lora import LowRank, together
-from condit.pipeline import MAX_SIDE, MAX_STEPS, Result, describe_source, image_generators, read_references
+from condit.pipeline import MAX_STEPS, Result, image_generators
+from condit.references import MAX_SIDE, describe_source, read_references
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.latent_models import Frame, LatentParts, Network

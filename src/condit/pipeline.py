@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Fill, Pair, Run, Step
-from condit.data import annotators
-from condit.data.depth import depth
-from condit.data.images import ImageSource, load_image, to_images, to_tensor
+from condit.controls.control import Control, Pair, Run, Step
+from condit.data.images import ImageSource, to_images
 from condit.diffusion.guidance import guide, guide_text_image
 from condit.diffusion.objectives import to_velocity
 from condit.diffusion.samplers import euler
@@ -27,17 +22,16 @@ from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import together
 from condit.nn.offload import Visited, on_device, with_blocks
 from condit.nn.streams import Stream, grid_ids
-from condit.weights import class_models, latent_models
+from condit.references import MAX_SIDE, describe_source, find_fill, read_references
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.clip_towers import load_image_encoder
-from condit.weights.load import Parts, load_parts
-from condit.weights.quantise import Quantise, quantise
+from condit.weights.load import Parts
 
 if TYPE_CHECKING:
     from condit.diffusion.inversion import Solver
     from condit.editing.edit import EditResult, Inversion
 
-MAX_STEPS, MAX_SIDE = 1000, 4096
+MAX_STEPS = 1000
 Offload = Literal["encoders", "blocks"]
 
 
@@ -426,53 +420,6 @@ class Pipeline:
         return describe_source(reference)
 
 
-ANNOTATORS: dict[str, Callable] = {
-    name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur", "canny", "soft_edges")
-}
-ANNOTATORS |= {"depth": depth}
-ANNOTATORS |= {f"blur-{radius}": partial(annotators.blur, sigma=float(radius)) for radius in (5, 10)}
-
-
-def find_fill(controls: Sequence[Control], grid: tuple[int, int]) -> Fill | None:
-    """What is given of the picture, if a control says so."""
-    found = [fill for fill in (control.fill() for control in controls) if fill is not None]
-    if len(found) > 1:
-        raise ValueError(f"{len(found)} controls give a part of the picture; at most one can.")
-    if found and tuple(found[0].drawn.shape) != grid:
-        rows, columns = found[0].drawn.shape
-        raise ValueError(
-            f"The picture to fill has {rows} x {columns} cells, this call draws {grid[0]} x {grid[1]}. Give the "
-            "control the same size as the call."
-        )
-    return found[0] if found else None
-
-
-def read_references(
-    reference: ImageSource | Sequence[ImageSource], annotator: str | None, size: tuple[int, int], pixels: int
-) -> Tensor:
-    """References as (n, 3, H, W) in [-1, 1] at `size` (height, width), annotated if asked for. ValueError for sides
-    that are no multiples of `pixels`, a token's."""
-    if any(side % pixels or not 0 < side <= MAX_SIDE for side in size):
-        raise ValueError(f"size must be multiples of {pixels} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
-    sources = list(reference) if isinstance(reference, list | tuple) else [reference]
-    found = []
-    for source in sources:
-        image: Image.Image = load_image(source, mode="RGBA" if annotator in ("edges", "lines") else "RGB")
-        if annotator is not None:
-            image = ANNOTATORS[annotator](image.resize(size[::-1], Image.Resampling.LANCZOS))
-        found.append(to_tensor(image, size))
-    return torch.stack(found)
-
-
-def describe_source(reference: Any) -> list:
-    """Of each reference its path, if it has one, and a short hash of its content."""
-    if isinstance(reference, list | tuple):
-        return [entry for item in reference for entry in describe_source(item)]
-    content = load_image(reference).tobytes()
-    entry = {"sha256": hashlib.sha256(content).hexdigest()[:16]}
-    return [{"path": str(reference), **entry} if isinstance(reference, str | Path) else entry]
-
-
 def image_generators(
     batch: int, seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> tuple[list[int | None], list[torch.Generator]]:
@@ -486,58 +433,3 @@ def image_generators(
         return [None] * batch, given
     first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would reseed everybody
     return [first + i for i in range(batch)], [torch.Generator().manual_seed(first + i) for i in range(batch)]
-
-
-def load(
-    source: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    vae: Any = None,
-    components: str | Path | None = None,
-    offload: Offload | None = None,
-    quantize: Quantise | None = None,
-) -> Any:
-    """A `Pipeline` by name ("tiny", embedded), from a folder in diffusers' FLUX layout or a single file of FLUX.1; a
-    `LatentPipeline` by name ("sd15", "sdxl") or from a folder or file of Stable Diffusion; a `ClassPipeline` or a
-    `ViTPipeline` by name (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT, DiffiT or ViT; a
-    `PixelPipeline` from a file of the image-space DiffiT.
-
-    vae: an autoencoder, its folder, or "tiny" for the embedded one, for a class model that has none beside it.
-    components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None: its own.
-    offload: see `Pipeline`. quantize: see `condit.weights.quantise`; weights of FLUX's blocks take one byte each."""
-    latent = latent_models.recognise(source)
-    if latent is not None:
-        from condit.latent_pipeline import LatentPipeline  # here, as it imports this module
-        from condit.weights.load import load_latent_parts
-
-        if any(given is not None for given in (vae, components, offload, quantize)):
-            raise ValueError(
-                f"vae=, components=, offload= and quantize= have no use with {str(source)!r}, which is not FLUX.1 or a "
-                "class model. Leave them out."
-            )
-        half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        return LatentPipeline(load_latent_parts(latent, dtype=dtype or half)).to(device)
-    found = class_models.recognise(source)
-    if vae is not None and (found is None or found[0] not in ("dit", "diffit")):
-        raise ValueError(f"vae= is for DiT and DiffiT; {str(source)!r} brings its own or needs none. Leave it out.")
-    if found is None:
-        parts = load_parts(source, dtype=dtype, components=components)
-        if quantize is not None:
-            quantise(parts.backbone, quantize)
-        return Pipeline(parts, offload=offload).to(device)
-    given = {"components": components, "offload": offload, "quantize": quantize}
-    if wrong := [name for name, value in given.items() if value is not None]:
-        raise ValueError(f"{wrong[0]}= is for FLUX.1; {str(source)!r} is a {found[0]}. Leave it out.")
-    kind, path = found
-    if kind == "vit":
-        from condit.classifier import ViTPipeline
-
-        return ViTPipeline(class_models.load_classifier_parts(str(source), path, dtype=dtype)).to(device)
-    if kind == "diffit-image":
-        from condit.pixel_pipeline import PixelPipeline
-
-        return PixelPipeline(class_models.load_pixel_parts(str(source), path, dtype=dtype)).to(device)
-    from condit.class_pipeline import ClassPipeline  # here, as it imports this module
-
-    return ClassPipeline(class_models.load_class_parts(str(source), kind, path, vae=vae, dtype=dtype)).to(device)

@@ -13,7 +13,8 @@ from torch import Tensor
 from condit.data.images import to_images
 from condit.diffusion.edm import edm_sigmas, heun, precondition
 from condit.diffusion.gaussian_samplers import image_noise
-from condit.pipeline import MAX_SIDE, MAX_STEPS, Result, image_generators
+from condit.pipeline import MAX_STEPS, Result, image_generators
+from condit.references import MAX_SIDE
 from condit.weights.class_models import PixelParts
 
 Callback = Callable[["PixelPipeline", int, float, dict], dict | None]

@@ -241,7 +241,7 @@ def test_equal_labels_are_one(world, pipe):
 
 
 def test_evaluate_writes_figures_and_a_page(world, tmp_path, pipe, no_adapters, monkeypatch):
-    monkeypatch.setattr("condit.pipeline.load", lambda model, dtype=None: pipe)
+    monkeypatch.setattr("condit.loading.load", lambda model, dtype=None: pipe)
     monkeypatch.setattr(tiny, "load_judge", lambda: Judge(sorted(STYLES)).eval())
     result = tiny.evaluate(tmp_path, data=world[0], count=8, sets=["words", "none"], tell=lambda line: None)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(result))

@@ -203,7 +203,7 @@ def test_what_cannot_run_is_said_or_refused(tmp_path, world):
 @pytest.fixture(scope="module")
 def stage():
     from condit.controls.ip_adapter import IPAdapter
-    from condit.pipeline import load
+    from condit.loading import load
 
     pipe = load("tiny")
     return Stage(pipe, {"tiny/style": IPAdapter.load("tiny/style", pipe)})

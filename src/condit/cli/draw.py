@@ -225,7 +225,7 @@ def annotate(
     depth needs the weights of a depth network, which are not part of condit.
     """
     from condit.data.images import load_image, save_image
-    from condit.pipeline import ANNOTATORS
+    from condit.references import ANNOTATORS
 
     if kind not in ANNOTATORS:
         raise typer.BadParameter(f"there are {', '.join(ANNOTATORS)}; found {kind!r}")

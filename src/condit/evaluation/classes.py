@@ -32,7 +32,7 @@ from condit.encoders.vae import scale_shift
 from condit.evaluation.judge import load_judge
 from condit.evaluation.measures import Interval, bootstrap, concept_ranks, kernel_distance
 from condit.evaluation.sets import pictures
-from condit.pipeline import load
+from condit.loading import load
 
 log = logging.getLogger(__name__)
 

@@ -120,7 +120,7 @@ def evaluate_edit(
     `out/edit.json`, beside a page `out/edit.html`. data: an icon world, None: the packed sample."""
     if count < 1:
         raise ValueError(f"count is the number of edits a task, at least 1; found {count}")
-    from condit.pipeline import load
+    from condit.loading import load
 
     began, folder = time.perf_counter(), Path(out)
     world = IconWorld.open(data or sample_path())

@@ -183,7 +183,7 @@ def choose_pairs(world: IconWorld, protocol: Protocol) -> tuple[list[Cell], list
 
 def make_stages(methods: Sequence[Method], vgg: AdaIN | None) -> dict[str, Stage]:
     """Every model that the methods name, and the embedded one, whose CLIP measures."""
-    from condit.pipeline import load
+    from condit.loading import load
 
     found = {}
     for model in {"tiny", *(method.model for method in methods)}:

@@ -67,7 +67,7 @@ def evaluate(
     data: an icon world; None takes the packed sample, which holds few held-out icons. quick: 64 pictures, to see that
     it works. sets: names of `SPECS` to draw, None = all. bf16: draw in bfloat16. Pictures are kept under `out/images`:
     a broken run goes on."""
-    from condit.pipeline import load
+    from condit.loading import load
 
     began, folder = time.perf_counter(), Path(out)
     count = min(count, QUICK) if quick else count

@@ -35,7 +35,8 @@ from condit.diffusion.schedules import flow_sigmas, logit_normal
 from condit.encoders.vae import decode_tokens
 from condit.nn.offload import Checkpointed, with_blocks
 from condit.nn.streams import Stream, grid_ids
-from condit.pipeline import ANNOTATORS, Pipeline
+from condit.pipeline import Pipeline
+from condit.references import ANNOTATORS
 from condit.training import omini_data as data
 from condit.training.adapters import export_adapter
 from condit.training.loop import Task, to_device

@@ -19,7 +19,7 @@ from condit.data.pairs import Pair, Pairs, fingerprint, open_pairs
 from condit.data.subjects200k import REPOSITORY, open_subjects200k
 from condit.encoders.text import Text
 from condit.encoders.vae import pack
-from condit.pipeline import ANNOTATORS
+from condit.references import ANNOTATORS
 from condit.weights.files import read_tensors, save_tensors
 
 

@@ -1,0 +1,66 @@
+"""Pictures that a call is given: read at a size, annotated, told apart by their content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from condit.controls.control import Control, Fill
+from condit.data import annotators
+from condit.data.depth import depth
+from condit.data.images import ImageSource, load_image, to_tensor
+
+MAX_SIDE = 4096
+
+ANNOTATORS: dict[str, Callable] = {
+    name: getattr(annotators, name) for name in ("edges", "lines", "gray", "blur", "canny", "soft_edges")
+}
+ANNOTATORS |= {"depth": depth}
+ANNOTATORS |= {f"blur-{radius}": partial(annotators.blur, sigma=float(radius)) for radius in (5, 10)}
+
+
+def find_fill(controls: Sequence[Control], grid: tuple[int, int]) -> Fill | None:
+    """What is given of the picture, if a control says so."""
+    found = [fill for fill in (control.fill() for control in controls) if fill is not None]
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} controls give a part of the picture; at most one can.")
+    if found and tuple(found[0].drawn.shape) != grid:
+        rows, columns = found[0].drawn.shape
+        raise ValueError(
+            f"The picture to fill has {rows} x {columns} cells, this call draws {grid[0]} x {grid[1]}. Give the "
+            "control the same size as the call."
+        )
+    return found[0] if found else None
+
+
+def read_references(
+    reference: ImageSource | Sequence[ImageSource], annotator: str | None, size: tuple[int, int], pixels: int
+) -> Tensor:
+    """References as (n, 3, H, W) in [-1, 1] at `size` (height, width), annotated if asked for. ValueError for sides
+    that are no multiples of `pixels`, a token's."""
+    if any(side % pixels or not 0 < side <= MAX_SIDE for side in size):
+        raise ValueError(f"size must be multiples of {pixels} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
+    sources = list(reference) if isinstance(reference, list | tuple) else [reference]
+    found = []
+    for source in sources:
+        image: Image.Image = load_image(source, mode="RGBA" if annotator in ("edges", "lines") else "RGB")
+        if annotator is not None:
+            image = ANNOTATORS[annotator](image.resize(size[::-1], Image.Resampling.LANCZOS))
+        found.append(to_tensor(image, size))
+    return torch.stack(found)
+
+
+def describe_source(reference: Any) -> list:
+    """Of each reference its path, if it has one, and a short hash of its content."""
+    if isinstance(reference, list | tuple):
+        return [entry for item in reference for entry in describe_source(item)]
+    content = load_image(reference).tobytes()
+    entry = {"sha256": hashlib.sha256(content).hexdigest()[:16]}
+    return [{"path": str(reference), **entry} if isinstance(reference, str | Path) else entry]
