@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from condit import __version__
-from condit.cli import draw, study
+from condit.cli import draw, evaluate, study
 from condit.cli.edit import edit
 from condit.cli.terminal import Debug, Json, answer, output_folder, say
 from condit.memory import keep_memory
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make the data that models are trained on.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+app.add_typer(evaluate.app, name="evaluate")
 for command in (
     draw.demo,
     draw.generate,
@@ -34,7 +35,6 @@ for command in (
     draw.annotate,
     draw.plan,
     study.train,
-    study.evaluate,
     study.verify,
 ):
     app.command()(command)

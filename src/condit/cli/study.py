@@ -1,11 +1,11 @@
-"""Commands that train, measure and make data: train, evaluate, verify, data icons, data check."""
+"""Commands that train, verify and make data: train, verify, data icons, data check."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from condit.cli.terminal import Debug, Json, Seed, answer, output_folder, progress, say, waiting
+from condit.cli.terminal import Debug, Json, answer, progress, say, waiting
 
 
 def train(
@@ -28,113 +28,6 @@ def train(
 
     run(recipe, out=folder, resume=resume)
     typer.echo(str(folder))
-
-
-def evaluate(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="tiny; style: methods of style transfer; edit; or exported class models to compare.",
-            show_default="tiny",
-        ),
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the page.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="An icon world made by `condit data icons`.")] = None,
-    count: Annotated[int, typer.Option("--count", "-n", help="Pictures a measure.")] = 512,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="64 pictures a measure (style: 16), to see that it works.")
-    ] = False,
-    sets: Annotated[str | None, typer.Option("--sets", help="Sets to draw, separated by commas.")] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Draw in bfloat16: faster where the CPU knows it.")] = False,
-    vae: Annotated[str, typer.Option("--vae", help="The autoencoder that class models were trained on.")] = "tiny",
-    methods: Annotated[
-        str | None, typer.Option("--methods", help="style: methods, separated by commas [default: all that can run].")
-    ] = None,
-    strengths: Annotated[
-        list[str] | None,
-        typer.Option("--strengths", help='style: "0.3,1" for every method, "plain=0.3,1" for one; repeatable.'),
-    ] = None,
-    split: Annotated[
-        str, typer.Option("--split", help="style: combo, held-out combinations; or style, the never-trained style.")
-    ] = "combo",
-    sites: Annotated[
-        str | None, typer.Option("--sites", help="style: layers of the style block [default: by the block probe].")
-    ] = None,
-    steps: Annotated[int, typer.Option("--steps", help="style: steps of the sampler.")] = 20,
-    adain: Annotated[
-        Path | None, typer.Option("--adain", help="style: folder of AdaIN's weights, for that baseline.")
-    ] = None,
-    table: Annotated[
-        Path | None, typer.Option("--table", help="style: page to write the tables into.", show_default=False)
-    ] = None,
-    claims: Annotated[
-        Path | None, typer.Option("--claims", help="Page to write what class models show into, as docs/claims.md.")
-    ] = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure models on held-out pictures."""
-    folder = out or output_folder() / "evaluation"
-    if models == ["style"]:
-        if sets or bf16:
-            raise typer.BadParameter("style has --methods instead of --sets, and draws in float32")
-        if split not in ("combo", "style"):
-            raise typer.BadParameter(f"--split is combo or style; found {split!r}")
-        from condit.evaluation.style import QUICK, Protocol, evaluate_style, write_table
-
-        kept = min(count, QUICK) if quick else count
-        where: Literal["combo", "style"] = "combo" if split == "combo" else "style"
-        protocol = Protocol(kept, seed, _names(methods), tuple(strengths or ()), where, _names(sites) or (), steps)
-        result = evaluate_style(folder, protocol, data=data, adain=adain)
-        if table is not None:
-            write_table(result, table)
-            say(f"written into {table}")
-        answer(result) if as_json else typer.echo(str(folder))
-        return
-    if methods or strengths or sites or adain or table:
-        raise typer.BadParameter(
-            "--methods, --strengths, --sites, --adain and --table belong to: condit evaluate style"
-        )
-    if models == ["edit"]:
-        if sets or bf16:
-            raise typer.BadParameter("edits are measured without --sets and --bf16")
-        from condit.evaluation.edit import evaluate_edit
-
-        edits = evaluate_edit(folder, data=data, count=4 if quick else min(count, 64), seed=seed, tell=say)
-        answer(edits) if as_json else typer.echo(str(folder))
-        return
-    if models and models != ["tiny"]:
-        if data is None or sets or bf16:
-            raise typer.BadParameter(
-                "class models are compared on a world of icons (--data), without --sets and --bf16"
-            )
-        from condit.evaluation.classes import evaluate_classes
-
-        found = evaluate_classes(models, folder, data=data, vae=vae, count=64 if quick else count, seed=seed)
-        if claims is not None:
-            from condit.evaluation.claims import write
-            from condit.evaluation.class_claims import class_claims
-
-            write(claims, class_claims(found))
-            say(f"written into {claims}")
-        answer(found) if as_json else typer.echo(str(folder))
-        return
-    if claims is not None:
-        raise typer.BadParameter("--claims is for class models; the tiny model's figures stand in docs/tiny.md")
-    from condit.evaluation.tiny import evaluate as run
-
-    chosen = None if sets is None else [name.strip() for name in sets.split(",")]
-    result = run(out=folder, data=data, count=count, seed=seed, quick=quick, sets=chosen, bf16=bf16)
-    if as_json:
-        answer(result)
-    else:
-        typer.echo(str(folder))
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    """ "a, b" as names."""
-    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def verify(

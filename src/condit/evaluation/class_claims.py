@@ -1,4 +1,4 @@
-"""The claims about ViT, DiT and DiffiT in docs/claims.md, from what `condit evaluate RUN... --data ICONS` measured."""
+"""The claims about ViT, DiT and DiffiT in docs/claims.md, from what `condit evaluate classes` measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _VITS = "runs/small-vit/export runs/small-vit-concept/export"
 
 
 def _command(runs: str) -> str:
-    return f"condit evaluate {runs} --data data/icons --claims docs/claims.md"
+    return f"condit evaluate classes {runs} --data data/icons --claims docs/claims.md"
 
 
 CLAIMS: dict[str, Claim] = {

@@ -120,7 +120,7 @@ def evaluate_classes(
         icons = [world.icons[i].base for i in told]
         figures.append(Figure(JUDGE, ACCURACY, bootstrap(100.0 * (said == wanted).float(), icons)))
     result = {
-        "command": f"condit evaluate {' '.join(names)} --data ICONS --count {count} --seed {seed}",
+        "command": f"condit evaluate classes {' '.join(names)} --data ICONS --count {count} --seed {seed}",
         "count": count,
         "seed": seed,
         "steps": STEPS,
