@@ -1,9 +1,11 @@
 """`condit demo`: a labelled grid of what the embedded model does, each picture with the command that draws it again."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -14,6 +16,9 @@ from condit.data.images import load_image, save_image
 from condit.data.sheets import Cell, contact_sheet
 from condit.request import Reference, Request, Studio
 
+if TYPE_CHECKING:
+    from condit.pipeline import Pipeline
+
 # The sheet's font has Latin letters only.
 IN_CHINESE = {
     "红苹果": "red apple (Chinese)",
@@ -21,6 +26,7 @@ IN_CHINESE = {
     "汽车": "car (Chinese)",
     "螃蟹": "crab (Chinese)",
 }
+CHANGED = "changed by words\nDiT4Edit"
 PROMPTS = ("a red apple", "a frog", "a rocket", "红苹果")
 
 
@@ -43,6 +49,29 @@ class Row:
     strengths: tuple[float, ...] = (1.0,)
 
 
+@dataclass(frozen=True)
+class Change:
+    """The row of the grid that changes an icon by words: what it shows, and what it shall show."""
+
+    given: Given
+    source: str
+    targets: tuple[str, ...]
+    kind: str
+
+    def command(self, path: Path, target: str, output: Path) -> str:
+        """The command line that draws it again."""
+        words = ["condit", "edit", str(path), self.source, target, "--type", self.kind, "-o", str(output)]
+        return shlex.join(words)
+
+
+CHANGES = (
+    Change(
+        Given("source", "noto", "red apple"),
+        "a red apple, noto style",
+        ("a green apple, noto style", "a yellow apple, noto style"),
+        "attribute",
+    ),
+)
 ROWS = (
     Row("plain\ntext to image"),
     Row("+ style\nof the reference", (Given("style", "fluent-emoji-high-contrast", "key"),)),
@@ -107,8 +136,12 @@ def draw_demo(folder: Path, *, seed: int = 0, tell: Callable[[str], None] = lamb
             caption = f"strength {request.references[0].strength:g}" if len(row.strengths) > 1 else request.prompt
             line.append(Cell(image, IN_CHINESE.get(caption, caption)))
         cells.append(line)
+    for change in CHANGES:
+        path = write_reference(world, change.given, folder)
+        cells.append([given_cell(change.given, path), *draw_changes(studio.pipe, change, path, folder, calls, tell)])
+    labels = [*(row.label for row in rows), *(CHANGED for _ in CHANGES)]
     title = f"condit {condit.__version__}, embedded model tiny, seed {seed}; orange frames are references"
-    grid = save_image(contact_sheet(cells, [row.label for row in rows], title=title), folder / "demo.png")
+    grid = save_image(contact_sheet(cells, labels, title=title), folder / "demo.png")
     seconds = round(time.perf_counter() - start, 1)
     tell(f"{len(calls)} pictures in {seconds} s")
     return {"grid": str(grid), "calls": calls, "seconds": seconds}
@@ -150,6 +183,30 @@ def draw_one(studio: Studio, request: Request, output: Path) -> tuple[Image.Imag
     drawing = studio.draw(request)
     save_image(drawing.images[0], output, recipe=drawing.recipes[0], parameters=drawing.parameters[0])
     return drawing.images[0], time.perf_counter() - start
+
+
+def draw_changes(
+    pipe: "Pipeline",
+    change: Change,
+    path: Path,
+    folder: Path,
+    calls: list[dict[str, object]],
+    tell: Callable[[str], None],
+) -> list[Cell]:
+    """The picture inverted once and drawn again for each target, as `condit edit` does; adds to `calls`."""
+    from condit.controls.dit4edit import PRESETS
+
+    cells, known = [], None
+    for column, target in enumerate(change.targets):
+        start = time.perf_counter()
+        result = pipe.edit(known or path, change.source, target, controls=[PRESETS[change.kind]])
+        known = result.inversion
+        output = save_image(result.images[0], folder / "demo" / f"change-{column}.png")
+        seconds, command = time.perf_counter() - start, change.command(path, target, output)
+        tell(f"{command}  # {seconds:.1f} s")
+        calls.append({"command": command, "seconds": round(seconds, 2), "path": str(output)})
+        cells.append(Cell(result.images[0], target))
+    return cells
 
 
 def write_reference(world: IconWorld, given: Given, folder: Path) -> Path:

@@ -423,11 +423,12 @@ def check_demo(run) -> None:
     assert code == 0, err
     result = json.loads(out)
     assert load_image(result["grid"]).width > 600
-    call = next(call for call in result["calls"] if "--style" in call["command"])
-    before = load_image(call["path"])
-    assert call["command"] in err
-    assert run(*shlex.split(call["command"])[1:-1], "again.png")[0] == 0
-    assert load_image("again.png").tobytes() == before.tobytes()
+    for part in ("--style", "condit edit"):
+        call = [call for call in result["calls"] if part in call["command"]][-1]
+        before = load_image(call["path"])
+        assert call["command"] in err
+        assert run(*shlex.split(call["command"])[1:-1], "again.png")[0] == 0
+        assert load_image("again.png").tobytes() == before.tobytes()
 
 
 @pytest.fixture
@@ -435,7 +436,7 @@ def small_demo(monkeypatch):
     """The demo's rows with one picture each, and icons made up on the spot."""
     rows = tuple(replace(row, prompts=row.prompts[:1]) for row in demo.ROWS)
     monkeypatch.setattr(demo, "ROWS", rows)
-    given = {given for row in rows for given in row.given}
+    given = {*(given for row in rows for given in row.given), *(change.given for change in demo.CHANGES)}
     icons = [Icon(g.style, "", g.label, g.label, g.label, "", "train", True, "MIT") for g in given]
 
     class World(IconWorld):
@@ -466,7 +467,8 @@ def test_the_shipped_demo_draws_its_grid_and_its_commands_repeat_it(run):
 def test_the_references_of_the_demo_are_in_the_sample():
     world = IconWorld.open(sample_path())
     there = {(icon.style, icon.label) for icon in world.icons}
-    assert {(given.style, given.label) for row in demo.ROWS for given in row.given} <= there
+    given = [*(given for row in demo.ROWS for given in row.given), *(change.given for change in demo.CHANGES)]
+    assert {(one.style, one.label) for one in given} <= there
 
 
 def test_verify_tells_one_wrong_number_among_the_recorded_ones_and_exits_1(run, tmp_path):
