@@ -1,5 +1,6 @@
 """benchmarks/: the clock, and that every form of a network computes the same."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = "timing", "backbones", "omini", "deadiff"
+SCRIPTS = "timing", "backbones", "omini", "stable_diffusion", "ip_adapter", "deadiff"
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +172,55 @@ def test_the_tables_hold_every_variant_and_the_memory_of_a_cache_is_as_computed(
     assert len(rows) == 4  # one, compact, two, four
     assert all(row[1] == row[2].removesuffix(" |") for row in rows)
     assert rows[0][1] == f"{2 * 32 * 3 * 16 * 4:,}"
+
+
+# IP-Adapter: every variant is one of two functions, and a batch of references is not mixed.
+
+
+def test_every_ip_adapter_variant_runs_and_equal_ones_are_equal(scripts):
+    module, timing = scripts["ip_adapter"], scripts["timing"]
+    config = module.UNetConfig(
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    with torch.inference_mode():
+        s = module.setting(config, tokens=4, side=8, features=12)
+        found = {name: call() for name, call in module.variants(s).items()}
+        plain, acting = found["diffusers, no adapter"], found["diffusers, adapter"]
+        assert not torch.allclose(plain, acting, atol=1e-3)
+        for name, value in found.items():
+            expected = plain if "no adapter" in name else acting
+            torch.testing.assert_close(value, expected, rtol=0, atol=2e-5)  # sums in another order
+        page = module.table({name: timing.Timing(2.0, 1.0, 3.0) for name in found})
+        assert page.count("\n| ") == len(found) and "1.000 | 1.000" in page
+        differences = module.batch_differences(s)
+    for guidance in (1.0, 5.0):
+        assert differences["condit", guidance] < 1e-4
+        assert differences["diffusers", guidance] > 1e-3  # each image sees all four references
+    assert "condit | 5 |" in module.differences_table(differences)
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sdxl"])
+def test_every_form_of_a_unet_computes_the_same(scripts, preset):
+    module = scripts["stable_diffusion"]
+    xl = preset == "sdxl"
+    small = dataclasses.replace(
+        module.PRESETS[preset],
+        block_out_channels=(8, 16, 24) if xl else (8, 16, 24, 24),
+        attention_head_dim=2,
+        transformer_layers_per_block=1,
+        cross_attention_dim=12,
+        norm_num_groups=4,
+        addition_time_embed_dim=4 if xl else None,
+        projection_class_embeddings_input_dim=34 if xl else None,
+    )
+    with torch.inference_mode():
+        calls = module.variants(small, 8, "cpu", torch.float32)
+        wanted = calls["diffusers"]()
+        for call in calls.values():
+            torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=1e-5)

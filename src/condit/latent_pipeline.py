@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from condit.backbones.unet import UNet
 from condit.controls.control import Control, Run, Step, match_batch
 from condit.controls.sides import sides
 from condit.data.images import ImageSource, to_images
@@ -31,6 +32,7 @@ from condit.pipeline import MAX_SIDE, MAX_STEPS, Result, describe_source, image_
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.latent_models import Frame, LatentParts, Network
+from condit.weights.lora_unet import unet_lora
 
 Prompt = str | Sequence[str] | Text
 Images = ImageSource | Sequence[ImageSource]
@@ -399,9 +401,12 @@ class LatentPipeline:
 
     # What adapters ask of a pipeline
 
-    def adapter_file(self, source: str | Path, method: str) -> AdapterFile:
-        """The tensors and the configuration of an adapter by name, file or folder."""
-        return read_adapter(source, method)
+    def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile:
+        """The tensors and the configuration of an adapter by name, file or folder. A LoRA's are under the backbone's
+        paths; ignore_text: what it adapts of text encoders is left out."""
+        if not isinstance(self.backbone, UNet):
+            return read_adapter(source, method)
+        return read_adapter(source, method, partial(unet_lora, unet=self.backbone, ignore_text=ignore_text))
 
     def read_images(self, reference: Images, annotator: str | None, size: tuple[int, int] | None = None) -> Tensor:
         """References as (n, 3, H, W) in [-1, 1] at `size` (None: the model's), annotated if asked for."""

@@ -2,8 +2,10 @@
 what they computed. Tolerances of its README: tokens 1e-5, one UNet call 2e-5, trajectories 1e-4."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from ip_golden import GOLDEN, close, golden_pipe
@@ -15,6 +17,9 @@ from condit.controls.control import Control, Run, Step, Where
 from condit.controls.instantstyle import EASES, STAGES, InstantStyle, block_weights, modules_of
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import Layer
+from condit.controls.ip_reference import Together
+from condit.encoders.text import ClipText
+from condit.latent_pipeline import LatentPipeline
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
 
 TOKENS, CALL, TRAJECTORY = 1e-5, 2e-5, 1e-4
@@ -111,6 +116,26 @@ def test_the_official_generate_is_reproduced_with_presets_and_content_subtracted
         close(nothing, t[f"{run}/uncond_image_tokens"], TOKENS)  # the negative side is not shifted
         for i, x in enumerate(pipe.ddim(t, control)):
             close(x, t[f"{run}/latents/step_{i + 1}"], TRAJECTORY)
+
+
+def test_a_reference_each_for_style_and_layout_acts_in_its_blocks_with_the_weights_once():
+    pipe, style = pipe_of("sdxl"), style_of("sdxl", "global")
+    given = pipe.tensors("inputs")
+    rng = np.random.default_rng(0)
+    one, other = (Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)) for _ in range(2))
+    both = style.control(style=one, layout=other, strength=0.8, layout_strength=0.3)
+    assert isinstance(both, Together) and all(part.adapter is style.adapter for part in both.parts)
+    apart = [style.control(one, preset="style", strength=0.8), style.control(other, preset="layout", strength=0.3)]
+    close(pipe.predict(given, both), pipe.predict(given, *apart), CALL)
+    assert {p.split(".transformer_blocks.")[0] for part in both.parts for p in part.kv} == {
+        "up_blocks.0.attentions.1",
+        "down_blocks.2.attentions.1",
+    }
+    part = style_of("sdxl", "global", "style")
+    with pytest.raises(ValueError, match="preset 'layout' acts at .* of which no K', V' were loaded"):
+        part.control(one, preset="layout")
+    with pytest.raises(ValueError, match="one reference, or style= and layout="):
+        style.control()
 
 
 # ComfyUI's weight types
@@ -222,3 +247,15 @@ def test_every_tensor_of_comfys_fixture_is_tested():
     stored = [n.split("/") for n in COMFY if n.startswith("layers")]
     assert {kind for _, kind, _ in stored} == {*EASES, *STAGES, "style transfer precise", "composition precise"}
     assert len(stored) >= 2 * 11
+
+
+def test_sdxls_second_text_encoder_names_what_to_leave_out(make_sd, make_latent):
+    """Its pooled prompt is the content vector of the official code; SD 1.x has no projection, so no tower."""
+    theirs, ours = make_sd("sdxl"), make_latent("sdxl")
+    parts = [theirs.tokenizer, theirs.tokenizer_2], [theirs.text_encoder, theirs.text_encoder_2]
+    pipe = LatentPipeline(replace(ours.parts, text=ClipText(*parts, penultimate=True)))
+    tower = pipe.text_tower()
+    assert tower is not None
+    _, _, pooled, _ = theirs.encode_prompt("a red fox", do_classifier_free_guidance=False)
+    close(tower(["a red fox"]), pooled, TOKENS)
+    assert make_latent("sd15").text_tower() is None

@@ -130,6 +130,17 @@ def test_references_of_one_image_are_averaged_or_stand_side_by_side(adapter, pic
         torch.testing.assert_close(v[:, :, :3], first.kv[path][1], rtol=0, atol=1e-5)
 
 
+def test_summed_references_shift_by_the_sum_of_their_shifts(pipe, make_ip, pictures):
+    adapter, (one, two) = make_ip(pipe, shift=True), pictures(2)
+    parts = [at_step(pipe, adapter.control(r, strength=s)) for r, s in ((one, 0.3), (two, 0.5))]
+    both = at_step(pipe, adapter.control([[one, two]], combine="sum", weights=[0.3, 0.5]))
+    shifts = [part.pooled() for part in parts]
+    torch.testing.assert_close(both.pooled(), shifts[0] + shifts[1], rtol=0, atol=1e-6)
+    call = call_of(pipe)
+    expected = parts[1].around(call, lambda c: parts[0].around(c, sdpa))
+    torch.testing.assert_close(both.around(call, sdpa), expected, rtol=0, atol=1e-6)
+
+
 def test_the_same_reference_twice_is_that_reference(adapter, pictures):
     (one,) = pictures(1)
     for path, (k, _) in adapter.control([[one, one]]).kv.items():
@@ -152,8 +163,8 @@ def test_unequal_numbers_of_references_and_unknown_combinations_are_refused(adap
     one, two = pictures(2)
     with pytest.raises(ValueError, match=r"equally many references; found \[2, 1\]"):
         adapter.control([[one, two], [one]])
-    with pytest.raises(ValueError, match="found 'sum'"):
-        adapter.control(one, combine="sum")
+    with pytest.raises(ValueError, match="found 'max'"):
+        adapter.control(one, combine="max")
 
 
 @pytest.mark.parametrize("shift", [False, True])

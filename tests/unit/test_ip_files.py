@@ -415,6 +415,31 @@ def test_faceid_plus_of_both_versions_has_heads_of_64():
     assert projector_of(made.state_dict()).perceiver_resampler.layers[0][0].heads == 2  # type: ignore[union-attr,index]
 
 
+@pytest.mark.parametrize("shortcut", [None, 0.7])
+def test_faceid_plus_reads_a_face_and_a_picture(make_latent, tmp_path, pictures, shortcut):
+    from condit.controls.ip_projectors import IdentityProjection
+
+    pipe = make_latent("sd15", cross_attention_dim=64)
+    perceiver = Perceiver(20, 64, 64, inner=64, heads=1, depth=1, hidden=64)
+    projector = IdentityPlusProjection(IdentityProjection(8, 16, 64, 4), perceiver)
+    tensors = {n: t for n, t in published(pipe).items() if n.startswith("ip_adapter.")}
+    save_file(tensors | {f"image_proj.{n}": t for n, t in projector.state_dict().items()}, tmp_path / "f.safetensors")
+    adapter = IPAdapter.load(tmp_path / "f.safetensors", pipe, image_encoder=vision(tmp_path / "e"))
+    assert adapter.config.feature == "identity+hidden"
+    face, picture = torch.randn(1, 8), pictures(1)[0]
+    control, encoder = adapter.control(picture, identity=face, shortcut=shortcut), adapter._encoder[0]
+    assert encoder is not None
+    states = adapter.features([picture])
+    with torch.no_grad():
+        expected = adapter.project(projector(face, states, shortcut))
+        empty = adapter.project(projector(torch.zeros(1, 8), encoder.hidden(encoder.zeros()), shortcut))
+    path = adapter.sites[0]
+    torch.testing.assert_close(control.kv[path], expected[path], rtol=0, atol=1e-5)  # type: ignore[attr-defined]
+    torch.testing.assert_close(control.empty[path], empty[path], rtol=0, atol=1e-5)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="FaceID-Plus: give the reference picture too"):
+        adapter.control(identity=face)
+
+
 # InstantStyle's words
 
 

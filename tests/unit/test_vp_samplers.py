@@ -78,7 +78,7 @@ def our_run(solver, config: dict, steps: int, eta: float = 0.0) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize(("solver", "config"), CASES, ids=NAMES)
-@pytest.mark.parametrize(("steps", "prediction"), list(product((1, 4, 20, 33), ("epsilon", "v_prediction"))))
+@pytest.mark.parametrize(("steps", "prediction"), list(product((1, 5, 20), ("epsilon", "v_prediction"))))
 def test_solver_equals_diffusers(solver: str, config: dict, steps: int, prediction: str):
     config = {**config, "prediction_type": prediction}
     wanted, times = diffusers_run(solver, config, steps)

@@ -275,16 +275,19 @@ class IPAdapter(nn.Module):
         some = next(iter(pairs.values()))[0]
         found = {}
         for layer in sorted((*self.layers, *self.absent), key=lambda x: x.number):
-            zeros = some.new_zeros(len(some), layer.heads, some.shape[2], layer.width // layer.heads)
-            found[layer.path] = pairs.get(layer.path, (zeros, zeros))
+            shape = len(some), some.shape[2], layer.width
+            # Two tensors: one in two places would be another graph.
+            zeros = tuple(split_heads(some.new_zeros(shape), layer.heads) for _ in range(2))
+            found[layer.path] = pairs.get(layer.path, zeros)  # type: ignore[assignment]
         return found
 
     # From pictures to a control
 
     def features(self, sources: Sequence[ImageSource], fit: Fit = "crop") -> Tensor:
         """What the projector reads of pictures: (n, E) or (n, L, H). Not FaceID's vectors: those come from outside."""
-        pipe, encoder = self._pipe[0], self._encoder[0]
+        encoder = self._encoder[0]
         if encoder is None:
+            pipe = self._bound()
             return pipe.image(pipe.read_images(list(sources), None))
         pixels = encoder.pixels([load_image(source) for source in sources], fit)
         return encoder.hidden(pixels) if self._states else encoder.embeds(pixels)
@@ -294,7 +297,8 @@ class IPAdapter(nn.Module):
         mean-coloured picture (zeros after normalising); FLUX's of a black one."""
         encoder = self._encoder[0]
         if isinstance(features, tuple):
-            return torch.zeros_like(features[0][:1]), self._hidden_of_zeros(features[1])
+            face = features[0]
+            return face.new_zeros(1, face.shape[-1]), self._hidden_of_zeros(features[1])
         if self._states:
             return self._hidden_of_zeros(features)
         if self.config.form == "residual" and encoder is not None:
@@ -347,8 +351,7 @@ class IPAdapter(nn.Module):
         chosen = combine or self.config.combine
         if chosen not in COMBINES:
             raise ValueError(f"combine must be one of {COMBINES}; found {chosen!r}.")
-        if against is not None and isinstance(strength, float | int) and strength == 0:
-            raise ValueError("against= needs a strength.")
+        self.check_reach(Where.of(where), strength)
         groups = None if reference is None else grouped(reference)
         with torch.no_grad():
             given = self.given(groups, embeds, identity, content, fit)
@@ -416,6 +419,18 @@ class IPAdapter(nn.Module):
             raise ValueError("Give a reference picture, or embeds=.")
         return pictures
 
+    def check_reach(self, where: Where, strength: object) -> None:
+        """ValueError for a `where`, or a prefix of `strength`, that names no layer: misspelt, it would act nowhere."""
+        if not any(any_site(where, path) for path in self.sites):
+            raise ValueError(
+                f"where={where.patterns} names none of the {len(self.sites)} layers of this adapter, such as "
+                f"{self.sites[0]!r}."
+            )
+        paths = [layer.path for layer in (*self.layers, *self.absent)]
+        for prefix in strength if isinstance(strength, Mapping) else ():
+            if not any(prefix == "" or path == prefix or path.startswith(f"{prefix}.") for path in paths):
+                raise ValueError(f"strength names {prefix!r}, where no layer is. The layers are such as {paths[0]!r}.")
+
     def masks(self, mask, count: int) -> list[Tensor | None]:
         """A mask (n or 1, H, W) in [0, 1] for each of `count` references of an image."""
         if mask is None:
@@ -429,7 +444,7 @@ class IPAdapter(nn.Module):
             pictures = [load_image(m) for m in each]
             if len({picture.size for picture in pictures}) > 1:
                 raise ValueError(f"masks of several sizes: {sorted({p.size for p in pictures})}. Give them one size.")
-            planes = [to_tensor(picture, picture.size[::-1])[0] / 2 + 0.5 for picture in pictures]
+            planes = [to_tensor(picture, (picture.height, picture.width))[0] / 2 + 0.5 for picture in pictures]
             return torch.stack(planes).to(pipe.device)
 
         if count == 1 or not isinstance(mask, list | tuple):

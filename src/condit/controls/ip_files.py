@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -139,7 +139,8 @@ def needs_of(projector: nn.Module) -> Needs:
     if isinstance(projector, ImageProjection):
         return Needs("embeds", projector.proj.in_features)
     if isinstance(projector, FullProjection):
-        return Needs("hidden", projector.proj[0].in_features)
+        first: Any = projector.proj[0]
+        return Needs("hidden", first.in_features)
     if isinstance(projector, Resampler | TimeResampler):
         return Needs("hidden", projector.proj_in.in_features)
     if isinstance(projector, IdentityPlusProjection):
@@ -172,8 +173,8 @@ def layers_of(backbone: nn.Module, sites: Sequence[Site], form: Form) -> list[La
     }[form]
     found = []
     for number, site in chosen:
-        attention = backbone.get_submodule(site.path)
-        found.append(Layer(number, site.path, attention.to_q.out_features, attention.heads))  # type: ignore[union-attr,arg-type]
+        attention: Any = backbone.get_submodule(site.path)
+        found.append(Layer(number, site.path, attention.to_q.out_features, attention.heads))
     return found
 
 

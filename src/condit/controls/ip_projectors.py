@@ -4,6 +4,7 @@ arXiv:2308.06721, section 3.2.1). Parameter names are those of the published fil
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -185,8 +186,8 @@ class TimeBlock(nn.Module):
         q, kv = self.attn.to_q(h), self.attn.to_kv(torch.cat([self.ln0(x), h], 1))  # type: ignore[operator]
         latents = latents + self.attn.to_out[0](perceive(q, kv, self.heads))  # type: ignore[index]
         h = self.adaln_norm(latents) * (1 + scale_mlp) + shift_mlp
-        up, _, down = self.ff.net  # type: ignore[misc]
-        return latents + down(F.gelu(up.proj(h)))
+        net: Any = self.ff.net
+        return latents + net[2](F.gelu(net[0].proj(h)))
 
 
 class TimeResampler(nn.Module):

@@ -178,6 +178,15 @@ class Together(Control):
                 total = found if total is None else total + found
         return total
 
+    def pooled(self) -> Tensor | None:
+        total = None
+        for part in self.parts:
+            found = part.pooled()
+            if found is not None and total is not None and found.ndim != total.ndim:  # one a token beside one for all
+                found, total = (x if x.ndim == 3 else x[:, None] for x in (found, total))
+            total = found if total is None else total if found is None else total + found
+        return total
+
     def negative(self) -> Together:
         return replace(self, parts=tuple(part.negative() for part in self.parts))
 
@@ -202,6 +211,12 @@ class WithLoRA(Control):
 
     def around(self, call: Call, attend: Attend) -> Tensor:
         return self.inner.around(call, attend)
+
+    def residual(self, site: Site, query: Tensor) -> Tensor | None:
+        return self.inner.residual(site, query)
+
+    def pooled(self) -> Tensor | None:
+        return self.inner.pooled()
 
     def lora(self) -> LowRank | None:
         return self.update

@@ -18,7 +18,7 @@ from condit.nn.lora import LoRA, LowRank, Part, linear_shapes, together
 
 
 class StyleLoRA(nn.Module):
-    """A LoRA of FLUX's transformer. `control(strength)` makes a control."""
+    """A LoRA of FLUX's transformer or Stable Diffusion's UNet. `control(strength)` makes a control."""
 
     def __init__(self, lora: LoRA, gated: frozenset[str]):
         """gated: the paths at which the official OminiControl code silences it for conditions."""
@@ -26,9 +26,11 @@ class StyleLoRA(nn.Module):
         self.lora, self.gated, self.name, self.hash = lora, gated, "", ""
 
     @classmethod
-    def load(cls, source, pipe) -> StyleLoRA:
-        """From a file or a folder in the layout of diffusers, peft or kohya, told by its tensors."""
-        file = pipe.adapter_file(source, "OminiControl")
+    def load(cls, source, pipe, *, ignore_text: bool = False) -> StyleLoRA:
+        """From a file or a folder in the layout of diffusers, peft or kohya, told by its tensors. ignore_text: take the
+        UNet's part of a file that adapts the text encoder too, which alone is another LoRA."""
+        how = {"ignore_text": True} if ignore_text else {}
+        file = pipe.adapter_file(source, "OminiControl", **how)
         lora = LoRA.from_tensors(file.tensors).requires_grad_(False).to(pipe.device, pipe.dtype)
         for path, (found, expected) in lora.unfitting(pipe.backbone).items():
             raise ValueError(

@@ -27,7 +27,8 @@ class TinyImage(nn.Module):
     def __init__(self, clip: CLIPModel):
         super().__init__()
         self.clip = clip
-        self.size = clip.config.vision_config.image_size
+        vision: Any = clip.config.vision_config
+        self.size: int = vision.image_size
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class CLIPImage(nn.Module):
     def __init__(self, model: CLIPVisionModelWithProjection):
         super().__init__()
         self.model = model
-        c = model.config
+        c: Any = model.config
         self.size = EncoderSize(c.hidden_size, c.projection_dim, (c.image_size // c.patch_size) ** 2 + 1, c.image_size)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -61,7 +61,11 @@ class AdapterFile:
         load_strict(module, self.tensors if tensors is None else tensors, source=self.name)
 
 
-def read_adapter(source: str | Path, method: str) -> AdapterFile:
+# layout(tensors, peft's settings): a LoRA's tensors under the names of the backbone that it is for.
+Layout = Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
+
+
+def read_adapter(source: str | Path, method: str, layout: Layout = published) -> AdapterFile:
     """An adapter by catalog name, file or folder. Told by its tensors; another method's file is refused."""
     name = str(source)
     path = MODELS[name].path if name in MODELS else Path(source)
@@ -75,7 +79,7 @@ def read_adapter(source: str | Path, method: str) -> AdapterFile:
     if guess == "DEADiff":
         tensors = deadiff.adapter_tensors(tensors, source)
     if guess == "OminiControl":
-        tensors = published(tensors, peft_settings(path if path.is_dir() else None, metadata))
+        tensors = layout(tensors, peft_settings(path if path.is_dir() else None, metadata))
     if guess not in (method, "unknown"):
         raise ValueError(f"{source} is for condit.{guess}, not condit.{method}: first tensor {next(iter(tensors))!r}.")
     return AdapterFile(tensors, config, name, hash_file(file), guess)

@@ -19,7 +19,7 @@ def load_image_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -
     """Strictly; of a whole CLIP only the image half. ValueError where files are missing or do not fit."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(vision_config(folder)))
+    model: Any = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(vision_config(folder)))
     tensors = read_tensors(weight_file(folder))
     # A whole CLIP holds the text's half too, and old files the numbers of the positions.
     half = {n: t for n, t in tensors.items() if not n.startswith(("text_model.", "text_projection", "logit_scale"))}
