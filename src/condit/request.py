@@ -199,7 +199,7 @@ class Studio:
         first, adapter = group[0], self.adapter(group[0].use)
         if isinstance(adapter, condit.IPAdapter):
             return adapter.control([[reference.path for reference in group]], strength=first.strength)
-        if first.ready:
+        if first.ready and isinstance(adapter, condit.OminiControl):
             ready = line_map if adapter.config.annotator == "lines" else edge_map
             return adapter.control(ready(first.path), strength=first.strength, annotate=False)
         return adapter.control(first.path, strength=first.strength)

@@ -10,21 +10,17 @@ from torch import Tensor
 
 from condit.backbones.unet import Attention, Block, Frame, UNet, UNetConfig
 from condit.controls.control import Control, Run, Step
-from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference, cross_shapes, layer_table
+from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference
+from condit.controls.deadiff_layers import Name, cross_shapes, layer_table
 from condit.diffusion.vp import Process, make_path
 from condit.diffusion.vp_samplers import ddim
 from condit.encoders.clip_patches import ClipPatches, resize_antialiased
 from condit.encoders.qformer import QFormer, QFormerConfig
 from condit.nn.attention import Site
-from condit.weights.deadiff import join, place_in_diffusers, split
+from condit.weights.deadiff import IMAGE_MAP, join, place_in_diffusers, split
+from condit.weights.original_sd import part, unet_names
 
 GOLDEN = Path(__file__).parent / "golden" / "deadiff"
-
-
-def unet_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    return convert_ldm_unet_checkpoint(dict(tensors), {"layers_per_block": 2, "class_embed_type": None})
 
 
 def close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
@@ -167,7 +163,9 @@ def unet(published_unet) -> UNet:
         sample_size=8,
     )
     found = UNet(config)
-    found.load_state_dict(unet_names(split(published_unet).base), strict=True)
+    base = {name: value for name, value in published_unet.items() if not IMAGE_MAP.fullmatch(name)}
+    assert base.keys() == split(published_unet).base.keys()
+    found.load_state_dict(unet_names(part(base, "model.diffusion_model."), config), strict=True)
     return found.eval().requires_grad_(False)
 
 
@@ -207,10 +205,11 @@ def controls_of(adapter: DEADiff, unet: UNet, sets, strength: float, text: Tenso
     io = read("unet_io")
     if sets is None:
         return []
-    tokens = {name: io[name] for name in sets or ("style",)}
+    tokens: dict[Name, Tensor] = {name: io[name] for name in sets or ("style",)}
     control = adapter.reference(tokens, strength=dict.fromkeys(("style", "content"), strength), content_text=text)
     control = control if sets else control.negative()
-    found = control.prepare(Run(unet, len(io["x"]), (8, 8), io["x"], None, 4)).at(Step(0, 1, 1.0))
+    run = Run(unet, len(io["x"]), (8, 8), io["x"], None, 4)  # type: ignore[arg-type]
+    found = control.prepare(run).at(Step(0, 1, 1.0))
     return [found] if found is not None else []
 
 
