@@ -199,7 +199,12 @@ class Studio:
         first, adapter = group[0], self.adapter(group[0].use)
         if isinstance(adapter, condit.IPAdapter):
             return adapter.control([[reference.path for reference in group]], strength=first.strength)
-        if first.ready and isinstance(adapter, condit.OminiControl):
+        if first.ready:
+            if not isinstance(adapter, condit.OminiControl):
+                raise ValueError(
+                    f"{first.use!r} is a {type(adapter).__name__}, which takes a picture and no edge map. "
+                    "Give the picture itself (ready=False) or the name of an adapter of edges."
+                )
             ready = line_map if adapter.config.annotator == "lines" else edge_map
             return adapter.control(ready(first.path), strength=first.strength, annotate=False)
         return adapter.control(first.path, strength=first.strength)

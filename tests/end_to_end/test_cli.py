@@ -25,7 +25,7 @@ from condit.cli import main
 from condit.cli.draw import output_paths, parse_reference
 from condit.data.icons import Icon, IconWorld, sample_path
 from condit.data.images import load_image, read_recipe, save_image
-from condit.request import USES, Reference, Request, differences, locate
+from condit.request import USES, Reference, Request, Studio, differences, locate
 from condit.weights import catalog
 from condit.weights.diffit import save_diffit
 
@@ -246,6 +246,13 @@ def test_the_printed_command_is_the_request(monkeypatch, tmp_path):
         main(shlex.split(REQUEST.command("out.png"))[1:])
     assert end.value.code == 0
     assert drawn == [REQUEST]
+
+
+def test_a_ready_edge_map_is_refused_by_an_adapter_that_takes_pictures():
+    studio = Studio.__new__(Studio)  # without the model, which the refusal does not need
+    studio.model, studio.adapters = "tiny", {"a.safetensors": condit.DEADiff.__new__(condit.DEADiff)}
+    with pytest.raises(ValueError, match="is a DEADiff, which takes a picture and no edge map"):
+        studio.control([Reference("a.safetensors", "e.png", ready=True)])
 
 
 def test_a_request_survives_its_recipe():
