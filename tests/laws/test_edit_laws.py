@@ -345,7 +345,7 @@ def test_an_edit_compiles_into_one_graph_that_serves_every_strength(pipes, kind)
         run = Run(backbone, 2, (4, 6), torch.zeros(2, 10), None, 4, edit=pair)
         acting = control.prepare(run).at(Step(1, 4, 0.6))
         outs.append([call(pipe, net, acting, kind) for net in (compiled, backbone)])
-        close(*outs[-1], 1e-5)
+        close(outs[-1][0], outs[-1][1], 1e-5)
     assert counter.frame_count == 1
     assert not torch.equal(outs[0][0], outs[1][0])
 

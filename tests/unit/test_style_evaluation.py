@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from condit.data.icons import IconWorld, sample_path
-from condit.encoders.clip import CONCEPT
 from condit.evaluation import style, style_rows, style_rulers
 from condit.evaluation.style import Protocol, choose_pairs, evaluate_style, rank_blocks, write_table
 from condit.evaluation.style_methods import (
@@ -110,8 +109,8 @@ def test_figures_stand_for_themselves(run):
     # No control leaks nothing above itself; the reference leaks itself and lies where it is asked for.
     assert value(result, "none", LEAKAGE) == value(result, "none", OWN) == value(result, "none", LIKENESS) == 0
     assert value(result, "copy", RETRIEVAL) == 1
-    assert value(result, "copy", LEAKAGE) > 0.1
-    assert value(result, "copy", LIKENESS) > 0.8
+    assert (value(result, "copy", LEAKAGE) or 0) > 0.1
+    assert (value(result, "copy", LIKENESS) or 0) > 0.8
     assert value(result, "real", SUBJECT) == pytest.approx(1)
     # Subtracting nothing is the plain adapter at 1.
     for measure in (SCORE, ACCURACY, LEAKAGE, LIKENESS, TOP5):
@@ -174,7 +173,7 @@ def test_the_run_leaves_a_page_and_figures(run):
     with Image.open(folder / "sheets" / "subtract.png") as sheet:
         assert sheet.width > 500
     with Image.open(folder / "plots" / "text-alignment-ta.png") as plot:
-        assert len(plot.convert("RGB").getcolors(1_000_000)) > 20
+        assert len(plot.convert("RGB").getcolors(1_000_000) or ()) > 20
 
 
 def test_the_tables_take_their_place_in_a_document(run, tmp_path):
@@ -226,13 +225,13 @@ def test_subtraction_feeds_the_adapter_the_difference_and_leaves_the_statistics(
         for path in control.empty
         for a, b in zip(control.empty[path], wanted.empty[path], strict=True)
     )
-    assert CONCEPT.stop < 256
 
 
 def test_the_shift_alone_has_no_keys(stage, world):
     given = look(world, choose_pairs(world, Protocol(count=2))[0])
     [whole], [alone] = plain(stage, given, 0.7), shift_only(stage, given, 0.7)
-    assert alone.kv == {} and torch.equal(alone.addition, whole.addition)
+    assert alone.kv == {} and alone.addition is not None and whole.addition is not None
+    assert torch.equal(alone.addition, whole.addition)
 
 
 def test_markdown_says_what_was_left_out(run):

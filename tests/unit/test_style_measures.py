@@ -38,9 +38,10 @@ def test_rows_are_resampled_together():
 
 @pytest.mark.parametrize("point", range(4))
 def test_a_method_that_is_the_baseline_lies_on_its_curve(curve, point):
-    gap = own.against_curve(*curve, curve[0][point], curve[1][point], CLUSTERS)
+    gap = own.against_curve(curve[0], curve[1], curve[0][point], curve[1][point], CLUSTERS)
     assert gap.side == "on"
     assert gap.difference == pytest.approx(0, abs=1e-9)
+    assert gap.low is not None and gap.high is not None
     assert gap.low <= 1e-9 and gap.high >= -1e-9
     assert gap.verdict(True) == gap.verdict(False) == "even"
 
@@ -48,7 +49,7 @@ def test_a_method_that_is_the_baseline_lies_on_its_curve(curve, point):
 def test_between_two_strengths_the_curve_is_linear(curve):
     styles, values = curve
     half_style, half_value = (styles[1] + styles[2]) / 2, (values[1] + values[2]) / 2
-    gap = own.against_curve(*curve, half_style, half_value + 0.2, CLUSTERS)
+    gap = own.against_curve(curve[0], curve[1], half_style, half_value + 0.2, CLUSTERS)
     # The added 0.2 is the same for every picture, so no resample sees another difference.
     assert (gap.difference, gap.low, gap.high) == pytest.approx((0.2, 0.2, 0.2), abs=1e-6)
     assert gap.verdict(more_is_better=True) == "better"
@@ -59,20 +60,21 @@ def test_paired_intervals_are_narrower_than_those_of_each_side(curve):
     styles, values = (([x + 3 * noise(9) for x in group]) for group in curve)
     gap = own.against_curve(styles, values, styles[2], values[2] - 0.05 + 0.1 * noise(5), CLUSTERS)
     alone = bootstrap(values[2], CLUSTERS)
+    assert gap.low is not None and gap.high is not None
     assert gap.high - gap.low < (alone.high - alone.low) / 2
     assert gap.verdict(more_is_better=False) == "better"
 
 
 @pytest.mark.parametrize(("shift", "side"), [(2.0, "above"), (-2.0, "below")])
 def test_beyond_the_curve_no_difference_is_given(curve, shift, side):
-    gap = own.against_curve(*curve, curve[0][0] + shift, curve[1][0], CLUSTERS)
+    gap = own.against_curve(curve[0], curve[1], curve[0][0] + shift, curve[1][0], CLUSTERS)
     assert (gap.side, gap.difference, gap.low, gap.high, gap.outside) == (side, None, None, None, 1.0)
     assert gap.verdict(True) == "out of range"
 
 
 def test_resamples_beyond_the_curve_are_counted(curve):
-    inside = own.against_curve(*curve, (curve[0][1] + curve[0][2]) / 2, curve[1][1], CLUSTERS)
-    edge = own.against_curve(*curve, curve[0][3] - 0.002 + noise(7), curve[1][3], CLUSTERS)
+    inside = own.against_curve(curve[0], curve[1], (curve[0][1] + curve[0][2]) / 2, curve[1][1], CLUSTERS)
+    edge = own.against_curve(curve[0], curve[1], curve[0][3] - 0.002 + noise(7), curve[1][3], CLUSTERS)
     assert inside.outside == 0
     assert 0.1 < edge.outside < 0.9
 

@@ -96,7 +96,7 @@ def edit(
         )
     recipe = {**result.recipe, "condit": condit.__version__, "edited": Path(image).name}
     png = target_path.suffix.lower() == ".png"
-    save_image(result.images[0], target_path, **({"recipe": recipe} if png else {}))
+    save_image(result.images[0], target_path, recipe=recipe if png else None)
     seconds = round(time.perf_counter() - start, 2)
     if page is not None:
         from condit.editing.page import edit_page

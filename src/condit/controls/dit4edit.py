@@ -137,7 +137,8 @@ class DiT4Edit(Control):
             and in_layers(call.site, self.count, self.self_layers)
         ):
             call = with_source(call, self.self_form, self.self_gate)
-        if self.maps and call.keys.start > 0 and call.image.stop > call.image.start:
+        rows, text = call.image, call.keys
+        if self.maps and text is not None and rows is not None and text.start > 0 and rows.stop > rows.start:
             inner = call.edit_map
             call = replace(call, edit_map=partial(self.edit_map, call=call, inner=inner))
         return attend(call)

@@ -37,10 +37,10 @@ class Targets(Control):
         return None if inner is None else replace(self, inner=inner)
 
     def around(self, call: Call, attend: Attend) -> Tensor:
-        plain = attend(call)
+        plain, asked = attend(call), call
 
-        def again(other: Call) -> Tensor:
-            return plain if other is call else attend(other)  # a side branch asks for the same call once more
+        def again(call: Call) -> Tensor:
+            return plain if call is asked else attend(call)  # a side branch asks for the same call once more
 
         return only_targets(plain, self.inner.around(call, again))
 

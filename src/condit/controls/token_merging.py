@@ -177,7 +177,8 @@ class TokenMerging(Control):
             found = match(metric, self.order, self.ratio)
         else:
             found = match(metric[0::2], self.order, self.ratio)
-            found = Matching(*(x.repeat_interleave(2, 0) for x in (found.rows, found.picks, found.counts)))
+            rows, picks, counts = (x.repeat_interleave(2, 0) for x in (found.rows, found.picks, found.counts))
+            found = Matching(rows, picks, counts)
         self.memory[key] = found = replace(found, mlp=self.mlp)
         return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -214,7 +213,7 @@ def edit_pictures(
 
     def where(level: int) -> Tensor | None:
         found = [m.to(trajectory) for m in (bound, *predict.regions(level)) if m is not None]
-        return editor.spread(prod(found), size) if found else None
+        return editor.spread(torch.stack(torch.broadcast_tensors(*found)).prod(0), size) if found else None
 
     drawn = edit_along(predicted, trajectory, inversion.path, anchored=anchored, mask=where)
     return results(

@@ -30,6 +30,7 @@ from condit.data.files import atomic_write
 from condit.data.icons import GROUPS, TRAIN_LICENCES, Icon, IconWorld, plain_caption, sample_path, unit
 from condit.data.images import save_image, to_images
 from condit.data.sheets import Cell, contact_sheet
+from condit.diffusion.inversion import Solver
 from condit.encoders.clip import CONCEPT, embed_image, embed_text, token_ids
 from condit.evaluation.judge import Judge, frame, load_judge, to_input
 from condit.evaluation.measures import bootstrap, concept_ranks, edge_similarity
@@ -51,7 +52,7 @@ METHODS: dict[str, tuple[tuple[Control, ...], bool]] = {
     "unified": ((DiT4Edit(),), True),
     "unified, merging 50 %": ((DiT4Edit(), TokenMerging(0.5, minimum=0)), True),
 }
-SOLVERS = {"first_order": 1, "entered": 1, "fixed_point": 3}  # network calls a level, up
+SOLVERS: dict[Solver, int] = {"first_order": 1, "entered": 1, "fixed_point": 3}  # network calls a level, up
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 PHOTO_PROMPTS = ("an astronaut", "a cat face", "a cup of coffee", "a rocket")
 
@@ -124,7 +125,9 @@ def evaluate_edit(
 
     began, folder = time.perf_counter(), Path(out)
     world = IconWorld.open(data or sample_path())
-    pipe, judge = pipe or load(model), judge or load_judge()
+    pipe = load(model) if pipe is None else pipe
+    judge = judge or load_judge()
+    assert pipe is not None  # load tells its own errors
     rows, sheets, seconds = [], {}, {}
     for task in ("concept", "vendor"):
         jobs = choose_jobs(world, task, count, seed)
@@ -258,7 +261,7 @@ def background_figures(images: Tensor, sources: Tensor, background: Tensor) -> t
     ssim = []
     for image, source, mask in zip(images, sources, background, strict=True):
         pair = (x.permute(1, 2, 0).numpy() for x in (image, source))
-        _, values = structural_similarity(*pair, channel_axis=2, full=True)
+        values = structural_similarity(*pair, channel_axis=2, full=True)[1]
         ssim.append(float((torch.from_numpy(np.asarray(values)).mean(-1) * mask).sum() / mask.sum()))
     return psnr, torch.tensor(ssim)
 
@@ -323,7 +326,7 @@ def round_trips(
                 prompts,
                 num_inference_steps=steps,
                 solver=solver,
-                iterations=iterations,  # type: ignore[arg-type]
+                iterations=iterations,
             )
             case = f"{solver}, {steps} steps, {calls * steps} network calls"
             rows.append(interval(what, "round trip, dB in the latent", case, found.decibels, prompts))

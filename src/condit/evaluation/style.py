@@ -120,7 +120,8 @@ def evaluate_style(
         for strength in method.strengths:
             study.images[method.name, strength] = make_pictures(study, method, strength)
     tell("measuring")
-    given = {shows: make_given(study, ruler, shows) for shows in {method.shows for method in methods}}
+    kinds: set[Literal["style", "subject"]] = {method.shows for method in methods}
+    given = {shows: make_given(study, ruler, shows) for shows in kinds}
     values = measure(study, ruler, methods, given)
     figures = describe(study, methods, values, given["style"].clusters)
     result = {

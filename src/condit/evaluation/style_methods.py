@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from condit.controls.control import Control
+from condit.controls.ip_adapter import IPReference
 from condit.data.icons import Icon, IconWorld, plain_caption
 from condit.encoders.clip import CONCEPT, embed_text, token_ids
 from condit.evaluation.adain import AdaIN
@@ -46,7 +47,7 @@ class Stage:
     adain: AdaIN | None = None
 
 
-Make = Callable[[Stage, Shown, float], list[Control]]
+Make = Callable[[Stage, Shown, float], Sequence[Control]]
 Edit = Callable[[Stage, Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -103,17 +104,17 @@ def nothing(stage: Stage, given: Shown, strength: float) -> list[Control]:
     return []
 
 
-def plain(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[Control]:
+def plain(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[IPReference]:
     """The whole IP-Adapter at lambda = strength."""
     return [stage.adapters[adapter].control(list(given.references), strength=strength)]
 
 
-def attention_only(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[Control]:
+def attention_only(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[IPReference]:
     """Decoupled attention without the shift of the pooled vector: the paper's adapter."""
     return [replace(control, addition=None) for control in plain(stage, given, strength, adapter)]
 
 
-def shift_only(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[Control]:
+def shift_only(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[IPReference]:
     """The shift of the pooled vector without attention."""
     return [replace(control, kv={}, empty={}) for control in plain(stage, given, strength, adapter)]
 
@@ -134,7 +135,7 @@ def style_block(stage: Stage, given: Shown, strength: float, adapter: str = STYL
 
 def subtracted(
     stage: Stage, given: Shown, strength: float, adapter: str = STYLE, part: slice | None = None
-) -> list[Control]:
+) -> list[IPReference]:
     """Content subtraction at lambda = 1: the adapter is fed e - s c, c the text embedding of the reference's own label
     (InstantStyle, section 3.2). part: of the embedding; None is all of it."""
     pipe = stage.pipe
