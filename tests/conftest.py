@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,7 +197,12 @@ def build_tower() -> ClipPatches:
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         tower = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
     return ClipPatches(tower.eval().requires_grad_(False))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,7 +246,12 @@ def company(world) -> list[Control]:
 
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
         vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=12)
         encoder = CLIPImage(CLIPVisionModelWithProjection(vision).eval().requires_grad_(False))
         ip = IPAdapter.new(world.pipe, IPConfig(12, 3, 12, combine="concat", feature="embeds")).requires_grad_(False)

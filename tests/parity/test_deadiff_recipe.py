@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,12 @@ def folder(make_sd, tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     make_sd("sd15").save_pretrained(tmp_path / "model")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
     vision.save_pretrained(tmp_path / "clip")
     (tmp_path / "pairs").mkdir()

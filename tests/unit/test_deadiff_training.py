@@ -4,6 +4,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,7 +269,12 @@ def test_a_folder_without_pairs_of_a_wanted_kind_is_told(make_task, tmp_path):
 def test_the_image_tower_comes_from_a_folder_of_clip_without_its_last_block(tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     whole = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=16, patch_size=8)).eval()
     whole.save_pretrained(tmp_path)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
