@@ -69,7 +69,7 @@ def variants(network: nn.Module, arguments: tuple, device: str) -> Variants:
 
 
 def dit(name: str, batch: int, device: str) -> Variants:
-    from diffusers import DiTTransformer2DModel
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     config = DIT[name]
     network = randomise(DiT(config)).to(device)
@@ -109,7 +109,7 @@ def vit(name: str, batch: int, device: str) -> Variants:
         intermediate_size=config.mlp_dim,
         image_size=side,
         patch_size=config.patch_size,
-        num_labels=config.classes,
+        num_labels=config.classes,  # type: ignore[call-arg]
     )
     other = randomise(ViTForImageClassification(their_config)).to(device)
     shown = x.to(device)

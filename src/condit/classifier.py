@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
+from typing import cast
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ class ViTPipeline:
         """(B, 3, H, W) at the model's size, as its publisher evaluates, on the model's device."""
         if self.model.config.in_channels != 3:
             raise ValueError(f"{self.name} takes {self.model.config.in_channels} channels; pictures have 3.")
-        sources = list(images) if isinstance(images, list | tuple) else [images]
+        sources = cast("list[ImageSource]", list(images) if isinstance(images, list | tuple) else [images])
         if not sources:
             raise ValueError("No picture in the list; give at least one.")
         batch = torch.stack([prepare(load_image(source), self.parts.preprocess) for source in sources])

@@ -40,7 +40,7 @@ def write_model(folder: Path, generator: torch.Generator) -> MMDiT:
     randomise(clip, generator)
     clip.save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "clip")
-    canvas = nn.Linear(clip.config.projection_dim, 64 * 16)
+    canvas = nn.Linear(clip.text_projection.out_features, 64 * 16)
     vae_config = PatchAutoencoderConfig(width=16, depth=1)
     backbone_config = replace(PRESETS["tiny"], num_layers=1, num_single_layers=1)
     vae, backbone = PatchAutoencoder(vae_config), MMDiT(backbone_config)

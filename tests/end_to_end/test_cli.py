@@ -250,7 +250,8 @@ def test_the_printed_command_is_the_request(monkeypatch, tmp_path):
 
 def test_a_ready_edge_map_is_refused_by_an_adapter_that_takes_pictures():
     studio = Studio.__new__(Studio)  # without the model, which the refusal does not need
-    studio.model, studio.adapters = "tiny", {"a.safetensors": condit.DEADiff.__new__(condit.DEADiff)}
+    studio.model = "tiny"
+    studio.adapters = {"a.safetensors": condit.DEADiff.__new__(condit.DEADiff)}
     with pytest.raises(ValueError, match="is a DEADiff, which takes a picture and no edge map"):
         studio.control([Reference("a.safetensors", "e.png", ready=True)])
 

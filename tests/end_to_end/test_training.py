@@ -102,7 +102,7 @@ def test_rows_without_a_reference_do_not_pass_through_the_style_adapter(random_t
     found = []
     for scale in (0.0, 1.0):
         for pair in task.ip.ip_adapter.values():
-            torch.nn.init.normal_(pair.to_v_ip.weight, std=scale)
+            torch.nn.init.normal_(pair.get_parameter("to_v_ip.weight"), std=scale)
         found.append(task(batch, torch.Generator().manual_seed(0))[1])
     assert found[0]["plain"] == found[1]["plain"]
 

@@ -44,21 +44,22 @@ def build_flux(config: MMDiTConfig, *, dynamic: bool):
 
     torch.manual_seed(0)
     clip_tokenizer, t5_tokenizer = tokenizers()
+    ends: dict[str, Any] = {
+        f"{end}_token_id": getattr(clip_tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")
+    }
     clip = CLIPTextConfig(
         vocab_size=len(clip_tokenizer),
         hidden_size=10,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        bos_token_id=clip_tokenizer.bos_token_id,
-        eos_token_id=clip_tokenizer.eos_token_id,
-        pad_token_id=clip_tokenizer.pad_token_id,
+        **ends,
     )
     t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=12, d_kv=6, d_ff=16, num_layers=1, num_heads=2)
     vae = AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4),  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
         latent_channels=2,
         norm_num_groups=2,
         use_quant_conv=False,
@@ -117,8 +118,8 @@ def build_sd(kind: str, *, scheduler=None, **unet):
         }
     vae = diffusers.AutoencoderKL(
         block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=2,
@@ -194,8 +195,8 @@ def build_pixart(kind: str):
         ),
         "vae": diffusers.AutoencoderKL(
             block_out_channels=(4, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            down_block_types=("DownEncoderBlock2D",) * 2,  # type: ignore[arg-type]
+            up_block_types=("UpDecoderBlock2D",) * 2,  # type: ignore[arg-type]
             latent_channels=4,
             layers_per_block=1,
             norm_num_groups=2,

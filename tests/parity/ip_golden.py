@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def unet_of(config: dict, file: Path) -> UNet:
     known = UNetConfig.__dataclass_fields__
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
     unet = UNet(UNetConfig(**fields))
     unet.load_state_dict(load_file(file), strict=True)
     return unet.eval().requires_grad_(False)
@@ -78,7 +79,7 @@ class GoldenPipe:
     def predict(self, t: dict[str, Tensor], *controls: Control) -> Tensor:
         """The noise that the UNet predicts for the inputs of a fixture."""
         x = t["sample"]
-        acting = [c for control in controls for c in self.at_work(control, len(x), tuple(x.shape[2:]))]
+        acting = [c for control in controls for c in self.at_work(control, len(x), (x.shape[2], x.shape[3]))]
         more = {"pooled": t["pooled"], "sizes": t["time_ids"]} if "pooled" in t else {}
         return self.backbone(x, t["timestep"].expand(len(x)).float(), t["text_embeds"], controls=acting, **more)
 

@@ -251,7 +251,9 @@ def vae():
 def test_condition_tokens_equal_the_official_encoding(vae):
     f = load_file(GOLDEN / "vae_encode.safetensors")
     pixels = f["image"] if f["image"].shape[-1] == 3 else f["image"].movedim(0, -1)
-    equal(to_tensor(pixels.numpy(), tuple(f["preprocessed"].shape[-2:]))[None], f["preprocessed"])
+    equal(
+        to_tensor(pixels.numpy(), (f["preprocessed"].shape[-2], f["preprocessed"].shape[-1]))[None], f["preprocessed"]
+    )
     posterior = vae.encode(f["preprocessed"]).latent_dist
     equal(posterior.mean, f["mean"])
     shift, scaling = vae.config.shift_factor, vae.config.scaling_factor

@@ -36,7 +36,7 @@ def theirs(config: PixArtConfig):
         sample_size=config.sample_size,
         patch_size=config.patch_size,
         caption_channels=config.caption_channels,
-        interpolation_scale=config.interpolation_scale,
+        interpolation_scale=config.interpolation_scale,  # type: ignore[arg-type]
         use_additional_conditions=config.use_additional_conditions,
     ).eval()
 

@@ -64,7 +64,7 @@ def write(folder: Path, config: DiTConfig | DiffiTConfig = DIT, names: list[str]
 
 def write_vae(folder: Path) -> Path:
     """A random AutoencoderKL of 4 channels whose latents have an eighth of the pixels."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     with torch.random.fork_rng():

@@ -184,7 +184,7 @@ def test_a_rectangular_latent_comes_back_in_its_shape_and_its_orientation(model)
 
 def test_a_model_trained_on_a_rectangle_needs_no_resizing():
     model = DiffiT(replace(TINY, input_size=(4, 12)))
-    assert model.blocks[0].attn.relative_position_bias_table.shape == (3 * 11, 2)
+    assert model.get_parameter("blocks.0.attn.relative_position_bias_table").shape == (3 * 11, 2)
     assert torch.equal(model.positions((2, 6)), model.pos_embed)
 
 

@@ -58,7 +58,9 @@ def test_keys_are_normalised_and_one_token_is_its_value(pipe, adapter):
 def test_a_fresh_adapter_starts_as_the_plain_model(pipe, pictures):
     fresh = IPAdapter(IPConfig(12, heads=2), pipe.backbone.sites, 32, pipe)
     call = call_of(pipe)
-    assert torch.equal(at_step(pipe, fresh.control(pictures(1))).around(call, sdpa), sdpa(call))
+    control = fresh.control(pictures(1))
+    assert isinstance(control, IPReference)
+    assert torch.equal(at_step(pipe, control).around(call, sdpa), sdpa(call))
 
 
 def test_a_call_without_image_rows_is_left_alone(pipe, adapter, pictures):
@@ -135,9 +137,10 @@ def test_summed_references_shift_by_the_sum_of_their_shifts(pipe, make_ip, pictu
     parts = [at_step(pipe, adapter.control(r, strength=s)) for r, s in ((one, 0.3), (two, 0.5))]
     both = at_step(pipe, adapter.control([[one, two]], combine="sum", weights=[0.3, 0.5]))
     shifts = [part.pooled() for part in parts]
+    assert shifts[0] is not None and shifts[1] is not None
     torch.testing.assert_close(both.pooled(), shifts[0] + shifts[1], rtol=0, atol=1e-6)
     call = call_of(pipe)
-    expected = parts[1].around(call, lambda c: parts[0].around(c, sdpa))
+    expected = parts[1].around(call, lambda call: parts[0].around(call, sdpa))
     torch.testing.assert_close(both.around(call, sdpa), expected, rtol=0, atol=1e-6)
 
 
@@ -156,7 +159,7 @@ def test_the_empty_reference_of_guidance_is_zero_features(adapter, pictures):
 def test_a_curve_scales_the_strength(pipe, adapter, pictures):
     control = adapter.control(pictures(1), strength=0.8, when=When(curve=lambda progress: 0.5))
     weight = at_step(pipe, control).weight
-    assert weight is not None and float(weight) == pytest.approx(0.4)
+    assert isinstance(weight, torch.Tensor) and float(weight) == pytest.approx(0.4)
 
 
 def test_unequal_numbers_of_references_and_unknown_combinations_are_refused(adapter, pictures):

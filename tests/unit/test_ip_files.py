@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from condit.backbones.unet import PRESETS, UNet
 from condit.controls.control import Where
-from condit.controls.instantstyle import InstantStyle, preset
+from condit.controls.instantstyle import InstantStyle, Join, preset
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import fit_layers, layers_of, needs_of, read_layout
 from condit.controls.ip_projectors import IdentityPlusProjection, Perceiver, projector_of
@@ -33,7 +34,7 @@ def vision(folder: Path, *, hidden: int = 20, projection: int = 12) -> Path:
     """A folder as h94/IP-Adapter's image_encoder."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = {
+    config: dict[str, Any] = {
         "hidden_size": hidden, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
         "image_size": 28, "patch_size": 14, "projection_dim": projection,
     }  # fmt: skip
@@ -460,12 +461,13 @@ def test_words_are_subtracted_before_the_projector_alone_or_several(pipe, file, 
     assert style.text is not None
     e = style.adapter.features(pictures(2))
     one, two = style.text(["a dog"])[0], style.text(["a dog", "grass"])
-    for how, words, taken in (
-        ({}, "a dog", 0.5 * one),
-        ({}, ["a dog", "grass"], 0.5 * two.sum(0)),
-        ({"join": "mean"}, ["a dog", "grass"], 0.5 * two.mean(0)),
-    ):
-        control = style.control(pictures(2), preset="style", content=words, content_scale=0.5, **how)
+    cases: tuple[tuple[Join, str | list[str], torch.Tensor], ...] = (
+        ("sum", "a dog", 0.5 * one),
+        ("sum", ["a dog", "grass"], 0.5 * two.sum(0)),
+        ("mean", ["a dog", "grass"], 0.5 * two.mean(0)),
+    )
+    for join, words, taken in cases:
+        control = style.control(pictures(2), preset="style", content=words, content_scale=0.5, join=join)
         expected = style.adapter.reference(e - taken, where=preset("style", pipe.backbone))
         for path, pair in expected.kv.items():
             for found, wanted in zip(control.kv[path], pair, strict=True):  # type: ignore[attr-defined]

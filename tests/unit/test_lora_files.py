@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_a_folder_of_peft_is_read_with_its_ranks_and_alphas(tmp_path):
     assert {path: len(lora.a[key]) for path, key in lora.keys.items()} == {"attn.to_q": 2, "attn.to_k": 3}
     x = torch.randn(5, 4)
     for name in ("to_q", "to_k"):
-        layer = model.base_model.model["attn"][name]
+        layer: Any = model.base_model.get_submodule(f"model.attn.{name}")
         ours = Linear(4, 6)
         ours.load_state_dict(layer.base_layer.state_dict())
         ours.path = f"attn.{name}"

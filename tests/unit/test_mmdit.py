@@ -48,7 +48,8 @@ def test_one_weight_needs_one_row(merged):
 
 def test_rows_of_the_image_are_told_apart_from_text_and_condition():
     given, _ = frame(torch.tensor(0.5).log(), merged=False)
-    apart = [Stream(*[torch.zeros(1, 0)] * 4, log_weight=torch.tensor(0.5).log(), weight_text=False, sees="main")]
+    x = torch.zeros(1, 0)
+    apart = [Stream(x, x, x, x, log_weight=torch.tensor(0.5).log(), weight_text=False, sees="main")]
     text, image, own = groups(0, 1, [None, None, *apart])
     assert image_rows(given.groups[0], [TEXT, IMAGE], given) == slice(2, 5)
     assert image_rows(text, [TEXT], given) == slice(0, 0)

@@ -14,6 +14,7 @@ def diffusers_sigmas(steps: int, *, shift: float, mu: float | None) -> torch.Ten
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=mu is not None)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=mu)
+    assert isinstance(scheduler.sigmas, torch.Tensor)
     return scheduler.sigmas
 
 

@@ -147,7 +147,9 @@ def published(layout: str) -> dict[str, Tensor]:
     told = json.loads((GOLDEN / f"layout_{layout}.json").read_text())
     shapes = {row["hub"]: row["shape"] for row in told["keys"].values()} if "keys" in told else told
     g = torch.Generator().manual_seed(0)
-    return {name: torch.randn([SMALLER.get(n, n) for n in shape], generator=g) for name, shape in shapes.items()}
+    return {
+        name: torch.randn([SMALLER.get(int(n), int(n)) for n in shape], generator=g) for name, shape in shapes.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -226,7 +227,7 @@ class DiffiT(LatentTransformer):
     def biases(self, grid: tuple[int, int]) -> list[Tensor]:
         """The bias (1, heads, N, N) of every layer for a token grid. They hold for all steps of a run, so a sampler
         forms them once and hands them to `forward`; 117 MB in float32 at 256 px and 1.9 GB at 512 px for XL/2."""
-        return [block.attn.bias(grid) for block in self.blocks]
+        return [cast("TMSA", block.attn).bias(grid) for block in self.blocks]
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position table (1, N, D): the stored one on the trained grid, else resized like the bias tables."""
@@ -296,7 +297,8 @@ class NoiseEmbedder(nn.Module):
 
     def forward(self, c_noise: Tensor, lora: LoRA | None = None) -> Tensor:
         first, activation, second = self.mlp
-        return second(activation(first(noise_features(c_noise, self.features).to(first.weight.dtype), lora)), lora)
+        dtype = cast("Linear", first).weight.dtype
+        return second(activation(first(noise_features(c_noise, self.features).to(dtype), lora)), lora)
 
 
 class ResBlock(nn.Module):
@@ -390,7 +392,8 @@ class DiffiTImage(nn.Module):
     @property
     def sites(self) -> list[Site]:
         """Every attention layer in the order of execution."""
-        return [block.block.attn.site for stage in (*self.encoder, *self.decoder) for block in stage.blocks]
+        stages = cast("list[Any]", [*self.encoder, *self.decoder])
+        return [block.block.attn.site for stage in stages for block in stage.blocks]
 
     def forward(
         self,

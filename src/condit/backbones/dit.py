@@ -7,8 +7,9 @@ weights (see `condit.weights.dit`); this is the official function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +172,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor, lora: LoRA | None = None) -> Tensor:
         first, activation, second = self.mlp
-        return second(activation(first(timestep_features(t).to(first.weight.dtype), lora)), lora)
+        dtype = cast("Linear", first).weight.dtype
+        return second(activation(first(timestep_features(t).to(dtype), lora)), lora)
 
 
 class LabelEmbedder(nn.Module):
@@ -285,7 +287,7 @@ class LatentTransformer(nn.Module):
     @property
     def sites(self) -> list[Site]:
         """Every attention layer in the order of execution."""
-        return [block.attn.site for block in self.blocks]
+        return [block.attn.site for block in cast("Iterable[Block]", self.blocks)]
 
     @property
     def null_label(self) -> int:

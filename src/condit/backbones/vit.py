@@ -8,9 +8,9 @@ The other layouts are read and written by `condit.weights.vit`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -232,7 +232,7 @@ class ViT(nn.Module):
     @property
     def sites(self) -> list[Site]:
         """Every attention layer in the order of execution."""
-        return [block.attn.site for block in self.blocks]
+        return [block.attn.site for block in cast("Iterable[Block]", self.blocks)]
 
     def embed(self, images: Tensor) -> Tensor:
         """Patches, class token and positions, Eq. 1: (B, 3, H, W) -> (B, N, dim)."""
@@ -315,7 +315,7 @@ def initialise(model: ViT, generator: torch.Generator | None = None) -> None:
         nn.init.zeros_(model.cls_token)
     nn.init.normal_(model.pos_embed, std=0.02, generator=g)
     lecun_normal_(model.patch_embed.proj, g)
-    for block in model.blocks:
+    for block in cast("Iterable[Block]", model.blocks):
         # Each of q, k, v is a map of its own: Xavier's bound on the fused matrix would be smaller by sqrt(2).
         for weight in (
             *block.attn.qkv.weight.chunk(3),

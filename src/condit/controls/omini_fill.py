@@ -39,9 +39,8 @@ def hide(image: ImageSource, mask: ImageSource) -> Image.Image:
     """The picture with the white part of the mask black: the condition of the published fill adapter, which draws the
     whole picture anew. Image and mask are put together at the picture's size."""
     picture = load_image(image)
-    hidden = (
-        load_image(mask).convert("L").resize(picture.size, Image.Resampling.NEAREST).point(lambda v: 255 * (v > 127))
-    )
+    hidden = load_image(mask).convert("L").resize(picture.size, Image.Resampling.NEAREST)
+    hidden = hidden.point([255 * (value > 127) for value in range(256)])
     return Image.composite(Image.new("RGB", picture.size), picture, hidden)
 
 

@@ -63,7 +63,7 @@ def canny_array(pixels: np.ndarray, low: int = 100, high: int = 200) -> np.ndarr
     along = np.where(vertical, (size > at(-1, 0)) & (size >= at(1, 0)), along)
     along = np.where(horizontal, (size > at(0, -1)) & (size >= at(0, 1)), along)
     thin = np.where(along, size, 0)
-    chains = label(thin > low, connectivity=2)
+    chains = np.asarray(label(thin > low, connectivity=2))
     return np.isin(chains, np.unique(chains[thin > high])).astype(np.uint8) * 255
 
 

@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .icon_styles import Style, style_of
 
@@ -68,7 +69,7 @@ def fetch(packages: Iterable[Package], folder: Path) -> dict[str, Path]:
 def names(style: str, tarball: Path) -> list[str]:
     """Every icon name of the style's set; variant suffixes ("-bold") are still on."""
     if style == "noto-mono":
-        return [f"{code:04X}" for code in sorted(_font(tarball).getBestCmap())]
+        return [f"{code:04X}" for code in sorted(_characters(_font(tarball)))]
     inside = _files_inside(style)
     if inside is None:
         return [name for name, icon in _icon_set(tarball)["icons"].items() if not _retired(style, icon)]
@@ -140,12 +141,18 @@ def _font(tarball: Path):
     return TTFont(io.BytesIO(_read(tarball, "package/files/noto-emoji-emoji-400-normal.woff")))
 
 
+def _characters(font: Any) -> dict[int, str]:
+    found = font.getBestCmap()
+    assert found is not None  # the pinned font has a table of Unicode
+    return found
+
+
 def _glyphs(tarball: Path, wanted: Iterable[str]) -> Iterator[tuple[str, str]]:
     from fontTools.pens.boundsPen import BoundsPen
     from fontTools.pens.svgPathPen import SVGPathPen
 
     font = _font(tarball)
-    glyphs, characters = font.getGlyphSet(), font.getBestCmap()
+    glyphs, characters = font.getGlyphSet(), _characters(font)
     for name in sorted(wanted):
         glyph = glyphs[characters[int(name, 16)]]
         outline, bounds = SVGPathPen(glyphs), BoundsPen(glyphs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class TinyText(nn.Module):
         super().__init__()
         self.clip, self.tokenizer = clip, tokenizer
         self.tokens, self.channels = tokens, channels
-        self.canvas = nn.Linear(clip.config.projection_dim, tokens * channels)
+        self.canvas = nn.Linear(clip.text_projection.out_features, tokens * channels)
 
     def forward(self, prompts: Sequence[str]) -> Text:
         """Prompts -> states of all 24 tokens, pooled vector of unit variance, canvas. No gradient."""
@@ -163,7 +163,7 @@ class ClipText(nn.Module):
             if self.penultimate:
                 states.append(hidden)
             else:
-                tower = getattr(encoder, "text_model", encoder)  # transformers 5 has it flat
+                tower: Any = getattr(encoder, "text_model", encoder)  # transformers 5 has it flat
                 states.append(out.last_hidden_state if not clip_skip else tower.final_layer_norm(hidden))
             if self.penultimate and "text_embeds" in out:
                 pooled = out.text_embeds

@@ -83,6 +83,9 @@ class PatchAutoencoder(nn.Module):
         super().__init__()
         c = self.config = config
         pixels = 3 * c.patch * c.patch
+        self.mean: Tensor
+        self.basis: Tensor
+        self.deviation: Tensor
         self.register_buffer("mean", torch.zeros(pixels))
         self.register_buffer("basis", torch.zeros(c.latent_channels, pixels))  # orthonormal rows
         # Deviation of each principal component: the decoder reads them whitened.

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from condit.backbones.dit import DiTConfig
-from condit.backbones.vit import ViT
+from condit.backbones.vit import ViTConfig
 from condit.class_pipeline import ClassPipeline
 from condit.classifier import ViTPipeline
 from condit.data.files import atomic_write
@@ -279,13 +279,13 @@ def described(model: ClassPipeline | ViTPipeline, folder: str | Path) -> dict[st
     card = Path(folder) / "card.json"
     told = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
     kept = {key: told[key] for key in ("steps", "images_seen", "seconds") if key in told}
-    c: Any = network.config
+    c = network.config
     plain = isinstance(c, DiTConfig) and not c.gates
     return {
         "backbone": type(network).__name__,
         "adaln": ("plain" if plain else "zero") if isinstance(c, DiTConfig) else None,
         "depth": c.depth,
-        "width": c.dim if type(network) is ViT else c.hidden_size,
+        "width": c.dim if isinstance(c, ViTConfig) else c.hidden_size,
         "parameters": sum(p.numel() for p in network.parameters()),
         **kept,
     }

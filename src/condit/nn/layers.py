@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -94,4 +95,5 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([up, nn.Identity(), Linear(ratio * dim, dim)])
 
     def forward(self, x: Tensor, lora: LowRank | None = None) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x, lora), approximate="tanh"), lora)
+        up = cast("Linear", self.net[0].proj)
+        return self.net[2](F.gelu(up(x, lora), approximate="tanh"), lora)

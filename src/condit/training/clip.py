@@ -97,9 +97,11 @@ class ClipTask(Task):
         self.look_weight, self.more_captions = look_weight, more_captions
         self.thumbnails = torch.cat([thumbnails(self.icons.images([i])) for i in range(len(self.icons))])
         components, mean = principal(self.thumbnails, LOOK)
+        self.components: Tensor
+        self.mean: Tensor
         self.register_buffer("components", components)
         self.register_buffer("mean", mean)
-        self.look = nn.Linear(self.clip.config.projection_dim, LOOK)
+        self.look = nn.Linear(self.clip.text_projection.out_features, LOOK)
         nn.init.zeros_(self.look.weight)
         if init is not None:
             # The text tower belongs to a tokenizer of its own, so only the image side is taken.

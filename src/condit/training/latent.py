@@ -97,9 +97,9 @@ class LatentTask(Task):
                 half = len(x) // 2
                 clean = encode_tokens(self.vae, batch.images[-half:])
                 x = torch.cat([x[:-half], self.redrawn(clean, batch.captions[-half:], generator)])
-        grid = tuple(side // (2 * self.vae.config.patch) for side in batch.images.shape[-2:])
+        rows, columns = (side // (2 * self.vae.config.patch) for side in batch.images.shape[-2:])
         scale, shift = scale_shift(self.vae)
-        decoded = self.vae.decode(unpack(x, grid) / scale + shift).sample.float()
+        decoded = self.vae.decode(unpack(x, (rows, columns)) / scale + shift).sample.float()
         error = (decoded - batch.images).square().flatten(1).mean(1)
         return (error + 1e-4).log().mean(), {"mse": float(error.detach().mean())}
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class LatentSet:
 
 
 @torch.no_grad()
-def moments_of(vae: nn.Module, images: Tensor) -> Tensor:
+def moments_of(vae: Any, images: Tensor) -> Tensor:
     """(B, 3, H, W) -> scaled mean [and deviation], (B, 1 or 2, C, h, w), on the CPU."""
     scale, shift = scale_shift(vae)
     posterior = vae.encode(images.to(next(vae.parameters()).device)).latent_dist

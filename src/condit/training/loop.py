@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import KwargsHandler
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -130,7 +131,9 @@ class Loop:
     def __init__(self, task: Task, config: LoopConfig, out: Path, *, resume: bool = True, progress: bool = False):
         self.task, self.config, self.out, self.progress = task, config, out, progress
         self.precision = fast_precision() if config.precision == "auto" else config.precision
-        partly = [DistributedDataParallelKwargs(find_unused_parameters=True)] if task.partly_used else []
+        partly: list[KwargsHandler] = (
+            [DistributedDataParallelKwargs(find_unused_parameters=True)] if task.partly_used else []
+        )
         self.accelerator = Accelerator(mixed_precision=self.precision, kwargs_handlers=partly)
         if self.accelerator.distributed_type is DistributedType.FSDP:
             raise ValueError(

@@ -26,9 +26,9 @@ def load_vae(source: str | Path) -> Any:
         return load_latent(folder).requires_grad_(False)
     if kind != "AutoencoderKL":
         raise ValueError(f"{folder} holds a {kind}; a PatchAutoencoder or an AutoencoderKL is expected.")
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    vae, told = AutoencoderKL.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    vae, told = AutoencoderKL.from_pretrained(folder, local_files_only=True, output_loading_info=True)  # type: ignore[misc]
     if told["missing_keys"]:  # diffusers only warns, and fills them with chance
         raise ValueError(f"{folder} misses {len(told['missing_keys'])} tensors (first: {told['missing_keys'][0]}).")
     return vae.float().eval().requires_grad_(False)
