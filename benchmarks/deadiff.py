@@ -51,19 +51,8 @@ def setting(*, full: bool, device: str, cells: int) -> Setting:
     config = UNetConfig() if full else UNetConfig(block_out_channels=(64, 128, 256, 256))
     unet = UNet(config).to(device, dtype).eval()
     blocks = 24 if full else 4
-<<<<<<< HEAD
     sizes: Any = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 224}
     vision: Any = CLIPVisionModel(CLIPVisionConfig(**sizes, num_hidden_layers=blocks, patch_size=14)).eval()
-=======
-    sizes: dict[str, Any] = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": 16,
-    }
-    vision = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=224, patch_size=14)).eval()
-    vision.to(device)  # type: ignore[arg-type]
->>>>>>> types
     readers = QFormerConfig() if full else QFormerConfig(layers=2)
     adapter = DEADiff.new(unet.float(), readers, ClipPatches(vision).to(device)).to(device).eval()
     unet.to(dtype)

@@ -10,13 +10,8 @@ from torch import Tensor
 
 from condit.backbones.unet import Attention, Block, Frame, UNet, UNetConfig
 from condit.controls.control import Control, Run, Step
-<<<<<<< HEAD
 from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference
 from condit.controls.deadiff_layers import Name, cross_shapes, layer_table
-=======
-from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference, cross_shapes, layer_table
-from condit.controls.deadiff_layers import Name
->>>>>>> types
 from condit.diffusion.vp import Process, make_path
 from condit.diffusion.vp_samplers import ddim
 from condit.encoders.clip_patches import ClipPatches, resize_antialiased
@@ -213,12 +208,8 @@ def controls_of(adapter: DEADiff, unet: UNet, sets, strength: float, text: Tenso
     tokens: dict[Name, Tensor] = {name: io[name] for name in sets or ("style",)}
     control = adapter.reference(tokens, strength=dict.fromkeys(("style", "content"), strength), content_text=text)
     control = control if sets else control.negative()
-<<<<<<< HEAD
     run = Run(unet, len(io["x"]), (8, 8), io["x"], None, 4)  # type: ignore[arg-type]
     found = control.prepare(run).at(Step(0, 1, 1.0))
-=======
-    found = control.prepare(Run(unet, len(io["x"]), (8, 8), io["x"], None, 4)).at(Step(0, 1, 1.0))  # type: ignore[arg-type]
->>>>>>> types
     return [found] if found is not None else []
 
 
