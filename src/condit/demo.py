@@ -27,7 +27,7 @@ IN_CHINESE = {
     "螃蟹": "crab (Chinese)",
 }
 CHANGED = "changed by words\nDiT4Edit"
-PROMPTS = ("a red apple", "a frog", "a rocket", "红苹果")
+PROMPTS = ("a red apple", "a penguin", "a guitar", "红苹果")
 
 
 @dataclass(frozen=True)
