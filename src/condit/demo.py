@@ -75,8 +75,8 @@ CHANGES = (
 ROWS = (
     Row("plain\ntext to image"),
     Row("+ style\nof the reference", (Given("style", "fluent-emoji-high-contrast", "key"),)),
-    Row("+ style\nof another", (Given("style", "fluent-emoji-3d", "tulip"),)),
-    Row("+ style\nof a third", (Given("style", "emojione-monotone", "guitar"),)),
+    Row("+ style\nof another", (Given("style", "fluent-emoji-3d", "tulip"),), PROMPTS[:3]),
+    Row("+ style\nof a third", (Given("style", "emojione-monotone", "guitar"),), PROMPTS[:3]),
     Row(
         "+ subject\nas another hand drew it",
         (Given("subject", "fluent-emoji-flat", "automobile"),),
@@ -95,7 +95,7 @@ ROWS = (
     Row(
         "gray -> colour",
         (Given("gray", "fluent-emoji-flat", "automobile"),),
-        ("an automobile", "a red car", "an automobile, twemoji style", "汽车"),
+        ("an automobile", "a red car", "an automobile, twemoji style"),
     ),
     Row(
         "all together\nstyle + subject + edges",
