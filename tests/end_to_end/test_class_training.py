@@ -345,11 +345,11 @@ def test_a_loss_of_nan_is_skipped_and_moves_no_weight(kind, tmp_path, pets, vae)
     loop = Loop(task, ONE_STEP, tmp_path)
     task.forward = bad
     batch = task.batch(random.Random(0), 4)
-    loop.train_step(batch)
+    loop.train_step([batch])
     assert loop.bad_steps == 1
     assert all(torch.equal(p, before[name]) for name, p in task.named_parameters())
     task.forward = forward
-    loop.train_step(batch)
+    loop.train_step([batch])
     assert loop.bad_steps == 0
     assert any(not torch.equal(p, before[name]) for name, p in task.named_parameters())
 
