@@ -17,6 +17,8 @@ from condit.data.sheets import Cell, contact_sheet
 from condit.request import Reference, Request, Studio
 
 if TYPE_CHECKING:
+    from condit.editing.edit import Inversion
+    from condit.latent_pipeline import LatentPipeline
     from condit.pipeline import Pipeline
 
 # The sheet's font has Latin letters only.
@@ -186,17 +188,18 @@ def draw_one(studio: Studio, request: Request, output: Path) -> tuple[Image.Imag
 
 
 def draw_changes(
-    pipe: "Pipeline",
+    pipe: "Pipeline | LatentPipeline",
     change: Change,
     path: Path,
     folder: Path,
     calls: list[dict[str, object]],
     tell: Callable[[str], None],
-) -> list[Cell]:
+) -> list[Cell | None]:
     """The picture inverted once and drawn again for each target, as `condit edit` does; adds to `calls`."""
     from condit.controls.dit4edit import PRESETS
 
-    cells, known = [], None
+    cells: list[Cell | None] = []
+    known: Inversion | None = None
     for column, target in enumerate(change.targets):
         start = time.perf_counter()
         result = pipe.edit(known or path, change.source, target, controls=[PRESETS[change.kind]])

@@ -47,12 +47,12 @@ def read_references(
     that are no multiples of `pixels`, a token's."""
     if any(side % pixels or not 0 < side <= MAX_SIDE for side in size):
         raise ValueError(f"size must be multiples of {pixels} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
-    sources = list(reference) if isinstance(reference, list | tuple) else [reference]
+    sources: list[Any] = list(reference) if isinstance(reference, list | tuple) else [reference]
     found = []
     for source in sources:
         image: Image.Image = load_image(source, mode="RGBA" if annotator in ("edges", "lines") else "RGB")
         if annotator is not None:
-            image = ANNOTATORS[annotator](image.resize(size[::-1], Image.Resampling.LANCZOS))
+            image = ANNOTATORS[annotator](image.resize((size[1], size[0]), Image.Resampling.LANCZOS))
         found.append(to_tensor(image, size))
     return torch.stack(found)
 

@@ -334,12 +334,17 @@ def risen(between: tuple[float, float], progress: float) -> float:
     return min(1.0, max(0.0, (progress - begin) / (end - begin)))
 
 
-class StyleSource(Protocol):
-    """What the style rows of a task need."""
+class StyleIcons(Protocol):
+    """What the style rows of a task are drawn from."""
 
     icons: IconSet
     unseen: IconSet
     ui: IconSet | None
+
+
+class StyleSource(StyleIcons, Protocol):
+    """What their references' features need besides."""
+
     image: TinyImage
     table: Tensor
 
@@ -419,7 +424,7 @@ def style_caption(icons: IconSet, rng: random.Random, i: int) -> str:
 
 
 def style_batch(
-    task: StyleSource, rng: random.Random, size: int, share: float, *, most: int, pictures: bool = True
+    task: StyleIcons, rng: random.Random, size: int, share: float, *, most: int, pictures: bool = True
 ) -> Referenced:
     """Targets with `most` references in the same style: procedural styles first, then vendors and UI families.
 
@@ -450,7 +455,7 @@ def style_batch(
     return Referenced(pixels, captions, shown, counts, table)
 
 
-def style_examples(task: StyleSource, icons: IconSet, count: int) -> Referenced:
+def style_examples(task: StyleIcons, icons: IconSet, count: int) -> Referenced:
     """Held-out targets; references are training icons of the style (of the set itself for a never-trained style)."""
     chosen, rng = spread(icons, count), random.Random(0)
     drawn = []
