@@ -81,6 +81,25 @@ def test_a_trial_of_every_kind_trains_a_step_and_is_measured_with_intervals(clai
     assert "benchmarks/claims_omini.py --icons" in page and page.count("| gray |") == len(claims.CLAIMS)
 
 
+def test_a_page_gets_the_claims_whose_trials_were_all_run(claims, model, tmp_path):
+    page = tmp_path / "page.md"
+    names = [*(question.name for question in claims.QUESTIONS), "omini-strength"]
+    shipped = (FOLDER.parent / "docs" / "claims.md").read_text()
+    assert all(f"<!-- claims:{name} -->" in shipped for name in names)
+    page.write_text("".join(f"<!-- claims:{name} -->\nNot run yet\n<!-- /claims -->\n" for name in names))
+    run(claims, model, tmp_path, "--only", "gray,gray-double", "--claims", str(page))
+    text = page.read_text()
+
+    def place(name: str) -> str:
+        return text.split(f"<!-- claims:{name} -->")[1].split("<!-- /claims -->")[0]
+
+    assert "error at noise level 0.9, gray-double" in place("omini-blocks") and "gray at 0.25" in place(
+        "omini-strength"
+    )
+    for question in claims.QUESTIONS:
+        assert question.name == "omini-blocks" or "Not run yet" in place(question.name)
+
+
 def test_a_study_that_was_stopped_reads_what_it_trained(claims, model, tmp_path):
     first = run(claims, model, tmp_path, "--only", "gray-add")
     state = tmp_path / "runs" / "gray-add" / "state.pt"

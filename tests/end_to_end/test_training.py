@@ -9,10 +9,11 @@ import torch
 
 import condit
 from condit.data.icons import sample_path
-from condit.encoders.vae import encode_tokens
+from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig, encode_tokens
 from condit.nn.streams import grid_ids
 from condit.training.adapters import ADAPTER, STYLE_GAIN, StyleTask, TokenTask
 from condit.training.clip import ClipTask
+from condit.training.decoder import DecoderTask
 from condit.training.joint import JointTask
 from condit.training.latent import LatentTask
 from condit.training.loop import Loop, LoopConfig
@@ -41,6 +42,33 @@ def test_latent_trains_a_step_and_loads(tmp_path, monkeypatch):
     vae = load_latent(one_step(task, tmp_path, monkeypatch))
     images = task.held_out.images([0, 1])
     assert (vae.decode(vae.encode(images).latent_dist.mode()).sample - images).abs().mean() < 0.1
+
+
+def test_the_decoder_goes_on_against_a_critic_and_leaves_the_code_alone(tmp_path, monkeypatch, random_tiny_folder):
+    model = random_tiny_folder / "model"
+    task = DecoderTask(ICONS, init=str(model / "vae"), model=str(model), refine=(16, 8), pool=4)
+    before = load_latent(model / "vae")
+    critic = {n: p.detach().clone() for n, p in task.critic.named_parameters()}
+    vae = load_latent(one_step(task, tmp_path, monkeypatch))
+    assert tuple(vae.config.refine) == (16, 8) and vae.refiner is not None
+    images = task.held_out.images([0, 1])
+    codes = before.encode(images).latent_dist.mode()
+    torch.testing.assert_close(vae.encode(images).latent_dist.mode(), codes, atol=1e-2, rtol=1e-2)  # written in fp16
+    torch.testing.assert_close(vae.linear(codes), before.linear(codes), atol=1e-2, rtol=1e-2)
+    assert all(not torch.equal(p, critic[n]) for n, p in task.critic.named_parameters())
+    again = DecoderTask(ICONS, init=str(tmp_path / "export"), model=str(model), pool=4)
+    assert again.vae.refiner is not None
+
+
+def test_a_fresh_refiner_changes_nothing_and_refuses_cells_that_it_cannot_double():
+    torch.manual_seed(0)
+    plain = PatchAutoencoder(PatchAutoencoderConfig(width=16, depth=1))
+    grown = PatchAutoencoder(PatchAutoencoderConfig(width=16, depth=1, refine=(16, 8)))
+    grown.load_state_dict(plain.state_dict(), strict=False)
+    z = torch.randn(1, 32, 4, 4)
+    assert torch.equal(grown.decode(z).sample, plain.decode(z).sample)
+    with pytest.raises(ValueError, match="4 times"):
+        PatchAutoencoder(PatchAutoencoderConfig(refine=(8, 8, 8, 8)))
 
 
 def test_clip_trains_a_step_and_loads(tmp_path, monkeypatch):
@@ -89,9 +117,9 @@ def test_the_style_adapter_may_train_along_with_the_model_and_go_on_alone(tmp_pa
         for other in (alone, again):
             found = dict(other.ip.named_parameters())[name]
             torch.testing.assert_close(found, p, atol=2e-3, rtol=2e-3)  # written in fp16
-    shift = read_tensors(folder / "style" / ADAPTER)["pooled_proj.weight"].float()
-    assert task.ip.pooled_proj is not None
-    torch.testing.assert_close(shift, STYLE_GAIN * task.ip.pooled_proj.weight, atol=4e-3, rtol=4e-3)
+    name = "ip_adapter.0.to_v_ip.weight"
+    written = read_tensors(folder / "style" / ADAPTER)[name].float()
+    torch.testing.assert_close(written, STYLE_GAIN * task.ip.get_parameter(name), atol=4e-3, rtol=4e-3)
 
 
 def test_rows_without_a_reference_do_not_pass_through_the_style_adapter(random_tiny_folder):
@@ -118,6 +146,21 @@ def test_token_adapters_train_a_step_and_load(kind, tmp_path, monkeypatch, rando
     adapter = condit.OminiControl.load(folder, condit.load("tiny"))
     assert adapter.config.independent
     assert adapter.config.delta == ((0, 0) if kind in ("edges", "gray") else (0, -8))
+
+
+def test_a_token_adapter_goes_on_at_a_higher_rank_as_it_was(tmp_path, monkeypatch, random_tiny_folder):
+    model = str(random_tiny_folder / "model")
+    task = TokenTask(ICONS, model, kind="gray", rank=4, t_mean=(2.0, 0.0))
+    torch.nn.init.normal_(next(iter(task.omini.lora.b.values())))
+    folder = one_step(task, tmp_path, monkeypatch)
+    wider = TokenTask(ICONS, model, kind="gray", rank=6, init=str(folder))
+    assert wider.omini.lora.rank == 6
+    for path, key in task.omini.lora.keys.items():
+        x = torch.randn(3, task.omini.lora.a[key].shape[1])
+        there, here = wider.omini.lora.delta(path, x), task.omini.lora.delta(path, x)
+        torch.testing.assert_close(there, here, atol=2e-2, rtol=2e-2)  # written in fp16
+    with pytest.raises(ValueError):
+        TokenTask(ICONS, model, kind="gray", rank=2, init=str(folder))
 
 
 def test_adapter_training_leaves_the_base_alone(tmp_path, monkeypatch, random_tiny_folder):

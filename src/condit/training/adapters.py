@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT
 from condit.controls.control import Control, Run
-from condit.controls.ip_adapter import POOLED, IPAdapter, IPConfig
+from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiControl, condition_stream
 from condit.controls.omini_tasks import OminiConfig, condition_ids
 from condit.data.annotators import edges_array, lines_array
@@ -29,7 +29,6 @@ from condit.diffusion.guidance import guide
 from condit.diffusion.objectives import add_noise, drop, flow_loss, to_velocity
 from condit.diffusion.samplers import euler
 from condit.diffusion.schedules import flow_sigmas
-from condit.encoders.clip import STYLE
 from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
@@ -45,10 +44,11 @@ from condit.weights.tiny import floats
 
 ADAPTER = "adapter.safetensors"
 # Fresh condition tokens first disturb the frozen model, and where the noisy picture shows its layout anyway the
-# quickest cure is to disregard them. At more noise than in the model's own training they are worth reading.
-TOKEN_T_MEAN = 2.0
+# quickest cure is to disregard them. At more noise than in the model's own training they are worth reading. Lines and
+# surfaces are decided at little noise, so a run that is to copy those has to end there.
+TOKEN_T_MEAN = (2.0, 2.0)
 # What has the smallest error takes a style too faintly, as it does the words, which guidance amplifies
-# (arXiv:2207.12598). Exported V' and shift are twice as strong as trained: docs/tiny.md has the figures.
+# (arXiv:2207.12598). Exported V' are twice as strong as trained: docs/tiny.md has the figures.
 STYLE_GAIN = 2.0
 Kind = Literal["subject", "edges", "gray", "style"]
 # Words that name no concept: the reference has to say what is drawn.
@@ -75,7 +75,7 @@ class Referenced:
 class AdapterTask(Task):
     """Shared by both: data, the frozen model, the loss. A subclass says what a reference is and how it acts."""
 
-    t_mean = T_MEAN
+    t_mean = (T_MEAN, T_MEAN)  # of the logit of the noise level, at the begin and the end of a run
 
     def __init__(self, icons: str, model: str, ui: str | None = None):
         super().__init__()
@@ -103,7 +103,8 @@ class AdapterTask(Task):
         with torch.no_grad():
             x0 = encode_tokens(self.vae, batch.images)
             text = self.text(batch.captions)
-        t = training_times(len(x0), generator, self.t_mean).to(x0.device)
+        mean = self.t_mean[0] + (self.t_mean[1] - self.t_mean[0]) * self.progress
+        t = training_times(len(x0), generator, mean).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         streams, controls = self.conditions(batch, text, drop(len(x0), 0.1, generator).to(x0.device))
         output = self.predict(add_noise(x0, noise, t), t, text, streams, controls)
@@ -217,8 +218,6 @@ class TokenTask(AdapterTask):
     the target itself, which is what every row sees until then. None: as it will be, from the start.
     """
 
-    t_mean = TOKEN_T_MEAN
-
     def __init__(
         self,
         icons: str,
@@ -230,10 +229,13 @@ class TokenTask(AdapterTask):
         rank: int = 8,
         walk: tuple[float, float] | None = None,
         leave: tuple[float, float] | None = None,
+        t_mean: tuple[float, float] = TOKEN_T_MEAN,
         variant: dict | None = None,
     ):
-        """variant: fields of `token_variants.Variant`, for ablations."""
+        """rank: at least that of `init`. t_mean: of the logit of the noise level, at the begin and the end of the run.
+        variant: fields of `token_variants.Variant`, for ablations."""
         super().__init__(icons, model, ui)
+        self.t_mean = t_mean
         self.variant = Variant(**(variant or {}))
         aligned = kind in ("edges", "gray")
         annotator = {"edges": "lines", "gray": "gray"}.get(kind)
@@ -247,8 +249,8 @@ class TokenTask(AdapterTask):
         config = self.variant.config(config)
         self.omini = OminiControl.new(self.transformer, config)
         if init is not None:
-            lora = LoRA.from_tensors(floats(read_tensors(Path(init) / ADAPTER)), float(rank))
-            load_strict(self.omini.lora, lora.state_dict(), source=init)
+            lora = LoRA.from_tensors(floats(read_tensors(Path(init) / ADAPTER)))
+            load_strict(self.omini.lora, widened(lora.state_dict(), self.omini.lora.state_dict()), source=init)
         self.edges = edge_maps(self.icons) if kind == "edges" else None
 
     def adapter(self) -> OminiControl:
@@ -328,6 +330,18 @@ class TokenTask(AdapterTask):
         return self.transformer(added(image_stream(x_t, t, text), streams[0]), text.tokens, ids)
 
 
+def widened(small: dict[str, Tensor], large: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA's weights in the shapes of one of higher rank, the same update: B of the ranks that it lacks is zero."""
+    found = dict(small)
+    for name, there in large.items():
+        axis, here = (0 if name.startswith("a.") else 1), small.get(name)
+        if here is None or here.shape[1 - axis] != there.shape[1 - axis] or here.shape[axis] > there.shape[axis]:
+            continue  # for the strict check
+        rest = there.narrow(axis, here.shape[axis], there.shape[axis] - here.shape[axis])
+        found[name] = torch.cat([here, rest if axis == 0 else torch.zeros_like(rest)], axis)
+    return found
+
+
 def risen(between: tuple[float, float], progress: float) -> float:
     """0 before the first share of the run, 1 after the second, a line between them."""
     begin, end = between
@@ -350,14 +364,10 @@ class StyleSource(StyleIcons, Protocol):
 
 
 def new_style_adapter(transformer: MMDiT, tokens: int = 4) -> IPAdapter:
-    """Whose shift of the pooled vector starts as what a style word would add: CLIP's two towers share one space."""
+    """Decoupled attention alone: a shift of the pooled vector beside it carried no style (docs/tiny.md)."""
     c = transformer.config
-    config = IPConfig(TinyImage.features, tokens, c.dim, c.num_attention_heads, pooled=c.pooled_projection_dim)
-    adapter = IPAdapter(config, transformer.sites, c.dim)
-    assert adapter.pooled_proj is not None
-    with torch.no_grad():
-        adapter.pooled_proj.weight[STYLE, STYLE] = torch.eye(STYLE.stop - STYLE.start)
-    return adapter
+    config = IPConfig(TinyImage.features, tokens, c.dim, c.num_attention_heads)
+    return IPAdapter(config, transformer.sites, c.dim)
 
 
 def load_style_adapter(adapter: IPAdapter, file: Path) -> None:
@@ -371,7 +381,7 @@ def amplified(adapter: IPAdapter, gain: float = STYLE_GAIN) -> IPAdapter:
     """A copy with `gain` times the strength."""
     found = copy.deepcopy(adapter)
     for name, p in found.named_parameters():
-        if "to_v_ip" in name or name == POOLED:
+        if "to_v_ip" in name:
             p.mul_(gain)
     return found
 

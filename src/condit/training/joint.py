@@ -70,7 +70,7 @@ class JointTask(TextToImageTask):
         with torch.no_grad():
             x0 = encode_tokens(self.vae, batch.images)
             text = self.text(batch.captions)
-        t = training_times(len(x0), generator).to(x0.device)
+        t = training_times(len(x0), generator, self.t_mean, self.t_std).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         features = reference_features(self, batch)
         plain = len(x0) - len(features)

@@ -53,9 +53,9 @@ def image_stream(x_t: Tensor, t: Tensor, text: Text, *, canvas: bool = True) -> 
     return Stream(tokens, grid_ids(*GRID).to(x_t.device), t, text.pooled)
 
 
-def training_times(n: int, generator: torch.Generator, mean: float = T_MEAN) -> Tensor:
+def training_times(n: int, generator: torch.Generator, mean: float = T_MEAN, std: float = T_STD) -> Tensor:
     """Noise levels (n,)."""
-    return logit_normal(n, mean=mean, std=T_STD, generator=generator)
+    return logit_normal(n, mean=mean, std=std, generator=generator)
 
 
 class TextToImageTask(Task):
@@ -73,8 +73,12 @@ class TextToImageTask(Task):
         init: str | None = None,
         ui_share: float = 0.1,
         procedural_share: float = 0.25,
+        t_mean: float = T_MEAN,
+        t_std: float = T_STD,
     ):
+        """t_mean, t_std: of the logit of the noise level in training."""
         super().__init__()
+        self.t_mean, self.t_std = t_mean, t_std
         core = {"groups": GROUPS, "licences": TRAIN_LICENCES}
         self.icons = IconSet.open(icons, splits=("train",), **core)
         self.held_out = IconSet.open(icons, splits=("combo",), **core)
@@ -131,7 +135,7 @@ class TextToImageTask(Task):
         with torch.no_grad():
             x0 = encode_tokens(self.vae, batch.images)
             text = self.text(batch.captions)
-        t = training_times(len(x0), generator).to(x0.device)
+        t = training_times(len(x0), generator, self.t_mean, self.t_std).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         return flow_loss(self.predict(add_noise(x0, noise, t), t, text), x0, noise, t, "x").mean(), {}
 
