@@ -24,6 +24,7 @@ from condit.diffusion.guidance import guide, guide_text_image, rescale
 from condit.diffusion.vp import Path as Steps
 from condit.diffusion.vp import Process, Solver, add_noise, make_path
 from condit.diffusion.vp_samplers import sample
+from condit.editing import edit as editing
 from condit.encoders.image import CLIPImage, TextTower
 from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
@@ -37,7 +38,7 @@ from condit.weights.lora_unet import unet_lora
 
 if TYPE_CHECKING:
     from condit.diffusion.inversion import Solver as InversionSolver
-    from condit.editing.edit import EditResult, Inversion
+    from condit.editing.edit import Editor
 
 Prompt = str | Sequence[str] | Text
 Images = ImageSource | Sequence[ImageSource]
@@ -217,73 +218,13 @@ class LatentPipeline:
         }
         return Result(self.decode(x, output_type), seeds, recipe)
 
-    @torch.no_grad()
-    def edit(
-        self,
-        image: ImageSource | Sequence[ImageSource] | Inversion,
-        source: str | Sequence[str] | None,
-        target: str | Sequence[str],
-        *,
-        controls: Sequence[Control] = (),
-        negative_prompt: str | Sequence[str] | None = None,
-        mask: ImageSource | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        solver: InversionSolver = "dpmpp2m",
-        iterations: int = 3,
-        anchored: bool = True,
-        maps: bool = False,
-        output_type: Literal["pil", "pt", "latent"] = "pil",
-    ) -> EditResult:
-        """Change what `source` says of a picture into what `target` says, as `Pipeline.edit` does: PixArt only.
+    edit, invert = editing.edit, editing.invert
 
-        solver: of the inversion (condit.diffusion.inversion.invert); "dpmpp2m" and "exact2m" also edit at second order.
-        """
-        from condit.editing.edit import edit_pictures
+    def editor(self, solver: InversionSolver | None = None, iterations: int | None = None) -> Editor:
+        """What `edit` and `invert` work with; None: its own defaults."""
         from condit.editing.noise import NoiseEditor
 
-        if output_type not in ("pil", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
-        return edit_pictures(
-            NoiseEditor(self, solver),
-            image,
-            source,
-            target,
-            controls=controls,
-            negative=negative_prompt,
-            mask=mask,
-            steps=self.parts.steps if num_inference_steps is None else num_inference_steps,
-            scale=self.parts.guidance if guidance_scale is None else guidance_scale,
-            height=height,
-            width=width,
-            solver=solver,
-            iterations=iterations,
-            anchored=anchored,
-            maps=maps,
-            output_type=output_type,
-        )
-
-    @torch.no_grad()
-    def invert(
-        self,
-        image: ImageSource | Sequence[ImageSource],
-        source: str | Sequence[str],
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        solver: InversionSolver = "dpmpp2m",
-        iterations: int = 3,
-    ) -> Inversion:
-        """A picture's way to noise under its prompt, for several edits of it; its round-trip error is in it."""
-        from condit.editing.edit import invert_pictures
-        from condit.editing.noise import NoiseEditor
-
-        steps = self.parts.steps if num_inference_steps is None else num_inference_steps
-        how = {"height": height, "width": width, "solver": solver, "iterations": iterations}
-        return invert_pictures(NoiseEditor(self, solver), image, source, steps=steps, **how)  # type: ignore[arg-type]
+        return NoiseEditor(self, "dpmpp2m" if solver is None else solver, 3 if iterations is None else iterations)
 
     # At the door
 
