@@ -368,11 +368,10 @@ class IPAdapter(nn.Module):
         fit: Fit,
     ) -> Features:
         """The features of n images with R references each, (n, R, ...), in the adapter's dtype."""
-        like = next(self.parameters())
-        pictures = None if embeds is None else embeds.to(like)
-        if embeds is not None and embeds.ndim == (3 if self._states else 2):
-            pictures = embeds[:, None].to(like)
-        reads = self.config.feature
+        like, reads = next(self.parameters()), self.config.feature
+        pictures = None if embeds is None or reads == "identity" else self.made_elsewhere(embeds).to(like)
+        if groups is not None and embeds is not None:
+            raise ValueError("Give a reference picture or embeds=, its features; found both.")
         if groups is not None:
             pictures = torch.stack([self.features(group, fit) for group in groups]).to(like)
         if content is not None:
@@ -396,6 +395,17 @@ class IPAdapter(nn.Module):
         if pictures is None:
             raise ValueError("Give a reference picture, or embeds=.")
         return pictures
+
+    def made_elsewhere(self, embeds: Tensor) -> Tensor:
+        """Features (n, ...) or (n, R, ...) as (n, R, ...). ValueError for those of another encoder."""
+        one, width = 3 if self._states else 2, self.config.features
+        if embeds.ndim not in (one, one + 1) or embeds.shape[-1] != width:
+            states = "L, " if self._states else ""
+            raise ValueError(
+                f"embeds must be (n, {states}{width}) or (n, R, {states}{width}), as the image encoder of "
+                f"{self.name or 'this adapter'} gives them; found {tuple(embeds.shape)}."
+            )
+        return embeds[:, None] if embeds.ndim == one else embeds
 
     def check_reach(self, where: Where, strength: object) -> None:
         """ValueError for a `where`, or a prefix of `strength`, that names no layer: misspelt, it would act nowhere."""
