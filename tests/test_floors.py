@@ -13,7 +13,7 @@ FLOORS = {
     **dict.fromkeys(["cli", "demo", "doctor", "memory", "request", "web"], 6),
     **dict.fromkeys(["training", "evaluation"], 5),
     **dict.fromkeys(["loading", "pipeline", "class_pipeline", "latent_pipeline", "pixel_pipeline"], 4),
-    **dict.fromkeys(["references", "classifier", "interop", "editing"], 4),
+    **dict.fromkeys(["references", "image_to_image", "classifier", "interop", "editing"], 4),
     "weights": 3,
     **dict.fromkeys(["backbones", "controls"], 2),
     **dict.fromkeys(["nn", "diffusion", "encoders", "data"], 1),

@@ -18,15 +18,16 @@ from torch import Tensor
 from condit.backbones.unet import UNet
 from condit.controls.control import Control, Pair, Run, Step, match_batch
 from condit.controls.sides import sides
-from condit.data.images import ImageSource, to_images
-from condit.diffusion.gaussian_samplers import draw, image_noise
+from condit.data.images import to_images
+from condit.diffusion.gaussian_samplers import image_noise
 from condit.diffusion.guidance import guide, guide_text_image, rescale
-from condit.diffusion.vp import Path as Steps
-from condit.diffusion.vp import Process, Solver, add_noise, make_path
+from condit.diffusion.vp import Process, Solver, make_path
 from condit.diffusion.vp_samplers import sample
+from condit.editing import edit as editing
 from condit.encoders.image import CLIPImage, TextTower
 from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
+from condit.image_to_image import Images, check_picture, repainted, skipped, start_of
 from condit.nn.lora import LowRank, together
 from condit.pipeline import MAX_STEPS, Result, image_generators
 from condit.references import MAX_SIDE, describe_source, read_references
@@ -37,10 +38,9 @@ from condit.weights.lora_unet import unet_lora
 
 if TYPE_CHECKING:
     from condit.diffusion.inversion import Solver as InversionSolver
-    from condit.editing.edit import EditResult, Inversion
+    from condit.editing.edit import Editor
 
 Prompt = str | Sequence[str] | Text
-Images = ImageSource | Sequence[ImageSource]
 Sampler = Literal["ddim", "dpm++", "dpm++-karras", "euler", "euler-karras", "euler-ancestral"]
 Callback = Callable[["LatentPipeline", int, float, dict], dict | None]
 
@@ -51,19 +51,6 @@ class Branch:
 
     text: Text
     controls: tuple[Control, ...]
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a run starts from, in latents (B, C, h, w): x at the first level; with a picture to repaint, the latents
-    `kept` where `mask` (B, 1, h, w) is 0, and the `noise` they stand in; `beside`: channels that the network reads
-    beside x, of an inpainting model."""
-
-    x: Tensor
-    noise: Tensor
-    kept: Tensor | None = None
-    mask: Tensor | None = None
-    beside: Tensor | None = None
 
 
 class LatentPipeline:
@@ -161,15 +148,15 @@ class LatentPipeline:
         self.check(size, steps, num_images_per_prompt, output_type, controls)
         if strength is None:
             strength = 0.8 if image is not None and mask_image is None else 1.0
-        self.check_picture(image, mask_image, strength)
+        check_picture(self, image, mask_image, strength)
         solver, process = self.solver(sampler, eta)
         path = make_path(process, solver, steps)
-        path = path.since(_skipped(steps, strength))
+        path = path.since(skipped(steps, strength))
         batch = count * num_images_per_prompt
         texts = self.texts(prompt, negative_prompt, count, num_images_per_prompt, clip_skip)
         branches = self.branches(texts, tuple(controls), batch, size, scale, image_guidance_scale)
         seeds, generators = image_generators(batch, seed, generator)
-        start = self.start(image, mask_image, strength, size, path, generators, latents)
+        start = start_of(self, image, mask_image, strength, size, path, generators, latents)
         frame = Frame(size, original_size or size, crops_coords_top_left, target_size or size)
         predict = self.predictor(branches, frame, len(path), process, start.beside, guidance_in_one_call)
 
@@ -217,73 +204,13 @@ class LatentPipeline:
         }
         return Result(self.decode(x, output_type), seeds, recipe)
 
-    @torch.no_grad()
-    def edit(
-        self,
-        image: ImageSource | Sequence[ImageSource] | Inversion,
-        source: str | Sequence[str] | None,
-        target: str | Sequence[str],
-        *,
-        controls: Sequence[Control] = (),
-        negative_prompt: str | Sequence[str] | None = None,
-        mask: ImageSource | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        solver: InversionSolver = "dpmpp2m",
-        iterations: int = 3,
-        anchored: bool = True,
-        maps: bool = False,
-        output_type: Literal["pil", "pt", "latent"] = "pil",
-    ) -> EditResult:
-        """Change what `source` says of a picture into what `target` says, as `Pipeline.edit` does: PixArt only.
+    edit, invert = editing.edit, editing.invert
 
-        solver: of the inversion (condit.diffusion.inversion.invert); "dpmpp2m" and "exact2m" also edit at second order.
-        """
-        from condit.editing.edit import edit_pictures
+    def editor(self, solver: InversionSolver | None = None, iterations: int | None = None) -> Editor:
+        """What `edit` and `invert` work with; None: its own defaults."""
         from condit.editing.noise import NoiseEditor
 
-        if output_type not in ("pil", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
-        return edit_pictures(
-            NoiseEditor(self, solver),
-            image,
-            source,
-            target,
-            controls=controls,
-            negative=negative_prompt,
-            mask=mask,
-            steps=self.parts.steps if num_inference_steps is None else num_inference_steps,
-            scale=self.parts.guidance if guidance_scale is None else guidance_scale,
-            height=height,
-            width=width,
-            solver=solver,
-            iterations=iterations,
-            anchored=anchored,
-            maps=maps,
-            output_type=output_type,
-        )
-
-    @torch.no_grad()
-    def invert(
-        self,
-        image: ImageSource | Sequence[ImageSource],
-        source: str | Sequence[str],
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        solver: InversionSolver = "dpmpp2m",
-        iterations: int = 3,
-    ) -> Inversion:
-        """A picture's way to noise under its prompt, for several edits of it; its round-trip error is in it."""
-        from condit.editing.edit import invert_pictures
-        from condit.editing.noise import NoiseEditor
-
-        steps = self.parts.steps if num_inference_steps is None else num_inference_steps
-        how = {"height": height, "width": width, "solver": solver, "iterations": iterations}
-        return invert_pictures(NoiseEditor(self, solver), image, source, steps=steps, **how)  # type: ignore[arg-type]
+        return NoiseEditor(self, "dpmpp2m" if solver is None else solver, 3 if iterations is None else iterations)
 
     # At the door
 
@@ -309,16 +236,6 @@ class LatentPipeline:
                 )
             if control.pooled() is not None:
                 raise ValueError(f"{type(control).__name__} shifts a pooled vector; {self.name} reads none of it.")
-
-    def check_picture(self, image: Images | None, mask: Images | None, strength: float) -> None:
-        if not 0 < strength <= 1:
-            raise ValueError(f"strength must be in (0, 1]; found {strength}.")
-        if mask is not None and image is None:
-            raise ValueError("mask_image says where to repaint: give image= too.")
-        if image is None and strength != 1:
-            raise ValueError(f"strength {strength} says how much of a picture to change: give image= too.")
-        if self.repaints and mask is None:
-            raise ValueError(f"{self.name} is an inpainting model: give image= and mask_image=, white where to paint.")
 
     def solver(self, sampler: Sampler | None, eta: float) -> tuple[Solver, Process]:
         """The solver and the process with its levels, of a sampler's name."""
@@ -401,43 +318,6 @@ class LatentPipeline:
         if scale != 1.0 or len(found) > 1:
             found.append(branch(False, absent))
         return found
-
-    def start(
-        self,
-        image: Images | None,
-        mask_image: Images | None,
-        strength: float,
-        size: tuple[int, int],
-        path: Steps,
-        generators: list[torch.Generator],
-        latents: Tensor | None,
-    ) -> Start:
-        """The first latents. Each generator gives, in this order: the picture's posterior, the noise, the posterior of
-        what is around the mask."""
-        batch, shape = len(generators), (self.channels, size[0] // self.pixels, size[1] // self.pixels)
-        picture = mask = kept = small = beside = None
-        if image is not None:
-            picture = match_batch(self.read_images(image, None, size), batch, "image")
-        if mask_image is not None:
-            white = (self.read_images(mask_image, None, size)[:, :1] + 1) / 2
-            mask = match_batch((white >= 0.5).float(), batch, "mask_image")
-            small = torch.nn.functional.interpolate(mask, size=shape[1:])
-        if picture is not None and not (self.repaints and strength == 1):
-            kept = self.encode_images(picture, generators)
-        if latents is None:
-            noise = draw(shape, generators).to(self.device)
-        elif tuple(latents.shape) != (batch, *shape):
-            raise ValueError(f"latents must be noise of shape {(batch, *shape)}; found {tuple(latents.shape)}.")
-        else:
-            noise = latents.float().to(self.device)
-        if self.repaints and picture is not None and mask is not None and small is not None:
-            beside = torch.cat([small, self.encode_images(picture * (1 - mask), generators)], 1)
-        # A picture to repaint at full strength is drawn from noise alone, as diffusers does.
-        if kept is None or (mask is not None and strength == 1):
-            x = path.start * noise
-        else:
-            x = add_noise(kept, noise, path.level[0])
-        return Start(x, noise, None if self.repaints else kept, small, beside)
 
     def predictor(
         self,
@@ -524,23 +404,6 @@ _SAMPLERS = get_args(Sampler)
 def towers_of(text: Any) -> tuple[list, list]:
     """The tokenizers and encoders of a text encoder, where it is made of them."""
     return list(getattr(text, "tokenizers", [])), list(getattr(text, "encoders", []))
-
-
-def repainted(x: Tensor, start: Start, path: Steps, i: int) -> Tensor:
-    """x after step i, with the picture itself, in the noise of the next step, where nothing is to be painted."""
-    if start.kept is None or start.mask is None:
-        return x
-    last = i == len(path) - 1
-    around = start.kept if last else add_noise(start.kept, start.noise, path.level[i + 1])
-    return (1 - start.mask) * around + start.mask * x
-
-
-def _skipped(steps: int, strength: float) -> int:
-    """How many steps image-to-image leaves out."""
-    kept = min(int(steps * strength), steps)
-    if kept < 1:
-        raise ValueError(f"strength {strength} of {steps} steps leaves none. Raise one of them.")
-    return steps - kept
 
 
 def _count(prompt: Prompt) -> int:

@@ -16,6 +16,7 @@ from condit.diffusion.guidance import guide, guide_text_image
 from condit.diffusion.objectives import to_velocity
 from condit.diffusion.samplers import euler
 from condit.diffusion.schedules import flow_sigmas
+from condit.editing import edit as editing
 from condit.encoders.image import CLIPImage
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
@@ -29,7 +30,7 @@ from condit.weights.load import Parts
 
 if TYPE_CHECKING:
     from condit.diffusion.inversion import Solver
-    from condit.editing.edit import EditResult, Inversion
+    from condit.editing.edit import Editor
 
 MAX_STEPS = 1000
 Offload = Literal["encoders", "blocks"]
@@ -172,77 +173,13 @@ class Pipeline:
         }
         return Result(self.decode(tokens, grid, output_type), seeds, recipe)
 
-    @torch.no_grad()
-    def edit(
-        self,
-        image: ImageSource | Sequence[ImageSource] | Inversion,
-        source: str | Sequence[str] | None,
-        target: str | Sequence[str],
-        *,
-        controls: Sequence[Control] = (),
-        negative_prompt: str | Sequence[str] | None = None,
-        mask: ImageSource | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        solver: Solver = "fixed_point",
-        iterations: int = 2,
-        anchored: bool = True,
-        maps: bool = False,
-        output_type: Literal["pil", "pt", "latent"] = "pil",
-    ) -> EditResult:
-        """Change what `source` says of a picture into what `target` says: controls=[DiT4Edit(...)], other controls act
-        on the target. n pictures and n targets make n edits; one of either serves all of the other.
+    edit, invert = editing.edit, editing.invert
 
-        image: pictures, or an `Inversion` of them (`invert`, or `result.inversion`), which saves inverting again. mask:
-        white where the picture may change. solver, iterations: of the inversion (condit.diffusion.inversion.invert).
-        anchored: the target is corrected as the source is, so that the source's prompt gives the source back bit for
-        bit; False: it starts from the same noise and follows its predictions. maps: keep the attention to the words.
-        """
-        from condit.editing.edit import edit_pictures
+    def editor(self, solver: Solver | None = None, iterations: int | None = None) -> Editor:
+        """What `edit` and `invert` work with; None: its own defaults."""
         from condit.editing.flow import FlowEditor
 
-        if output_type not in ("pil", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
-        return edit_pictures(
-            FlowEditor(self),
-            image,
-            source,
-            target,
-            controls=controls,
-            negative=negative_prompt,
-            mask=mask,
-            steps=self.parts.steps if num_inference_steps is None else num_inference_steps,
-            scale=self.parts.guidance if guidance_scale is None else guidance_scale,
-            height=height,
-            width=width,
-            solver=solver,
-            iterations=iterations,
-            anchored=anchored,
-            maps=maps,
-            output_type=output_type,
-        )
-
-    @torch.no_grad()
-    def invert(
-        self,
-        image: ImageSource | Sequence[ImageSource],
-        source: str | Sequence[str],
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        solver: Solver = "fixed_point",
-        iterations: int = 2,
-    ) -> Inversion:
-        """A picture's way to noise under its prompt, for several edits of it; its round-trip error is in it."""
-        from condit.editing.edit import invert_pictures
-        from condit.editing.flow import FlowEditor
-
-        steps = self.parts.steps if num_inference_steps is None else num_inference_steps
-        how = {"height": height, "width": width, "solver": solver, "iterations": iterations}
-        return invert_pictures(FlowEditor(self), image, source, steps=steps, **how)  # type: ignore[arg-type]
+        return FlowEditor(self, "fixed_point" if solver is None else solver, 2 if iterations is None else iterations)
 
     def check(self, prompts: list[str], steps: int, height: int, width: int, copies: int = 1) -> None:
         if not prompts or not all(isinstance(p, str) for p in prompts):

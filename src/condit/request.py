@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MAX_PROMPT = 2000  # characters; no text encoder here reads more
 MAX_COUNT = 64
 USES = ("style", "subject", "edges", "gray")  # words for the adapters of a model: style -> tiny/style
+# How a ready map of edges is read, by what the adapter draws from a picture.
+READY = {"edges": edge_map, "soft_edges": edge_map, "canny": edge_map, "lines": line_map}
 
 
 @dataclass(frozen=True)
@@ -197,16 +199,16 @@ class Studio:
 
     def control(self, group: Sequence[Reference]) -> "Control":
         first, adapter = group[0], self.adapter(group[0].use)
+        if ready := [reference for reference in group if reference.ready]:
+            if not isinstance(adapter, condit.OminiControl) or adapter.config.annotator not in READY:
+                raise ValueError(
+                    f"{first.use!r}, of {type(adapter).__name__}, takes a picture and no ready edge map; found "
+                    f"{ready[0].path}. Give the picture itself (ready=False) or the name of an adapter of edges."
+                )
+            as_read = READY[adapter.config.annotator]
+            return adapter.control(as_read(ready[0].path), strength=first.strength, annotate=False)
         if isinstance(adapter, condit.IPAdapter):
             return adapter.control([[reference.path for reference in group]], strength=first.strength)
-        if first.ready:
-            if not isinstance(adapter, condit.OminiControl):
-                raise ValueError(
-                    f"{first.use!r} is a {type(adapter).__name__}, which takes a picture and no edge map. "
-                    "Give the picture itself (ready=False) or the name of an adapter of edges."
-                )
-            ready = line_map if adapter.config.annotator == "lines" else edge_map
-            return adapter.control(ready(first.path), strength=first.strength, annotate=False)
         return adapter.control(first.path, strength=first.strength)
 
     def adapter(self, use: str) -> "DEADiff | IPAdapter | OminiControl":

@@ -23,6 +23,7 @@ from condit import demo
 from condit.backbones.diffit import DiffiT, DiffiTConfig
 from condit.cli import main
 from condit.cli.draw import output_paths, parse_reference
+from condit.controls.omini_tasks import OminiConfig
 from condit.data.icons import Icon, IconWorld, sample_path
 from condit.data.images import load_image, read_recipe, save_image
 from condit.request import USES, Reference, Request, Studio, differences, locate
@@ -248,12 +249,18 @@ def test_the_printed_command_is_the_request(monkeypatch, tmp_path):
     assert drawn == [REQUEST]
 
 
-def test_a_ready_edge_map_is_refused_by_an_adapter_that_takes_pictures():
+@pytest.mark.parametrize("kind", [condit.DEADiff, condit.IPAdapter, condit.OminiControl])
+def test_a_ready_edge_map_is_refused_by_an_adapter_that_takes_pictures(kind):
     studio = Studio.__new__(Studio)  # without the model, which the refusal does not need
     studio.model = "tiny"
-    studio.adapters = {"a.safetensors": condit.DEADiff.__new__(condit.DEADiff)}
-    with pytest.raises(ValueError, match="is a DEADiff, which takes a picture and no edge map"):
-        studio.control([Reference("a.safetensors", "e.png", ready=True)])
+    adapter = kind.__new__(kind)
+    torch.nn.Module.__init__(adapter)
+    adapter.config = OminiConfig("subject")
+    studio.adapters = {"a.safetensors": adapter}
+    plain, ready = Reference("a.safetensors", "p.png"), Reference("a.safetensors", "e.png", ready=True)
+    for group in ([ready], [plain, ready]):
+        with pytest.raises(ValueError, match=f"{kind.__name__}, takes a picture and no ready edge map; found e.png"):
+            studio.control(group)
 
 
 def test_a_request_survives_its_recipe():

@@ -1,11 +1,13 @@
 """data/depth.py against transformers' own pipeline, on a random network."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from condit.data.depth import MODEL, depth
+from condit.data.depth import MODEL, depth, load
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,22 @@ def test_the_network_is_found_in_the_models_folder(network, tmp_path, monkeypatc
     (tmp_path / "models" / MODEL.split("/")[1]).symlink_to(network)
     monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
     assert np.array_equal(np.asarray(depth(photo())), np.asarray(depth(photo(), network)))
+
+
+def test_a_network_is_read_once_and_another_takes_its_place(network, tmp_path, monkeypatch):
+    from transformers.models.auto.modeling_auto import AutoModelForDepthEstimation
+
+    other, read = tmp_path / "other", []
+    shutil.copytree(network, other)
+    whole = AutoModelForDepthEstimation.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForDepthEstimation, "from_pretrained", lambda place, **how: read.append(place) or whole(place, **how)
+    )
+    load.cache_clear()
+    first, again = depth(photo(), network), depth(photo(), network)
+    assert read == [network] and np.array_equal(np.asarray(first), np.asarray(again))
+    depth(photo(), other)
+    assert read == [network, other]
 
 
 def test_without_weights_the_error_says_what_to_do(tmp_path, monkeypatch):

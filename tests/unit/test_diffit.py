@@ -1,4 +1,4 @@
-"""backbones/diffit.py: attention with time, relative positions, both shapes of the model."""
+"""backbones/diffit.py, diffit_image.py: attention with time, relative positions, both shapes of the model."""
 
 from dataclasses import replace
 
@@ -9,19 +9,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from condit.backbones.diffit import (
+from condit.backbones.diffit import PRESETS, TMSA, DiffiT, DiffiTConfig, Frame, relative_bias, resize
+from condit.backbones.diffit_image import (
     IMAGE_PRESETS,
-    PRESETS,
-    TMSA,
-    DiffiT,
-    DiffiTConfig,
     DiffiTImage,
     DiffiTImageConfig,
-    Frame,
     from_windows,
     noise_features,
-    relative_bias,
-    resize,
     to_windows,
 )
 from condit.controls.control import Control

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from condit.backbones.diffit import PRESETS, DiffiT, DiffiTConfig, DiffiTImage, DiffiTImageConfig
+from condit.backbones.diffit import PRESETS, DiffiT, DiffiTConfig
+from condit.backbones.diffit_image import DiffiTImage, DiffiTImageConfig
 from condit.weights.diffit import (
     INDEX,
     config_of,

@@ -248,8 +248,8 @@ def test_evaluate_writes_figures_and_a_page(world, tmp_path, pipe, no_adapters, 
     assert result["command"].startswith("condit evaluate tiny --data ICONS --count 8")
     assert str(world[0]) not in (tmp_path / "evaluation.json").read_text()
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<img") >= 3
-    assert "http" not in page
+    assert page.count("<img") == page.count('src="data:') >= 3
+    assert "://" not in page  # pictures in base64 have no colon
     with Image.open(tmp_path / "sheets" / "words.png") as sheet:
         assert sheet.width > 500
     near = [r for r in result["rows"] if r["measure"] == rows.DUPLICATES]

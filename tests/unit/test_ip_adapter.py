@@ -162,6 +162,20 @@ def test_a_curve_scales_the_strength(pipe, adapter, pictures):
     assert isinstance(weight, torch.Tensor) and float(weight) == pytest.approx(0.4)
 
 
+def test_features_made_elsewhere_act_as_their_picture_and_those_of_another_encoder_are_refused(adapter, pictures):
+    picture, other = pictures(2)
+    both = adapter.features([picture, other])
+    for embeds, reference in ((both[:1], picture), (both[None], [[picture, other]])):
+        seen = adapter.control(reference)
+        for path, (k, v) in adapter.control(embeds=embeds).kv.items():
+            torch.testing.assert_close((k, v), seen.kv[path], rtol=0, atol=1e-5)
+    for wrong in (both[0], both[:, :5], both[None, None]):
+        with pytest.raises(ValueError, match=r"embeds must be \(n, 12\) or \(n, R, 12\)"):
+            adapter.control(embeds=wrong)
+    with pytest.raises(ValueError, match="found both"):
+        adapter.control(picture, embeds=both[:1])
+
+
 def test_unequal_numbers_of_references_and_unknown_combinations_are_refused(adapter, pictures):
     one, two = pictures(2)
     with pytest.raises(ValueError, match=r"equally many references; found \[2, 1\]"):

@@ -5,7 +5,7 @@
 q and z_t are the frozen layer's; K', V' are made from the reference alone. On UNets every attention to the text gets
 them, as published. On an MM-DiT the image rows do, with q before rotary positions and K' normalised; XLabs' FLUX files
 add behind each double block instead. Here: the adapter. `ip_reference.py`: what acts in a run; `ip_projectors.py`;
-`ip_files.py`: published layouts; `instantstyle.py`: which blocks.
+`ip_files.py`: published layouts; `ip_load.py`: adapters of files; `instantstyle.py`: which blocks.
 
 Beyond the paper, an adapter may also shift the prompt's pooled vector by lambda W f, f the image's feature. There a
 style word acts too. The embedded model's adapter has it (docs/tiny.md); published files have no W.
@@ -14,7 +14,7 @@ style word acts too. The embedded model's adapter has it (docs/tiny.md); publish
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,18 +25,14 @@ from torch import Tensor, nn
 from condit.controls.control import Control, MaskMode, When, Where
 from condit.controls.ip_combine import COMBINES, Combine, Features, combined, each_token, grouped, times, zeros_of
 from condit.controls.ip_files import (
-    Feature,
-    Form,
+    POOLED,
+    IPConfig,
     Layer,
-    face_lora,
     face_tensors,
-    fit_layers,
-    form_of,
     layers_of,
-    needs_of,
-    read_layout,
 )
-from condit.controls.ip_projectors import HEAD_DIM, ImageProjection, TimeResampler, projector_of
+from condit.controls.ip_load import load_own, load_published
+from condit.controls.ip_projectors import HEAD_DIM, ImageProjection
 from condit.controls.ip_reference import (
     IPReference,
     KeyValues,
@@ -48,7 +44,7 @@ from condit.controls.ip_reference import (
     strength_at,
 )
 from condit.data.images import load_image, to_tensor
-from condit.encoders.image import CLIPImage, Fit, encoder_size
+from condit.encoders.image import CLIPImage, Fit
 from condit.nn.attention import Site, split_heads
 from condit.nn.lora import LoRA, Part
 
@@ -56,24 +52,6 @@ if TYPE_CHECKING:
     from condit.data.images import ImageSource
 
 __all__ = ["POOLED", "IPAdapter", "IPConfig", "IPReference"]
-
-POOLED = "pooled_proj.weight"
-
-
-@dataclass(frozen=True)
-class IPConfig:
-    """features: width of the image encoder's output; tokens: image tokens T; dim: width of the tokens; heads: of the
-    layers, where a backbone does not say; combine: of several references, by default; pooled: width of the pooled
-    vector that the adapter shifts, 0 if it does not; form: where the branch is added; feature: what is read."""
-
-    features: int
-    tokens: int = 4
-    dim: int = 256
-    heads: int = 4
-    combine: Combine = "mean"
-    pooled: int = 0
-    form: Form = "joint"
-    feature: Feature = "embeds"
 
 
 class KeyValue(nn.Module):
@@ -390,11 +368,10 @@ class IPAdapter(nn.Module):
         fit: Fit,
     ) -> Features:
         """The features of n images with R references each, (n, R, ...), in the adapter's dtype."""
-        like = next(self.parameters())
-        pictures = None if embeds is None else embeds.to(like)
-        if embeds is not None and embeds.ndim == (3 if self._states else 2):
-            pictures = embeds[:, None].to(like)
-        reads = self.config.feature
+        like, reads = next(self.parameters()), self.config.feature
+        pictures = None if embeds is None or reads == "identity" else self.made_elsewhere(embeds).to(like)
+        if groups is not None and embeds is not None:
+            raise ValueError("Give a reference picture or embeds=, its features; found both.")
         if groups is not None:
             pictures = torch.stack([self.features(group, fit) for group in groups]).to(like)
         if content is not None:
@@ -418,6 +395,17 @@ class IPAdapter(nn.Module):
         if pictures is None:
             raise ValueError("Give a reference picture, or embeds=.")
         return pictures
+
+    def made_elsewhere(self, embeds: Tensor) -> Tensor:
+        """Features (n, ...) or (n, R, ...) as (n, R, ...). ValueError for those of another encoder."""
+        one, width = 3 if self._states else 2, self.config.features
+        if embeds.ndim not in (one, one + 1) or embeds.shape[-1] != width:
+            states = "L, " if self._states else ""
+            raise ValueError(
+                f"embeds must be (n, {states}{width}) or (n, R, {states}{width}), as the image encoder of "
+                f"{self.name or 'this adapter'} gives them; found {tuple(embeds.shape)}."
+            )
+        return embeds[:, None] if embeds.ndim == one else embeds
 
     def check_reach(self, where: Where, strength: object) -> None:
         """ValueError for a `where`, or a prefix of `strength`, that names no layer: misspelt, it would act nowhere."""
@@ -458,103 +446,3 @@ class IPAdapter(nn.Module):
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use IPAdapter.load(name, pipe).")
         return pipe
-
-
-# Files
-
-
-def load_own(cls: type[IPAdapter], source, pipe, file) -> IPAdapter:
-    """Our adapters for an MM-DiT (docs/tiny.md)."""
-    for name in ("image_proj.proj.weight", "image_proj.norm.weight", "ip_adapter.0.to_k_ip.weight"):
-        if name not in file.tensors:
-            raise ValueError(f"{source}: no {name!r}. Expected an IP-Adapter for an MM-DiT; found {file.guess}.")
-    rows, features = file.tensors["image_proj.proj.weight"].shape
-    dim = len(file.tensors["image_proj.norm.weight"])
-    width = file.tensors["ip_adapter.0.to_k_ip.weight"].shape[0]
-    pairs, sites = sum(n.endswith(".to_k_ip.weight") for n in file.tensors), pipe.backbone.sites
-    if (pairs, width) != (len(sites), pipe.backbone.config.dim):
-        raise ValueError(
-            f"{source} has {pairs} K', V' pairs of width {width}; {pipe.name} has {len(sites)} attention layers of "
-            f"width {pipe.backbone.config.dim}. Was it made for another model?"
-        )
-    if pipe.image is None or pipe.image.features != features:
-        found = "no image encoder" if pipe.image is None else f"an image encoder of width {pipe.image.features}"
-        raise ValueError(f"{source} needs image features of width {features}; {pipe.name} has {found}.")
-    heads = pipe.backbone.config.num_attention_heads
-    pooled = len(file.tensors.get(POOLED, ()))
-    if pooled not in (0, pipe.backbone.config.pooled_projection_dim):
-        raise ValueError(
-            f"{source} shifts a pooled vector of width {pooled}; that of {pipe.name} has "
-            f"{pipe.backbone.config.pooled_projection_dim}. Was it made for another model?"
-        )
-    config = IPConfig(features, rows // dim, dim, heads, file.config.get("combine", "mean"), pooled)
-    adapter = cls(config, sites, width, pipe)
-    adapter.load_state_dict({k: v.float() for k, v in file.tensors.items()}, strict=True)
-    adapter.name, adapter.hash = file.name, file.hash
-    return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
-
-
-def load_published(cls: type[IPAdapter], source, pipe, file, image_encoder, where: Where, head_dim: int) -> IPAdapter:
-    """A published file for a UNet or FLUX."""
-    layout, backbone = read_layout(file.tensors, source), pipe.backbone
-    if layout.others:
-        raise ValueError(f"{source} holds {next(iter(layout.others))!r}, which is no part of an IP-Adapter.")
-    form = form_of(layout, backbone.sites)
-    layers = layers_of(backbone, backbone.sites, form)
-    width = backbone.config.cross_attention_dim if form == "cross" else backbone.config.joint_attention_dim
-    kept = fit_layers(layout, layers, width, where, source, pipe.name)
-    if not kept:
-        raise ValueError(f"{source}: none of its layers is in where={where.patterns}.")
-    projector = projector_of(layout.projector, head_dim)
-    if isinstance(projector, TimeResampler):
-        raise ValueError(f"{source} is an adapter of SD 3.5, which {pipe.name} is not.")
-    needs = needs_of(projector)
-    encoder = find_encoder(pipe, image_encoder, source, needs) if needs.width else None
-    dim = layout.text_width
-    tokens = getattr(projector, "tokens", 0)
-    config = IPConfig(needs.width, tokens, dim, combine="concat", form=form, feature=needs.feature)
-    present = [layer for layer in layers if layer.number in kept]
-    absent = [layer for layer in layers if layer.number not in kept]
-    with torch.device("meta"):
-        adapter = cls(config, present, pipe=pipe, projector=projector, absent=absent)
-    found = {f"image_proj.{n}": t for n, t in layout.projector.items()}
-    found |= {f"ip_adapter.{n}.{part}": t for n, parts in kept.items() for part, t in parts.items()}
-    load_whole(adapter, found, source)
-    if layout.lora:
-        adapter.attentions = tuple(site.path for site in backbone.sites)
-        adapter.lora = face_lora(layout.lora, adapter.attentions, backbone, source)
-    adapter._encoder[0] = encoder
-    adapter.name, adapter.hash = file.name, file.hash
-    return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
-
-
-def load_whole(adapter: IPAdapter, tensors: Mapping[str, Tensor], source) -> None:
-    """All of the tensors, or none: ValueError with the first that does not fit."""
-    wanted = {n: tuple(t.shape) for n, t in adapter.state_dict().items()}
-    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
-    wrong = sorted(n for n in {*wanted, *shapes} if wanted.get(n) != shapes.get(n))
-    if wrong:
-        first = wrong[0]
-        raise ValueError(
-            f"{source}: {len(wrong)} tensors do not fit (first: {first}, expected {wanted.get(first)}, found "
-            f"{shapes.get(first)})."
-        )
-    adapter.load_state_dict(dict(tensors), strict=True, assign=True)
-
-
-def find_encoder(pipe, given, source, needs) -> CLIPImage | None:
-    """The image encoder: given, the pipeline's, or beside the file. Its size is checked before its weights are read."""
-    if isinstance(given, CLIPImage):
-        needs.refuse(given.size, source, "the image encoder given")
-        return given
-    if given is None and isinstance(pipe.image, CLIPImage):
-        needs.refuse(pipe.image.size, source, f"the image encoder of {pipe.name}")
-        return pipe.image
-    beside = Path(str(source)).parent / "image_encoder"
-    folder = given if given is not None else beside if beside.is_dir() else None
-    if folder is None and pipe.image is not None and needs.feature == "embeds" and pipe.image.features == needs.width:
-        return None  # an encoder of the pipeline's own
-    if folder is None:
-        return needs.refuse(None, source, pipe.name)
-    needs.refuse(encoder_size(folder), source, folder)
-    return pipe.image_encoder(folder)

@@ -1,4 +1,4 @@
-"""IP-Adapter's published files: what a file holds, told from its tensors, and what it needs.
+"""IP-Adapter's files and sizes: what a file holds, told from its tensors, and what it needs.
 
 `.bin` and `.safetensors` of h94/IP-Adapter and its relatives, raw training checkpoints, XLabs' FLUX files and
 InstantX's SD3.5 files all come to the same names: `image_proj.*` and `ip_adapter.N.*`.
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from condit.controls.control import Where
+from condit.controls.ip_combine import Combine
 from condit.controls.ip_projectors import (
     FullProjection,
     IdentityPlusProjection,
@@ -28,6 +29,8 @@ from condit.nn.lora import LoRA
 
 Form = Literal["joint", "cross", "residual"]
 Feature = Literal["embeds", "hidden", "identity", "identity+hidden"]
+
+POOLED = "pooled_proj.weight"  # the shift's matrix; published files have none
 
 # (pattern, replacement), the first that fits. The left sides are the spellings found in the wild.
 SPELLINGS: tuple[tuple[str, str], ...] = (
@@ -48,6 +51,22 @@ TIMED: tuple[tuple[str, str], ...] = (
     (r"^layers\.(\d+)\.2\.1\.", r"layers.\1.adaln_proj."),
 )
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 4096: "FLUX.1", 2432: "SD 3.5"}
+
+
+@dataclass(frozen=True)
+class IPConfig:
+    """features: width of the image encoder's output; tokens: image tokens T; dim: width of the tokens; heads: of the
+    layers, where a backbone does not say; combine: of several references, by default; pooled: width of the pooled
+    vector that the adapter shifts, 0 if it does not; form: where the branch is added; feature: what is read."""
+
+    features: int
+    tokens: int = 4
+    dim: int = 256
+    heads: int = 4
+    combine: Combine = "mean"
+    pooled: int = 0
+    form: Form = "joint"
+    feature: Feature = "embeds"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ def find(model: str | Path | None) -> Path:
         ) from error
 
 
+@lru_cache(maxsize=1)
 def load(place: Path):
-    """The network and what prepares pictures for it."""
+    """The network and what prepares pictures for it, kept for the next picture."""
     # Not the automatic class: without torchvision it warns before it takes this one.
     from transformers import DPTImageProcessorPil
     from transformers.models.auto.modeling_auto import AutoModelForDepthEstimation

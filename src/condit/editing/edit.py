@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from condit.controls.dit4edit import DiT4Edit
 from condit.controls.targets import Targets
 from condit.controls.token_merging import TokenMerging
 from condit.data.images import ImageSource, load_image, to_images
-from condit.diffusion.inversion import Network, Path, Solver, edit_along, invert, round_trip_error, walk
+from condit.diffusion.inversion import Network, Path, Solver, edit_along, round_trip_error, walk
+from condit.diffusion.inversion import invert as to_noise
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,17 @@ class EditResult:
 
 
 class Editor(Protocol):
-    """What a kind of pipeline brings to be edited with; latents (B, ...) in float32, sizes in pixels."""
+    """What a kind of pipeline brings to be edited with; latents (B, ...) in float32, sizes in pixels. solver and
+    iterations are those of the inversion."""
 
     @property
     def pipe(self) -> Any: ...
+
+    @property
+    def solver(self) -> Solver: ...
+
+    @property
+    def iterations(self) -> int: ...
 
     def path(self, steps: int, size: tuple[int, int]) -> Path: ...
 
@@ -107,22 +115,44 @@ class Predictor(Protocol):
     def regions(self, level: int) -> list[Tensor]: ...
 
 
+class Editable(Protocol):
+    """A pipeline whose pictures can be edited: `edit` and `invert` below are its methods."""
+
+    def editor(self, solver: Solver | None, iterations: int | None) -> Editor:
+        """None: what suits the kind of pipeline."""
+        ...
+
+
 def as_list(value: Any) -> list:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def invert_pictures(
-    editor: Editor,
+@torch.no_grad()
+def invert(
+    pipe: Editable,
     image: ImageSource | Sequence[ImageSource],
     source: str | Sequence[str],
     *,
-    steps: int,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    solver: Solver | None = None,
+    iterations: int | None = None,
+) -> Inversion:
+    """A picture's way to noise under its prompt, for several edits of it; its round-trip error is in it. One prompt a
+    picture, or one for all. solver, iterations: as for `edit`."""
+    return inverted(pipe.editor(solver, iterations), image, source, num_inference_steps, height, width)
+
+
+def inverted(
+    editor: Editor,
+    image: ImageSource | Sequence[ImageSource],
+    source: str | Sequence[str],
+    steps: int | None,
     height: int | None,
     width: int | None,
-    solver: Solver,
-    iterations: int,
 ) -> Inversion:
-    """Encode and invert pictures under their prompts, without guidance (one prompt a picture, or one for all)."""
+    """Encode and invert pictures under their prompts, without guidance."""
     images, prompts = as_list(image), as_list(source)
     if len(prompts) == 1:
         prompts = prompts * len(images)
@@ -131,57 +161,72 @@ def invert_pictures(
             f"{len(images)} pictures and {len(prompts)} source prompts. Give one prompt, or one a picture."
         )
     size = editor.size(images, height, width)
-    path = editor.path(steps, size)
+    path = editor.path(editor.pipe.parts.steps if steps is None else steps, size)
     network = editor.network(prompts, size, path)
     x0 = editor.encode(editor.pipe.read_images(images, None, size))
-    trajectory = invert(network, x0, path, solver, iterations=iterations)
+    trajectory = to_noise(network, x0, path, editor.solver, iterations=editor.iterations)
     if not torch.isfinite(trajectory).all():
         raise ValueError("The inversion produced NaN. Use more steps, or dtype=torch.float32.")
     again = walk(network, trajectory[0], path)
     rms, decibels = round_trip_error(trajectory, again)
-    return Inversion(trajectory, path, tuple(prompts), solver, size, again[-1], rms, decibels, editor.pipe.name)
+    return Inversion(trajectory, path, tuple(prompts), editor.solver, size, again[-1], rms, decibels, editor.pipe.name)
 
 
-def edit_pictures(
-    editor: Editor,
+def checked_inversion(
+    inversion: Inversion, source: str | Sequence[str] | None, name: str, size: tuple[int | None, int | None]
+) -> Inversion:
+    """ValueError unless the inversion is one of these prompts, by the model of this name, at this size."""
+    if source is not None and tuple(as_list(source)) not in (inversion.source, inversion.source[:1]):
+        raise ValueError(
+            f"This inversion was made for {inversion.source[0]!r}, not {as_list(source)[0]!r}: words and noise "
+            "belong together. Invert the picture with the other prompt, or leave source out (None)."
+        )
+    if inversion.model != name:
+        raise ValueError(f"This inversion was made with {inversion.model}; this is {name}. Invert it again.")
+    if size != (None, None) and size != inversion.size:
+        raise ValueError(f"This inversion has {inversion.size[0]} x {inversion.size[1]} pixels; leave the size out.")
+    return inversion
+
+
+@torch.no_grad()
+def edit(
+    pipe: Editable,
     image: ImageSource | Sequence[ImageSource] | Inversion,
     source: str | Sequence[str] | None,
     target: str | Sequence[str],
     *,
-    controls: Sequence[Control],
-    negative: str | Sequence[str] | None,
-    mask: ImageSource | None,
-    steps: int,
-    scale: float,
-    height: int | None,
-    width: int | None,
-    solver: Solver,
-    iterations: int,
-    anchored: bool,
-    maps: bool,
-    output_type: str,
+    controls: Sequence[Control] = (),
+    negative_prompt: str | Sequence[str] | None = None,
+    mask: ImageSource | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    solver: Solver | None = None,
+    iterations: int | None = None,
+    anchored: bool = True,
+    maps: bool = False,
+    output_type: Literal["pil", "pt", "latent"] = "pil",
 ) -> EditResult:
-    """`Pipeline.edit`."""
-    pipe, targets = editor.pipe, as_list(target)
+    """Change what `source` says of a picture into what `target` says: controls=[DiT4Edit(...)], other controls act
+    on the target. n pictures and n targets make n edits; one of either serves all of the other.
+
+    image: pictures, or an `Inversion` of them (`invert`, or `result.inversion`), which saves inverting again. mask:
+    white where the picture may change. solver, iterations: of the inversion (condit.diffusion.inversion.invert); None:
+    "fixed_point" with 2 where the model's paths are flows, "dpmpp2m" with 3 on PixArt, where "dpmpp2m" and "exact2m"
+    also edit at second order. anchored: the target is corrected as the source is, so that the source's prompt gives the
+    source back bit for bit; False: it starts from the same noise and follows its predictions. maps: keep the attention
+    to the words. ValueError on a UNet.
+    """
+    if output_type not in ("pil", "pt", "latent"):
+        raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
+    editor, targets = pipe.editor(solver, iterations), as_list(target)
     if isinstance(image, Inversion):
-        inversion = image
-        if source is not None and tuple(as_list(source)) not in (inversion.source, inversion.source[:1]):
-            raise ValueError(
-                f"This inversion was made for {inversion.source[0]!r}, not {as_list(source)[0]!r}: words and noise "
-                "belong together. Invert the picture with the other prompt, or leave source out (None)."
-            )
-        if inversion.model != pipe.name:
-            raise ValueError(f"This inversion was made with {inversion.model}; this is {pipe.name}. Invert it again.")
-        if (height, width) != (None, None) and (height, width) != inversion.size:
-            raise ValueError(
-                f"This inversion has {inversion.size[0]} x {inversion.size[1]} pixels; leave the size out."
-            )
+        inversion = checked_inversion(image, source, editor.pipe.name, (height, width))
+    elif source is None:
+        raise ValueError("An edit needs the source prompt: what the picture shows, e.g. 'a cat'.")
     else:
-        if source is None:
-            raise ValueError("An edit needs the source prompt: what the picture shows, e.g. 'a cat'.")
-        inversion = invert_pictures(
-            editor, image, source, steps=steps, height=height, width=width, solver=solver, iterations=iterations
-        )
+        inversion = inverted(editor, image, source, num_inference_steps, height, width)
     n = max(len(inversion), len(targets))
     if len(inversion) not in (1, n) or len(targets) not in (1, n):
         raise ValueError(
@@ -191,15 +236,16 @@ def edit_pictures(
     targets = targets * (n // len(targets))
     trajectory = inversion.trajectory.expand(-1, n, *inversion.trajectory.shape[2:])
     given = checked(controls, maps)
-    words = pipe.parts.text.words
+    scale = editor.pipe.parts.guidance if guidance_scale is None else guidance_scale
+    words = editor.pipe.parts.text.words
     pair = Pair(tuple(words(sources)), tuple(words(targets)))
     prompts = [p for both in zip(sources, targets, strict=True) for p in both]
-    negatives = [text for text in pipe.negatives(negative, n) for _ in (0, 1)]
+    negatives = [text for text in editor.pipe.negatives(negative_prompt, n) for _ in (0, 1)]
     size, path = inversion.size, inversion.path
     predict, grid = editor.predictor(pair, prompts, negatives, given, size, path, scale), editor.grid(size)
     bound = None
     if mask is not None:
-        white = (pipe.read_images(mask, None, size)[:, 0] + 1) / 2
+        white = (editor.pipe.read_images(mask, None, size)[:, 0] + 1) / 2
         bound = region_mask(white, grid)[:, 0, :, 0]  # (1, N)
     still = torch.tensor([same(s, t, given) for s, t in zip(sources, targets, strict=True)])
 
@@ -225,7 +271,7 @@ def edit_pictures(
         grid,
         output_type,
         {
-            "model": pipe.name,
+            "model": editor.pipe.name,
             "source": sources,
             "target": targets,
             "num_inference_steps": inversion.path.steps,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from condit.controls.control import Control, Pair, Step
 from condit.data.images import ImageSource
-from condit.diffusion.inversion import FlowPath, Network
+from condit.diffusion.inversion import FlowPath, Network, Solver
 from condit.diffusion.schedules import flow_sigmas, flux_mu
 from condit.editing.edit import fitted_size
 from condit.encoders.vae import decode_tokens
@@ -27,6 +27,8 @@ class FlowEditor:
     """Latents are packed tokens (B, N, C)."""
 
     pipe: Pipeline
+    solver: Solver
+    iterations: int
 
     def path(self, steps: int, size: tuple[int, int]) -> FlowPath:
         rows, columns = self.grid(size)

@@ -11,7 +11,7 @@ from torch import Tensor
 from condit.controls.control import Control, Pair, Step
 from condit.data.images import ImageSource
 from condit.diffusion.guidance import guide
-from condit.diffusion.inversion import Network, NoisePath, ddim_path, dpm_path, level_of
+from condit.diffusion.inversion import Network, NoisePath, Solver, ddim_path, dpm_path, level_of
 from condit.diffusion.vp_samplers import estimate
 from condit.editing.edit import fitted_size
 from condit.encoders.vae import decode_latents
@@ -27,7 +27,8 @@ class NoiseEditor:
     at first order; "entered" DDIM's own."""
 
     pipe: LatentPipeline
-    solver: str
+    solver: Solver
+    iterations: int
 
     def __post_init__(self):
         if not hasattr(self.pipe.backbone.config, "patch_size"):

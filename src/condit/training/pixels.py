@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from condit.backbones.diffit import IMAGE_PRESETS, DiffiTImage, DiffiTImageConfig
+from condit.backbones.diffit_image import IMAGE_PRESETS, DiffiTImage, DiffiTImageConfig
 from condit.data.images import to_images
 from condit.data.sheets import Cell, contact_sheet
 from condit.diffusion.edm import EDM, edm_loss, edm_sigmas, heun, precondition, training_sigmas

@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from condit.backbones.diffit import DiffiT, DiffiTImage
+from condit.backbones.diffit import DiffiT
+from condit.backbones.diffit_image import DiffiTImage
 from condit.backbones.dit import DiT
 from condit.backbones.vit import Resize, ViT
 from condit.data.imagenet import ClassNames, imagenet

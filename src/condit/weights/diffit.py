@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condit.backbones.diffit import PRESETS, DiffiT, DiffiTConfig, DiffiTImage, DiffiTImageConfig
+from condit.backbones.diffit import PRESETS, DiffiT, DiffiTConfig
+from condit.backbones.diffit_image import DiffiTImage, DiffiTImageConfig
 from condit.weights.catalog import what_is
 from condit.weights.files import load_strict, read_metadata, read_tensors, save_tensors
 

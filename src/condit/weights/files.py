@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -112,8 +113,11 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
 
     def write(target: Path) -> None:
+        target.touch()
+        mode = stat.S_IMODE(target.stat().st_mode)  # by the umask; safetensors makes files for their owner only
         try:
             save_file(plain, target, metadata=texts or None)
+            target.chmod(mode)
         except SafetensorError as error:  # it hides the OSError that we want to tell
             code = re.search(r"os error (\d+)", str(error))
             raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from condit.backbones import diffit, dit, vit
+from condit.backbones import diffit, diffit_image, dit, vit
 from condit.evaluation.verify.check import Differences, Row, difference
 from condit.weights.class_models import PUBLISHED, names_in, recognise, weight_file
 from condit.weights.diffit import load_diffit, load_diffit_image, own_config
@@ -103,7 +103,7 @@ def _diffit(path: Path, heads: int | None) -> FileReport:
     image = bool(own_config(path, "DiffiTImage"))
     model = load_diffit_image(path) if image else load_diffit(path)
     layout = "condit, image space" if image else "release"
-    presets = diffit.IMAGE_PRESETS if image else diffit.PRESETS
+    presets = diffit_image.IMAGE_PRESETS if image else diffit.PRESETS
     reference = Reference("none: neither transformers nor diffusers has a DiffiT")
     return _report(path, layout, model.config, presets, model, _dtype(model.parameters()), reference)
 

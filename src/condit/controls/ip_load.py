@@ -1,0 +1,115 @@
+"""IP-Adapter from files, our own for an MM-DiT and published ones (arXiv:2308.06721): loaded whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from condit.controls.control import Where
+from condit.controls.ip_files import POOLED, IPConfig, face_lora, fit_layers, form_of, layers_of, needs_of, read_layout
+from condit.controls.ip_projectors import TimeResampler, projector_of
+from condit.encoders.image import CLIPImage, encoder_size
+
+if TYPE_CHECKING:
+    from condit.controls.ip_adapter import IPAdapter
+
+
+def load_own(cls: type[IPAdapter], source, pipe, file) -> IPAdapter:
+    """Our adapters for an MM-DiT (docs/tiny.md)."""
+    for name in ("image_proj.proj.weight", "image_proj.norm.weight", "ip_adapter.0.to_k_ip.weight"):
+        if name not in file.tensors:
+            raise ValueError(f"{source}: no {name!r}. Expected an IP-Adapter for an MM-DiT; found {file.guess}.")
+    rows, features = file.tensors["image_proj.proj.weight"].shape
+    dim = len(file.tensors["image_proj.norm.weight"])
+    width = file.tensors["ip_adapter.0.to_k_ip.weight"].shape[0]
+    pairs, sites = sum(n.endswith(".to_k_ip.weight") for n in file.tensors), pipe.backbone.sites
+    if (pairs, width) != (len(sites), pipe.backbone.config.dim):
+        raise ValueError(
+            f"{source} has {pairs} K', V' pairs of width {width}; {pipe.name} has {len(sites)} attention layers of "
+            f"width {pipe.backbone.config.dim}. Was it made for another model?"
+        )
+    if pipe.image is None or pipe.image.features != features:
+        found = "no image encoder" if pipe.image is None else f"an image encoder of width {pipe.image.features}"
+        raise ValueError(f"{source} needs image features of width {features}; {pipe.name} has {found}.")
+    heads = pipe.backbone.config.num_attention_heads
+    pooled = len(file.tensors.get(POOLED, ()))
+    if pooled not in (0, pipe.backbone.config.pooled_projection_dim):
+        raise ValueError(
+            f"{source} shifts a pooled vector of width {pooled}; that of {pipe.name} has "
+            f"{pipe.backbone.config.pooled_projection_dim}. Was it made for another model?"
+        )
+    config = IPConfig(features, rows // dim, dim, heads, file.config.get("combine", "mean"), pooled)
+    adapter = cls(config, sites, width, pipe)
+    adapter.load_state_dict({k: v.float() for k, v in file.tensors.items()}, strict=True)
+    adapter.name, adapter.hash = file.name, file.hash
+    return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
+
+
+def load_published(cls: type[IPAdapter], source, pipe, file, image_encoder, where: Where, head_dim: int) -> IPAdapter:
+    """A published file for a UNet or FLUX."""
+    layout, backbone = read_layout(file.tensors, source), pipe.backbone
+    if layout.others:
+        raise ValueError(f"{source} holds {next(iter(layout.others))!r}, which is no part of an IP-Adapter.")
+    form = form_of(layout, backbone.sites)
+    layers = layers_of(backbone, backbone.sites, form)
+    width = backbone.config.cross_attention_dim if form == "cross" else backbone.config.joint_attention_dim
+    kept = fit_layers(layout, layers, width, where, source, pipe.name)
+    if not kept:
+        raise ValueError(f"{source}: none of its layers is in where={where.patterns}.")
+    projector = projector_of(layout.projector, head_dim)
+    if isinstance(projector, TimeResampler):
+        raise ValueError(f"{source} is an adapter of SD 3.5, which {pipe.name} is not.")
+    needs = needs_of(projector)
+    encoder = find_encoder(pipe, image_encoder, source, needs) if needs.width else None
+    dim = layout.text_width
+    tokens = getattr(projector, "tokens", 0)
+    config = IPConfig(needs.width, tokens, dim, combine="concat", form=form, feature=needs.feature)
+    present = [layer for layer in layers if layer.number in kept]
+    absent = [layer for layer in layers if layer.number not in kept]
+    with torch.device("meta"):
+        adapter = cls(config, present, pipe=pipe, projector=projector, absent=absent)
+    found = {f"image_proj.{n}": t for n, t in layout.projector.items()}
+    found |= {f"ip_adapter.{n}.{part}": t for n, parts in kept.items() for part, t in parts.items()}
+    load_whole(adapter, found, source)
+    if layout.lora:
+        adapter.attentions = tuple(site.path for site in backbone.sites)
+        adapter.lora = face_lora(layout.lora, adapter.attentions, backbone, source)
+    adapter._encoder[0] = encoder
+    adapter.name, adapter.hash = file.name, file.hash
+    return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
+
+
+def load_whole(adapter: IPAdapter, tensors: Mapping[str, Tensor], source) -> None:
+    """All of the tensors, or none: ValueError with the first that does not fit."""
+    wanted = {n: tuple(t.shape) for n, t in adapter.state_dict().items()}
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    wrong = sorted(n for n in {*wanted, *shapes} if wanted.get(n) != shapes.get(n))
+    if wrong:
+        first = wrong[0]
+        raise ValueError(
+            f"{source}: {len(wrong)} tensors do not fit (first: {first}, expected {wanted.get(first)}, found "
+            f"{shapes.get(first)})."
+        )
+    adapter.load_state_dict(dict(tensors), strict=True, assign=True)
+
+
+def find_encoder(pipe, given, source, needs) -> CLIPImage | None:
+    """The image encoder: given, the pipeline's, or beside the file. Its size is checked before its weights are read."""
+    if isinstance(given, CLIPImage):
+        needs.refuse(given.size, source, "the image encoder given")
+        return given
+    if given is None and isinstance(pipe.image, CLIPImage):
+        needs.refuse(pipe.image.size, source, f"the image encoder of {pipe.name}")
+        return pipe.image
+    beside = Path(str(source)).parent / "image_encoder"
+    folder = given if given is not None else beside if beside.is_dir() else None
+    if folder is None and pipe.image is not None and needs.feature == "embeds" and pipe.image.features == needs.width:
+        return None  # an encoder of the pipeline's own
+    if folder is None:
+        return needs.refuse(None, source, pipe.name)
+    needs.refuse(encoder_size(folder), source, folder)
+    return pipe.image_encoder(folder)
