@@ -2,8 +2,9 @@
 
 A squared error asks for the mean of all pictures that a code may stand for. Where the code is uncertain, as those of a
 small model are, that mean is blurred. So a critic stands beside the error: a convolutional network that tells decoded
-patches from those of icons (PatchGAN, arXiv:1611.07004), weighed by the ratio of the gradients (arXiv:2012.09841,
-section 3.1). The linear code is not touched, so models and adapters trained on it stay valid.
+patches from those of icons (PatchGAN, arXiv:1611.07004), a picture and its icon side by side (arXiv:1807.00734),
+weighed by the ratio of the gradients (arXiv:2012.09841, section 3.1). The linear code is not touched, so models and
+adapters trained on it stay valid.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ class Critic(nn.Module):
     def __init__(self, width: int = 32):
         super().__init__()
         sizes = (3, width, 2 * width, 4 * width)
-        self.down = nn.ModuleList(
-            nn.Conv2d(i, o, 4, stride=2, padding=1) for i, o in zip(sizes, sizes[1:], strict=False)
-        )
-        self.mix, self.head = nn.Conv2d(sizes[-1], sizes[-1], 3, padding=1), nn.Conv2d(sizes[-1], 1, 3, padding=1)
+        down = [nn.Conv2d(i, o, 4, stride=2, padding=1) for i, o in zip(sizes, sizes[1:], strict=False)]
+        self.layers = nn.ModuleList([*down, nn.Conv2d(sizes[-1], sizes[-1], 3, padding=1)])
+        self.norms = nn.ModuleList([nn.Identity(), *(nn.GroupNorm(8, n) for n in (*sizes[2:], sizes[-1]))])
+        self.head = nn.Conv2d(sizes[-1], 1, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.down, self.mix):
-            x = F.leaky_relu(layer(x), 0.2)
-        return self.head(x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.leaky_relu(norm(layer(x)), 0.2)
+        return self.head(x).float()
 
 
 @dataclass
@@ -150,15 +151,16 @@ class DecoderTask(LatentTask):
         if len(batch.drawn):
             error = error + (F.avg_pool2d(decoded[known:], THUMBNAIL) - thumbnails).abs().mean()
 
+        # Each picture beside an icon, its own where it has one: what both have in common says nothing.
+        beside = torch.cat([batch.images, batch.images[: len(batch.drawn)]])
         self.critic.requires_grad_(False)
-        praise = self.critic(decoded).mean()
+        behind = F.softplus(self.critic(beside) - self.critic(decoded)).mean()
         self.critic.requires_grad_(True)
-        by_error, by_critic = (torch.autograd.grad(x, decoded, retain_graph=True)[0].norm() for x in (error, -praise))
-        weight = self.share_of_critic * (by_error / (by_critic + 1e-8)).clamp(max=10.0)
-        real, fake = self.critic(batch.images), self.critic(decoded.detach())
-        judged = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        return error - weight * praise + judged, {
+        by_error, by_critic = (torch.autograd.grad(x, decoded, retain_graph=True)[0].norm() for x in (error, behind))
+        weight = self.share_of_critic * (by_error / (by_critic + 1e-8)).clamp(max=100.0)
+        real, fake = self.critic(torch.cat([beside, decoded.detach()])).chunk(2)
+        judged = F.softplus(fake - real).mean()
+        return error + weight * behind + judged, {
             "error": round(float(error.detach()), 4),
-            "real": round(float(real.detach().mean()), 2),
-            "fake": round(float(fake.detach().mean()), 2),
+            "told": round(float((real > fake).float().mean()), 3),  # by the critic; 0.5 is chance
         }
