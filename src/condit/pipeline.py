@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from condit.controls.control import Control, Pair, Run, Step
 from condit.data.images import ImageSource, to_images
+from condit.diffusion.gaussian_samplers import draw
 from condit.diffusion.guidance import guide, guide_text_image
 from condit.diffusion.objectives import to_velocity
 from condit.diffusion.samplers import euler
@@ -113,6 +114,7 @@ class Pipeline:
         guidance_scale: float | None = None,
         image_guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
+        eta: float | None = None,
         seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -120,6 +122,7 @@ class Pipeline:
         callback_on_step_end: Callable[[Pipeline, int, float, dict], dict | None] | None = None,
     ) -> Result:
         """Draw. Arguments as in diffusers; `seed` is sugar: image i starts from noise of seed + i, drawn on the CPU.
+        eta: the share of each step's noise that is drawn afresh (`diffusion/samplers.py`); None: the model's own.
 
         guidance_scale 1 makes one prediction a step, not two. image_guidance_scale, if given, guides the controls apart
         from the text: none + s_T (text - none) + s_I (text and controls - text).
@@ -127,10 +130,13 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         steps = self.parts.steps if num_inference_steps is None else num_inference_steps
         scale = self.parts.guidance if guidance_scale is None else guidance_scale
+        eta = self.parts.eta if eta is None else eta
         height, width = height or self.parts.size[0], width or self.parts.size[1]
         self.check(prompts, steps, height, width, num_images_per_prompt)
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be 0 to 1; found {eta}.")
         batch = len(prompts) * num_images_per_prompt
         grid = height // self.pixels, width // self.pixels
         negative = self.negatives(negative_prompt, len(prompts))
@@ -140,10 +146,12 @@ class Pipeline:
         branches = self.branches(
             prompts, negative, tuple(controls), batch, grid, scale, image_guidance_scale, num_images_per_prompt, cells
         )
-        seeds, noise = self.noise(batch, grid, seed, generator, latents)
+        seeds, generators = image_generators(batch, seed, generator)
+        start = self.noise(grid, generators) if latents is None else self.given(latents, batch, grid)
+        seeds = seeds if latents is None or eta else [None] * batch
         ids = grid_ids(*grid).to(self.device)
         if cells is not None:
-            noise, ids = noise[:, cells], ids[cells]
+            start, ids = start[:, cells], ids[cells]
         sigmas = flow_sigmas(steps, shift=self.parts.shift_of(len(ids)))
         image_scale = 1.0 if image_guidance_scale is None else image_guidance_scale
 
@@ -155,7 +163,11 @@ class Pipeline:
                 return None
             return (callback_on_step_end(self, i, float(sigmas[i]), {"latents": x}) or {}).get("latents")
 
-        tokens = euler(velocity, noise, sigmas, on_step=on_step)
+        def noise() -> Tensor:
+            drawn = self.noise(grid, generators)
+            return drawn if cells is None else drawn[:, cells]
+
+        tokens = euler(velocity, start, sigmas, eta=eta, noise=noise, on_step=on_step)
         if fill is not None:
             tokens = fill.complete(tokens)
         recipe = {
@@ -166,6 +178,7 @@ class Pipeline:
             "num_inference_steps": steps,
             "guidance_scale": scale,
             "image_guidance_scale": image_guidance_scale,
+            "eta": eta,
             "height": height,
             "width": width,
             "seeds": seeds,
@@ -292,25 +305,21 @@ class Pipeline:
         text = text.rows(index)
         return replace(text, tokens=text.tokens.to(self.dtype), pooled=text.pooled.to(self.dtype))
 
-    def noise(
-        self,
-        batch: int,
-        grid: tuple[int, int],
-        seed: int | None,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        latents: Tensor | None,
-    ) -> tuple[list[int | None], Tensor]:
+    def noise(self, grid: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
         """Packed noise (B, N, C) in float32, each image from its own generator: a row does not know its batch."""
-        channels = (self.backbone.config.out_channels or self.backbone.config.in_channels) // 4
-        shape = channels, 2 * grid[0], 2 * grid[1]
-        if latents is not None:
-            expected = (batch, grid[0] * grid[1], 4 * channels)
-            if tuple(latents.shape) != expected:
-                raise ValueError(f"latents must be packed tokens {expected}; found {tuple(latents.shape)}.")
-            return [None] * batch, latents.float().to(self.device)
-        seeds, given = image_generators(batch, seed, generator)
-        drawn = [torch.randn(shape, generator=g, device=g.device).cpu() for g in given]
-        return seeds, pack(torch.stack(drawn)).to(self.device)
+        return pack(draw((self.channels, 2 * grid[0], 2 * grid[1]), generators)).to(self.device)
+
+    def given(self, latents: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
+        """Packed latents of the caller, checked, in float32."""
+        expected = (batch, grid[0] * grid[1], 4 * self.channels)
+        if tuple(latents.shape) != expected:
+            raise ValueError(f"latents must be packed tokens {expected}; found {tuple(latents.shape)}.")
+        return latents.float().to(self.device)
+
+    @property
+    def channels(self) -> int:
+        """Of a latent, before it is packed."""
+        return (self.backbone.config.out_channels or self.backbone.config.in_channels) // 4
 
     def decode(self, tokens: Tensor, grid: tuple[int, int], output_type: str) -> Any:
         if output_type == "latent":

@@ -53,6 +53,7 @@ class Request:
     guidance: float | None = None
     image_guidance: float | None = None
     sampler: str | None = None
+    eta: float | None = None
     height: int | None = None
     width: int | None = None
     image: str | None = None
@@ -67,6 +68,8 @@ class Request:
                 raise ValueError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are read. Shorten it")
         if not 1 <= self.count <= MAX_COUNT:
             raise ValueError(f"{self.count} images asked for; 1 to {MAX_COUNT} are drawn in one batch")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"eta {self.eta:g} asked for; expected 0 (no fresh noise) to 1")
         if self.steps is not None and not 1 <= self.steps <= 1000:
             raise ValueError(f"{self.steps} steps asked for; expected 1 to 1000")
 
@@ -99,7 +102,7 @@ class Request:
         words += ["--steps", str(self.steps)] if self.steps is not None else []
         words += ["--guidance", f"{self.guidance:g}"] if self.guidance is not None else []
         words += ["--image-guidance", f"{self.image_guidance:g}"] if self.image_guidance is not None else []
-        for name in ("sampler", "height", "width", "image", "mask", "change"):
+        for name in ("sampler", "eta", "height", "width", "image", "mask", "change"):
             value = getattr(self, name)
             words += (
                 [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)] if value is not None else []
@@ -164,6 +167,7 @@ class Studio:
             seed=request.seed,
             height=request.height,
             width=request.width,
+            **({} if request.eta is None else {"eta": request.eta}),
             **self.of_latents(request),
         )
         shared = {"condit": condit.__version__, "request": asdict(request), "run": result.recipe}

@@ -9,11 +9,10 @@ import torch
 
 import condit
 from condit.data.icons import sample_path
-from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig, encode_tokens
+from condit.encoders.vae import encode_tokens
 from condit.nn.streams import grid_ids
 from condit.training.adapters import ADAPTER, STYLE_GAIN, StyleTask, TokenTask
 from condit.training.clip import ClipTask
-from condit.training.decoder import DecoderTask
 from condit.training.joint import JointTask
 from condit.training.latent import LatentTask
 from condit.training.loop import Loop, LoopConfig
@@ -42,33 +41,6 @@ def test_latent_trains_a_step_and_loads(tmp_path, monkeypatch):
     vae = load_latent(one_step(task, tmp_path, monkeypatch))
     images = task.held_out.images([0, 1])
     assert (vae.decode(vae.encode(images).latent_dist.mode()).sample - images).abs().mean() < 0.1
-
-
-def test_the_decoder_goes_on_against_a_critic_and_leaves_the_code_alone(tmp_path, monkeypatch, random_tiny_folder):
-    model = random_tiny_folder / "model"
-    task = DecoderTask(ICONS, init=str(model / "vae"), model=str(model), refine=(16, 8), pool=4)
-    before = load_latent(model / "vae")
-    critic = {n: p.detach().clone() for n, p in task.critic.named_parameters()}
-    vae = load_latent(one_step(task, tmp_path, monkeypatch))
-    assert tuple(vae.config.refine) == (16, 8) and vae.refiner is not None
-    images = task.held_out.images([0, 1])
-    codes = before.encode(images).latent_dist.mode()
-    torch.testing.assert_close(vae.encode(images).latent_dist.mode(), codes, atol=1e-2, rtol=1e-2)  # written in fp16
-    torch.testing.assert_close(vae.linear(codes), before.linear(codes), atol=1e-2, rtol=1e-2)
-    assert all(not torch.equal(p, critic[n]) for n, p in task.critic.named_parameters())
-    again = DecoderTask(ICONS, init=str(tmp_path / "export"), model=str(model), pool=4)
-    assert again.vae.refiner is not None
-
-
-def test_a_fresh_refiner_changes_nothing_and_refuses_cells_that_it_cannot_double():
-    torch.manual_seed(0)
-    plain = PatchAutoencoder(PatchAutoencoderConfig(width=16, depth=1))
-    grown = PatchAutoencoder(PatchAutoencoderConfig(width=16, depth=1, refine=(16, 8)))
-    grown.load_state_dict(plain.state_dict(), strict=False)
-    z = torch.randn(1, 32, 4, 4)
-    assert torch.equal(grown.decode(z).sample, plain.decode(z).sample)
-    with pytest.raises(ValueError, match="4 times"):
-        PatchAutoencoder(PatchAutoencoderConfig(refine=(8, 8, 8, 8)))
 
 
 def test_clip_trains_a_step_and_loads(tmp_path, monkeypatch):

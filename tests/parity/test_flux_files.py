@@ -245,6 +245,12 @@ def test_schedules_that_condit_does_not_have_are_refused(tmp_path, name):
 
 def test_without_a_scheduler_the_kind_of_model_says_the_schedule(tmp_path):
     assert flux.read_schedule(tmp_path, dev=True)[0] is None and flux.read_schedule(tmp_path, dev=False)[0] == 1.0
+    assert flux.read_schedule(tmp_path, dev=True)[2] == 0.0
+
+
+def test_stochastic_sampling_of_a_scheduler_is_eta_1(tmp_path):
+    (tmp_path / "scheduler_config.json").write_text(json.dumps({"stochastic_sampling": True}))
+    assert flux.read_schedule(tmp_path, dev=True)[2] == 1.0
 
 
 def test_the_configuration_of_diffusers_and_of_a_single_file_are_one(saved):

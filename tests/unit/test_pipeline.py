@@ -10,7 +10,7 @@ from torch import Tensor
 
 from condit.controls.control import Control
 from condit.nn.attention import Attend, Call
-from condit.pipeline import Pipeline
+from condit.pipeline import Pipeline, image_generators
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,7 @@ def test_the_recipe_holds_what_draws_the_picture_again(pipe):
         "num_inference_steps": 2,
         "guidance_scale": 2.0,
         "image_guidance_scale": None,
+        "eta": 0.0,
         "height": 32,
         "width": 48,
         "seeds": [3, 4],
@@ -69,16 +70,32 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
 
 
 def test_image_i_starts_from_seed_plus_i_whatever_the_batch(pipe):
-    _, noise = pipe.noise(3, (4, 6), 7, None, None)
+    seeds, generators = image_generators(3, 7, None)
+    noise = pipe.noise((4, 6), generators)
     for i in range(3):
-        seeds, alone = pipe.noise(1, (4, 6), 7 + i, None, None)
-        assert seeds == [7 + i] and torch.equal(alone, noise[i : i + 1])
+        alone, generators = image_generators(1, 7 + i, None)
+        assert alone == seeds[i : i + 1] == [7 + i]
+        assert torch.equal(pipe.noise((4, 6), generators), noise[i : i + 1])
 
 
-def test_a_row_of_a_batch_equals_its_single_run(pipe):
-    batch = latents(pipe, ["a fox", "snow"], num_images_per_prompt=2, seed=5)
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+def test_a_row_of_a_batch_equals_its_single_run(pipe, eta):
+    batch = latents(pipe, ["a fox", "snow"], num_images_per_prompt=2, seed=5, eta=eta)
     for i, prompt in enumerate(["a fox", "a fox", "snow", "snow"]):
-        torch.testing.assert_close(batch[i : i + 1], latents(pipe, prompt, seed=5 + i), rtol=0, atol=1e-4)
+        torch.testing.assert_close(batch[i : i + 1], latents(pipe, prompt, seed=5 + i, eta=eta), rtol=0, atol=1e-4)
+
+
+def test_eta_draws_fresh_noise_by_the_seed_and_is_the_models_own_by_default(pipe, monkeypatch):
+    plain, fresh = latents(pipe, seed=5), latents(pipe, seed=5, eta=1.0)
+    assert torch.equal(plain, latents(pipe, seed=5, eta=0.0))
+    assert not torch.equal(plain, fresh) and torch.equal(fresh, latents(pipe, seed=5, eta=1.0))
+    monkeypatch.setattr(pipe, "parts", replace(pipe.parts, eta=1.0))
+    assert torch.equal(latents(pipe, seed=5), fresh) and pipe("a fox", seed=5).recipe["eta"] == 1.0
+    given = pipe.noise((4, 6), [torch.Generator().manual_seed(9)])
+    drawn = pipe("a fox", seed=5, latents=given, output_type="latent")
+    assert drawn.seeds == [5] and not torch.equal(drawn.images, latents(pipe, seed=6, latents=given))
+    with pytest.raises(ValueError, match="eta must be 0 to 1"):
+        pipe("a fox", eta=1.5)
 
 
 def test_a_seed_means_the_noise_of_a_generator_of_that_seed(pipe):
@@ -87,8 +104,8 @@ def test_a_seed_means_the_noise_of_a_generator_of_that_seed(pipe):
 
 
 def test_one_generator_draws_the_images_in_turn_and_a_list_one_each(pipe):
-    one = pipe.noise(2, (4, 6), None, torch.Generator().manual_seed(5), None)[1]
-    several = pipe.noise(2, (4, 6), None, [torch.Generator().manual_seed(s) for s in (5, 6)], None)[1]
+    one = pipe.noise((4, 6), image_generators(2, None, torch.Generator().manual_seed(5))[1])
+    several = pipe.noise((4, 6), [torch.Generator().manual_seed(s) for s in (5, 6)])
     assert torch.equal(one[0], several[0]) and not torch.equal(one[1], several[1])
 
 
@@ -106,7 +123,7 @@ def test_the_global_generator_is_left_alone(pipe):
 
 
 def test_given_latents_are_the_start(pipe):
-    _, noise = pipe.noise(1, (4, 6), 9, None, None)
+    noise = pipe.noise((4, 6), [torch.Generator().manual_seed(9)])
     assert torch.equal(latents(pipe, seed=None, latents=noise), latents(pipe, seed=9))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from condit.diffusion.objectives import to_velocity
 from condit.diffusion.samplers import euler
@@ -21,6 +22,39 @@ def test_a_prediction_of_the_picture_lands_on_it():
         return to_velocity(X0, x, sigma.expand(1), "x")
 
     torch.testing.assert_close(euler(velocity, NOISE, flow_sigmas(20)), X0, rtol=0, atol=1e-5)
+
+
+def test_eta_1_is_the_stochastic_sampling_of_diffusers():
+    sigmas = flow_sigmas(5, shift=2.5)
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
+    theirs = NOISE
+    for t in scheduler.timesteps:
+        generator = torch.Generator().manual_seed(int(t))
+        theirs = scheduler.step(theirs.sin(), t, theirs, generator=generator, return_dict=False)[0]
+    times = iter(scheduler.timesteps)
+
+    def noise():
+        return torch.randn(NOISE.shape, generator=torch.Generator().manual_seed(int(next(times))))
+
+    found = euler(lambda x, sigma, i: x.sin(), NOISE, sigmas, eta=1.0, noise=noise)
+    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-6)
+
+
+def test_any_eta_lands_on_a_known_picture_and_0_is_the_plain_step():
+    sigmas, generator = flow_sigmas(4), torch.Generator().manual_seed(0)
+
+    def noise():
+        return torch.randn(NOISE.shape, generator=generator)
+
+    def known(x, sigma, i):
+        return to_velocity(X0, x, sigma.expand(1), "x")
+
+    assert torch.equal(euler(known, NOISE, sigmas), euler(known, NOISE, sigmas, eta=0.0, noise=noise))
+    for eta in (0.5, 1.0):
+        torch.testing.assert_close(euler(known, NOISE, sigmas, eta=eta, noise=noise), X0, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="needs noise="):
+        euler(known, NOISE, sigmas, eta=0.5)
 
 
 def test_the_network_is_asked_once_a_step_at_its_level():

@@ -65,6 +65,10 @@ def generate(
     sampler: Annotated[
         str | None, typer.Option(help="ddim, dpm++, euler, euler-ancestral, ...; Stable Diffusion [default: its own].")
     ] = None,
+    eta: Annotated[
+        float | None,
+        typer.Option(help="Share of each step's noise that is drawn afresh, 0 to 1 [default: the model's]."),
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels [default: the model's].")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels [default: the model's].")] = None,
     image: Annotated[
@@ -113,6 +117,7 @@ def generate(
             guidance,
             image_guidance,
             sampler=sampler,
+            eta=eta,
             height=height,
             width=width,
             image=None if image is None else str(image),

@@ -51,8 +51,7 @@ class PatchAutoencoderConfig:
     """`scaling_factor` and `shift_factor` as in AutoencoderKL: the model sees (z - shift) * scaling.
 
     whiten: each component of the code is divided by its deviation to this power: 0 leaves the principal components as
-    they are, 1 gives all of them unit variance. refine: channels at half and at quarter the cells' size, if the decoder
-    draws on beyond the cells; empty: it ends with them.
+    they are, 1 gives all of them unit variance.
     """
 
     patch: int = 8
@@ -60,7 +59,6 @@ class PatchAutoencoderConfig:
     whiten: float = 0.0
     width: int = 128
     depth: int = 4
-    refine: tuple[int, ...] = ()
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
 
@@ -76,32 +74,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv_2(F.silu(self.conv_1(self.norm(x))))
-
-
-class Refiner(nn.Module):
-    """The cells' features (B, width, h, w) -> what is added to the picture (B, 3, p h, p w); zero at the start.
-
-    A cell's pixels out of one linear map meet their neighbours' at a seam; convolutions between the pixels have none.
-    """
-
-    def __init__(self, width: int, widths: Sequence[int], patch: int):
-        super().__init__()
-        left = patch // 2 ** len(widths)
-        if left * 2 ** len(widths) != patch:
-            raise ValueError(
-                f"refine {tuple(widths)} doubles the cells {len(widths)} times, which {patch} does not allow."
-            )
-        self.up = nn.ModuleList(nn.Conv2d(n, 4 * m, 1) for n, m in zip([width, *widths], widths, strict=False))
-        self.blocks = nn.ModuleList(ResidualBlock(m) for m in widths)
-        self.conv_out = nn.Conv2d(widths[-1], 3 * left * left, 3, padding=1)
-        self.left = left
-        for p in self.conv_out.parameters():
-            nn.init.zeros_(p)
-
-    def forward(self, h: Tensor) -> Tensor:
-        for up, block in zip(self.up, self.blocks, strict=True):
-            h = block(F.pixel_shuffle(up(F.silu(h)), 2))
-        return F.pixel_shuffle(self.conv_out(F.silu(h)), self.left)
 
 
 class PatchAutoencoder(nn.Module):
@@ -123,7 +95,6 @@ class PatchAutoencoder(nn.Module):
         self.conv_out = nn.Conv2d(c.width, pixels, 3, padding=1)
         for p in self.conv_out.parameters():
             nn.init.zeros_(p)
-        self.refiner = Refiner(c.width, c.refine, c.patch) if c.refine else None
 
     @torch.no_grad()
     def fit(self, images: Tensor) -> None:
@@ -165,8 +136,7 @@ class PatchAutoencoder(nn.Module):
         h = self.conv_in(latents / self.spread(1 - self.config.whiten))
         for block in self.blocks:
             h = block(h)
-        drawn = F.pixel_shuffle(self.patches_of(latents) + self.conv_out(F.silu(h)), self.config.patch)
-        return Decoded(drawn if self.refiner is None else drawn + self.refiner(h))
+        return Decoded(F.pixel_shuffle(self.patches_of(latents) + self.conv_out(F.silu(h)), self.config.patch))
 
 
 class Autoencoder(Protocol):

@@ -36,7 +36,7 @@ from condit.nn.lora import LoRA
 from condit.nn.streams import Stream
 from condit.training.icon_batches import IconSet, procedural
 from condit.training.loop import Task, to_device
-from condit.training.text_to_image import GRID, SHIFT, T_MEAN, image_stream, training_times
+from condit.training.text_to_image import ETA, GRID, SHIFT, T_MEAN, image_stream, training_times
 from condit.training.token_variants import Variant, added
 from condit.weights.files import load_strict, read_tensors, save_tensors
 from condit.weights.load import load_tiny
@@ -155,8 +155,12 @@ class AdapterTask(Task):
             return guide(c, u, guidance)
 
         code = GRID[0] * GRID[1], 4 * self.vae.config.latent_channels
-        noise = torch.randn(n, *code, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        x = euler(velocity, noise, flow_sigmas(steps, shift=SHIFT))
+        generator = torch.Generator().manual_seed(seed)
+
+        def noise() -> Tensor:
+            return torch.randn(n, *code, generator=generator).to(self.device)
+
+        x = euler(velocity, noise(), flow_sigmas(steps, shift=SHIFT), eta=ETA, noise=noise)
         return to_images(decode_tokens(self.vae, x, GRID))
 
     def sheet(self) -> Image.Image:

@@ -34,7 +34,6 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.classify import ClassifyTask
     from condit.training.clip import ClipTask
     from condit.training.deadiff import DEADiffTask
-    from condit.training.decoder import DecoderTask
     from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
     from condit.training.omini import OminiTask
@@ -43,7 +42,6 @@ def tasks() -> dict[str, Callable[..., Task]]:
 
     return {
         "latent": LatentTask,
-        "decoder": DecoderTask,
         "clip": ClipTask,
         "text-to-image": TextToImageTask,
         "text-and-style": JointTask,

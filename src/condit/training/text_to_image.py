@@ -37,6 +37,8 @@ GRID = (8, 8)
 # More noise than FLUX's N(0, 1): in a linear code the layout stays visible longer (docs/tiny.md).
 T_MEAN, T_STD = 0.8, 1.3
 SHIFT = 2.5
+# Fresh noise in every step: what a small network has drawn badly it draws again (docs/tiny.md has pictures, figures).
+ETA = 1.0
 
 
 @dataclass
@@ -172,8 +174,12 @@ class TextToImageTask(Task):
             both = [to_velocity(self.predict(x, t, s), x, t, "x") for s in (text, empty)]
             return guide(both[0], both[1], guidance)
 
-        noise = torch.randn(len(prompts), *self.code, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        x = euler(velocity, noise, flow_sigmas(steps, shift=SHIFT))
+        generator = torch.Generator().manual_seed(seed)
+
+        def noise() -> Tensor:
+            return torch.randn(len(prompts), *self.code, generator=generator).to(self.device)
+
+        x = euler(velocity, noise(), flow_sigmas(steps, shift=SHIFT), eta=ETA, noise=noise)
         return to_images(decode_tokens(self.vae, x, GRID))
 
     def sheet(self) -> Image.Image:
@@ -192,7 +198,7 @@ class TextToImageTask(Task):
             tensors = {k: v.half() for k, v in module.state_dict().items()}
             save_tensors(folder / name / "diffusion_pytorch_model.safetensors", tensors, {"condit": name})
         config = {"_class_name": "FluxTransformer2DModel", **dataclasses.asdict(self.transformer.config)}
-        config["condit"] = {"prediction": "x", "shift": SHIFT, "grid": GRID}
+        config["condit"] = {"prediction": "x", "shift": SHIFT, "eta": ETA, "grid": GRID}
         (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 

@@ -75,7 +75,7 @@ def load_flux(folder: Path, dtype: torch.dtype) -> Parts:
 def assemble(name: str, hash: str, backbone: MMDiT, components: Path, vae: Any, dtype: torch.dtype) -> Parts:
     """A pipeline's parts around a transformer."""
     text = load_text(components, dtype)
-    shift, dynamic = read_schedule(components / "scheduler", dev=backbone.config.guidance_embeds)
+    shift, dynamic, eta = read_schedule(components / "scheduler", dev=backbone.config.guidance_embeds)
     pixels = 2 ** (len(vae.config.block_out_channels) - 1) * 2
     side = 1024 if backbone.config.num_layers >= PRESETS["flux-dev"].num_layers else 8 * pixels
     return Parts(
@@ -92,6 +92,7 @@ def assemble(name: str, hash: str, backbone: MMDiT, components: Path, vae: Any, 
         guidance=3.5,
         distilled=True,
         dynamic=dynamic,
+        eta=eta,
     )
 
 
@@ -108,12 +109,12 @@ def load_text(folder: Path, dtype: torch.dtype) -> FluxText:
     return text.eval().requires_grad_(False)
 
 
-def read_schedule(folder: Path, *, dev: bool) -> tuple[float | None, DynamicShift]:
-    """The shift of the noise levels by scheduler_config.json: a number, or None and how it grows with the picture.
-    Without the file, that of FLUX.1-dev or schnell. ValueError for a schedule that condit does not have."""
+def read_schedule(folder: Path, *, dev: bool) -> tuple[float | None, DynamicShift, float]:
+    """The shift of the noise levels by scheduler_config.json: a number, or None and how it grows with the picture; and
+    the sampler's eta. Without the file, those of FLUX.1-dev or schnell. ValueError for another schedule."""
     file = folder / "scheduler_config.json"
     if not file.is_file():
-        return (None if dev else 1.0), DynamicShift()
+        return (None if dev else 1.0), DynamicShift(), 0.0
     given = json.loads(file.read_text(encoding="utf-8"))
     strange = [
         name
@@ -138,7 +139,8 @@ def read_schedule(folder: Path, *, dev: bool) -> tuple[float | None, DynamicShif
         (given.get("max_image_seq_len", standard.maximum[0]), given.get("max_shift", standard.maximum[1])),
         given.get("time_shift_type", "exponential"),
     )
-    return (None if given.get("use_dynamic_shifting") else float(given.get("shift", 1.0))), dynamic
+    shift = None if given.get("use_dynamic_shifting") else float(given.get("shift", 1.0))
+    return shift, dynamic, float(bool(given.get("stochastic_sampling")))
 
 
 # Single files

@@ -72,6 +72,7 @@ def load_tiny(name: str, folder: Path, dtype: torch.dtype) -> Parts:
         image=TinyImage(clip).eval(),
         prediction=raw["condit"]["prediction"],
         shift=raw["condit"]["shift"],
+        eta=raw["condit"].get("eta", 0.0),
         size=(128, 128),
         steps=20,
         guidance=3.0,

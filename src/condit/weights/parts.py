@@ -13,7 +13,7 @@ from condit.diffusion.schedules import DynamicShift
 @dataclass(frozen=True)
 class Parts:
     """A model's parts and defaults. `shift` of the noise levels: a number, or None for one that grows with the picture
-    (`dynamic`)."""
+    (`dynamic`). `eta` of the sampler."""
 
     name: str
     hash: str
@@ -28,6 +28,7 @@ class Parts:
     guidance: float
     distilled: bool  # guidance is an input of the model (FLUX.1-dev) or absent (schnell), not two predictions
     dynamic: DynamicShift = DynamicShift()
+    eta: float = 0.0
 
     def shift_of(self, tokens: int) -> float:
         """The shift for a picture of so many noisy tokens."""
