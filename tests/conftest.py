@@ -183,9 +183,8 @@ def build_latent(kind: str = "sd15", **unet) -> LatentPipeline:
     )
 
 
-def build_ip(pipe: Pipeline, *, combine: str = "mean", shift: bool = False) -> IPAdapter:
-    pooled = pipe.backbone.config.pooled_projection_dim if shift else 0
-    config = IPConfig(StubImage.features, tokens=3, dim=8, heads=2, combine=combine, pooled=pooled)  # type: ignore[arg-type]
+def build_ip(pipe: Pipeline, *, combine: str = "mean") -> IPAdapter:
+    config = IPConfig(StubImage.features, tokens=3, dim=8, heads=2, combine=combine)  # type: ignore[arg-type]
     adapter = IPAdapter(config, pipe.backbone.sites, pipe.backbone.config.dim, pipe)
     randomise(adapter, 3, 0.5)
     return adapter.requires_grad_(False)

@@ -234,8 +234,6 @@ class LatentPipeline:
                     f"{type(control).__name__} joins tokens to the sequence, and {self.name} takes none. "
                     "Use a control that wraps attention, such as IPAdapter."
                 )
-            if control.pooled() is not None:
-                raise ValueError(f"{type(control).__name__} shifts a pooled vector; {self.name} reads none of it.")
 
     def solver(self, sampler: Sampler | None, eta: float) -> tuple[Solver, Process]:
         """The solver and the process with its levels, of a sampler's name."""

@@ -64,7 +64,7 @@ def random_tiny_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     generator = torch.Generator().manual_seed(0)
     backbone = write_model(folder / "model", generator)
-    style = IPConfig(features=TinyImage.features, heads=PRESETS["tiny"].num_attention_heads, pooled=256)
+    style = IPConfig(features=TinyImage.features, heads=PRESETS["tiny"].num_attention_heads)
     width = PRESETS["tiny"].num_attention_heads * PRESETS["tiny"].attention_head_dim
     write_adapter(folder / "style", IPAdapter(style, backbone.sites, width), generator)
     for task, annotator in (("subject", None), ("edges", "lines"), ("gray", "gray")):

@@ -22,7 +22,6 @@ PROMPTS = ["a fox", "a rocket", "snow", "an apple"]
 class World:
     pipe: Pipeline
     ip: IPAdapter
-    shifting: IPAdapter
     joint: OminiControl
     cached: OminiControl
     filling: OminiControl
@@ -37,15 +36,14 @@ class World:
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [self.pipe.backbone, self.pipe.parts.vae, self.ip, self.shifting, self.joint, self.cached]
+        return [self.pipe.backbone, self.pipe.parts.vae, self.ip, self.joint, self.cached]
 
 
 TABLE = {
     "ip": ("ip",),
-    "ip_shifting": ("shifting",),
     "omini_joint": ("joint",),
     "omini_cached": ("cached",),
-    "all": ("ip", "shifting", "joint", "cached"),
+    "all": ("ip", "joint", "cached"),
 }
 every_control = pytest.mark.parametrize("name", TABLE)
 
@@ -57,7 +55,7 @@ def make_world(make_pipe, make_ip, make_omini) -> Callable[..., World]:
         left = {"independent": True, "delta": (0, -6)}
         joint, cached = make_omini(pipe, seed=6), make_omini(pipe, seed=7, **left)
         filling = [make_omini(pipe, seed=8, independent=independent) for independent in (False, True)]
-        return World(pipe, make_ip(pipe), make_ip(pipe, shift=True), joint, cached, *filling)
+        return World(pipe, make_ip(pipe), joint, cached, *filling)
 
     return make
 
@@ -221,7 +219,7 @@ def test_a_cached_condition_equals_the_uncached_one(world, references, how, besi
 
 
 def test_side_branches_and_caches_commute(world, references):
-    second = world.shifting.control(references[2], strength=-0.4)
+    second = world.ip.control(references[2], strength=-0.4)
     controls = [world.ip.control(references[0]), world.cached.control(references[1], strength=0.7), second]
     drawn = [world.draw(order) for order in permutations(controls)]
     for other in drawn[1:]:
@@ -233,7 +231,7 @@ def test_two_joint_conditions_commute(world, references):
     close(world.draw(controls), world.draw(controls[::-1]), atol=1e-5)  # keys in another order
 
 
-@pytest.mark.parametrize("name", ["ip", "shifting", "joint", "cached"])
+@pytest.mark.parametrize("name", ["ip", "joint", "cached"])
 def test_a_region_of_zeros_is_plain_and_of_ones_is_everywhere(world, references, name):
     adapter = getattr(world, name)
 

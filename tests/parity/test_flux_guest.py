@@ -136,7 +136,7 @@ def table(omini, ip_adapter) -> dict[str, Make]:
         return omini(p, seed=7, independent=True, delta=(0, -8)).control(refs, **how)
 
     def ip(p, refs, **how):
-        return ip_adapter(p, shift=True).control(refs, **how)
+        return ip_adapter(p).control(refs, **how)
 
     return {
         "joint": lambda p, r: [joint(p, r)],

@@ -18,7 +18,6 @@ from condit.evaluation.style_methods import (
     look,
     nothing,
     plain,
-    shift_only,
     subtracted,
     with_strengths,
 )
@@ -225,13 +224,6 @@ def test_subtraction_feeds_the_adapter_the_difference_and_leaves_the_statistics(
         for path in control.empty
         for a, b in zip(control.empty[path], wanted.empty[path], strict=True)
     )
-
-
-def test_the_shift_alone_has_no_keys(stage, world):
-    given = look(world, choose_pairs(world, Protocol(count=2))[0])
-    [whole], [alone] = plain(stage, given, 0.7), shift_only(stage, given, 0.7)
-    assert alone.kv == {} and alone.addition is not None and whole.addition is not None
-    assert torch.equal(alone.addition, whole.addition)
 
 
 def test_markdown_says_what_was_left_out(run):

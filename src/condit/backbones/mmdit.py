@@ -146,14 +146,13 @@ class TimeTextEmbed(nn.Module):
         self.text_embedder = Embedder(c.pooled_projection_dim, c.dim)
 
     def forward(self, stream: Stream) -> Tensor:
-        """(B, dim), or (B, N, dim) if the stream has a pooled vector for each token."""
+        """(B, dim)."""
         dtype, lora = stream.tokens.dtype, stream.lora
         embedding = self.timestep_embedder(timestep_features(stream.timestep.to(dtype) * 1000).to(dtype), lora)
         if stream.guidance is not None:
             features = timestep_features(stream.guidance.to(dtype) * 1000).to(dtype)
             embedding = embedding + self.guidance_embedder(features, lora)
-        pooled = self.text_embedder(stream.pooled, lora)
-        return (embedding if pooled.ndim == 2 else embedding[:, None]) + pooled
+        return embedding + self.text_embedder(stream.pooled, lora)
 
 
 class JointAttention(nn.Module):
@@ -218,17 +217,6 @@ class JointAttention(nn.Module):
                 for i, (o, lora) in enumerate(zip(out, frame.loras, strict=True))
             ]
         return out, None if frame.image is None else plain[frame.image[0]]
-
-
-def shifted(image: Stream, additions: Sequence[Tensor | None]) -> Stream:
-    """The stream with what controls add to its pooled vector: for the whole picture (B, P), or a token (B, N, P)."""
-    given = [a for a in additions if a is not None]
-    if any(a.ndim == 3 for a in given):
-        given = [a if a.ndim == 3 else a[:, None] for a in given]
-        image = replace(image, pooled=image.pooled[:, None].expand(-1, image.tokens.shape[1], -1))
-    for addition in given:
-        image = replace(image, pooled=image.pooled + addition.to(image.pooled))
-    return image
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
@@ -386,18 +374,15 @@ class MMDiT(nn.Module):
     ) -> Tensor:
         """Prediction for the noisy image, (B, N, out_channels). text (B, L, joint_attention_dim), text_ids (L, 3).
 
-        Text shares the image's clock. `conditions` join the sequence; `controls` wrap the attention calls and may shift
-        the pooled vector.
+        Text shares the image's clock. `conditions` join the sequence; `controls` wrap the attention calls.
         """
-        image = shifted(image, [control.pooled() for control in controls])
         x, clock, rope = self.embed(image)
-        clock_text = clock if clock.ndim == 2 else self.time_text_embed(replace(image, pooled=image.pooled.mean(1)))
         rope_text = rope_frequencies(text_ids, self.config.axes_dims_rope)
         embedded = [self.embed(s) for s in conditions]
         streams = (None, None, *conditions)
         double = Frame(
             loras=(image.lora, image.lora, *(s.lora for s in conditions)),
-            embeddings=(clock_text, clock, *(e[1] for e in embedded)),
+            embeddings=(clock, clock, *(e[1] for e in embedded)),
             ropes=(rope_text, rope, *(e[2] for e in embedded)),
             groups=tuple(groups(0, 1, streams, apart=bool(controls))),
             text=0,
@@ -440,9 +425,6 @@ class MMDiT(nn.Module):
 
 def merge_main(frame: Frame, text_length: int, streams: Sequence[Stream | None]) -> Frame:
     """The frame of the single blocks: text and image as stream 0, conditions behind."""
-    text, image = frame.embeddings[:2]
-    if image.ndim == 3:  # a clock a token: the text's own goes in front
-        image = torch.cat([text[:, None].expand(-1, text_length, -1), image], 1)
     (cos_text, sin_text), (cos, sin) = frame.ropes[:2]
     if cos.ndim == 4:  # per-sample image positions
         cos_text, sin_text = (r.expand(cos.shape[0], 1, -1, -1) for r in (cos_text, sin_text))
@@ -450,7 +432,7 @@ def merge_main(frame: Frame, text_length: int, streams: Sequence[Stream | None])
     return replace(
         frame,
         loras=frame.loras[1:],
-        embeddings=(image, *frame.embeddings[2:]),
+        embeddings=frame.embeddings[1:],
         ropes=(rope, *frame.ropes[2:]),
         groups=tuple(groups(None, 0, streams[1:], apart=bool(frame.controls))),
         text=None,

@@ -159,11 +159,6 @@ class Control:
         """An update that this control also puts on the conditions of others, as official code may; usually none."""
         return None
 
-    def pooled(self) -> Tensor | None:
-        """Shift: an addition to the prompt's pooled vector, (B, P), or (B, N, P) for one a token of the image; of these
-        the text takes the mean."""
-        return None
-
     def residual(self, site: Site, query: Tensor) -> Tensor | None:
         """Add: a residual (B, N, dim) for the image stream after the block; query (B, H, N, D) without positions."""
         return None

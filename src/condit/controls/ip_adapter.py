@@ -6,9 +6,6 @@ q and z_t are the frozen layer's; K', V' are made from the reference alone. On U
 them, as published. On an MM-DiT the image rows do, with q before rotary positions and K' normalised; XLabs' FLUX files
 add behind each double block instead. Here: the adapter. `ip_reference.py`: what acts in a run; `ip_projectors.py`;
 `ip_files.py`: published layouts; `ip_load.py`: adapters of files; `instantstyle.py`: which blocks.
-
-Beyond the paper, an adapter may also shift the prompt's pooled vector by lambda W f, f the image's feature. There a
-style word acts too. The embedded model's adapter has it (docs/tiny.md); published files have no W.
 """
 
 from __future__ import annotations
@@ -24,13 +21,7 @@ from torch import Tensor, nn
 
 from condit.controls.control import Control, MaskMode, When, Where
 from condit.controls.ip_combine import COMBINES, Combine, Features, combined, each_token, grouped, times, zeros_of
-from condit.controls.ip_files import (
-    POOLED,
-    IPConfig,
-    Layer,
-    face_tensors,
-    layers_of,
-)
+from condit.controls.ip_files import IPConfig, Layer, face_tensors, layers_of
 from condit.controls.ip_load import load_own, load_published
 from condit.controls.ip_projectors import HEAD_DIM, ImageProjection
 from condit.controls.ip_reference import (
@@ -51,7 +42,7 @@ from condit.nn.lora import LoRA, Part
 if TYPE_CHECKING:
     from condit.data.images import ImageSource
 
-__all__ = ["POOLED", "IPAdapter", "IPConfig", "IPReference"]
+__all__ = ["IPAdapter", "IPConfig", "IPReference"]
 
 
 class KeyValue(nn.Module):
@@ -87,13 +78,10 @@ class IPAdapter(nn.Module):
         self.image_proj = projector or ImageProjection(config.features, config.dim, config.tokens)
         bias = config.form == "residual"
         self.ip_adapter = nn.ModuleDict({str(x.number): KeyValue(config.dim, x.width, bias=bias) for x in self.layers})
-        self.pooled_proj = nn.Linear(config.features, config.pooled, bias=False) if config.pooled else None
         self.lora: LoRA | None = None  # FaceID's
         self.attentions: tuple[str, ...] = ()  # paths of all attention layers, which number that LoRA
         self._pipe = [pipe]  # in a list: the pipeline's weights are not ours
         self._encoder: list[CLIPImage | None] = [None]
-        if self.pooled_proj is not None:
-            nn.init.zeros_(self.pooled_proj.weight)
         for pair in self.ip_adapter.values():
             nn.init.zeros_(pair.to_v_ip.weight)  # type: ignore[union-attr,arg-type]
 
@@ -186,12 +174,6 @@ class IPAdapter(nn.Module):
         """`project` of the tokens of features (B, E), or (B, R, E) for R references concatenated."""
         return self.project(self.tokens(features), where)
 
-    def shift(self, features: Tensor) -> Tensor | None:
-        """W f (B, P) for features (B, E), or (B, R, E), of which the mean counts; None for an adapter without W."""
-        if self.pooled_proj is None:
-            return None
-        return self.pooled_proj(features if features.ndim == 2 else features.mean(1))
-
     def reference(
         self,
         features: Features,
@@ -231,12 +213,9 @@ class IPAdapter(nn.Module):
         if one_graph:
             kv, none = (self.filled(pairs) for pairs in (kv, none))
             strength = {"": strength} if isinstance(strength, float | int) else strength
-        whole = where == Where() and not isinstance(strength, Mapping) and isinstance(features, Tensor)
         return IPReference(
             kv=kv,
             empty=none,
-            # The shift reaches every layer, so a control of some layers goes without.
-            addition=self.shift(features) if whole and isinstance(features, Tensor) else None,
             adapter=self,
             strength=strength,
             where=Where() if one_graph else where,
@@ -313,9 +292,8 @@ class IPAdapter(nn.Module):
         """A control from one reference, from n references for n images, or from n lists of several references each.
 
         strength: lambda, any real number; one an image; or by prefix of the layers' paths ("up_blocks.0.attentions.1"),
-        where what is not named is off. where: the layers at which it acts; a shift of the pooled vector reaches all of
-        them, so with `where` it is left out. when: the part of the schedule. mask: where in the picture it acts, white
-        = acts; with combine="sum" a list has one for each of the references of an image.
+        where what is not named is off. where: the layers at which it acts. when: the part of the schedule. mask: where
+        in the picture it acts, white = acts; with combine="sum" a list has one for each of the references of an image.
 
         Several references of one image: "mean" or "add" of their features; "subtract": the first minus the mean of the
         others; "concat": side by side in one softmax; "sum": an attention each, added. weights: of each of them.

@@ -30,8 +30,6 @@ from condit.nn.lora import LoRA
 Form = Literal["joint", "cross", "residual"]
 Feature = Literal["embeds", "hidden", "identity", "identity+hidden"]
 
-POOLED = "pooled_proj.weight"  # the shift's matrix; published files have none
-
 # (pattern, replacement), the first that fits. The left sides are the spellings found in the wild.
 SPELLINGS: tuple[tuple[str, str], ...] = (
     (r"^image_proj_model\.", "image_proj."),  # tutorial_train.py's checkpoints
@@ -56,15 +54,14 @@ BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"
 @dataclass(frozen=True)
 class IPConfig:
     """features: width of the image encoder's output; tokens: image tokens T; dim: width of the tokens; heads: of the
-    layers, where a backbone does not say; combine: of several references, by default; pooled: width of the pooled
-    vector that the adapter shifts, 0 if it does not; form: where the branch is added; feature: what is read."""
+    layers, where a backbone does not say; combine: of several references, by default; form: where the branch is added;
+    feature: what is read."""
 
     features: int
     tokens: int = 4
     dim: int = 256
     heads: int = 4
     combine: Combine = "mean"
-    pooled: int = 0
     form: Form = "joint"
     feature: Feature = "embeds"
 

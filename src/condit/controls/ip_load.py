@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condit.controls.control import Where
-from condit.controls.ip_files import POOLED, IPConfig, face_lora, fit_layers, form_of, layers_of, needs_of, read_layout
+from condit.controls.ip_files import IPConfig, face_lora, fit_layers, form_of, layers_of, needs_of, read_layout
 from condit.controls.ip_projectors import TimeResampler, projector_of
 from condit.encoders.image import CLIPImage, encoder_size
 
@@ -23,6 +23,12 @@ def load_own(cls: type[IPAdapter], source, pipe, file) -> IPAdapter:
     for name in ("image_proj.proj.weight", "image_proj.norm.weight", "ip_adapter.0.to_k_ip.weight"):
         if name not in file.tensors:
             raise ValueError(f"{source}: no {name!r}. Expected an IP-Adapter for an MM-DiT; found {file.guess}.")
+    others = [name for name in file.tensors if not name.startswith(("image_proj.", "ip_adapter."))]
+    if others:
+        raise ValueError(
+            f"{source} holds {others[0]!r}; expected image_proj.* and ip_adapter.* alone. An adapter that also shifted "
+            "the pooled text (pooled_proj) is no longer read: train it again, or take the tensor out of the file."
+        )
     rows, features = file.tensors["image_proj.proj.weight"].shape
     dim = len(file.tensors["image_proj.norm.weight"])
     width = file.tensors["ip_adapter.0.to_k_ip.weight"].shape[0]
@@ -36,13 +42,7 @@ def load_own(cls: type[IPAdapter], source, pipe, file) -> IPAdapter:
         found = "no image encoder" if pipe.image is None else f"an image encoder of width {pipe.image.features}"
         raise ValueError(f"{source} needs image features of width {features}; {pipe.name} has {found}.")
     heads = pipe.backbone.config.num_attention_heads
-    pooled = len(file.tensors.get(POOLED, ()))
-    if pooled not in (0, pipe.backbone.config.pooled_projection_dim):
-        raise ValueError(
-            f"{source} shifts a pooled vector of width {pooled}; that of {pipe.name} has "
-            f"{pipe.backbone.config.pooled_projection_dim}. Was it made for another model?"
-        )
-    config = IPConfig(features, rows // dim, dim, heads, file.config.get("combine", "mean"), pooled)
+    config = IPConfig(features, rows // dim, dim, heads, file.config.get("combine", "mean"))
     adapter = cls(config, sites, width, pipe)
     adapter.load_state_dict({k: v.float() for k, v in file.tensors.items()}, strict=True)
     adapter.name, adapter.hash = file.name, file.hash

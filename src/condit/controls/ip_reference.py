@@ -24,7 +24,7 @@ Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
 
 @dataclass(frozen=True)
 class IPReference(Control):
-    """K', V' of a reference at every site; `empty` are those of no reference; `addition` (B, P) to the pooled vector.
+    """K', V' of a reference at every site; `empty` are those of no reference.
 
     strength: lambda; by prefix of the site's path, where what is not named is off; or (n,), one an image. `weight`
     (0-d, by path, or (B, 1, 1, 1)) and `region` are set for a run: (B, 1, N, 1), or by N where N differs by level.
@@ -32,7 +32,6 @@ class IPReference(Control):
 
     kv: KeyValues
     empty: KeyValues
-    addition: Tensor | None
     adapter: IPAdapter
     strength: Strength
     where: Where
@@ -50,11 +49,10 @@ class IPReference(Control):
             for path, (k, v) in self.kv.items()
             if any_site(self.where, path)
         }
-        addition = None if self.addition is None else match_batch(self.addition, run.batch, "IPAdapter")
         strength = self.strength
         if isinstance(strength, Tensor):
             strength = match_batch(strength, run.batch, "strength").reshape(-1, 1, 1, 1)
-        return replace(self, kv=kv, addition=addition, strength=strength, region=self.region_of(run))
+        return replace(self, kv=kv, strength=strength, region=self.region_of(run))
 
     def region_of(self, run: Run) -> Tensor | Mapping[int, Tensor] | None:
         """The mask on the token grid, or on the grid of each level of a UNet."""
@@ -63,9 +61,7 @@ class IPReference(Control):
         if self.adapter.config.form == "cross":
             levels = region_levels(self.mask, run.grid, self.mask_mode)
             return {n: match_batch(region, run.batch, "mask") for n, region in levels.items()}
-        region = match_batch(region_mask(self.mask, run.grid, run.cells, self.mask_mode), run.batch, "mask")
-        # The same for every token, so that one clock serves all of them.
-        return region[:, :, :1] if bool((region == region[:, :, :1]).all()) else region
+        return match_batch(region_mask(self.mask, run.grid, run.cells, self.mask_mode), run.batch, "mask")
 
     def at(self, step: Step) -> IPReference | None:
         factor = self.when.factor(step)
@@ -114,25 +110,12 @@ class IPReference(Control):
             return None
         return join_heads(self.side(query, site))
 
-    def pooled(self) -> Tensor | None:
-        if self.addition is None:
-            return None
-        assert not isinstance(self.weight, Mapping) and not isinstance(self.region, Mapping)
-        weight = self.weight
-        if weight is not None and weight.ndim:
-            weight = weight.flatten(1)
-        addition = self.addition if weight is None else self.addition * weight.to(self.addition)
-        if self.region is None:
-            return addition
-        each = addition[:, None] * self.region[:, 0].to(addition)  # (B, N, P), or (B, 1, P) if all tokens have one
-        return each if each.shape[1] > 1 else each[:, 0]
-
     def inside(self, region: Tensor) -> IPReference:
         """Acting by `region`, which broadcasts to (B, H, N, D): 0 = not at all, 1 = at full strength."""
         return replace(self, region=region)
 
     def negative(self) -> IPReference:
-        return replace(self, kv=self.empty, addition=None)
+        return replace(self, kv=self.empty)
 
     def describe(self) -> dict:
         strength = self.strength
@@ -180,15 +163,6 @@ class Together(Control):
                 total = found if total is None else total + found
         return total
 
-    def pooled(self) -> Tensor | None:
-        total = None
-        for part in self.parts:
-            found = part.pooled()
-            if found is not None and total is not None and found.ndim != total.ndim:  # one a token beside one for all
-                found, total = (x if x.ndim == 3 else x[:, None] for x in (found, total))
-            total = found if total is None else total if found is None else total + found
-        return total
-
     def negative(self) -> Together:
         return replace(self, parts=tuple(part.negative() for part in self.parts))
 
@@ -216,9 +190,6 @@ class WithLoRA(Control):
 
     def residual(self, site: Site, query: Tensor) -> Tensor | None:
         return self.inner.residual(site, query)
-
-    def pooled(self) -> Tensor | None:
-        return self.inner.pooled()
 
     def lora(self) -> LowRank | None:
         return self.update

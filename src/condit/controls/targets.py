@@ -44,10 +44,6 @@ class Targets(Control):
 
         return only_targets(plain, self.inner.around(call, again))
 
-    def pooled(self) -> Tensor | None:
-        addition = self.inner.pooled()
-        return None if addition is None else only_targets(torch.zeros_like(addition), addition)
-
     def residual(self, site: Site, query: Tensor) -> Tensor | None:
         addition = self.inner.residual(site, query)
         return None if addition is None else only_targets(torch.zeros_like(addition), addition)

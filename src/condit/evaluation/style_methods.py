@@ -105,24 +105,14 @@ def nothing(stage: Stage, given: Shown, strength: float) -> list[Control]:
 
 
 def plain(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[IPReference]:
-    """The whole IP-Adapter at lambda = strength."""
+    """IP-Adapter at lambda = strength."""
     return [stage.adapters[adapter].control(list(given.references), strength=strength)]
-
-
-def attention_only(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[IPReference]:
-    """Decoupled attention without the shift of the pooled vector: the paper's adapter."""
-    return [replace(control, addition=None) for control in plain(stage, given, strength, adapter)]
-
-
-def shift_only(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[IPReference]:
-    """The shift of the pooled vector without attention."""
-    return [replace(control, kv={}, empty={}) for control in plain(stage, given, strength, adapter)]
 
 
 def at_sites(
     stage: Stage, given: Shown, strength: float, sites: tuple[str, ...], adapter: str = STYLE
 ) -> list[Control]:
-    """Attention at some layers only; the shift reaches every layer and is left out."""
+    """The same at some layers only."""
     return [stage.adapters[adapter].control(list(given.references), strength=strength, where=sites)]
 
 
@@ -186,8 +176,6 @@ METHODS: tuple[Method, ...] = (
         strengths=(0.5, 1.0),
         needs=STYLE,
     ),
-    Method("shift", "shift of the pooled text only", shift_only, strengths=(0.5, 1.0, 1.5, 2.0), needs=STYLE),
-    Method("attention", "attention only", attention_only, strengths=(0.5, 1.0, 1.5, 2.0), needs=STYLE),
     Method("block", "attention at the style block only", style_block, strengths=(1.0, 2.0, 3.0), needs=STYLE),
     Method("adain", "AdaIN on the picture without control", edit=by_adain, strengths=(0.5, 1.0), needs="adain"),
     Method("copy", "copying the reference", edit=copied),

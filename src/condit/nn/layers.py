@@ -61,19 +61,15 @@ class RMSNorm(nn.RMSNorm):
 
 
 class AdaNorm(nn.Module):
-    """LayerNorm whose shift, scale (and gates) come from an embedding (B, dim): `linear(silu(embedding))` in chunks.
-
-    An embedding (B, N, dim) modulates each token by its own.
-    """
+    """LayerNorm whose shift, scale (and gates) come from an embedding (B, dim): `linear(silu(embedding))` in chunks."""
 
     def __init__(self, dim: int, chunks: int):
         super().__init__()
         self.linear, self.dim, self.chunks = Linear(dim, chunks * dim), dim, chunks
 
     def modulation(self, embedding: Tensor, lora: LowRank | None = None) -> tuple[Tensor, ...]:
-        """The chunks, each (B, 1, dim) or (B, N, dim), in the order of the published weights."""
-        chunks = self.linear(F.silu(embedding), lora)
-        return (chunks if embedding.ndim == 3 else chunks[:, None]).chunk(self.chunks, -1)
+        """The chunks, each (B, 1, dim), in the order of the published weights."""
+        return self.linear(F.silu(embedding), lora)[:, None].chunk(self.chunks, -1)
 
     def forward(self, x: Tensor, embedding: Tensor, lora: LowRank | None = None) -> tuple[Tensor, ...]:
         shift, scale, *gates = self.modulation(embedding, lora)

@@ -20,9 +20,9 @@ class Stream:
     """One branch of a joint sequence.
 
     tokens (B, N, C); ids (N, 3) or (B, N, 3), kept in float32; timestep (B,) in [0, 1], 0 = clean; guidance (B,);
-    pooled (B, P), or (B, N, P) for one a token. `sees`: what its queries attend to: only itself ("self", a cache is
-    then exact), text, image and itself ("main", the official default), or every stream ("all"). `log_weight` is log of
-    the strength: 0-d, or (B or 1, N) for each token of the noisy image; see `row_weights`.
+    pooled (B, P). `sees`: what its queries attend to: only itself ("self", a cache is then exact), text, image and
+    itself ("main", the official default), or every stream ("all"). `log_weight` is log of the strength: 0-d, or
+    (B or 1, N) for each token of the noisy image; see `row_weights`.
     """
 
     tokens: Tensor
