@@ -1,5 +1,9 @@
 """A random pipeline of some ten thousand weights, its adapters and pictures, for the laws and the unit tests."""
 
+import os
+import socket
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -262,3 +266,28 @@ def make_omini() -> Callable[..., OminiControl]:
 @pytest.fixture(scope="session")
 def pictures() -> Callable[..., list[np.ndarray]]:
     return build_pictures
+
+
+def run_two_processes(script: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Callable[[str], None]:
+    """Run a script in two processes that work together, on the CPU; they must end well."""
+    return run_two_processes

@@ -22,8 +22,7 @@ from condit.diffusion.gaussian import Denoise, Gaussian, gaussian
 from condit.diffusion.gaussian_samplers import Noise, ancestral, ddim, image_noise
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
 from condit.encoders.vae import decode_latents
-from condit.pipeline import MAX_STEPS, Result, image_generators
-from condit.references import MAX_SIDE
+from condit.pipeline import Result, check_counts, check_size, image_generators
 from condit.weights.class_models import ClassParts
 
 Label = str | int | None
@@ -197,13 +196,9 @@ class ClassPipeline:
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels; those of the training where they are not given."""
         rows, columns = self.backbone.config.latent
-        side = self.token
         height = rows * self.pixels if height is None else height
         width = columns * self.pixels if width is None else width
-        if height % side or width % side or min(height, width) <= 0 or max(height, width) > MAX_SIDE:
-            raise ValueError(
-                f"height and width must be multiples of {side} up to {MAX_SIDE}; found {height} x {width}."
-            )
+        check_size((height, width), self.token)
         return height, width
 
     def scale(self, given: float | None, indices: Sequence[int | None]) -> float:
@@ -223,12 +218,7 @@ class ClassPipeline:
             raise ValueError(f"sampler must be 'ancestral' or 'ddim'; found {sampler!r}.")
         if not 0 <= eta <= 1 or (eta and sampler != "ddim"):
             raise ValueError(f"eta is the noise of sampler='ddim', 0 to 1; found {eta} with sampler={sampler!r}.")
-        if not 2 <= steps <= MAX_STEPS:
-            raise ValueError(f"num_inference_steps must be 2 to {MAX_STEPS}; found {steps}.")
-        if copies < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1; found {copies}.")
-        if output_type not in ("pil", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
+        check_counts(steps, copies, output_type, fewest=2)
         if self.parts.vae is None and output_type != "latent":
             raise ValueError(
                 f"{self.name} was loaded without an autoencoder. Put the folder of its AutoencoderKL (stabilityai/"

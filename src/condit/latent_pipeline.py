@@ -29,8 +29,8 @@ from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
 from condit.image_to_image import Images, check_picture, repainted, skipped, start_of
 from condit.nn.lora import LowRank, together
-from condit.pipeline import MAX_STEPS, Result, image_generators
-from condit.references import MAX_SIDE, describe_source, read_references
+from condit.pipeline import Result, check_counts, check_size, image_generators, negative_prompts
+from condit.references import describe_source, read_references
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.latent_models import Frame, LatentParts, Network
@@ -217,17 +217,8 @@ class LatentPipeline:
     def check(
         self, size: tuple[int, int], steps: int, copies: int, output_type: str, controls: Sequence[Control]
     ) -> None:
-        side = self.pixels * self.patch
-        if any(s % side or not 0 < s <= MAX_SIDE for s in size):
-            raise ValueError(
-                f"height and width must be multiples of {side} up to {MAX_SIDE}; found {size[0]} x {size[1]}."
-            )
-        if not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"num_inference_steps must be 1 to {MAX_STEPS}; found {steps}.")
-        if copies < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1; found {copies}.")
-        if output_type not in ("pil", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
+        check_size(size, self.pixels * self.patch)
+        check_counts(steps, copies, output_type)
         for control in controls:
             if type(control).streams is not Control.streams or type(control).fill is not Control.fill:
                 raise ValueError(
@@ -250,10 +241,7 @@ class LatentPipeline:
 
     def negatives(self, negative: str | Sequence[str] | None, n: int) -> list[str]:
         """n negative prompts from one, several or none."""
-        found = [negative or ""] * n if negative is None or isinstance(negative, str) else list(negative)
-        if len(found) != n:
-            raise ValueError(f"{len(found)} negative prompts for {n} prompts. Give one, or as many as prompts.")
-        return found
+        return negative_prompts(negative, n)
 
     # What a run needs
 

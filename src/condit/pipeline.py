@@ -132,9 +132,7 @@ class Pipeline:
         scale = self.parts.guidance if guidance_scale is None else guidance_scale
         eta = self.parts.eta if eta is None else eta
         height, width = height or self.parts.size[0], width or self.parts.size[1]
-        self.check(prompts, steps, height, width, num_images_per_prompt)
-        if output_type not in ("pil", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
+        self.check(prompts, steps, height, width, num_images_per_prompt, output_type)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be 0 to 1; found {eta}.")
         batch = len(prompts) * num_images_per_prompt
@@ -194,17 +192,13 @@ class Pipeline:
 
         return FlowEditor(self, "fixed_point" if solver is None else solver, 2 if iterations is None else iterations)
 
-    def check(self, prompts: list[str], steps: int, height: int, width: int, copies: int = 1) -> None:
+    def check(
+        self, prompts: list[str], steps: int, height: int, width: int, copies: int = 1, output_type: str = "pil"
+    ) -> None:
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
-        if not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"num_inference_steps must be 1 to {MAX_STEPS}; found {steps}.")
-        if copies < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1; found {copies}.")
-        if height % self.pixels or width % self.pixels or min(height, width) <= 0 or max(height, width) > MAX_SIDE:
-            raise ValueError(
-                f"height and width must be multiples of {self.pixels} up to {MAX_SIDE}; found {height} x {width}."
-            )
+        check_counts(steps, copies, output_type)
+        check_size((height, width), self.pixels)
         if self.name == "tiny" and (height, width) != self.parts.size:
             raise ValueError(
                 f"{self.name} draws {self.parts.size[0]} x {self.parts.size[1]}; found {height} x {width}."
@@ -222,10 +216,7 @@ class Pipeline:
                 f"{self.name} has its guidance inside the model, with no unconditional prediction: a negative prompt "
                 "has no effect. Leave it out."
             )
-        found = [negative or ""] * n if negative is None or isinstance(negative, str) else list(negative)
-        if len(found) != n:
-            raise ValueError(f"{len(found)} negative prompts for {n} prompts. Give one, or as many as prompts.")
-        return found
+        return negative_prompts(negative, n)
 
     def branches(
         self,
@@ -364,6 +355,33 @@ class Pipeline:
     def describe_source(self, reference: Any) -> list:
         """What a recipe keeps of a reference."""
         return describe_source(reference)
+
+
+def check_size(size: tuple[int, int], side: int) -> None:
+    """ValueError unless height and width are multiples of `side`, which is what the model's smallest part covers."""
+    if any(pixels % side or not 0 < pixels <= MAX_SIDE for pixels in size):
+        raise ValueError(f"height and width must be multiples of {side} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
+
+
+def check_counts(
+    steps: int, copies: int, output_type: str, *, fewest: int = 1, kinds: Sequence[str] = ("pil", "pt", "latent")
+) -> None:
+    """ValueError for numbers of steps (`fewest`: the sampler's) and of pictures, or a kind of output, that none is."""
+    if not fewest <= steps <= MAX_STEPS:
+        raise ValueError(f"num_inference_steps must be {fewest} to {MAX_STEPS}; found {steps}.")
+    if copies < 1:
+        raise ValueError(f"num_images_per_prompt must be at least 1; found {copies}.")
+    if output_type not in kinds:
+        named = f"{', '.join(map(repr, kinds[:-1]))} or {kinds[-1]!r}"
+        raise ValueError(f"output_type must be {named}; found {output_type!r}.")
+
+
+def negative_prompts(negative: str | Sequence[str] | None, n: int) -> list[str]:
+    """n negative prompts from one, several or none."""
+    found = [negative or ""] * n if negative is None or isinstance(negative, str) else list(negative)
+    if len(found) != n:
+        raise ValueError(f"{len(found)} negative prompts for {n} prompts. Give one, or as many as prompts.")
+    return found
 
 
 def image_generators(

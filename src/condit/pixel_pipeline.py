@@ -13,8 +13,7 @@ from torch import Tensor
 from condit.data.images import to_images
 from condit.diffusion.edm import edm_sigmas, heun, precondition
 from condit.diffusion.gaussian_samplers import image_noise
-from condit.pipeline import MAX_STEPS, Result, image_generators
-from condit.references import MAX_SIDE
+from condit.pipeline import Result, check_counts, check_size, image_generators
 from condit.weights.class_models import PixelParts
 
 Callback = Callable[["PixelPipeline", int, float, dict], dict | None]
@@ -62,15 +61,9 @@ class PixelPipeline:
         """
         if label is not None:
             raise ValueError(f"{self.name} is unconditional, it knows no class {label!r}. Leave the label out.")
-        if num_images_per_prompt < 1 or output_type not in ("pil", "pt"):
-            raise ValueError(
-                "num_images_per_prompt must be at least 1 and output_type 'pil' or 'pt'; "
-                f"found {num_images_per_prompt} and {output_type!r}."
-            )
         height, width = self.size(height, width)
         steps = (18 if max(height, width) <= 32 else 40) if num_inference_steps is None else num_inference_steps
-        if not 2 <= steps <= MAX_STEPS:
-            raise ValueError(f"num_inference_steps must be 2 to {MAX_STEPS}; found {steps}.")
+        check_counts(steps, num_images_per_prompt, output_type, fewest=2, kinds=("pil", "pt"))
         seeds, generators = image_generators(num_images_per_prompt, seed, generator)
         sigmas = edm_sigmas(steps, self.parts.edm)
         shape = num_images_per_prompt, self.backbone.config.in_channels, height, width
@@ -97,12 +90,8 @@ class PixelPipeline:
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels; those of the training where they are not given."""
-        stride = self.backbone.config.stride
         height, width = height or self.parts.size[0], width or self.parts.size[1]
-        if height % stride or width % stride or min(height, width) <= 0 or max(height, width) > MAX_SIDE:
-            raise ValueError(
-                f"height and width must be multiples of {stride} up to {MAX_SIDE}; found {height} x {width}."
-            )
+        check_size((height, width), self.backbone.config.stride)
         return height, width
 
     def finish(self, x: Tensor, output_type: str) -> Any:

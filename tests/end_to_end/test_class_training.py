@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -406,24 +405,9 @@ loop.run()
 
 
 @pytest.mark.parametrize("kind", ["DiT", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
-def test_two_processes_share_the_weights_of_a_network_and_its_export_loads(kind, tmp_path, pets, vae):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_two_processes_share_the_weights_of_a_network_and_its_export_loads(kind, tmp_path, pets, vae, two_processes):
     script = SHARED.format(tests=str(Path(__file__).parent), kind=kind, pets=pets, vae=vae, out=str(tmp_path))
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    two_processes(script)
     assert json.loads((tmp_path / "export" / "card.json").read_text())["images_seen"] == 2 * RUN.steps * RUN.batch
     resumed = Loop(make(kind, pets, vae), RUN, tmp_path)  # one process takes the checkpoint
     assert resumed.step == RUN.steps
@@ -480,7 +464,7 @@ def test_mistakes_with_pixels_are_told(tmp_path, pets):
         ("knows no class 'fox'", {"label": "fox"}),
         ("multiples of 8", {"height": 20}),
         ("2 to", {"num_inference_steps": 1}),
-        ("output_type 'pil' or 'pt'", {"output_type": "latent"}),
+        ("output_type must be 'pil' or 'pt'", {"output_type": "latent"}),
         ("noise of shape", {"latents": torch.zeros(1, 3, 8, 8)}),
     ):
         with pytest.raises(ValueError, match=match):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import condit
 from condit.backbones.mmdit import MMDiTConfig
 from condit.weights.flux_names import DOUBLE, NORMS, SINGLE, WHOLE
 
@@ -264,3 +265,23 @@ def authors_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def authors() -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     return authors_names
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Callable:
+    """pairs(make)(kind): a pipeline of diffusers, and ours from the folder that it was saved to."""
+
+    def of(make: Callable):
+        made = {}
+
+        def get(kind: str):
+            if kind not in made:
+                folder = tmp_path_factory.mktemp("models") / kind
+                theirs = make(kind)
+                theirs.save_pretrained(folder)
+                made[kind] = theirs, condit.load(folder)
+            return made[kind]
+
+        return get
+
+    return of

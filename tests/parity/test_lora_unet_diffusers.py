@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import condit
 from condit.backbones.unet import PRESETS, UNet
 from condit.controls.style_lora import StyleLoRA
 from condit.nn.lora import LoRA, linear_shapes
@@ -54,18 +53,8 @@ def written(lora: LoRA, backbone: UNet, layout: str) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def pair(make_sd, tmp_path_factory):
-    made = {}
-
-    def get(kind: str):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("models") / kind
-            theirs = make_sd(kind)
-            theirs.save_pretrained(folder)
-            made[kind] = theirs, condit.load(folder)
-        return made[kind]
-
-    return get
+def pair(make_sd, pairs):
+    return pairs(make_sd)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])

@@ -18,19 +18,8 @@ PROMPTS = ["a red fox", "the snow"]
 
 
 @pytest.fixture(scope="module")
-def pair(make_pixart, tmp_path_factory):
-    """pair(kind): a pipeline of diffusers, and ours from the folder that it was saved to."""
-    made = {}
-
-    def get(kind: str):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("models") / kind
-            theirs = make_pixart(kind)
-            theirs.save_pretrained(folder)
-            made[kind] = theirs, condit.load(folder)
-        return made[kind]
-
-    return get
+def pair(make_pixart, pairs):
+    return pairs(make_pixart)
 
 
 @pytest.fixture(scope="module")

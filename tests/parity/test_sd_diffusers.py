@@ -40,19 +40,8 @@ def white(size: tuple[int, int] = (32, 32)) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def pair(make_sd, tmp_path_factory):
-    """pair(kind): a pipeline of diffusers, and ours from the folder that it was saved to."""
-    made = {}
-
-    def get(kind: str):
-        if kind not in made:
-            folder = tmp_path_factory.mktemp("models") / kind
-            theirs = make_sd(kind)
-            theirs.save_pretrained(folder)
-            made[kind] = theirs, condit.load(folder)
-        return made[kind]
-
-    return get
+def pair(make_sd, pairs):
+    return pairs(make_sd)
 
 
 def images(pipe, *args, **how) -> Tensor:

@@ -6,9 +6,9 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -254,25 +254,10 @@ class OfBoth(Toy):
         return torch.stack(losses).mean(), {}
 
 
-def run_two(how: str, out: Path) -> list[dict[str, Tensor]]:
+def run_two(two_processes: Callable[[str], None], how: str, out: Path) -> list[dict[str, Tensor]]:
     """A function of this file in two processes that work together, on the CPU; the weights that each ends with."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     script = RANK.format(tests=str(Path(__file__).parent), out=str(out), how=how)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    two_processes(script)
     return [torch.load(out / f"rank-{rank}.pt") for rank in range(2)]
 
 
@@ -282,10 +267,10 @@ def check_one_log(out: Path) -> None:
     assert torch.load(out / "export" / "net.pt")["images"] == 2 * CONFIG.steps * CONFIG.batch
 
 
-def test_two_processes_train_as_one_that_sees_both_batches(tmp_path):
+def test_two_processes_train_as_one_that_sees_both_batches(tmp_path, two_processes):
     """Distributed data parallel through accelerate, on the CPU: gradients are averaged, every process ends alike, and
     one of them writes."""
-    one, other = run_two("replicated", tmp_path / "two")
+    one, other = run_two(two_processes, "replicated", tmp_path / "two")
     loop = Loop(OfBoth(), CONFIG, tmp_path / "one")
     loop.run()
     for name, weight in loop.parameters.items():
@@ -349,9 +334,9 @@ class ShardedOfBoth(OfBoth, Sharded):
     """What two sharded processes see in a step, in one."""
 
 
-def test_two_sharded_processes_train_and_resume_as_one_that_sees_both_batches(tmp_path):
+def test_two_sharded_processes_train_and_resume_as_one_that_sees_both_batches(tmp_path, two_processes):
     """FSDP2, two processes on the CPU (gloo)."""
-    ends = run_two("sharded", tmp_path / "two")
+    ends = run_two(two_processes, "sharded", tmp_path / "two")
     loop = Loop(ShardedOfBoth(), SHARDED, tmp_path / "one")  # a single process shards nothing
     assert not loop.sharded
     figures = loop.run()

@@ -126,6 +126,15 @@ def sincos_positions(grid: tuple[int, int], dim: int, *, device: torch.device | 
     return torch.cat([axis(columns).repeat(rows, 1), axis(rows).repeat_interleave(columns, 0)], -1)
 
 
+def token_grid(x: Tensor, channels: int, patch: int) -> tuple[int, int]:
+    """Rows and columns of the tokens of a latent (B, channels, H, W); ValueError if it does not fit."""
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % patch or x.shape[3] % patch:
+        raise ValueError(
+            f"A latent (B, {channels}, H, W) with H and W multiples of {patch} is expected; found {tuple(x.shape)}."
+        )
+    return x.shape[2] // patch, x.shape[3] // patch
+
+
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """(B, T, p p C), channels fastest, -> (B, C, H, W)."""
     x = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, grid)  # (B, Hp, Wp, p, p, C)
@@ -319,13 +328,7 @@ class LatentTransformer(nn.Module):
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of the tokens of a latent; ValueError if it does not fit."""
-        c = self.config
-        if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.patch_size or x.shape[3] % c.patch_size:
-            raise ValueError(
-                f"A latent (B, {c.in_channels}, H, W) with H and W multiples of {c.patch_size} is expected; "
-                f"found {tuple(x.shape)}."
-            )
-        return x.shape[2] // c.patch_size, x.shape[3] // c.patch_size
+        return token_grid(x, self.config.in_channels, self.config.patch_size)
 
 
 class DiT(LatentTransformer):

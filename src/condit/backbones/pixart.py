@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.backbones.dit import unpatchify
+from condit.backbones.dit import token_grid, unpatchify
 from condit.backbones.mmdit import Embedder
 from condit.nn.attention import Call, Reduction, Site, attend, join_heads, reduction, split_heads
 from condit.nn.layers import FeedForward, modulated_norm, timestep_features
@@ -239,13 +239,7 @@ class PixArt(nn.Module):
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
         """Rows and columns of the tokens of a latent; ValueError if it does not fit."""
-        c = self.config
-        if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.patch_size or x.shape[3] % c.patch_size:
-            raise ValueError(
-                f"A latent (B, {c.in_channels}, H, W) with H and W multiples of {c.patch_size} is expected; "
-                f"found {tuple(x.shape)}."
-            )
-        return x.shape[2] // c.patch_size, x.shape[3] // c.patch_size
+        return token_grid(x, self.config.in_channels, self.config.patch_size)
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control, Pair, region_mask
+from condit.controls.control import Control, Pair, Step, region_mask
 from condit.controls.dit4edit import DiT4Edit
 from condit.controls.targets import Targets
 from condit.controls.token_merging import TokenMerging
@@ -121,6 +121,12 @@ class Editable(Protocol):
     def editor(self, solver: Solver | None, iterations: int | None) -> Editor:
         """None: what suits the kind of pipeline."""
         ...
+
+
+def regions_at(controls: Sequence[Control], step: Step) -> list[Tensor]:
+    """Where the controls of a step let the target differ from its source."""
+    acting = [control.at(step) for control in controls]
+    return [m for m in (control.region() for control in acting if control is not None) if m is not None]
 
 
 def as_list(value: Any) -> list:

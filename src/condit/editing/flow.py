@@ -14,7 +14,7 @@ from condit.controls.control import Control, Pair, Step
 from condit.data.images import ImageSource
 from condit.diffusion.inversion import FlowPath, Network, Solver
 from condit.diffusion.schedules import flow_sigmas, flux_mu
-from condit.editing.edit import fitted_size
+from condit.editing.edit import fitted_size, regions_at
 from condit.encoders.vae import decode_tokens
 from condit.nn.streams import grid_ids
 
@@ -105,5 +105,4 @@ class FlowPredictor:
         return self.pipe.guided(self.branches, x, sigma, self.ids, Step(0, 1, time), self.scale, 1.0)
 
     def regions(self, level: int) -> list[Tensor]:
-        acting = [control.at(self.step(level)) for control in self.branches[0].controls]
-        return [m for m in (control.region() for control in acting if control is not None) if m is not None]
+        return regions_at(self.branches[0].controls, self.step(level))

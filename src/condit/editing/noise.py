@@ -13,7 +13,7 @@ from condit.data.images import ImageSource
 from condit.diffusion.guidance import guide
 from condit.diffusion.inversion import Network, NoisePath, Solver, ddim_path, dpm_path, level_of
 from condit.diffusion.vp_samplers import estimate
-from condit.editing.edit import fitted_size
+from condit.editing.edit import fitted_size, regions_at
 from condit.encoders.vae import decode_latents
 from condit.weights.latent_models import Frame
 
@@ -113,5 +113,4 @@ class NoisePredictor:
         return estimate(out, x, level_of(ratio), self.pipe.parts.process.prediction_type).eps
 
     def regions(self, level: int) -> list[Tensor]:
-        acting = [control.at(self.step(level)) for control in self.branches[0].controls]
-        return [m for m in (control.region() for control in acting if control is not None) if m is not None]
+        return regions_at(self.branches[0].controls, self.step(level))
