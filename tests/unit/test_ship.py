@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from condit.training.ship import ADAPTERS, MODEL, ship
+from condit.training.ship import PARTS, ship
 from condit.weights.files import read_tensors, save_tensors
 
 
@@ -22,7 +22,7 @@ def make_run(runs, name, inner, value):
 
 @pytest.fixture
 def runs(tmp_path):
-    for name, inner in [*MODEL.values(), ADAPTERS["gray"], ADAPTERS["edges"]]:
+    for name, inner in [run for part, run in PARTS.items() if part.startswith("model/") or part in ("edges", "gray")]:
         make_run(tmp_path / "runs", name, inner, 1.0)
     (tmp_path / "ATTRIBUTION.md").write_text("by somebody")
     ship(tmp_path / "runs", tmp_path / "out", [tmp_path / "ATTRIBUTION.md"])
@@ -37,8 +37,8 @@ def test_a_whole_model_is_shipped_with_its_cards(runs):
 
 def test_one_adapter_is_shipped_and_the_rest_stays(runs):
     for name in ("edges", "subject"):
-        make_run(runs / "runs", *ADAPTERS[name], 2.0)
-    make_run(runs / "runs", *ADAPTERS["gray"], 3.0)  # not asked for
+        make_run(runs / "runs", *PARTS[name], 2.0)
+    make_run(runs / "runs", *PARTS["gray"], 3.0)  # not asked for
     ship(runs / "runs", runs / "out", only=["edges", "subject"])
     found = {
         n: float(read_tensors(runs / "out" / n / "weights.safetensors")["x"]) for n in ("edges", "subject", "gray")
@@ -50,7 +50,7 @@ def test_one_adapter_is_shipped_and_the_rest_stays(runs):
 
 
 def test_what_cannot_be_shipped_leaves_the_folder_as_it_was(runs):
-    with pytest.raises(ValueError, match="No adapter 'colour'"):
+    with pytest.raises(ValueError, match="No part .colour."):
         ship(runs / "runs", runs / "out", only=["colour"])
     with pytest.raises(ValueError, match="has no export yet"):
         ship(runs / "runs", runs / "out", only=["edges", "subject"])

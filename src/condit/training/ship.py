@@ -11,14 +11,12 @@ from pathlib import Path
 from condit.weights.catalog import TINY
 from condit.weights.files import COMPLETE, save_folder
 
-# Part of the model -> (run, folder within its export).
-MODEL = {
-    "clip": ("tiny-clip", "."),
-    "vae": ("tiny-decoder", "."),
-    "transformer": ("tiny", "transformer"),
-    "canvas": ("tiny", "canvas"),
-}
-ADAPTERS = {
+# Part of the model, or adapter -> (run, folder within its export).
+PARTS = {
+    "model/clip": ("tiny-clip", "."),
+    "model/vae": ("tiny-decoder", "."),
+    "model/transformer": ("tiny", "transformer"),
+    "model/canvas": ("tiny", "canvas"),
     "style": ("tiny", "style"),  # trained along with the transformer
     "style-tokens": ("tiny-style-tokens", "."),
     "subject": ("tiny-subject", "."),
@@ -55,10 +53,10 @@ def copy_part(source: Path, target: Path) -> None:
 def ship(runs: Path, out: Path, attribution: Sequence[Path] = (), *, only: Sequence[str] = ()) -> Path:
     """Assemble what is there under `runs` (one folder a recipe) into `out`, whole or not at all.
 
-    only: names of adapters; the rest of `out` stays as it is, with its cards and attribution.
+    only: names of parts; the rest of `out` stays as it is, with its cards and attribution.
     """
-    if unknown := sorted(set(only) - set(ADAPTERS)):
-        raise ValueError(f"No adapter {unknown[0]!r} is shipped; there are {', '.join(ADAPTERS)}.")
+    if unknown := sorted(set(only) - set(PARTS)):
+        raise ValueError(f"No part {unknown[0]!r} is shipped; there are {', '.join(PARTS)}.")
     if not only and not attribution:
         raise ValueError("The whole model needs attribution=, the ATTRIBUTION.md files of its data.")
     with save_folder(out) as folder:
@@ -67,20 +65,16 @@ def ship(runs: Path, out: Path, attribution: Sequence[Path] = (), *, only: Seque
             cards = json.loads((folder / "cards.json").read_text(encoding="utf-8"))
         else:
             cards = {}
-            for part, (run, inner) in MODEL.items():
-                copy_part(runs / run / "export" / inner, folder / "model" / part)
-                cards[f"model/{part}"] = card_of(runs / run, inner)
             texts = [path.read_text(encoding="utf-8").strip() for path in attribution]
             (folder / "ATTRIBUTION.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-        for name in only or ADAPTERS:
-            run, inner = ADAPTERS[name]
+        for name in only or PARTS:
+            run, inner = PARTS[name]
             if (runs / run / "export" / inner).is_dir():
                 copy_part(runs / run / "export" / inner, folder / name)
                 cards[name] = card_of(runs / run, inner)
-            elif only:
+            elif only or name.startswith("model/"):
                 raise ValueError(f"{runs / run} has no export yet; run recipes/{run}.toml to its end.")
-        order = [*(f"model/{part}" for part in MODEL), *ADAPTERS]
-        cards = {name: cards[name] for name in order if name in cards}
+        cards = {name: cards[name] for name in PARTS if name in cards}
         (folder / "cards.json").write_text(json.dumps(cards, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(readme(cards), encoding="utf-8")
     return out
@@ -111,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=TINY)
     parser.add_argument("--attribution", type=Path, nargs="+", default=[], help="ATTRIBUTION.md of the data used")
-    parser.add_argument("--only", nargs="+", default=[], metavar="ADAPTER", help="these adapters; the rest stays")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts; the rest stays")
     given = parser.parse_args(arguments)
     print(ship(given.runs, given.out, given.attribution, only=given.only))
 
