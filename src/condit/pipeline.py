@@ -145,8 +145,9 @@ class Pipeline:
             prompts, negative, tuple(controls), batch, grid, scale, image_guidance_scale, num_images_per_prompt, cells
         )
         seeds, generators = image_generators(batch, seed, generator)
+        if latents is not None and not eta:
+            seeds: list[int | None] = [None] * batch  # no number has drawn anything
         start = self.noise(grid, generators) if latents is None else self.given(latents, batch, grid)
-        seeds = seeds if latents is None or eta else [None] * batch
         ids = grid_ids(*grid).to(self.device)
         if cells is not None:
             start, ids = start[:, cells], ids[cells]

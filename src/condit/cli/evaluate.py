@@ -24,6 +24,8 @@ def tiny(
     quick: Annotated[bool, typer.Option("--quick", help="64 pictures a measure, to see that it works.")] = False,
     sets: Annotated[str | None, typer.Option("--sets", help="Sets to draw, separated by commas.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Draw in bfloat16: faster where the CPU knows it.")] = False,
+    eta: Annotated[float | None, typer.Option(help="Fresh noise a step, 0 to 1 [default: the model's].")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance by the text [default: the model's].")] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -31,7 +33,8 @@ def tiny(
     """Measure the embedded model and its adapters."""
     from condit.evaluation.tiny import evaluate
 
-    result = evaluate(folder(out), data=data, count=count, seed=seed, quick=quick, sets=names(sets), bf16=bf16)
+    drawn = {"bf16": bf16, "eta": eta, "guidance": guidance}
+    result = evaluate(folder(out), data=data, count=count, seed=seed, quick=quick, sets=names(sets), **drawn)
     show(result, folder(out), as_json)
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,12 +60,15 @@ def evaluate(
     sets: Collection[str] | None = None,
     steps: int = 20,
     bf16: bool = False,
+    eta: float | None = None,
+    guidance: float | None = None,
     tell: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
     """Measure a model on up to `count` held-out pictures a set; returns what stands in `out/evaluation.json`.
 
     data: an icon world; None takes the packed sample, which holds few held-out icons. quick: 64 pictures, to see that
-    it works. sets: names of `SPECS` to draw, None = all. bf16: draw in bfloat16. Pictures are kept under `out/images`:
+    it works. sets: names of `SPECS` to draw, None = all. bf16: draw in bfloat16. eta, guidance: the
+    pipeline's, None: the model's own. Pictures are kept under `out/images`:
     a broken run goes on."""
     from condit.loading import load
 
@@ -76,6 +79,8 @@ def evaluate(
         raise ValueError(f"count is the number of pictures a set, at least 1; found {count}")
     world = IconWorld.open(open_world(data))
     pipe = load(model, dtype=torch.bfloat16 if bf16 else None)
+    own = {"eta": eta, "guidance": guidance}
+    pipe.parts = replace(pipe.parts, **{name: value for name, value in own.items() if value is not None})
     bench = make_bench(world, pipe)
     scenes = draw_scenes(bench, specs, folder / "images", count=count, seed=seed, steps=steps, tell=tell)
     if not scenes:
@@ -90,7 +95,7 @@ def evaluate(
     result = {
         "model": model,
         "hash": pipe.parts.hash,
-        "command": _command(model, data, count, seed, steps, sets, bf16),
+        "command": _command(model, data, count, seed, steps, sets, bf16, own),
         "count": count,
         "seed": seed,
         "steps": steps,
@@ -131,12 +136,20 @@ def open_world(data: str | Path | None) -> str | Path:
 
 
 def _command(
-    model: str, data: object, count: int, seed: int, steps: int, sets: Collection[str] | None, bf16: bool
+    model: str,
+    data: object,
+    count: int,
+    seed: int,
+    steps: int,
+    sets: Collection[str] | None,
+    bf16: bool,
+    own: Mapping[str, float | None],
 ) -> str:
     """The command line without the folder's own name; what only Python can ask for stands behind it."""
     line = f"condit evaluate {model}{' --data ICONS' if data else ''} --count {count} --seed {seed}"
     line += "" if sets is None else f" --sets {','.join(sets)}"
     line += " --bf16" if bf16 else ""
+    line += "".join(f" --{name} {value:g}" for name, value in own.items() if value is not None)
     return f"{line}  # steps={steps}" if steps != 20 else line
 
 
