@@ -169,7 +169,7 @@ def test_a_region_acts_more_inside_than_outside(world):
 def test_controls_commute(world):
     """One softmax for all of them: their keys in another order."""
     controls = [world.control("style"), world.control("content", first=1, strength=0.6)]
-    close(world.draw(controls), world.draw(controls[::-1]), atol=1e-5)
+    close(world.draw(controls), world.draw(controls[::-1]), atol=5e-5)  # latents reach 10
 
 
 def test_style_and_content_apart_without_empty_tokens_equal_both_in_one(world):
