@@ -154,6 +154,9 @@ class Borrowed(Linear):
         self.native, self.path = native, like.path
         self.in_features, self.out_features = like.in_features, like.out_features
 
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
     def forward(self, input: Tensor, lora: LoRA | None = None) -> Tensor:
         if lora is None:
             return self.native(input)

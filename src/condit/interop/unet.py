@@ -186,6 +186,9 @@ class Borrowed(Linear):
         self.native, self.path, self.convolution = native, like.path, isinstance(like, Pointwise)
         self.in_features, self.out_features = like.in_features, like.out_features
 
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
     def forward(self, input: Tensor, lora: LowRank | None = None) -> Tensor:
         y = self.native(input.mT[..., None])[..., 0].mT if self.convolution else self.native(input)
         delta = None if lora is None else lora.delta(self.path, input)
