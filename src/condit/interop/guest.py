@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from condit.backbones.unet import UNet
 from condit.controls.control import Control
 from condit.data.images import ImageSource
 from condit.encoders.image import CLIPImage, TextTower
@@ -21,9 +19,9 @@ from condit.interop.flux import FLUX
 from condit.interop.lend import Family, arguments, classes, plain
 from condit.interop.unet import STABLE_DIFFUSION
 from condit.references import describe_source, read_references
-from condit.weights.catalog import AdapterFile, read_adapter
+from condit.weights.catalog import AdapterFile
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
-from condit.weights.lora_unet import unet_lora
+from condit.weights.lora_unet import adapter_for
 
 FAMILIES: tuple[Family, ...] = (FLUX, STABLE_DIFFUSION)
 PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
@@ -123,12 +121,8 @@ class Guest:
     # What adapters ask of a pipeline.
 
     def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile:
-        """The tensors and the configuration of an adapter by name, file or folder. A UNet's LoRA is under its paths;
-        ignore_text: what it adapts of text encoders is left out."""
-        backbone = self.backbone
-        if not isinstance(backbone, UNet):
-            return read_adapter(source, method)
-        return read_adapter(source, method, partial(unet_lora, unet=backbone, ignore_text=ignore_text))
+        """As `weights.lora_unet.adapter_for` reads it."""
+        return adapter_for(self.backbone, source, method, ignore_text=ignore_text)
 
     def read_images(
         self,
