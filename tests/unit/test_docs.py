@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAPERS = sorted((ROOT / "docs" / "papers").glob("*.md"))
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "README.zh.md"]
-COMMAND = re.compile(r"`(?:python |pytest |condit |benchmarks/)[^`]*`|^(?:python|pytest|condit) ", re.M)
+LINE = re.compile(r"^(?:python|pytest|condit) ", re.M)
+COMMAND = re.compile(rf"`(?:(?:python|pytest|condit)\s|benchmarks/)[^`]*`|{LINE.pattern}", re.M)
 FOLDERS = ("src", "tests", "benchmarks", "recipes", "docs")
 PATHS = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
 TESTS = {
@@ -54,21 +55,14 @@ def sections(page: Path) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def tables(text: str) -> Iterator[tuple[str, str]]:
-    """Each table, and what stands between the one before and it; in a part that a command writes, all that stands in it
-    so far."""
-    before: list[str] = []
-    table: list[str] = []
-    written = False
-    for line in [*text.splitlines(), ""]:
-        written = bool(re.match("<!-- [^/]", line)) or (written and not line.startswith("<!-- /"))
-        if line.startswith("|"):
-            table.append(line)
-            continue
-        if table:
-            yield "\n".join(before), "\n".join(table)
-            before, table = before if written else [], []
-        before.append(line)
+def tables(text: str) -> Iterator[tuple[str, str, str]]:
+    """What stands between a table and the one before it, the table, and the rest. Of a part that a command has written
+    only the first table counts: they have one command."""
+    text = re.sub(r"(<!-- [^/].*?\n(?:\|.*?\n)+).*?(?=<!-- /)", r"\1", text, flags=re.S)
+    end = 0
+    for table in re.finditer(r"(?:^\|.*\n)+", text, re.M):
+        yield text[end : table.start()], table[0], text[table.end() :]
+        end = table.end()
 
 
 @pytest.mark.parametrize("page", PAPERS, ids=lambda page: page.name)
@@ -77,5 +71,6 @@ def test_a_paper_is_told_in_the_houses_order_and_its_figures_have_their_commands
     names = list(found)
     assert names[0] == "Why" and names[-2:] == ["What we measured", "Limits"]
     assert set(names) & {"Method", "Protocol"}
-    for before, table in tables(found["What we measured"]):
-        assert COMMAND.search(before) or COMMAND.search(table), f"no command for the table\n{table[:200]}"
+    for before, table, after in tables(found["What we measured"]):
+        said = COMMAND.search(before) or COMMAND.search(table) or LINE.search(after)
+        assert said, f"no command for the table\n{table[:200]}"

@@ -318,16 +318,16 @@ class DEADiffReference(Control):
             p: tuple(match_batch(x.to(run.pooled.dtype), run.batch, "DEADiff") for x in pair)
             for p, pair in self.kv.items()
         }
-        if mask is not None and not mask.any():
-            kv = {}  # nowhere: absent, to the bit
         text = regions = None
+        if mask is not None:
+            regions = log_regions(mask, run.grid)  # told of another shape even where it leaves nothing out
+            kv = kv if mask.any() else {}  # nowhere: absent, to the bit
         if self.content_text is not None:
             all_text = run.backbone.text_keys_values(self.content_text)  # type: ignore[attr-defined]
             content = [path for path, name in self.table.items() if name == "content"]
             text = {p: tuple(match_batch(x, run.batch, "content_prompt") for x in all_text[p]) for p in content}
-        if mask is not None and not (mask == 1).all():
-            regions = log_regions(mask, run.grid)
-        return replace(self, kv=kv, text=text, regions=regions)
+        whole = mask is None or bool((mask == 1).all())
+        return replace(self, kv=kv, text=text, regions=None if whole else regions)
 
     def at(self, step: Step) -> DEADiffReference | None:
         factor = self.when.factor(step)

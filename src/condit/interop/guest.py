@@ -175,7 +175,7 @@ def refuse_strangers(controls: Sequence[Control], guest: Guest) -> None:
         why = family.refusal(network, control)
         if why is not None:
             raise ValueError(f"{type(control).__name__} {why}")
-        adapter = getattr(control, "adapter", None)
+        adapter: Any = getattr(control, "adapter", None)
         bound = getattr(adapter, "_pipe", [None])[0]
         if bound is None:
             continue
