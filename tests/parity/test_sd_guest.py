@@ -2,6 +2,7 @@
 SD 1.x and one random SDXL."""
 
 import copy
+import gc
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from condit.controls.omini import OminiConfig, OminiControl
 from condit.controls.style_lora import StyleLoRA
 from condit.encoders.image import CLIPImage, TextTower
 from condit.interop import Guest, attach
-from condit.interop.unet import PIPELINES, borrow
+from condit.interop.unet import PIPELINES, Controlled, borrow
 from condit.latent_pipeline import LatentPipeline
 from condit.nn.lora import LoRA, linear_shapes
 from condit.weights.files import save_tensors
@@ -245,6 +246,21 @@ def test_the_text_is_projected_once_a_run_and_the_unet_itself_predicts_where_no_
         hook.remove()
     # Of three steps the last one ends and begins behind the middle.
     assert counts == [(3, 3), (2, 3), (0, 1)]
+
+
+def test_a_calls_keys_and_values_end_with_it(pairs, pictures):
+    """No circle of references keeps them until memory is searched for such."""
+    pair = pairs("sd15")
+    guest = attach(pair.theirs)
+    controls = pair.controls(guest, "global", pictures(1)[0])
+    gc.collect()
+    gc.disable()
+    try:
+        draw(guest, controls=controls)
+        left = [found for found in gc.get_objects() if type(found) is Controlled]
+    finally:
+        gc.enable()
+    assert left == []
 
 
 # What diffusers brings along

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ class Guest:
         refuse_strangers(controls, self)
         host = copy.copy(pipe)
         # Here, before offloading brings the network in and sends the autoencoder away.
-        stand_in = self.family.stand_in(self, host, tuple(controls), arguments(pipe, args, given))
+        # A proxy: in a circle of references a call's keys and values would outlive it.
+        stand_in = self.family.stand_in(self, weakref.proxy(host), tuple(controls), arguments(pipe, args, given))
         # Not by setattr: diffusers would write the stand-in's class into the configuration.
         vars(host).update(
             {self.family.part: stand_in},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -92,7 +92,7 @@ class Controlled(StandIn):
         self.host, self.controls, self.calls = host, controls, 0
         self.sides: list[tuple[Control, ...]] = []
         self.backbone = borrow(native) if controls else None
-        self.known: tuple[Tensor, KeyValues] | None = None  # the text, and its keys and values
+        self.known: tuple[Tensor, KeyValues] | None = None  # what `text` has made, and of what
 
     def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **given: Any) -> Any:
         """As the UNet's. Controls are prepared at the first step, where the prompt is known."""
@@ -106,44 +106,43 @@ class Controlled(StandIn):
         inputs = Inputs(sample, timestep, encoder_hidden_states, **given)
         with Onloaded(self.native):
             if index == 0:
-                self.sides = prepared(self.backbone, self.controls, inputs, guided(self.host))
+                self.sides = prepared(self.backbone, self.controls, inputs, self.host.do_classifier_free_guidance)
             step = Step(index, steps, float(timestep) / self.host.scheduler.config.num_train_timesteps)
             acting = [[c for c in (control.at(step) for control in side) if c is not None] for side in self.sides]
             if any(acting):
-                if self.known is None or self.known[0] is not encoder_hidden_states:
-                    self.known = encoder_hidden_states, self.backbone.text_keys_values(encoder_hidden_states)
-                return predict(self.backbone, inputs, acting, self.known[1])
+                return predict(self.backbone, inputs, acting, self.text)
         return self.native(sample, timestep, encoder_hidden_states, **given)
 
-
-def guided(host: Any) -> bool:
-    return bool(host.do_classifier_free_guidance)
+    def text(self, states: Tensor) -> KeyValues:
+        """Keys and values of the text, made once a run."""
+        assert self.backbone is not None
+        if self.known is None or self.known[0] is not states:
+            self.known = states, self.backbone.text_keys_values(states)
+        return self.known[1]
 
 
 def prepared(backbone: UNet, controls: Sequence[Control], inputs: Inputs, guided: bool) -> list[tuple[Control, ...]]:
     """The controls of each side for a run."""
     absent = [c for c in (control.negative() for control in controls) if c is not None]
-    found: list[tuple[Control, ...]] = []
     parts: list[Sequence[Control]] = [absent, controls] if guided else [controls]
-    batch, memory = len(inputs.sample) // len(parts), {}
+    batch, memory, found = len(inputs.sample) // len(parts), {}, []
     for i, part in enumerate(parts):
-        side = inputs.rows(slice(i * batch, (i + 1) * batch))
-        run = run_of(backbone, side, memory)
+        run = run_of(backbone, inputs.rows(slice(i * batch, (i + 1) * batch)), memory)
         found.append(tuple(control.prepare(run) for control in part))
     return found
 
 
-def run_of(backbone: UNet, inputs: Inputs, memory: dict | None = None) -> Run:
+def run_of(backbone: UNet, inputs: Inputs, memory: dict) -> Run:
     """What controls may know of the rows of one side."""
     x = inputs.sample
     pooled = (inputs.added_cond_kwargs or {}).get("text_embeds", x.new_zeros(len(x), 0))
-    grid = int(x.shape[-2]), int(x.shape[-1])
-    return Run(
-        backbone, len(x), grid, pooled, None, backbone.config.out_channels, memory={} if memory is None else memory
-    )  # type: ignore[arg-type]
+    shape = {"batch": len(x), "grid": (int(x.shape[-2]), int(x.shape[-1])), "in_channels": backbone.config.out_channels}
+    return Run(backbone, pooled=pooled, guidance=None, memory=memory, **shape)  # type: ignore[arg-type]
 
 
-def predict(backbone: UNet, inputs: Inputs, acting: Sequence[Sequence[Control]], text: KeyValues) -> Any:
+def predict(
+    backbone: UNet, inputs: Inputs, acting: Sequence[Sequence[Control]], text: Callable[[Tensor], KeyValues]
+) -> Any:
     """A prediction by condit's UNet, in diffusers' two forms. A LoRA knows no rows, so with one the sides run apart."""
     loras = [together(control.lora() for control in side) for side in acting]
     if any(lora is not None for lora in loras):
@@ -155,7 +154,7 @@ def predict(backbone: UNet, inputs: Inputs, acting: Sequence[Sequence[Control]],
         ]
         out = torch.cat(found)
     else:
-        out = run(backbone, inputs, text, None, sides(acting))
+        out = run(backbone, inputs, text(inputs.encoder_hidden_states), None, sides(acting))
     if not inputs.return_dict:
         return (out,)
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
