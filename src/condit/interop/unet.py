@@ -242,11 +242,9 @@ def refuse_changed(unet: Any) -> None:
 
 def refusal(unet: Any, control: Control) -> str | None:
     kind = type(control)
-    if kind.streams is not Control.streams or kind.fill is not Control.fill:
-        return (
-            "joins tokens to the sequence, and a UNet has none. Use a control that wraps attention: condit.IPAdapter."
-        )
-    return "shifts a pooled vector; a UNet reads none of it." if control.pooled() is not None else None
+    if kind.streams is Control.streams and kind.fill is Control.fill:
+        return None
+    return "joins tokens to the sequence, and a UNet has none. Use a control that wraps attention: condit.IPAdapter."
 
 
 STABLE_DIFFUSION = Family(
