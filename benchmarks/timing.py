@@ -25,6 +25,8 @@ class Timing:
 
 def measure(variants: Mapping[str, Callable[[], object]], *, turns: int = 9, warm: int = 2) -> dict[str, Timing]:
     """Median seconds of each variant, interleaved. `warm` calls before pay for compilation and caches."""
+    if turns < 2:
+        raise SystemExit(f"--turns is at least 2, for quartiles; found {turns}")
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for call in variants.values():
         for _ in range(warm):

@@ -43,6 +43,8 @@ def test_a_longer_call_is_measured_as_longer_and_the_table_has_its_ratio(scripts
     assert all(t.low <= t.seconds <= t.high for t in found.values())
     page = timing.table("sleep", found, "long")
     assert page.count("\n| ") == 3 and "| 1.00 |" in page  # a head and two rows
+    with pytest.raises(SystemExit, match="--turns is at least 2"):
+        timing.measure(calls, turns=1)
     timing.save(tmp_path / "found.json", {"sleep": found})
     assert json.loads((tmp_path / "found.json").read_text())["figures"]["sleep"]["long"]["seconds"] >= 0.02
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from condit.backbones.unet import UNet
 from condit.controls.control import Control, Pair, Run, Step, match_batch
 from condit.controls.sides import sides
 from condit.data.images import to_images
@@ -31,10 +30,10 @@ from condit.image_to_image import Images, check_picture, repainted, skipped, sta
 from condit.nn.lora import LowRank, together
 from condit.pipeline import Result, check_counts, check_size, image_generators, negative_prompts
 from condit.references import describe_source, read_references
-from condit.weights.catalog import AdapterFile, read_adapter
+from condit.weights.catalog import AdapterFile
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.latent_models import Frame, LatentParts, Network
-from condit.weights.lora_unet import unet_lora
+from condit.weights.lora_unet import adapter_for
 
 if TYPE_CHECKING:
     from condit.diffusion.inversion import Solver as InversionSolver
@@ -352,11 +351,8 @@ class LatentPipeline:
     # What adapters ask of a pipeline
 
     def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile:
-        """The tensors and the configuration of an adapter by name, file or folder. A LoRA's are under the backbone's
-        paths; ignore_text: what it adapts of text encoders is left out."""
-        if not isinstance(self.backbone, UNet):
-            return read_adapter(source, method)
-        return read_adapter(source, method, partial(unet_lora, unet=self.backbone, ignore_text=ignore_text))
+        """As `weights.lora_unet.adapter_for` reads it."""
+        return adapter_for(self.backbone, source, method, ignore_text=ignore_text)
 
     def read_images(self, reference: Images, annotator: str | None, size: tuple[int, int] | None = None) -> Tensor:
         """References as (n, 3, H, W) in [-1, 1] at `size` (None: the model's), annotated if asked for."""

@@ -1,7 +1,6 @@
 """What every control keeps, for DEADiff on a random UNet behind the whole latent pipeline."""
 
 from collections.abc import Sequence
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from condit.backbones.unet import CROSS_DOWN, CROSS_UP
 from condit.controls.control import Control, Run, Step, When
 from condit.controls.deadiff import DEADiff
+from condit.controls.instantstyle import InstantStyle
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.style_lora import StyleLoRA
 from condit.encoders.image import CLIPImage
@@ -139,6 +139,14 @@ def test_references_that_do_not_fit_the_batch_are_counted_in_the_error(world, na
         world.draw([world.control(name, rows=3)], PROMPTS[:2])
 
 
+def test_a_mask_of_another_shape_is_told_before_sampling(world):
+    for mask in (LEFT_HALF[:, :32], np.full((32, 32), 255, np.uint8), np.zeros((32, 32), np.uint8)):
+        with pytest.raises(ValueError, match="a mask of 32 x 32 .* for a picture of 8 x 12 latent cells"):
+            world.draw([world.control("both", mask=mask)])
+    with pytest.raises(ValueError, match="masks of several sizes"):
+        world.control("both", mask=[LEFT_HALF, np.full((16, 16), 255, np.uint8)])
+
+
 @every_control
 def test_image_guidance_equal_to_the_text_guidance_changes_nothing(world, name):
     control = world.control(name)
@@ -169,7 +177,7 @@ def test_a_region_acts_more_inside_than_outside(world):
 def test_controls_commute(world):
     """One softmax for all of them: their keys in another order."""
     controls = [world.control("style"), world.control("content", first=1, strength=0.6)]
-    close(world.draw(controls), world.draw(controls[::-1]), atol=1e-5)
+    close(world.draw(controls), world.draw(controls[::-1]), atol=5e-5)  # latents reach 10
 
 
 def test_style_and_content_apart_without_empty_tokens_equal_both_in_one(world):
@@ -240,7 +248,7 @@ def test_one_graph_serves_every_strength_reference_and_mask(small_world, acts):
 
 @pytest.fixture(scope="module")
 def company(world) -> list[Control]:
-    """InstantStyle (an IP-Adapter in the style blocks) in the left half, DEADiff's content, a LoRA."""
+    """An IP-Adapter, the same weights in InstantStyle's blocks in the left half, DEADiff's content, a LoRA."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     with torch.random.fork_rng():
@@ -258,22 +266,24 @@ def company(world) -> list[Control]:
         for p in (*ip.parameters(), *lora.parameters()):
             p.add_(0.3 * torch.randn(p.shape))
     ip._encoder[0] = encoder
-    style = ip.control(world.pictures[4], strength=0.8, where="up_blocks.*", mask=LEFT_HALF)
-    return [style, world.control("content", strength=0.7), StyleLoRA(lora, frozenset()).control(0.5)]
+    beside = [StyleLoRA(lora, frozenset()).control(0.5), ip.control(world.pictures[5], strength=0.4)]
+    style = InstantStyle(ip).control(world.pictures[4], preset="style", strength=0.8, mask=LEFT_HALF)
+    return [style, world.control("content", strength=0.7), *beside]
 
 
-def test_it_composes_with_ip_adapter_a_mask_and_a_lora_in_any_order(world, company):
-    drawn = [world.draw(order) for order in permutations(company)]
+def test_it_composes_with_ip_adapter_instantstyle_a_mask_and_a_lora_in_any_order(world, company):
+    orders = [company, company[::-1], [*company[2:], *company[:2]], [company[1], company[0], *company[2:]]]
+    drawn = [world.draw(order) for order in orders]
     for other in drawn[1:]:
         close(other, drawn[0], atol=1e-4)  # sums in another order
-    for left_out in range(3):
+    for left_out in range(4):
         others = [control for i, control in enumerate(company) if i != left_out]
         assert (world.draw(others) - drawn[0]).abs().max() > 1e-3
 
 
 def test_a_row_of_a_batch_beside_other_controls_equals_its_single_run(world, company):
-    style, _, lora = company
-    batch = world.draw([style, world.control("both", rows=4), lora], PROMPTS, guidance_scale=5.0, seed=10)
+    style, _, *beside = company
+    batch = world.draw([style, world.control("both", rows=4), *beside], PROMPTS, guidance_scale=5.0, seed=10)
     for i in (0, 3):
-        alone = world.draw([style, world.control("both", i), lora], PROMPTS[i], guidance_scale=5.0, seed=10 + i)
+        alone = world.draw([style, world.control("both", i), *beside], PROMPTS[i], guidance_scale=5.0, seed=10 + i)
         close(batch[i : i + 1], alone, atol=1e-4)

@@ -113,7 +113,7 @@ def test_absent_and_strength_zero_and_out_of_schedule_are_plain_bit_for_bit(worl
         assert torch.equal(world.draw(world.controls(name, references[0], **how)), before)
 
 
-@pytest.mark.parametrize("name", ["style", "both"])
+@every
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_four_references_in_a_batch_equal_four_single_runs(world, references, name, guidance):
     batch = world.draw(world.controls(name, references), PROMPTS, guidance_scale=guidance, seed=10)
@@ -413,6 +413,27 @@ def test_with_one_graph_changing_the_preset_compiles_nothing_and_changes_nothing
     by_block = at_step(small, [small.whole.control(references[0], strength={blocks[0]: 0.3}, one_graph=True)])
     with torch.no_grad():
         assert compiled(*given, controls=by_block, **more)[1] == 1
+
+
+def test_otherwise_each_choice_of_blocks_compiles_once(small, references, compiled):
+    """A preset holds no K', V' of other blocks, so theirs is another graph: one for each choice, not for each use. In a
+    pipeline both sides of guidance hold the same blocks."""
+    blocks = modules_of(small.pipe.backbone.sites)
+    given, more = inputs(small)
+    graphs = []
+    for i, where in enumerate((None, f"{blocks[0]}.*", None, f"{blocks[0]}.*")):
+        controls = at_step(small, [small.whole.control(references[i], where=where, strength=0.5 + i)])
+        with torch.no_grad():
+            graphs.append(compiled(*given, controls=controls, **more)[1])
+    assert graphs == [1, 2, 2, 2]
+
+
+def test_a_preset_holds_no_keys_of_other_blocks(world, references):
+    style = world.whole.control(references[0], where=preset("style", world.pipe.backbone))
+    kept = preset("style", world.pipe.backbone).patterns[0].removesuffix("*")
+    for held in (style, style.negative()):
+        assert held.kv and all(path.startswith(kept) for path in held.kv)
+    assert len(style.kv) < len(world.whole.sites)
 
 
 def test_a_recipe_can_be_written(world, references):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import condit
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Fill, When
-from condit.interop import Guest, Inputs, attach, borrow, predict, residuals, run_of
+from condit.interop import Guest, attach
+from condit.interop.flux import Inputs, borrow, predict, residuals, run_of
 from condit.pipeline import Pipeline
 from condit.weights.files import save_tensors
 

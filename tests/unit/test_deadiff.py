@@ -282,7 +282,7 @@ def test_outside_its_region_a_layer_attends_to_the_text_alone(adapter, pictures)
     left[:, :32] = 255
     control = adapter.control(pictures[0], mask=left)
     path = next(iter(control.kv))
-    bench = adapter._beside[1]
+    bench = adapter._pipe[0]
     run = Run(bench.backbone, 1, (8, 8), torch.zeros(1, 1), None, 4)
     acting = control.prepare(run).at(Step(0, 1, 1.0))
     assert acting is not None

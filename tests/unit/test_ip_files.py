@@ -14,7 +14,7 @@ from condit.backbones.unet import PRESETS, UNet
 from condit.controls.control import Where
 from condit.controls.instantstyle import InstantStyle, Join, preset
 from condit.controls.ip_adapter import IPAdapter, IPConfig
-from condit.controls.ip_files import fit_layers, layers_of, needs_of, read_layout
+from condit.controls.ip_files import face_lora, face_tensors, fit_layers, layers_of, needs_of, read_layout
 from condit.controls.ip_projectors import IdentityPlusProjection, Perceiver, projector_of
 from condit.encoders.image import CLIPImage, EncoderSize, TextTower
 from condit.latent_pipeline import LatentPipeline
@@ -334,12 +334,21 @@ def full_face(features: int, dim: int) -> dict[str, Tensor]:
     return {name: torch.empty(shape, device="meta") for name, shape in parts.items()}
 
 
+def faceid(dim: int, tokens: int = 4) -> dict[str, Tensor]:
+    parts: dict[str, tuple[int, ...]] = {"norm.weight": (dim,), "norm.bias": (dim,)}
+    for i, rows, columns in ((0, 1024, 512), (2, tokens * dim, 1024)):
+        parts |= {f"proj.{i}.weight": (rows, columns), f"proj.{i}.bias": (rows,)}
+    return {name: torch.empty(shape, device="meta") for name, shape in parts.items()}
+
+
 # file -> base, projector, what it reads, millions of parameters of projector and of K', V'
 PUBLISHED = {
     "ip-adapter_sd15": ("sd15", linear_norm(1024, 768), ("embeds", 1024), 3.15, 19.17),
     "ip-adapter_sd15_vit-G": ("sd15", linear_norm(1280, 768), ("embeds", 1280), 3.94, 19.17),
     "ip-adapter-plus_sd15": ("sd15", resampler(1280, 768), ("hidden", 1280), 29.9, 19.17),
     "ip-adapter-full-face_sd15": ("sd15", full_face(1280, 768), ("hidden", 1280), 2.63, 19.17),
+    "ip-adapter-faceid_sd15": ("sd15", faceid(768), ("identity", 0), 3.67, 19.17),
+    "ip-adapter-faceid_sdxl": ("sdxl", faceid(2048), ("identity", 0), 8.93, 340.8),
     "ip-adapter_sdxl": ("sdxl", linear_norm(1280, 2048), ("embeds", 1280), 10.5, 340.8),
     "ip-adapter_sdxl_vit-h": ("sdxl", linear_norm(1024, 2048), ("embeds", 1024), 8.4, 340.8),
     "ip-adapter-plus_sdxl_vit-h": ("sdxl", resampler(1280, 2048, 1280, 20), ("hidden", 1280), 83.0, 340.8),
@@ -405,6 +414,27 @@ def test_a_preset_is_the_published_layers_at_full_size(real, base, name, numbers
     assert list(kept) == list(numbers)
     held = sum(t.numel() for parts in kept.values() for t in parts.values()) / 1e6
     assert size is None or held == pytest.approx(size, rel=0.001)
+
+
+@pytest.mark.parametrize(("base", "attentions", "size"), [("sd15", 32, 25.5), ("sdxl", 140, 185.8)])
+def test_faceids_lora_of_rank_128_fits_every_attention_at_full_size(real, base, attentions, size):
+    unet = real[base]
+    paths = [site.path for site in unet.sites]
+    tensors = {}
+    for i, path in enumerate(paths):
+        attention = unet.get_submodule(path)
+        for part in ("q", "k", "v", "out"):
+            linear = attention.to_out[0] if part == "out" else getattr(attention, f"to_{part}")
+            down, up = (128, linear.in_features), (linear.out_features, 128)
+            tensors[f"{i}.to_{part}_lora.down.weight"] = torch.empty(down, device="meta")
+            tensors[f"{i}.to_{part}_lora.up.weight"] = torch.empty(up, device="meta")
+    with torch.device("meta"):
+        lora = face_lora(tensors, paths, unet, base)
+    assert len(paths) == attentions and millions(lora) == pytest.approx(size, rel=0.01)
+    assert face_tensors(lora, paths).keys() == {f"ip_adapter.{name}" for name in tensors}
+    tensors["1.to_k_lora.down.weight"] = torch.empty(128, 99, device="meta")
+    with torch.device("meta"), pytest.raises(ValueError, match="1.*attn2.to_k of shape .*Was it made for another"):
+        face_lora(tensors, paths, unet, base)
 
 
 def test_faceid_plus_of_both_versions_has_heads_of_64():

@@ -9,6 +9,7 @@ from condit.data import pages
 from condit.evaluation.claims import KIND, Claim, Measured, block, write
 from condit.evaluation.class_claims import CLAIMS, class_claims
 from condit.evaluation.classes import ACCURACY, AGREEMENT, CLIP, CONCEPT, CONCEPT5, DISTANCE, ERROR, JUDGE
+from condit.evaluation.style_claims import CLAIMS as STYLE_CLAIMS
 
 PAGE = "a\n<!-- x:one -->\nold\n<!-- /x -->\nb\n<!-- x:two -->\n<!-- /x -->\n<!-- y:one -->\nkept\n<!-- /y -->\n"
 DOCS = Path(__file__).parents[2] / "docs" / "claims.md"
@@ -90,12 +91,13 @@ def test_runs_that_differ_in_more_than_the_backbone_answer_no_claim(other):
 
 def test_the_page_of_claims_says_of_each_what_was_measured_or_that_it_was_not():
     text = DOCS.read_text(encoding="utf-8")
-    assert set(CLAIMS) <= set(pages.names(text, KIND))
+    claims = CLAIMS | STYLE_CLAIMS
+    assert len(claims) == len(CLAIMS) + len(STYLE_CLAIMS) and set(claims) <= set(pages.names(text, KIND))
     for found in re.finditer(r"<!-- claims:(\S+) -->\n(.*?)<!-- /claims -->", text, re.S):
         assert "**The paper.**" in found[2]
         assert ("**Measured** by `condit" in found[2]) != ("Not run yet" in found[2])
-        if found[1] in CLAIMS and "Not run yet" in found[2]:
-            assert found[2] == block(CLAIMS[found[1]])
+        if found[1] in claims and "Not run yet" in found[2]:
+            assert found[2] == block(claims[found[1]])
 
 
 def test_measured_claims_replace_what_was_not_run(tmp_path):

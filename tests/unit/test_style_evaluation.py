@@ -10,6 +10,7 @@ from PIL import Image
 from condit.data.icons import IconWorld, sample_path
 from condit.evaluation import style, style_rows, style_rulers
 from condit.evaluation.style import Protocol, choose_pairs, evaluate_style, rank_blocks, write_table
+from condit.evaluation.style_claims import CLAIMS, style_claims
 from condit.evaluation.style_methods import (
     METHODS,
     Method,
@@ -24,8 +25,8 @@ from condit.evaluation.style_methods import (
 from condit.evaluation.style_rulers import ACCURACY, LEAKAGE, LIKENESS, MEASURES, OWN, RETRIEVAL, SCORE, SUBJECT, TOP5
 
 COUNT = 4
-STRENGTHS = ("plain=0.5,1", "subtract=0,1", "block=2")
-ASKED = ("plain", "subtract", "block", "subject", "copy", "real")
+STRENGTHS = ("plain=0.5,1", "subtract=0,1", "block=2", "subject=1")
+ASKED = ("plain", "subtract", "block", "subject", "subject-tokens", "copy", "real")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,43 @@ def test_every_point_is_compared_with_the_baselines_curve(run):
     assert all(x["baseline"] == "plain" for x in result["comparisons"])
 
 
+def test_methods_that_are_shown_a_subject_are_compared_picture_by_picture(run):
+    result = run[1]
+    assert {(p["method"], p["other"]) for p in result["pairs"]} == {("subject-tokens", "subject")}
+    for measure in (LIKENESS, SUBJECT, TOP5):
+        [pair] = [p for p in result["pairs"] if p["measure"] == measure]
+        one, other = (value(result, name, measure) or 0 for name in ("subject-tokens", "subject"))
+        assert pair["value"] == pytest.approx(one - other, abs=2e-4) and pair["n"] == COUNT
+        assert pair["low"] <= pair["value"] <= pair["high"]
+    assert not {p["measure"] for p in result["pairs"]} & {LEAKAGE, RETRIEVAL}
+    assert "| OminiControl shown the subject | plain IP-Adapter shown the subject | 1 |" in style_rows.markdown(result)
+
+
+def test_the_claims_hold_the_figures_of_the_run(run):
+    result = run[1]
+    found = style_claims(result)
+    assert found.keys() == CLAIMS.keys()
+    assert all("`condit evaluate style --count 4" in text for text in found.values())
+    assert (
+        f"| {LIKENESS}, OminiControl shown the subject | {value(result, 'subject-tokens', LIKENESS):.3f} |"
+        in (found["ip-subject"])
+    )
+    for entry in result["comparisons"]:
+        if entry["measure"] != LEAKAGE or entry["method"] not in ("subtract", "block"):
+            continue
+        what = {m["name"]: m["what"] for m in result["methods"]}[entry["method"]] + f" at {entry['strength']:g}"
+        lines = [line for line in found["instantstyle-leakage"].splitlines() if f"{what} " in line]
+        difference = entry["gap"]["difference"]
+        if not entry["strength"]:
+            assert not lines  # nothing is subtracted
+        elif difference is None:
+            assert len(lines) == 2 and f"{value(result, entry['method'], LEAKAGE, entry['strength']):.3f}" in lines[1]
+        else:
+            assert len(lines) == 1 and f"| {difference:.3f} | {entry['gap']['low']:.3f} to" in lines[0]
+    others = {**result, "methods": [m for m in result["methods"] if m["name"] in ("none", "plain", "subject")]}
+    assert style_claims(others) == {}
+
+
 class Silent:
     """A pipeline that must not draw."""
 
@@ -145,7 +183,7 @@ class Silent:
 
 def test_the_same_pictures_are_not_drawn_again(run, stage, world):
     folder, result, told = run
-    assert sum("pictures" in line for line in told) == 7  # none, plain twice, subtract twice, block, subject
+    assert sum("pictures" in line for line in told) == 8  # none, plain twice, subtract twice, block, both subjects
     protocol = Protocol(count=COUNT, steps=2)
     silent = {"tiny": replace(stage, pipe=Silent(stage.pipe))}
     cells, _ = choose_pairs(world, protocol)

@@ -326,11 +326,13 @@ class UNet(nn.Module):
         sizes: Tensor | None = None,
         lora: LowRank | None = None,
         controls: Sequence = (),
+        residuals: Sequence[Tensor] = (),
     ) -> Tensor:
         """Latents (B, in_channels, H, W), t (B,) in [0, 1000) -> (B, out_channels, H, W).
 
         text: states (B, L, cross_attention_dim), or what `text_keys_values` made of them. SDXL: pooled text (B, P) and
         sizes (B, 6) in pixels: height and width of the original, top and left of the crop, height and width aimed at.
+        residuals: of a ControlNet (arXiv:2302.05543), added to each of the skips, and the last behind the middle.
         """
         keys_values = self.text_keys_values(text, lora) if isinstance(text, Tensor) else text
         frame = Frame(self.clock(t, pooled, sizes, lora, x.dtype), keys_values, lora, tuple(controls))
@@ -338,6 +340,9 @@ class UNet(nn.Module):
         for level in self.down_blocks:
             skips += level.down(skips[-1], frame)  # type: ignore[operator]
         x = self.mid_block.middle(skips[-1], frame)
+        if residuals:
+            x = x + residuals[-1]
+            skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
         for level in self.up_blocks:
             x = level.up(x, skips, frame)  # type: ignore[operator]
         return self.conv_out(F.silu(self.conv_norm_out(x)))

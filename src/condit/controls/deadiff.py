@@ -80,7 +80,7 @@ class DEADiff(nn.Module):
         self.paths = tuple(maps)
         for path, shape in maps.items():
             plant(self.unet, path, ImageMaps(*shape))
-        self._beside = [tower, pipe]  # in a list: their weights are not ours
+        self._tower, self._pipe = [tower], [pipe]  # in lists: their weights are not ours
 
     @classmethod
     def new(
@@ -138,9 +138,9 @@ class DEADiff(nn.Module):
 
     @property
     def tower(self) -> ClipPatches:
-        if self._beside[0] is None:
+        if self._tower[0] is None:
             raise ValueError("This adapter has no image tower. Use DEADiff.load(name, pipe) or DEADiff.new(...).")
-        return self._beside[0]
+        return self._tower[0]
 
     def maps(self, path: str) -> ImageMaps:
         return self.unet.get_submodule(path)  # type: ignore[return-value]
@@ -233,7 +233,7 @@ class DEADiff(nn.Module):
         the picture it acts, white = acts.
         """
         check_choices(acts, empty, combine, strength, content_strength)
-        pipe = self._beside[1]
+        pipe = self._pipe[0]
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use DEADiff.load(name, pipe).")
         given: dict[Name, Any] = {name: r for name, r in zip(SETS, (style, content), strict=True) if r is not None}
@@ -313,19 +313,21 @@ class DEADiffReference(Control):
         unknown = next((path for path in self.kv if path not in here), None)
         if unknown is not None:
             raise ValueError(f"This call's model has no layer {unknown!r}: the control was made for another one.")
-        dtype = next(run.backbone.parameters()).dtype  # type: ignore[attr-defined]
         mask = None if self.mask is None else match_batch(self.mask, run.batch, "mask")
-        kv = {p: tuple(match_batch(x.to(dtype), run.batch, "DEADiff") for x in pair) for p, pair in self.kv.items()}
-        if mask is not None and not mask.any():
-            kv = {}  # nowhere: absent, to the bit
+        kv = {
+            p: tuple(match_batch(x.to(run.pooled.dtype), run.batch, "DEADiff") for x in pair)
+            for p, pair in self.kv.items()
+        }
         text = regions = None
+        if mask is not None:
+            regions = log_regions(mask, run.grid)  # told of another shape even where it leaves nothing out
+            kv = kv if mask.any() else {}  # nowhere: absent, to the bit
         if self.content_text is not None:
             all_text = run.backbone.text_keys_values(self.content_text)  # type: ignore[attr-defined]
             content = [path for path, name in self.table.items() if name == "content"]
             text = {p: tuple(match_batch(x, run.batch, "content_prompt") for x in all_text[p]) for p in content}
-        if mask is not None and not (mask == 1).all():
-            regions = log_regions(mask, run.grid)
-        return replace(self, kv=kv, text=text, regions=regions)
+        whole = mask is None or bool((mask == 1).all())
+        return replace(self, kv=kv, text=text, regions=None if whole else regions)
 
     def at(self, step: Step) -> DEADiffReference | None:
         factor = self.when.factor(step)

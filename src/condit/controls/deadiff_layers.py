@@ -61,8 +61,8 @@ def cross_shapes(backbone: Any, name: str = "this model") -> dict[str, tuple[int
         raise ValueError(
             f"DEADiff needs layers of cross-attention to the text; {name} has none. For an MM-DiT use condit.IPAdapter."
         )
-    weights = {path: backbone.get_submodule(path).to_k.weight for path in paths}
-    return {path: (weight.shape[1], weight.shape[0]) for path, weight in weights.items()}
+    keys = {path: backbone.get_submodule(path).to_k for path in paths}
+    return {path: (linear.in_features, linear.out_features) for path, linear in keys.items()}
 
 
 def check_maps(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], source: Any, model: str) -> None:

@@ -1,7 +1,7 @@
 """docs/claims.md: for each claim of a paper what it says, what was measured here, n, interval and command.
 
-A page has places `<!-- claims:NAME -->` ... `<!-- /claims -->`; `condit evaluate classes ... --claims PAGE` fills those
-that a run has measured. A place that no run has filled says "not run yet".
+A page has places `<!-- claims:NAME -->` ... `<!-- /claims -->`; `--claims PAGE` of `condit evaluate classes` and of
+`condit evaluate style` fills those that a run has measured. A place that no run has filled says "not run yet".
 """
 
 from __future__ import annotations

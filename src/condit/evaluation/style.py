@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,7 +52,8 @@ Key = tuple[str, float]
 class Protocol:
     """What a run was asked for. count: held-out (concept, style) pairs. methods: names of the table, None = all that
     can run. strengths: "0.3,1" for all that have several, "plain=0.3,1" for one. split: held-out combinations, or the
-    never-trained style. sites: the layers of the style block, none = the block probe finds them."""
+    never-trained style. sites: the layers of the style block, none = the block probe finds them. bf16: draw in
+    bfloat16; what measures stays in float32."""
 
     count: int = 256
     seed: int = 0
@@ -60,6 +62,7 @@ class Protocol:
     split: Literal["combo", "style"] = "combo"
     sites: tuple[str, ...] = ()
     steps: int = 20
+    bf16: bool = False
 
     def command(self, *, data: bool, adain: bool) -> str:
         """The command line without folders' own names."""
@@ -69,6 +72,7 @@ class Protocol:
         line += "" if self.split == "combo" else f" --split {self.split}"
         line += "" if not self.sites else f" --sites {','.join(self.sites)}"
         line += "" if self.steps == 20 else f" --steps {self.steps}"
+        line += " --bf16" if self.bf16 else ""
         return line + (" --adain DIR" if adain else "")
 
 
@@ -109,7 +113,7 @@ def evaluate_style(
     vgg = AdaIN.load(adain) if adain is not None or "adain" in (protocol.methods or ()) else None
     world = IconWorld.open(open_world(data))
     cells, spare = choose_pairs(world, protocol)
-    study = Study(protocol, world, cells, folder / "images", make_stages(methods, vgg), tell)
+    study = Study(protocol, world, cells, folder / "images", make_stages(methods, vgg, bf16=protocol.bf16), tell)
     methods = runnable(study, methods)
     ruler = rulers.make_ruler(world, study.stages["tiny"].pipe)
     probe: list[dict[str, Any]] = []
@@ -165,6 +169,7 @@ def describe(study: Study, methods: Sequence[Method], values: tables.Table, clus
         "retrieval_chance": round(retrieval_chance(styles), 4),
         "rows": tables.as_json(tables.rows(values, clusters, shows)),
         "comparisons": tables.as_json(tables.comparisons(of_style, clusters, held)),
+        "pairs": tables.as_json(tables.pairs({k: v for k, v in values.items() if shows[k[0]] == "subject"}, clusters)),
         "sites": list(study.stages["tiny"].sites),
         "skipped": study.skipped,
     }
@@ -182,13 +187,13 @@ def choose_pairs(world: IconWorld, protocol: Protocol) -> tuple[list[Cell], list
     return cells[:kept], cells[kept:]
 
 
-def make_stages(methods: Sequence[Method], vgg: AdaIN | None) -> dict[str, Stage]:
+def make_stages(methods: Sequence[Method], vgg: AdaIN | None, *, bf16: bool = False) -> dict[str, Stage]:
     """Every model that the methods name, and the embedded one, whose CLIP measures."""
     from condit.loading import load
 
     found = {}
     for model in {"tiny", *(method.model for method in methods)}:
-        pipe = load(model)
+        pipe = load(model, dtype=torch.bfloat16 if bf16 else None)
         adapters = sets.load_adapters((m.needs for m in methods if m.needs and m.model == model), pipe)
         found[model] = Stage(pipe, adapters, adain=vgg)
     return found

@@ -180,7 +180,15 @@ METHODS: tuple[Method, ...] = (
     Method("adain", "AdaIN on the picture without control", edit=by_adain, strengths=(0.5, 1.0), needs="adain"),
     Method("copy", "copying the reference", edit=copied),
     Method("real", "the true icon", edit=real),
-    Method("subject", "plain IP-Adapter shown the subject", plain, needs=STYLE, shows="subject", baseline=None),
+    Method(
+        "subject",
+        "plain IP-Adapter shown the subject",
+        plain,
+        strengths=(0.5, 1.0, 2.0),
+        needs=STYLE,
+        shows="subject",
+        baseline=None,
+    ),
     Method(
         "subject-tokens",
         "OminiControl shown the subject",

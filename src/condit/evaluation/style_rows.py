@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +39,21 @@ class Comparison:
     measure: str
     verdict: str
     gap: own.Gap
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A method less another, picture by picture: the mean difference and its 95 % interval over n pictures."""
+
+    method: str
+    strength: float
+    other: str
+    other_strength: float
+    measure: str
+    value: float
+    low: float
+    high: float
+    n: int
 
 
 Table = Mapping[tuple[str, float], Mapping[str, Tensor]]  # (method, strength) -> measure -> (N,)
@@ -81,6 +97,20 @@ def comparisons(table: Table, clusters: Sequence[str], held: Mapping[str, tuple[
     return found
 
 
+def pairs(table: Table, clusters: Sequence[str]) -> list[Pair]:
+    """Every method less those before it in the table, at every strength: for methods that have no curve in common."""
+    found = []
+    names = [m.name for m in MEASURES if not m.of_style]
+    for (other, at), (method, strength) in combinations(table, 2):
+        if method != other:
+            for measure in names:
+                less = table[method, strength][measure] - table[other, at][measure]
+                mean = measures.bootstrap(less, clusters)
+                value, low, high = (round(x, 4) for x in (mean.value, mean.low, mean.high))
+                found.append(Pair(method, strength, other, at, measure, value, low, high, mean.n))
+    return found
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The figures as Markdown: every method, then each against the baseline's curve, then the rulers."""
     names = {entry["name"]: entry["what"] for entry in result["methods"]}
@@ -98,6 +128,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         "",
         *_comparison_table(result, names),
     ]
+    if result["pairs"]:
+        lines += ["", "Shown the subject, picture by picture: difference (95 %).", "", *_pairs_table(result, names)]
     if result["probe"]:
         lines += ["", f"Block probe, {result['probe'][0]['n']} other pictures, attention at one layer, strength 1:", ""]
         lines += ["| layer | style score, increase | leakage, increase |", "|---|---|---|"]
@@ -143,6 +175,19 @@ def _comparison_table(result: Mapping[str, Any], names: Mapping[str, str]) -> li
     return lines
 
 
+def _pairs_table(result: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    shown = list(dict.fromkeys(x["measure"] for x in result["pairs"]))
+    lines = [f"| method | less | at strength | {' | '.join(shown)} |", f"|---|---|---|{'---|' * len(shown)}"]
+    keys = ("method", "strength", "other", "other_strength")
+    for key in dict.fromkeys(tuple(x[k] for k in keys) for x in result["pairs"]):
+        found = {x["measure"]: x for x in result["pairs"] if tuple(x[k] for k in keys) == key}
+        cells = " | ".join(
+            f"{x['value']:+.3f} ({x['low']:+.2f} to {x['high']:+.2f})" for x in map(found.__getitem__, shown)
+        )
+        lines.append(f"| {names[key[0]]} | {names[key[2]]} | {key[3]:g} | {cells} |")
+    return lines
+
+
 def _gap(entry: Mapping[str, Any]) -> str:
     gap = entry["gap"]
     if gap["difference"] is None:
@@ -150,5 +195,5 @@ def _gap(entry: Mapping[str, Any]) -> str:
     return f"{gap['difference']:+.3f} ({gap['low']:+.2f} to {gap['high']:+.2f}) {entry['verdict']}"
 
 
-def as_json(found: Sequence[Row] | Sequence[Comparison]) -> list[dict[str, Any]]:
+def as_json(found: Sequence[Row] | Sequence[Comparison] | Sequence[Pair]) -> list[dict[str, Any]]:
     return [asdict(entry) for entry in found]

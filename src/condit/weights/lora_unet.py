@@ -5,16 +5,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from condit.backbones.unet import UNetConfig
+from condit.backbones.unet import UNet, UNetConfig
 from condit.nn.lora import Linear, Pointwise
+from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.lora_files import TEXT, modules, peft_alpha
 from condit.weights.original_sd import unet_name
 
 PREFIXES = ("base_model.model.", "unet.", "lora_unet_", "diffusion_model.")
+
+
+def adapter_for(backbone: Any, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile:
+    """The tensors and the configuration of an adapter by name, file or folder. A UNet's LoRA is under its paths;
+    ignore_text: what it adapts of text encoders is left out."""
+    if not isinstance(backbone, UNet):
+        return read_adapter(source, method)
+    return read_adapter(source, method, partial(unet_lora, unet=backbone, ignore_text=ignore_text))
 
 
 def unet_lora(

@@ -1,0 +1,248 @@
+"""FLUX.1 in diffusers' pipelines: condit's MM-DiT over the linear layers and norms of its transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from condit.backbones.mmdit import MMDiT, MMDiTConfig
+from condit.controls.control import Control, Run, Step
+from condit.interop.lend import Family, Onloaded, StandIn, plain, refused_kwargs
+from condit.nn.attention import Site
+from condit.nn.layers import RMSNorm
+from condit.nn.lora import Linear, LoRA
+from condit.nn.streams import Stream
+
+# Their tokens are the noisy image and nothing else. Kontext's hold references too; Fill and Control stack channels.
+PIPELINES = (
+    "FluxPipeline",
+    "FluxImg2ImgPipeline",
+    "FluxInpaintPipeline",
+    "FluxControlNetPipeline",
+    "FluxControlNetImg2ImgPipeline",
+    "FluxControlNetInpaintPipeline",
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of diffusers' `FluxTransformer2DModel.forward` by name. timestep (B,) in [0, 1], 0 = clean."""
+
+    hidden_states: Tensor
+    encoder_hidden_states: Tensor
+    pooled_projections: Tensor
+    timestep: Tensor
+    img_ids: Tensor
+    txt_ids: Tensor
+    guidance: Tensor | None = None
+    joint_attention_kwargs: Mapping[str, Any] | None = None
+    controlnet_block_samples: Sequence[Tensor] | None = None
+    controlnet_single_block_samples: Sequence[Tensor] | None = None
+    return_dict: bool = True
+    controlnet_blocks_repeat: bool = False
+
+    def __post_init__(self):
+        refused_kwargs("joint_attention_kwargs", self.joint_attention_kwargs)
+
+
+class Controlled(StandIn):
+    """Stands for a transformer and counts its predictions: first the prompt's, then, if there are two a step, the
+    negative prompt's."""
+
+    def __init__(self, native: nn.Module, controls: tuple[Control, ...], predictions: int, steps: Callable[[], int]):
+        super().__init__(native)
+        absent = tuple(c for c in (control.negative() for control in controls) if c is not None)
+        self.predictions, self.steps = predictions, steps
+        self.sides: list[tuple[Control, ...]] = [controls, absent][:predictions]
+        self.backbone = borrow(native) if controls else None
+        self.calls = 0
+
+    def forward(self, **given: Any) -> Any:
+        """As the transformer's. `prepare` runs at each side's first prediction, where its prompt is known."""
+        index, side = divmod(self.calls, self.predictions)
+        self.calls += 1
+        if self.backbone is None:
+            return self.native(**given)
+        if index >= self.steps():
+            raise RuntimeError(f"{self.calls} predictions in {self.steps()} steps: this diffusers is not understood.")
+        inputs = Inputs(**given)
+        with Onloaded(self.native):
+            if index == 0:
+                run = run_of(self.backbone, inputs)
+                self.sides[side] = tuple(control.prepare(run) for control in self.sides[side])
+            step = Step(index, self.steps(), float(inputs.timestep[0]))
+            acting = [c for c in (control.at(step) for control in self.sides[side]) if c is not None]
+            if acting:
+                return predict(self.backbone, inputs, acting)
+        return self.native(**given)
+
+
+def predict(backbone: MMDiT, inputs: Inputs, acting: Sequence[Control]) -> Any:
+    """A prediction by condit's MM-DiT, in diffusers' two forms."""
+    ids = without_batch(inputs.img_ids)
+    image = Stream(inputs.hidden_states, ids, inputs.timestep, inputs.pooled_projections, inputs.guidance)
+    out = backbone(
+        image,
+        inputs.encoder_hidden_states,
+        without_batch(inputs.txt_ids),
+        conditions=[stream for control in acting for stream in control.streams()],
+        controls=[*acting, Residuals(residuals(backbone, inputs))],
+    )
+    if not inputs.return_dict:
+        return (out,)
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=out)
+
+
+def run_of(backbone: MMDiT, inputs: Inputs) -> Run:
+    """What controls may know of the call. The grid is read off the positions."""
+    ids = without_batch(inputs.img_ids)
+    grid = int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
+    if grid[0] * grid[1] != len(ids):
+        raise ValueError(f"{len(ids)} image tokens on a grid of {grid[0]} x {grid[1]}: a full grid is expected.")
+    batch, channels = len(inputs.hidden_states), backbone.config.in_channels
+    return Run(backbone, batch, grid, inputs.pooled_projections, inputs.guidance, channels)
+
+
+def without_batch(ids: Tensor) -> Tensor:
+    """Positions (N, 3); older pipelines give (B, N, 3), the same for every image."""
+    return ids[0] if ids.ndim == 3 else ids
+
+
+# ControlNets
+
+
+@dataclass(frozen=True)
+class Residuals(Control):
+    """What a ControlNet adds after each block, (B, N, dim) by the path of the block's attention."""
+
+    after: Mapping[str, Tensor]
+
+    def residual(self, site: Site, query: Tensor) -> Tensor | None:
+        return self.after.get(site.path)
+
+
+def residuals(backbone: MMDiT, inputs: Inputs) -> dict[str, Tensor]:
+    """n samples over L blocks: each serves ceil(L / n) neighbours; or, repeated (XLabs), every n-th block."""
+    split = backbone.config.num_layers
+    found = {}
+    for sites, samples, repeat in (
+        (backbone.sites[:split], inputs.controlnet_block_samples, inputs.controlnet_blocks_repeat),
+        (backbone.sites[split:], inputs.controlnet_single_block_samples, False),
+    ):
+        if samples is None or len(samples) == 0:
+            continue
+        each = -(-len(sites) // len(samples))
+        for i, site in enumerate(sites):
+            found[site.path] = samples[i % len(samples) if repeat else i // each]
+    return found
+
+
+# The transformer's layers, lent
+
+
+class Borrowed(Linear):
+    """A `Linear` that leaves the product to another model's layer: quantised, offloaded or with a LoRA of diffusers."""
+
+    def __init__(self, native: nn.Module, like: Linear):
+        nn.Module.__init__(self)  # no weights of its own
+        self.native, self.path = native, like.path
+        self.in_features, self.out_features = like.in_features, like.out_features
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+    def forward(self, input: Tensor, lora: LoRA | None = None) -> Tensor:
+        if lora is None:
+            return self.native(input)
+        # A condition sees the base and its own LoRA: a style that diffusers loaded acts on text and noisy image only.
+        # The official code does so in the layers that it adapts; in the others such a style reaches conditions too.
+        y = self.base(input)
+        delta = lora.delta(self.path, input)
+        return y if delta is None else y + delta
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer inside peft's wrapper, if there is one."""
+        return self.native.get_base_layer() if hasattr(self.native, "get_base_layer") else self.native  # type: ignore[operator]
+
+
+def borrow(transformer: nn.Module) -> MMDiT:
+    """condit's MM-DiT over the layers of diffusers' transformer, whose names are the same."""
+    transformer = plain(transformer)
+    with torch.device("meta"):
+        backbone = MMDiT(config_of(transformer))
+    for path, module in list(backbone.named_modules()):
+        if isinstance(module, Linear | RMSNorm):
+            parent, _, name = path.rpartition(".")
+            native = transformer.get_submodule(path)
+            backbone.get_submodule(parent).add_module(
+                name, Borrowed(native, module) if isinstance(module, Linear) else native
+            )
+    return backbone.eval()
+
+
+def config_of(transformer: Any) -> MMDiTConfig:
+    """The configuration of diffusers' transformer as ours; the fields have the same names."""
+    given = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    unknown = sorted(fields.keys() - MMDiTConfig.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(f"The transformer's configuration has {unknown[0]!r}, which FLUX.1's does not. Another model?")
+    return MMDiTConfig(**fields)
+
+
+# What a call is asked for
+
+
+def size_of(pipe: Any) -> tuple[int, int]:
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    return side, side
+
+
+def stand_in(guest: Any, host: Any, controls: tuple[Control, ...], named: Mapping[str, Any]) -> Controlled:
+    if controls:
+        size = drawn_size(guest.pipe, named, guest.pixels)
+        controls = tuple(control.sized(size, guest) for control in controls)
+    return Controlled(guest.network, controls, predictions_a_step(named), lambda: host.num_timesteps)
+
+
+def drawn_size(pipe: Any, named: Mapping[str, Any], pixels: int) -> tuple[int, int]:
+    """Height and width that a call draws, by diffusers' rule."""
+    sides = zip(("height", "width"), size_of(pipe), strict=True)
+    height, width = ((named.get(name) or side) // pixels * pixels for name, side in sides)
+    return height, width
+
+
+def predictions_a_step(named: Mapping[str, Any]) -> int:
+    """2 with `true_cfg_scale` and a negative prompt, by diffusers' rule; else 1."""
+    embedded = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    negative = named.get("negative_prompt") is not None or all(named.get(name) is not None for name in embedded)
+    return 2 if named.get("true_cfg_scale", 1.0) > 1 and negative else 1
+
+
+def refusal(transformer: Any, control: Control) -> str | None:
+    if control.fill() is None and type(control).lora is Control.lora:
+        return None
+    return (
+        "leaves cells out or adapts the noisy tokens, which a guest does not. Use diffusers' own inpainting and LoRA "
+        "loading, or condit.load(folder)."
+    )
+
+
+FLUX = Family(
+    pipelines=PIPELINES,
+    part="transformer",
+    model="FluxTransformer2DModel",
+    cells=2,
+    size=size_of,
+    config_of=config_of,
+    borrow=borrow,
+    stand_in=stand_in,
+    refusal=refusal,
+)

@@ -1,0 +1,76 @@
+"""The documentation names what is there: files, tests and pages; papers in the house's order, figures with commands."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAPERS = sorted((ROOT / "docs" / "papers").glob("*.md"))
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "README.zh.md"]
+LINE = re.compile(r"^(?:python|pytest|condit) ", re.M)
+COMMAND = re.compile(rf"`(?:(?:python|pytest|condit)\s|benchmarks/)[^`]*`|{LINE.pattern}", re.M)
+FOLDERS = ("src", "tests", "benchmarks", "recipes", "docs")
+PATHS = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
+TESTS = {
+    name
+    for path in (ROOT / "tests").rglob("*.py")
+    for name in re.findall(r"^\s*def (test_\w+)", path.read_text(encoding="utf-8"), re.M)
+}
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def text_of(page: Path) -> str:
+    """Without code that shows what a reader would write, but with its command lines."""
+    return re.sub(r"```(?:python|toml)\n.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+def is_there(name: str) -> bool:
+    return any(path == name or path.endswith(f"/{name}") for path in PATHS)
+
+
+@each_page
+def test_every_file_that_a_page_names_is_there(page):
+    named = re.findall(r"`([\w./-]+\.(?:py|toml))(?:::[\w.]+)?`", text_of(page))
+    assert [name for name in named if not is_there(name)] == []
+
+
+@each_page
+def test_every_test_that_a_page_names_is_there(page):
+    named = re.findall(r"(?<![\w/])test_\w+(?!\.py)\b", text_of(page))
+    # A name may be cut: `test_leaving_...`.
+    lost = [n for n in named if not any(n == test or (n.endswith("_") and test.startswith(n)) for test in TESTS)]
+    assert [name for name in lost if not is_there(f"{name}.py")] == []
+
+
+@each_page
+def test_every_page_that_a_page_links_is_there(page):
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text_of(page))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def sections(page: Path) -> dict[str, str]:
+    parts = re.split(r"^## (.+)$", text_of(page), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def tables(text: str) -> Iterator[tuple[str, str, str]]:
+    """What stands between a table and the one before it, the table, and the rest. Of a part that a command has written
+    only the first table counts: they have one command."""
+    text = re.sub(r"(<!-- [^/].*?\n(?:\|.*?\n)+).*?(?=<!-- /)", r"\1", text, flags=re.S)
+    end = 0
+    for table in re.finditer(r"(?:^\|.*\n)+", text, re.M):
+        yield text[end : table.start()], table[0], text[table.end() :]
+        end = table.end()
+
+
+@pytest.mark.parametrize("page", PAPERS, ids=lambda page: page.name)
+def test_a_paper_is_told_in_the_houses_order_and_its_figures_have_their_commands(page):
+    found = sections(page)
+    names = list(found)
+    assert names[0] == "Why" and names[-2:] == ["What we measured", "Limits"]
+    assert set(names) & {"Method", "Protocol"}
+    for before, table, after in tables(found["What we measured"]):
+        said = COMMAND.search(before) or COMMAND.search(table) or LINE.search(after)
+        assert said, f"no command for the table\n{table[:200]}"
