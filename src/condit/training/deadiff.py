@@ -21,7 +21,7 @@ from condit.data.icons import GROUPS, TRAIN_LICENCES
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
 from condit.diffusion.guidance import guide
-from condit.diffusion.vp import make_path
+from condit.diffusion.vp import make_path, training_pair
 from condit.diffusion.vp_samplers import ddim
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import BERT_WORDS, QFormerConfig
@@ -138,12 +138,9 @@ class DEADiffTask(Task):
 
     def errors(self, x0: Tensor, noise: Tensor, t: Tensor, text: Text, tokens: Mapping[Name, Tensor]) -> Tensor:
         """Squared error of the noise (or of v), (B,): plain, without weights."""
-        level = self.process.alphas_cumprod[t].to(x0.device)[:, None, None, None]
-        x_t = level.sqrt() * x0 + (1 - level).sqrt() * noise
+        x_t, wanted = training_pair(self.process, x0, noise, t)
         output = self.network(text)(x_t, t.to(x0.device), None, [self.control(tokens, x0)]).float()
-        if self.process.prediction_type == "v_prediction":
-            noise = level.sqrt() * noise - (1 - level).sqrt() * x0
-        return (output - noise).square().flatten(1).mean(1)
+        return (output - wanted).square().flatten(1).mean(1)
 
     def control(self, tokens: Mapping[Name, Tensor], x: Tensor) -> DEADiffReference:
         """The control of a training step: tokens of some sets, zeros for the others."""

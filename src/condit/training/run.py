@@ -39,11 +39,13 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.omini import OminiTask
     from condit.training.pixels import PixelTask
     from condit.training.text_to_image import TextToImageTask
+    from condit.training.unet import UNetTask
 
     return {
         "latent": LatentTask,
         "clip": ClipTask,
         "text-to-image": TextToImageTask,
+        "text-to-image-unet": UNetTask,
         "text-and-style": JointTask,
         "style": StyleTask,
         "tokens": TokenTask,
