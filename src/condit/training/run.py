@@ -34,6 +34,8 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.classify import ClassifyTask
     from condit.training.clip import ClipTask
     from condit.training.deadiff import DEADiffTask
+    from condit.training.decoder import DecoderTask
+    from condit.training.ip_adapter import IPAdapterTask
     from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
     from condit.training.omini import OminiTask
@@ -53,6 +55,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
         "class-conditional": ClassConditionalTask,
         "classify": ClassifyTask,
         "deadiff": DEADiffTask,
+        "ip-adapter": IPAdapterTask,
         "pixels": PixelTask,
     }
 

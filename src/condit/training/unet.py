@@ -12,16 +12,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from condit.backbones.unet import PRESETS, Resnet, Transformer, UNet
-from condit.diffusion.vp import Process, training_pair
-from condit.encoders.text import Text
-from condit.encoders.vae import encode_tokens, unpack
+from condit.diffusion.vp import Process
 from condit.latent_pipeline import LatentPipeline
 from condit.training.captioned import Captioned, CaptionedIcons
+from condit.training.denoising import errors, latents_of
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors, save_tensors
-from condit.weights.latent_models import Frame
 from condit.weights.tiny import WEIGHTS, floats, load_latent, load_text
-from condit.weights.tiny_unet import GRID, INDEX, unet_parts
+from condit.weights.tiny_unet import INDEX, unet_parts
 
 # Stable Diffusion's betas, stretched so that the last level is noise alone (arXiv:2305.08891): in a linear code the
 # layout of an icon shows through Stable Diffusion's own last level. Uniform timesteps then have the noise levels of
@@ -67,32 +65,22 @@ class UNetTask(Task):
 
     def forward(self, batch: Captioned, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
-            x0, text = self.latents(batch.images), self.text(batch.captions)
+            x0, text = latents_of(self.vae, batch.images, generator), self.text(batch.captions)
         t = torch.randint(PROCESS.num_train_timesteps, (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-        return self.errors(x0, noise, t, text).mean(), {}
-
-    def latents(self, images: Tensor) -> Tensor:
-        return unpack(encode_tokens(self.vae, images), GRID)
-
-    def errors(self, x0: Tensor, noise: Tensor, t: Tensor, text: Text) -> Tensor:
-        """Squared error of v, (B,)."""
-        x, wanted = training_pair(PROCESS, x0, noise, t)
-        size = self.parts.size
-        network = self.parts.tell(self.unet, text, Frame(size, size, (0, 0), size))
-        return (network(x, t.to(x.device), None, []).float() - wanted).square().flatten(1).mean(1)
+        return errors(self.parts, x0, noise, t, text).mean(), {}
 
     def validate(self) -> dict[str, float]:
         """Held-out combinations: the error at shares of the schedule, and how much it rises with another icon's
         caption, in %."""
         examples = self.data.examples()
-        x0, right = self.latents(examples.images.to(self.device)), self.text(examples.captions)
+        x0, right = latents_of(self.vae, examples.images.to(self.device), None), self.text(examples.captions)
         wrong = right.rows(torch.arange(len(x0)).roll(7).to(x0.device))
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
         found = {}
         for share in (0.25, 0.5, 0.75, 0.9, 1.0):
             t = torch.full((len(x0),), round(share * (PROCESS.num_train_timesteps - 1)))
-            good, bad = (float(self.errors(x0, noise, t, text).mean()) for text in (right, wrong))
+            good, bad = (float(errors(self.parts, x0, noise, t, text).mean()) for text in (right, wrong))
             found[f"error_{share}"] = round(good, 4)
             found[f"wrong_words_{share}"] = round(100 * (bad / good - 1), 1)
         return found
