@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from condit.training.ship import ADAPTERS, MODEL, ship
+from condit.training.ship import ADAPTERS, FAMILIES, MODEL, ship
 from condit.weights.files import read_tensors, save_tensors
 
 
@@ -57,3 +57,17 @@ def test_what_cannot_be_shipped_leaves_the_folder_as_it_was(runs):
     with pytest.raises(ValueError, match="needs attribution"):
         ship(runs / "runs", runs / "out")
     assert not (runs / "out" / "subject").exists() and (runs / "out" / "COMPLETE").exists()
+
+
+def test_the_unet_is_a_family_of_its_own(runs):
+    for name, (run, inner) in {**FAMILIES["tiny-unet"].model, **FAMILIES["tiny-unet"].adapters}.items():
+        if name != "deadiff":
+            make_run(runs / "runs", run, inner, 5.0)
+    (runs / "runs" / "small-unet" / "export" / "unet").mkdir()
+    (runs / "runs" / "small-unet" / "export" / "unet" / "config.json").write_text("{}")
+    ship(runs / "runs", runs / "unet", [runs / "ATTRIBUTION.md"], family="tiny-unet")
+    assert [*json.loads((runs / "unet" / "cards.json").read_text())] == ["model", "style"]
+    assert (runs / "unet" / "model" / "unet" / "config.json").is_file()
+    assert not (runs / "unet" / "model" / "card.json").exists()
+    with pytest.raises(ValueError, match="No adapter 'edges'"):
+        ship(runs / "runs", runs / "unet", only=["edges"], family="tiny-unet")

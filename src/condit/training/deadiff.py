@@ -20,6 +20,7 @@ from condit.data.icons import GROUPS, TRAIN_LICENCES
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
 from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.image import TinyImage
 from condit.encoders.qformer import BERT_WORDS, QFormerConfig
 from condit.encoders.text import Text
 from condit.latent_pipeline import LatentPipeline
@@ -47,8 +48,9 @@ class DEADiffTask(Task):
     """What is trained: both Q-Formers, their queries and projections, and the image maps W_k', W_v'. The norms of the
     image tokens stay as they are, as in the released optimiser; so do UNet, text, autoencoder and image tower.
 
-    shares: how often a batch is of style pairs, content pairs, reconstruction. drop: how often a sample of each loses
-    its tokens, which are then zeros. caption_drop: how often a caption is left empty (not in the released code).
+    tower: the folder of a CLIP; None: the embedded model's own. shares: how often a batch is of style pairs, content
+    pairs, reconstruction. drop: how often a sample of each loses its tokens, which are then zeros. caption_drop: how
+    often a caption is left empty (not in the released code).
     """
 
     partly_used = True  # a batch of style pairs never asks for content
@@ -78,7 +80,8 @@ class DEADiffTask(Task):
         self.vae: nn.Module = parts.vae.requires_grad_(False)
         self.text: nn.Module = parts.text.requires_grad_(False)
         self.parts, self.process, self.size = parts, parts.process, parts.size
-        self.tower = image_tower(tower, plain_pixels)
+        own = tower is None and isinstance(parts.image, TinyImage)
+        self.tower = parts.image.patches() if own else image_tower(tower, plain_pixels)
         self.adapter = make_adapter(self.unet, self.tower, qformer or {}, content_layers)
         if blip is not None:
             load_blip(self.adapter, Path(blip))
