@@ -122,6 +122,6 @@ def test_the_shipped_deadiff_reads_with_the_models_own_tower():
     pipe, picture = condit.load("tiny-unet"), np.full((128, 128, 3), 90, np.uint8)
     adapter = condit.DEADiff.load("tiny-unet/deadiff", pipe)
     plain = pipe("a rocket", **HOW).images
-    style, content = (adapter.control(**{name: picture}) for name in ("style", "content"))
-    found = [pipe("a rocket", controls=[c], **HOW).images for c in (style, content)]
+    controls = adapter.control(style=picture), adapter.control(content=picture)
+    found = [pipe("a rocket", controls=[c], **HOW).images for c in controls]
     assert not torch.equal(found[0], plain) and not torch.equal(found[0], found[1])
