@@ -34,7 +34,6 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.classify import ClassifyTask
     from condit.training.clip import ClipTask
     from condit.training.deadiff import DEADiffTask
-    from condit.training.decoder import DecoderTask
     from condit.training.ip_adapter import IPAdapterTask
     from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
