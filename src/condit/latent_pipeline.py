@@ -87,7 +87,7 @@ class LatentPipeline:
     @property
     def repaints(self) -> bool:
         """Whether it is an inpainting model, which reads the mask and the picture around it beside the latents."""
-        return self.backbone.config.in_channels > self.channels
+        return self.backbone.config.in_channels == 2 * self.channels + 1
 
     @property
     def channels(self) -> int:

@@ -227,7 +227,9 @@ def default_device(model: str) -> str:
     """The embedded models draw on the CPU, where a repeat is bit-equal everywhere; big ones where there is a GPU."""
     import torch
 
-    return "cuda" if model != "tiny" and torch.cuda.is_available() else "cpu"
+    from condit.weights.catalog import MODELS
+
+    return "cuda" if model not in MODELS and torch.cuda.is_available() else "cpu"
 
 
 def load_adapter(name: str, pipe: "Pipeline | LatentPipeline") -> "DEADiff | IPAdapter | OminiControl":
@@ -236,7 +238,7 @@ def load_adapter(name: str, pipe: "Pipeline | LatentPipeline") -> "DEADiff | IPA
     from condit.weights.files import read_tensors
 
     if name in MODELS:
-        known = "IPAdapter" if MODELS[name].kind == "ip-adapter" else "OminiControl"
+        known = {"ip-adapter": "IPAdapter", "deadiff": "DEADiff"}.get(MODELS[name].kind, "OminiControl")
     elif Path(name).exists():
         file = Path(name)
         known = what_is(read_tensors(adapter_weights(file) if file.is_dir() else file))

@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 def make_task(monkeypatch, folder, make_latent, make_tower):
     def make(prediction: str = "epsilon", **how) -> DEADiffTask:
         parts = replace(make_latent().parts, process=Process(prediction_type=prediction))  # type: ignore[arg-type]
-        monkeypatch.setattr(deadiff, "load_base", lambda model: parts)
+        monkeypatch.setattr(deadiff, "load_base", lambda *_: parts)
         monkeypatch.setattr(deadiff, "image_tower", lambda *_: make_tower())
         torch.manual_seed(0)
         return DEADiffTask("base", **{"pairs": str(folder), "qformer": QFORMER, **how})

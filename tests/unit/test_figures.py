@@ -1,13 +1,11 @@
 """training/figures.py: the places of the pages are filled from the cards."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
 from condit.training import figures
-from condit.weights.catalog import TINY
 
 CARDS = {
     "model/x": {
@@ -34,6 +32,7 @@ def test_places_are_filled_and_the_rest_stays():
 def test_a_curve_is_thinned_and_a_missing_part_is_told():
     assert figures.block("curve:model/x", CARDS).count("\n| ") == 10
     assert "No weights of `tiny/edges`" in figures.block("edges", CARDS)
+    assert "No weights of `tiny-unet/style`" in figures.block("tiny-unet/style", CARDS)
 
 
 PAGES = sorted((Path(__file__).parents[2] / "docs").rglob("*.md"))
@@ -42,6 +41,6 @@ PAGES = sorted((Path(__file__).parents[2] / "docs").rglob("*.md"))
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_pages_say_what_the_cards_of_the_shipped_models_say(page):
     text = page.read_text(encoding="utf-8")
-    cards = json.loads((TINY / "cards.json").read_text(encoding="utf-8"))
+    cards = figures.shipped_cards()
     assert figures.fill(text, cards) == text
     assert len(re.findall("<!-- figures:", text)) == text.count("<!-- /figures -->")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from condit.training.ship import PARTS, ship
+from condit.training.ship import ADAPTERS, FAMILIES, MODEL, ship
 from condit.weights.files import read_tensors, save_tensors
 
 
@@ -22,7 +22,7 @@ def make_run(runs, name, inner, value):
 
 @pytest.fixture
 def runs(tmp_path):
-    for name, inner in [run for part, run in PARTS.items() if part.startswith("model/") or part in ("edges", "gray")]:
+    for name, inner in [*MODEL.values(), ADAPTERS["gray"], ADAPTERS["edges"]]:
         make_run(tmp_path / "runs", name, inner, 1.0)
     (tmp_path / "ATTRIBUTION.md").write_text("by somebody")
     ship(tmp_path / "runs", tmp_path / "out", [tmp_path / "ATTRIBUTION.md"])
@@ -37,8 +37,8 @@ def test_a_whole_model_is_shipped_with_its_cards(runs):
 
 def test_one_adapter_is_shipped_and_the_rest_stays(runs):
     for name in ("edges", "subject"):
-        make_run(runs / "runs", *PARTS[name], 2.0)
-    make_run(runs / "runs", *PARTS["gray"], 3.0)  # not asked for
+        make_run(runs / "runs", *ADAPTERS[name], 2.0)
+    make_run(runs / "runs", *ADAPTERS["gray"], 3.0)  # not asked for
     ship(runs / "runs", runs / "out", only=["edges", "subject"])
     found = {
         n: float(read_tensors(runs / "out" / n / "weights.safetensors")["x"]) for n in ("edges", "subject", "gray")
@@ -50,10 +50,24 @@ def test_one_adapter_is_shipped_and_the_rest_stays(runs):
 
 
 def test_what_cannot_be_shipped_leaves_the_folder_as_it_was(runs):
-    with pytest.raises(ValueError, match="No part .colour."):
+    with pytest.raises(ValueError, match="No part 'colour'"):
         ship(runs / "runs", runs / "out", only=["colour"])
     with pytest.raises(ValueError, match="has no export yet"):
         ship(runs / "runs", runs / "out", only=["edges", "subject"])
     with pytest.raises(ValueError, match="needs attribution"):
         ship(runs / "runs", runs / "out")
     assert not (runs / "out" / "subject").exists() and (runs / "out" / "COMPLETE").exists()
+
+
+def test_the_unet_is_a_family_of_its_own(runs):
+    for name, (run, inner) in {**FAMILIES["tiny-unet"].model, **FAMILIES["tiny-unet"].adapters}.items():
+        if name != "deadiff":
+            make_run(runs / "runs", run, inner, 5.0)
+    (runs / "runs" / "small-unet" / "export" / "unet").mkdir()
+    (runs / "runs" / "small-unet" / "export" / "unet" / "config.json").write_text("{}")
+    ship(runs / "runs", runs / "unet", [runs / "ATTRIBUTION.md"], family="tiny-unet")
+    assert [*json.loads((runs / "unet" / "cards.json").read_text())] == ["model", "style"]
+    assert (runs / "unet" / "model" / "unet" / "config.json").is_file()
+    assert not (runs / "unet" / "model" / "card.json").exists()
+    with pytest.raises(ValueError, match="No part 'edges'"):
+        ship(runs / "runs", runs / "unet", only=["edges"], family="tiny-unet")

@@ -95,6 +95,20 @@ PRESETS: dict[str, UNetConfig] = {
     ),
     "sdxl": _SDXL,  # stabilityai/stable-diffusion-xl-base-1.0, unet/config.json; 2.57 B, 1680 tensors
     "sdxl-inpainting": replace(_SDXL, in_channels=9),  # diffusers/stable-diffusion-xl-1.0-inpainting-0.1
+    # SDXL's blocks on 16 x 16 latents of 32 channels, beside 4 of the text's canvas; 4.9 M; docs/tiny.md
+    "tiny-unet": replace(
+        _SDXL,
+        in_channels=36,
+        out_channels=32,
+        block_out_channels=(64, 80, 80),
+        transformer_layers_per_block=1,
+        attention_head_dim=(4, 5, 5),
+        cross_attention_dim=192,
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=256 + 6 * 16,
+        norm_num_groups=16,
+        sample_size=16,
+    ),
 }
 
 

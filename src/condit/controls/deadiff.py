@@ -32,6 +32,7 @@ from condit.controls.deadiff_layers import (
 )
 from condit.data.images import load_image
 from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.image import TinyImage
 from condit.encoders.qformer import BERT_WORDS, QFormer, QFormerConfig, word_ids
 from condit.nn.attention import Attend, Call, Site, split_heads
 
@@ -106,14 +107,16 @@ class DEADiff(nn.Module):
 
     @classmethod
     def load(cls, source, pipe, *, image_encoder: str | Path | ClipPatches | None = None) -> DEADiff:
-        """From the published `.ckpt`, or from a file or folder of ours. image_encoder: the folder of CLIP ViT-L/14,
-        where the file has no tower of its own."""
+        """From the published `.ckpt`, or from a name ("tiny-unet/deadiff"), file or folder of ours. image_encoder: the
+        folder of CLIP ViT-L/14, where neither the file nor the model has a tower of its own."""
         file = pipe.adapter_file(source, "DEADiff")
         tensors = {n: v for n, v in file.tensors.items() if not n.startswith("tower.")}
         shapes = cross_shapes(pipe.backbone, pipe.name)
         check_maps(tensors, shapes, source, pipe.name)
         tower = {n.removeprefix("tower."): v for n, v in file.tensors.items() if n.startswith("tower.")}
         beside = ClipPatches.of(tower, heads=file.config.get("tower_heads")) if tower else image_encoder
+        if beside is None and isinstance(pipe.image, TinyImage):
+            beside = pipe.image.patches()
         if beside is None:
             raise ValueError(f"{source} has no image tower. Give image_encoder=, the folder of CLIP ViT-L/14.")
         if not isinstance(beside, ClipPatches):

@@ -193,3 +193,13 @@ def add_noise(x0: Tensor, noise: Tensor, level: Tensor | float) -> Tensor:
     """x at a level, for pictures (B, ...)."""
     level = float(level)
     return level**0.5 * x0 + (1 - level) ** 0.5 * noise
+
+
+def training_pair(process: Process, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """x at the timesteps t (B,), and what a network is to predict from it: the noise, or v = sqrt(alpha_bar) eps -
+    sqrt(1 - alpha_bar) x0 (Salimans and Ho 2022, arXiv:2202.00512); both (B, C, h, w)."""
+    if process.prediction_type == "sample":
+        raise ValueError("Networks are trained to predict the noise or v here; found prediction_type 'sample'.")
+    level = process.alphas_cumprod[t].to(x0)[:, None, None, None]
+    x = level.sqrt() * x0 + (1 - level).sqrt() * noise
+    return x, noise if process.prediction_type == "epsilon" else level.sqrt() * noise - (1 - level).sqrt() * x0

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from condit.encoders.clip import embed_image, style_statistics
+from condit.encoders.clip_patches import ClipPatches
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPVisionModelWithProjection
@@ -39,6 +40,10 @@ class TinyImage(nn.Module):
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
         hidden, embedding = embed_image(self.clip, images.clamp(-1, 1))
         return torch.cat([embedding.float() * self.gain, style_statistics(hidden)], -1)
+
+    def patches(self) -> ClipPatches:
+        """The same tower read token by token, for Q-Formers; it takes pixels in [-1, 1] as they are."""
+        return ClipPatches(self.clip.vision_model, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 # CLIP's image towers, for published adapters

@@ -13,29 +13,24 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from condit.controls.control import Run
 from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference
 from condit.controls.deadiff_layers import Name, coarse_layers, cross_shapes
 from condit.data.grouped import KINDS, Kind
 from condit.data.icons import GROUPS, TRAIN_LICENCES
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
-from condit.diffusion.guidance import guide
-from condit.diffusion.vp import make_path
-from condit.diffusion.vp_samplers import ddim
 from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.image import TinyImage
 from condit.encoders.qformer import BERT_WORDS, QFormerConfig
 from condit.encoders.text import Text
-from condit.encoders.vae import decode_latents, scale_shift
+from condit.latent_pipeline import LatentPipeline
+from condit.training.denoising import errors, latents_of, load_base, run_of
 from condit.training.icon_batches import IconSet
 from condit.training.loop import Task, to_device
 from condit.training.paired import FolderSource, IconSource, Paired, PairSource
 from condit.weights import deadiff as published
-from condit.weights import latent_models
 from condit.weights.clip_towers import load_image_encoder
 from condit.weights.files import load_strict, read_metadata, read_tensors, save_tensors
-from condit.weights.latent_models import Frame, LatentParts, Network
-from condit.weights.load import load_latent_parts
 
 ADAPTER = "adapter.safetensors"
 # What a batch of each kind shows the network.
@@ -53,8 +48,9 @@ class DEADiffTask(Task):
     """What is trained: both Q-Formers, their queries and projections, and the image maps W_k', W_v'. The norms of the
     image tokens stay as they are, as in the released optimiser; so do UNet, text, autoencoder and image tower.
 
-    shares: how often a batch is of style pairs, content pairs, reconstruction. drop: how often a sample of each loses
-    its tokens, which are then zeros. caption_drop: how often a caption is left empty (not in the released code).
+    tower: the folder of a CLIP; None: the embedded model's own. shares: how often a batch is of style pairs, content
+    pairs, reconstruction. drop: how often a sample of each loses its tokens, which are then zeros. caption_drop: how
+    often a caption is left empty (not in the released code).
     """
 
     partly_used = True  # a batch of style pairs never asks for content
@@ -79,12 +75,13 @@ class DEADiffTask(Task):
     ):
         super().__init__()
         check_odds(shares, drop, caption_drop)
-        parts = load_base(model)
+        parts = load_base(model, "DEADiff")
         self.unet: nn.Module = parts.backbone.requires_grad_(False)
         self.vae: nn.Module = parts.vae.requires_grad_(False)
         self.text: nn.Module = parts.text.requires_grad_(False)
-        self.process, self.size, self.base_hash, self.tell = parts.process, parts.size, parts.hash, parts.tell
-        self.tower = image_tower(tower, plain_pixels)
+        self.parts, self.process, self.size = parts, parts.process, parts.size
+        own = tower is None and isinstance(parts.image, TinyImage)
+        self.tower = parts.image.patches() if own else image_tower(tower, plain_pixels)
         self.adapter = make_adapter(self.unet, self.tower, qformer or {}, content_layers)
         if blip is not None:
             load_blip(self.adapter, Path(blip))
@@ -131,30 +128,16 @@ class DEADiffTask(Task):
     @torch.no_grad()
     def encoded(self, batch: Paired, generator: torch.Generator | None) -> tuple[Tensor, Text, Tensor]:
         """Latents (B, C, h, w), drawn from their posterior, or its mode without a generator; text; image tokens."""
-        scale, shift = scale_shift(self.vae)
-        posterior = self.vae.encode(batch.images).latent_dist  # type: ignore[operator]
-        z = posterior.mode() if generator is None else sampled(posterior, generator)
-        return (z.float() - shift) * scale, self.text(batch.captions), self.tower(batch.references)
+        x0 = latents_of(self.vae, batch.images, generator)
+        return x0, self.text(batch.captions), self.tower(batch.references)
 
     def errors(self, x0: Tensor, noise: Tensor, t: Tensor, text: Text, tokens: Mapping[Name, Tensor]) -> Tensor:
         """Squared error of the noise (or of v), (B,): plain, without weights."""
-        level = self.process.alphas_cumprod[t].to(x0.device)[:, None, None, None]
-        x_t = level.sqrt() * x0 + (1 - level).sqrt() * noise
-        output = self.network(text)(x_t, t.to(x0.device), None, [self.control(tokens, x0)]).float()
-        if self.process.prediction_type == "v_prediction":
-            noise = level.sqrt() * noise - (1 - level).sqrt() * x0
-        return (output - noise).square().flatten(1).mean(1)
+        return errors(self.parts, x0, noise, t, text, [self.control(tokens, x0)])
 
     def control(self, tokens: Mapping[Name, Tensor], x: Tensor) -> DEADiffReference:
         """The control of a training step: tokens of some sets, zeros for the others."""
-        return self.adapter.reference(tokens).prepare(self.run_of(x))
-
-    def run_of(self, x: Tensor) -> Run:
-        return Run(self.unet, len(x), tuple(x.shape[-2:]), x, None, x.shape[1])  # type: ignore[arg-type]
-
-    def network(self, text: Text) -> Network:
-        """The UNet that knows a text, at the size it is trained at."""
-        return self.tell(self.unet, text, Frame(self.size, self.size, (0, 0), self.size))
+        return self.adapter.reference(tokens).prepare(run_of(self.parts, x))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -195,25 +178,15 @@ class DEADiffTask(Task):
     @torch.no_grad()
     def draw(self, batch: Paired, *, guidance: float = 5.0, seed: int = 0) -> Tensor:
         """Pictures (B, 3, H, W), with zero tokens and no words on the unconditional side."""
-        batch = to_device(batch, self.device)
-        x0, text, image = self.encoded(batch, None)
-        control = self.control(self.shown(batch.kind, image), x0)
-        none = control.negative().prepare(self.run_of(x0))
-        sides = [(self.network(text), control), (self.network(self.text([""] * len(x0))), none)]
-
-        def denoise(x: Tensor, t: float, i: int) -> Tensor:
-            times = torch.full((len(x),), t, device=x.device)
-            c, u = (network(x, times, None, [side]) for network, side in sides)
-            return guide(c, u, guidance)
-
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
-        path = make_path(self.process, "ddim", self.steps)
-        x = ddim(denoise, noise, path, prediction=self.process.prediction_type)
-        return decode_latents(self.vae, x)
+        image = self.tower(batch.references.to(self.device))
+        control = self.adapter.reference(self.shown(batch.kind, image))
+        how = {"num_inference_steps": self.steps, "guidance_scale": guidance, "seed": seed}
+        pipe = LatentPipeline(self.parts)
+        return pipe(batch.captions, "", controls=[control], sampler="ddim", output_type="pt", **how).images
 
     def export(self, folder: Path, card: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = {**self.adapter.metadata(), "base": self.base_hash}
+        metadata = {**self.adapter.metadata(), "base": self.parts.hash}
         tensors = {name: value.half() for name, value in self.adapter.tensors().items()}
         save_tensors(folder / ADAPTER, tensors, {"condit": json.dumps(metadata)})
         (folder / "card.json").write_text(json.dumps({**card, **metadata}, indent=1) + "\n")
@@ -238,14 +211,6 @@ def make_adapter(unet: Any, tower: ClipPatches, sizes: dict[str, int], layers: S
     words = OWN_WORDS if config.vocabulary == OWN_VOCABULARY else BERT_WORDS
     chosen = coarse_layers(len(shapes)) if layers is None else tuple(layers)
     return DEADiff.new(unet, config, tower, config=DEADiffConfig(chosen, words))
-
-
-def sampled(posterior: Any, generator: torch.Generator) -> Tensor:
-    """A sample whose noise is drawn on the CPU: a seed means the same on every device."""
-    if not hasattr(posterior, "std"):
-        return posterior.sample(generator)
-    noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
-    return posterior.mean + posterior.std * noise
 
 
 def image_tower(folder: str | None, plain_pixels: bool) -> ClipPatches:
@@ -294,11 +259,3 @@ def load_blip(adapter: DEADiff, folder: Path) -> None:
     )
     for reader in (adapter.style, adapter.content):
         load_strict(reader, tensors, source=folder)
-
-
-def load_base(model: str) -> LatentParts:
-    """A frozen Stable Diffusion in float32, by name, folder or file."""
-    found = latent_models.recognise(model)
-    if found is None:
-        raise ValueError(f"{model!r} is no Stable Diffusion: DEADiff is trained on a UNet with cross-attention.")
-    return load_latent_parts(found, dtype=torch.float32)

@@ -1,7 +1,8 @@
 """Figures of the documentation from the cards of the shipped models: `python -m condit.training.figures FILES`.
 
 A page has places `<!-- figures:NAME -->` ... `<!-- /figures -->`, which are filled anew. NAME is a part or an adapter
-of `assets/tiny/cards.json` (its last validation), `curve:NAME` its losses, `cards` what every part has seen.
+of `assets/tiny/cards.json` (its last validation), or `tiny-unet/` and one of `assets/tiny-unet/cards.json`;
+`curve:NAME` its losses, `cards` what every part has seen.
 """
 
 from __future__ import annotations
@@ -13,10 +14,20 @@ from pathlib import Path
 
 from condit.data import pages
 from condit.data.files import atomic_write
-from condit.weights.catalog import TINY
+from condit.weights.catalog import TINY, UNET
 
 Cards = Mapping[str, Mapping]
 CURVE_ROWS = 10
+
+
+def shipped_cards() -> dict[str, Mapping]:
+    """What the cards of all embedded models say, by part."""
+    found: dict[str, Mapping] = {}
+    for prefix, folder in (("", TINY), ("tiny-unet/", UNET)):
+        if (file := folder / "cards.json").is_file():
+            cards = json.loads(file.read_text(encoding="utf-8"))
+            found |= {f"{prefix}{name}": card for name, card in cards.items()}
+    return found
 
 
 def block(name: str, cards: Cards) -> str:
@@ -26,7 +37,8 @@ def block(name: str, cards: Cards) -> str:
     if name.startswith("curve:"):
         return curve(cards[name.removeprefix("curve:")])
     if name not in cards:
-        return f"No weights of `tiny/{name}` are shipped (see Limits).\n"
+        called = name if name.startswith("tiny-unet/") else f"tiny/{name}"
+        return f"No weights of `{called}` are shipped (see Limits).\n"
     card = cards[name]
     rows = [f"| {figure} | {value} |" for figure, value in card["figures"].items()]
     return "\n".join([f"After {card['images_seen']:,} images:", "", "| figure | value |", "|---|---|", *rows, ""])
@@ -51,9 +63,8 @@ def fill(page: str, cards: Cards) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m condit.training.figures", description=__doc__)
     parser.add_argument("files", type=Path, nargs="+", help="pages with places, such as docs/tiny.md")
-    parser.add_argument("--cards", type=Path, default=TINY / "cards.json")
     given = parser.parse_args(arguments)
-    cards = json.loads(given.cards.read_text(encoding="utf-8"))
+    cards = shipped_cards()
     for file in given.files:
         text = fill(file.read_text(encoding="utf-8"), cards)
         atomic_write(file, lambda path, text=text: path.write_text(text, encoding="utf-8"))

@@ -34,16 +34,19 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.classify import ClassifyTask
     from condit.training.clip import ClipTask
     from condit.training.deadiff import DEADiffTask
+    from condit.training.ip_adapter import IPAdapterTask
     from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
     from condit.training.omini import OminiTask
     from condit.training.pixels import PixelTask
     from condit.training.text_to_image import TextToImageTask
+    from condit.training.unet import UNetTask
 
     return {
         "latent": LatentTask,
         "clip": ClipTask,
         "text-to-image": TextToImageTask,
+        "text-to-image-unet": UNetTask,
         "text-and-style": JointTask,
         "style": StyleTask,
         "tokens": TokenTask,
@@ -51,6 +54,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
         "class-conditional": ClassConditionalTask,
         "classify": ClassifyTask,
         "deadiff": DEADiffTask,
+        "ip-adapter": IPAdapterTask,
         "pixels": PixelTask,
     }
 

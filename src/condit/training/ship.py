@@ -1,27 +1,48 @@
-"""Finished runs -> `assets/tiny`: weights, cards with their curves, attribution. `python -m condit.training.ship`."""
+"""Finished runs -> `assets/tiny`, `assets/tiny-unet`: weights, cards with their curves, attribution.
+`python -m condit.training.ship`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from condit.weights.catalog import TINY
+from condit.weights.catalog import TINY, UNET
 from condit.weights.files import COMPLETE, save_folder
 
-# Part of the model, or adapter -> (run, folder within its export).
-PARTS = {
+# Part of the model -> (run, folder within its export).
+MODEL = {
     "model/clip": ("tiny-clip", "."),
     "model/vae": ("tiny-decoder", "."),
     "model/transformer": ("tiny", "transformer"),
     "model/canvas": ("tiny", "canvas"),
+}
+ADAPTERS = {
     "style": ("tiny", "style"),  # trained along with the transformer
     "style-tokens": ("tiny-style-tokens", "."),
     "subject": ("tiny-subject", "."),
     "edges": ("tiny-edges", "."),
     "gray": ("tiny-gray", "."),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model and its adapters, by the folder that each has in `folder`."""
+
+    folder: Path
+    model: Mapping[str, tuple[str, str]]
+    adapters: Mapping[str, tuple[str, str]]
+
+
+FAMILIES = {
+    "tiny": Family(TINY, MODEL, ADAPTERS),
+    "tiny-unet": Family(
+        UNET, {"model": ("small-unet", ".")}, {"style": ("small-ip-adapter", "."), "deadiff": ("small-deadiff", ".")}
+    ),
 }
 LICENCE = "Apache-2.0"
 DATA = "icons under Apache-2.0, MIT, OFL-1.1 and CC-BY-4.0, training split only (ATTRIBUTION.md)"
@@ -44,19 +65,20 @@ def card_of(run: Path, inner: str) -> dict:
 
 
 def copy_part(source: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and file.name != "card.json":
-            shutil.copy2(file, target / file.name)
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("card.json"))
 
 
-def ship(runs: Path, out: Path, attribution: Sequence[Path] = (), *, only: Sequence[str] = ()) -> Path:
-    """Assemble what is there under `runs` (one folder a recipe) into `out`, whole or not at all.
+def ship(
+    runs: Path, out: Path, attribution: Sequence[Path] = (), *, only: Sequence[str] = (), family: str = "tiny"
+) -> Path:
+    """Assemble what is there of a family under `runs` (one folder a recipe) into `out`, whole or not at all.
 
     only: names of parts; the rest of `out` stays as it is, with its cards and attribution.
     """
-    if unknown := sorted(set(only) - set(PARTS)):
-        raise ValueError(f"No part {unknown[0]!r} is shipped; there are {', '.join(PARTS)}.")
+    model, adapters = FAMILIES[family].model, FAMILIES[family].adapters
+    parts = {**model, **adapters}
+    if unknown := sorted(set(only) - set(parts)):
+        raise ValueError(f"No part {unknown[0]!r} is shipped; there are {', '.join(parts)}.")
     if not only and not attribution:
         raise ValueError("The whole model needs attribution=, the ATTRIBUTION.md files of its data.")
     with save_folder(out) as folder:
@@ -67,14 +89,14 @@ def ship(runs: Path, out: Path, attribution: Sequence[Path] = (), *, only: Seque
             cards = {}
             texts = [path.read_text(encoding="utf-8").strip() for path in attribution]
             (folder / "ATTRIBUTION.md").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-        for name in only or PARTS:
-            run, inner = PARTS[name]
+        for name in only or parts:
+            run, inner = parts[name]
             if (runs / run / "export" / inner).is_dir():
                 copy_part(runs / run / "export" / inner, folder / name)
                 cards[name] = card_of(runs / run, inner)
-            elif only or name.startswith("model/"):
+            elif only or name in model:
                 raise ValueError(f"{runs / run} has no export yet; run recipes/{run}.toml to its end.")
-        cards = {name: cards[name] for name in PARTS if name in cards}
+        cards = {name: cards[name] for name in parts if name in cards}
         (folder / "cards.json").write_text(json.dumps(cards, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(readme(cards), encoding="utf-8")
     return out
@@ -96,18 +118,20 @@ def readme(cards: dict[str, dict]) -> str:
         lines.append(
             f"| {name} | {card['steps']} | {card['images_seen']:,} | {card['seconds'] / 60:.0f} | {figures or '-'} |"
         )
-    lines += ["", "Limits: icons of 128 px; concepts and styles of the training sets; trained on two CPU cores."]
+    lines += ["", "Limits: icons of 128 px; concepts and styles of the training sets; trained on CPU cores."]
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m condit.training.ship", description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--out", type=Path, default=TINY)
+    parser.add_argument("--family", choices=[*FAMILIES], default="tiny")
+    parser.add_argument("--out", type=Path, help="instead of the family's own folder")
     parser.add_argument("--attribution", type=Path, nargs="+", default=[], help="ATTRIBUTION.md of the data used")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts; the rest stays")
     given = parser.parse_args(arguments)
-    print(ship(given.runs, given.out, given.attribution, only=given.only))
+    out = given.out or FAMILIES[given.family].folder
+    print(ship(given.runs, out, given.attribution, only=given.only, family=given.family))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +14,8 @@ from torch import Tensor, nn
 
 from condit.backbones.mmdit import PRESETS, MMDiT
 from condit.controls.control import Control
-from condit.data.icon_captions import plain_caption
-from condit.data.icons import GROUPS, TRAIN_LICENCES
+from condit.data.icons import GROUPS
 from condit.data.images import to_images
-from condit.data.procedural import Procedural
-from condit.data.sheets import contact_sheet
 from condit.diffusion.guidance import guide
 from condit.diffusion.objectives import add_noise, flow_loss, to_velocity
 from condit.diffusion.samplers import euler
@@ -27,8 +23,8 @@ from condit.diffusion.schedules import flow_sigmas, logit_normal
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.streams import Stream, grid_ids
-from condit.training.clip import procedural_caption
-from condit.training.icon_batches import IconSet, procedural
+from condit.training.captioned import Captioned, CaptionedIcons
+from condit.training.icon_batches import IconSet
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors, save_tensors
 from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
@@ -39,12 +35,6 @@ T_MEAN, T_STD = 0.8, 1.3
 SHIFT = 2.5
 # Fresh noise in every step: what a small network has drawn badly it draws again (docs/tiny.md has pictures, figures).
 ETA = 1.0
-
-
-@dataclass
-class Captioned:
-    images: Tensor  # (B, 3, H, W)
-    captions: list[str]
 
 
 def image_stream(x_t: Tensor, t: Tensor, text: Text, *, canvas: bool = True) -> Stream:
@@ -81,12 +71,9 @@ class TextToImageTask(Task):
         """t_mean, t_std: of the logit of the noise level in training."""
         super().__init__()
         self.t_mean, self.t_std = t_mean, t_std
-        core = {"groups": GROUPS, "licences": TRAIN_LICENCES}
-        self.icons = IconSet.open(icons, splits=("train",), **core)
-        self.held_out = IconSet.open(icons, splits=("combo",), **core)
+        self.data = CaptionedIcons.open(icons, ui, ui_share=ui_share, procedural_share=procedural_share)
+        self.icons, self.held_out, self.ui = self.data.icons, self.data.held_out, self.data.ui
         self.unseen = IconSet.open(icons, splits=("style",), groups=GROUPS)
-        self.ui = IconSet.open(ui, splits=("train",)) if ui else None
-        self.ui_share, self.procedural_share = (ui_share if ui else 0.0), procedural_share
         self.vae: PatchAutoencoder = load_latent(latent).requires_grad_(False)
         self.text = TinyText(*load_clip(clip)).requires_grad_(False)
         self.transformer = MMDiT(PRESETS[preset])
@@ -118,20 +105,7 @@ class TextToImageTask(Task):
         self.text.fit_canvas(torch.cat(pooled), y / y.std())
 
     def batch(self, rng: random.Random, size: int) -> Captioned:
-        images, captions = [], []
-        for _ in range(int(size * self.ui_share)):
-            assert self.ui is not None
-            i = rng.randrange(len(self.ui))
-            images.append(self.ui.images([i]))
-            captions.append(self.ui.caption(rng, i, p_no_style=0.1))
-        for _ in range(int(size * self.procedural_share)):
-            i, style = rng.randrange(len(self.icons)), Procedural.sample(rng)
-            images.append(procedural(style, self.icons.rgba[[i]]))
-            captions.append(procedural_caption(self.icons, rng, i, style) if rng.random() > 0.1 else "")
-        chosen = [rng.randrange(len(self.icons)) for _ in range(size - len(images))]
-        images.append(self.icons.images(chosen))
-        captions += [self.icons.caption(rng, i, p_no_style=0.15, p_tags=0.2) for i in chosen]
-        return Captioned(torch.cat(images), captions)
+        return self.data.batch(rng, size)
 
     def forward(self, batch: Captioned, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
@@ -149,11 +123,9 @@ class TextToImageTask(Task):
     def validate(self) -> dict[str, float]:
         """Held-out combinations: velocity error, and how much it rises with another icon's caption (in %)."""
         generator = torch.Generator().manual_seed(0)
-        chosen = random.Random(0).sample(range(len(self.held_out)), min(192, len(self.held_out)))
-        x0 = encode_tokens(self.vae, self.held_out.images(chosen).to(self.device))
-        icons = [self.held_out.icons[i] for i in chosen]
-        right = self.text([plain_caption(i) for i in icons])
-        wrong = right.rows(torch.arange(len(icons)).roll(7).to(x0.device))
+        examples = self.data.examples()
+        x0, right = encode_tokens(self.vae, examples.images.to(self.device)), self.text(examples.captions)
+        wrong = right.rows(torch.arange(len(x0)).roll(7).to(x0.device))
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
         found = {}
         for level in (0.2, 0.5, 0.7, 0.9, 1.0):
@@ -184,13 +156,7 @@ class TextToImageTask(Task):
 
     def sheet(self) -> Image.Image:
         """Words of users over four styles, and two rows of held-out combinations beside the real icon."""
-        words = ["red apple", "rocket", "cat face", "house", "pizza", "guitar", "一朵花", "sunny beach"]
-        styles = ["noto style", "fluent 3d style", "twemoji style", "fluent high contrast style"]
-        rows = [self.draw([f"{w}, {s}" for w in words]) for s in styles]
-        chosen = list(range(0, len(self.held_out), max(1, len(self.held_out) // 8)))[:8]
-        rows.append(self.draw([plain_caption(self.held_out.icons[i]) for i in chosen]))
-        rows.append(to_images(self.held_out.images(chosen)))
-        return contact_sheet(rows, labels=[*styles, "held out", "real"])
+        return self.data.sheet(self.draw)
 
     def export(self, folder: Path, card: dict) -> None:
         for name, module in (("transformer", self.transformer), ("canvas", self.text.canvas)):

@@ -14,8 +14,9 @@ from condit.weights import deadiff
 from condit.weights.files import hash_file, load_strict, read_metadata, read_tensors
 from condit.weights.lora_files import peft_settings, published
 
-Kind = Literal["model", "ip-adapter", "omini"]
+Kind = Literal["model", "ip-adapter", "omini", "deadiff"]
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
+UNET = TINY.with_name("tiny-unet")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ _ROWS = {
     "tiny/subject": Entry("omini", "the concept as another hand drew it", _LICENCE, TINY / "subject"),
     "tiny/edges": Entry("omini", "follow given edges", _LICENCE, TINY / "edges"),
     "tiny/gray": Entry("omini", "colour a gray picture", _LICENCE, TINY / "gray"),
+    "tiny-unet": Entry(
+        "model", "text to icon, 128 px, English and Chinese, UNet of SDXL's blocks", _LICENCE, UNET / "model"
+    ),
+    "tiny-unet/style": Entry("ip-adapter", "style of a reference, IP-Adapter of the UNet", _LICENCE, UNET / "style"),
+    "tiny-unet/deadiff": Entry("deadiff", "style or content of a reference", _LICENCE, UNET / "deadiff"),
 }
 # Only what is really here: a checkout may hold fewer models than this table.
 MODELS: dict[str, Entry] = {name: entry for name, entry in _ROWS.items() if entry.path.exists()}

@@ -18,7 +18,7 @@ from condit.nn.lora import LowRank
 from condit.weights.catalog import MODELS
 from condit.weights.class_models import models_folder, names_in
 
-Kind = Literal["stable-diffusion", "stable-diffusion-file", "pixart"]
+Kind = Literal["stable-diffusion", "stable-diffusion-file", "pixart", "icon-unet"]
 
 # Folders (diffusers' layout) or files (the original layout) in the models folder, and where they are published.
 PUBLISHED: dict[str, tuple[tuple[str, ...], str]] = {
@@ -39,6 +39,7 @@ _CLASSES: dict[str, Kind | None] = {
     "StableDiffusion3": None,
     "StableDiffusion": "stable-diffusion",
     "PixArt": "pixart",
+    "IconUNet": "icon-unet",  # ours: on latent, text and canvas of "tiny"
 }
 _ORIGINAL = "model.diffusion_model.input_blocks.0.0.weight"
 
@@ -64,7 +65,9 @@ def recognise(source: str | Path) -> LatentModel | None:
                 f"no weights for {name!r}: {' or '.join(places)} is expected in {models_folder()}. Fetch it from "
                 f"{home} and put it there (CONDIT_HOME moves the folder), or pass its path."
             )
-    if name in MODELS or not path.exists():
+    if name in MODELS:
+        path = MODELS[name].path
+    if not path.exists():
         return None
     if path.is_file():
         called = name if name in PUBLISHED else path.stem
@@ -75,7 +78,8 @@ def recognise(source: str | Path) -> LatentModel | None:
         return None
     kind = str(json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
     found: Kind | None = next((value for start, value in _CLASSES.items() if kind.startswith(start)), None)
-    return None if found is None else LatentModel(found, name if name in PUBLISHED else path.name, path)
+    called = name if name in PUBLISHED or name in MODELS else path.name
+    return None if found is None else LatentModel(found, called, path)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ from pathlib import Path
 import torch
 
 from condit.encoders.image import TinyImage
-from condit.encoders.text import TinyText
 from condit.weights.catalog import MODELS, describe_hash
 from condit.weights.class_models import PUBLISHED, looks_like
-from condit.weights.files import load_strict, read_tensors
 from condit.weights.flux import is_flux_file, load_flux, load_flux_file, load_mmdit
 from condit.weights.latent_models import PUBLISHED as LATENT
 from condit.weights.latent_models import LatentModel, LatentParts
@@ -19,7 +17,8 @@ from condit.weights.original_sd import load_original
 from condit.weights.parts import Parts
 from condit.weights.pixart import load_pixart
 from condit.weights.stable_diffusion import load_stable_diffusion
-from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
+from condit.weights.tiny import floats, load_latent, load_text
+from condit.weights.tiny_unet import load_tiny_unet
 
 __all__ = ["Parts", "load_latent_parts", "load_mmdit", "load_parts", "load_tiny"]
 
@@ -51,6 +50,8 @@ def load_latent_parts(model: LatentModel, *, dtype: torch.dtype) -> LatentParts:
     """A text-to-image model over latents that `latent_models.recognise` has found."""
     if model.kind == "pixart":
         return load_pixart(model.path, dtype, model.name)
+    if model.kind == "icon-unet":
+        return load_tiny_unet(model.path, dtype, model.name)
     if model.kind == "stable-diffusion-file":
         return load_original(model.path, dtype, model.name)
     return load_stable_diffusion(model.path, dtype, model.name)
@@ -58,18 +59,16 @@ def load_latent_parts(model: LatentModel, *, dtype: torch.dtype) -> LatentParts:
 
 def load_tiny(name: str, folder: Path, dtype: torch.dtype) -> Parts:
     """The embedded text-to-icon model."""
-    clip, tokenizer = load_clip(folder / "clip")
-    text = TinyText(clip, tokenizer)
-    load_strict(text.canvas, floats(read_tensors(folder / "canvas" / WEIGHTS)), source=folder / "canvas")
+    text = load_text(folder)
     raw = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     backbone = load_mmdit(folder / "transformer", floats)
     return Parts(
         name=name,
         hash=describe_hash(folder),
         backbone=backbone.to(dtype),
-        text=text.eval(),
+        text=text,
         vae=load_latent(folder / "vae"),
-        image=TinyImage(clip).eval(),
+        image=TinyImage(text.clip).eval(),
         prediction=raw["condit"]["prediction"],
         shift=raw["condit"]["shift"],
         eta=raw["condit"].get("eta", 0.0),

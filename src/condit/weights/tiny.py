@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from condit.encoders.text import TinyText
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.weights.files import load_strict, read_tensors
 
@@ -36,6 +37,13 @@ def load_clip(folder: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
     clip = CLIPModel(config)
     load_strict(clip, floats(read_tensors(Path(folder) / "model.safetensors")), source=folder)
     return clip.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def load_text(folder: Path) -> TinyText:
+    """The embedded CLIP's text and its canvas, of a model's folder."""
+    text = TinyText(*load_clip(folder / "clip"))
+    load_strict(text.canvas, floats(read_tensors(folder / "canvas" / WEIGHTS)), source=folder / "canvas")
+    return text.eval()
 
 
 def read_config(folder: Path) -> dict:
