@@ -242,9 +242,13 @@ def cell_names(world: IconWorld, cells: Sequence[Cell]) -> list[list[str]]:
 
 def _mark(pipe: Any, adapter: Any, spec: Spec, world: IconWorld, cells: Sequence[Cell], seed: int, steps: int) -> str:
     """Everything that the pictures depend on, so that an old file is never taken for this set."""
-    names, parts = cell_names(world, cells), pipe.parts
-    how = [parts.shift, parts.eta, parts.guidance, seed, steps]
-    return mark_of([parts.hash, str(pipe.dtype), getattr(adapter, "hash", ""), asdict(spec), names, how])
+    names = cell_names(world, cells)
+    return mark_of([drawn_by(pipe), getattr(adapter, "hash", ""), asdict(spec), names, seed, steps])
+
+
+def drawn_by(pipe: Any) -> list:
+    """A pipeline for a mark: its weights and its own settings."""
+    return [pipe.parts.hash, str(pipe.dtype), *(getattr(pipe.parts, name, None) for name in ("shift", "eta", "guidance"))]
 
 
 def _kept(file: Path, mark: str) -> tuple[Tensor, float]:

@@ -233,7 +233,7 @@ def draw(study: Study, method: Method, strength: float, cells: Sequence[Cell], n
     adapter = getattr(stage.adapters.get(method.needs or ""), "hash", "")
     setting = [method.name, method.prompt, method.shows, strength, stage.sites if make is style_block else ()]
     names = sets.cell_names(study.world, cells)
-    mark = sets.mark_of([pipe.parts.hash, str(pipe.dtype), adapter, setting, names, seed, steps])
+    mark = sets.mark_of([sets.drawn_by(pipe), adapter, setting, names, seed, steps])
 
     def part(start: int) -> list:
         given: Shown = look(study.world, cells[start : start + sets.BATCH], method.shows)
