@@ -248,7 +248,8 @@ def _mark(pipe: Any, adapter: Any, spec: Spec, world: IconWorld, cells: Sequence
 
 def drawn_by(pipe: Any) -> list:
     """A pipeline for a mark: its weights and its own settings."""
-    return [pipe.parts.hash, str(pipe.dtype), *(getattr(pipe.parts, name, None) for name in ("shift", "eta", "guidance"))]
+    own = (getattr(pipe.parts, name, None) for name in ("shift", "eta", "guidance"))
+    return [pipe.parts.hash, str(pipe.dtype), *own]
 
 
 def _kept(file: Path, mark: str) -> tuple[Tensor, float]:
