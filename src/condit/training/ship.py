@@ -17,11 +17,11 @@ from condit.weights.files import COMPLETE, save_folder
 MODEL = {
     "model/clip": ("tiny-clip", "."),
     "model/vae": ("tiny-decoder", "."),
-    "model/transformer": ("tiny", "transformer"),
-    "model/canvas": ("tiny", "canvas"),
+    "model/transformer": ("tiny-fine", "transformer"),
+    "model/canvas": ("tiny-fine", "canvas"),
 }
 ADAPTERS = {
-    "style": ("tiny", "style"),  # trained along with the transformer
+    "style": ("tiny-fine", "style"),  # trained along with the transformer
     "style-tokens": ("tiny-style-tokens", "."),
     "subject": ("tiny-subject", "."),
     "edges": ("tiny-edges", "."),
