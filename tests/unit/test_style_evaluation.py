@@ -171,6 +171,36 @@ def test_the_claims_hold_the_figures_of_the_run(run):
     assert style_claims(others) == {}
 
 
+def test_the_command_writes_tables_and_claims_into_their_pages(run, tmp_path, monkeypatch, capsys):
+    from condit.cli import main
+
+    asked = []
+    monkeypatch.setattr(style, "evaluate_style", lambda out, protocol, **how: asked.append(protocol) or run[1])
+    page, claims = tmp_path / "page.md", tmp_path / "claims.md"
+    page.write_text("<!-- style-evaluation -->\n<!-- /style-evaluation -->\n")
+    claims.write_text("".join(f"<!-- claims:{name} -->\nNot run yet\n<!-- /claims -->\n" for name in CLAIMS))
+    with pytest.raises(SystemExit) as end:
+        main(
+            [
+                "evaluate",
+                "style",
+                "--bf16",
+                "-n",
+                "8",
+                "--table",
+                str(page),
+                "--claims",
+                str(claims),
+                "-o",
+                str(tmp_path),
+            ]
+        )
+    assert not end.value.code, capsys.readouterr().err
+    assert asked == [Protocol(count=8, bf16=True)]
+    assert " --count 8 --seed 0 --bf16" in asked[0].command(data=False, adain=False)
+    assert "| no control |" in page.read_text() and "Not run yet" not in claims.read_text()
+
+
 class Silent:
     """A pipeline that must not draw."""
 
