@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from condit.backbones.pixart import PRESETS, PixArt
-from condit.diffusion.vp import Process, training_pair
+from condit.diffusion.vp import Process
 from condit.encoders.text import Text, TinyWords
-from condit.encoders.vae import encode_latents, pack, unpack
+from condit.encoders.vae import pack, unpack
 from condit.latent_pipeline import LatentPipeline
 from condit.training.captioned import Captioned, CaptionedIcons
+from condit.training.denoising import errors, latents_of
 from condit.training.loop import Task
 from condit.training.text_to_image import GRID, image_stream
 from condit.training.unet import scheduler_config
@@ -63,6 +64,7 @@ class PixArtTask(Task):
         self.requires_grad_(False)
         self.transformer = PixArt(PRESETS[preset])
         start(self.transformer)
+        self.parts = pixart_parts(self.transformer, self.words, self.vae, PROCESS, preset)
         if init is not None:
             load_strict(self.transformer, floats(read_tensors(Path(init) / "transformer" / WEIGHTS)), source=init)
 
@@ -78,17 +80,12 @@ class PixArtTask(Task):
 
     def forward(self, batch: Captioned, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
-            x0, words = encode_latents(self.vae, batch.images), self.words(batch.captions)
+            x0, words = latents_of(self.vae, batch.images, generator), self.words(batch.captions)
             t = torch.randint(PROCESS.num_train_timesteps, (len(x0),), generator=generator)
             noise = torch.randn(x0.shape, generator=generator).to(x0.device)
             if self.taught_from < 1:
                 x0, noise = self.taught(x0, noise, t, batch.captions)
-        x, wanted = training_pair(PROCESS, x0, noise, t)
-        return (self.predict(x, t, words) - wanted).square().mean(), {}
-
-    def predict(self, x: Tensor, t: Tensor, words: Text) -> Tensor:
-        """v (B, C, h, w) in float32."""
-        return self.transformer(x, t.to(x.device), words.tokens, words.mask).float()
+        return errors(self.parts, x0, noise, t, words).mean(), {}
 
     def taught(self, x0: Tensor, noise: Tensor, t: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Where there is enough noise, another x0, and the noise by which it becomes the same x."""
@@ -108,7 +105,7 @@ class PixArtTask(Task):
         """Held-out combinations: the error of the velocity in the flow's units, as task text-to-image tells it, at
         levels of noise, and how much it rises with another icon's caption (in %)."""
         examples = self.data.examples()
-        x0, right = encode_latents(self.vae, examples.images.to(self.device)), self.words(examples.captions)
+        x0, right = latents_of(self.vae, examples.images.to(self.device), None), self.words(examples.captions)
         wrong = right.rows(torch.arange(len(x0), device=x0.device).roll(7))
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
         found = {}
@@ -122,13 +119,12 @@ class PixArtTask(Task):
         """At the first timestep with so much noise, 0-d."""
         ratios = (1 / PROCESS.alphas_cumprod - 1).sqrt()
         t = torch.searchsorted(ratios / (1 + ratios), level).expand(len(x0))
-        x, wanted = training_pair(PROCESS, x0, noise, t)
         a, s = alpha_sigma(t, x0)
-        # An error of v is one of x0 times sigma, and the flow's velocity is (x - x0) / level with its own x.
-        return ((self.predict(x, t, words) - wanted) * (a + s)).square().mean()
+        # An error of x0 is sigma times that of v, and the flow's velocity is (x - x0) / level with its own x.
+        return (errors(self.parts, x0, noise, t, words) * (a + s).flatten().square()).mean()
 
     def sheet(self) -> Image.Image:
-        pipe = LatentPipeline(pixart_parts(self.transformer, self.words, self.vae, PROCESS, "training"))
+        pipe = LatentPipeline(self.parts)
         return self.data.sheet(lambda prompts: pipe(prompts, seed=0).images)
 
     def export(self, folder: Path, card: dict) -> None:

@@ -43,7 +43,7 @@ _ROWS = {
     "tiny/subject": Entry("omini", "the concept as another hand drew it", _LICENCE, TINY / "subject"),
     "tiny/edges": Entry("omini", "follow given edges", _LICENCE, TINY / "edges"),
     "tiny/gray": Entry("omini", "colour a gray picture", _LICENCE, TINY / "gray"),
-    "tiny-pixart": Entry("model", "text to icon, 128 px, English and Chinese, PixArt", _LICENCE, PIXART),
+    "tiny-pixart": Entry("model", "text to icon, 128 px, English and Chinese, PixArt", _LICENCE, PIXART / "model"),
     "tiny-unet": Entry(
         "model", "text to icon, 128 px, English and Chinese, UNet of SDXL's blocks", _LICENCE, UNET / "model"
     ),
