@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
+from condit.backbones.pixart import PixArt, PixArtConfig
 from condit.backbones.unet import CROSS_DOWN, CROSS_UP, DOWN, UP, UNet, UNetConfig
 from condit.controls.deadiff import DEADiff
 from condit.controls.ip_adapter import IPAdapter, IPConfig
@@ -29,6 +30,7 @@ from condit.latent_pipeline import LatentPipeline
 from condit.pipeline import Pipeline
 from condit.weights.latent_models import LatentParts, tell_unet
 from condit.weights.load import Parts
+from condit.weights.pixart import tell_pixart
 
 SIZE = 32, 48  # pixels; tokens of 8 px stand in 4 rows of 6, so that rows and columns cannot be confused
 CANVAS = 4
@@ -233,6 +235,41 @@ def build_pictures(n: int, seed: int = 5) -> list[np.ndarray]:
     return list(small.repeat(8, 1).repeat(8, 2))
 
 
+def build_pixart(like: Pipeline) -> LatentPipeline:
+    """PixArt behind the same autoencoder and text: its tokens have 8 px, in 4 rows of 6."""
+    torch.manual_seed(0)
+    config = PixArtConfig(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=16, caption_channels=12
+    )
+    network = PixArt(config).requires_grad_(False)
+    network.proj_out.weight.mul_(0.1)
+    stub = like.parts.text
+
+    class TextOnly:
+        words = stub.words
+
+        def __call__(self, prompts: list[str]) -> Text:
+            tokens = stub(prompts).tokens
+            return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=torch.ones(tokens.shape[:2]))
+
+    return LatentPipeline(
+        LatentParts(
+            name="pixart",
+            hash="0" * 16,
+            backbone=network,
+            text=TextOnly(),
+            vae=like.parts.vae,
+            image=like.parts.image,
+            process=Process(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear"),
+            solver="dpm++",
+            size=like.size,
+            steps=3,
+            guidance=3.0,
+            tell=tell_pixart,
+        )
+    )
+
+
 @pytest.fixture(scope="session")
 def make_pipe() -> Callable[..., Pipeline]:
     return build_pipe
@@ -241,6 +278,11 @@ def make_pipe() -> Callable[..., Pipeline]:
 @pytest.fixture(scope="session")
 def make_latent() -> Callable[..., LatentPipeline]:
     return build_latent
+
+
+@pytest.fixture(scope="session")
+def make_pixart() -> Callable[[Pipeline], LatentPipeline]:
+    return build_pixart
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ def writable(folder: Path) -> Iterator[Finding]:
 
 def embedded_models() -> Iterator[Finding]:
     folder = Path(condit.__file__).parent / "assets" / "tiny"
-    files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+    files = sorted(folder.parent.glob("tiny*/**/*.safetensors")) if folder.is_dir() else []
     if not files:
         yield Finding("bad", "models", "the embedded models are missing; install condit again")
         return

@@ -14,12 +14,8 @@ from condit.backbones.pixart import PixArt, PixArtConfig
 from condit.controls.control import Run, Step, When, Where
 from condit.controls.dit4edit import PRESETS, Blend, DiT4Edit
 from condit.controls.token_merging import TokenMerging
-from condit.diffusion.vp import Process
-from condit.encoders.text import Text
 from condit.latent_pipeline import LatentPipeline
 from condit.pipeline import Pipeline
-from condit.weights.latent_models import LatentParts
-from condit.weights.pixart import tell_pixart
 
 HOW = {"num_inference_steps": 3, "output_type": "latent", "iterations": 1}
 ANY_LAYER = Blend(start=0.0, layers=(0, 1))
@@ -36,47 +32,12 @@ SETS = {
 
 
 @pytest.fixture(scope="module")
-def pipes(make_pipe) -> dict[str, Pipeline | LatentPipeline]:
+def pipes(make_pipe, make_pixart) -> dict[str, Pipeline | LatentPipeline]:
     return {
         "mmdit": make_pipe(blocks=1),
         "distilled": make_pipe(guidance_embeds=True, distilled=True, blocks=1),
-        "pixart": pixart(make_pipe(blocks=1)),
+        "pixart": make_pixart(make_pipe(blocks=1)),
     }
-
-
-def pixart(like: Pipeline) -> LatentPipeline:
-    """PixArt behind the same autoencoder and text: its tokens have 8 px, in 4 rows of 6."""
-    torch.manual_seed(0)
-    config = PixArtConfig(
-        num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=16, caption_channels=12
-    )
-    network = PixArt(config).requires_grad_(False)
-    network.proj_out.weight.mul_(0.1)
-    stub = like.parts.text
-
-    class TextOnly:
-        words = stub.words
-
-        def __call__(self, prompts: list[str]) -> Text:
-            tokens = stub(prompts).tokens
-            return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=torch.ones(tokens.shape[:2]))
-
-    return LatentPipeline(
-        LatentParts(
-            name="pixart",
-            hash="0" * 16,
-            backbone=network,
-            text=TextOnly(),
-            vae=like.parts.vae,
-            image=like.parts.image,
-            process=Process(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear"),
-            solver="dpm++",
-            size=like.size,
-            steps=3,
-            guidance=3.0,
-            tell=tell_pixart,
-        )
-    )
 
 
 every_pipe = pytest.mark.parametrize("kind", ["mmdit", "distilled", "pixart"])

@@ -69,13 +69,13 @@ PRESETS: dict[str, PixArtConfig] = {
     # PixArt-alpha/PixArt-Sigma-XL-2-512-MS and -1024-MS: keys without size embedders, 300 text tokens.
     "pixart-sigma-512": PixArtConfig(sample_size=64, use_additional_conditions=False),
     "pixart-sigma-1024": PixArtConfig(sample_size=128, use_additional_conditions=False),
-    # Ours, for icons: 64 tokens of 16 px at 128 px in the embedded latent (32 channels, patch 2). Not trained yet.
+    # Ours, for icons: 64 tokens of 16 px at 128 px in the embedded latent (32 channels, patch 2), 4.9M parameters.
     "pixart-tiny": PixArtConfig(
         num_attention_heads=4,
         attention_head_dim=64,
         in_channels=32,
         out_channels=32,
-        num_layers=6,
+        num_layers=4,
         sample_size=16,
         caption_channels=192,
     ),

@@ -15,7 +15,9 @@ def edit(
     image: Annotated[str, typer.Argument(help="The picture to change.", show_default=False)],
     source: Annotated[str, typer.Argument(help="What it shows, e.g. 'a cat'.", show_default=False)],
     target: Annotated[str, typer.Argument(help="What it shall show, e.g. 'a dog'.", show_default=False)],
-    model: Annotated[str, typer.Option("--model", "-m", help="tiny, or a folder of PixArt or FLUX.1.")] = "tiny",
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="tiny, tiny-pixart, a folder of PixArt or FLUX.1.")
+    ] = "tiny",
     kind: Annotated[str, typer.Option("--type", "-t", help=f"Kind of change: {TYPES}.")] = "swap",
     style: Annotated[
         list[str] | None, typer.Option("--style", metavar="REF[:S]", help="Draw the change in this picture's style.")
@@ -73,7 +75,9 @@ def edit(
     with waiting(f"loading {model}"):
         pipe = condit.load(model, device=device or default_device(model))
         if not hasattr(pipe, "edit"):
-            raise ValueError(f"{model!r} is a {type(pipe).__name__}, which cannot edit. Use tiny, PixArt or FLUX.1")
+            raise ValueError(
+                f"{model!r} is a {type(pipe).__name__}, which cannot edit. Use tiny-pixart, tiny or FLUX.1"
+            )
         controls: list = [] if kind == "none" else [replace(PRESETS[kind], reweight=factors)]
         if merge:
             controls.append(condit.TokenMerging(merge))

@@ -93,17 +93,43 @@ def style(
 def edit(
     out: Out = None,
     data: Data = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="tiny, tiny-pixart, or a folder as those.")] = "tiny",
     count: Annotated[int, typer.Option("--count", "-n", help="Edits a task, at most 64.")] = 64,
     quick: Annotated[bool, typer.Option("--quick", help="4 edits a task, to see that it works.")] = False,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of an edit, up and down.")] = 20,
+    trips: Annotated[str, typer.Option("--trips", help="Steps of round trips, separated by commas.")] = "10,20,50",
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Of concept, vendor, icons, photographs (round trips), speed [default: all]."),
+    ] = None,
+    claims: Annotated[
+        Path | None, typer.Option("--claims", help="Page to write what they show into, as docs/claims.md.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure edits whose true result is known."""
-    from condit.evaluation.edit import evaluate_edit
+    """Measure edits whose true result is known, and round trips to noise."""
+    from condit.evaluation.edit import TASKS, evaluate_edit
 
-    result = evaluate_edit(folder(out), data=data, count=4 if quick else min(count, 64), seed=seed, tell=say)
-    show(result, folder(out), as_json)
+    found = evaluate_edit(
+        folder(out),
+        data=data,
+        count=4 if quick else min(count, 64),
+        seed=seed,
+        model=model,
+        steps=steps,
+        trip_steps=step_counts(trips),
+        tasks=names(tasks) or TASKS,
+        tell=say,
+    )
+    if claims is not None:
+        from condit.evaluation.claims import write
+        from condit.evaluation.edit_claims import edit_claims
+
+        write(claims, edit_claims(found))
+        say(f"written into {claims}")
+    show(found, folder(out), as_json)
 
 
 @app.command()
@@ -143,6 +169,14 @@ def folder(out: Path | None) -> Path:
 def show(result: object, where: Path, as_json: bool) -> None:
     """The figures themselves, or the folder that holds them."""
     answer(result) if as_json else typer.echo(str(where))
+
+
+def step_counts(text: str) -> tuple[int, ...]:
+    """ "10,20" as numbers."""
+    found = names(text) or ()
+    if not found or not all(part.isdigit() and int(part) > 0 for part in found):
+        raise typer.BadParameter(f"--trips takes numbers of steps, as in 10,20; found {text!r}")
+    return tuple(int(part) for part in found)
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

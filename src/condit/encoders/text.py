@@ -93,6 +93,25 @@ class TinyText(nn.Module):
         self.canvas.bias.copy_(mean_y - weight @ mean_x)
 
 
+class TinyWords(nn.Module):
+    """The embedded CLIP's text tower for networks that read words alone, by cross-attention: token states and which of
+    them count."""
+
+    def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerFast):
+        super().__init__()
+        self.clip, self.tokenizer = clip, tokenizer
+
+    @torch.no_grad()
+    def forward(self, prompts: Sequence[str]) -> Text:
+        ids = token_ids(self.tokenizer, list(prompts)).to(self.clip.device)
+        tokens = embed_text(self.clip, ids)[0]
+        return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=(ids != self.tokenizer.pad_token_id).long())
+
+    def words(self, prompts: Sequence[str]) -> list[Words]:
+        """The prompts as words over the token states."""
+        return words_of(self.tokenizer, prompts, TOKEN_LIMIT)
+
+
 class FluxText(nn.Module):
     """FLUX.1's two text encoders: T5 token states (limit 512) and CLIP's pooled vector."""
 

@@ -30,17 +30,20 @@ from condit.data.files import atomic_write
 from condit.data.icons import GROUPS, TRAIN_LICENCES, Icon, IconWorld, plain_caption, sample_path, unit
 from condit.data.images import save_image, to_images
 from condit.data.sheets import Cell, contact_sheet
-from condit.diffusion.inversion import Solver
 from condit.encoders.clip import CONCEPT, embed_image, embed_text, token_ids
+from condit.evaluation.edit_rows import Row, differences, interval
+from condit.evaluation.edit_trips import merging_time, photographs, round_trips, show_trips
 from condit.evaluation.judge import Judge, frame, load_judge, to_input
-from condit.evaluation.measures import bootstrap, concept_ranks, edge_similarity
+from condit.evaluation.measures import concept_ranks, edge_similarity
 from condit.evaluation.sets import pictures
 
 if TYPE_CHECKING:
+    from condit.latent_pipeline import LatentPipeline
     from condit.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
+TASKS = ("concept", "vendor", "icons", "photographs", "speed")
 BATCH = 8
 LEAST_BACKGROUND = 0.05  # of the picture; with less, its figures are noise
 CROSS = DiT4Edit(self_form=None)
@@ -52,9 +55,10 @@ METHODS: dict[str, tuple[tuple[Control, ...], bool]] = {
     "unified": ((DiT4Edit(),), True),
     "unified, merging 50 %": ((DiT4Edit(), TokenMerging(0.5, minimum=0)), True),
 }
-SOLVERS: dict[Solver, int] = {"first_order": 1, "entered": 1, "fixed_point": 3}  # network calls a level, up
-PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
-PHOTO_PROMPTS = ("an astronaut", "a cat face", "a cup of coffee", "a rocket")
+# Of the same pictures, the first minus the second.
+PAIRS = (("unified", "cross-attention"), ("unified, merging 50 %", "unified"))
+DIRECTION, NEAR, STRUCTURE = "CLIP direction", "concept among the five nearest", "structure distance"
+KEPT, KEPT_SSIM = "background PSNR, dB", "background SSIM"
 
 
 @dataclass(frozen=True)
@@ -66,19 +70,6 @@ class Job:
     source_prompt: str
     target_prompt: str
     label: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure with its 95 % interval, bootstrapped over concepts."""
-
-    task: str
-    measure: str
-    case: str
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 def choose_jobs(world: IconWorld, task: str, count: int, seed: int = 0) -> list[Job]:
@@ -112,15 +103,19 @@ def evaluate_edit(
     model: str = "tiny",
     steps: int = 20,
     trip_steps: Sequence[int] = (10, 20, 50),
+    tasks: Sequence[str] = TASKS,
     methods: Mapping[str, tuple[tuple[Control, ...], bool]] = METHODS,
-    pipe: Pipeline | None = None,
+    pipe: Pipeline | LatentPipeline | None = None,
     judge: Judge | None = None,
     tell: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
-    """Measure edits of `count` pictures a task and round trips of icons and photographs; returns what stands in
-    `out/edit.json`, beside a page `out/edit.html`. data: an icon world, None: the packed sample."""
+    """Measure edits of `count` pictures a task, round trips of as many icons and windows of photographs, and the time
+    of merged steps; returns what stands in `out/edit.json`, beside a page `out/edit.html`. data: an icon world, None:
+    the packed sample."""
     if count < 1:
         raise ValueError(f"count is the number of edits a task, at least 1; found {count}")
+    if unknown := sorted(set(tasks) - set(TASKS)):
+        raise ValueError(f"No task {unknown[0]!r} of edits; there are {', '.join(TASKS)}.")
     from condit.loading import load
 
     began, folder = time.perf_counter(), Path(out)
@@ -129,22 +124,27 @@ def evaluate_edit(
     judge = judge or load_judge()
     assert pipe is not None  # load tells its own errors
     rows, sheets, seconds = [], {}, {}
-    for task in ("concept", "vendor"):
-        jobs = choose_jobs(world, task, count, seed)
-        if not jobs:
-            raise ValueError(f"{data or 'the sample'} holds no two icons for the task {task!r}.")
-        found, drawn, spent = run_task(world, pipe, judge, task, jobs, steps, methods, tell)
-        rows += found
-        seconds[task] = spent
-        sheets[task] = show(world, jobs, drawn)
-    icons = choose_jobs(world, "concept", min(count, BATCH), seed)
-    given = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in pictures(world, [j.source for j in icons])]
-    rows += round_trips(pipe, "icons", given, [j.source_prompt for j in icons], trip_steps, tell)
-    rows += round_trips(pipe, "photographs", photographs(), list(PHOTO_PROMPTS), trip_steps, tell)
+    for task in tasks:
+        if task == "photographs":
+            given, prompts = photographs(count)
+        elif task != "speed":
+            jobs = choose_jobs(world, "vendor" if task == "vendor" else "concept", count, seed)
+            if not jobs:
+                raise ValueError(f"{data or 'the sample'} holds no two icons for the task {task!r}.")
+            given, prompts = to_pil(pictures(world, [j.source for j in jobs])), [j.source_prompt for j in jobs]
+        if task == "speed":
+            rows += merging_time(pipe, min(count, 24), tell)
+        elif task in ("icons", "photographs"):
+            rows += round_trips(pipe, task, given, prompts, trip_steps, tell)
+            sheets[task] = show_trips(pipe, given, prompts, trip_steps[0])
+        else:
+            found, drawn, seconds[task] = run_task(world, pipe, judge, task, jobs, steps, methods, tell)
+            rows += found
+            sheets[task] = show(world, jobs, drawn)
     result = {
         "model": model,
         "hash": pipe.parts.hash,
-        "command": f"condit evaluate edit{' --data ICONS' if data else ''} --count {count} --seed {seed}",
+        "command": command(model, data is not None, count, seed, steps, trip_steps, tasks),
         "count": count,
         "steps": steps,
         "seconds_an_edit": seconds,
@@ -161,9 +161,24 @@ def evaluate_edit(
     return result
 
 
+def command(
+    model: str, data: bool, count: int, seed: int, steps: int, trip_steps: Sequence[int], tasks: Sequence[str]
+) -> str:
+    """What measures this again."""
+    given = f" --model {model}" * (model != "tiny") + " --data ICONS" * data
+    trips = ",".join(map(str, trip_steps))
+    some = f" --tasks {','.join(tasks)}" * (tuple(tasks) != TASKS)
+    return f"condit evaluate edit{given} --count {count} --seed {seed} --steps {steps} --trips {trips}{some}"
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """uint8 (N, 3, H, W)."""
+    return [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]
+
+
 def run_task(
     world: IconWorld,
-    pipe: Pipeline,
+    pipe: Pipeline | LatentPipeline,
     judge: Judge,
     task: str,
     jobs: Sequence[Job],
@@ -177,7 +192,7 @@ def run_task(
     seconds = dict.fromkeys(("inversion", *methods), 0.0)
     for at in range(0, len(jobs), BATCH):
         part = jobs[at : at + BATCH]
-        given = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in sources[at : at + BATCH]]
+        given = to_pil(sources[at : at + BATCH])
         clock = time.perf_counter()
         inversion = pipe.invert(given, [j.source_prompt for j in part], num_inference_steps=steps)
         seconds["inversion"] += time.perf_counter() - clock
@@ -197,7 +212,7 @@ def run_task(
 
 def measure(
     world: IconWorld,
-    pipe: Pipeline,
+    pipe: Pipeline | LatentPipeline,
     judge: Judge,
     task: str,
     jobs: Sequence[Job],
@@ -214,31 +229,29 @@ def measure(
     old, hidden = embed_pictures(pipe, sources)
     background = 1 - ink(sources, truths).float()
     enough = background.flatten(1).mean(1) >= LEAST_BACKGROUND
-    rows = []
+    rows, kept, every = [], [c for c, ok in zip(clusters, enough.tolist(), strict=True) if ok], {}
     for case, images in cases.items():
         new, patches = embed_pictures(pipe, images)
         change = F.cosine_similarity(new - old, after - before, dim=1)
         values = {
-            "CLIP direction": change,
-            "concept among the five nearest": (concept_ranks(new[:, CONCEPT], texts, wanted) < 5).float(),
-            "structure distance": (similarities(patches) - similarities(hidden)).square().flatten(1).mean(1),
+            DIRECTION: change,
+            NEAR: (concept_ranks(new[:, CONCEPT], texts, wanted) < 5).float(),
+            STRUCTURE: (similarities(patches) - similarities(hidden)).square().flatten(1).mean(1),
             "lines like the true icon's": edge_similarity(images, truths),
             "style as wanted": styles_agree(judge, images, [world.icons[j.truth] for j in jobs]),
         }
         if case == "source, unchanged":
-            values.pop("CLIP direction")  # of no change there is no direction
+            values.pop(DIRECTION)  # of no change there is no direction
         rows += [interval(task, measure, case, value, clusters) for measure, value in values.items()]
         if case != "source, unchanged" and bool(enough.any()):
-            kept = [c for c, ok in zip(clusters, enough.tolist(), strict=True) if ok]
             psnr, ssim = background_figures(images[enough], sources[enough], background[enough])
-            rows.append(interval(task, "background PSNR, dB", case, psnr, kept))
-            rows.append(interval(task, "background SSIM", case, ssim, kept))
+            rows += [interval(task, KEPT, case, psnr, kept), interval(task, KEPT_SSIM, case, ssim, kept)]
+            values |= {KEPT: psnr, KEPT_SSIM: ssim}
+        every[case] = values
+    for measured in (DIRECTION, NEAR, STRUCTURE, KEPT, KEPT_SSIM):
+        of = {case: values[measured] for case, values in every.items() if measured in values}
+        rows += differences(task, measured, of, kept if measured in (KEPT, KEPT_SSIM) else clusters, PAIRS)
     return rows
-
-
-def interval(task: str, measure: str, case: str, values: Tensor, clusters: Sequence[str]) -> Row:
-    found = bootstrap(values, clusters)
-    return Row(task, measure, case, found.value, found.low, found.high, found.n)
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -267,13 +280,13 @@ def background_figures(images: Tensor, sources: Tensor, background: Tensor) -> t
 
 
 @torch.no_grad()
-def embed_texts(pipe: Pipeline, texts: list[str]) -> Tensor:
+def embed_texts(pipe: Pipeline | LatentPipeline, texts: list[str]) -> Tensor:
     ids = token_ids(pipe.parts.text.tokenizer, texts)  # type: ignore[attr-defined]
     return torch.cat([embed_text(pipe.image.clip, part)[1] for part in ids.split(256)]).float()
 
 
 @torch.no_grad()
-def embed_pictures(pipe: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
+def embed_pictures(pipe: Pipeline | LatentPipeline, images: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings (N, 256), and the patches of the fourth layer (N, 64, 192) of the embedded CLIP."""
     found = [embed_image(pipe.image.clip, part.float() / 127.5 - 1) for part in images.split(64)]
     return torch.cat([e for _, e in found]).float(), torch.cat([h[4, :, 1:] for h, _ in found]).float()
@@ -290,48 +303,6 @@ def styles_agree(judge: Judge, images: Tensor, truths: Sequence[Icon]) -> Tensor
     framed = torch.stack([torch.from_numpy(frame(x.permute(1, 2, 0).numpy())) for x in images])
     said = judge(to_input(framed)).argmax(1).tolist()
     return torch.tensor([float(judge.styles[s] == icon.style) for s, icon in zip(said, truths, strict=True)])
-
-
-# Round trips
-
-
-def photographs() -> list[Image.Image]:
-    """Four photographs that scikit-image ships, squares from their middle."""
-    import skimage
-
-    folder, found = Path(skimage.__file__).parent / "data", []
-    for name in PHOTOS:
-        image = Image.open(folder / name).convert("RGB")
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        found.append(image.crop((left, top, left + side, top + side)))
-    return found
-
-
-def round_trips(
-    pipe: Pipeline,
-    what: str,
-    images: list[Image.Image],
-    prompts: list[str],
-    trip_steps: Sequence[int],
-    tell: Callable[[str], None],
-) -> list[Row]:
-    """Latent PSNR from picture to noise and back, by solver and steps."""
-    rows = []
-    for steps in trip_steps:
-        for solver, calls in SOLVERS.items():
-            iterations = calls - 1 if solver == "fixed_point" else 1
-            found = pipe.invert(
-                images,
-                prompts,
-                num_inference_steps=steps,
-                solver=solver,
-                iterations=iterations,
-            )
-            case = f"{solver}, {steps} steps, {calls * steps} network calls"
-            rows.append(interval(what, "round trip, dB in the latent", case, found.decibels, prompts))
-        tell(f"round trips of {what}: {steps} steps")
-    return rows
 
 
 # The page
@@ -370,8 +341,10 @@ def write_page(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
         )
         parts.append(f"<h2>{html.escape(measure)}, {html.escape(task)}</h2><table>{cells}</table>")
     for task in tasks:
-        spent = ", ".join(f"{html.escape(n)} {s:.2f} s" for n, s in result["seconds_an_edit"][task].items())
-        parts.append(f'<h2>{html.escape(task)}</h2><p>An edit: {spent}.</p><img src="sheets/{task}.png" alt="">')
+        spent = result["seconds_an_edit"].get(task, {})
+        told = ", ".join(f"{html.escape(n)} {s:.2f} s" for n, s in spent.items())
+        an_edit = f"<p>An edit: {told}.</p>" if told else ""
+        parts.append(f'<h2>{html.escape(task)}</h2>{an_edit}<img src="sheets/{task}.png" alt="">')
     style = "body{font:15px/1.5 system-ui;max-width:1180px;margin:2em auto}td{padding:.2em .8em}img{max-width:100%}"
     head = f'<meta charset="utf-8"><title>condit edits</title><style>{style}</style>'
     return f'<!doctype html><html lang="en">{head}<body>\n' + "\n".join(parts) + "\n</body></html>\n"

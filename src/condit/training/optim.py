@@ -24,7 +24,11 @@ def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Par
             continue
         if id(p) in tables:
             embeddings.append(p)
-        elif p.ndim == 2 and min(p.shape) >= 64 and not any(part in name for part in ("norm", "embed", "image_proj")):
+        elif (
+            p.ndim == 2
+            and min(p.shape) >= 64
+            and not any(part in name for part in ("norm", "adaln", "embed", "image_proj"))
+        ):
             matrices.append(p)
         else:
             rest.append(p)

@@ -38,6 +38,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.joint import JointTask
     from condit.training.latent import LatentTask
     from condit.training.omini import OminiTask
+    from condit.training.pixart import PixArtTask
     from condit.training.pixels import PixelTask
     from condit.training.text_to_image import TextToImageTask
     from condit.training.unet import UNetTask
@@ -46,6 +47,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
         "latent": LatentTask,
         "clip": ClipTask,
         "text-to-image": TextToImageTask,
+        "text-to-image-pixart": PixArtTask,
         "text-to-image-unet": UNetTask,
         "text-and-style": JointTask,
         "style": StyleTask,

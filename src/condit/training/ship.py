@@ -1,5 +1,5 @@
-"""Finished runs -> `assets/tiny`, `assets/tiny-unet`: weights, cards with their curves, attribution.
-`python -m condit.training.ship`."""
+"""Finished runs -> `assets/tiny`, `assets/tiny-unet`, `assets/tiny-pixart`: weights, cards with their curves,
+attribution. `python -m condit.training.ship`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from condit.weights.catalog import TINY, UNET
+from condit.weights.catalog import PIXART, TINY, UNET
 from condit.weights.files import COMPLETE, save_folder
 
 # Part of the model -> (run, folder within its export).
@@ -43,6 +43,7 @@ FAMILIES = {
     "tiny-unet": Family(
         UNET, {"model": ("small-unet", ".")}, {"style": ("small-ip-adapter", "."), "deadiff": ("small-deadiff", ".")}
     ),
+    "tiny-pixart": Family(PIXART, {"model": ("small-pixart", ".")}, {}),
 }
 LICENCE = "Apache-2.0"
 DATA = "icons under Apache-2.0, MIT, OFL-1.1 and CC-BY-4.0, training split only (ATTRIBUTION.md)"

@@ -17,6 +17,7 @@ from condit.weights.lora_files import peft_settings, published
 Kind = Literal["model", "ip-adapter", "omini", "deadiff"]
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 UNET = TINY.with_name("tiny-unet")
+PIXART = TINY.with_name("tiny-pixart")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ _ROWS = {
     "tiny/subject": Entry("omini", "the concept as another hand drew it", _LICENCE, TINY / "subject"),
     "tiny/edges": Entry("omini", "follow given edges", _LICENCE, TINY / "edges"),
     "tiny/gray": Entry("omini", "colour a gray picture", _LICENCE, TINY / "gray"),
+    "tiny-pixart": Entry("model", "text to icon, 128 px, English and Chinese, PixArt", _LICENCE, PIXART / "model"),
     "tiny-unet": Entry(
         "model", "text to icon, 128 px, English and Chinese, UNet of SDXL's blocks", _LICENCE, UNET / "model"
     ),

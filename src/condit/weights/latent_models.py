@@ -18,7 +18,7 @@ from condit.nn.lora import LowRank
 from condit.weights.catalog import MODELS
 from condit.weights.class_models import models_folder, names_in
 
-Kind = Literal["stable-diffusion", "stable-diffusion-file", "pixart", "icon-unet"]
+Kind = Literal["stable-diffusion", "stable-diffusion-file", "pixart", "icon-unet", "icon-pixart"]
 
 # Folders (diffusers' layout) or files (the original layout) in the models folder, and where they are published.
 PUBLISHED: dict[str, tuple[tuple[str, ...], str]] = {
@@ -39,6 +39,7 @@ _CLASSES: dict[str, Kind | None] = {
     "StableDiffusion3": None,
     "StableDiffusion": "stable-diffusion",
     "PixArt": "pixart",
+    "IconPixArt": "icon-pixart",
     "IconUNet": "icon-unet",  # ours: on latent, text and canvas of "tiny"
 }
 _ORIGINAL = "model.diffusion_model.input_blocks.0.0.weight"

@@ -18,6 +18,7 @@ from condit.weights.parts import Parts
 from condit.weights.pixart import load_pixart
 from condit.weights.stable_diffusion import load_stable_diffusion
 from condit.weights.tiny import floats, load_latent, load_text
+from condit.weights.tiny_pixart import load_tiny_pixart
 from condit.weights.tiny_unet import load_tiny_unet
 
 __all__ = ["Parts", "load_latent_parts", "load_mmdit", "load_parts", "load_tiny"]
@@ -50,6 +51,8 @@ def load_latent_parts(model: LatentModel, *, dtype: torch.dtype) -> LatentParts:
     """A text-to-image model over latents that `latent_models.recognise` has found."""
     if model.kind == "pixart":
         return load_pixart(model.path, dtype, model.name)
+    if model.kind == "icon-pixart":
+        return load_tiny_pixart(model.path, dtype, model.name)
     if model.kind == "icon-unet":
         return load_tiny_unet(model.path, dtype, model.name)
     if model.kind == "stable-diffusion-file":
