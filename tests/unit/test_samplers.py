@@ -1,8 +1,10 @@
 """diffusion/samplers.py: Euler's steps."""
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from condit.diffusion.objectives import to_velocity
 from condit.diffusion.samplers import euler
@@ -26,18 +28,18 @@ def test_a_prediction_of_the_picture_lands_on_it():
 
 def test_eta_1_is_the_stochastic_sampling_of_diffusers():
     sigmas = flow_sigmas(5, shift=2.5)
-    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
-    theirs = NOISE
+    theirs, generators = NOISE, [torch.Generator().manual_seed(3) for _ in range(2)]
     for t in scheduler.timesteps:
-        generator = torch.Generator().manual_seed(int(t))
-        theirs = scheduler.step(theirs.sin(), t, theirs, generator=generator, return_dict=False)[0]
-    times = iter(scheduler.timesteps)
-
-    def noise():
-        return torch.randn(NOISE.shape, generator=torch.Generator().manual_seed(int(next(times))))
-
-    found = euler(lambda x, sigma, i: x.sin(), NOISE, sigmas, eta=1.0, noise=noise)
+        theirs = scheduler.step(theirs.sin(), t, theirs, generator=generators[0], return_dict=False)[0]
+    found = euler(
+        lambda x, sigma, i: x.sin(),
+        NOISE,
+        sigmas,
+        eta=1.0,
+        noise=lambda: torch.randn(NOISE.shape, generator=generators[1]),
+    )
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-6)
 
 

@@ -105,7 +105,7 @@ class TinyWords(nn.Module):
     def forward(self, prompts: Sequence[str]) -> Text:
         ids = token_ids(self.tokenizer, list(prompts)).to(self.clip.device)
         tokens = embed_text(self.clip, ids)[0]
-        return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=(ids != self.tokenizer.pad_token_id).long())
+        return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=ids.ne(self.tokenizer.pad_token_id).long())  # type: ignore[arg-type]
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
         """The prompts as words over the token states."""

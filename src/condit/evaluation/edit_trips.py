@@ -16,8 +16,6 @@ from condit.controls.token_merging import TokenMerging
 from condit.data.images import to_images
 from condit.data.sheets import Cell, contact_sheet
 from condit.diffusion.inversion import Solver
-from condit.editing.flow import FlowEditor
-from condit.editing.noise import NoiseEditor
 from condit.evaluation.edit_rows import Row, differences, interval
 from condit.latent_pipeline import LatentPipeline
 
@@ -108,7 +106,7 @@ def show_trips(
     for solver, calls in solvers_of(pipe).items():
         if calls > 1:
             continue
-        editor = NoiseEditor(pipe, solver) if isinstance(pipe, LatentPipeline) else FlowEditor(pipe)
+        editor = pipe.editor(solver)
         found = pipe.invert(images, prompts, num_inference_steps=steps, solver=solver)
         shown.setdefault("latent", to_images(editor.decode(found.trajectory[-1], found.size)))
         shown[f"{solver}, {steps} steps"] = to_images(editor.decode(found.again, found.size))

@@ -160,7 +160,7 @@ class Guest:
         """A CLIP text tower with projection from its folder; None: the pipeline's own, if it has one (SDXL's)."""
         if folder is not None:
             return load_text_tower(folder).to(self.device)
-        own = getattr(self.pipe, "text_encoder_2", None)
+        own: Any = getattr(self.pipe, "text_encoder_2", None)
         return TextTower(own, self.pipe.tokenizer_2) if hasattr(own, "text_projection") else None
 
     def describe_source(self, reference: Any) -> list:

@@ -217,7 +217,7 @@ def config_of(unet: Any) -> UNetConfig:
 
 
 def size_of(pipe: Any) -> tuple[int, int]:
-    side = plain(pipe.unet).config.sample_size  # type: ignore[union-attr]
+    side: Any = plain(pipe.unet).config.sample_size  # type: ignore[union-attr]
     height, width = (side, side) if isinstance(side, int) else side
     return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor
 
