@@ -133,6 +133,10 @@ def test_a_token_adapter_goes_on_at_a_higher_rank_as_it_was(tmp_path, monkeypatc
         torch.testing.assert_close(there, here, atol=2e-2, rtol=2e-2)  # written in fp16
     with pytest.raises(ValueError):
         TokenTask(ICONS, model, kind="gray", rank=2, init=str(folder))
+    fewer = one_step(
+        TokenTask(ICONS, model, kind="gray", rank=4, export_rank=3, init=str(folder)), tmp_path / "fewer", monkeypatch
+    )
+    assert max(len(x) for n, x in read_tensors(fewer / ADAPTER).items() if "lora_A" in n) == 3
 
 
 def test_adapter_training_leaves_the_base_alone(tmp_path, monkeypatch, random_tiny_folder):

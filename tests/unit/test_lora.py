@@ -34,6 +34,17 @@ def test_a_linear_with_its_lora_equals_the_merged_weight():
     torch.testing.assert_close(net.to_q(x, lora), x @ merged.mT + net.to_q.bias, rtol=0, atol=1e-6)
 
 
+def test_a_resized_lora_is_the_nearest_of_its_rank():
+    lora, x = filled(rank=2, alpha=3.0), torch.randn(5, 3)
+    same, less = lora.resized(2), lora.resized(1)
+    torch.testing.assert_close(same.delta("to_q", x), lora.delta("to_q", x), rtol=0, atol=1e-5)
+    assert less.rank == 1
+    whole = lora.b["to_q"] @ lora.a["to_q"] * lora.scales["to_q"]
+    left = whole - less.b["to_q"] @ less.a["to_q"]
+    values = torch.linalg.svdvals(whole)
+    torch.testing.assert_close(torch.linalg.matrix_norm(left), values[1], rtol=0, atol=1e-5)
+
+
 def test_a_lora_leaves_linears_that_it_does_not_name():
     net, x = Net(), torch.randn(2, 3)
     assert torch.equal(net.add_to_q(x, filled()), net.add_to_q(x))

@@ -97,6 +97,17 @@ class LoRA(nn.Module):
                 lora.b[lora.keys[path]].copy_(b)
         return lora
 
+    @torch.no_grad()
+    def resized(self, rank: int) -> LoRA:
+        """The nearest LoRA of at most this rank: of each update the largest singular values (Eckart and Young 1936)."""
+        tensors = {}
+        for path, key in self.keys.items():
+            u, s, v = torch.linalg.svd(self.b[key] @ self.a[key] * self.scales[path], full_matrices=False)
+            root = s[:rank].sqrt()
+            tensors[f"{path}.lora_A.weight"] = root[:, None] * v[:rank]
+            tensors[f"{path}.lora_B.weight"] = u[:, :rank] * root
+        return LoRA.from_tensors(tensors)
+
     def unfitting(self, model: nn.Module) -> dict[str, tuple[tuple[int, int], tuple[int, int] | None]]:
         """Paths of this LoRA that the model lacks or has in another shape: (shape here, shape there)."""
         there = linear_shapes(model, tuple(self.keys))

@@ -233,13 +233,14 @@ class TokenTask(AdapterTask):
         rank: int = 8,
         walk: tuple[float, float] | None = None,
         leave: tuple[float, float] | None = None,
+        export_rank: int | None = None,
         t_mean: tuple[float, float] = TOKEN_T_MEAN,
         variant: dict | None = None,
     ):
-        """rank: at least that of `init`. t_mean: of the logit of the noise level, at the begin and the end of the run.
-        variant: fields of `token_variants.Variant`, for ablations."""
+        """rank: at least that of `init`; export_rank: a lower one for what is exported. t_mean: of the logit of the
+        noise level, at the begin and the end of the run. variant: fields of `token_variants.Variant`, for ablations."""
         super().__init__(icons, model, ui)
-        self.t_mean = t_mean
+        self.t_mean, self.export_rank = t_mean, export_rank
         self.variant = Variant(**(variant or {}))
         aligned = kind in ("edges", "gray")
         annotator = {"edges": "lines", "gray": "gray"}.get(kind)
@@ -258,7 +259,10 @@ class TokenTask(AdapterTask):
         self.edges = edge_maps(self.icons) if kind == "edges" else None
 
     def adapter(self) -> OminiControl:
-        return self.omini
+        if self.export_rank is None:
+            return self.omini
+        config = replace(self.omini.config, rank=self.export_rank, alpha=float(self.export_rank))
+        return OminiControl(self.omini.lora.resized(self.export_rank), config)
 
     def batch(self, rng: random.Random, size: int) -> Referenced:
         if self.kind == "style":
