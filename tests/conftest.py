@@ -1,11 +1,14 @@
 """A random pipeline of some ten thousand weights, its adapters and pictures, for the laws and the unit tests."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.backbones.pixart import PixArt, PixArtConfig
-from condit.backbones.unet import CROSS_DOWN, CROSS_UP, DOWN, UP, UNet, UNetConfig
+from condit.backbones.unet import CROSS_DOWN, CROSS_UP, DOWN, PRESETS, UP, UNet, UNetConfig
 from condit.controls.deadiff import DEADiff
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiConfig, OminiControl
@@ -28,9 +31,13 @@ from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.encoders.words import Words
 from condit.latent_pipeline import LatentPipeline
 from condit.pipeline import Pipeline
+from condit.training.unet import PROCESS, scheduler_config
+from condit.weights.files import save_tensors
 from condit.weights.latent_models import LatentParts, tell_unet
 from condit.weights.load import Parts
 from condit.weights.pixart import tell_pixart
+from condit.weights.tiny import WEIGHTS
+from condit.weights.tiny_unet import INDEX
 
 SIZE = 32, 48  # pixels; tokens of 8 px stand in 4 rows of 6, so that rows and columns cannot be confused
 CANVAS = 4
@@ -189,6 +196,21 @@ def build_latent(kind: str = "sd15", **unet) -> LatentPipeline:
     )
 
 
+def build_tiny_unet(folder: Path) -> Path:
+    """A random UNet of the embedded one's shape, but thin, as training exports it."""
+    config = replace(PRESETS["tiny-unet"], block_out_channels=(16, 16, 16), attention_head_dim=1, norm_num_groups=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet(config)
+    for part in ("unet", "scheduler"):
+        (folder / part).mkdir(parents=True)
+    save_tensors(folder / "unet" / WEIGHTS, {k: v.half() for k, v in unet.state_dict().items()})
+    (folder / "unet" / "config.json").write_text(json.dumps(asdict(config)))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_config(PROCESS)))
+    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    return folder
+
+
 def build_ip(pipe: Pipeline, *, combine: str = "mean") -> IPAdapter:
     config = IPConfig(StubImage.features, tokens=3, dim=8, heads=2, combine=combine)  # type: ignore[arg-type]
     adapter = IPAdapter(config, pipe.backbone.sites, pipe.backbone.config.dim, pipe)
@@ -283,6 +305,11 @@ def make_latent() -> Callable[..., LatentPipeline]:
 @pytest.fixture(scope="session")
 def make_pixart() -> Callable[[Pipeline], LatentPipeline]:
     return build_pixart
+
+
+@pytest.fixture(scope="session")
+def make_tiny_unet() -> Callable[[Path], Path]:
+    return build_tiny_unet
 
 
 @pytest.fixture(scope="session")

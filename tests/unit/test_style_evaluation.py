@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from condit.controls.ip_adapter import IPConfig
 from condit.data.icons import IconWorld, sample_path
 from condit.evaluation import style, style_rows, style_rulers
 from condit.evaluation.style import Protocol, choose_pairs, evaluate_style, rank_blocks, write_table
@@ -22,7 +23,20 @@ from condit.evaluation.style_methods import (
     subtracted,
     with_strengths,
 )
-from condit.evaluation.style_rulers import ACCURACY, LEAKAGE, LIKENESS, MEASURES, OWN, RETRIEVAL, SCORE, SUBJECT, TOP5
+from condit.evaluation.style_rulers import (
+    ACCURACY,
+    ALIGNMENT,
+    LEAKAGE,
+    LIKENESS,
+    MEASURES,
+    OWN,
+    RETRIEVAL,
+    SCORE,
+    SUBJECT,
+    TOP5,
+)
+from condit.weights.catalog import MODELS, Entry, Kind
+from condit.weights.files import save_tensors
 
 COUNT = 4
 STRENGTHS = ("plain=0.5,1", "subtract=0,1", "block=2", "subject=1")
@@ -59,11 +73,11 @@ def test_a_method_comes_with_its_no_control_and_its_baseline():
 
 def test_a_method_of_another_model_is_held_against_its_own_baseline():
     rows = (
-        Method("unet-none", "no control, UNet", nothing, model="unet", blank="unet-none", baseline=None),
-        Method("unet-plain", "plain", plain, model="unet", needs="unet/ip", blank="unet-none", baseline="unet-plain"),
-        Method("deadiff", "DEADiff", plain, model="unet", needs="unet/q", blank="unet-none", baseline="unet-plain"),
+        Method("other-none", "no control", nothing, model="other", blank="other-none", baseline=None),
+        Method("other-plain", "plain", plain, model="other", blank="other-none", baseline="other-plain"),
+        Method("other", "another", plain, model="other", blank="other-none", baseline="other-plain"),
     )
-    assert [m.name for m in choose(["deadiff"], METHODS + rows)] == ["unet-none", "unet-plain", "deadiff"]
+    assert [m.name for m in choose(["other"], METHODS + rows)] == ["other-none", "other-plain", "other"]
     assert len(choose(None, METHODS + rows)) == len(METHODS) + 3
 
 
@@ -149,7 +163,7 @@ def test_methods_that_are_shown_a_subject_are_compared_picture_by_picture(run):
 def test_the_claims_hold_the_figures_of_the_run(run):
     result = run[1]
     found = style_claims(result)
-    assert found.keys() == CLAIMS.keys()
+    assert found.keys() == CLAIMS.keys() - {"deadiff-prompt"}  # which a UNet answers
     assert all("`condit evaluate style --count 4" in text for text in found.values())
     assert (
         f"| {LIKENESS}, OminiControl shown the subject | {value(result, 'subject-tokens', LIKENESS):.3f} |"
@@ -159,7 +173,7 @@ def test_the_claims_hold_the_figures_of_the_run(run):
         if entry["measure"] != LEAKAGE or entry["method"] not in ("subtract", "block"):
             continue
         what = {m["name"]: m["what"] for m in result["methods"]}[entry["method"]] + f" at {entry['strength']:g}"
-        lines = [line for line in found["instantstyle-leakage"].splitlines() if f"{what} " in line]
+        lines = [line for line in found["instantstyle-leakage"].splitlines() if f", {what} " in line]
         difference = entry["gap"]["difference"]
         if not entry["strength"]:
             assert not lines  # nothing is subtracted
@@ -178,7 +192,8 @@ def test_the_command_writes_tables_and_claims_into_their_pages(run, tmp_path, mo
     monkeypatch.setattr(style, "evaluate_style", lambda out, protocol, **how: asked.append(protocol) or run[1])
     page, claims = tmp_path / "page.md", tmp_path / "claims.md"
     page.write_text("<!-- style-evaluation -->\n<!-- /style-evaluation -->\n")
-    claims.write_text("".join(f"<!-- claims:{name} -->\nNot run yet\n<!-- /claims -->\n" for name in CLAIMS))
+    places = style_claims(run[1])
+    claims.write_text("".join(f"<!-- claims:{name} -->\nNot run yet\n<!-- /claims -->\n" for name in places))
     with pytest.raises(SystemExit) as end:
         main(
             [
@@ -260,10 +275,52 @@ def test_what_cannot_run_is_said_or_refused(tmp_path, world):
         evaluate_style(tmp_path, Protocol(count=1))
     study = style.Study(Protocol(), world, [], tmp_path, {"tiny": Stage(None)}, lambda line: None)
     assert [m.name for m in style.runnable(study, METHODS)] == ["none", "words", "copy", "real"]
+    assert {"method": "unet-none", "why": "no model tiny-unet"} in study.skipped
     assert {"method": "adain", "why": "no weights of AdaIN; give their folder: --adain DIR"} in study.skipped
     asked = replace(study, protocol=Protocol(methods=("subject-tokens",)))
     with pytest.raises(ValueError, match="subject-tokens: no adapter tiny/subject"):
         style.runnable(asked, METHODS)
+
+
+@pytest.fixture
+def unet(make_tiny_unet, make_deadiff, tmp_path, monkeypatch):
+    """A random UNet with its adapters in the catalog."""
+    import condit
+    from condit.encoders.clip_patches import ClipPatches
+    from condit.encoders.qformer import QFormerConfig
+
+    model = make_tiny_unet(tmp_path / "model")
+    pipe = condit.load(model)
+    width, features = pipe.backbone.config.cross_attention_dim, pipe.image.features
+    tower = ClipPatches(pipe.image.clip.vision_model)
+    sizes = {"queries": 2, "layers": 1, "heads": 2, "hidden": 8, "vocabulary": 30523, "positions": 4}
+    made = {
+        "style": condit.IPAdapter.new(pipe, IPConfig(features, 2, width)),
+        "deadiff": condit.DEADiff.new(
+            pipe.backbone, QFormerConfig(width=width, image_width=tower.features, **sizes), tower
+        ),
+    }
+    monkeypatch.setitem(MODELS, "tiny-unet", Entry("model", "", "", model))
+    kinds: dict[str, Kind] = {"style": "ip-adapter", "deadiff": "deadiff"}
+    for name, kind in kinds.items():
+        file = save_tensors(tmp_path / f"{name}.safetensors", made[name].tensors(), {"condit": made[name].metadata()})
+        monkeypatch.setitem(MODELS, f"tiny-unet/{name}", Entry(kind, "", "", file))
+
+
+def test_the_unets_rows_are_held_against_its_own_adapter(unet, tmp_path, monkeypatch):
+    monkeypatch.setattr(style_rulers, "BANK", 60)
+    names = ("unet-subtract", "unet-preset", "unet-deadiff")
+    strengths = tuple(f"{name}=1" for name in ("unet-plain", *names))
+    result = evaluate_style(tmp_path / "out", Protocol(count=2, steps=1, methods=names, strengths=strengths))
+    assert result["models"].keys() == {"tiny", "tiny-unet"} and not result["skipped"]
+    assert {x["method"]: x["baseline"] for x in result["comparisons"]} == dict.fromkeys(names, "unet-plain")
+    assert value(result, "unet-none", LEAKAGE) == 0
+    drawn = {name: value(result, name, SCORE) for name in ("unet-none", "unet-plain", *names)}
+    assert len(set(drawn.values())) == len(drawn)
+    found = style_claims(result)
+    assert found.keys() == {"instantstyle-leakage", "deadiff-prompt"}
+    assert "UNet, InstantStyle's style block at 1" in found["instantstyle-leakage"]
+    assert f"| {ALIGNMENT}, UNet, plain IP-Adapter at 1, where" in found["deadiff-prompt"]
 
 
 @pytest.fixture(scope="module")

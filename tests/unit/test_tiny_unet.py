@@ -1,8 +1,6 @@
 """The embedded UNet and its adapters: what is refused, and that what is shipped loads, draws and is steered."""
 
-import json
 import random
-from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -17,30 +15,16 @@ from condit.encoders.image import TinyImage
 from condit.latent_pipeline import LatentPipeline
 from condit.training.deadiff import DEADiffTask
 from condit.training.ip_adapter import IPAdapterTask
-from condit.training.unet import PROCESS, scheduler_config
+from condit.training.unet import PROCESS
 from condit.weights import tiny_unet
 from condit.weights.catalog import MODELS
-from condit.weights.files import save_tensors
-from condit.weights.tiny import WEIGHTS
-from condit.weights.tiny_unet import INDEX
 
 HOW: dict[str, Any] = {"num_inference_steps": 2, "seed": 5, "output_type": "latent"}
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """A random UNet of the preset's shape, but thin, as training exports it."""
-    config = replace(PRESETS["tiny-unet"], block_out_channels=(16, 16, 16), attention_head_dim=1, norm_num_groups=4)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet(config)
-    for part in ("unet", "scheduler"):
-        (tmp_path / part).mkdir()
-    save_tensors(tmp_path / "unet" / WEIGHTS, {k: v.half() for k, v in unet.state_dict().items()})
-    (tmp_path / "unet" / "config.json").write_text(json.dumps(asdict(config)))
-    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_config(PROCESS)))
-    (tmp_path / "model_index.json").write_text(json.dumps(INDEX))
-    return tmp_path
+def folder(make_tiny_unet, tmp_path):
+    return make_tiny_unet(tmp_path)
 
 
 def test_the_preset_has_sdxls_blocks():

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from condit.controls.deadiff import DEADiff
 from condit.controls.ip_adapter import IPAdapter
 from condit.controls.omini import OminiControl
 from condit.data import annotators
@@ -34,9 +35,6 @@ from condit.data.icons import (
 from condit.evaluation.judge import is_for_judge
 from condit.weights.catalog import MODELS
 from condit.weights.files import read_metadata, read_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from condit.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -162,9 +160,9 @@ def prompt_of(icon: Icon, spec: Spec) -> str:
     return plain_caption(icon) if spec.prompt == "caption" else icon.label
 
 
-def load_adapters(names: Iterable[str], pipe: Pipeline) -> dict[str, IPAdapter | OminiControl]:
+def load_adapters(names: Iterable[str], pipe: Any) -> dict[str, IPAdapter | OminiControl | DEADiff]:
     """Those that are here; the caller tells which are not."""
-    classes = {"ip-adapter": IPAdapter, "omini": OminiControl}
+    classes = {"ip-adapter": IPAdapter, "omini": OminiControl, "deadiff": DEADiff}
     return {name: classes[MODELS[name].kind].load(name, pipe) for name in sorted(set(names)) if name in MODELS}
 
 

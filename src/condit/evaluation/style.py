@@ -41,6 +41,7 @@ from condit.evaluation.style_methods import (
 )
 from condit.evaluation.style_report import write_page
 from condit.evaluation.tiny import open_world, write_between
+from condit.weights.catalog import MODELS
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ def describe(study: Study, methods: Sequence[Method], values: tables.Table, clus
     styles = [study.world.icons[cell.icon].style for cell in study.cells]
     return {
         "hash": study.stages["tiny"].pipe.parts.hash,
+        "models": {model: stage.pipe.parts.hash for model, stage in sorted(study.stages.items())},
         "protocol": asdict(study.protocol),
         "n": len(study.cells),
         "concepts": len(set(clusters)),
@@ -188,11 +190,11 @@ def choose_pairs(world: IconWorld, protocol: Protocol) -> tuple[list[Cell], list
 
 
 def make_stages(methods: Sequence[Method], vgg: AdaIN | None, *, bf16: bool = False) -> dict[str, Stage]:
-    """Every model that the methods name, and the embedded one, whose CLIP measures."""
+    """Every model that the methods name, if it is here, and the embedded one, whose CLIP measures."""
     from condit.loading import load
 
     found = {}
-    for model in {"tiny", *(method.model for method in methods)}:
+    for model in {"tiny", *(method.model for method in methods if method.model in MODELS)}:
         pipe = load(model, dtype=torch.bfloat16 if bf16 else None)
         adapters = sets.load_adapters((m.needs for m in methods if m.needs and m.model == model), pipe)
         found[model] = Stage(pipe, adapters, adain=vgg)
@@ -203,7 +205,8 @@ def runnable(study: Study, methods: Sequence[Method]) -> list[Method]:
     """Those that can run here; the others are noted, or refused (ValueError) where they were asked for by name."""
     found, asked = [], study.protocol.methods or ()
     for method in methods:
-        why = method.missing(study.stages[method.model])
+        stage = study.stages.get(method.model)
+        why = f"no model {method.model}" if stage is None else method.missing(stage)
         if why is None:
             found.append(method)
         elif method.name in asked:

@@ -1,4 +1,4 @@
-"""The claims about IP-Adapter and InstantStyle in docs/claims.md, from what `condit evaluate style` measured."""
+"""The claims on style transfer in docs/claims.md, from what `condit evaluate style` measured."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from condit.evaluation.claims import Claim, Measured, block
-from condit.evaluation.style_rulers import LEAKAGE, LIKENESS, SCORE, SUBJECT, TOP5
+from condit.evaluation.style_rulers import ALIGNMENT, LEAKAGE, LIKENESS, SCORE, SUBJECT, TOP5
 
 _COMMAND = "condit evaluate style --data data/icons --count 96 --bf16 --claims docs/claims.md"
+_INSTANTSTYLE = ("subtract", "subtract-concept", "block", "unet-subtract", "unet-preset")
+_CURVE = (
+    "Differences are to the plain adapter's curve on the same model at the same style score. Where a method has "
+    "another style than every point of that curve there is none, and its own figures stand."
+)
 _BEYOND = 0.05  # share of resamples outside the curve from which it is said
 
 CLAIMS: dict[str, Claim] = {
@@ -16,6 +21,11 @@ CLAIMS: dict[str, Claim] = {
         "InstantStyle (arXiv:2404.02733, sections 3.2 and 4; pictures, no figures): with the content's words "
         "subtracted, or with the image in the style blocks alone, a style is carried over without the reference's "
         "content. A whole IP-Adapter leaks it or, at a lower strength, loses the style.",
+        _COMMAND,
+    ),
+    "deadiff-prompt": Claim(
+        "DEADiff (arXiv:2403.06951, section 4): it carries a reference's style over and keeps to the prompt, where "
+        "methods whose encoder reads the whole picture, IP-Adapter among them, let the reference drown the words.",
         _COMMAND,
     ),
     "ip-subject": Claim(
@@ -29,16 +39,20 @@ CLAIMS: dict[str, Claim] = {
 def style_claims(result: Mapping[str, Any]) -> dict[str, str]:
     """Claim -> text, for each that the methods of a result (`evaluate_style`) answer."""
     names, found = {entry["name"]: entry["what"] for entry in result["methods"]}, {}
-    leaking = [method for method in ("subtract", "subtract-concept", "block") if method in names]
-    if leaking:
-        found["instantstyle-leakage"] = block(
-            CLAIMS["instantstyle-leakage"],
-            [*_best(result, "plain", names["plain"]), *(x for m in leaking for x in _leakage(result, m, names[m]))],
-            note="On the embedded MM-DiT. Leakage: cosine with the label of the reference's concept, above no "
-            "reference. Differences are to the plain adapter's curve at the same style score. Where a method has "
-            "another style than every point of the curve there is none, and its own figures stand.",
-            command=result["command"],
-        )
+    for claim, methods, measure, note in (
+        ("instantstyle-leakage", _INSTANTSTYLE, LEAKAGE, "Leakage: cosine with the label of the reference's concept"),
+        ("deadiff-prompt", ("unet-deadiff",), ALIGNMENT, "Text alignment: cosine of picture and prompt"),
+    ):
+        entries = [entry for entry in result["methods"] if entry["name"] in methods and entry["baseline"]]
+        rows = []
+        for baseline in dict.fromkeys(entry["baseline"] for entry in entries):
+            rows += _best(result, baseline, names[baseline], measure)
+            held = [entry for entry in entries if entry["baseline"] == baseline]
+            rows += [row for entry in held for row in _against(result, entry["name"], entry["what"], measure)]
+        if rows:
+            above = ", above no reference" if measure == LEAKAGE else ""
+            text = f"{note}{above}, in the concept half of our CLIP. {_CURVE}"
+            found[claim] = block(CLAIMS[claim], rows, note=text, command=result["command"])
     if {"subject", "subject-tokens"} <= names.keys():
         found["ip-subject"] = block(
             CLAIMS["ip-subject"],
@@ -55,32 +69,32 @@ def _row(result: Mapping[str, Any], method: str, measure: str, strength: float) 
     return next(r for r in result["rows"] if (r["method"], r["measure"], r["strength"]) == wanted)
 
 
-def _best(result: Mapping[str, Any], method: str, what: str) -> list[Measured]:
-    """Style and leakage of a method at the strength with the most style."""
+def _best(result: Mapping[str, Any], method: str, what: str, measure: str) -> list[Measured]:
+    """Style and another measure of a method at the strength with the most style."""
     styles = [r for r in result["rows"] if (r["method"], r["measure"]) == (method, SCORE)]
     strength = max(styles, key=lambda row: row["value"])["strength"]
-    return _own(result, method, f"{what} at {strength:g}, where it has most style", strength)
+    return _own(result, method, f"{what} at {strength:g}, where it has most style", strength, measure)
 
 
-def _own(result: Mapping[str, Any], method: str, what: str, strength: float) -> list[Measured]:
-    return [Measured.of(f"{m}, {what}", _row(result, method, m, strength)) for m in (SCORE, LEAKAGE)]
+def _own(result: Mapping[str, Any], method: str, what: str, strength: float, measure: str) -> list[Measured]:
+    return [Measured.of(f"{m}, {what}", _row(result, method, m, strength)) for m in (SCORE, measure)]
 
 
-def _leakage(result: Mapping[str, Any], method: str, what: str) -> list[Measured]:
-    """At every strength the difference of leakage at equal style, or style and leakage beyond the curve's ends."""
+def _against(result: Mapping[str, Any], method: str, what: str, measure: str) -> list[Measured]:
+    """At every strength the difference at equal style, or the method's own figures beyond the curve's ends."""
     found = []
     for entry in result["comparisons"]:
         # Subtracting nothing is the plain adapter.
-        if (entry["method"], entry["measure"]) != (method, LEAKAGE) or not entry["strength"]:
+        if (entry["method"], entry["measure"]) != (method, measure) or not entry["strength"]:
             continue
         gap, strength = entry["gap"], entry["strength"]
         if gap["difference"] is None:
-            found += _own(result, method, f"{what} at {strength:g} ({gap['side']} the curve)", strength)
+            found += _own(result, method, f"{what} at {strength:g} ({gap['side']} the curve)", strength, measure)
             continue
         beyond = f" ({gap['outside']:.0%} of resamples beyond the curve)" if gap["outside"] >= _BEYOND else ""
         told = {"value": gap["difference"], "low": gap["low"], "high": gap["high"]}
-        n = _row(result, method, SCORE, strength)["n"]
-        found.append(Measured.of(f"leakage at equal style, {what} at {strength:g}{beyond}", {**told, "n": n}))
+        n, name = _row(result, method, SCORE, strength)["n"], measure.removesuffix(", increase")
+        found.append(Measured.of(f"{name} at equal style, {what} at {strength:g}{beyond}", {**told, "n": n}))
     return found
 
 

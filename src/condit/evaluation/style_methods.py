@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from condit.controls.control import Control
+from condit.controls.instantstyle import preset
 from condit.controls.ip_adapter import IPReference
 from condit.data.icons import Icon, IconWorld, plain_caption
 from condit.encoders.clip import CONCEPT, embed_text, token_ids
@@ -25,6 +26,7 @@ from condit.evaluation.adain import AdaIN
 from condit.evaluation.sets import Cell, pictures, shown
 
 STYLE = "tiny/style"
+UNET, UNET_STYLE, DEADIFF = "tiny-unet", "tiny-unet/style", "tiny-unet/deadiff"
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,17 @@ def subtracted(
     return [stage.adapters[adapter].reference(features.to(pipe.dtype), 1.0)]
 
 
+def in_preset(stage: Stage, given: Shown, strength: float, name: str = "style", adapter: str = STYLE) -> list[Control]:
+    """The blocks of a preset, which SDXL's names address (InstantStyle)."""
+    where = preset(name, stage.pipe.backbone)
+    return [stage.adapters[adapter].control(list(given.references), strength=strength, where=where)]
+
+
+def deadiff_style(stage: Stage, given: Shown, strength: float) -> list[Control]:
+    """Style of the reference; the content layers see zeros, as released."""
+    return [stage.adapters[DEADIFF].control(list(given.references), strength=strength)]
+
+
 def subject_tokens(stage: Stage, given: Shown, strength: float) -> list[Control]:
     return [stage.adapters["tiny/subject"].control(list(given.references), annotate=False)]
 
@@ -163,6 +176,7 @@ def real(stage: Stage, blank: Tensor, references: Tensor, true: Tensor, strength
     return true
 
 
+_on_unet = partial(Method, model=UNET, blank="unet-none", baseline="unet-plain")
 METHODS: tuple[Method, ...] = (
     Method("none", "no control", nothing, baseline=None),
     Method("words", "style word, no reference", nothing, prompt="caption"),
@@ -197,6 +211,30 @@ METHODS: tuple[Method, ...] = (
         shows="subject",
         baseline=None,
     ),
+    # On the architecture that the papers are about, each against its own adapter's curve.
+    _on_unet("unet-none", "UNet, no control", nothing, baseline=None),
+    _on_unet(
+        "unet-plain",
+        "UNet, plain IP-Adapter",
+        partial(plain, adapter=UNET_STYLE),
+        strengths=(0.3, 0.5, 0.7, 1.0, 1.5, 2.0),
+        needs=UNET_STYLE,
+    ),
+    _on_unet(
+        "unet-subtract",
+        "UNet, content subtraction",
+        partial(subtracted, adapter=UNET_STYLE),
+        strengths=(0.25, 0.5, 0.75, 1.0),
+        needs=UNET_STYLE,
+    ),
+    _on_unet(
+        "unet-preset",
+        "UNet, InstantStyle's style block",
+        partial(in_preset, adapter=UNET_STYLE),
+        strengths=(1.0, 2.0, 3.0),
+        needs=UNET_STYLE,
+    ),
+    _on_unet("unet-deadiff", "UNet, DEADiff", deadiff_style, strengths=(0.5, 1.0, 1.5), needs=DEADIFF),
 )
 
 

@@ -116,7 +116,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     names = {entry["name"]: entry["what"] for entry in result["methods"]}
     lines = [
         f"`{result['command']}`: n = {result['n']} pictures of {result['concepts']} concepts, "
-        f"{result['seconds']['drawing']:.0f} s of drawing; model {result['hash']}. In brackets: 95 %, bootstrap over "
+        f"{result['seconds']['drawing']:.0f} s of drawing; {_models(result)}. In brackets: 95 %, bootstrap over "
         "concepts.",
         "",
         *_methods_table(result, names),
@@ -143,6 +143,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         ]
     lines += ["", *(f"Left out: {x['method']} ({x['why']})." for x in result["skipped"])]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _models(result: Mapping[str, Any]) -> str:
+    return ", ".join(f"model {name} {found}" for name, found in result["models"].items())
 
 
 def _figure(value: float | None) -> str:

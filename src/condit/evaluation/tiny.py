@@ -79,8 +79,9 @@ def evaluate(
         raise ValueError(f"count is the number of pictures a set, at least 1; found {count}")
     world = IconWorld.open(open_world(data))
     pipe = load(model, dtype=torch.bfloat16 if bf16 else None)
-    own = {"eta": eta, "guidance": guidance}
-    pipe.parts = replace(pipe.parts, **{name: value for name, value in own.items() if value is not None})
+    own = {name: value for name, value in (("eta", eta), ("guidance", guidance)) if value is not None}
+    if own:
+        pipe.parts = replace(pipe.parts, **own)
     bench = make_bench(world, pipe)
     scenes = draw_scenes(bench, specs, folder / "images", count=count, seed=seed, steps=steps, tell=tell)
     if not scenes:
