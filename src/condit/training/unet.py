@@ -106,8 +106,8 @@ class UNetTask(Task):
 
 
 def scheduler_config(process: Process) -> dict:
-    """In diffusers' words; DPM-Solver++ of second order draws."""
-    return {"_class_name": "DPMSolverMultistepScheduler", **dataclasses.asdict(process)}
+    """In diffusers' words; its ancestral sampler draws, whose fresh noise lets a small network mend what it drew."""
+    return {"_class_name": "EulerAncestralDiscreteScheduler", **dataclasses.asdict(process)}
 
 
 @torch.no_grad()
