@@ -63,8 +63,9 @@ def test_the_unet_is_a_family_of_its_own(runs):
     for name, (run, inner) in {**FAMILIES["tiny-unet"].model, **FAMILIES["tiny-unet"].adapters}.items():
         if name != "deadiff":
             make_run(runs / "runs", run, inner, 5.0)
-    (runs / "runs" / "small-unet" / "export" / "unet").mkdir()
-    (runs / "runs" / "small-unet" / "export" / "unet" / "config.json").write_text("{}")
+    part = runs / "runs" / "small-unet-joint" / "export" / "model" / "unet"
+    part.mkdir()
+    (part / "config.json").write_text("{}")
     ship(runs / "runs", runs / "unet", [runs / "ATTRIBUTION.md"], family="tiny-unet")
     assert [*json.loads((runs / "unet" / "cards.json").read_text())] == ["model", "style"]
     assert (runs / "unet" / "model" / "unet" / "config.json").is_file()

@@ -10,10 +10,11 @@ import condit
 from condit.backbones.unet import PRESETS
 from condit.data.icons import sample_path
 from condit.latent_pipeline import LatentPipeline
-from condit.training import unet
+from condit.training import adapters, unet, unet_joint
 from condit.training.loop import Loop, LoopConfig
 from condit.training.run import tasks
 from condit.training.unet import PROCESS, UNetTask
+from condit.training.unet_joint import UNetJointTask
 from condit.weights.catalog import TINY
 from condit.weights.tiny_unet import INDEX
 
@@ -69,6 +70,40 @@ def test_a_run_that_stops_continues_bit_by_bit_and_its_export_is_a_pipeline(make
     assert wide.shape == (1, 32, 16, 32)
     goes_on = make_task(init=str(tmp_path / "whole" / "export"))
     torch.testing.assert_close(goes_on.unet.conv_in.weight, whole.unet.conv_in.weight, rtol=0, atol=1e-3)
+
+
+def test_the_adapter_trains_along_on_its_rows_alone_and_both_are_exported(make_task, monkeypatch, tmp_path):
+    make_task()  # thin
+    torch.manual_seed(0)
+    task = UNetJointTask(ICONS, MODEL)
+    for p in (*task.unet.parameters(), *task.ip.parameters()):
+        torch.nn.init.normal_(p, std=0.2)
+    batch = task.batch(random.Random(0), 10)
+    assert len(batch.captions) == 10 and len(batch.references) == 4
+    seen = []
+    for value in (0.0, 1.0):  # another reference: the loss of the rows without one stays
+        batch.references.fill_(value)
+        seen.append(task(batch, torch.Generator().manual_seed(0))[1])
+    assert seen[0]["plain"] == seen[1]["plain"] and seen[0]["styled"] != seen[1]["styled"]
+    task(batch, torch.Generator().manual_seed(0))[0].backward()
+    assert task.unet.conv_in.weight.grad is not None and task.ip.image_proj.proj.weight.grad is not None  # type: ignore[union-attr]
+
+    task.export(tmp_path, {})
+    pipe = condit.load(tmp_path / "model")
+    adapter = condit.IPAdapter.load(tmp_path / "style", pipe)
+    again = UNetJointTask(ICONS, MODEL, init=str(tmp_path / "model"), init_style=str(tmp_path / "style"))
+    for name, p in adapter.named_parameters():
+        torch.testing.assert_close(p, task.ip.get_parameter(name), rtol=0, atol=1e-2)
+        torch.testing.assert_close(p, again.ip.get_parameter(name), rtol=0, atol=1e-6)
+
+
+def test_figures_and_sheet_of_the_joint_task(make_task, monkeypatch):
+    make_task()
+    task = UNetJointTask(ICONS, MODEL).eval()
+    few = adapters.style_examples
+    monkeypatch.setattr(unet_joint, "style_examples", lambda task, icons, count: few(task, icons, 2))
+    assert {"error_1.0", "wrong_reference_0.9", "no_reference_0.5"} <= task.validate().keys()
+    assert task.sheet().size[0] > 0
 
 
 def test_the_canvas_is_seen_and_the_text_read(make_task):

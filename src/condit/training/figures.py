@@ -34,11 +34,12 @@ def block(name: str, cards: Cards) -> str:
     """The text of one place; a part that is not shipped says so."""
     if name == "cards":
         return overview(cards)
-    if name.startswith("curve:"):
-        return curve(cards[name.removeprefix("curve:")])
-    if name not in cards:
-        called = name if name.startswith("tiny-unet/") else f"tiny/{name}"
+    part = name.removeprefix("curve:")
+    if part not in cards:
+        called = part if part.startswith("tiny-unet/") else f"tiny/{part}"
         return f"No weights of `{called}` are shipped (see Limits).\n"
+    if name.startswith("curve:"):
+        return curve(cards[part])
     card = cards[name]
     rows = [f"| {figure} | {value} |" for figure, value in card["figures"].items()]
     return "\n".join([f"After {card['images_seen']:,} images:", "", "| figure | value |", "|---|---|", *rows, ""])

@@ -42,6 +42,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
     from condit.training.pixels import PixelTask
     from condit.training.text_to_image import TextToImageTask
     from condit.training.unet import UNetTask
+    from condit.training.unet_joint import UNetJointTask
 
     return {
         "latent": LatentTask,
@@ -49,6 +50,7 @@ def tasks() -> dict[str, Callable[..., Task]]:
         "text-to-image": TextToImageTask,
         "text-to-image-pixart": PixArtTask,
         "text-to-image-unet": UNetTask,
+        "text-and-style-unet": UNetJointTask,
         "text-and-style": JointTask,
         "style": StyleTask,
         "tokens": TokenTask,

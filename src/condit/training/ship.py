@@ -41,7 +41,9 @@ class Family:
 FAMILIES = {
     "tiny": Family(TINY, MODEL, ADAPTERS),
     "tiny-unet": Family(
-        UNET, {"model": ("small-unet", ".")}, {"style": ("small-ip-adapter", "."), "deadiff": ("small-deadiff", ".")}
+        UNET,
+        {"model": ("small-unet-joint", "model")},
+        {"style": ("small-unet-joint", "style"), "deadiff": ("small-deadiff", ".")},
     ),
     "tiny-pixart": Family(PIXART, {"model": ("small-pixart", ".")}, {}),
 }

@@ -28,7 +28,7 @@ from condit.weights.tiny import floats, load_latent, load_text
 # model_index.json of such a folder.
 INDEX = {"_class_name": "IconUNetPipeline", "unet": "UNet2DConditionModel", "text_and_latent": "tiny"}
 GRID = (8, 8)  # of the canvas, in tokens of 2 x 2 latent cells
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 20, 3.0
 
 
 def load_tiny_unet(folder: Path, dtype: torch.dtype, name: str | None = None) -> LatentParts:
