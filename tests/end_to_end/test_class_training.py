@@ -35,9 +35,11 @@ from condit.training.classify import ClassifyTask
 from condit.training.labelled import from_folder
 from condit.training.loop import Loop, LoopConfig, Task
 from condit.training.pixels import PixelTask
+from condit.training.ship import copy_part
+from condit.weights import catalog
 from condit.weights.diffit import load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
-from condit.weights.files import save_tensors
+from condit.weights.files import read_tensors, save_tensors
 from condit.weights.tiny import WEIGHTS
 from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit
@@ -129,6 +131,20 @@ def test_a_backbone_trains_a_step_on_icons_and_its_export_loads_strictly(backbon
     assert [names[str(i)] for i in range(len(names))] == task.classes
     assert "twemoji" in task.classes
     assert "streamline-emojis" not in task.classes  # the style that nobody trains on
+
+
+def test_an_embedded_class_model_is_halved_to_ship_and_draws_by_name(tmp_path, monkeypatch):
+    task = ClassConditionalTask(
+        backbone="DiT", sizes=SIZES, icons=ICONS, label="style", flip=False, vae="tiny", predicts="x0"
+    )
+    copy_part(step(task, tmp_path / "run"), tmp_path / "dit", half=True)
+    tensors = read_tensors(tmp_path / "dit" / "transformer" / WEIGHTS).values()
+    assert all(x.dtype is not torch.float32 for x in tensors)
+    monkeypatch.setitem(catalog.MODELS, "small-dit", catalog.Entry("model", "random", "none", tmp_path / "dit"))
+    pipe = condit.load("small-dit")
+    assert next(pipe.backbone.parameters()).dtype is torch.float32
+    (picture,) = pipe("twemoji", seed=0, num_inference_steps=2).images
+    assert picture.size == (128, 128)
 
 
 def test_exported_class_models_are_compared_on_the_same_icons(tmp_path, coarse):

@@ -1,4 +1,4 @@
-"""Finished runs -> `assets/tiny`, `assets/tiny-unet`, `assets/tiny-pixart`: weights, cards with their curves,
+"""Finished runs -> the folders under `assets/` that `condit.load` reads by name: weights, cards with their curves,
 attribution. `python -m condit.training.ship`."""
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from condit.weights.catalog import PIXART, TINY, UNET
-from condit.weights.files import COMPLETE, save_folder
+from condit.weights.catalog import CLASSES, PIXART, TINY, UNET
+from condit.weights.files import COMPLETE, read_metadata, read_tensors, save_folder, save_tensors
 
 # Part of the model -> (run, folder within its export).
 MODEL = {
@@ -36,6 +36,7 @@ class Family:
     folder: Path
     model: Mapping[str, tuple[str, str]]
     adapters: Mapping[str, tuple[str, str]]
+    half: bool = False  # its exports hold float32, which is shipped as float16
 
 
 FAMILIES = {
@@ -46,6 +47,7 @@ FAMILIES = {
         {"style": ("small-unet-joint", "style"), "deadiff": ("small-deadiff", ".")},
     ),
     "tiny-pixart": Family(PIXART, {"model": ("small-pixart", ".")}, {}),
+    "small-classes": Family(CLASSES, {"dit": ("small-dit", "."), "diffit": ("small-diffit", ".")}, {}, half=True),
 }
 LICENCE = "Apache-2.0"
 DATA = "icons under Apache-2.0, MIT, OFL-1.1 and CC-BY-4.0, training split only (ATTRIBUTION.md)"
@@ -67,8 +69,11 @@ def card_of(run: Path, inner: str) -> dict:
     return {**card, "data": DATA, "licence": LICENCE, "curve": curve(run / "log.jsonl")}
 
 
-def copy_part(source: Path, target: Path) -> None:
+def copy_part(source: Path, target: Path, *, half: bool = False) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("card.json"))
+    for file in target.rglob("*.safetensors") if half else ():
+        tensors = {name: x.half() if x.is_floating_point() else x for name, x in read_tensors(file).items()}
+        save_tensors(file, tensors, read_metadata(file))
 
 
 def ship(
@@ -95,7 +100,7 @@ def ship(
         for name in only or parts:
             run, inner = parts[name]
             if (runs / run / "export" / inner).is_dir():
-                copy_part(runs / run / "export" / inner, folder / name)
+                copy_part(runs / run / "export" / inner, folder / name, half=FAMILIES[family].half)
                 cards[name] = card_of(runs / run, inner)
             elif only or name in model:
                 raise ValueError(f"{runs / run} has no export yet; run recipes/{run}.toml to its end.")

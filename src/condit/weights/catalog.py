@@ -18,6 +18,7 @@ Kind = Literal["model", "ip-adapter", "omini", "deadiff"]
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
 UNET = TINY.with_name("tiny-unet")
 PIXART = TINY.with_name("tiny-pixart")
+CLASSES = TINY.with_name("small-classes")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ _ROWS = {
     "tiny/edges": Entry("omini", "follow given edges", _LICENCE, TINY / "edges"),
     "tiny/gray": Entry("omini", "colour a gray picture", _LICENCE, TINY / "gray"),
     "tiny-pixart": Entry("model", "text to icon, 128 px, English and Chinese, PixArt", _LICENCE, PIXART / "model"),
+    "small-dit": Entry("model", "icons of a named style, 128 px, DiT", _LICENCE, CLASSES / "dit"),
+    "small-diffit": Entry("model", "icons of a named style, 128 px, DiffiT", _LICENCE, CLASSES / "diffit"),
     "tiny-unet": Entry(
         "model", "text to icon, 128 px, English and Chinese, UNet of SDXL's blocks", _LICENCE, UNET / "model"
     ),

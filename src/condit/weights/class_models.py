@@ -155,8 +155,8 @@ def recognise(source: str | Path) -> tuple[Kind, Path] | None:
                 f"{published.home} and put it there (CONDIT_HOME moves the folder), or pass its path."
             )
         return published.kind, path
-    path = Path(source)
-    if str(source) in MODELS or not path.exists():
+    path = MODELS[str(source)].path if str(source) in MODELS else Path(source)
+    if not path.exists():
         return None
     file = weight_file(path)
     kind = None if file is None else kind_of(names_in(file))
@@ -209,7 +209,9 @@ def load_class_parts(
     name: str, kind: Kind, path: Path, *, vae: Any = None, dtype: torch.dtype | None = None
 ) -> ClassParts:
     """A DiT or DiffiT with its autoencoder. vae: None (the folder `vae` beside the weights, if there is one), a folder
-    of an autoencoder, "tiny" for the embedded one, or a module. dtype None: that of the file, float32 for the vae."""
+    of an autoencoder, "tiny" for the embedded one, or a module; an embedded model has "tiny". dtype None: that of the
+    file, float32 for the vae and for embedded models."""
+    dtype = torch.float32 if dtype is None and name in MODELS else dtype
     file = weight_file(path)
     assert file is not None  # `recognise` has read it
     # A file of ours says more than a config.json beside it.
@@ -217,7 +219,7 @@ def load_class_parts(
     c = backbone.config
     if vae is None:
         beside = (path if path.is_dir() else path.parent) / "vae"
-        vae = beside if beside.is_dir() else None
+        vae = beside if beside.is_dir() else "tiny" if name in MODELS else None
     if isinstance(vae, str | Path):
         vae = load_vae(vae).to(dtype or torch.float32)
     if vae is not None and vae.config.latent_channels != c.in_channels:
