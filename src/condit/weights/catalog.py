@@ -44,11 +44,11 @@ _ROWS = {
     "tiny/subject": Entry("omini", "the concept as another hand drew it", _LICENCE, TINY / "subject"),
     "tiny/edges": Entry("omini", "follow given edges", _LICENCE, TINY / "edges"),
     "tiny/gray": Entry("omini", "colour a gray picture", _LICENCE, TINY / "gray"),
-    "tiny-pixart": Entry("model", "text to icon, 128 px, English and Chinese, PixArt", _LICENCE, PIXART / "model"),
+    "tiny-pixart": Entry("model", "text to icon, 128 px, PixArt; barely trained", _LICENCE, PIXART / "model"),
     "small-dit": Entry("model", "icons of a named style, 128 px, DiT", _LICENCE, CLASSES / "dit"),
     "small-diffit": Entry("model", "icons of a named style, 128 px, DiffiT", _LICENCE, CLASSES / "diffit"),
     "tiny-unet": Entry(
-        "model", "text to icon, 128 px, English and Chinese, UNet of SDXL's blocks", _LICENCE, UNET / "model"
+        "model", "text to icon, 128 px, UNet of SDXL's blocks; barely trained", _LICENCE, UNET / "model"
     ),
     "tiny-unet/style": Entry("ip-adapter", "style of a reference, IP-Adapter of the UNet", _LICENCE, UNET / "style"),
     "tiny-unet/deadiff": Entry("deadiff", "style or content of a reference", _LICENCE, UNET / "deadiff"),
