@@ -61,6 +61,7 @@ class Bench:
 
     def __init__(self, unet: UNet):
         self.backbone, self.device, self.dtype = unet, torch.device("cpu"), torch.float32
+        self.image = None
 
     def adapter_file(self, source, method):
         return read_adapter(source, method)

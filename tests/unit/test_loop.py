@@ -118,6 +118,20 @@ def test_autocast_is_bf16_only_where_the_device_computes_in_it(tmp_path, monkeyp
     assert made.precision == made.card({})["precision"] == "no"
 
 
+def test_runs_of_either_precision_follow_each_other_in_one_process(tmp_path):
+    seen = []
+
+    class Watched(Toy):
+        def forward(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+            seen.append(self.net(batch).dtype)
+            return super().forward(batch, generator)
+
+    for precision in ("bf16", "no", "bf16"):
+        config = CONFIG.model_copy(update={"precision": precision, "steps": 1})
+        Loop(Watched(), config, tmp_path / f"{precision}{len(seen)}").run()
+    assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
 def test_compile_compiles_what_the_task_names_and_looks_run_eagerly(tmp_path, monkeypatch):
     compiled, stances = [], []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled.append((self, how)))

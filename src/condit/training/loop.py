@@ -134,7 +134,8 @@ class Loop:
         partly: list[KwargsHandler] = (
             [DistributedDataParallelKwargs(find_unused_parameters=True)] if task.partly_used else []
         )
-        self.accelerator = Accelerator(mixed_precision=self.precision, kwargs_handlers=partly)
+        # accelerate keeps one precision a process, so autocast is ours: bf16 needs no more of it than that.
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=partly)
         if self.accelerator.distributed_type is DistributedType.FSDP:
             raise ValueError(
                 "Weights are sharded by `shard = true` under [train]; leave accelerate's FSDP settings out."
@@ -247,8 +248,9 @@ class Loop:
         self.task.progress = self.step / config.steps
         value, logs = 0.0, {}
         for batch in batches:
-            with self.accelerator.autocast():
+            with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 loss, logs = self.model(to_device(batch, self.accelerator.device), generator)
+            loss = loss.float()
             self.accelerator.backward(loss / len(batches))
             value += float(loss.detach()) / len(batches)
         norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), config.clip)
