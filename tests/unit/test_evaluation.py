@@ -319,11 +319,12 @@ RESULT = {
 
 def test_the_table_takes_its_place_in_a_document(tmp_path):
     document = tmp_path / "tiny.md"
-    document.write_text("before\n<!-- evaluation -->\nold\n<!-- /evaluation -->\nafter\n")
+    prose = "It stands between `<!-- evaluation -->` and `<!-- /evaluation -->`.\n"
+    document.write_text(f"before\n{prose}<!-- evaluation -->\nold\n<!-- /evaluation -->\nafter\n")
     for _ in range(2):
         tiny.write_table(RESULT, document)
     text = document.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n")
+    assert text.startswith(f"before\n{prose}<!-- evaluation -->\n") and text.endswith("after\n")
     assert "old" not in text
     assert text.count("| style word | 0.600 | 0.600 to 0.600 | 0.80 (0.70 to 0.90) |") == 1
     assert "**missed**" in text

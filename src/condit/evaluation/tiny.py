@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -298,9 +299,10 @@ def write_between(path: str | Path, body: str, mark: str) -> Path:
     path = Path(path)
     first, last = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if old and (first not in old or last not in old.split(first, 1)[1]):
+    # Whole lines: a page may also speak of its marks.
+    place = re.search(rf"^{re.escape(first)}\n(.*?)^{re.escape(last)}$", old, re.M | re.S)
+    if old and place is None:
         raise ValueError(f"{path} has no lines {first} and {last}; put them where the figures belong")
-    if old:
-        head, rest = old.split(first, 1)
-        body = f"{head}{first}\n\n{body}\n{last}{rest.split(last, 1)[1]}"
+    if place is not None:
+        body = f"{old[: place.start(1)]}\n{body}\n{old[place.end(1) :]}"
     return atomic_write(path, lambda file: file.write_text(body, encoding="utf-8"))
