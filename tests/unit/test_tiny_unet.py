@@ -16,7 +16,7 @@ from condit.latent_pipeline import LatentPipeline
 from condit.training.deadiff import DEADiffTask
 from condit.training.ip_adapter import IPAdapterTask
 from condit.training.unet import PROCESS
-from condit.weights import tiny_unet
+from condit.weights import catalog
 from condit.weights.catalog import MODELS
 
 HOW: dict[str, Any] = {"num_inference_steps": 2, "seed": 5, "output_type": "latent"}
@@ -55,7 +55,7 @@ def test_what_is_not_there_or_not_known_is_told(folder, monkeypatch):
     scheduler.write_text(scheduler.read_text().replace("EulerAncestralDiscreteScheduler", "LCMScheduler"))
     with pytest.raises(ValueError, match="'LCMScheduler' is none of ours"):
         condit.load(folder)
-    monkeypatch.delitem(tiny_unet.MODELS, "tiny")
+    monkeypatch.delitem(catalog.MODELS, "tiny")
     with pytest.raises(ValueError, match="text and autoencoder of the model 'tiny'"):
         condit.load(folder)
 

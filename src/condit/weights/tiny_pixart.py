@@ -3,7 +3,6 @@ autoencoder are those of the embedded MM-DiT."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,11 +12,10 @@ from condit.diffusion.vp import Process
 from condit.encoders.image import TinyImage
 from condit.encoders.text import TinyWords
 from condit.encoders.vae import PatchAutoencoder
-from condit.weights.catalog import MODELS, describe_hash
 from condit.weights.latent_models import LatentParts
 from condit.weights.pixart import load_transformer, tell_pixart
-from condit.weights.stable_diffusion import SOLVERS, read_json
 from condit.weights.tiny import load_clip, load_latent
+from condit.weights.tiny_beside import beside, finished
 
 # model_index.json of such a folder.
 INDEX = {"_class_name": "IconPixArtPipeline", "transformer": "PixArtTransformer2DModel", "text_and_latent": "tiny"}
@@ -25,22 +23,10 @@ INDEX = {"_class_name": "IconPixArtPipeline", "transformer": "PixArtTransformer2
 
 def load_tiny_pixart(folder: Path, dtype: torch.dtype, name: str | None = None) -> LatentParts:
     """ValueError where the embedded MM-DiT, whose text tower and autoencoder it shares, is not there."""
-    if "tiny" not in MODELS:
-        raise ValueError(f"{folder} needs text and autoencoder of the model 'tiny', which this installation has not.")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    if (found := scheduler.get("_class_name")) not in SOLVERS:
-        raise ValueError(f"{folder}: the scheduler {found!r} is none of ours: {', '.join(SOLVERS)}.")
-    beside = MODELS["tiny"].path
-    parts = pixart_parts(
-        load_transformer(folder / "transformer"),
-        TinyWords(*load_clip(beside / "clip")),
-        load_latent(beside / "vae"),
-        Process.from_config(scheduler),
-        name or folder.name,
-    )
-    for module in (parts.backbone, parts.text, parts.vae):
-        module.to(dtype).eval().requires_grad_(False)  # type: ignore[union-attr]
-    return replace(parts, hash=describe_hash(folder), solver=SOLVERS[str(found)])
+    tiny, process = beside(folder)
+    words, vae = TinyWords(*load_clip(tiny / "clip")), load_latent(tiny / "vae")
+    transformer = load_transformer(folder / "transformer")
+    return finished(pixart_parts(transformer, words, vae, process, name or folder.name), folder, dtype)
 
 
 def pixart_parts(

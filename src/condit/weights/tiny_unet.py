@@ -19,11 +19,11 @@ from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, unpack
 from condit.nn.lora import LowRank
-from condit.weights.catalog import MODELS, describe_hash
 from condit.weights.files import load_strict
 from condit.weights.latent_models import Frame, LatentParts, Network, tell_unet
-from condit.weights.stable_diffusion import SOLVERS, read_folder, read_json, unet_config
+from condit.weights.stable_diffusion import read_folder, read_json, unet_config
 from condit.weights.tiny import floats, load_latent, load_text
+from condit.weights.tiny_beside import beside, finished
 
 # model_index.json of such a folder.
 INDEX = {"_class_name": "IconUNetPipeline", "unet": "UNet2DConditionModel", "text_and_latent": "tiny"}
@@ -33,18 +33,11 @@ STEPS, GUIDANCE = 20, 3.0
 
 def load_tiny_unet(folder: Path, dtype: torch.dtype, name: str | None = None) -> LatentParts:
     """ValueError where the embedded MM-DiT, whose text and autoencoder it shares, is not there."""
-    if "tiny" not in MODELS:
-        raise ValueError(f"{folder} needs text and autoencoder of the model 'tiny', which this installation has not.")
+    tiny, process = beside(folder)
     unet = UNet(unet_config(read_json(folder / "unet" / "config.json"), folder))
     load_strict(unet, floats(read_folder(folder / "unet")), source=folder / "unet")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    if (found := scheduler.get("_class_name")) not in SOLVERS:
-        raise ValueError(f"{folder}: the scheduler {found!r} is none of ours: {', '.join(SOLVERS)}.")
-    beside, process = MODELS["tiny"].path, Process.from_config(scheduler)
-    parts = unet_parts(unet, load_text(beside), load_latent(beside / "vae"), process, name or folder.name)
-    for module in (parts.backbone, parts.text, parts.vae):
-        module.to(dtype).eval().requires_grad_(False)  # type: ignore[union-attr]
-    return LatentParts(**{**parts.__dict__, "hash": describe_hash(folder), "solver": SOLVERS[str(found)]})
+    parts = unet_parts(unet, load_text(tiny), load_latent(tiny / "vae"), process, name or folder.name)
+    return finished(parts, folder, dtype)
 
 
 def unet_parts(unet: UNet, text: TinyText, vae: PatchAutoencoder, process: Process, name: str) -> LatentParts:
