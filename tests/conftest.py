@@ -337,6 +337,15 @@ def pictures() -> Callable[..., list[np.ndarray]]:
     return build_pictures
 
 
+# Threads of a group that is still there when its process ends may abort it.
+LEAVE = """
+import torch.distributed as group
+if group.is_initialized():
+    group.barrier()
+    group.destroy_process_group()
+"""
+
+
 def run_two_processes(script: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -344,7 +353,7 @@ def run_two_processes(script: str) -> None:
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", script],
+            [sys.executable, "-c", script + LEAVE],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
