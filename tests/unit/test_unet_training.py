@@ -9,8 +9,9 @@ import torch
 import condit
 from condit.backbones.unet import PRESETS
 from condit.data.icons import sample_path
+from condit.data.images import to_images
 from condit.latent_pipeline import LatentPipeline
-from condit.training import adapters, unet, unet_joint
+from condit.training import unet
 from condit.training.loop import Loop, LoopConfig
 from condit.training.run import tasks
 from condit.training.unet import PROCESS, UNetTask
@@ -19,6 +20,7 @@ from condit.weights.catalog import TINY
 from condit.weights.tiny_unet import INDEX
 
 ICONS, MODEL = str(sample_path()), str(TINY / "model")
+QFORMER = {"layers": 1, "queries": 2, "hidden": 16}
 CONFIG = LoopConfig(steps=4, batch=4, lr=1e-3, precision="no", warmup=1, ema=0.0, decay=False, save_minutes=0.0)
 
 
@@ -75,34 +77,66 @@ def test_a_run_that_stops_continues_bit_by_bit_and_its_export_is_a_pipeline(make
 def test_the_adapter_trains_along_on_its_rows_alone_and_both_are_exported(make_task, monkeypatch, tmp_path):
     make_task()  # thin
     torch.manual_seed(0)
-    task = UNetJointTask(ICONS, MODEL)
-    for p in (*task.unet.parameters(), *task.ip.parameters()):
-        torch.nn.init.normal_(p, std=0.2)
+    adapters_too = {"style_share": 0.2, "plus_share": 0.2, "deadiff_share": 0.3, "qformer": QFORMER}
+    task = UNetJointTask(ICONS, MODEL, **adapters_too)
+    for p in task.parameters():
+        if p.requires_grad and p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.2)
     batch = task.batch(random.Random(0), 10)
-    assert len(batch.captions) == 10 and len(batch.references) == 4
-    seen = []
-    for value in (0.0, 1.0):  # another reference: the loss of the rows without one stays
-        batch.references.fill_(value)
-        seen.append(task(batch, torch.Generator().manual_seed(0))[1])
-    assert seen[0]["plain"] == seen[1]["plain"] and seen[0]["styled"] != seen[1]["styled"]
+    assert [sum(len(x.captions) for x in part) for part in batch.parts().values()] == [3, 2, 2, 3]
+    assert batch.plus is not None and torch.equal(batch.plus.images, batch.plus.references)
+    assert [p.kind for p in batch.deadiff] == ["style", "content", "reconstruction"]
+    named = {"styled": [batch.style], "plus": [batch.plus], "deadiff": batch.deadiff}
+    before = task(batch, torch.Generator().manual_seed(0))[1]
+    for name, rows in named.items():  # other references of an adapter: the loss of its rows alone is another
+        kept = [x.references.clone() for x in rows]
+        for x in rows:
+            x.references.fill_(0.7)
+        after = task(batch, torch.Generator().manual_seed(0))[1]
+        assert {n for n in before if before[n] != after[n]} == {name}
+        for x, references in zip(rows, kept, strict=True):
+            x.references.copy_(references)
     task(batch, torch.Generator().manual_seed(0))[0].backward()
-    assert task.unet.conv_in.weight.grad is not None and task.ip.image_proj.proj.weight.grad is not None  # type: ignore[union-attr]
+    for part in (task.unet, task.ip, task.plus, task.deadiff):
+        assert part is not None and any(p.grad is not None and p.grad.any() for p in part.parameters())
 
     task.export(tmp_path, {})
     pipe = condit.load(tmp_path / "model")
-    adapter = condit.IPAdapter.load(tmp_path / "style", pipe)
-    again = UNetJointTask(ICONS, MODEL, init=str(tmp_path / "model"), init_style=str(tmp_path / "style"))
-    for name, p in adapter.named_parameters():
-        torch.testing.assert_close(p, task.ip.get_parameter(name), rtol=0, atol=1e-2)
-        torch.testing.assert_close(p, again.ip.get_parameter(name), rtol=0, atol=1e-6)
+    folders = {f"init_{name}": str(tmp_path / name) for name in ("style", "plus", "deadiff")}
+    again = UNetJointTask(ICONS, MODEL, init=str(tmp_path / "model"), **folders, **adapters_too)
+    loaded = {
+        "ip": condit.IPAdapter.load(tmp_path / "style", pipe),
+        "plus": condit.IPAdapter.load(tmp_path / "plus", pipe),
+        "deadiff": condit.DEADiff.load(tmp_path / "deadiff", pipe),
+    }
+    for name, adapter in loaded.items():
+        for inner, p in adapter.named_parameters():
+            torch.testing.assert_close(p, getattr(task, name).get_parameter(inner), rtol=0, atol=1e-2)
+            torch.testing.assert_close(p, getattr(again, name).get_parameter(inner), rtol=0, atol=1e-6)
+    # As trained: features from the states of the embedded tower, no reference a gray picture.
+    picture = to_images(batch.plus.images[:1])[0]
+    control = loaded["plus"].control(picture)
+    states = task.image.hidden(batch.plus.images[:1])
+    for path, pair in loaded["plus"].keys_values(states).items():
+        torch.testing.assert_close(control.kv[path], pair, rtol=0, atol=0.05)  # the picture in 8 bits
+    gray = loaded["plus"].keys_values(task.image.hidden(torch.zeros(1, 3, 128, 128)))
+    assert all(torch.equal(control.empty[path][0], k) for path, (k, _) in gray.items())
+
+
+def test_shares_of_rows_that_are_more_than_all_are_refused(make_task):
+    make_task()
+    with pytest.raises(ValueError, match="1 at most"):
+        UNetJointTask(ICONS, MODEL, style_share=0.6, deadiff_share=0.5)
 
 
 def test_figures_and_sheet_of_the_joint_task(make_task, monkeypatch):
     make_task()
-    task = UNetJointTask(ICONS, MODEL).eval()
-    few = adapters.style_examples
-    monkeypatch.setattr(unet_joint, "style_examples", lambda task, icons, count: few(task, icons, 2))
-    assert {"error_1.0", "wrong_reference_0.9", "no_reference_0.5"} <= task.validate().keys()
+    task = UNetJointTask(ICONS, MODEL, plus_share=0.2, deadiff_share=0.3, qformer=QFORMER).eval()
+    looks = UNetJointTask.looks
+    monkeypatch.setattr(UNetJointTask, "looks", lambda task, count, *how: looks(task, 2, *how))
+    expected = {"error_1.0", "wrong_reference_0.9", "no_reference_0.5", "plus_wrong_reference_0.5"}
+    expected |= {f"deadiff_{kind}_no_reference_0.9" for kind in ("style", "content", "reconstruction")}
+    assert expected <= task.validate().keys()
     assert task.sheet().size[0] > 0
 
 

@@ -245,7 +245,8 @@ class IPAdapter(nn.Module):
         encoder = self._encoder[0]
         if encoder is None:
             pipe = self._bound()
-            return pipe.image(pipe.read_images(list(sources), None))
+            images = pipe.read_images(list(sources), None)
+            return pipe.image.hidden(images) if self._states else pipe.image(images)
         pixels = encoder.pixels([load_image(source) for source in sources], fit)
         return encoder.hidden(pixels) if self._states else encoder.embeds(pixels)
 
@@ -264,6 +265,8 @@ class IPAdapter(nn.Module):
 
     def _hidden_of_zeros(self, like: Tensor) -> Tensor:
         encoder = self._encoder[0]
+        if encoder is None and self._pipe[0] is not None:
+            encoder = self._pipe[0].image
         if encoder is None:
             raise ValueError(f"{self.name} has no image encoder, which makes the features of no reference.")
         return encoder.hidden(encoder.zeros()).to(like)

@@ -107,7 +107,8 @@ def find_encoder(pipe, given, source, needs) -> CLIPImage | None:
         return pipe.image
     beside = Path(str(source)).parent / "image_encoder"
     folder = given if given is not None else beside if beside.is_dir() else None
-    if folder is None and pipe.image is not None and needs.feature == "embeds" and pipe.image.features == needs.width:
+    own = {"embeds": "features", "hidden": "states"}.get(needs.feature)
+    if folder is None and pipe.image is not None and own and getattr(pipe.image, own) == needs.width:
         return None  # an encoder of the pipeline's own
     if folder is None:
         return needs.refuse(None, source, pipe.name)

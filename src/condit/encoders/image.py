@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class TinyImage(nn.Module):
-    """The embedded CLIP's image tower: its embedding (256) beside the statistics of two middle layers (768)."""
+    """The embedded CLIP's image tower: its embedding (256) beside the statistics of two middle layers (768).
+
+    states: width of what `hidden` gives."""
 
     features = 256 + 768
     embedding = slice(0, 256)  # the part that shares a space with the text tower
@@ -32,14 +34,27 @@ class TinyImage(nn.Module):
         self.clip = clip
         vision: Any = clip.config.vision_config
         self.size: int = vision.image_size
+        self.states: int = vision.hidden_size
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> features (B, 1024)."""
+        hidden, embedding = embed_image(self.clip, self._sized(images))
+        return torch.cat([embedding.float() * self.gain, style_statistics(hidden)], -1)
+
+    @torch.no_grad()
+    def hidden(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> the states of the last layer but one (B, 65, 192), as of `CLIPImage`."""
+        return self.clip.vision_model(self._sized(images), output_hidden_states=True).hidden_states[-2].float()
+
+    def zeros(self) -> Tensor:
+        """A picture of zeros, which is gray: no reference, behind a reader of hidden states."""
+        return torch.zeros(1, 3, self.size, self.size, device=self.clip.device)
+
+    def _sized(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
-        hidden, embedding = embed_image(self.clip, images.clamp(-1, 1))
-        return torch.cat([embedding.float() * self.gain, style_statistics(hidden)], -1)
+        return images.clamp(-1, 1)
 
     def patches(self) -> ClipPatches:
         """The same tower read token by token, for Q-Formers; it takes pixels in [-1, 1] as they are."""
@@ -118,6 +133,11 @@ class CLIPImage(nn.Module):
     def features(self) -> int:
         """Width of the embeddings."""
         return self.size.projection
+
+    @property
+    def states(self) -> int:
+        """Width of what `hidden` gives."""
+        return self.size.hidden
 
     def pixels(self, images: Sequence[Image.Image], fit: Fit = "crop") -> Tensor:
         """RGB pictures -> (n, 3, S, S), normalised. crop: the shortest edge to S, bicubic, and the middle, as

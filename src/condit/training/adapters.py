@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT
 from condit.controls.control import Control, Run
+from condit.controls.deadiff import DEADiff
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiControl, condition_stream
 from condit.controls.omini_tasks import OminiConfig, condition_ids
@@ -413,7 +414,7 @@ def reference_features(task: StyleSource, batch: Referenced) -> Tensor:
     return (features * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
 
 
-def export_adapter(adapter: IPAdapter | OminiControl, folder: Path, card: dict, **more: str) -> None:
+def export_adapter(adapter: IPAdapter | OminiControl | DEADiff, folder: Path, card: dict, **more: str) -> None:
     """Weights in fp16 with what `load` needs, and the card."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half().contiguous() for k, v in adapter.tensors().items()}

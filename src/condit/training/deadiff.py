@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ from condit.encoders.image import TinyImage
 from condit.encoders.qformer import BERT_WORDS, QFormerConfig
 from condit.encoders.text import Text
 from condit.latent_pipeline import LatentPipeline
+from condit.training.adapters import ADAPTER, export_adapter
 from condit.training.denoising import errors, latents_of, load_base, run_of
 from condit.training.icon_batches import IconSet
 from condit.training.loop import Task, to_device
 from condit.training.paired import FolderSource, IconSource, Paired, PairSource
 from condit.weights import deadiff as published
 from condit.weights.clip_towers import load_image_encoder
-from condit.weights.files import load_strict, read_metadata, read_tensors, save_tensors
+from condit.weights.files import load_strict, read_metadata, read_tensors
 
-ADAPTER = "adapter.safetensors"
 # What a batch of each kind shows the network.
 SHOWN: dict[Kind, tuple[Name, ...]] = {
     "style": ("style",),
@@ -113,9 +114,7 @@ class DEADiffTask(Task):
         t = torch.randint(self.process.num_train_timesteps, (b,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         kept = (torch.rand(b, generator=generator) >= self.drop[batch.kind]).to(device)
-        # The Q-Formers' dropout draws from the device's generator: seed it from ours, and leave it as it was.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        with dropout_from(generator, device):
             tokens = self.shown(batch.kind, image, kept)
         loss = self.errors(x0, noise, t, text, tokens).mean()
         return loss, {f"loss_{batch.kind}": float(loss.detach())}
@@ -185,11 +184,15 @@ class DEADiffTask(Task):
         return pipe(batch.captions, "", controls=[control], sampler="ddim", output_type="pt", **how).images
 
     def export(self, folder: Path, card: dict) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        metadata = {**self.adapter.metadata(), "base": self.parts.hash}
-        tensors = {name: value.half() for name, value in self.adapter.tensors().items()}
-        save_tensors(folder / ADAPTER, tensors, {"condit": json.dumps(metadata)})
-        (folder / "card.json").write_text(json.dumps({**card, **metadata}, indent=1) + "\n")
+        export_adapter(self.adapter, folder, card, base=self.parts.hash)
+
+
+@contextmanager
+def dropout_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """The Q-Formers' dropout draws from the device's own generator: it is seeded from ours, and left as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        yield
 
 
 def check_odds(shares: Sequence[float], drop: Sequence[float], caption_drop: float) -> None:

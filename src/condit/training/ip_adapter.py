@@ -121,13 +121,7 @@ class IPAdapterTask(Task):
     def features(self, references: Tensor, kept: Tensor) -> Tensor:
         """What the projector reads of references (B, 3, S, S) in [-1, 1]; where not `kept`, what stands for none:
         zeros, or behind a reader of states, those of a picture of zeros after normalising."""
-        if not isinstance(self.encoder, CLIPImage):
-            return self.encoder(references) * kept[:, None]
-        mean, std = (references.new_tensor(value)[:, None, None] for value in (CLIP_MEAN, CLIP_STD))
-        pixels = ((references + 1) / 2 - mean) / std
-        if self.ip.config.feature == "hidden":
-            return self.encoder.hidden(pixels * kept[:, None, None, None]).float()
-        return self.encoder.embeds(pixels).float() * kept[:, None]
+        return read_features(self.encoder, references, kept, self.ip.config.feature)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -177,32 +171,48 @@ class IPAdapterTask(Task):
         export_adapter(self.ip, folder, card, base=self.parts.hash)
 
 
+@torch.no_grad()
+def read_features(encoder: TinyImage | CLIPImage, references: Tensor, kept: Tensor, feature: str) -> Tensor:
+    """See `IPAdapterTask.features`; feature: "embeds" or "hidden"."""
+    pixels = references
+    if isinstance(encoder, CLIPImage):
+        mean, std = (references.new_tensor(value)[:, None, None] for value in (CLIP_MEAN, CLIP_STD))
+        pixels = ((references + 1) / 2 - mean) / std
+    if feature == "hidden":
+        return encoder.hidden(pixels * kept[:, None, None, None]).float()
+    found = encoder.embeds(pixels).float() if isinstance(encoder, CLIPImage) else encoder(pixels)
+    return found * kept[:, None]
+
+
 def find_encoder(parts: LatentParts, folder: str | None, projector: str) -> TinyImage | CLIPImage:
-    """The image encoder, frozen. ValueError where there is none, or where it has no states for "plus"."""
+    """The image encoder, frozen. ValueError where there is none."""
     if projector not in TOKENS:
         raise ValueError(f"projector must be one of {', '.join(TOKENS)}; found {projector!r}.")
     found = parts.image if folder is None else load_image_encoder(folder)
     if found is None:
         raise ValueError(f"{parts.name} has no image encoder: image_encoder must name the folder of a CLIP.")
-    if projector == "plus" and not isinstance(found, CLIPImage):
-        raise ValueError(f'"plus" reads the states of a CLIP, which image_encoder must name; {parts.name} has vectors.')
     return found.requires_grad_(False)
 
 
 def new_adapter(
-    unet: nn.Module, encoder: TinyImage | CLIPImage, projector: str, tokens: int, where: tuple[str, ...] | None
+    unet: nn.Module,
+    encoder: TinyImage | CLIPImage,
+    projector: str,
+    tokens: int,
+    where: tuple[str, ...] | None,
+    *,
+    depth: int = 4,
 ) -> IPAdapter:
     """An untrained adapter. A "plus" projector has the published sizes: as wide as the text, 1280 at most, heads of 64,
-    four layers."""
+    `depth` layers."""
     width = unet.config.cross_attention_dim  # type: ignore[union-attr]
     assert isinstance(width, int)
     if projector == "global":
         made: nn.Module = ImageProjection(encoder.features, width, tokens)
         return IPAdapter.new(unet, IPConfig(encoder.features, tokens, width), projector=made, where=where)
-    assert isinstance(encoder, CLIPImage)
-    hidden, heads = encoder.size.hidden, max(1, min(width, 1280) // HEAD_DIM)
+    hidden, heads = encoder.states, max(1, min(width, 1280) // HEAD_DIM)
     dim = min(width, 1280)
-    sizes = {"inner": heads * HEAD_DIM, "heads": heads, "depth": 4, "hidden": 4 * dim, "queries": tokens}
+    sizes = {"inner": heads * HEAD_DIM, "heads": heads, "depth": depth, "hidden": 4 * dim, "queries": tokens}
     made = Resampler(hidden, dim, width, **sizes)
     config = IPConfig(hidden, tokens, width, feature="hidden")
     return IPAdapter.new(unet, config, projector=made, where=where)
