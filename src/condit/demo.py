@@ -1,4 +1,4 @@
-"""`condit demo`: a labelled grid of what the embedded model does, each picture with the command that draws it again."""
+"""`condit demo`: a labelled grid of what the embedded models do, each picture with the command that draws it again."""
 
 import shlex
 import time
@@ -14,7 +14,7 @@ from condit.data import annotators
 from condit.data.icons import IconWorld, sample_path
 from condit.data.images import load_image, save_image
 from condit.data.sheets import Cell, contact_sheet
-from condit.request import Reference, Request, Studio
+from condit.request import USES, Reference, Request, Studio
 
 if TYPE_CHECKING:
     from condit.editing.edit import Inversion
@@ -34,7 +34,7 @@ PROMPTS = ("a red apple", "a penguin", "a guitar", "红苹果")
 
 @dataclass(frozen=True)
 class Given:
-    """A reference of the demo: an icon of the sample, by style and concept."""
+    """A reference of the demo: an icon of the sample, by style and concept. use: as of a `Reference`."""
 
     use: str
     style: str
@@ -49,6 +49,7 @@ class Row:
     given: tuple[Given, ...] = ()
     prompts: tuple[str, ...] = PROMPTS
     strengths: tuple[float, ...] = (1.0,)
+    model: str = "tiny"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,18 @@ ROWS = (
         ("a rocket",),
         (0.0, 0.5, 1.0, 1.5),
     ),
+    Row(
+        "UNet: style\nby IP-Adapter",
+        (Given("style", "fluent-emoji-high-contrast", "key"),),
+        PROMPTS[:3],
+        model="tiny-unet",
+    ),
+    Row(
+        "UNet: style\nby DEADiff",
+        (Given("tiny-unet/deadiff", "fluent-emoji-high-contrast", "key"),),
+        PROMPTS[:3],
+        model="tiny-unet",
+    ),
 )
 
 
@@ -124,14 +137,14 @@ def draw_demo(folder: Path, *, seed: int = 0, tell: Callable[[str], None] = lamb
     rows = drawable(ROWS, tell)
     world = IconWorld.open(sample_path())
     paths = {given: write_reference(world, given, folder) for row in rows for given in row.given}
-    studio = Studio("tiny")
+    studios = {model: Studio(model) for model in {"tiny", *(row.model for row in rows)}}
     calls: list[dict[str, object]] = []
     cells: list[list[Cell | None]] = []
     for number, row in enumerate(rows):
         line: list[Cell | None] = [given_cell(given, paths[given]) for given in row.given] or [None]  # columns align
         for column, request in enumerate(requests(row, paths, seed)):
             output = folder / "demo" / f"{number}-{column}.png"
-            image, seconds = draw_one(studio, request, output)
+            image, seconds = draw_one(studios[row.model], request, output)
             command = request.command(output)
             tell(f"{command}  # {seconds:.1f} s")
             calls.append({"command": command, "seconds": round(seconds, 2), "path": str(output)})
@@ -140,9 +153,11 @@ def draw_demo(folder: Path, *, seed: int = 0, tell: Callable[[str], None] = lamb
         cells.append(line)
     for change in CHANGES:
         path = write_reference(world, change.given, folder)
-        cells.append([given_cell(change.given, path), *draw_changes(studio.pipe, change, path, folder, calls, tell)])
+        cells.append(
+            [given_cell(change.given, path), *draw_changes(studios["tiny"].pipe, change, path, folder, calls, tell)]
+        )
     labels = [*(row.label for row in rows), *(CHANGED for _ in CHANGES)]
-    title = f"condit {condit.__version__}, embedded model tiny, seed {seed}; orange frames are references"
+    title = f"condit {condit.__version__}, embedded models, seed {seed}; orange frames are references"
     grid = save_image(contact_sheet(cells, labels, title=title), folder / "demo.png")
     seconds = round(time.perf_counter() - start, 1)
     tell(f"{len(calls)} pictures in {seconds} s")
@@ -155,7 +170,8 @@ def drawable(rows: Iterable[Row], tell: Callable[[str], None]) -> list[Row]:
 
     kept = []
     for row in rows:
-        missing = sorted({f"tiny/{given.use}" for given in row.given} - set(MODELS))
+        uses = (given.use for given in row.given)
+        missing = sorted({row.model, *(f"{row.model}/{use}" if use in USES else use for use in uses)} - set(MODELS))
         if missing:
             tell(f"left out: {row.label.splitlines()[0]} (no {', '.join(missing)})")
         else:
@@ -168,7 +184,8 @@ def requests(row: Row, paths: dict[Given, Path], seed: int) -> list[Request]:
     return [
         Request(
             prompt,
-            references=tuple(
+            row.model,
+            tuple(
                 Reference(given.use, str(paths[given]), strength if index == 0 else 1.0)
                 for index, given in enumerate(row.given)
             ),

@@ -60,14 +60,14 @@ def test_what_cannot_be_shipped_leaves_the_folder_as_it_was(runs):
 
 
 def test_the_unet_is_a_family_of_its_own(runs):
-    for name, (run, inner) in {**FAMILIES["tiny-unet"].model, **FAMILIES["tiny-unet"].adapters}.items():
-        if name != "deadiff":
-            make_run(runs / "runs", run, inner, 5.0)
-    part = runs / "runs" / "small-unet-joint" / "export" / "model" / "unet"
+    family = FAMILIES["tiny-unet"]
+    for run, inner in (*family.model.values(), *family.adapters.values()):
+        make_run(runs / "runs", run, inner, 5.0)
+    part = runs / "runs" / "small-unet-adapters" / "export" / "model" / "unet"
     part.mkdir()
     (part / "config.json").write_text("{}")
     ship(runs / "runs", runs / "unet", [runs / "ATTRIBUTION.md"], family="tiny-unet")
-    assert [*json.loads((runs / "unet" / "cards.json").read_text())] == ["model", "style"]
+    assert [*json.loads((runs / "unet" / "cards.json").read_text())] == ["model", "style", "plus", "deadiff"]
     assert (runs / "unet" / "model" / "unet" / "config.json").is_file()
     assert not (runs / "unet" / "model" / "card.json").exists()
     with pytest.raises(ValueError, match="No part 'edges'"):

@@ -26,7 +26,7 @@ from condit.evaluation.adain import AdaIN
 from condit.evaluation.sets import Cell, pictures, shown
 
 STYLE = "tiny/style"
-UNET, UNET_STYLE, DEADIFF = "tiny-unet", "tiny-unet/style", "tiny-unet/deadiff"
+UNET, UNET_STYLE, UNET_PLUS, DEADIFF = "tiny-unet", "tiny-unet/style", "tiny-unet/plus", "tiny-unet/deadiff"
 
 
 @dataclass(frozen=True)
@@ -233,6 +233,13 @@ METHODS: tuple[Method, ...] = (
         partial(in_preset, adapter=UNET_STYLE),
         strengths=(1.0, 2.0, 3.0),
         needs=UNET_STYLE,
+    ),
+    _on_unet(
+        "unet-plus",
+        "UNet, IP-Adapter plus, trained by reconstruction",
+        partial(plain, adapter=UNET_PLUS),
+        strengths=(0.3, 0.5, 1.0),
+        needs=UNET_PLUS,
     ),
     _on_unet("unet-deadiff", "UNet, DEADiff", deadiff_style, strengths=(0.5, 1.0, 1.5), needs=DEADIFF),
 )

@@ -43,8 +43,8 @@ FAMILIES = {
     "tiny": Family(TINY, MODEL, ADAPTERS),
     "tiny-unet": Family(
         UNET,
-        {"model": ("small-unet-joint", "model")},
-        {"style": ("small-unet-joint", "style"), "deadiff": ("small-deadiff", ".")},
+        {"model": ("small-unet-adapters", "model")},
+        {name: ("small-unet-adapters", name) for name in ("style", "plus", "deadiff")},
     ),
     "tiny-pixart": Family(PIXART, {"model": ("small-pixart", ".")}, {}),
     "small-classes": Family(CLASSES, {"dit": ("small-dit", "."), "diffit": ("small-diffit", ".")}, {}, half=True),

@@ -8,8 +8,9 @@ canvas and its pooled vector, so its attention to the text, beside which a refer
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from condit.controls.control import Control
 from condit.controls.deadiff import DEADiffReference
+from condit.controls.deadiff_layers import SETS, Name
 from condit.controls.ip_adapter import IPAdapter
 from condit.controls.ip_reference import IPReference
-from condit.data.grouped import KINDS
+from condit.data.grouped import KINDS, Kind
 from condit.data.icons import GROUPS
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
@@ -54,9 +56,9 @@ class Rows:
     plus: Paired | None
     deadiff: tuple[Paired, ...]
 
-    def parts(self) -> dict[str, list[Captioned | Referenced | Paired]]:
+    def parts(self) -> dict[str, Sequence[Captioned | Referenced | Paired]]:
         plus = [] if self.plus is None else [self.plus]
-        return {"plain": [self.plain], "styled": [self.style], "plus": plus, "deadiff": [*self.deadiff]}
+        return {"plain": [self.plain], "styled": [self.style], "plus": plus, "deadiff": self.deadiff}
 
 
 class UNetJointTask(UNetTask):
@@ -169,8 +171,8 @@ class UNetJointTask(UNetTask):
         """DEADiff's tokens for rows of several tasks: zeros for what a task is not shown, and where not `kept`."""
         assert self.deadiff is not None
         images = self.tower(torch.cat([p.references for p in pairs]))
-        tokens = {}
-        for name in ("style", "content"):
+        tokens: dict[Name, Tensor] = {}
+        for name in SETS:
             shown = torch.cat([kept.new_full((len(p.captions),), float(name in SHOWN[p.kind])) for p in pairs])
             tokens[name] = self.deadiff.ask(name, images) * (kept * shown)[:, None, None]
         return self.deadiff.reference(tokens)
@@ -186,12 +188,12 @@ class UNetJointTask(UNetTask):
             own = pairs.batch(rng, "reconstruction", count)
             found["plus_"] = own, lambda images: plus.reference(self.image.hidden(images))
         for task in self.shown_pairs(rng, pairs, count) if self.deadiff is not None and pairs is not None else ():
-            found[f"deadiff_{task.kind}_"] = task, lambda images, kind=task.kind: self.answers(kind, images)
+            found[f"deadiff_{task.kind}_"] = task, partial(self.answers, task.kind)
         return found
 
-    def answers(self, kind: str, images: Tensor) -> DEADiffReference:
+    def answers(self, kind: Kind, images: Tensor) -> DEADiffReference:
         assert self.deadiff is not None
-        tokens = {name: self.deadiff.ask(name, self.tower(images)) for name in SHOWN[kind]}  # type: ignore[index]
+        tokens: dict[Name, Tensor] = {name: self.deadiff.ask(name, self.tower(images)) for name in SHOWN[kind]}
         return self.deadiff.reference(tokens).prepare(run_of(self.parts, images.new_zeros(len(images), 0, 16, 16)))
 
     def validate(self) -> dict[str, float]:

@@ -51,6 +51,7 @@ _ROWS = {
         "model", "text to icon, 128 px, UNet of SDXL's blocks; barely trained", _LICENCE, UNET / "model"
     ),
     "tiny-unet/style": Entry("ip-adapter", "style of a reference, IP-Adapter of the UNet", _LICENCE, UNET / "style"),
+    "tiny-unet/plus": Entry("ip-adapter", "a picture as prompt, by the tower's states", _LICENCE, UNET / "plus"),
     "tiny-unet/deadiff": Entry("deadiff", "style or content of a reference", _LICENCE, UNET / "deadiff"),
 }
 # Only what is really here: a checkout may hold fewer models than this table.
