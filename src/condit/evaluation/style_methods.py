@@ -152,6 +152,11 @@ def deadiff_style(stage: Stage, given: Shown, strength: float) -> list[Control]:
     return [stage.adapters[DEADIFF].control(list(given.references), strength=strength)]
 
 
+def deadiff_content(stage: Stage, given: Shown, strength: float) -> list[Control]:
+    """Content of the reference; the style layers see zeros, as released."""
+    return [stage.adapters[DEADIFF].control(content=list(given.references), strength=strength)]
+
+
 def subject_tokens(stage: Stage, given: Shown, strength: float) -> list[Control]:
     return [stage.adapters["tiny/subject"].control(list(given.references), annotate=False)]
 
@@ -242,6 +247,22 @@ METHODS: tuple[Method, ...] = (
         needs=UNET_PLUS,
     ),
     _on_unet("unet-deadiff", "UNet, DEADiff", deadiff_style, strengths=(0.5, 1.0, 1.5), needs=DEADIFF),
+    _on_unet(
+        "unet-subject-plus",
+        "UNet, IP-Adapter plus shown the subject",
+        partial(plain, adapter=UNET_PLUS),
+        needs=UNET_PLUS,
+        shows="subject",
+        baseline=None,
+    ),
+    _on_unet(
+        "unet-subject-deadiff",
+        "UNet, DEADiff's content shown the subject",
+        deadiff_content,
+        needs=DEADIFF,
+        shows="subject",
+        baseline=None,
+    ),
 )
 
 
