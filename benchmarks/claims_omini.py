@@ -29,8 +29,9 @@ from condit.encoders.vae import encode_tokens
 from condit.evaluation.claims import Claim, Measured, block, write
 from condit.evaluation.measures import Interval, bootstrap, ratio
 from condit.memory import keep_memory
-from condit.training.adapters import Referenced, TokenTask
+from condit.training.adapters import TokenTask
 from condit.training.loop import Loop, LoopConfig, to_device
+from condit.training.referenced import Referenced
 from condit.weights.catalog import TINY
 
 LEVEL = 0.9

@@ -11,9 +11,9 @@ from PIL import Image
 from condit.data.grouped import KINDS
 from condit.data.icons import sample_path
 from condit.encoders.clip_patches import resize_antialiased
-from condit.training.adapters import NAMELESS
 from condit.training.icon_batches import IconSet
 from condit.training.paired import FolderSource, IconSource
+from condit.training.referenced import NAMELESS
 
 
 @pytest.fixture(scope="module")

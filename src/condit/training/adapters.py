@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from condit.data.annotators import edges_array, lines_array
 from condit.data.icon_captions import plain_caption
 from condit.data.icons import GROUPS, TRAIN_LICENCES
 from condit.data.images import to_images
-from condit.data.procedural import Procedural
 from condit.data.sheets import contact_sheet
 from condit.diffusion.guidance import guide
 from condit.diffusion.objectives import add_noise, drop, flow_loss, to_velocity
@@ -35,8 +34,19 @@ from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.lora import LoRA
 from condit.nn.streams import Stream
-from condit.training.icon_batches import IconSet, procedural
+from condit.training.icon_batches import IconSet
 from condit.training.loop import Task, to_device
+from condit.training.referenced import (
+    NAMELESS,
+    NAMELESS_SHARE,
+    Referenced,
+    reference_features,
+    referenced,
+    spread,
+    style_batch,
+    style_examples,
+    style_table,
+)
 from condit.training.text_to_image import ETA, GRID, SHIFT, T_MEAN, image_stream, training_times
 from condit.training.token_variants import Variant, added
 from condit.weights.files import load_strict, read_tensors, save_tensors
@@ -52,25 +62,6 @@ TOKEN_T_MEAN = (2.0, 2.0)
 # (arXiv:2207.12598). Exported V' are twice as strong as trained: docs/tiny.md has the figures.
 STYLE_GAIN = 2.0
 Kind = Literal["subject", "edges", "gray", "style"]
-# Words that name no concept: the reference has to say what is drawn.
-NAMELESS_SHARE = 0.7
-NAMELESS = ("this", "this item", "the same thing", "这个", "同一个东西")
-
-
-@dataclass
-class Referenced:
-    """Targets (B, 3, H, W), captions, references (B, R, 3, H, W), how many of the R count for each row (B,).
-
-    `known` (K, R) numbers the references of the last K rows in a table of features made once; they have no pictures, so
-    that `references` then has B - K rows. `lots` (B,) in [0, 1) decide which rows see their own target (`learn`).
-    """
-
-    images: Tensor
-    captions: list[str]
-    references: Tensor
-    counts: Tensor
-    known: Tensor | None = None
-    lots: Tensor | None = None
 
 
 class AdapterTask(Task):
@@ -357,21 +348,6 @@ def risen(between: tuple[float, float], progress: float) -> float:
     return min(1.0, max(0.0, (progress - begin) / (end - begin)))
 
 
-class StyleIcons(Protocol):
-    """What the style rows of a task are drawn from."""
-
-    icons: IconSet
-    unseen: IconSet
-    ui: IconSet | None
-
-
-class StyleSource(StyleIcons, Protocol):
-    """What their references' features need besides."""
-
-    image: TinyImage
-    table: Tensor
-
-
 def new_style_adapter(transformer: MMDiT, tokens: int = 4) -> IPAdapter:
     """Decoupled attention alone: a shift of the pooled vector beside it carried no style (docs/tiny.md)."""
     c = transformer.config
@@ -395,25 +371,6 @@ def amplified(adapter: IPAdapter, gain: float = STYLE_GAIN) -> IPAdapter:
     return found
 
 
-def style_table(task: StyleSource) -> Tensor:
-    """Features (N, E) of every icon, then of every UI icon. The encoder is frozen and icons as drawn never change, so
-    they are made once."""
-    sources = [task.icons, *([task.ui] if task.ui else [])]
-    parts = [(source, range(i, min(i + 128, len(source)))) for source in sources for i in range(0, len(source), 128)]
-    return torch.cat([task.image(source.images(list(rows))) for source, rows in parts])
-
-
-def reference_features(task: StyleSource, batch: Referenced) -> Tensor:
-    """The mean feature (B, E) of each row's references."""
-    b, r = batch.references.shape[:2]
-    parts = [task.image(batch.references.flatten(0, 1)).unflatten(0, (b, r))] if b else []
-    if batch.known is not None:
-        parts.append(task.table.to(batch.references.device)[batch.known])
-    features = torch.cat(parts)
-    counts = (torch.arange(r, device=features.device)[None] < batch.counts[:, None]).float()
-    return (features * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
-
-
 def export_adapter(adapter: IPAdapter | OminiControl | DEADiff, folder: Path, card: dict, **more: str) -> None:
     """Weights in fp16 with what `load` needs, and the card."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -423,64 +380,6 @@ def export_adapter(adapter: IPAdapter | OminiControl | DEADiff, folder: Path, ca
     (folder / "card.json").write_text(json.dumps({**card, **metadata}, indent=1) + "\n")
 
 
-def referenced(images: Tensor, captions: list[str], references: Tensor) -> Referenced:
-    return Referenced(images, captions, references[:, None], torch.ones(len(images), dtype=torch.long))
-
-
 def edge_maps(icons: IconSet) -> np.ndarray:
     """Lines (N, 128, 128) uint8 of a whole set, made once."""
     return np.stack([lines_array(edges_array(x)) for x in icons.rgba])
-
-
-def spread(icons: IconSet, count: int) -> list[int]:
-    """Rows spread evenly over a set."""
-    return random.Random(3).sample(range(len(icons)), min(count, len(icons)))
-
-
-def style_caption(icons: IconSet, rng: random.Random, i: int) -> str:
-    """The concept in words; the style mostly left to the reference."""
-    return icons.caption(rng, i, p_no_style=0.95, p_tags=0.15)
-
-
-def style_batch(
-    task: StyleIcons, rng: random.Random, size: int, share: float, *, most: int, pictures: bool = True
-) -> Referenced:
-    """Targets with `most` references in the same style: procedural styles first, then vendors and UI families.
-
-    `pictures=False` gives the references of the latter as numbers into a table over icons, then UI icons.
-    """
-    images, captions, references, known = [], [], [], []
-    for _ in range(int(size * share)):
-        style = Procedural.sample(rng)
-        chosen = [rng.randrange(len(task.icons)) for _ in range(1 + most)]
-        drawn = procedural(style, task.icons.rgba[chosen])
-        images.append(drawn[:1])
-        references.append(drawn[1:])
-        captions.append(style_caption(task.icons, rng, chosen[0]))
-    for n in range(size - len(images)):
-        source = task.ui if task.ui is not None and n % 6 == 0 else task.icons
-        i = rng.randrange(len(source))
-        others = [source.other_in_style(rng, i) for _ in range(most)]
-        images.append(source.images([i]))
-        captions.append(style_caption(source, rng, i))
-        if pictures:
-            references.append(source.images(others))
-        else:
-            known.append([j + (len(task.icons) if source is task.ui else 0) for j in others])
-    counts = torch.tensor([rng.choice((1, most)) for _ in images])
-    table = torch.tensor(known) if known else None
-    pixels = torch.cat(images)
-    shown = torch.stack(references) if references else pixels.new_empty(0, most, *pixels.shape[1:])
-    return Referenced(pixels, captions, shown, counts, table)
-
-
-def style_examples(task: StyleIcons, icons: IconSet, count: int) -> Referenced:
-    """Held-out targets; references are training icons of the style (of the set itself for a never-trained style)."""
-    chosen, rng = spread(icons, count), random.Random(0)
-    drawn = []
-    for i in chosen:
-        source = icons if icons is task.unseen else task.icons
-        choices = source.by_style[icons.icons[i].style]
-        j = next(j for j in (rng.choice(choices) for _ in range(99)) if source.icons[j].base != icons.icons[i].base)
-        drawn.append(source.images([j])[0])
-    return referenced(icons.images(chosen), [icons.icons[i].label for i in chosen], torch.stack(drawn))

@@ -19,17 +19,19 @@ from condit.encoders.image import TinyImage
 from condit.encoders.vae import encode_tokens
 from condit.training.adapters import (
     ADAPTER,
-    Referenced,
     amplified,
     export_adapter,
     load_style_adapter,
     new_style_adapter,
+)
+from condit.training.loop import to_device
+from condit.training.referenced import (
+    Referenced,
     reference_features,
     style_batch,
     style_examples,
     style_table,
 )
-from condit.training.loop import to_device
 from condit.training.text_to_image import TextToImageTask, training_times
 
 

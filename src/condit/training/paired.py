@@ -18,8 +18,8 @@ from condit.data.icon_captions import plain_caption
 from condit.data.images import load_image, to_tensor
 from condit.data.pairs import open_pairs
 from condit.encoders.clip_patches import resize_antialiased
-from condit.training.adapters import NAMELESS
 from condit.training.icon_batches import IconSet
+from condit.training.referenced import NAMELESS
 
 
 @dataclass

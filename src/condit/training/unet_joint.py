@@ -30,7 +30,7 @@ from condit.data.sheets import contact_sheet
 from condit.diffusion.objectives import drop
 from condit.encoders.image import TinyImage
 from condit.latent_pipeline import LatentPipeline
-from condit.training.adapters import ADAPTER, Referenced, export_adapter, style_batch, style_examples
+from condit.training.adapters import ADAPTER, export_adapter
 from condit.training.captioned import Captioned
 from condit.training.deadiff import SHOWN, dropout_from, load_adapter, make_adapter
 from condit.training.denoising import errors, latents_of, run_of
@@ -38,6 +38,7 @@ from condit.training.icon_batches import IconSet
 from condit.training.ip_adapter import TOKENS, new_adapter, read_features
 from condit.training.loop import to_device
 from condit.training.paired import IconSource, Paired
+from condit.training.referenced import Referenced, style_batch, style_examples
 from condit.training.unet import PROCESS, UNetTask
 from condit.weights.files import load_strict, read_tensors
 from condit.weights.tiny import floats
