@@ -67,11 +67,11 @@ class IconSource:
     """Icons: a style pair is another concept of the same style, a content pair the same concept by another hand.
 
     The caption of a style pair mostly leaves the style to the reference; that of a content pair tells the style and, in
-    half of them, leaves the concept to the reference.
+    the share `nameless` of them, leaves the concept to the reference.
     """
 
-    def __init__(self, icons: IconSet, size: tuple[int, int], reference_size: int):
-        self.icons, self.size, self.reference_size = icons, size, reference_size
+    def __init__(self, icons: IconSet, size: tuple[int, int], reference_size: int, *, nameless: float = 0.5):
+        self.icons, self.size, self.reference_size, self.nameless = icons, size, reference_size, nameless
         by_style, by_base = defaultdict(set), defaultdict(set)
         for icon in icons.icons:
             by_style[icon.style].add(icon.base)
@@ -108,7 +108,7 @@ class IconSource:
     def caption(self, rng: random.Random, kind: Kind, i: int) -> str:
         if kind == "style":
             return self.icons.caption(rng, i, p_empty=0.0, p_no_style=0.9, p_tags=0.1)
-        if kind == "content" and rng.random() < 0.5:
+        if kind == "content" and rng.random() < self.nameless:
             icon = self.icons.icons[i]
             return plain_caption(icon).replace(icon.label, rng.choice(NAMELESS), 1)
         return self.icons.caption(rng, i, p_empty=0.0, p_no_style=0.0, p_tags=0.1)
