@@ -1,0 +1,250 @@
+"""The pictures of docs/papers, drawn by the embedded models from icons of the packed sample.
+
+    python benchmarks/pictures.py [omini ip-adapter instantstyle deadiff classes] [--out docs/images] [--seed 0]
+
+`classes` draws with the finished runs of recipes/small-dit.toml, small-diffit.toml and small-dit-adaln.toml: --runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import condit
+from condit.data import annotators
+from condit.data.icons import IconWorld, sample_path
+from condit.data.images import save_image
+from condit.data.sheets import Cell, contact_sheet
+
+Line = list[Cell | Image.Image | None]
+HIGH_CONTRAST, THREE_D, FLAT, MONO = (
+    "fluent-emoji-high-contrast",
+    "fluent-emoji-3d",
+    "fluent-emoji-flat",
+    "emojione-monotone",
+)
+STRENGTHS = (0.0, 0.5, 1.0, 1.5)
+
+
+class Icons:
+    """Icons of the sample by style and label, on white."""
+
+    def __init__(self) -> None:
+        self.world = IconWorld.open(sample_path())
+
+    def __call__(self, style: str, label: str) -> Image.Image:
+        found = [i for i, icon in enumerate(self.world.icons) if (icon.style, icon.label) == (style, label)]
+        if not found:
+            raise SystemExit(f"the icon sample has no {label!r} in style {style}")
+        icon = Image.fromarray(self.world.rgba(found[0]))
+        return Image.alpha_composite(Image.new("RGBA", icon.size, "white"), icon).convert("RGB")
+
+
+def drawn(pipe: Any, prompts: Sequence[str], controls: Sequence[Any], seed: int) -> list[Image.Image]:
+    """Every prompt from the same noise."""
+    return [pipe(prompt, controls=list(controls), seed=seed).images[0] for prompt in prompts]
+
+
+def swept(
+    pipe: Any,
+    prompt: str,
+    control: Callable[[float], Any],
+    seed: int,
+    name: str,
+    strengths: Sequence[float] = STRENGTHS,
+) -> Line:
+    """One prompt at several strengths."""
+    return [Cell(drawn(pipe, [prompt], [control(s)], seed)[0], f"{name} {s:g}") for s in strengths]
+
+
+def given(image: Image.Image, caption: str) -> Cell:
+    return Cell(image, caption, given=True)
+
+
+def omini(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
+    pipe = condit.load("tiny")
+    gray, edges, subject, style = (
+        condit.OminiControl.load(f"tiny/{name}", pipe) for name in ("gray", "edges", "subject", "style-tokens")
+    )
+    car, mushroom, crab = icons(FLAT, "automobile"), icons("noto", "mushroom"), icons("twemoji", "crab")
+    key = icons(HIGH_CONTRAST, "key")
+    words = ["", ", noto style", ", fluent 3d style", ", fluent high contrast style"]
+
+    def shown(adapter: Any, picture: Image.Image, what: str, seen: Image.Image, name: str) -> Line:
+        prompts = [what + more for more in words]
+        images = drawn(pipe, prompts, [adapter.control(picture)], seed)
+        return [
+            given(seen, name),
+            *(Cell(x, w.removeprefix(", ") or "no style word") for x, w in zip(images, words, strict=True)),
+        ]
+
+    rows: list[Line] = [
+        [
+            given(annotators.gray(car), "gray"),
+            *swept(pipe, "an automobile", lambda s: gray.control(car, strength=s), seed, "strength"),
+        ],
+        shown(edges, mushroom, "a mushroom", annotators.lines(mushroom), "edges"),
+        shown(subject, crab, "a crab", crab, "subject"),
+        [
+            given(key, "style"),
+            *map(
+                Cell,
+                drawn(pipe, ["a red apple", "a penguin", "a rocket", "an umbrella"], [style.control(key)], seed),
+                ["a red apple", "a penguin", "a rocket", "an umbrella"],
+            ),
+        ],
+    ]
+    return rows, [
+        "gray -> colour\nshared positions",
+        "edges\nshared positions",
+        "subject\npositions with an offset",
+        "style as tokens",
+    ]
+
+
+def ip_adapter(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
+    tiny, unet = condit.load("tiny"), condit.load("tiny-unet")
+    style = condit.IPAdapter.load("tiny/style", tiny)
+    on_unet, plus = (condit.IPAdapter.load(f"tiny-unet/{name}", unet) for name in ("style", "plus"))
+    key, tulip, apple = icons(HIGH_CONTRAST, "key"), icons(THREE_D, "tulip"), icons("noto", "red apple")
+    left = Image.new("L", key.size)
+    left.paste(255, (0, 0, key.width // 2, key.height))
+    shares = [[1.0, 0.0], [0.7, 0.3], [0.3, 0.7], [0.0, 1.0]]
+    mixed = [
+        Cell(
+            drawn(tiny, ["a penguin"], [style.control([[key, tulip]], combine="mean", weights=w)], seed)[0],
+            f"{w[0]:g} : {w[1]:g}",
+        )
+        for w in shares
+    ]
+    masked = drawn(
+        tiny, ["a penguin", "a rocket", "an automobile", "a red apple"], [style.control(key, mask=left)], seed
+    )
+    rows: list[Line] = [
+        [
+            given(key, "reference"),
+            None,
+            *swept(tiny, "a rocket", lambda s: style.control(key, strength=s), seed, "lambda"),
+        ],
+        [given(key, "first"), given(tulip, "second"), *mixed],
+        [given(key, "reference"), given(left.convert("RGB"), "mask"), *masked],
+        [
+            given(key, "reference"),
+            None,
+            *swept(unet, "a rocket", lambda s: on_unet.control(key, strength=s), seed, "lambda"),
+        ],
+        [
+            given(apple, "reference"),
+            None,
+            *swept(unet, "an icon", lambda s: plus.control(apple, strength=s), seed, "lambda"),
+        ],
+    ]
+    return rows, [
+        "MM-DiT, style",
+        "two references, averaged by weights",
+        "in one half of the picture",
+        "UNet, global",
+        "UNet, plus; the prompt names nothing",
+    ]
+
+
+def instantstyle(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
+    pipe = condit.load("tiny-unet")
+    styles = condit.InstantStyle.load("tiny-unet/style", pipe)
+    references = [(HIGH_CONTRAST, "key"), (MONO, "guitar"), (FLAT, "automobile")]
+    rows: list[Line] = []
+    for vendor, label in references:
+        picture = icons(vendor, label)
+        controls = {
+            "no control": [],
+            "all blocks": [styles.control(picture, preset="all")],
+            "all, words off": [styles.control(picture, preset="all", content=label)],
+            "style block": [styles.control(picture, preset="style")],
+            "layout block": [styles.control(picture, preset="layout")],
+            "style + layout": [styles.control(picture, preset="style+layout")],
+        }
+        row: Line = [given(picture, label)]
+        row += [Cell(drawn(pipe, ["a red apple"], c, seed)[0], name) for name, c in controls.items()]
+        rows.append(row)
+    return rows, ["a red apple"] * len(rows)
+
+
+def deadiff(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
+    pipe = condit.load("tiny-unet")
+    dead = condit.DEADiff.load("tiny-unet/deadiff", pipe)
+    key, guitar, apple, mushroom = (
+        icons(HIGH_CONTRAST, "key"),
+        icons(MONO, "guitar"),
+        icons("noto", "red apple"),
+        icons("noto", "mushroom"),
+    )
+    prompts = ["a red apple", "a penguin", "a rocket", "an umbrella"]
+
+    def line(control: Any, words: Sequence[str], *pictures: Cell | None) -> Line:
+        images = drawn(pipe, words, [control] if control is not None else [], seed)
+        return [*pictures, *(Cell(x, w or "no words") for x, w in zip(images, words, strict=True))]
+
+    rows = [
+        line(None, prompts, None, None),
+        line(dead.control(key), prompts, given(key, "style"), None),
+        line(dead.control(guitar), prompts, given(guitar, "style"), None),
+        line(
+            dead.control(content=apple),
+            ["", "this", "this, twemoji style", "this, noto style"],
+            None,
+            given(apple, "content"),
+        ),
+        line(
+            dead.control(key, mushroom),
+            ["", "this", "a mushroom", "a red apple"],
+            given(key, "style"),
+            given(mushroom, "content"),
+        ),
+    ]
+    return rows, ["no control", "style", "style of another", "content", "style of one,\ncontent of another"]
+
+
+def classes(runs: Path, seed: int) -> tuple[list[Line], list[str]]:
+    rows: list[Line] = []
+    shown = (
+        "emojione-monotone",
+        "fluent-emoji",
+        "fluent-emoji-flat",
+        "fluent-emoji-high-contrast",
+        "noto-mono",
+        "noto-v1",
+    )
+    names = {"small-dit": "DiT", "small-diffit": "DiffiT", "small-dit-adaln": "DiT,\nplain adaLN"}
+    for run in names:
+        pipe = condit.load(runs / run / "export")
+        images = pipe(list(shown), seed=seed).images
+        rows.append([Cell(x, name) for x, name in zip(images, shown, strict=True)])
+    return rows, [*names.values()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    pages: dict[str, Callable[[Icons, int], tuple[list[Line], list[str]]]] = {
+        "omini": omini,
+        "ip-adapter": ip_adapter,
+        "instantstyle": instantstyle,
+        "deadiff": deadiff,
+    }
+    parser.add_argument("names", nargs="*", choices=[*pages, "classes", []], default=[])
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args(arguments)
+    icons = Icons()
+    for name in asked.names or pages:
+        rows, labels = classes(asked.runs, asked.seed) if name == "classes" else pages[name](icons, asked.seed)
+        sheet = contact_sheet(rows, labels)
+        print(save_image(sheet, asked.out / f"{name}.png"))
+
+
+if __name__ == "__main__":
+    main()
