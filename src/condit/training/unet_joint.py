@@ -47,6 +47,7 @@ DROPPED = 0.1  # rows of an adapter that are shown no reference
 # Rows of "plus" without words, and those of DEADiff's content whose words name nothing. Where words say what is drawn,
 # a small network disregards a reference that says it too: at 0.3 and 0.5 it did so for 700 steps.
 UNTOLD = NAMELESS = 0.9
+OWN = 0.5  # rows of DEADiff's content that are shown the target itself, from which it learns to look at all
 PLUS_DEPTH = 2  # published: four layers, for 1280 numbers a token
 
 
@@ -123,7 +124,7 @@ class UNetJointTask(UNetTask):
             super().batch(rng, size - styled - plus - 3 * each),
             style,
             self.own(rng, self.pairs, plus) if plus else None,
-            tuple(self.shown_pairs(rng, self.pairs, each)) if each else (),
+            tuple(self.shown_pairs(rng, self.pairs, each, learning=True)) if each else (),
         )
 
     def own(self, rng: random.Random, source: IconSource, size: int) -> Paired:
@@ -132,10 +133,14 @@ class UNetJointTask(UNetTask):
         told = ["" if rng.random() < UNTOLD else caption for caption in found.captions]
         return Paired("reconstruction", found.images, found.references, told)
 
-    def shown_pairs(self, rng: random.Random, source: IconSource, size: int) -> list[Paired]:
+    def shown_pairs(self, rng: random.Random, source: IconSource, size: int, *, learning: bool) -> list[Paired]:
         """Of each of DEADiff's tasks; no words in reconstruction."""
-        found = [source.batch(rng, kind, size) for kind in KINDS]
-        return [p if p.kind != "reconstruction" else Paired(p.kind, p.images, p.references, [""] * size) for p in found]
+        style, content, own = (source.batch(rng, kind, size) for kind in KINDS)
+        if learning:
+            for row in range(size):
+                if rng.random() < OWN:
+                    content.references[row] = content.images[row]
+        return [style, content, Paired(own.kind, own.images, own.references, [""] * size)]
 
     def forward(self, batch: Rows, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         parts = batch.parts()
@@ -192,8 +197,9 @@ class UNetJointTask(UNetTask):
             plus = self.plus
             own = pairs.batch(rng, "reconstruction", count)
             found["plus_"] = own, lambda images: plus.reference(self.image.hidden(images))
-        for task in self.shown_pairs(rng, pairs, count) if self.deadiff is not None and pairs is not None else ():
-            found[f"deadiff_{task.kind}_"] = task, partial(self.answers, task.kind)
+        if self.deadiff is not None and pairs is not None:
+            tasks = self.shown_pairs(rng, pairs, count, learning=False)
+            found |= {f"deadiff_{task.kind}_": (task, partial(self.answers, task.kind)) for task in tasks}
         return found
 
     def answers(self, kind: Kind, images: Tensor) -> DEADiffReference:
