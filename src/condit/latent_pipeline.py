@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control, Pair, Run, Step, match_batch
+from condit.controls.control import Control, Pair, Run, Step, check_controls, match_batch
 from condit.controls.sides import sides
 from condit.data.images import to_images
 from condit.diffusion.gaussian_samplers import image_noise
@@ -218,7 +218,7 @@ class LatentPipeline:
     ) -> None:
         check_size(size, self.pixels * self.patch)
         check_counts(steps, copies, output_type)
-        for control in controls:
+        for control in check_controls(controls):
             if type(control).streams is not Control.streams or type(control).fill is not Control.fill:
                 raise ValueError(
                     f"{type(control).__name__} joins tokens to the sequence, and {self.name} takes none. "

@@ -171,5 +171,5 @@ def test_an_adapter_of_another_model_or_encoder_is_told(pipe, adapter, tmp_path)
 
 def test_a_file_of_another_method_is_refused_by_its_tensors(pipe, make_omini, tmp_path):
     path = save_tensors(tmp_path / "lora.safetensors", make_omini(pipe).tensors())
-    with pytest.raises(ValueError, match="is for condit.OminiControl, not condit.IPAdapter"):
+    with pytest.raises(ValueError, match="is for condit.OminiControl or condit.StyleLoRA, not condit.IPAdapter"):
         IPAdapter.load(path, pipe)

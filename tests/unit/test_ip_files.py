@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from condit.backbones.unet import PRESETS, UNet
 from condit.controls.control import Where
-from condit.controls.instantstyle import InstantStyle, Join, preset
+from condit.controls.instantstyle import Content, InstantStyle, Join, preset
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import face_lora, face_tensors, fit_layers, layers_of, needs_of, read_layout
 from condit.controls.ip_projectors import IdentityPlusProjection, Perceiver, projector_of
+from condit.controls.style_lora import StyleLoRA
 from condit.encoders.image import CLIPImage, EncoderSize, TextTower
 from condit.latent_pipeline import LatentPipeline
 
@@ -240,6 +241,15 @@ def test_an_adapter_of_another_base_is_told(pipe, xl, file, tmp_path):
         IPAdapter.load(tmp_path / "w.safetensors", pipe)
     with pytest.raises(ValueError, match="made for another base"):
         IPAdapter.load(file, xl)
+
+
+def test_what_is_no_adapter_for_this_model_says_what_would_be(pipe, file, make_pipe):
+    with pytest.raises(ValueError, match="is an IP-Adapter of a UNet.* is an MM-DiT"):
+        IPAdapter.load(file, make_pipe())
+    with pytest.raises(ValueError, match="Hub names are not resolved: download the file"):
+        IPAdapter.load("h94/IP-Adapter", pipe)
+    with pytest.raises(ValueError, match="is for condit.IPAdapter, not condit.OminiControl or condit.StyleLoRA"):
+        StyleLoRA.load(file, pipe)
 
 
 def test_a_corrupt_bin_is_told(pipe, file):
@@ -491,10 +501,11 @@ def test_words_are_subtracted_before_the_projector_alone_or_several(pipe, file, 
     assert style.text is not None
     e = style.adapter.features(pictures(2))
     one, two = style.text(["a dog"])[0], style.text(["a dog", "grass"])
-    cases: tuple[tuple[Join, str | list[str], torch.Tensor], ...] = (
+    cases: tuple[tuple[Join, Content, torch.Tensor], ...] = (
         ("sum", "a dog", 0.5 * one),
         ("sum", ["a dog", "grass"], 0.5 * two.sum(0)),
         ("mean", ["a dog", "grass"], 0.5 * two.mean(0)),
+        ("sum", [["a dog"], ["a dog", "grass"]], 0.5 * torch.stack([one, two.sum(0)])),  # of each image its own
     )
     for join, words, taken in cases:
         control = style.control(pictures(2), preset="style", content=words, content_scale=0.5, join=join)
@@ -509,7 +520,7 @@ def test_words_are_subtracted_before_the_projector_alone_or_several(pipe, file, 
 def test_words_that_cannot_be_subtracted_are_told(pipe, file, pictures, tmp_path):
     adapter = IPAdapter.load(file, pipe)
     style, picture = InstantStyle(adapter, Words(16, 12)), pictures(1)[0]
-    for empty in ("", "  ", [], ["a dog", ""]):
+    for empty in ("", "  ", [], ["a dog", ""], [["a dog"], []]):
         with pytest.raises(ValueError, match="content must be words"):
             style.control(picture, content=empty)
     with pytest.raises(ValueError, match="content= needs the text tower"):

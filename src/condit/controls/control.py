@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -39,6 +39,17 @@ class When:
     def __post_init__(self):
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(f"When needs 0 <= start < end <= 1; found start {self.start}, end {self.end}.")
+
+    @classmethod
+    def of(cls, value: When | tuple[float, float] | None) -> When:
+        """None = always; a pair is start and end."""
+        if isinstance(value, When):
+            return value
+        if value is None:
+            return cls()
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise ValueError(f"when must be condit.When, or a pair (start, end) in [0, 1]; found {value!r}.")
+        return cls(*value)
 
     def factor(self, step: Step) -> float:
         """Factor on the strength at this step; 0 = off."""
@@ -180,6 +191,47 @@ class Control:
     def describe(self) -> dict:
         """What a recipe keeps of it: enough to make it again."""
         return {"method": type(self).__name__}
+
+
+# At the door of a call
+
+
+def check_controls(controls: Sequence[Control]) -> tuple[Control, ...]:
+    """The controls of a call. ValueError for one that stands alone, or for what is none."""
+    if not isinstance(controls, Iterable):
+        raise ValueError(f"controls is a list: write controls=[...]; found {type(controls).__name__}.")
+    for control in controls:
+        if not isinstance(control, Control):
+            raise ValueError(f"controls are made by adapter.control(...); found {type(control).__name__}.")
+    return tuple(controls)
+
+
+def check_layers(run: Run, paths: Iterable[str]) -> None:
+    """ValueError unless the model of this call has all of these layers: elsewhere a control would act nowhere."""
+    here = {site.path for site in run.backbone.sites}  # type: ignore[attr-defined]
+    unknown = next((path for path in paths if path not in here), None)
+    if unknown is not None:
+        raise ValueError(
+            f"This call's model has no layer {unknown!r}: the control was made for another one. Load its adapter with "
+            "the pipeline that draws."
+        )
+
+
+def check_reach(where: Where, paths: Sequence[str]) -> None:
+    """ValueError for a `where` that is in none of an adapter's layers: misspelt, it would act nowhere."""
+    if any(Site(path, "cross", 0) in where for path in paths):
+        return
+    module = next((p for p in where.patterns if any(path.startswith(f"{p}.") for path in paths)), None)
+    raise ValueError(
+        f"where={where.patterns} names none of the {len(paths)} layers of this adapter, such as {paths[0]!r}."
+        + (f" The layers of a module are '{module}.*'." if module else "")
+    )
+
+
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """ValueError unless an argument is one of the words that there are."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {value!r}.")
 
 
 def match_batch(x: Tensor, batch: int, what: str) -> Tensor:

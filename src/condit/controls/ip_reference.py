@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control, MaskMode, Run, Step, When, Where, match_batch, region_levels, region_mask
+from condit.controls.control import (
+    Control,
+    MaskMode,
+    Run,
+    Step,
+    When,
+    Where,
+    check_layers,
+    match_batch,
+    region_levels,
+    region_mask,
+)
 from condit.nn.attention import Attend, Call, Reduction, Site, join_heads, sdpa
 from condit.nn.lora import LowRank, Part
 
@@ -44,6 +55,7 @@ class IPReference(Control):
     region: Tensor | Mapping[int, Tensor] | None = None
 
     def prepare(self, run: Run) -> IPReference:
+        check_layers(run, self.kv)
         kv = {
             path: (match_batch(k, run.batch, "IPAdapter"), match_batch(v, run.batch, "IPAdapter"))
             for path, (k, v) in self.kv.items()
