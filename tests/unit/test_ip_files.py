@@ -181,8 +181,16 @@ def test_faceids_lora_is_read_acts_and_is_saved(pipe, file, tmp_path):
     down, up = (tensors[f"ip_adapter.0.to_q_lora.{name}.weight"] for name in ("down", "up"))
     lora = adapter.control(identity=face).lora()
     torch.testing.assert_close(linear(x, lora), linear(x) + x @ down.T @ up.T, rtol=0, atol=1e-5)
+    # Several faces of one picture stand side by side, as in the published portrait files.
+    faces = torch.cat([face, -face])
+    side_by_side, path = adapter.control(identity=faces[None]).inner, adapter.sites[0]  # type: ignore[attr-defined]
+    apart = adapter.control(identity=faces).inner.kv[path]  # type: ignore[attr-defined]
+    for found, each in zip(side_by_side.kv[path], apart, strict=True):
+        torch.testing.assert_close(found, torch.cat([each[:1], each[1:]], 2), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="is FaceID: give identity="):
         adapter.control(embeds=torch.zeros(1, 12))
+    with pytest.raises(ValueError, match=r"identity must be \(n, 8\) or \(n, R, 8\); found \(1, 9\)"):
+        adapter.control(identity=torch.zeros(1, 9))
 
 
 # What does not fit
@@ -308,7 +316,7 @@ def test_a_missing_layer_among_its_neighbours_is_told(xl, tmp_path):
 def test_masks_of_another_shape_are_told_before_sampling(pipe, file, pictures):
     adapter = IPAdapter.load(file, pipe)
     control = adapter.control(pictures(1)[0], mask=torch.ones(32, 32))
-    with pytest.raises(ValueError, match="a mask of 32 x 32 .* for a picture of 8 x 12 latent cells"):
+    with pytest.raises(ValueError, match="a mask of 32 x 32 .* for a picture of 8 x 12 tokens"):
         pipe("a fox", controls=[control], seed=0)
     with pytest.raises(ValueError, match="masks of several sizes"):
         adapter.control(pictures(2), mask=[torch.ones(32, 48), torch.ones(16, 24)])

@@ -147,15 +147,14 @@ def draw_data(
         if not file.is_file():
             raise typer.BadParameter(f"no list at {file}")
     rows = prompt_table(read_words(subjects), read_words(styles), per_subject=per_subject, template=template, seed=seed)
-    import condit
-    from condit.request import default_device
+    from condit.request import Request, Studio
 
     with waiting(f"loading {model}"):
-        pipe = condit.load(model, device=device or default_device(model))
+        studio = Studio(model, device)
 
     def generate(prompt: str, first: int, count: int):
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance}
-        return pipe(prompt, negative, num_images_per_prompt=count, seed=first, **settings).images
+        asked = Request(prompt, model, (), negative, first, count, steps, guidance)
+        return studio.draw(asked).images
 
     with progress("drawing") as advance:
         draw_groups(out, rows, generate, images=images, seed=seed, progress=advance)

@@ -255,15 +255,21 @@ def region_mask(mask: Tensor, grid: tuple[int, int], cells: Tensor | None = None
     return (small if cells is None else small[..., cells.to(small.device)])[..., None]
 
 
-def region_levels(mask: Tensor, grid: tuple[int, int], mode: MaskMode = "area") -> dict[int, Tensor]:
-    """A pixel mask on every token grid of a UNet over `grid`: N -> (B or 1, 1, N, 1). Strides of 2 round up, so that 65
-    rows become 33, and N tells the level. ValueError for a mask of another shape than the picture's."""
+def check_shape(mask: Tensor, grid: tuple[int, int]) -> None:
+    """ValueError for a mask of another shape than the picture's: stretched, it would act elsewhere."""
     (height, width), (rows, columns) = mask.shape[-2:], grid
     if abs(height * columns - width * rows) > max(rows, columns):  # one pixel of rounding is let pass
         raise ValueError(
-            f"a mask of {height} x {width} (height x width) for a picture of {rows} x {columns} latent cells: the "
+            f"a mask of {height} x {width} (height x width) for a picture of {rows} x {columns} tokens: the "
             "shapes differ. Crop or pad the mask to the picture's shape."
         )
+
+
+def region_levels(mask: Tensor, grid: tuple[int, int], mode: MaskMode = "area") -> dict[int, Tensor]:
+    """A pixel mask on every token grid of a UNet over `grid`: N -> (B or 1, 1, N, 1). Strides of 2 round up, so that 65
+    rows become 33, and N tells the level. ValueError for a mask of another shape than the picture's."""
+    check_shape(mask, grid)
+    rows, columns = grid
     found = {}
     while True:
         found[rows * columns] = region_mask(mask, (rows, columns), mode=mode)

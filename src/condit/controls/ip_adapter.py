@@ -303,11 +303,11 @@ class IPAdapter(nn.Module):
         Several references of one image: "mean" or "add" of their features; "subtract": the first minus the mean of the
         others; "concat": side by side in one softmax; "sum": an attention each, added. weights: of each of them.
 
-        embeds (n, ...) or (n, R, ...): features made elsewhere, in place of pictures. identity (n, E): FaceID's faces;
-        shortcut: None for FaceID-Plus, a number (usually 1) for v2; lora_scale: of FaceID's LoRA. content (E,) or
-        (n, E): subtracted from the features (InstantStyle). against: layers at which the reference acts on the negative
-        side instead. scaling: how lambda acts. fit: of the picture to the encoder's square. one_graph: every choice of
-        blocks compiles to the same graph, at the cost of acting everywhere.
+        embeds (n, ...) or (n, R, ...): features made elsewhere, in place of pictures. identity (n, E) or (n, R, E):
+        FaceID's faces; shortcut: None for FaceID-Plus, a number (usually 1) for v2; lora_scale: of FaceID's LoRA.
+        content (E,) or (n, E): subtracted from the features (InstantStyle). against: layers at which the reference acts
+        on the negative side instead. scaling: how lambda acts. fit: of the picture to the encoder's square. one_graph:
+        every choice of blocks compiles to the same graph, at the cost of acting everywhere.
         """
         chosen = combine or self.config.combine
         one_of("combine", chosen, get_args(Combine))

@@ -48,6 +48,9 @@ def given_features(
     if reads in ("identity", "identity+hidden"):
         if identity is None:
             raise ValueError(f"{name} is FaceID: give identity= (n, E), a face's vector.")
+        width = adapter.image_proj.proj[0].in_features  # type: ignore[union-attr,index]
+        if identity.ndim not in (2, 3) or identity.shape[-1] != width:
+            raise ValueError(f"identity must be (n, {width}) or (n, R, {width}); found {tuple(identity.shape)}.")
         faces = (identity[:, None] if identity.ndim == 2 else identity).to(like)
         if reads == "identity":
             return faces
@@ -78,18 +81,12 @@ def given_masks(adapter: IPAdapter, mask: Any, count: int) -> list[Tensor | None
     """A mask (n or 1, H, W) in [0, 1] for each of `count` references of an image."""
     if mask is None:
         return [None] * count
-    pipe = adapter._bound()
-
-    def read(source) -> Tensor:
-        if adapter.config.form != "cross":
-            return (pipe.read_images(source, None)[:, 0] + 1) / 2
-        return load_masks(source).to(pipe.device)
-
+    device = adapter._bound().device
     if count == 1 or not isinstance(mask, list | tuple):
-        return [read(mask)] * count
+        return [load_masks(mask).to(device)] * count
     if len(mask) != count:
         raise ValueError(f"{len(mask)} masks for {count} references of an image. Give one, or one of each.")
-    return [None if m is None else read(m) for m in mask]
+    return [None if m is None else load_masks(m).to(device) for m in mask]
 
 
 def check_prefixes(adapter: IPAdapter, strength: object) -> None:

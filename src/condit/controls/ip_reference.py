@@ -17,6 +17,7 @@ from condit.controls.control import (
     When,
     Where,
     check_layers,
+    check_shape,
     match_batch,
     region_levels,
     region_mask,
@@ -73,6 +74,7 @@ class IPReference(Control):
         if self.adapter.config.form == "cross":
             levels = region_levels(self.mask, run.grid, self.mask_mode)
             return {n: match_batch(region, run.batch, "mask") for n, region in levels.items()}
+        check_shape(self.mask, run.grid)
         return match_batch(region_mask(self.mask, run.grid, run.cells, self.mask_mode), run.batch, "mask")
 
     def at(self, step: Step) -> IPReference | None:
