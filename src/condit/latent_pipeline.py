@@ -25,7 +25,7 @@ from condit.diffusion.guidance import guide, guide_text_image, rescale
 from condit.diffusion.vp import Process, Solver, make_path
 from condit.diffusion.vp_samplers import sample
 from condit.editing import edit as editing
-from condit.encoders.image import CLIPImage, TextTower
+from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyWords
 from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
 from condit.image_to_image import Images, check_picture, repainted, skipped, start_of
@@ -372,10 +372,13 @@ class LatentPipeline:
         """A CLIP image tower from its folder, where the model computes."""
         return load_image_encoder(folder).to(self.device)
 
-    def text_tower(self, folder: str | Path | None = None) -> TextTower | None:
-        """A CLIP text tower with projection from its folder; None: the model's own, if it has one (SDXL's second)."""
+    def text_tower(self, folder: str | Path | None = None) -> TextTower | TinyWords | None:
+        """A CLIP text tower with projection from its folder; None: the model's own, if it has one (SDXL's second, and
+        the embedded UNet's)."""
         if folder is not None:
             return load_text_tower(folder).to(self.device)
+        if isinstance(self.image, TinyImage):
+            return TinyWords(self.image, self.parts.text.tokenizer)  # type: ignore[union-attr]
         own = [pair for pair in zip(*towers_of(self.parts.text), strict=True) if hasattr(pair[1], "text_projection")]
         return TextTower(own[-1][1], own[-1][0]) if own else None
 

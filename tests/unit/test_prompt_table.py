@@ -45,12 +45,13 @@ def test_pairs_of_a_drawn_set_share_their_prompt_or_their_subject(tmp_path):
     assert (found.pairs, found.problems, found.groups) == (18, (), {"style": 6, "content": 3})
     pairs, rng = GroupedPairs(open_pairs(tmp_path)), random.Random(0)
     subject = {row.prompt: row.subject for row in table}
-    of_picture = {pair.image: pair.text for pair in (pairs.pairs[i] for i in range(18))}
+    text_of = {str(pair.image): pair.text for pair in (pairs.pairs[i] for i in range(18))}
     for _ in range(50):
         target, reference = pairs.draw(rng, "style")
-        assert reference != target.image and of_picture[reference] == target.text
+        assert reference != target.image and text_of[str(reference)] == target.text
         target, reference = pairs.draw(rng, "content")
-        assert of_picture[reference] != target.text and subject[of_picture[reference]] == subject[target.text]
+        other = text_of[str(reference)]
+        assert other != target.text and subject[other] == subject[target.text]
 
 
 def test_a_run_that_stopped_goes_on_and_a_table_may_grow(tmp_path):

@@ -21,7 +21,7 @@ from condit.controls.control import Control, When, Where
 from condit.controls.ip_adapter import IPAdapter
 from condit.controls.ip_projectors import HEAD_DIM
 from condit.controls.ip_reference import IPReference, Together, WithLoRA
-from condit.encoders.image import CLIPImage, Fit, TextTower
+from condit.encoders.image import CLIPImage, Fit, TextTower, TinyWords
 from condit.nn.attention import Site
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class InstantStyle:
     """An IP-Adapter used for style, and the text tower that names what to leave out."""
 
     adapter: IPAdapter
-    text: TextTower | None = None
+    text: TextTower | TinyWords | None = None
 
     @classmethod
     def load(
@@ -169,7 +169,7 @@ class InstantStyle:
                 "InstantStyle.load (for SD 1.5 that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K; its own is another CLIP)."
             )
         encoder = self.adapter._encoder[0]
-        if encoder is not None:
+        if encoder is not None and isinstance(self.text, TextTower):
             self.text.check_twin(encoder.size)
         found = self.text(phrases)
         return self._fitting(found.sum(0) if join == "sum" else found.mean(0))

@@ -27,7 +27,10 @@ def load_own(cls: type[IPAdapter], source, pipe, file) -> IPAdapter:
         )
     for name in ("image_proj.proj.weight", "image_proj.norm.weight", "ip_adapter.0.to_k_ip.weight"):
         if name not in file.tensors:
-            raise ValueError(f"{source}: no {name!r}. Expected an IP-Adapter for an MM-DiT; found {file.guess}.")
+            raise ValueError(
+                f"{source}: no {name!r}; its first tensor is {next(iter(file.tensors))!r}. Read for an MM-DiT are our "
+                "own adapters and XLabs' FLUX files; InstantX's are not."
+            )
     others = [name for name in file.tensors if not name.startswith(("image_proj.", "ip_adapter."))]
     if others:
         raise ValueError(
