@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from condit.backbones.diffit import DiffiT
-from condit.controls.control import Control, Run, Step
+from condit.controls.control import Control, Run, Step, check_controls
 from condit.data.images import to_images
 from condit.diffusion.gaussian import Denoise, Gaussian, gaussian
 from condit.diffusion.gaussian_samplers import Noise, ancestral, ddim, image_noise
@@ -224,7 +224,7 @@ class ClassPipeline:
                 f"{self.name} was loaded without an autoencoder. Put the folder of its AutoencoderKL (stabilityai/"
                 f"sd-vae-ft-ema) as {self.parts.place / 'vae'}, load with vae=..., or ask for output_type='latent'."
             )
-        for control in controls:
+        for control in check_controls(controls):
             if type(control).streams is not Control.streams:
                 raise ValueError(
                     f"{type(control).__name__} joins tokens to the sequence, and {self.name} takes none. "

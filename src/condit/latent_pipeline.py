@@ -15,15 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control, Pair, Run, Step, match_batch
+from condit.backbones.unet import UNet
+from condit.controls.control import Control, Pair, Run, Step, check_controls, match_batch
 from condit.controls.sides import sides
+from condit.controls.token_merging import TokenMerging
 from condit.data.images import to_images
 from condit.diffusion.gaussian_samplers import image_noise
 from condit.diffusion.guidance import guide, guide_text_image, rescale
 from condit.diffusion.vp import Process, Solver, make_path
 from condit.diffusion.vp_samplers import sample
 from condit.editing import edit as editing
-from condit.encoders.image import CLIPImage, TextTower
+from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyWords
 from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
 from condit.image_to_image import Images, check_picture, repainted, skipped, start_of
@@ -218,7 +220,9 @@ class LatentPipeline:
     ) -> None:
         check_size(size, self.pixels * self.patch)
         check_counts(steps, copies, output_type)
-        for control in controls:
+        for control in check_controls(controls):
+            if isinstance(control, TokenMerging) and isinstance(self.backbone, UNet):
+                raise ValueError(f"TokenMerging merges a transformer's tokens; {self.name} is a UNet. Leave it out.")
             if type(control).streams is not Control.streams or type(control).fill is not Control.fill:
                 raise ValueError(
                     f"{type(control).__name__} joins tokens to the sequence, and {self.name} takes none. "
@@ -368,10 +372,13 @@ class LatentPipeline:
         """A CLIP image tower from its folder, where the model computes."""
         return load_image_encoder(folder).to(self.device)
 
-    def text_tower(self, folder: str | Path | None = None) -> TextTower | None:
-        """A CLIP text tower with projection from its folder; None: the model's own, if it has one (SDXL's second)."""
+    def text_tower(self, folder: str | Path | None = None) -> TextTower | TinyWords | None:
+        """A CLIP text tower with projection from its folder; None: the model's own, if it has one (SDXL's second, and
+        the embedded UNet's)."""
         if folder is not None:
             return load_text_tower(folder).to(self.device)
+        if isinstance(self.image, TinyImage):
+            return TinyWords(self.image, self.parts.text.tokenizer)  # type: ignore[union-attr]
         own = [pair for pair in zip(*towers_of(self.parts.text), strict=True) if hasattr(pair[1], "text_projection")]
         return TextTower(own[-1][1], own[-1][0]) if own else None
 

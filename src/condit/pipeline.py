@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Pair, Run, Step
+from condit.controls.control import Control, Pair, Run, Step, check_controls
 from condit.data.images import ImageSource, to_images
 from condit.diffusion.gaussian_samplers import draw
 from condit.diffusion.guidance import guide, guide_text_image
@@ -138,7 +138,7 @@ class Pipeline:
         batch = len(prompts) * num_images_per_prompt
         grid = height // self.pixels, width // self.pixels
         negative = self.negatives(negative_prompt, len(prompts))
-        controls = [control.sized((height, width), self) for control in controls]
+        controls = [control.sized((height, width), self) for control in check_controls(controls)]
         fill = find_fill(controls, grid)
         cells = None if fill is None else fill.cells.to(self.device)
         branches = self.branches(

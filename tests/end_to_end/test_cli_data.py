@@ -1,4 +1,4 @@
-"""`condit data check` and `condit annotate`."""
+"""`condit data draw`, `condit data check` and `condit annotate`."""
 
 import json
 
@@ -60,3 +60,17 @@ def test_annotate_depth_without_weights_says_what_to_download(tmp_path, capsys, 
     Image.new("RGB", (16, 12)).save(tmp_path / "a.png")
     code, _, err = run(capsys, "annotate", str(tmp_path / "a.png"), "depth")
     assert code == 1 and "no depth network" in err and "nobody/nothing" in err
+
+
+def test_data_draw_makes_a_set_that_data_check_counts(tmp_path, capsys):
+    (tmp_path / "subjects.txt").write_text("a fox\na rocket\n")
+    (tmp_path / "styles.txt").write_text("flat\noutline\n")
+    lists = ("--subjects", str(tmp_path / "subjects.txt"), "--styles", str(tmp_path / "styles.txt"))
+    small = ("--per-subject", "2", "-n", "2", "--steps", "1", "-o", str(tmp_path / "set"))
+    assert run(capsys, "data", "draw", *lists, *small)[:2] == (0, f"{tmp_path / 'set'}\n")
+    told = "8 pairs; with references: none; groups: style 4, content 2\n"
+    assert run(capsys, "data", "check", str(tmp_path / "set"))[:2] == (0, told)
+    code, _, err = run(capsys, "data", "draw", *lists, "-o", str(tmp_path / "other"))
+    assert code == 1 and "14 styles a subject, of 2" in err
+    code, _, err = run(capsys, "data", "draw", "--subjects", "none.txt", *lists[2:], *small)
+    assert code == 2 and "no list at none.txt" in err

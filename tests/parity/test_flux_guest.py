@@ -149,7 +149,7 @@ def table(omini, ip_adapter) -> dict[str, Make]:
         "joint_and_cached": lambda p, r: [joint(p, r), cached(p, r[::-1], strength=0.7)],
         "late": lambda p, r: [joint(p, r, when=When(0.5, 1))],
         "ip": lambda p, r: [ip(p, r, strength=0.7)],
-        "ip_masked": lambda p, r: [ip(p, r, mask=np.eye(32, dtype=np.uint8)[:, :, None].repeat(3, 2) * 255)],
+        "ip_masked": lambda p, r: [ip(p, r, mask=np.eye(24, 32, dtype=np.uint8)[:, :, None].repeat(3, 2) * 255)],
         "all": lambda p, r: [ip(p, r), cached(p, r), joint(p, r, strength=0.5)],
     }
 

@@ -4,6 +4,7 @@ what they computed. Tolerances of its README: tokens 1e-5, one UNet call 2e-5, t
 import json
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -179,7 +180,7 @@ def branch(n: int, t: int, **how) -> Tensor:
     path = FACTS["index_to_block"][f"layers{n}"][t] + ".transformer_blocks.0.attn2"
     rows = []
     for row, side in enumerate((control.negative(), control)):
-        run = Run(nn.Module(), 1, (4, 6), torch.zeros(1, 0), None, 4)  # type: ignore[arg-type]
+        run = Run(SimpleNamespace(sites=comfy_sites(n)), 1, (4, 6), torch.zeros(1, 0), None, 4)  # type: ignore[arg-type]
         acting = side.prepare(run).at(Step(0, 1, 1.0))
         q, k, v = (split_heads(COMFY[name][row : row + 1], HEADS) for name in ("q", "text_k", "text_v"))
         call = Call(q, k, v, Site(path, "cross", 0), image=slice(0, 24), plain=q)

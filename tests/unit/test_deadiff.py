@@ -213,6 +213,11 @@ def test_several_references_are_averaged_as_tokens_by_weights(adapter, pictures)
     for path, name in mixed.table.items():
         if name == "style":  # the maps are linear, so that averages of tokens are averages of keys
             close(mixed.kv[path][0], 0.25 * one.kv[path][0] + 0.75 * other.kv[path][0])
+    # One content beside them has nothing to be weighed.
+    both = adapter.control([pictures[:2]], pictures[2], weights=[0.25, 0.75])
+    content = adapter.control(content=pictures[2])
+    for path, name in both.table.items():
+        close(both.kv[path][0], (mixed if name == "style" else content).kv[path][0])
     equal = adapter.control([pictures[:2]])
     path = next(path for path, name in equal.table.items() if name == "style")
     close(equal.kv[path][1], (one.kv[path][1] + other.kv[path][1]) / 2)
@@ -569,6 +574,9 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(bench, adapter, tmp_
         ({"style": 0, "weights": [0.5]}, "weights must be 1 numbers that sum to 1"),
         ({"style": 0, "weights": [1.0], "combine": "concat"}, "weights are for combine"),
         ({"style": "nowhere.png"}, "no image at nowhere.png"),
+        ({"style": 0, "strength": [0.3, 1.0]}, "strength is one number for all images of a control"),
+        ({"style": 0, "content_strength": float("nan")}, "strength is one number"),
+        ({"style": 0, "where": "up_blocks.1"}, r"names none of the .* layers.*'up_blocks.1.\*'"),
     ],
 )
 def test_a_control_that_cannot_be_made_says_why(adapter, pictures, how, message):

@@ -82,6 +82,9 @@ def test_a_mask_limits_the_tokens(pipe, adapter, pictures):
     changed = at_step(pipe, adapter.control(pictures(1), mask=mask)).around(call, sdpa) - sdpa(call)
     columns = changed[:, :, 5:].abs().amax((0, 1, 3)).view(4, 6).amax(0)
     assert (columns[:3] > 1e-3).all() and not columns[3:].any()
+    square = adapter.control(pictures(1), mask=torch.ones(32, 32))
+    with pytest.raises(ValueError, match="a mask of 32 x 32 .* for a picture of 4 x 6 tokens: the shapes differ"):
+        pipe("a fox", controls=[square], seed=0)
 
 
 def test_references_of_one_image_are_averaged_or_stand_side_by_side(adapter, pictures):
@@ -171,5 +174,5 @@ def test_an_adapter_of_another_model_or_encoder_is_told(pipe, adapter, tmp_path)
 
 def test_a_file_of_another_method_is_refused_by_its_tensors(pipe, make_omini, tmp_path):
     path = save_tensors(tmp_path / "lora.safetensors", make_omini(pipe).tensors())
-    with pytest.raises(ValueError, match="is for condit.OminiControl, not condit.IPAdapter"):
+    with pytest.raises(ValueError, match="is for condit.OminiControl or condit.StyleLoRA, not condit.IPAdapter"):
         IPAdapter.load(path, pipe)

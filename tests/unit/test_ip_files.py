@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from condit.backbones.unet import PRESETS, UNet
 from condit.controls.control import Where
-from condit.controls.instantstyle import InstantStyle, Join, preset
+from condit.controls.instantstyle import Content, InstantStyle, Join, preset
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import face_lora, face_tensors, fit_layers, layers_of, needs_of, read_layout
 from condit.controls.ip_projectors import IdentityPlusProjection, Perceiver, projector_of
+from condit.controls.style_lora import StyleLoRA
 from condit.encoders.image import CLIPImage, EncoderSize, TextTower
 from condit.latent_pipeline import LatentPipeline
 
@@ -180,8 +181,16 @@ def test_faceids_lora_is_read_acts_and_is_saved(pipe, file, tmp_path):
     down, up = (tensors[f"ip_adapter.0.to_q_lora.{name}.weight"] for name in ("down", "up"))
     lora = adapter.control(identity=face).lora()
     torch.testing.assert_close(linear(x, lora), linear(x) + x @ down.T @ up.T, rtol=0, atol=1e-5)
+    # Several faces of one picture stand side by side, as in the published portrait files.
+    faces = torch.cat([face, -face])
+    side_by_side, path = adapter.control(identity=faces[None]).inner, adapter.sites[0]  # type: ignore[attr-defined]
+    apart = adapter.control(identity=faces).inner.kv[path]  # type: ignore[attr-defined]
+    for found, each in zip(side_by_side.kv[path], apart, strict=True):
+        torch.testing.assert_close(found, torch.cat([each[:1], each[1:]], 2), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="is FaceID: give identity="):
         adapter.control(embeds=torch.zeros(1, 12))
+    with pytest.raises(ValueError, match=r"identity must be \(n, 8\) or \(n, R, 8\); found \(1, 9\)"):
+        adapter.control(identity=torch.zeros(1, 9))
 
 
 # What does not fit
@@ -242,6 +251,15 @@ def test_an_adapter_of_another_base_is_told(pipe, xl, file, tmp_path):
         IPAdapter.load(file, xl)
 
 
+def test_what_is_no_adapter_for_this_model_says_what_would_be(pipe, file, make_pipe):
+    with pytest.raises(ValueError, match="is an IP-Adapter of a UNet.* is an MM-DiT"):
+        IPAdapter.load(file, make_pipe())
+    with pytest.raises(ValueError, match="Hub names are not resolved: download the file"):
+        IPAdapter.load("h94/IP-Adapter", pipe)
+    with pytest.raises(ValueError, match="is for condit.IPAdapter, not condit.OminiControl or condit.StyleLoRA"):
+        StyleLoRA.load(file, pipe)
+
+
 def test_a_corrupt_bin_is_told(pipe, file):
     path = file.parent / "cut.bin"
     torch.save(nested(published(pipe)), path)
@@ -298,7 +316,7 @@ def test_a_missing_layer_among_its_neighbours_is_told(xl, tmp_path):
 def test_masks_of_another_shape_are_told_before_sampling(pipe, file, pictures):
     adapter = IPAdapter.load(file, pipe)
     control = adapter.control(pictures(1)[0], mask=torch.ones(32, 32))
-    with pytest.raises(ValueError, match="a mask of 32 x 32 .* for a picture of 8 x 12 latent cells"):
+    with pytest.raises(ValueError, match="a mask of 32 x 32 .* for a picture of 8 x 12 tokens"):
         pipe("a fox", controls=[control], seed=0)
     with pytest.raises(ValueError, match="masks of several sizes"):
         adapter.control(pictures(2), mask=[torch.ones(32, 48), torch.ones(16, 24)])
@@ -491,10 +509,11 @@ def test_words_are_subtracted_before_the_projector_alone_or_several(pipe, file, 
     assert style.text is not None
     e = style.adapter.features(pictures(2))
     one, two = style.text(["a dog"])[0], style.text(["a dog", "grass"])
-    cases: tuple[tuple[Join, str | list[str], torch.Tensor], ...] = (
+    cases: tuple[tuple[Join, Content, torch.Tensor], ...] = (
         ("sum", "a dog", 0.5 * one),
         ("sum", ["a dog", "grass"], 0.5 * two.sum(0)),
         ("mean", ["a dog", "grass"], 0.5 * two.mean(0)),
+        ("sum", [["a dog"], ["a dog", "grass"]], 0.5 * torch.stack([one, two.sum(0)])),  # of each image its own
     )
     for join, words, taken in cases:
         control = style.control(pictures(2), preset="style", content=words, content_scale=0.5, join=join)
@@ -509,7 +528,7 @@ def test_words_are_subtracted_before_the_projector_alone_or_several(pipe, file, 
 def test_words_that_cannot_be_subtracted_are_told(pipe, file, pictures, tmp_path):
     adapter = IPAdapter.load(file, pipe)
     style, picture = InstantStyle(adapter, Words(16, 12)), pictures(1)[0]
-    for empty in ("", "  ", [], ["a dog", ""]):
+    for empty in ("", "  ", [], ["a dog", ""], [["a dog"], []]):
         with pytest.raises(ValueError, match="content must be words"):
             style.control(picture, content=empty)
     with pytest.raises(ValueError, match="content= needs the text tower"):

@@ -13,6 +13,7 @@ import condit
 from condit.controls.control import Control, Step, When
 from condit.controls.sides import Sides
 from condit.controls.style_lora import StyleLoRA
+from condit.controls.token_merging import TokenMerging
 from condit.latent_pipeline import LatentPipeline
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, linear_shapes
@@ -229,6 +230,8 @@ def test_controls_that_join_tokens_are_refused(pipes):
 
     with pytest.raises(ValueError, match="Joins joins tokens"):
         draw(pipes("sd15"), controls=[Joins()])
+    with pytest.raises(ValueError, match="merges a transformer's tokens; random sd15 is a UNet"):
+        draw(pipes("sd15"), controls=[TokenMerging()])
 
 
 def test_an_unknown_scheduler_asks_for_a_sampler(pipes):

@@ -109,3 +109,21 @@ def test_the_shipped_deadiff_reads_with_the_models_own_tower():
     controls = adapter.control(style=picture), adapter.control(content=picture)
     found = [pipe("a rocket", controls=[c], **HOW).images for c in controls]
     assert not torch.equal(found[0], plain) and not torch.equal(found[0], found[1])
+
+
+@pytest.mark.skipif("tiny-unet/style" not in MODELS, reason="a checkout without the adapter")
+def test_words_are_subtracted_by_the_embedded_text_tower():
+    """c lies where e lies: in the half that both towers share, at its scale, and nothing elsewhere."""
+    pipe = condit.load("tiny-unet")
+    style = InstantStyle.load("tiny-unet/style", pipe)
+    words, picture = style.content(["a red apple", "grass"]), np.full((128, 128, 3), 200, np.uint8)
+    shared = TinyImage.embedding.stop
+    assert words.shape == (TinyImage.features,) and not words[shared:].any()
+    e = style.adapter.features([picture])
+    each = torch.stack([style.content(phrase) for phrase in ("a red apple", "grass")])
+    torch.testing.assert_close(each[:, :shared].norm(dim=-1), e[:, :shared].norm(dim=-1).expand(2), rtol=1e-3, atol=0)
+    torch.testing.assert_close(words, each.sum(0), rtol=0, atol=1e-4)
+    control = style.control(picture, content=["a red apple", "grass"], content_scale=0.5)
+    expected = style.adapter.reference(e - 0.5 * words, where=preset("style", pipe.backbone))
+    for path, pair in expected.kv.items():
+        torch.testing.assert_close(control.kv[path], pair, rtol=0, atol=1e-4)  # type: ignore[attr-defined]

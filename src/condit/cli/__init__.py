@@ -39,6 +39,7 @@ for command in (
 ):
     app.command()(command)
 data_app.command()(study.icons)
+data_app.command("draw")(study.draw_data)
 data_app.command("check")(study.check_data)
 
 

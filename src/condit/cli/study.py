@@ -1,11 +1,11 @@
-"""Commands that train, verify and make data: train, verify, data icons, data check."""
+"""Commands that train, verify and make data: train, verify, data icons, data draw, data check."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from condit.cli.terminal import Debug, Json, answer, progress, say, waiting
+from condit.cli.terminal import Debug, Json, Seed, answer, progress, say, waiting
 
 
 def train(
@@ -121,6 +121,46 @@ def icons(
     typer.echo(str(out))
 
 
+def draw_data(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the set.", show_default=False)],
+    subjects: Annotated[Path, typer.Option("--subjects", help="Subjects, one a line.", show_default=False)],
+    styles: Annotated[Path, typer.Option("--styles", help="Styles, one a line.", show_default=False)],
+    model: Annotated[str, typer.Option("--model", "-m", help="A name, a folder or a file of a model.")] = "tiny",
+    per_subject: Annotated[int, typer.Option("--per-subject", help="Styles of each subject.")] = 14,
+    images: Annotated[int, typer.Option("--images", "-n", help="Pictures of each prompt.")] = 4,
+    template: Annotated[str, typer.Option(help="How a prompt is made.")] = "{subject}, {style}",
+    negative: Annotated[str | None, typer.Option("--negative", help="What to keep away from.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the sampler [default: the model's].")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance by the text [default: the model's].")] = None,
+    seed: Seed = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps [default: cpu for tiny].")] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw a paired set: every subject in some styles, several pictures a prompt.
+
+    Pictures of a prompt share their style, those of a subject their content: what DEADiff and IP-Adapter train on.
+    A run that was stopped goes on.
+    """
+    from condit.data.prompt_table import draw_groups, prompt_table, read_words
+
+    for file in (subjects, styles):
+        if not file.is_file():
+            raise typer.BadParameter(f"no list at {file}")
+    rows = prompt_table(read_words(subjects), read_words(styles), per_subject=per_subject, template=template, seed=seed)
+    from condit.request import Request, Studio
+
+    with waiting(f"loading {model}"):
+        studio = Studio(model, device)
+
+    def generate(prompt: str, first: int, count: int):
+        asked = Request(prompt, model, (), negative, first, count, steps, guidance)
+        return studio.draw(asked).images
+
+    with progress("drawing") as advance:
+        draw_groups(out, rows, generate, images=images, seed=seed, progress=advance)
+    typer.echo(str(out))
+
+
 def check_data(
     source: Annotated[Path, typer.Argument(help="A folder with metadata.jsonl, a .tar, or a folder of tars.")],
     quick: Annotated[bool, typer.Option("--quick", help="Names and captions only; no picture is decoded.")] = False,
@@ -135,10 +175,12 @@ def check_data(
 
     report = check(source, decode=not quick)
     if as_json:
-        answer({"pairs": report.pairs, "roles": report.roles, "problems": report.problems})
+        told = {"pairs": report.pairs, "roles": report.roles, "groups": report.groups, "problems": report.problems}
+        answer(told)
     else:
         roles = ", ".join(f"{role} {count}" for role, count in report.roles.items()) or "none"
-        typer.echo(f"{report.pairs} pairs; with references: {roles}")
+        groups = ", ".join(f"{kind} {count}" for kind, count in report.groups.items())
+        typer.echo(f"{report.pairs} pairs; with references: {roles}{f'; groups: {groups}' if groups else ''}")
         for problem in report.problems:
             say(problem)
     if report.problems:

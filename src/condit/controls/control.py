@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -39,6 +39,17 @@ class When:
     def __post_init__(self):
         if not 0 <= self.start < self.end <= 1:
             raise ValueError(f"When needs 0 <= start < end <= 1; found start {self.start}, end {self.end}.")
+
+    @classmethod
+    def of(cls, value: When | tuple[float, float] | None) -> When:
+        """None = always; a pair is start and end."""
+        if isinstance(value, When):
+            return value
+        if value is None:
+            return cls()
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise ValueError(f"when must be condit.When, or a pair (start, end) in [0, 1]; found {value!r}.")
+        return cls(*value)
 
     def factor(self, step: Step) -> float:
         """Factor on the strength at this step; 0 = off."""
@@ -182,6 +193,47 @@ class Control:
         return {"method": type(self).__name__}
 
 
+# At the door of a call
+
+
+def check_controls(controls: Sequence[Control]) -> tuple[Control, ...]:
+    """The controls of a call. ValueError for one that stands alone, or for what is none."""
+    if not isinstance(controls, Iterable):
+        raise ValueError(f"controls is a list: write controls=[...]; found {type(controls).__name__}.")
+    for control in controls:
+        if not isinstance(control, Control):
+            raise ValueError(f"controls are made by adapter.control(...); found {type(control).__name__}.")
+    return tuple(controls)
+
+
+def check_layers(run: Run, paths: Iterable[str]) -> None:
+    """ValueError unless the model of this call has all of these layers: elsewhere a control would act nowhere."""
+    here = {site.path for site in getattr(run.backbone, "sites", ())}
+    unknown = next((path for path in paths if path not in here), None)
+    if unknown is not None:
+        raise ValueError(
+            f"This call's model has no layer {unknown!r}: the control was made for another one. Load its adapter with "
+            "the pipeline that draws."
+        )
+
+
+def check_reach(where: Where, paths: Sequence[str]) -> None:
+    """ValueError for a `where` that is in none of an adapter's layers: misspelt, it would act nowhere."""
+    if any(Site(path, "cross", 0) in where for path in paths):
+        return
+    module = next((p for p in where.patterns if any(path.startswith(f"{p}.") for path in paths)), None)
+    raise ValueError(
+        f"where={where.patterns} names none of the {len(paths)} layers of this adapter, such as {paths[0]!r}."
+        + (f" The layers of a module are '{module}.*'." if module else "")
+    )
+
+
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """ValueError unless an argument is one of the words that there are."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {value!r}.")
+
+
 def match_batch(x: Tensor, batch: int, what: str) -> Tensor:
     """Rows of a reference tensor for a batch: one row serves all, n rows serve n prompts (and copies of each)."""
     if x.shape[0] == batch:
@@ -203,15 +255,21 @@ def region_mask(mask: Tensor, grid: tuple[int, int], cells: Tensor | None = None
     return (small if cells is None else small[..., cells.to(small.device)])[..., None]
 
 
-def region_levels(mask: Tensor, grid: tuple[int, int], mode: MaskMode = "area") -> dict[int, Tensor]:
-    """A pixel mask on every token grid of a UNet over `grid`: N -> (B or 1, 1, N, 1). Strides of 2 round up, so that 65
-    rows become 33, and N tells the level. ValueError for a mask of another shape than the picture's."""
+def check_shape(mask: Tensor, grid: tuple[int, int]) -> None:
+    """ValueError for a mask of another shape than the picture's: stretched, it would act elsewhere."""
     (height, width), (rows, columns) = mask.shape[-2:], grid
     if abs(height * columns - width * rows) > max(rows, columns):  # one pixel of rounding is let pass
         raise ValueError(
-            f"a mask of {height} x {width} (height x width) for a picture of {rows} x {columns} latent cells: the "
+            f"a mask of {height} x {width} (height x width) for a picture of {rows} x {columns} tokens: the "
             "shapes differ. Crop or pad the mask to the picture's shape."
         )
+
+
+def region_levels(mask: Tensor, grid: tuple[int, int], mode: MaskMode = "area") -> dict[int, Tensor]:
+    """A pixel mask on every token grid of a UNet over `grid`: N -> (B or 1, 1, N, 1). Strides of 2 round up, so that 65
+    rows become 33, and N tells the level. ValueError for a mask of another shape than the picture's."""
+    check_shape(mask, grid)
+    rows, columns = grid
     found = {}
     while True:
         found[rows * columns] = region_mask(mask, (rows, columns), mode=mode)

@@ -7,17 +7,19 @@ out = softmax(q [W_k c_t; m W_k' c_i]^T / sqrt(d)) [W_v c_t; m W_v' c_i]. A set 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Run, Step, When, Where, match_batch
+from condit.controls.control import Control, Run, Step, When, Where, check_layers, check_reach, match_batch, one_of
 from condit.controls.deadiff_layers import (
     CONTENT_LAYERS,
     SETS,
@@ -30,7 +32,7 @@ from condit.controls.deadiff_layers import (
     log_regions,
     plant,
 )
-from condit.data.images import load_image
+from condit.data.images import load_image, load_masks
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.image import TinyImage
 from condit.encoders.qformer import BERT_WORDS, QFormer, QFormerConfig, word_ids
@@ -203,6 +205,7 @@ class DEADiff(nn.Module):
         sites = [Site(path, "cross", i) for i, path in enumerate(self.paths)]
         table = layer_table(sites, self.config.content_layers if content_layers is None else content_layers)
         if where is not None:
+            check_reach(where, self.paths)
             table: dict[str, Name] = {p: table[p] for p in table if Site(p, "cross", 0) in where}
         each: dict[Name, float] = {name: (strength or {}).get(name, 1.0) for name in SETS}
         kv = self.keys_values(tokens, table)
@@ -223,12 +226,12 @@ class DEADiff(nn.Module):
         content_layers: Sequence[int] | None = None,
         content_prompt: str | Sequence[str] | None = None,
         where: Where | str | tuple[str, ...] | None = None,
-        when: When | None = None,
+        when: When | tuple[float, float] | None = None,
         mask: ImageSource | Sequence[ImageSource] | None = None,
     ) -> DEADiffReference:
         """A control from a reference for style, for content, or one for each: one image, n for n images, or n lists of
         several. Several of one image are averaged as tokens by `weights`, which sum to 1 (as released), or stand side
-        by side in the softmax ("concat").
+        by side in the softmax ("concat"). A set with one reference an image takes no weights.
 
         strength: m, of both sets unless content_strength is given. With acts="keys-values" (as released) m = 0 leaves
         empty tokens in the softmax; with "attention" m weighs the attention to them, and 0 is the base model. empty:
@@ -241,7 +244,10 @@ class DEADiff(nn.Module):
             raise ValueError("This adapter is not bound to a pipeline. Use DEADiff.load(name, pipe).")
         given: dict[Name, Any] = {name: r for name, r in zip(SETS, (style, content), strict=True) if r is not None}
         with torch.no_grad():
-            tokens: dict[Name, Tensor] = {n: self.combined(n, r, combine, weights) for n, r in given.items()}
+            weighed = [name for name, r in given.items() if several(r)] or list(given)
+            tokens: dict[Name, Tensor] = {
+                n: self.combined(n, r, combine, weights if n in weighed else None) for n, r in given.items()
+            }
             text = None
             if content_prompt is not None:
                 prompts = [content_prompt] if isinstance(content_prompt, str) else list(content_prompt)
@@ -253,9 +259,9 @@ class DEADiff(nn.Module):
                 content_layers=content_layers,
                 where=None if where is None else Where.of(where),
                 acts=acts,
-                when=when or When(),
+                when=When.of(when),
                 content_text=text,
-                mask=None if mask is None else read_mask(mask).to(pipe.device),
+                mask=None if mask is None else load_masks(mask).to(pipe.device),
                 source={name: pipe.describe_source(r) for name, r in given.items()},
                 told={
                     "empty": empty,
@@ -312,10 +318,7 @@ class DEADiffReference(Control):
     regions: dict[int, Tensor] | None = None  # number of queries -> log region (B, 1, N, 1)
 
     def prepare(self, run: Run) -> DEADiffReference:
-        here = {site.path for site in run.backbone.sites}  # type: ignore[attr-defined]
-        unknown = next((path for path in self.kv if path not in here), None)
-        if unknown is not None:
-            raise ValueError(f"This call's model has no layer {unknown!r}: the control was made for another one.")
+        check_layers(run, self.kv)
         mask = None if self.mask is None else match_batch(self.mask, run.batch, "mask")
         kv = {
             p: tuple(match_batch(x.to(run.pooled.dtype), run.batch, "DEADiff") for x in pair)
@@ -373,22 +376,19 @@ class DEADiffReference(Control):
         }
 
 
-def read_mask(source: Any) -> Tensor:
-    """One mask, or a list of one for each image, in its own size: (n, H, W) in [0, 1], white = 1."""
-    sources = source if isinstance(source, list | tuple) else [source]
-    pictures = [load_image(s).convert("L") for s in sources]
-    if len({p.size for p in pictures}) != 1:
-        raise ValueError(f"masks of several sizes: {sorted({p.size for p in pictures})}. Give them one size.")
-    return torch.stack([torch.from_numpy(np.array(p, dtype=np.float32)) / 255 for p in pictures])
+def several(reference: Any) -> bool:
+    """Whether it gives an image more than one reference."""
+    rows = reference if isinstance(reference, list | tuple) else [reference]
+    return any(isinstance(row, list | tuple) and len(row) > 1 for row in rows)
 
 
 def check_choices(acts: str, empty: str, combine: str, strength: float, content_strength: float | None) -> None:
-    for name, value, known in (
-        ("acts", acts, ("keys-values", "values", "attention")),
-        ("empty", empty, ("zeros", "absent")),
-        ("combine", combine, ("mean", "concat")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {value!r}.")
-    if acts == "attention" and min(strength, strength if content_strength is None else content_strength) < 0:
+    one_of("acts", acts, get_args(Acts))
+    one_of("empty", empty, get_args(Empty))
+    one_of("combine", combine, get_args(Combine))
+    given = [strength, strength if content_strength is None else content_strength]
+    for value in given:
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"strength is one number for all images of a control; found {value!r}.")
+    if acts == "attention" and min(given) < 0:
         raise ValueError('A weight of the attention cannot be negative. Use strength >= 0, or acts="keys-values".')

@@ -14,19 +14,21 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from condit.controls.control import Control, When, Where
 from condit.controls.ip_adapter import IPAdapter
 from condit.controls.ip_projectors import HEAD_DIM
 from condit.controls.ip_reference import IPReference, Together, WithLoRA
-from condit.encoders.image import CLIPImage, Fit, TextTower
+from condit.encoders.image import CLIPImage, Fit, TextTower, TinyWords
 from condit.nn.attention import Site
 
 if TYPE_CHECKING:
     from condit.data.images import ImageSource
 
 Join = Literal["sum", "mean"]
+Content = str | Sequence[str] | Sequence[Sequence[str]] | Tensor
 
 # Prefixes of the blocks that act. They belong to the trained weights, not to the shape: Playground v2.5 has SDXL's and
 # does not behave so.
@@ -70,7 +72,7 @@ class InstantStyle:
     """An IP-Adapter used for style, and the text tower that names what to leave out."""
 
     adapter: IPAdapter
-    text: TextTower | None = None
+    text: TextTower | TinyWords | None = None
 
     @classmethod
     def load(
@@ -91,26 +93,27 @@ class InstantStyle:
 
     def control(
         self,
-        reference: ImageSource | Sequence[ImageSource] | None = None,
+        reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
         *,
         preset: str = "style",
-        style: ImageSource | Sequence[ImageSource] | None = None,
-        layout: ImageSource | Sequence[ImageSource] | None = None,
+        style: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        layout: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
         strength: float = 1.0,
         layout_strength: float | None = None,
-        content: str | Sequence[str] | Tensor | None = None,
+        content: Content | None = None,
         content_scale: float = 1.0,
         join: Join = "sum",
-        when: When | None = None,
-        mask: ImageSource | None = None,
+        when: When | tuple[float, float] | None = None,
+        mask: ImageSource | Sequence[ImageSource] | None = None,
         fit: Fit = "crop",
         one_graph: bool = False,
     ) -> Control:
         """A control from one reference in the blocks of a preset, or from `style` and `layout`, each in its own.
 
         strength: lambda in the blocks; layout_strength: of the layout, None: the same. content: words for what is to be
-        left out of the (style) reference, or their embedding (E,); content_scale times their `join` is subtracted. It
-        is no percentage: image and text embeddings differ in length. one_graph: see IPAdapter.control.
+        left out of the (style) reference: one phrase, several, a list of them for each image, or their embedding (E,)
+        or (n, E); content_scale times their `join` is subtracted. It is no percentage: image and text embeddings differ
+        in length. one_graph: see IPAdapter.control.
         """
         backbone = self.adapter._bound().backbone
         if (reference is None) == (style is None and layout is None):
@@ -144,16 +147,18 @@ class InstantStyle:
             raise ValueError(f"preset {name!r} acts at {missing[0]}, of which no K', V' were loaded. Load more blocks.")
         return where
 
-    def content(self, words: str | Sequence[str] | Tensor, join: Join = "sum") -> Tensor:
-        """Words -> one vector (E,) in the space of the image embeddings, before the projector."""
+    def content(self, words: Content, join: Join = "sum") -> Tensor:
+        """Words -> a vector (E,), or one an image (n, E), in the space of the image embeddings."""
         if self.adapter.config.feature != "embeds":
             raise ValueError(
                 f"{self.adapter.name or 'This adapter'} reads {self.adapter.config.feature} features, from which no "
                 "words can be subtracted. Use a global adapter, or leave content= out."
             )
         if isinstance(words, Tensor):
-            return self._fitting(words.reshape(-1))
+            return self._fitting(words)
         phrases = [words] if isinstance(words, str) else list(words)
+        if phrases and all(isinstance(p, list | tuple) for p in phrases):
+            return torch.stack([self.content(each, join) for each in phrases])  # type: ignore[arg-type]
         if not phrases or not all(isinstance(p, str) and p.strip() for p in phrases):
             raise ValueError(f"content must be words for what the reference shows; found {words!r}. Leave it out.")
         if join not in ("sum", "mean"):
@@ -164,16 +169,16 @@ class InstantStyle:
                 "InstantStyle.load (for SD 1.5 that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K; its own is another CLIP)."
             )
         encoder = self.adapter._encoder[0]
-        if encoder is not None:
+        if encoder is not None and isinstance(self.text, TextTower):
             self.text.check_twin(encoder.size)
         found = self.text(phrases)
         return self._fitting(found.sum(0) if join == "sum" else found.mean(0))
 
     def _fitting(self, vector: Tensor) -> Tensor:
-        if len(vector) != self.adapter.config.features:
+        if vector.ndim not in (1, 2) or vector.shape[-1] != self.adapter.config.features:
             raise ValueError(
-                f"a content vector of width {len(vector)}; the image embeddings have {self.adapter.config.features}. "
-                "It must come from the text tower that is the twin of the image encoder."
+                f"a content vector of width {vector.shape[-1]}; the image embeddings have "
+                f"{self.adapter.config.features}. It must come from the text tower that is the image encoder's twin."
             )
         return vector
 

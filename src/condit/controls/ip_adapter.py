@@ -4,8 +4,9 @@
 
 q and z_t are the frozen layer's; K', V' are made from the reference alone. On UNets every attention to the text gets
 them, as published. On an MM-DiT the image rows do, with q before rotary positions and K' normalised; XLabs' FLUX files
-add behind each double block instead. Here: the adapter. `ip_reference.py`: what acts in a run; `ip_projectors.py`;
-`ip_files.py`: published layouts; `ip_load.py`: adapters of files; `instantstyle.py`: which blocks.
+add behind each double block instead. Here: the adapter. `ip_reference.py`: what acts in a run; `ip_given.py`: what a
+call gives; `ip_projectors.py`; `ip_files.py`: published layouts; `ip_load.py`: adapters of files; `instantstyle.py`:
+which blocks.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.controls.control import Control, MaskMode, When, Where
-from condit.controls.ip_combine import COMBINES, Combine, Features, combined, each_token, grouped, times, zeros_of
+from condit.controls.control import Control, MaskMode, When, Where, check_reach, one_of
+from condit.controls.ip_combine import Combine, Features, combined, each_token, grouped, times, zeros_of
 from condit.controls.ip_files import IPConfig, Layer, face_tensors, layers_of
+from condit.controls.ip_given import check_prefixes, given_features, given_masks
 from condit.controls.ip_load import load_own, load_published
 from condit.controls.ip_projectors import HEAD_DIM, ImageProjection
 from condit.controls.ip_reference import (
@@ -34,7 +36,7 @@ from condit.controls.ip_reference import (
     any_site,
     strength_at,
 )
-from condit.data.images import load_image, to_tensor
+from condit.data.images import load_image
 from condit.encoders.image import CLIPImage, Fit
 from condit.nn.attention import Site, split_heads
 from condit.nn.lora import LoRA, Part
@@ -277,7 +279,7 @@ class IPAdapter(nn.Module):
         *,
         strength: float | Sequence[float] | Mapping[str, float] = 1.0,
         where: Where | str | tuple[str, ...] | None = None,
-        when: When | None = None,
+        when: When | tuple[float, float] | None = None,
         mask: ImageSource | Sequence[ImageSource] | None = None,
         combine: Combine | None = None,
         weights: Sequence[float] | None = None,
@@ -301,22 +303,26 @@ class IPAdapter(nn.Module):
         Several references of one image: "mean" or "add" of their features; "subtract": the first minus the mean of the
         others; "concat": side by side in one softmax; "sum": an attention each, added. weights: of each of them.
 
-        embeds (n, ...) or (n, R, ...): features made elsewhere, in place of pictures. identity (n, E): FaceID's faces;
-        shortcut: None for FaceID-Plus, a number (usually 1) for v2; lora_scale: of FaceID's LoRA. content (E,) or
-        (n, E): subtracted from the features (InstantStyle). against: layers at which the reference acts on the negative
-        side instead. scaling: how lambda acts. fit: of the picture to the encoder's square. one_graph: every choice of
-        blocks compiles to the same graph, at the cost of acting everywhere.
+        embeds (n, ...) or (n, R, ...): features made elsewhere, in place of pictures. identity (n, E) or (n, R, E):
+        FaceID's faces; shortcut: None for FaceID-Plus, a number (usually 1) for v2; lora_scale: of FaceID's LoRA.
+        content (E,) or (n, E): subtracted from the features (InstantStyle). against: layers at which the reference acts
+        on the negative side instead. scaling: how lambda acts. fit: of the picture to the encoder's square. one_graph:
+        every choice of blocks compiles to the same graph, at the cost of acting everywhere.
         """
         chosen = combine or self.config.combine
-        if chosen not in COMBINES:
-            raise ValueError(f"combine must be one of {COMBINES}; found {chosen!r}.")
-        self.check_reach(Where.of(where), strength)
+        one_of("combine", chosen, get_args(Combine))
+        one_of("scaling", scaling, get_args(Scaling))
+        one_of("mask_mode", mask_mode, get_args(MaskMode))
+        if lora_scale != 1 and self.lora is None:
+            raise ValueError(f"lora_scale= is of FaceID's LoRA; {self.name or 'this adapter'} has none. Leave it out.")
+        check_reach(Where.of(where), self.sites)
+        check_prefixes(self, strength)
         groups = None if reference is None else grouped(reference)
         with torch.no_grad():
-            given = self.given(groups, embeds, identity, content, fit)
+            given = given_features(self, groups, embeds, identity, content, shortcut, fit)
             parts = combined(given, chosen, weights)
             source = [] if reference is None else self._bound().describe_source(reference)
-            masks = self.masks(mask, len(parts))
+            masks = given_masks(self, mask, len(parts))
             found = [
                 self.reference(
                     part,
@@ -329,7 +335,7 @@ class IPAdapter(nn.Module):
                     one_graph=one_graph,
                     mask=m,
                     source=source,
-                    when=when,
+                    when=When.of(when),
                     scaling=scaling,
                     mask_mode=mask_mode,
                 )
@@ -339,88 +345,6 @@ class IPAdapter(nn.Module):
         if self.lora is None:
             return made
         return WithLoRA(made, self, Part(self.lora, None if lora_scale == 1 else torch.tensor(lora_scale)))
-
-    def given(
-        self,
-        groups: list[list] | None,
-        embeds: Tensor | None,
-        identity: Tensor | None,
-        content: Tensor | None,
-        fit: Fit,
-    ) -> Features:
-        """The features of n images with R references each, (n, R, ...), in the adapter's dtype."""
-        like, reads = next(self.parameters()), self.config.feature
-        pictures = None if embeds is None or reads == "identity" else self.made_elsewhere(embeds).to(like)
-        if groups is not None and embeds is not None:
-            raise ValueError("Give a reference picture or embeds=, its features; found both.")
-        if groups is not None:
-            pictures = torch.stack([self.features(group, fit) for group in groups]).to(like)
-        if content is not None:
-            if reads != "embeds" or pictures is None:
-                raise ValueError(
-                    f"{self.name or 'This adapter'} reads {reads} features, from which no words can be subtracted: "
-                    "words share a space with CLIP's pooled image embedding only. Use a global adapter."
-                )
-            pictures = pictures - content.to(like).reshape(-1, 1, content.shape[-1])
-        if reads in ("identity", "identity+hidden"):
-            if identity is None:
-                raise ValueError(f"{self.name or 'This adapter'} is FaceID: give identity= (n, E), a face's vector.")
-            faces = (identity[:, None] if identity.ndim == 2 else identity).to(like)
-            if reads == "identity":
-                return faces
-            if pictures is None:
-                raise ValueError(f"{self.name or 'This adapter'} is FaceID-Plus: give the reference picture too.")
-            return faces, pictures
-        if identity is not None:
-            raise ValueError(f"{self.name or 'This adapter'} reads no identity=; it is no FaceID.")
-        if pictures is None:
-            raise ValueError("Give a reference picture, or embeds=.")
-        return pictures
-
-    def made_elsewhere(self, embeds: Tensor) -> Tensor:
-        """Features (n, ...) or (n, R, ...) as (n, R, ...). ValueError for those of another encoder."""
-        one, width = 3 if self._states else 2, self.config.features
-        if embeds.ndim not in (one, one + 1) or embeds.shape[-1] != width:
-            states = "L, " if self._states else ""
-            raise ValueError(
-                f"embeds must be (n, {states}{width}) or (n, R, {states}{width}), as the image encoder of "
-                f"{self.name or 'this adapter'} gives them; found {tuple(embeds.shape)}."
-            )
-        return embeds[:, None] if embeds.ndim == one else embeds
-
-    def check_reach(self, where: Where, strength: object) -> None:
-        """ValueError for a `where`, or a prefix of `strength`, that names no layer: misspelt, it would act nowhere."""
-        if not any(any_site(where, path) for path in self.sites):
-            raise ValueError(
-                f"where={where.patterns} names none of the {len(self.sites)} layers of this adapter, such as "
-                f"{self.sites[0]!r}."
-            )
-        paths = [layer.path for layer in (*self.layers, *self.absent)]
-        for prefix in strength if isinstance(strength, Mapping) else ():
-            if not any(prefix == "" or path == prefix or path.startswith(f"{prefix}.") for path in paths):
-                raise ValueError(f"strength names {prefix!r}, where no layer is. The layers are such as {paths[0]!r}.")
-
-    def masks(self, mask, count: int) -> list[Tensor | None]:
-        """A mask (n or 1, H, W) in [0, 1] for each of `count` references of an image."""
-        if mask is None:
-            return [None] * count
-        pipe = self._bound()
-
-        def read(source) -> Tensor:
-            if self.config.form != "cross":
-                return (pipe.read_images(source, None)[:, 0] + 1) / 2
-            each = source if isinstance(source, list | tuple) else [source]
-            pictures = [load_image(m) for m in each]
-            if len({picture.size for picture in pictures}) > 1:
-                raise ValueError(f"masks of several sizes: {sorted({p.size for p in pictures})}. Give them one size.")
-            planes = [to_tensor(picture, (picture.height, picture.width))[0] / 2 + 0.5 for picture in pictures]
-            return torch.stack(planes).to(pipe.device)
-
-        if count == 1 or not isinstance(mask, list | tuple):
-            return [read(mask)] * count
-        if len(mask) != count:
-            raise ValueError(f"{len(mask)} masks for {count} references of an image. Give one, or one of each.")
-        return [None if m is None else read(m) for m in mask]
 
     def _bound(self):
         pipe = self._pipe[0]

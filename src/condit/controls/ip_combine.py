@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from condit.data.images import ImageSource
 
 Combine = Literal["mean", "concat", "add", "subtract", "sum"]
-COMBINES = ("mean", "concat", "add", "subtract", "sum")
 # What a projector reads: (B, E), or (B, L, H), or of a face both.
 Features = Tensor | tuple[Tensor, Tensor]
 
@@ -31,6 +30,8 @@ def combined(features: Features, how: Combine, weights: Sequence[float] | None =
     count = (features[0] if isinstance(features, tuple) else features).shape[1]
     if weights is not None and len(weights) != count:
         raise ValueError(f"{len(weights)} weights for {count} references of an image.")
+    if weights is not None and how == "mean" and abs(sum(weights)) < 1e-8:
+        raise ValueError(f"combine='mean' divides by the sum of weights, which is 0: {list(weights)}.")
     if how == "concat":
         return [(features, 1.0)]
     if how == "sum":
@@ -70,9 +71,22 @@ def each_token(weights: Sequence[float], v: Tensor) -> Tensor:
 def times(
     strength: float | Sequence[float] | Mapping[str, float], weight: float
 ) -> float | Mapping[str, float] | Tensor:
-    """The strength of one reference of several."""
+    """The strength of one reference of several: a number, numbers by prefix, or (n,). ValueError for what is none."""
     if isinstance(strength, Mapping):
-        return strength if weight == 1 else {path: value * weight for path, value in strength.items()}
-    if isinstance(strength, float | int):
-        return strength if weight == 1 else strength * weight
-    return torch.tensor([float(x) for x in strength]) * weight
+        return {path: float(numbers(value)) * weight for path, value in strength.items()}
+    found = numbers(strength)
+    return float(strength) * weight if found.ndim == 0 else found * weight  # type: ignore[arg-type]
+
+
+def numbers(strength: object) -> Tensor:
+    """A strength as a tensor of no dimension, or one an image."""
+    try:
+        found = torch.as_tensor(strength, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if found.ndim > 1 or not found.numel() or not found.isfinite().all():
+        raise ValueError(
+            "strength must be a finite number, one an image, or numbers by prefix of the layers' paths; found "
+            f"{strength!r}."
+        )
+    return found

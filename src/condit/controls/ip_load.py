@@ -20,9 +20,17 @@ if TYPE_CHECKING:
 
 def load_own(cls: type[IPAdapter], source, pipe, file) -> IPAdapter:
     """Our adapters for an MM-DiT (docs/tiny.md)."""
+    if "ip_adapter.1.to_k_ip.weight" in file.tensors and "ip_adapter.0.to_k_ip.weight" not in file.tensors:
+        raise ValueError(
+            f"{source} is an IP-Adapter of a UNet, whose K', V' are numbered 1, 3, ...; {pipe.name} is an MM-DiT. Load "
+            "it for a Stable Diffusion, as condit.load gives one."
+        )
     for name in ("image_proj.proj.weight", "image_proj.norm.weight", "ip_adapter.0.to_k_ip.weight"):
         if name not in file.tensors:
-            raise ValueError(f"{source}: no {name!r}. Expected an IP-Adapter for an MM-DiT; found {file.guess}.")
+            raise ValueError(
+                f"{source}: no {name!r}; its first tensor is {next(iter(file.tensors))!r}. Read for an MM-DiT are our "
+                "own adapters and XLabs' FLUX files; InstantX's are not."
+            )
     others = [name for name in file.tensors if not name.startswith(("image_proj.", "ip_adapter."))]
     if others:
         raise ValueError(

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control, MaskMode, Run, Step, When, Where, match_batch, region_levels, region_mask
+from condit.controls.control import (
+    Control,
+    MaskMode,
+    Run,
+    Step,
+    When,
+    Where,
+    check_layers,
+    check_shape,
+    match_batch,
+    region_levels,
+    region_mask,
+)
 from condit.nn.attention import Attend, Call, Reduction, Site, join_heads, sdpa
 from condit.nn.lora import LowRank, Part
 
@@ -44,6 +56,7 @@ class IPReference(Control):
     region: Tensor | Mapping[int, Tensor] | None = None
 
     def prepare(self, run: Run) -> IPReference:
+        check_layers(run, self.kv)
         kv = {
             path: (match_batch(k, run.batch, "IPAdapter"), match_batch(v, run.batch, "IPAdapter"))
             for path, (k, v) in self.kv.items()
@@ -61,6 +74,7 @@ class IPReference(Control):
         if self.adapter.config.form == "cross":
             levels = region_levels(self.mask, run.grid, self.mask_mode)
             return {n: match_batch(region, run.batch, "mask") for n, region in levels.items()}
+        check_shape(self.mask, run.grid)
         return match_batch(region_mask(self.mask, run.grid, run.cells, self.mask_mode), run.batch, "mask")
 
     def at(self, step: Step) -> IPReference | None:

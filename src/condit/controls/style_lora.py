@@ -41,7 +41,9 @@ class StyleLoRA(nn.Module):
         adapter.name, adapter.hash = file.name, file.hash
         return adapter
 
-    def control(self, strength: float = 1.0, *, when: When | None = None, official: bool = False) -> StyleReference:
+    def control(
+        self, strength: float = 1.0, *, when: When | tuple[float, float] | None = None, official: bool = False
+    ) -> StyleReference:
         """strength: a factor on the update, any real number. official: as OminiControl's second generation computes it
         beside conditions. In the layers that OminiControl adapts, factor 1 without alpha, for text and image; in all
         others, alpha and strength, for the conditions too."""
@@ -49,7 +51,7 @@ class StyleLoRA(nn.Module):
             raise ValueError("The official code knows no schedule. Leave when= or official= out.")
         unit = copy.copy(self.lora)
         unit.scales = dict.fromkeys(unit.scales, 1.0)
-        return StyleReference(self, strength, when or When(), unit if official else None)
+        return StyleReference(self, strength, When.of(when), unit if official else None)
 
 
 @dataclass(frozen=True)

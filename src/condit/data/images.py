@@ -5,7 +5,7 @@ import json
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard, Union
 
@@ -164,6 +164,17 @@ def _from_array(source: "np.ndarray | Tensor", name: str = "the given array") ->
 def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     canvas = Image.new("RGBA", image.size, (*background, 255))
     return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def load_masks(source: ImageSource | Sequence[ImageSource]) -> "Tensor":
+    """One mask, or a list of one for each image, in its own size: (n, H, W) in [0, 1], white = 1."""
+    import torch
+
+    sources = source if isinstance(source, list | tuple) else [source]
+    pictures = [load_image(s).convert("L") for s in sources]
+    if len({p.size for p in pictures}) != 1:
+        raise ValueError(f"masks of several sizes: {sorted({p.size for p in pictures})}. Give them one size.")
+    return torch.stack([torch.from_numpy(np.array(p, dtype=np.float32)) / 255 for p in pictures])
 
 
 def save_image(

@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,11 +109,13 @@ class TarPairs:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found: how many pairs, how many have each role, and a line for each bad row."""
+    """What `check` found: how many pairs, how many have each role, a line for each bad row, and how many groups of a
+    kind have two rows or more."""
 
     pairs: int
     roles: Mapping[str, int]
     problems: tuple[str, ...]
+    groups: Mapping[str, int] = field(default_factory=dict)
 
 
 def open_pairs(source: str | Path) -> Pairs:
@@ -147,6 +150,7 @@ def fingerprint(source: str | Path) -> str:
 def check(source: str | Path, *, decode: bool = True) -> Report:
     """Every row of a set: names, files, captions and, with `decode`, whether each picture can be read."""
     path, problems, roles, count = Path(source), [], {}, 0
+    sizes: Counter[tuple[str, str]] = Counter()
     for place, found in _checked(path):
         count += 1
         if isinstance(found, str):
@@ -154,6 +158,7 @@ def check(source: str | Path, *, decode: bool = True) -> Report:
             continue
         for role in found.references:
             roles[role] = roles.get(role, 0) + 1
+        sizes.update(found.groups.items())
         named = [("target", found.image), *((role, x) for role, xs in found.references.items() for x in xs)]
         for role, picture in named if decode else ():
             try:
@@ -162,7 +167,8 @@ def check(source: str | Path, *, decode: bool = True) -> Report:
                 problems.append(f"{place}: {role}: {error}")
     if not count:
         problems.append(f"{path} holds no pair")
-    return Report(count, roles, tuple(problems))
+    groups = Counter(kind for (kind, _), rows in sizes.items() if rows > 1)
+    return Report(count, roles, tuple(problems), dict(groups))
 
 
 def _checked(path: Path) -> Iterator[tuple[str, Pair | str]]:

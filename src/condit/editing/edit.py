@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control, Pair, Step, region_mask
+from condit.controls.control import Control, Pair, Step, check_controls, region_mask
 from condit.controls.dit4edit import DiT4Edit
 from condit.controls.targets import Targets
 from condit.controls.token_merging import TokenMerging
@@ -292,7 +292,7 @@ def edit(
 
 def checked(controls: Sequence[Control], maps: bool) -> list[Control]:
     """The controls of an edit: those that know sources from targets as they are, others on targets only."""
-    edits = [c for c in controls if isinstance(c, DiT4Edit)]
+    edits = [c for c in check_controls(controls) if isinstance(c, DiT4Edit)]
     if len(edits) > 1:
         raise ValueError(f"{len(edits)} DiT4Edit controls in one edit; it takes one. Put their settings together.")
     found: list[Control] = []

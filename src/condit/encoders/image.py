@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from condit.encoders.clip import embed_image, style_statistics
+from condit.encoders.clip import embed_image, embed_text, style_statistics, token_ids
 from condit.encoders.clip_patches import ClipPatches
 
 if TYPE_CHECKING:
@@ -59,6 +59,22 @@ class TinyImage(nn.Module):
     def patches(self) -> ClipPatches:
         """The same tower read token by token, for Q-Formers; it takes pixels in [-1, 1] as they are."""
         return ClipPatches(self.clip.vision_model, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+class TinyWords(nn.Module):
+    """The embedded CLIP's text tower as the twin of its image tower: words -> vectors in the space of `TinyImage`'s
+    features. The statistics of middle layers have no words, so there they are 0."""
+
+    def __init__(self, image: TinyImage, tokenizer: Any):
+        super().__init__()
+        self.image, self.tokenizer = image, tokenizer
+
+    @torch.no_grad()
+    def forward(self, phrases: Sequence[str]) -> Tensor:
+        """Phrases -> (n, 1024)."""
+        clip = self.image.clip
+        words = embed_text(clip, token_ids(self.tokenizer, list(phrases)).to(clip.device))[1].float()
+        return F.pad(words * self.image.gain, (0, self.image.features - words.shape[-1]))
 
 
 # CLIP's image towers, for published adapters

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control
+from condit.controls.control import Control, check_controls
 from condit.data.images import ImageSource
 from condit.encoders.image import CLIPImage, TextTower
 from condit.encoders.text import Text
@@ -171,9 +171,7 @@ class Guest:
 def refuse_strangers(controls: Sequence[Control], guest: Guest) -> None:
     """ValueError unless every control fits the guest's network, and its layers can be lent."""
     family, network = guest.family, plain(guest.network)
-    for control in controls:
-        if not isinstance(control, Control):
-            raise ValueError(f"controls are made by adapter.control(...); found {type(control).__name__}.")
+    for control in check_controls(controls):
         why = family.refusal(network, control)
         if why is not None:
             raise ValueError(f"{type(control).__name__} {why}")

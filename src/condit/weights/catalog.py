@@ -77,13 +77,19 @@ class AdapterFile:
 Layout = Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
 
 
+READERS = {"OminiControl": "condit.OminiControl or condit.StyleLoRA"}  # a LoRA does not tell which
+
+
 def read_adapter(source: str | Path, method: str, layout: Layout = published) -> AdapterFile:
     """An adapter by catalog name, file or folder. Told by its tensors; another method's file is refused."""
     name = str(source)
     path = MODELS[name].path if name in MODELS else Path(source)
     if not path.exists():
         near = ", ".join(n for n in MODELS if "/" in n) or "none"
-        raise ValueError(f"No adapter {name!r}: neither a file nor one of the embedded ones ({near}).")
+        raise ValueError(
+            f"No adapter {name!r}: neither a file nor one of the embedded ones ({near}). Hub names are not resolved: "
+            "download the file and give its path."
+        )
     file = adapter_weights(path) if path.is_dir() else path
     tensors, metadata = read_tensors(file), read_metadata(file)
     config = json.loads(metadata.get("condit", "{}"))
@@ -93,7 +99,8 @@ def read_adapter(source: str | Path, method: str, layout: Layout = published) ->
     if guess == "OminiControl":
         tensors = layout(tensors, peft_settings(path if path.is_dir() else None, metadata))
     if guess not in (method, "unknown"):
-        raise ValueError(f"{source} is for condit.{guess}, not condit.{method}: first tensor {next(iter(tensors))!r}.")
+        found, wanted = (READERS.get(kind, f"condit.{kind}") for kind in (guess, method))
+        raise ValueError(f"{source} is for {found}, not {wanted}: first tensor {next(iter(tensors))!r}.")
     return AdapterFile(tensors, config, name, hash_file(file), guess)
 
 

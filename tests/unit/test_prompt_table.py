@@ -1,0 +1,96 @@
+"""data/prompt_table.py: a table of prompts, pictures of them, and the groups that DEADiff's pairs are drawn from."""
+
+import random
+
+import pytest
+from PIL import Image
+
+from condit.data.grouped import GroupedPairs
+from condit.data.images import load_image
+from condit.data.pairs import check, open_pairs
+from condit.data.prompt_table import Row, draw_groups, prompt_table, read_words
+
+SUBJECTS, STYLES = ["a fox", "a rocket", "snow"], ["oil painting", "line art", "3d render", "pixel art"]
+
+
+class Painter:
+    """Stands for a text-to-image model: the seed is the colour."""
+
+    def __init__(self):
+        self.asked: list[tuple[str, int, int]] = []
+
+    def __call__(self, prompt: str, seed: int, count: int) -> list[Image.Image]:
+        self.asked.append((prompt, seed, count))
+        colours = [(seed + k).to_bytes(4, "big")[1:] for k in range(count)]
+        return [Image.new("RGB", (4, 4), tuple(colour)) for colour in colours]
+
+
+def test_a_table_is_seeded_and_a_subject_keeps_its_styles_when_others_come():
+    table = prompt_table(SUBJECTS, STYLES, per_subject=2)
+    assert [row.subject for row in table] == [s for s in SUBJECTS for _ in (0, 1)]
+    assert all(row.prompt == f"{row.subject}, {row.style}" for row in table) and len(set(table)) == 6
+    assert prompt_table(SUBJECTS[1:], STYLES, per_subject=2) == table[2:]
+    others = [prompt_table(SUBJECTS, STYLES, per_subject=2, seed=seed) for seed in range(1, 4)]
+    assert any(other != table for other in others)
+    assert prompt_table(["x"], ["y"], per_subject=1, template="{style} of {subject}") == [Row("x", "y", "y of x")]
+
+
+def test_pairs_of_a_drawn_set_share_their_prompt_or_their_subject(tmp_path):
+    table = prompt_table(SUBJECTS, STYLES, per_subject=2)
+    painter = Painter()
+    draw_groups(tmp_path, table, painter, images=3)
+    assert [(prompt, count) for prompt, _, count in painter.asked] == [(row.prompt, 3) for row in table]
+    assert len({seed + k for _, seed, count in painter.asked for k in range(count)}) == 18  # no noise twice
+    found = check(tmp_path)
+    assert (found.pairs, found.problems, found.groups) == (18, (), {"style": 6, "content": 3})
+    pairs, rng = GroupedPairs(open_pairs(tmp_path)), random.Random(0)
+    subject = {row.prompt: row.subject for row in table}
+    text_of = {str(pair.image): pair.text for pair in (pairs.pairs[i] for i in range(18))}
+    for _ in range(50):
+        target, reference = pairs.draw(rng, "style")
+        assert reference != target.image and text_of[str(reference)] == target.text
+        target, reference = pairs.draw(rng, "content")
+        other = text_of[str(reference)]
+        assert other != target.text and subject[other] == subject[target.text]
+
+
+def test_a_run_that_stopped_goes_on_and_a_table_may_grow(tmp_path):
+    table = prompt_table(SUBJECTS, STYLES, per_subject=2)
+
+    def stops(prompt: str, seed: int, count: int) -> list[Image.Image]:
+        if prompt == table[2].prompt:
+            raise RuntimeError("out of memory")
+        return Painter()(prompt, seed, count)
+
+    with pytest.raises(RuntimeError):
+        draw_groups(tmp_path, table, stops, images=2)
+    painter = Painter()
+    file = draw_groups(tmp_path, table, painter, images=2)
+    assert [prompt for prompt, _, _ in painter.asked] == [row.prompt for row in table[2:]]
+    before = [load_image(open_pairs(tmp_path)[i].image).getpixel((0, 0)) for i in range(12)]
+    again = Painter()
+    draw_groups(tmp_path, [*table, Row("rain", "oil painting", "rain, oil painting")], again, images=2)
+    assert [prompt for prompt, _, _ in again.asked] == ["rain, oil painting"]
+    assert [load_image(open_pairs(tmp_path)[i].image).getpixel((0, 0)) for i in range(12)] == before
+    assert len(file.read_text().splitlines()) == 14
+
+
+def test_what_cannot_be_drawn_says_why(tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("# subjects\n a fox \n\na rocket\n")
+    assert read_words(words) == ["a fox", "a rocket"]
+    for text, message in (("# none\n", "no phrase"), ("a fox\na fox\n", "'a fox' twice")):
+        words.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_words(words)
+    with pytest.raises(ValueError, match="14 styles a subject, of 4"):
+        prompt_table(SUBJECTS, STYLES)
+    with pytest.raises(ValueError, match="template must hold"):
+        prompt_table(SUBJECTS, STYLES, per_subject=1, template="{subject}")
+    table = prompt_table(SUBJECTS, STYLES, per_subject=1)
+    with pytest.raises(ValueError, match="a style pair takes two"):
+        draw_groups(tmp_path, table, Painter(), images=1)
+    with pytest.raises(ValueError, match="no prompt"):
+        draw_groups(tmp_path, [], Painter())
+    with pytest.raises(ValueError, match="4 pictures were asked for, 0 came for 'a fox"):
+        draw_groups(tmp_path, table, lambda prompt, seed, count: [])
