@@ -356,6 +356,7 @@ class Joins(Control):
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images"),
         ({"latents": torch.zeros(1, 4, 2, 2)}, r"latents must be noise of shape \(1, 4, 4, 4\); found \(1, 4, 2, 2\)"),
         ({"controls": [Joins()]}, "Joins joins tokens to the sequence"),
+        ({"controls": Joins()}, "found Joins"),
     ],
 )
 def test_a_wrong_argument_is_told_before_anything_is_drawn(pipe, given, message):
