@@ -335,6 +335,7 @@ class DiT(LatentTransformer):
     """Noise, and how much of it is variance, for a latent at a timestep, of a class or of none."""
 
     config: DiTConfig
+    merges = True  # its blocks ask `reduction`
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
