@@ -178,8 +178,18 @@ def test_another_recipes_checkpoint_is_refused(tmp_path):
             super().__init__()
             self.more = nn.Linear(2, 2)
 
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(ValueError, match=r"another recipe: 2 parameters differ \(first: more.bias, None instead of"):
         Loop(Other(), CONFIG, tmp_path)
+
+    class Wider(Toy):
+        def __init__(self):
+            super().__init__()
+            name, weight = next((n, p) for n, p in self.named_parameters() if p.ndim == 2)
+            module, leaf = name.rsplit(".", 1)
+            setattr(self.get_submodule(module), leaf, nn.Parameter(weight.detach().repeat(2, 1)))
+
+    with pytest.raises(ValueError, match="another recipe: 1 parameters differ .* instead of"):
+        Loop(Wider(), CONFIG, tmp_path)
 
 
 def test_averaged_weights_are_put_in_and_taken_out_bit_exactly(tmp_path):
@@ -215,6 +225,12 @@ def test_recipe_errors_name_the_field(tmp_path):
     recipe.write_text('task = "tokens"\n[data]\n[train]\nsteps = 3\nbatch = 2\nsped = 1\n')
     with pytest.raises(ValueError, match="train.sped"):
         read_recipe(recipe)
+    for wrong in ("steps = 0", "batch = 0", "accumulate = 0", "lr = -1e-3", "ema = 1.0", "log_every = 0", "clip = 0"):
+        field = wrong.split()[0]
+        fields = "\n".join({"steps": "steps = 3", "batch": "batch = 2", field: wrong}.values())
+        recipe.write_text(f'task = "tokens"\n[data]\n[train]\n{fields}\n')
+        with pytest.raises(ValueError, match=rf"train.{field}: Input should be (greater|less) than"):
+            read_recipe(recipe)
     recipe.write_text('task = "paint"\n[data]\n[train]\nsteps = 3\nbatch = 2\n')
     with pytest.raises(ValueError, match="no task 'paint'"):
         train(recipe, out=tmp_path)

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import KwargsHandler
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from condit.data.files import atomic_write
@@ -39,26 +39,26 @@ class LoopConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    steps: int
-    batch: int
-    accumulate: int = 1  # batches whose gradients make one step
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    accumulate: int = Field(1, ge=1)  # batches whose gradients make one step
     seed: int = 0
     optimizer: Literal["adamw", "prodigy"] = "adamw"
-    lr: float = 1e-3  # of Prodigy a factor: 1
-    muon_lr: float | None = None
-    embedding_lr: float | None = None
-    beta2: float = 0.98  # of AdamW; 0.999 for runs of many thousand steps
-    weight_decay: float = 0.0
-    warmup: int = 50
+    lr: float = Field(1e-3, gt=0)  # of Prodigy a factor: 1
+    muon_lr: float | None = Field(None, gt=0)
+    embedding_lr: float | None = Field(None, gt=0)
+    beta2: float = Field(0.98, gt=0, lt=1)  # of AdamW; 0.999 for runs of many thousand steps
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(50, ge=0)
     decay: bool = True  # the last four fifths of the run fall to zero; False: constant after the warm-up
-    clip: float = 1.0
-    ema: float = 0.999
+    clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.999, ge=0, lt=1)
     precision: Literal["auto", "bf16", "no"] = "auto"  # of autocast; auto: bf16 where the device computes in it
     compile: bool = False
     shard: bool = False  # weights over all processes (FSDP2), for networks that one device cannot hold
-    log_every: int = 20
-    save_minutes: float = 4.0
-    sheet_minutes: float = 8.0
+    log_every: int = Field(20, ge=1)
+    save_minutes: float = Field(4.0, ge=0)
+    sheet_minutes: float = Field(8.0, ge=0)
 
 
 class Task(nn.Module):
@@ -323,11 +323,13 @@ class Loop:
 
     def load(self) -> None:
         state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
-        missing = self.parameters.keys() ^ state["parameters"].keys()
-        if missing:
+        shapes = [{name: tuple(p.shape) for name, p in each.items()} for each in (self.parameters, state["parameters"])]
+        differ = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+        if differ:
             raise ValueError(
-                f"{self.out}/state.pt belongs to another recipe: {len(missing)} parameters differ (first: "
-                f"{sorted(missing)[0]}). Choose another --out, or delete the folder."
+                f"{self.out}/state.pt belongs to another recipe: {len(differ)} parameters differ (first: {differ[0]}, "
+                f"{shapes[1].get(differ[0])} instead of {shapes[0].get(differ[0])}). Choose another --out, or delete "
+                "the folder."
             )
         with torch.no_grad():
             for name, p in self.parameters.items():
