@@ -276,6 +276,18 @@ def test_checkpointing_changes_no_gradient(model):
         assert torch.equal(kept, computed)
 
 
+def test_checkpointing_the_u_shape_changes_no_gradient_with_dropout():
+    model = randomised(DiffiTImage(replace(IMAGE, dropout=0.3))).train()
+    found = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        out = model(*images(16, 16), generator=torch.Generator().manual_seed(3), checkpointing=checkpointing)
+        out.square().mean().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # Controls and LoRA
 
 

@@ -13,7 +13,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from condit.backbones.dit import (
     MLP,
@@ -22,6 +21,7 @@ from condit.backbones.dit import (
     unpatchify,
 )
 from condit.nn.attention import Call, Site, attend, join_heads, split_heads
+from condit.nn.layers import recomputed
 from condit.nn.lora import Linear, LoRA, name_linears
 
 
@@ -201,7 +201,7 @@ class DiffiT(LatentTransformer):
         for i, block in enumerate(self.blocks):
             bias = None if biases is None else biases[i]
             if checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, frame, bias, use_reentrant=False, preserve_rng_state=False)
+                tokens = recomputed(block, tokens, frame, bias)
             else:
                 tokens = block(tokens, frame, bias)
         return unpatchify(self.final_layer(tokens[:, 0], lora), grid, self.config.patch_size)

@@ -38,7 +38,7 @@ class ClassifyTask(Task):
 
     backbone: a preset, or "ViT" with `sizes`, the fields of `ViTConfig`; or `init`, the weights of another ViT whose
     head is replaced (section 3.2). smoothing: of labels; shift: at most so much of a side; zoom: at most so much more
-    or less; flip: mirror every other picture.
+    or less; flip: mirror every other picture. checkpointing: less memory, each block computed twice.
     """
 
     def __init__(
@@ -55,8 +55,10 @@ class ClassifyTask(Task):
         shift: float = 0.08,
         zoom: float = 0.15,
         flip: bool = False,
+        checkpointing: bool = False,
     ):
         super().__init__()
+        self.checkpointing = checkpointing
         self.smoothing, self.shift, self.zoom, self.flip = smoothing, shift, zoom, flip
         sides = height_width(size)
         data = open_labelled(icons, folder, label=label, size=sides, held_out=HELD_OUT.get(label, "concept"))
@@ -87,7 +89,7 @@ class ClassifyTask(Task):
             # Dropout draws on the device; its seed is the step's, so a resumed run draws the same.
             seed = int(torch.randint(2**62, (), generator=generator))
             dropout = torch.Generator(batch.images.device).manual_seed(seed)
-        logits = self.network(batch.images, generator=dropout).float()
+        logits = self.network(batch.images, generator=dropout, checkpointing=self.checkpointing).float()
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing)
         return loss, {"accuracy": float((logits.argmax(1) == batch.labels).float().mean())}
 
