@@ -22,6 +22,7 @@ from condit.weights.files import (
     is_complete,
     load_strict,
     open_folder,
+    own_fields,
     read_metadata,
     read_tensors,
     save_folder,
@@ -47,6 +48,14 @@ def full_disk(*_: object) -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("told", "fields"), [({"class": "DiT"}, {"class": "DiT"}), ("transformer", {}), ([1], {}), (None, {})]
+)
+def test_what_condit_noted_of_a_file_is_read_and_a_plain_name_is_none_of_it(told, fields, tmp_path):
+    path = save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {} if told is None else {"condit": told})
+    assert own_fields(read_metadata(path)) == fields
 
 
 def test_tensors_and_metadata_come_back_as_saved(tmp_path):

@@ -214,8 +214,7 @@ def load_class_parts(
     dtype = torch.float32 if dtype is None and name in MODELS else dtype
     file = weight_file(path)
     assert file is not None  # `recognise` has read it
-    # A file of ours says more than a config.json beside it.
-    backbone = load_dit(file if "condit" in _metadata(file) else path) if kind == "dit" else load_diffit(file)
+    backbone = load_dit(path) if kind == "dit" else load_diffit(file)
     c = backbone.config
     if vae is None:
         beside = (path if path.is_dir() else path.parent) / "vae"

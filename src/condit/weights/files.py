@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "is_complete",
     "load_strict",
     "open_folder",
+    "own_fields",
     "read_metadata",
     "read_tensors",
     "save_folder",
@@ -67,6 +69,16 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
+
+
+def own_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What condit noted in a file's metadata as fields of a class; {} where it noted none: a part of a model bears its
+    plain name there."""
+    try:
+        found = json.loads(metadata.get("condit", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def load_strict(

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from condit.backbones.vit import FLAVOURS, PRESETS, Flavour, ViT, ViTConfig, resize_positions
-from condit.weights.files import atomic_write, load_strict, read_metadata, read_tensors, save_folder, save_tensors
+from condit.weights.files import (
+    atomic_write,
+    load_strict,
+    own_fields,
+    read_metadata,
+    read_tensors,
+    save_folder,
+    save_tensors,
+)
 from condit.weights.vit_layouts import (
     JAX,
     Layout,
@@ -188,8 +196,8 @@ def _read(source: Path) -> tuple[dict[str, Tensor], Hints]:
 
 def _own_hints(metadata: Mapping[str, str]) -> Hints:
     """What `save_vit` wrote beside timm's names."""
-    fields = json.loads(metadata.get("condit", "{}"))
-    if not isinstance(fields, dict) or "flavour" not in fields:
+    fields = own_fields(metadata)
+    if "flavour" not in fields:
         return Hints()
     size = fields["image_size"]
     size = tuple(size) if isinstance(size, list) else size
