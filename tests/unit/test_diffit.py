@@ -198,6 +198,11 @@ def test_biases_formed_once_give_the_same_output(model):
         assert torch.equal(model(x, t, y, biases=model.biases((4, 6))), model(x, t, y))
 
 
+def test_biases_of_another_grid_are_told(model):
+    with pytest.raises(ValueError, match=r"biases are of 24 tokens; this latent has 16. Use biases\(\(4, 4\)\)"):
+        model(*latents(8, 8), biases=model.biases((4, 6)))
+
+
 def test_a_row_of_a_batch_equals_its_single_run(model):
     x, t, y = latents(8, 8)
     with torch.no_grad():

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from condit.weights.files import (
+    arrays_in,
     atomic_write,
     hash_file,
     inner_state,
@@ -134,6 +135,20 @@ def test_what_is_no_weight_file_is_told(tmp_path, content, said):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=said):
         read_tensors(path)
+
+
+def test_an_npz_is_told_from_a_broken_pytorch_file(tmp_path):
+    np.savez(tmp_path / "x.npz", **{"head/bias": np.zeros(3)})
+    assert arrays_in(tmp_path / "x.npz") == ["head/bias"]
+    with pytest.raises(ValueError, match="an .npz of numpy arrays, .*: load it with load_vit"):
+        read_tensors(tmp_path / "x.npz")
+
+
+def test_a_whole_module_is_refused_by_its_class(tmp_path):
+    torch.save(nn.Linear(1, 1), tmp_path / "x.pt")
+    assert arrays_in(tmp_path / "x.pt") == []
+    with pytest.raises(ValueError, match=r"holds more than tensors \(torch.nn.modules.linear.Linear\)"):
+        read_tensors(tmp_path / "x.pt")
 
 
 def test_a_cut_off_weight_file_is_told(tmp_path):

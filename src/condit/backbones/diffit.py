@@ -6,6 +6,7 @@ parameter names of the official release (NVlabs/DiffiT, March 2026). The model o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -197,6 +198,10 @@ class DiffiT(LatentTransformer):
         """
         grid = self.grid_of(x)
         frame = Frame(self.embed(t, y, lora), grid, lora, tuple(controls))
+        if biases is not None and biases[0].shape[-1] != math.prod(grid):
+            raise ValueError(
+                f"biases are of {biases[0].shape[-1]} tokens; this latent has {math.prod(grid)}. Use biases({grid})."
+            )
         tokens = (self.x_embedder(x) + self.positions(grid))[:, None]  # the whole grid is one window
         for i, block in enumerate(self.blocks):
             bias = None if biases is None else biases[i]

@@ -33,7 +33,7 @@ from condit.weights import diffit, dit
 from condit.weights.catalog import MODELS
 from condit.weights.diffit import load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
-from condit.weights.files import atomic_write, hash_file, read_metadata, read_tensors
+from condit.weights.files import arrays_in, atomic_write, hash_file, read_metadata, read_tensors
 from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit
 
@@ -194,12 +194,7 @@ def names_in(file: Path) -> list[str]:
             return list(opened.keys())
     except (SafetensorError, OSError):
         pass
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-        if arrays:
-            return arrays
-    return list(read_tensors(file))
+    return arrays_in(file) or list(read_tensors(file))
 
 
 # Parts

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from condit.backbones.vit import FLAVOURS, PRESETS, Flavour, ViT, ViTConfig, resize_positions
 from condit.weights.files import (
+    arrays_in,
     atomic_write,
     load_strict,
     own_fields,
@@ -189,7 +190,7 @@ def _read(source: Path) -> tuple[dict[str, Tensor], Hints]:
         return tensors, (_transformers_hints(config) if config.is_file() else None) or hints
     if not source.is_file():
         raise FileNotFoundError(f"no weight file at {source}")
-    if zipfile.is_zipfile(source) and _is_npz(source):
+    if arrays_in(source):
         return _read_npz(source), Hints()
     return read_tensors(source), _own_hints(read_metadata(source))
 
@@ -202,11 +203,6 @@ def _own_hints(metadata: Mapping[str, str]) -> Hints:
     size = fields["image_size"]
     size = tuple(size) if isinstance(size, list) else size
     return Hints(fields["heads"], size, fields["classifier"], Flavour(**fields["flavour"]))
-
-
-def _is_npz(source: Path) -> bool:
-    with zipfile.ZipFile(source) as archive:
-        return any(name.endswith(".npy") for name in archive.namelist())
 
 
 def _read_npz(source: Path) -> dict[str, Tensor]:
