@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from condit.backbones.vit import PRESETS, ViT, ViTConfig
 from condit.data.images import to_images
 from condit.data.sheets import Cell, contact_sheet
-from condit.training.labelled import Label, Pictures, height_width, id2label, open_labelled
+from condit.training.labelled import Label, Pictures, check_sizes, height_width, id2label, open_labelled
 from condit.training.loop import Task
 from condit.weights.files import load_strict
 from condit.weights.vit import for_finetuning, read_vit, save_vit
@@ -58,6 +58,13 @@ class ClassifyTask(Task):
         checkpointing: bool = False,
     ):
         super().__init__()
+        for name, value, least, most in (
+            ("smoothing", smoothing, 0, 1),
+            ("shift", shift, 0, 1),
+            ("zoom", zoom, 0, math.inf),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must lie in {least} to {most}; found {value!r}.")
         self.checkpointing = checkpointing
         self.smoothing, self.shift, self.zoom, self.flip = smoothing, shift, zoom, flip
         sides = height_width(size)
@@ -151,6 +158,7 @@ def make_vit(
     given = [name for name in ("image_size", "classes", "flavour") if name in sizes]
     if given:
         raise ValueError(f"sizes.{given[0]} follows from the data; leave it out.")
+    check_sizes(presets[backbone], sizes)
     config = replace(presets[backbone], **sizes)  # type: ignore[arg-type]  # a wrong name or value fails here
     config = replace(config, classes=classes, image_size=image_size)
     if config.classifier == "unpooled":

@@ -3,7 +3,6 @@ reconstruction, one of the three a batch."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

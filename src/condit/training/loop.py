@@ -182,7 +182,7 @@ class Loop:
         """Train to the last step; returns the last validation figures."""
         config, began = self.config, time.monotonic()
         saved = shown = began
-        figures: dict[str, float] = {}
+        figures: dict[str, float] = {} if self.step < config.steps else self.look()  # a run that had ended
         self.model.train()
         with ThreadPoolExecutor(1) as pool, self.bar() as tick:
             pending = pool.submit(self.make_batch, self.step)

@@ -24,7 +24,7 @@ from condit.data.images import to_images
 from condit.data.sheets import Cell, contact_sheet
 from condit.diffusion.edm import EDM, edm_loss, edm_sigmas, heun, precondition, training_sigmas
 from condit.training.classify import in_memory, to_float
-from condit.training.labelled import height_width, open_labelled
+from condit.training.labelled import check_sizes, height_width, open_labelled
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
 from condit.weights.tiny import WEIGHTS
@@ -133,6 +133,7 @@ def configure(backbone: str, sizes: Mapping[str, Any], size: tuple[int, int]) ->
     if backbone not in presets:
         raise ValueError(f"No backbone {backbone!r} for pixels. Known: {', '.join(presets)}.")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    check_sizes(presets[backbone], given)
     config = replace(presets[backbone], **given)  # a wrong name fails here
     if config.in_channels != 3:
         raise ValueError(f"Pictures have 3 channels; sizes.in_channels is {config.in_channels}.")
