@@ -543,6 +543,6 @@ def test_mistakes_in_a_recipe_are_told(tmp_path, pets, vae):
     for wrong in ({"smoothing": 2.0}, {"shift": -0.1}, {"zoom": -2.0}):
         (name,) = wrong
         with pytest.raises(ValueError, match=f"{name} must lie in 0 to"):
-            ClassifyTask(folder=pets, size=32, sizes=VIT, **wrong)
+            ClassifyTask(folder=pets, size=32, sizes=VIT, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sizes.depth is of the kind of 12; found 2.0"):
         ClassifyTask(folder=pets, size=32, sizes={**VIT, "depth": 2.0})

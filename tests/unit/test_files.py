@@ -138,8 +138,8 @@ def test_what_is_no_weight_file_is_told(tmp_path, content, said):
 
 
 def test_an_npz_is_told_from_a_broken_pytorch_file(tmp_path):
-    np.savez(tmp_path / "x.npz", **{"head/bias": np.zeros(3)})
-    assert arrays_in(tmp_path / "x.npz") == ["head/bias"]
+    np.savez(tmp_path / "x.npz", cls=np.zeros(3))
+    assert arrays_in(tmp_path / "x.npz") == ["cls"]
     with pytest.raises(ValueError, match="an .npz of numpy arrays, .*: load it with load_vit"):
         read_tensors(tmp_path / "x.npz")
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
@@ -34,31 +34,37 @@ log = logging.getLogger(__name__)
 NAN_STEPS_UNTIL_STOP = 20
 
 
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class LoopConfig(BaseModel):
     """`[train]` of a recipe. Intervals are in steps or, where the name says so, in minutes."""
 
     model_config = ConfigDict(extra="forbid")
 
-    steps: int = Field(ge=1)
-    batch: int = Field(ge=1)
-    accumulate: int = Field(1, ge=1)  # batches whose gradients make one step
+    steps: Count
+    batch: Count
+    accumulate: Count = 1  # batches whose gradients make one step
     seed: int = 0
     optimizer: Literal["adamw", "prodigy"] = "adamw"
-    lr: float = Field(1e-3, gt=0)  # of Prodigy a factor: 1
-    muon_lr: float | None = Field(None, gt=0)
-    embedding_lr: float | None = Field(None, gt=0)
-    beta2: float = Field(0.98, gt=0, lt=1)  # of AdamW; 0.999 for runs of many thousand steps
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(50, ge=0)
+    lr: Positive = 1e-3  # of Prodigy a factor: 1
+    muon_lr: Positive | None = None
+    embedding_lr: Positive | None = None
+    beta2: Share = 0.98  # of AdamW; 0.999 for runs of many thousand steps
+    weight_decay: NotNegative = 0.0
+    warmup: Annotated[int, Field(ge=0)] = 50
     decay: bool = True  # the last four fifths of the run fall to zero; False: constant after the warm-up
-    clip: float = Field(1.0, gt=0)
-    ema: float = Field(0.999, ge=0, lt=1)
+    clip: Positive = 1.0
+    ema: Share = 0.999
     precision: Literal["auto", "bf16", "no"] = "auto"  # of autocast; auto: bf16 where the device computes in it
     compile: bool = False
     shard: bool = False  # weights over all processes (FSDP2), for networks that one device cannot hold
-    log_every: int = Field(20, ge=1)
-    save_minutes: float = Field(4.0, ge=0)
-    sheet_minutes: float = Field(8.0, ge=0)
+    log_every: Count = 20
+    save_minutes: NotNegative = 4.0
+    sheet_minutes: NotNegative = 8.0
 
 
 class Task(nn.Module):
