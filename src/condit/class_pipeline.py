@@ -313,6 +313,9 @@ def _as_list(label: Label | Sequence[Label] | Tensor) -> list[Label]:
 def _channels(given: int | str | None, channels: int) -> int | None:
     if given is None:
         return 3 if channels == 4 else None
-    if given != "all" and (not isinstance(given, int) or given < 1):
-        raise ValueError(f"guidance_channels must be 'all' or a number from 1, as the published 3; found {given!r}.")
+    if given != "all" and (not isinstance(given, int) or not 1 <= given <= channels):
+        raise ValueError(
+            f"guidance_channels must be 'all' or a number from 1 to the latent's {channels}, as the published 3; found "
+            f"{given!r}."
+        )
     return None if given == "all" else int(given)

@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from condit.backbones.unet import UNet
 from condit.controls.control import Control, Pair, Run, Step, check_controls, match_batch
 from condit.controls.sides import sides
-from condit.controls.token_merging import TokenMerging
 from condit.data.images import to_images
 from condit.diffusion.gaussian_samplers import image_noise
 from condit.diffusion.guidance import guide, guide_text_image, rescale
@@ -221,8 +219,6 @@ class LatentPipeline:
         check_size(size, self.pixels * self.patch)
         check_counts(steps, copies, output_type)
         for control in check_controls(controls):
-            if isinstance(control, TokenMerging) and isinstance(self.backbone, UNet):
-                raise ValueError(f"TokenMerging merges a transformer's tokens; {self.name} is a UNet. Leave it out.")
             if type(control).streams is not Control.streams or type(control).fill is not Control.fill:
                 raise ValueError(
                     f"{type(control).__name__} joins tokens to the sequence, and {self.name} takes none. "

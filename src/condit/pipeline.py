@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -368,9 +369,9 @@ def check_counts(
     steps: int, copies: int, output_type: str, *, fewest: int = 1, kinds: Sequence[str] = ("pil", "pt", "latent")
 ) -> None:
     """ValueError for numbers of steps (`fewest`: the sampler's) and of pictures, or a kind of output, that none is."""
-    if not fewest <= steps <= MAX_STEPS:
+    if not isinstance(steps, Integral) or not fewest <= steps <= MAX_STEPS:
         raise ValueError(f"num_inference_steps must be {fewest} to {MAX_STEPS}; found {steps}.")
-    if copies < 1:
+    if not isinstance(copies, Integral) or copies < 1:
         raise ValueError(f"num_images_per_prompt must be at least 1; found {copies}.")
     if output_type not in kinds:
         named = f"{', '.join(map(repr, kinds[:-1]))} or {kinds[-1]!r}"

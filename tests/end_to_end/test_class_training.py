@@ -469,6 +469,7 @@ def test_mistakes_with_pixels_are_told(tmp_path, pets):
         ("must be multiples of 8", {"size": 12}),
         ("equally many resolutions", {"sizes": {**PIXELS, "blocks": [1]}}),
         ("3 channels", {"sizes": {**PIXELS, "in_channels": 4}}),
+        ("sizes.window is of the kind of 8; found 'wide'", {"sizes": {**PIXELS, "window": "wide"}}),
         ("sigma_max above", {"edm": {"sigma_max": 0.0}}),
     ):
         with pytest.raises(ValueError, match=match):
@@ -531,9 +532,17 @@ def test_mistakes_in_a_recipe_are_told(tmp_path, pets, vae):
     fails("predicts = 'x0'", sizes={**SIZES, "patch_size": 4})
     fails("no config.json", vae=str(tmp_path))
     fails("size is a side", size=[32, 48, 3])
+    fails("predicts must be one of 'noise', 'x0'; found 'v'", predicts="v")
+    fails("sizes.hidden_size is of the kind of 1152; found '32'", sizes={**SIZES, "hidden_size": "32"})
     broken = write_vae(tmp_path / "broken", 4, scaling_factor=float("nan"))
     fails("NaN .* for cats/", vae=broken)
     with pytest.raises(ValueError, match="at least 2 classes"):
         ClassifyTask(folder=str(Path(pets) / "cats"), size=32, sizes=VIT)
     with pytest.raises(ValueError, match="multiple of patch_size"):
         ClassifyTask(folder=pets, size=40, sizes=VIT)
+    for wrong in ({"smoothing": 2.0}, {"shift": -0.1}, {"zoom": -2.0}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name} must lie in 0 to"):
+            ClassifyTask(folder=pets, size=32, sizes=VIT, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="sizes.depth is of the kind of 12; found 2.0"):
+        ClassifyTask(folder=pets, size=32, sizes={**VIT, "depth": 2.0})

@@ -508,6 +508,13 @@ def test_verify_without_fixtures_or_with_a_file_of_another_model_is_a_clear_erro
     assert "It looks like a ViT" in err
 
 
+@needs_tiny
+def test_verify_takes_an_embedded_models_name_and_tells_what_else_it_is(run):
+    assert "It looks like a FLUX transformer of diffusers" in run("verify", "dit", "tiny")[2]
+    part = catalog.MODELS["tiny"].path / "transformer"  # its file bears a plain name where others bear fields
+    assert "It looks like a transformer in diffusers' layout" in run("verify", "diffit", str(part))[2]
+
+
 def test_verify_tells_what_a_file_is_in_text_and_json(run, tmp_path):
     config = DiffiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=5)
     save_diffit(DiffiT(config), tmp_path / "x.safetensors")
@@ -548,11 +555,18 @@ def test_edit_writes_the_picture_its_recipe_and_a_page(run, picture, tmp_path):
         (("--reweight", "green"), "--reweight takes WORD=F"),
         (("--type", "none", "--reweight", "green=2"), "leaves alone"),
         (("-o", "x.gif"), "end it in .png"),
+        (("--page", "page.txt"), "--page page.txt: end it in .png"),
     ],
 )
 def test_a_wrong_edit_is_told_before_anything_is_loaded(run, picture, arguments, message):
     code, _, err = run("edit", str(picture), "a red apple", "a green apple", *arguments)
     assert code == 2 and message in " ".join(err.split())
+
+
+@needs_tiny
+def test_an_edit_of_a_size_that_the_model_does_not_draw_is_told(run, picture):
+    code, _, err = run("edit", str(picture), "a red apple", "a green apple", "--height", "256", "--width", "128")
+    assert code == 1 and "tiny draws 128 x 128; found 256 x 128" in err
 
 
 def test_a_missing_picture_to_edit_is_told(run):

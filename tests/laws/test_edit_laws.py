@@ -92,6 +92,27 @@ def test_a_repeat_and_a_kept_inversion_are_bit_equal_and_the_model_is_as_before(
 
 
 @every_pipe
+def test_inversion_asks_without_guidance_and_without_controls(pipes, photo, kind):
+    """One prediction a picture where a guided one takes two; a distilled network is told a guidance of 1."""
+    pipe, seen = pipes[kind], []
+    hook = pipe.backbone.register_forward_hook(
+        lambda _, inputs, kept, out: seen.append((inputs[0], kept)), with_kwargs=True
+    )
+    pipe.invert(photo, "a red fox", num_inference_steps=2)
+    hook.remove()
+    assert len(seen) > 2 and not any(kept.get("controls") for _, kept in seen)
+    if kind == "pixart":
+        assert {len(x) for x, _ in seen} == {1}
+    else:
+        guidance = [stream.guidance for stream, _ in seen]
+        assert {len(stream.tokens) for stream, _ in seen} == {1}
+        assert all(g is None or g.tolist() == [1.0] for g in guidance) and (guidance[0] is None) == (kind == "mmdit")
+    # The number of calls is that of the solver: none of them is a second side of guidance.
+    calls = 2 * (1 + 2) if kind != "pixart" else 2
+    assert len(seen) == calls + 2  # and the walk back
+
+
+@every_pipe
 def test_outside_a_mask_the_picture_is_the_source(pipes, photo, kind):
     mask = np.zeros((32, 48), np.uint8)
     mask[:, :24] = 255
@@ -177,6 +198,15 @@ def build(kind: str, make_pipe) -> tuple[Any, Callable]:
 def prepared(control: TokenMerging, batch: int = 1) -> TokenMerging:
     run = Run(None, batch, (4, 6), torch.zeros(batch, 1), None, 4)  # type: ignore[arg-type]
     return control.prepare(run)
+
+
+def test_a_backbone_whose_blocks_do_not_merge_is_told():
+    from condit.backbones.diffit import DiffiT, DiffiTConfig
+
+    network = DiffiT(DiffiTConfig(input_size=8, hidden_size=16, depth=1, num_heads=2, num_classes=3))
+    run = Run(network, 1, (4, 4), torch.zeros(1, 0), None, 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs blocks that merge: .* found DiffiT"):
+        MERGING.prepare(run)
 
 
 every_backbone = pytest.mark.parametrize("kind", ["mmdit", "pixart", "dit"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from condit.controls.control import Control, Run, Step, When, Where, match_batch, region_mask
+from condit.controls.control import Control, Run, Step, When, Where, check_controls, match_batch, region_mask
 from condit.nn.attention import Call, Site, sdpa
 
 
@@ -75,3 +75,13 @@ def test_a_control_that_overrides_nothing_changes_nothing():
     assert torch.equal(control.around(call, sdpa), sdpa(call))
     assert control.streams() == () and control.residual(site, q) is None and control.negative() is None
     assert control.describe() == {"method": "Control"}
+
+
+def test_controls_stand_in_a_list_and_what_is_none_is_told():
+    one = Control()
+    assert check_controls([one]) == (one,) and check_controls(()) == ()
+    with pytest.raises(ValueError, match=r"write controls=\[...\]; found Control"):
+        check_controls(one)  # type: ignore[arg-type]
+    for wrong, found in (("tiny/style", "str"), ([one, "swap"], "str"), ([torch.nn.Linear(1, 1)], "Linear")):
+        with pytest.raises(ValueError, match=rf"made by adapter.control\(...\); found {found}"):
+            check_controls(wrong)  # type: ignore[arg-type]

@@ -198,6 +198,11 @@ def test_biases_formed_once_give_the_same_output(model):
         assert torch.equal(model(x, t, y, biases=model.biases((4, 6))), model(x, t, y))
 
 
+def test_biases_of_another_grid_are_told(model):
+    with pytest.raises(ValueError, match=r"biases are of 24 tokens; this latent has 16. Use biases\(\(4, 4\)\)"):
+        model(*latents(8, 8), biases=model.biases((4, 6)))
+
+
 def test_a_row_of_a_batch_equals_its_single_run(model):
     x, t, y = latents(8, 8)
     with torch.no_grad():
@@ -274,6 +279,18 @@ def test_checkpointing_changes_no_gradient(model):
 
     for kept, computed in zip(gradients(False), gradients(True), strict=True):
         assert torch.equal(kept, computed)
+
+
+def test_checkpointing_the_u_shape_changes_no_gradient_with_dropout():
+    model = randomised(DiffiTImage(replace(IMAGE, dropout=0.3))).train()
+    found = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        out = model(*images(16, 16), generator=torch.Generator().manual_seed(3), checkpointing=checkpointing)
+        out.square().mean().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # Controls and LoRA

@@ -102,6 +102,17 @@ def test_a_pytorch_file_and_half_precision_load_as_they_are(model, tmp_path):
     assert load_diffit(tmp_path / "a.pt").final_layer.linear.weight.dtype == torch.bfloat16
 
 
+def test_a_folder_as_the_trainer_exports_it_is_read_and_one_with_other_files_told(model, tmp_path):
+    save_diffit(model, tmp_path / "export" / "transformer" / "model.safetensors")
+    for folder in (tmp_path / "export", tmp_path / "export" / "transformer"):
+        assert load_diffit(folder).config == TINY
+    save_diffit(DiffiTImage(IMAGE), tmp_path / "pixels" / "model.safetensors")
+    assert load_diffit_image(tmp_path / "pixels").config == IMAGE
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds 0 safetensors files"):
+        load_diffit(tmp_path / "empty")
+
+
 def test_an_image_model_comes_back_bit_by_bit(tmp_path):
     model = DiffiTImage(IMAGE)
     loaded = load_diffit_image(save_diffit(model, tmp_path / "a.safetensors"))

@@ -212,7 +212,8 @@ def test_the_kept_maps_bound_the_edit_after_the_blends_start():
         ({"cross": "swap"}, "cross must be"),
         ({"self_form": "q"}, "self_form must be"),
         ({"cross_until": 1.2}, "cross_until is a share of the steps, 0 to 1; found 1.2"),
-        ({"word_until": {"cat": -1}}, "cat is a share"),
+        ({"word_until": {"cat": -1}}, r"word_until\['cat'\] is a share"),
+        ({"reweight": {"cat": float("nan")}}, r"reweight\['cat'\] is a factor"),
         ({"self_steps": (0.5, 1.5)}, "self_steps needs 0 <= start < end <= 1; found 0.5 to 1.5"),
         ({"self_layers": (0.5, 0.5)}, "self_layers needs"),
         ({"blend": Blend(layers=(0.9, 0.1))}, "blend.layers needs"),
@@ -236,6 +237,62 @@ def test_prompts_that_do_not_fit_the_edit_are_told(make_pipe, control, target, m
     pipe = make_pipe(blocks=1)
     with pytest.raises(ValueError, match=message):
         pipe.edit(np.zeros((32, 48, 3), np.uint8), "a cat", target, controls=[control], num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("control", "target", "message"),
+    [
+        (PRESETS["add"], "one two three", "no word in common"),
+        (DiT4Edit(self_layers=(0.0, 0.3)), "a dog", "self_layers, 0.0 to 0.3, holds none of the model's 2 layers"),
+        (DiT4Edit(blend=Blend(layers=(0.6, 0.9))), "a dog", "blend.layers, 0.6 to 0.9, holds none"),
+    ],
+)
+def test_words_and_layers_are_told_before_the_picture_is_inverted(make_pipe, control, target, message):
+    pipe, asked = make_pipe(blocks=1), []
+    hook = pipe.backbone.register_forward_hook(lambda *_: asked.append(1))
+    with pytest.raises(ValueError, match=message):
+        pipe.edit(np.zeros((32, 48, 3), np.uint8), "a cat", target, controls=[control], num_inference_steps=1)
+    hook.remove()
+    assert not asked
+
+
+def test_a_window_shorter_than_a_step_does_nothing_as_the_docstring_says():
+    short = DiT4Edit(cross=None, self_steps=(0.0, 0.3))
+    pair = Pair((said("a cat"),), (said("a dog"),))
+    run = Run(Backbone(), 2, (2, 3), torch.zeros(2, 1), None, 4, edit=pair)  # type: ignore[arg-type]
+    ready = short.prepare(run)
+    assert all(ready.at(Step(i, 3, 1 - i / 3)) is None for i in range(3))
+    assert ready.at(Step(0, 4, 1.0)) is not None
+
+
+def test_words_that_differ_behind_what_the_encoder_reads_are_told():
+    def cut(words: Words) -> Words:
+        return replace(words, tokens=tuple(t if t and t[-1] < 3 else () for t in words.tokens))
+
+    far = [cut(said(f"a big fluffy {word}")) for word in ("cat", "dog")]
+    with pytest.raises(ValueError, match="'cat' and the other words that differ stand behind the 5 tokens"):
+        acting_on(DiT4Edit(), *far)
+    near = [cut(said(f"a big {size} {word}")) for size, word in (("old", "cat"), ("new", "dog"))]
+    acting_on(DiT4Edit(), *near)  # one of them is read
+
+
+def acting_on(control: DiT4Edit, source: Words, target: Words) -> None:
+    control.check(Pair((source,), (target,)), Backbone())
+
+
+def test_each_edit_may_have_its_own_mask(make_pipe):
+    pipe = make_pipe(blocks=1)
+    white, black = np.full((32, 48), 255, np.uint8), np.zeros((32, 48), np.uint8)
+    found = pipe.edit(
+        np.zeros((32, 48, 3), np.uint8),
+        "a cat",
+        ["a dog", "a dog"],
+        mask=[white, black],
+        num_inference_steps=2,
+        output_type="latent",
+    )
+    source = found.sources[0]
+    assert not torch.equal(found.images[0], source) and torch.equal(found.images[1], source)
 
 
 def test_one_word_for_another_has_no_word_in_common_and_is_replaced(make_pipe):
@@ -274,7 +331,14 @@ def test_pictures_of_odd_sizes_are_fitted_and_wrong_ones_told(make_pipe):
         ({"controls": [DiT4Edit(), DiT4Edit()]}, "2 DiT4Edit controls"),
         ({"solver": "dpmpp2m"}, "a flow takes"),
         ({"num_inference_steps": 0}, "at least 1; found 0"),
+        ({"num_inference_steps": 2.5}, "whole number, at least 1; found 2.5"),
+        ({"iterations": -1}, "iterations must be a whole number, at least 0; found -1"),
         ({"output_type": "jpg"}, "output_type"),
+        ({"target": None}, "target is a prompt or a list of them; found None"),
+        ({"source": 3}, "source is a prompt"),
+        ({"controls": DiT4Edit()}, r"write controls=\[...\]; found DiT4Edit"),
+        ({"controls": ["swap"]}, "made by adapter.control.*found str"),
+        ({"mask": [np.zeros((32, 48), np.uint8)] * 3, "target": ["a dog", "a fox"]}, "3 masks for 2 edits"),
     ],
 )
 def test_calls_that_make_no_sense_are_told(make_pipe, given, message):
@@ -291,6 +355,11 @@ def test_an_inversion_belongs_to_its_prompt_its_model_and_its_size(make_pipe):
         pipe.edit(inversion, "a bird", "a dog")
     with pytest.raises(ValueError, match="leave the size out"):
         pipe.edit(inversion, None, "a dog", height=16, width=16)
+    with pytest.raises(ValueError, match="made with num_inference_steps=2, .* found 9"):
+        pipe.edit(inversion, None, "a dog", num_inference_steps=9)
+    with pytest.raises(ValueError, match="made with solver='fixed_point', .* found 'entered'"):
+        pipe.edit(inversion, None, "a dog", solver="entered")
+    assert len(pipe.edit(inversion, "a cat", "a dog", num_inference_steps=2, solver="fixed_point").images) == 1
     with pytest.raises(ValueError, match="made with random; this is other"):
         make_pipe(blocks=1, name="other").edit(inversion, None, "a dog")
 

@@ -71,6 +71,15 @@ def test_our_own_file_keeps_the_whole_configuration(config, tmp_path):
     assert_same(found, model)
 
 
+def test_what_our_own_file_says_counts_beside_a_config_json(tmp_path):
+    """The trainer writes both; without it the last class would be taken for the null class."""
+    config = replace(build().config, class_dropout_prob=0.0)
+    save_dit(build(config), tmp_path / "transformer" / "model.safetensors")
+    told = {"num_attention_heads": config.num_heads, "sample_size": config.input_size}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(told))
+    assert load_dit(tmp_path).config == load_dit(tmp_path / "transformer").config == config
+
+
 @pytest.mark.parametrize("name", ["DiT-S/8", "DiT-B/8"])
 def test_the_heads_of_published_widths_are_known(name, tmp_path):
     config = replace(PRESETS[name], depth=1, num_classes=3)

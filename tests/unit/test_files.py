@@ -16,12 +16,14 @@ import torch
 from torch import nn
 
 from condit.weights.files import (
+    arrays_in,
     atomic_write,
     hash_file,
     inner_state,
     is_complete,
     load_strict,
     open_folder,
+    own_fields,
     read_metadata,
     read_tensors,
     save_folder,
@@ -47,6 +49,14 @@ def full_disk(*_: object) -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("told", "fields"), [({"class": "DiT"}, {"class": "DiT"}), ("transformer", {}), ([1], {}), (None, {})]
+)
+def test_what_condit_noted_of_a_file_is_read_and_a_plain_name_is_none_of_it(told, fields, tmp_path):
+    path = save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {} if told is None else {"condit": told})
+    assert own_fields(read_metadata(path)) == fields
 
 
 def test_tensors_and_metadata_come_back_as_saved(tmp_path):
@@ -125,6 +135,20 @@ def test_what_is_no_weight_file_is_told(tmp_path, content, said):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=said):
         read_tensors(path)
+
+
+def test_an_npz_is_told_from_a_broken_pytorch_file(tmp_path):
+    np.savez(tmp_path / "x.npz", cls=np.zeros(3))
+    assert arrays_in(tmp_path / "x.npz") == ["cls"]
+    with pytest.raises(ValueError, match="an .npz of numpy arrays, .*: load it with load_vit"):
+        read_tensors(tmp_path / "x.npz")
+
+
+def test_a_whole_module_is_refused_by_its_class(tmp_path):
+    torch.save(nn.Linear(1, 1), tmp_path / "x.pt")
+    assert arrays_in(tmp_path / "x.pt") == []
+    with pytest.raises(ValueError, match=r"holds more than tensors \(torch.nn.modules.linear.Linear\)"):
+        read_tensors(tmp_path / "x.pt")
 
 
 def test_a_cut_off_weight_file_is_told(tmp_path):

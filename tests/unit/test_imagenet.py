@@ -57,7 +57,7 @@ def test_case_spaces_underscores_and_synonyms_are_understood(name, index):
         ("golden retreiver", r"No class 'golden retreiver' among 1000. Near: 'golden retriever' \(207\)"),
         ("retriever", "golden retriever"),
         ("xqzwv", "The first are 'tench', 'goldfish'"),
-        ("1000", "No class '1000' among 1000"),
+        ("1000", "No class '1000': they are numbered 0 to 999"),
         ("", "No class ''"),
     ],
 )

@@ -230,8 +230,10 @@ def test_controls_that_join_tokens_are_refused(pipes):
 
     with pytest.raises(ValueError, match="Joins joins tokens"):
         draw(pipes("sd15"), controls=[Joins()])
-    with pytest.raises(ValueError, match="merges a transformer's tokens; random sd15 is a UNet"):
+    with pytest.raises(ValueError, match="needs blocks that merge: .* found UNet"):
         draw(pipes("sd15"), controls=[TokenMerging()])
+    with pytest.raises(ValueError, match="found Joins"):
+        draw(pipes("sd15"), controls=Joins())
 
 
 def test_an_unknown_scheduler_asks_for_a_sampler(pipes):

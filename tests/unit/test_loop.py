@@ -170,6 +170,22 @@ def test_bad_losses_are_skipped_then_stop_with_advice_and_keep_the_checkpoint(tm
     assert all(torch.isfinite(p).all() for p in saved.values())
 
 
+def test_a_run_that_had_ended_keeps_its_figures_when_it_is_resumed(tmp_path):
+    class Judged(Toy):
+        def validate(self) -> dict[str, float]:
+            return {"loss": 0.5}
+
+        def export(self, folder: Path, card: dict) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "card.json").write_text(json.dumps(card))
+
+    cards = []
+    for _ in range(2):
+        assert Loop(Judged(), CONFIG, tmp_path).run() == {"loss": 0.5}
+        cards.append(json.loads((tmp_path / "export" / "card.json").read_text()))
+    assert cards[0]["figures"] == cards[1]["figures"] == {"loss": 0.5} and cards[0]["steps"] == cards[1]["steps"] == 12
+
+
 def test_another_recipes_checkpoint_is_refused(tmp_path):
     Loop(Toy(), CONFIG, tmp_path).run()
 
@@ -178,8 +194,18 @@ def test_another_recipes_checkpoint_is_refused(tmp_path):
             super().__init__()
             self.more = nn.Linear(2, 2)
 
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(ValueError, match=r"another recipe: 2 parameters differ \(first: more.bias, None instead of"):
         Loop(Other(), CONFIG, tmp_path)
+
+    class Wider(Toy):
+        def __init__(self):
+            super().__init__()
+            name, weight = next((n, p) for n, p in self.named_parameters() if p.ndim == 2)
+            module, leaf = name.rsplit(".", 1)
+            setattr(self.get_submodule(module), leaf, nn.Parameter(weight.detach().repeat(2, 1)))
+
+    with pytest.raises(ValueError, match="another recipe: 1 parameters differ .* instead of"):
+        Loop(Wider(), CONFIG, tmp_path)
 
 
 def test_averaged_weights_are_put_in_and_taken_out_bit_exactly(tmp_path):
@@ -214,6 +240,15 @@ def test_recipe_errors_name_the_field(tmp_path):
         read_recipe(recipe)
     recipe.write_text('task = "tokens"\n[data]\n[train]\nsteps = 3\nbatch = 2\nsped = 1\n')
     with pytest.raises(ValueError, match="train.sped"):
+        read_recipe(recipe)
+    for wrong in ("steps = 0", "batch = 0", "accumulate = 0", "lr = -1e-3", "ema = 1.0", "log_every = 0", "clip = 0"):
+        field = wrong.split()[0]
+        fields = "\n".join({"steps": "steps = 3", "batch": "batch = 2", field: wrong}.values())
+        recipe.write_text(f'task = "tokens"\n[data]\n[train]\n{fields}\n')
+        with pytest.raises(ValueError, match=rf"train.{field}: Input should be (greater|less) than"):
+            read_recipe(recipe)
+    recipe.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="r.toml is not TOML"):
         read_recipe(recipe)
     recipe.write_text('task = "paint"\n[data]\n[train]\nsteps = 3\nbatch = 2\n')
     with pytest.raises(ValueError, match="no task 'paint'"):

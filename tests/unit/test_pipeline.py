@@ -223,6 +223,7 @@ def test_an_x_prediction_is_turned_into_a_velocity(make_pipe):
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"seed": 0, "generator": torch.Generator()}, "Give seed or generator, not both"),
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images"),
+        ({"controls": "tiny/style"}, "made by adapter.control"),
         ({"latents": torch.zeros(1, 16, 4, 6)}, r"packed tokens \(1, 24, 16\); found \(1, 16, 4, 6\)"),
     ],
 )

@@ -346,6 +346,38 @@ def test_dropout_acts_in_training_only_and_is_drawn_from_the_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("drawn", [True, False])
+def test_checkpointing_gives_the_same_output_and_gradients_with_the_same_dropout(rate, drawn):
+    """drawn: from a generator of its own, else from the global one."""
+    model = random_vit(replace(TINY, dropout=rate)).train()
+    found = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        torch.manual_seed(5)
+        generator = torch.Generator().manual_seed(5) if drawn else None
+        out = model(pictures(), generator=generator, checkpointing=checkpointing)
+        out.square().mean().backward()
+        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_checkpointing_keeps_less_between_forward_and_backward():
+    model, kept = random_vit(replace(TINY, depth=6)).train(), []
+    for checkpointing in (False, True):
+        numbers: list[int] = []
+
+        def pack(saved: Tensor, numbers: list[int] = numbers) -> Tensor:
+            numbers.append(saved.numel())
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            model(pictures(), checkpointing=checkpointing)
+        kept.append(sum(numbers))
+    assert kept[1] < 0.5 * kept[0]
+
+
 @torch.no_grad()
 def test_bf16_stays_near_fp32():
     model = random_vit()

@@ -6,6 +6,7 @@ parameter names of the official release (NVlabs/DiffiT, March 2026). The model o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -13,7 +14,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from condit.backbones.dit import (
     MLP,
@@ -22,6 +22,7 @@ from condit.backbones.dit import (
     unpatchify,
 )
 from condit.nn.attention import Call, Site, attend, join_heads, split_heads
+from condit.nn.layers import recomputed
 from condit.nn.lora import Linear, LoRA, name_linears
 
 
@@ -197,11 +198,15 @@ class DiffiT(LatentTransformer):
         """
         grid = self.grid_of(x)
         frame = Frame(self.embed(t, y, lora), grid, lora, tuple(controls))
+        if biases is not None and biases[0].shape[-1] != math.prod(grid):
+            raise ValueError(
+                f"biases are of {biases[0].shape[-1]} tokens; this latent has {math.prod(grid)}. Use biases({grid})."
+            )
         tokens = (self.x_embedder(x) + self.positions(grid))[:, None]  # the whole grid is one window
         for i, block in enumerate(self.blocks):
             bias = None if biases is None else biases[i]
             if checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, frame, bias, use_reentrant=False, preserve_rng_state=False)
+                tokens = recomputed(block, tokens, frame, bias)
             else:
                 tokens = block(tokens, frame, bias)
         return unpatchify(self.final_layer(tokens[:, 0], lora), grid, self.config.patch_size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from condit.backbones.diffit import TMSA, Block, Frame, initialise_blocks
 from condit.nn.attention import Site
-from condit.nn.layers import dropout
+from condit.nn.layers import dropout, recomputed
 from condit.nn.lora import Linear, LoRA, name_linears
 
 
@@ -126,12 +126,15 @@ class Stage(nn.Module):
             for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False))
         )
 
-    def forward(self, x: Tensor, frame: Frame, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, frame: Frame, skip: Tensor | None = None, *, checkpointing: bool = False) -> Tensor:
         x = self.resample(x)
         if skip is not None:
             x = torch.cat([x, skip], 1)
         for block in self.blocks:
-            x = block(x, frame)
+            if checkpointing and torch.is_grad_enabled():
+                x = recomputed(block, x, frame, rate=frame.dropout, generator=frame.generator)
+            else:
+                x = block(x, frame)
         return x
 
 
@@ -199,9 +202,10 @@ class DiffiTImage(nn.Module):
         lora: LoRA | None = None,
         controls: Sequence = (),
         generator: torch.Generator | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
         """(B, 3, H, W), c_noise (B,) = ln(sigma) / 4 -> (B, 3, H, W). `generator` draws the dropout of training, on the
-        device of the model."""
+        device of the model. checkpointing: in training, keep the blocks' inputs only and compute each block twice."""
         c = self.config
         if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.stride or x.shape[3] % c.stride:
             raise ValueError(
@@ -213,10 +217,10 @@ class DiffiTImage(nn.Module):
         x = self.tokenizer(x)
         skips = []
         for stage in self.encoder:
-            x = stage(x, frame)
+            x = stage(x, frame, checkpointing=checkpointing)
             skips.append(x)
         for stage, skip in zip(self.decoder, reversed(skips[:-1]), strict=True):
-            x = stage(x, frame, skip)
+            x = stage(x, frame, skip, checkpointing=checkpointing)
         # No swish between norm and convolution: section 3.2 names these two only.
         norm, conv = self.head
         return conv(norm(x))

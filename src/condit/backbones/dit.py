@@ -14,11 +14,10 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from condit.diffusion.objectives import drop
 from condit.nn.attention import Call, Reduction, Site, attend, join_heads, reduction, split_heads
-from condit.nn.layers import modulated_norm, timestep_features
+from condit.nn.layers import modulated_norm, recomputed, timestep_features
 from condit.nn.lora import Linear, LoRA, name_linears
 
 
@@ -335,6 +334,7 @@ class DiT(LatentTransformer):
     """Noise, and how much of it is variance, for a latent at a timestep, of a class or of none."""
 
     config: DiTConfig
+    merges = True  # its blocks ask `reduction`
 
     def __init__(self, config: DiTConfig):
         super().__init__(config)
@@ -386,7 +386,7 @@ class DiT(LatentTransformer):
         tokens = self.x_embedder(x) + self.positions(grid)
         for block in self.blocks:
             if checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, frame, use_reentrant=False, preserve_rng_state=False)
+                tokens = recomputed(block, tokens, frame)
             else:
                 tokens = block(tokens, frame)
         return unpatchify(self.final_layer(tokens, frame), grid, self.config.patch_size)

@@ -338,6 +338,8 @@ class SingleBlock(nn.Module):
 class MMDiT(nn.Module):
     """FLUX's transformer. `forward` predicts for the noisy image; `prefill` runs conditions on their own."""
 
+    merges = True  # its blocks ask `reduction`
+
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         c = self.config = config

@@ -220,6 +220,8 @@ class CaptionProjection(nn.Module):
 class PixArt(nn.Module):
     """Noise, and how much of it is variance, for a latent at a timestep, of a text."""
 
+    merges = True  # its blocks ask `reduction`
+
     def __init__(self, config: PixArtConfig):
         super().__init__()
         c = self.config = config

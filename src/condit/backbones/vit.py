@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.nn.attention import Around, Call, Site, attend, join_heads, split_heads
-from condit.nn.layers import dropout
+from condit.nn.layers import dropout, recomputed
 from condit.nn.lora import Linear, LoRA, name_linears
 
 Resize = Literal["linear_aligned", "bicubic_antialias", "bicubic"]
@@ -256,11 +256,14 @@ class ViT(nn.Module):
             )
         return height // c.patch_size, width // c.patch_size
 
-    def encode(self, images: Tensor, blocks: int, frame: Frame) -> Tensor:
+    def encode(self, images: Tensor, blocks: int, frame: Frame, *, checkpointing: bool = False) -> Tensor:
         """Tokens (B, N, dim) after so many blocks, before the last norm."""
         x = frame.drop(self.embed(images))
         for block in self.blocks[:blocks]:
-            x = block(x, frame)
+            if checkpointing and torch.is_grad_enabled():
+                x = recomputed(block, x, frame, rate=frame.dropout, generator=frame.generator)
+            else:
+                x = block(x, frame)
         return x
 
     def features(
@@ -298,12 +301,14 @@ class ViT(nn.Module):
         lora: LoRA | None = None,
         controls: Sequence[Around] = (),
         generator: torch.Generator | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Logits (B, classes); without a head the representation (B, dim). "unpooled": the same for every token,
-        (B, N, ...). `generator` draws the dropout of training, on the device of the model."""
+        (B, N, ...). `generator` draws the dropout of training, on the device of the model. checkpointing: in training,
+        keep the inputs of the blocks only and compute each block twice."""
         c = self.config
         frame = Frame(int(c.class_token), lora, tuple(controls), generator, c.dropout if self.training else 0.0)
-        x = self.represent(self.norm(self.encode(images, c.depth, frame)), lora)
+        x = self.represent(self.norm(self.encode(images, c.depth, frame, checkpointing=checkpointing)), lora)
         return x if self.head is None else self.head(x, lora)
 
 

@@ -31,6 +31,10 @@ def edit(
     steps: Annotated[int | None, typer.Option(help="Steps up and down [default: the model's].")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance by the text [default: the model's].")] = None,
     solver: Annotated[str | None, typer.Option(help="Of the inversion [default: the model's].")] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels [default: the picture's shape, of the model's area at most].")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     page: Annotated[
         Path | None, typer.Option("--page", help="A PNG of source, round trip, edit and attention to the words.")
     ] = None,
@@ -61,6 +65,8 @@ def edit(
     for path in (image, *(path for path, _ in references), *([mask] if mask else [])):
         load_image(path)  # a wrong picture is told before seconds are spent on loading the model
     (target_path,) = output_paths(target, out, 0, 1, no_metadata=True)
+    if page is not None and page.suffix.lower() != ".png":
+        raise typer.BadParameter(f"--page {page}: end it in .png")
     from dataclasses import replace
 
     import condit
@@ -95,6 +101,8 @@ def edit(
             negative_prompt=negative,
             num_inference_steps=steps,
             guidance_scale=guidance,
+            height=height,
+            width=width,
             maps=page is not None,
             **how,
         )

@@ -33,7 +33,8 @@ def train(
 def verify(
     backbone: Annotated[str, typer.Argument(help="vit, dit, diffit, or all of them.", show_default=False)],
     file: Annotated[
-        str | None, typer.Argument(help="Weights to load: a file, a folder or a published name.", show_default=False)
+        str | None,
+        typer.Argument(help="Weights to load: a file, a folder, or the name of a model.", show_default=False),
     ] = None,
     golden: Annotated[
         Path | None, typer.Option("--golden", help="Folder of the fixtures [default: those of the checkout].")

@@ -7,6 +7,7 @@ prompts share (section 4.2, after prompt-to-prompt); its self-attention takes th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -59,7 +60,8 @@ class DiT4Edit(Control):
     the counts are equal; None: off. cross_until: the share of steps it lasts, word_until the same for single words of
     the target. reweight: factors on the maps of target words. self_form: "kv", the target's queries look up the
     source's keys and values (changes of shape), or "map", it takes the source's map (rigid edits); None: off.
-    self_steps, self_layers: where, as shares of steps and layers. record: keep the maps for a result page.
+    self_steps, self_layers: where, as shares of steps and layers; a share that is less than one step holds none, so
+    at few steps a short window does nothing. record: keep the maps for a result page.
     """
 
     cross: Cross | None = "auto"
@@ -90,7 +92,11 @@ class DiT4Edit(Control):
             raise ValueError(f"self_form must be 'kv', 'map' or None; found {self.self_form!r}.")
         for name, value in (("cross_until", self.cross_until), *self.word_until.items()):
             if not 0 <= value <= 1:
+                name = name if name == "cross_until" else f"word_until[{name!r}]"
                 raise ValueError(f"{name} is a share of the steps, 0 to 1; found {value}.")
+        for word, value in self.reweight.items():
+            if not math.isfinite(value):
+                raise ValueError(f"reweight[{word!r}] is a factor on attention; found {value}.")
         windows = {"self_steps": self.self_steps, "self_layers": self.self_layers}
         windows |= {} if self.blend is None else {"blend.layers": self.blend.layers}
         for name, (start, end) in windows.items():
@@ -104,11 +110,25 @@ class DiT4Edit(Control):
             raise ValueError(
                 "DiT4Edit changes one picture into another: use pipe.edit(image, source, target, controls=...)."
             )
-        sites = getattr(run.backbone, "sites", ())
-        count = sum(site.kind != "cross" for site in sites)
+        count = self.count_layers(run.backbone)
         memory = run.memory.setdefault("DiT4Edit", {}) if self.conditional else {}
         table = make_table(self, run.edit, run.pooled.device) if self.conditional else None
         return replace(self, table=table, count=count, grid=run.grid, memory=memory)
+
+    def check(self, pair: Pair, backbone: object) -> None:
+        """ValueError where prompts or layers do not fit this edit: what `prepare` would say, before an inversion."""
+        self.count_layers(backbone)
+        make_table(self, pair, torch.device("cpu"))
+
+    def count_layers(self, backbone: object) -> int:
+        """How many layers attend to the picture; ValueError for a window that holds none of them."""
+        count = sum(site.kind != "cross" for site in getattr(backbone, "sites", ()))
+        windows = {} if self.self_form is None else {"self_layers": self.self_layers}
+        windows |= {} if self.blend is None else {"blend.layers": self.blend.layers}
+        for name, (start, end) in windows.items():
+            if int(start * count) == int(end * count):
+                raise ValueError(f"{name}, {start} to {end}, holds none of the model's {count} layers. Widen it.")
+        return count
 
     def at(self, step: Step) -> DiT4Edit | None:
         acts = self.self_form is not None and in_window(step.index, step.count, self.self_steps)
@@ -240,6 +260,7 @@ def make_table(edit: DiT4Edit, pair: Pair, device: torch.device) -> Table:
 
 def one_table(edit: DiT4Edit, source: Words, target: Words):
     """R, weights, factors, word windows and edited places of one pair."""
+    check_in_reach(source, target)
     length = target.length
     kind = edit.cross
     if kind == "auto":
@@ -250,8 +271,9 @@ def one_table(edit: DiT4Edit, source: Words, target: Words):
     elif kind == "refine":
         if not {w.lower() for w in source.words} & {w.lower() for w in target.words}:
             raise ValueError(
-                f"{source.prompt!r} and {target.prompt!r} have no word in common, so there is nothing to refine. Use "
-                "as many words in both (cross='replace'), or cross=None to exchange self-attention alone."
+                f"{source.prompt!r} and {target.prompt!r} have no word in common, so nothing tells which words change. "
+                "Say as much of both as can be kept ('a cat on grass', 'a dog on grass'), use as many words in both, "
+                "or leave the words alone with cross=None (condit edit --type none)."
             )
         table, weight = refinement_table(source, target)
     # Padding of the two prompts differs: the target keeps its own.
@@ -274,6 +296,17 @@ def changed_words(source: Words, target: Words) -> tuple[list[int], list[int]]:
             gone += range(a, b)
             come += range(c, d)
     return gone, come
+
+
+def check_in_reach(source: Words, target: Words) -> None:
+    """ValueError where all the words that differ stand behind what the encoder reads: it would see equal prompts."""
+    sides = zip((source, target), changed_words(source, target), strict=True)
+    changed = [(words.words[i], words.tokens[i]) for words, numbers in sides for i in numbers]
+    if changed and not any(tokens for _, tokens in changed):
+        raise ValueError(
+            f"{changed[0][0]!r} and the other words that differ stand behind the {target.length} tokens that the "
+            "encoder reads, so both prompts are the same to the model. Shorten them."
+        )
 
 
 def edited_places(blend: Blend | None, source: Words, target: Words) -> Tensor:

@@ -144,6 +144,11 @@ class TokenMerging(Control):
             raise ValueError(
                 "TokenMerging needs the whole grid of tokens; this call draws a part (fill). Leave one out."
             )
+        if run.backbone is not None and not getattr(run.backbone, "merges", False):
+            raise ValueError(
+                f"TokenMerging needs blocks that merge: those of DiT, PixArt and MM-DiTs ('tiny', FLUX.1); found "
+                f"{type(run.backbone).__name__}. Leave it out."
+            )
         memory = run.memory.setdefault("TokenMerging", {})
         sites = getattr(run.backbone, "sites", ())  # told once: a compiled forward cannot match patterns
         paths = None if self.where == Where() else frozenset(s.path for s in sites if s in self.where)

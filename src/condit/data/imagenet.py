@@ -46,8 +46,10 @@ class ClassNames:
             if found:
                 several = " or ".join(f"{self.label(i)!r} ({i})" for i in found)
                 raise ValueError(f"{name!r} names {len(found)} classes: give {several}, by label or by number.")
-        if name.strip().isdecimal() and int(name) < len(self):
-            return int(name)
+        if name.strip().isdecimal():
+            if int(name) < len(self):
+                return int(name)
+            raise ValueError(f"No class {name!r}: they are numbered 0 to {len(self) - 1}.")
         raise ValueError(f"No class {name!r} among {len(self)}. {self._advice(key)}")
 
     @cached_property

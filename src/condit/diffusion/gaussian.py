@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -160,6 +160,12 @@ def gaussian(
     variance: Variance = "learned",
 ) -> Gaussian:
     """DiT's process. Training: as it stands; sampling: respacing="250" (ancestral) or "ddim50" and the like."""
+    for name, value, known in (
+        ("predicts", predicts, get_args(Prediction)),
+        ("variance", variance, get_args(Variance)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {value!r}.")
     kept = torch.tensor(respaced_timesteps(steps, respacing))
     if len(kept) < 2:
         raise ValueError(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control, Pair, Step, check_controls, region_mask
+from condit.controls.control import Control, Pair, Step, region_mask
 from condit.controls.dit4edit import DiT4Edit
-from condit.controls.targets import Targets
-from condit.controls.token_merging import TokenMerging
 from condit.data.images import ImageSource, load_image, to_images
 from condit.diffusion.inversion import Network, Path, Solver, edit_along, round_trip_error, walk
 from condit.diffusion.inversion import invert as to_noise
+from condit.editing.asked import Asked, as_list, check_inversion, check_steps, edit_controls, same, source_prompts
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,6 @@ def regions_at(controls: Sequence[Control], step: Step) -> list[Tensor]:
     return [m for m in (control.region() for control in acting if control is not None) if m is not None]
 
 
-def as_list(value: Any) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
 @torch.no_grad()
 def invert(
     pipe: Editable,
@@ -159,13 +154,9 @@ def inverted(
     width: int | None,
 ) -> Inversion:
     """Encode and invert pictures under their prompts, without guidance."""
-    images, prompts = as_list(image), as_list(source)
-    if len(prompts) == 1:
-        prompts = prompts * len(images)
-    if len(prompts) != len(images) or not images:
-        raise ValueError(
-            f"{len(images)} pictures and {len(prompts)} source prompts. Give one prompt, or one a picture."
-        )
+    images = as_list(image)
+    prompts = source_prompts(source, len(images))
+    check_steps(steps, editor.iterations)
     size = editor.size(images, height, width)
     path = editor.path(editor.pipe.parts.steps if steps is None else steps, size)
     network = editor.network(prompts, size, path)
@@ -178,22 +169,6 @@ def inverted(
     return Inversion(trajectory, path, tuple(prompts), editor.solver, size, again[-1], rms, decibels, editor.pipe.name)
 
 
-def checked_inversion(
-    inversion: Inversion, source: str | Sequence[str] | None, name: str, size: tuple[int | None, int | None]
-) -> Inversion:
-    """ValueError unless the inversion is one of these prompts, by the model of this name, at this size."""
-    if source is not None and tuple(as_list(source)) not in (inversion.source, inversion.source[:1]):
-        raise ValueError(
-            f"This inversion was made for {inversion.source[0]!r}, not {as_list(source)[0]!r}: words and noise "
-            "belong together. Invert the picture with the other prompt, or leave source out (None)."
-        )
-    if inversion.model != name:
-        raise ValueError(f"This inversion was made with {inversion.model}; this is {name}. Invert it again.")
-    if size != (None, None) and size != inversion.size:
-        raise ValueError(f"This inversion has {inversion.size[0]} x {inversion.size[1]} pixels; leave the size out.")
-    return inversion
-
-
 @torch.no_grad()
 def edit(
     pipe: Editable,
@@ -203,7 +178,7 @@ def edit(
     *,
     controls: Sequence[Control] = (),
     negative_prompt: str | Sequence[str] | None = None,
-    mask: ImageSource | None = None,
+    mask: ImageSource | Sequence[ImageSource] | None = None,
     height: int | None = None,
     width: int | None = None,
     num_inference_steps: int | None = None,
@@ -218,41 +193,44 @@ def edit(
     on the target. n pictures and n targets make n edits; one of either serves all of the other.
 
     image: pictures, or an `Inversion` of them (`invert`, or `result.inversion`), which saves inverting again. mask:
-    white where the picture may change. solver, iterations: of the inversion (condit.diffusion.inversion.invert); None:
-    "fixed_point" with 2 where the model's paths are flows, "dpmpp2m" with 3 on PixArt, where "dpmpp2m" and "exact2m"
-    also edit at second order. anchored: the target is corrected as the source is, so that the source's prompt gives the
-    source back bit for bit; False: it starts from the same noise and follows its predictions. maps: keep the attention
-    to the words. ValueError on a UNet.
+    white where the picture may change, one for all or one an edit. height, width: None: the picture's shape in whole
+    tokens, of the model's area at most; a model of one size ('tiny') squashes the picture to it. solver, iterations:
+    of the inversion (condit.diffusion.inversion.invert); None: "fixed_point" with 2 where the model's paths are flows,
+    "dpmpp2m" with 3 on PixArt, where "dpmpp2m" and "exact2m" also edit at second order. anchored: the target is
+    corrected as the source is, so that the source's prompt gives the source back bit for bit; False: it starts from
+    the same noise and follows its predictions. maps: keep the attention to the words. ValueError on a UNet.
     """
     if output_type not in ("pil", "pt", "latent"):
         raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
-    editor, targets = pipe.editor(solver, iterations), as_list(target)
+    editor = pipe.editor(solver, iterations)
+    # What is wrong with words or controls is told before the minutes that an inversion may take.
     if isinstance(image, Inversion):
-        inversion = checked_inversion(image, source, editor.pipe.name, (height, width))
-    elif source is None:
-        raise ValueError("An edit needs the source prompt: what the picture shows, e.g. 'a cat'.")
+        check_inversion(image, source, editor.pipe.name, (height, width), num_inference_steps, solver)
+        asked = Asked.of(image.source, image.source, target)
     else:
-        inversion = inverted(editor, image, source, num_inference_steps, height, width)
-    n = max(len(inversion), len(targets))
-    if len(inversion) not in (1, n) or len(targets) not in (1, n):
-        raise ValueError(
-            f"{len(inversion)} pictures and {len(targets)} target prompts. Give one of either, or as many of both."
-        )
-    sources = list(inversion.source) * (n // len(inversion))
-    targets = targets * (n // len(targets))
-    trajectory = inversion.trajectory.expand(-1, n, *inversion.trajectory.shape[2:])
-    given = checked(controls, maps)
-    scale = editor.pipe.parts.guidance if guidance_scale is None else guidance_scale
+        asked = Asked.of(image, source, target)
+    n, sources, targets = len(asked.targets), asked.sources, asked.targets
+    given = edit_controls(controls, maps)
     words = editor.pipe.parts.text.words
     pair = Pair(tuple(words(sources)), tuple(words(targets)))
-    prompts = [p for both in zip(sources, targets, strict=True) for p in both]
+    for control in given:
+        if isinstance(control, DiT4Edit):
+            control.check(pair, editor.pipe.backbone)
+    if mask is not None and len(as_list(mask)) not in (1, n):
+        raise ValueError(f"{len(as_list(mask))} masks for {n} edits. Give one, or one an edit.")
     negatives = [text for text in editor.pipe.negatives(negative_prompt, n) for _ in (0, 1)]
+    inversion = image
+    if not isinstance(inversion, Inversion):
+        inversion = inverted(editor, inversion, asked.pictures, num_inference_steps, height, width)
+    trajectory = inversion.trajectory.expand(-1, n, *inversion.trajectory.shape[2:])
+    scale = editor.pipe.parts.guidance if guidance_scale is None else guidance_scale
+    prompts = [p for both in zip(sources, targets, strict=True) for p in both]
     size, path = inversion.size, inversion.path
     predict, grid = editor.predictor(pair, prompts, negatives, given, size, path, scale), editor.grid(size)
     bound = None
     if mask is not None:
         white = (editor.pipe.read_images(mask, None, size)[:, 0] + 1) / 2
-        bound = region_mask(white, grid)[:, 0, :, 0]  # (1, N)
+        bound = region_mask(white, grid)[:, 0, :, 0]  # (1 or n, N)
     still = torch.tensor([same(s, t, given) for s, t in zip(sources, targets, strict=True)])
 
     def predicted(x: Tensor, level: int) -> Tensor:
@@ -288,29 +266,6 @@ def edit(
             "controls": [control.describe() for control in given],
         },
     )
-
-
-def checked(controls: Sequence[Control], maps: bool) -> list[Control]:
-    """The controls of an edit: those that know sources from targets as they are, others on targets only."""
-    edits = [c for c in check_controls(controls) if isinstance(c, DiT4Edit)]
-    if len(edits) > 1:
-        raise ValueError(f"{len(edits)} DiT4Edit controls in one edit; it takes one. Put their settings together.")
-    found: list[Control] = []
-    for control in controls:
-        if isinstance(control, DiT4Edit):
-            found.append(replace(control, record=control.record or maps))
-        else:
-            found.append(control if isinstance(control, TokenMerging) else Targets(control))
-    if maps and not edits:
-        found.insert(0, DiT4Edit(cross=None, self_form=None, record=True))
-    return found
-
-
-def same(source: str, target: str, controls: Sequence[Control]) -> bool:
-    """Whether nothing tells target from source."""
-    if source != target or any(isinstance(c, Targets) for c in controls):
-        return False
-    return all(set(c.reweight.values()) <= {1.0} for c in controls if isinstance(c, DiT4Edit))
 
 
 def results(

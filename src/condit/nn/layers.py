@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from condit.nn.lora import Linear, LowRank
 
@@ -22,6 +23,22 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
         return x
     keep = torch.empty_like(x).bernoulli_(1 - rate, generator=generator)
     return x * keep / (1 - rate)
+
+
+def recomputed(
+    block: Callable[..., Tensor], x: Tensor, *rest: Any, rate: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """block(x, *rest), of which the backward pass is left x alone: it computes the block again, with the same dropout
+    of `rate` from `generator` (None: the global one). Behind it the generator stands anywhere."""
+    if generator is None or rate == 0:
+        return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=rate > 0)
+    state = generator.get_state()
+
+    def again(*given: Any) -> Tensor:
+        generator.set_state(state)
+        return block(*given)
+
+    return checkpoint(again, x, *rest, use_reentrant=False, preserve_rng_state=False)
 
 
 def rope_frequencies(ids: Tensor, axes: Sequence[int], theta: float = 10_000.0) -> Rope:

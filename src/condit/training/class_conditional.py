@@ -27,7 +27,7 @@ from condit.diffusion.gaussian import Loss, Prediction, gaussian, training_loss
 from condit.diffusion.gaussian_samplers import ddim
 from condit.diffusion.guidance import class_guidance
 from condit.encoders.vae import decode_latents
-from condit.training.labelled import Label, height_width, id2label, open_labelled
+from condit.training.labelled import Label, check_sizes, height_width, id2label, open_labelled
 from condit.training.latent_cache import encode
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
@@ -66,6 +66,7 @@ def configure(
     given = [name for name in DECIDED if name in sizes]
     if given:
         raise ValueError(f"sizes.{given[0]} follows from the data and from `adaln`; leave it out.")
+    check_sizes(BACKBONES[backbone], sizes)
     channels, *sides = latent
     config = replace(BACKBONES[backbone], in_channels=channels, num_classes=classes)
     patch = int(sizes.get("patch_size", config.patch_size))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from condit.backbones.vit import PRESETS, ViT, ViTConfig
 from condit.data.images import to_images
 from condit.data.sheets import Cell, contact_sheet
-from condit.training.labelled import Label, Pictures, height_width, id2label, open_labelled
+from condit.training.labelled import Label, Pictures, check_sizes, height_width, id2label, open_labelled
 from condit.training.loop import Task
 from condit.weights.files import load_strict
 from condit.weights.vit import for_finetuning, read_vit, save_vit
@@ -38,7 +38,7 @@ class ClassifyTask(Task):
 
     backbone: a preset, or "ViT" with `sizes`, the fields of `ViTConfig`; or `init`, the weights of another ViT whose
     head is replaced (section 3.2). smoothing: of labels; shift: at most so much of a side; zoom: at most so much more
-    or less; flip: mirror every other picture.
+    or less; flip: mirror every other picture. checkpointing: less memory, each block computed twice.
     """
 
     def __init__(
@@ -55,8 +55,17 @@ class ClassifyTask(Task):
         shift: float = 0.08,
         zoom: float = 0.15,
         flip: bool = False,
+        checkpointing: bool = False,
     ):
         super().__init__()
+        for name, value, least, most in (
+            ("smoothing", smoothing, 0, 1),
+            ("shift", shift, 0, 1),
+            ("zoom", zoom, 0, math.inf),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must lie in {least} to {most}; found {value!r}.")
+        self.checkpointing = checkpointing
         self.smoothing, self.shift, self.zoom, self.flip = smoothing, shift, zoom, flip
         sides = height_width(size)
         data = open_labelled(icons, folder, label=label, size=sides, held_out=HELD_OUT.get(label, "concept"))
@@ -87,7 +96,7 @@ class ClassifyTask(Task):
             # Dropout draws on the device; its seed is the step's, so a resumed run draws the same.
             seed = int(torch.randint(2**62, (), generator=generator))
             dropout = torch.Generator(batch.images.device).manual_seed(seed)
-        logits = self.network(batch.images, generator=dropout).float()
+        logits = self.network(batch.images, generator=dropout, checkpointing=self.checkpointing).float()
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.smoothing)
         return loss, {"accuracy": float((logits.argmax(1) == batch.labels).float().mean())}
 
@@ -149,6 +158,7 @@ def make_vit(
     given = [name for name in ("image_size", "classes", "flavour") if name in sizes]
     if given:
         raise ValueError(f"sizes.{given[0]} follows from the data; leave it out.")
+    check_sizes(presets[backbone], sizes)
     config = replace(presets[backbone], **sizes)  # type: ignore[arg-type]  # a wrong name or value fails here
     config = replace(config, classes=classes, image_size=image_size)
     if config.classifier == "unpooled":

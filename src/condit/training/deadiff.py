@@ -3,7 +3,6 @@ reconstruction, one of the three a batch."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from condit.training.loop import Task, to_device
 from condit.training.paired import FolderSource, IconSource, Paired, PairSource
 from condit.weights import deadiff as published
 from condit.weights.clip_towers import load_image_encoder
-from condit.weights.files import load_strict, read_metadata, read_tensors
+from condit.weights.files import load_strict, own_fields, read_metadata, read_tensors
 
 # What a batch of each kind shows the network.
 SHOWN: dict[Kind, tuple[Name, ...]] = {
@@ -248,7 +247,7 @@ def load_adapter(adapter: DEADiff, source: Path) -> None:
     file = source / ADAPTER if source.is_dir() else source
     tensors = published.adapter_tensors(read_tensors(file), file)
     kept = {name: value.float() for name, value in tensors.items() if not name.startswith("tower.")}
-    told = json.loads(read_metadata(file).get("condit", "{}"))
+    told = own_fields(read_metadata(file))
     layers = told.get("content_layers", list(adapter.config.content_layers))
     if tuple(layers) != adapter.config.content_layers:
         raise ValueError(f"{file} has content_layers {layers}; the recipe {list(adapter.config.content_layers)}.")

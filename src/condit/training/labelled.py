@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -63,6 +63,16 @@ def height_width(size: int | Sequence[int]) -> tuple[int, int]:
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"size is a side or [height, width] in pixels; found {size!r}.")
     return sides[0], sides[1]
+
+
+def check_sizes(config: object, sizes: Mapping[str, Any]) -> None:
+    """ValueError for a field of a recipe's `sizes` whose value is of another kind than the configuration's. A field
+    that there is not fails where it is replaced."""
+    for name, value in sizes.items():
+        known = getattr(config, name, None)
+        kinds = (int, float) if isinstance(known, float) else (type(known),)
+        if known is not None and type(value) not in kinds:
+            raise ValueError(f"sizes.{name} is of the kind of {known!r}; found {value!r}.")
 
 
 def id2label(classes: Sequence[str]) -> dict[str, str]:

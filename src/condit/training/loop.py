@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import KwargsHandler
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from condit.data.files import atomic_write
@@ -34,31 +34,37 @@ log = logging.getLogger(__name__)
 NAN_STEPS_UNTIL_STOP = 20
 
 
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class LoopConfig(BaseModel):
     """`[train]` of a recipe. Intervals are in steps or, where the name says so, in minutes."""
 
     model_config = ConfigDict(extra="forbid")
 
-    steps: int
-    batch: int
-    accumulate: int = 1  # batches whose gradients make one step
+    steps: Count
+    batch: Count
+    accumulate: Count = 1  # batches whose gradients make one step
     seed: int = 0
     optimizer: Literal["adamw", "prodigy"] = "adamw"
-    lr: float = 1e-3  # of Prodigy a factor: 1
-    muon_lr: float | None = None
-    embedding_lr: float | None = None
-    beta2: float = 0.98  # of AdamW; 0.999 for runs of many thousand steps
-    weight_decay: float = 0.0
-    warmup: int = 50
+    lr: Positive = 1e-3  # of Prodigy a factor: 1
+    muon_lr: Positive | None = None
+    embedding_lr: Positive | None = None
+    beta2: Share = 0.98  # of AdamW; 0.999 for runs of many thousand steps
+    weight_decay: NotNegative = 0.0
+    warmup: Annotated[int, Field(ge=0)] = 50
     decay: bool = True  # the last four fifths of the run fall to zero; False: constant after the warm-up
-    clip: float = 1.0
-    ema: float = 0.999
+    clip: Positive = 1.0
+    ema: Share = 0.999
     precision: Literal["auto", "bf16", "no"] = "auto"  # of autocast; auto: bf16 where the device computes in it
     compile: bool = False
     shard: bool = False  # weights over all processes (FSDP2), for networks that one device cannot hold
-    log_every: int = 20
-    save_minutes: float = 4.0
-    sheet_minutes: float = 8.0
+    log_every: Count = 20
+    save_minutes: NotNegative = 4.0
+    sheet_minutes: NotNegative = 8.0
 
 
 class Task(nn.Module):
@@ -182,7 +188,7 @@ class Loop:
         """Train to the last step; returns the last validation figures."""
         config, began = self.config, time.monotonic()
         saved = shown = began
-        figures: dict[str, float] = {}
+        figures: dict[str, float] = {} if self.step < config.steps else self.look()  # a run that had ended
         self.model.train()
         with ThreadPoolExecutor(1) as pool, self.bar() as tick:
             pending = pool.submit(self.make_batch, self.step)
@@ -323,11 +329,13 @@ class Loop:
 
     def load(self) -> None:
         state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
-        missing = self.parameters.keys() ^ state["parameters"].keys()
-        if missing:
+        shapes = [{name: tuple(p.shape) for name, p in each.items()} for each in (self.parameters, state["parameters"])]
+        differ = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+        if differ:
             raise ValueError(
-                f"{self.out}/state.pt belongs to another recipe: {len(missing)} parameters differ (first: "
-                f"{sorted(missing)[0]}). Choose another --out, or delete the folder."
+                f"{self.out}/state.pt belongs to another recipe: {len(differ)} parameters differ (first: {differ[0]}, "
+                f"{shapes[1].get(differ[0])} instead of {shapes[0].get(differ[0])}). Choose another --out, or delete "
+                "the folder."
             )
         with torch.no_grad():
             for name, p in self.parameters.items():

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from condit.data.images import to_images
 from condit.data.sheets import Cell, contact_sheet
 from condit.diffusion.edm import EDM, edm_loss, edm_sigmas, heun, precondition, training_sigmas
 from condit.training.classify import in_memory, to_float
-from condit.training.labelled import height_width, open_labelled
+from condit.training.labelled import check_sizes, height_width, open_labelled
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
 from condit.weights.tiny import WEIGHTS
@@ -41,6 +42,7 @@ class PixelTask(Task):
     or [height, width] in pixels.
 
     backbone: a preset of the U-shape, or "DiffiTImage" with `sizes`, the fields of its config. edm: fields of `EDM`.
+    checkpointing: less memory, each block computed twice.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class PixelTask(Task):
         size: int | Sequence[int] = 32,
         flip: bool = True,
         edm: Mapping[str, float] | None = None,
+        checkpointing: bool = False,
     ):
         super().__init__()
+        self.checkpointing = checkpointing
         self.size, self.flip, self.edm = height_width(size), flip, EDM(**(edm or {}))
         config = configure(backbone, sizes or {}, self.size)
         data = open_labelled(icons, folder, label="style", size=self.size, held_out="combo")
@@ -82,7 +86,8 @@ class PixelTask(Task):
         return self.loss(batch.x0, sigma, noise, dropout).mean(), {}
 
     def loss(self, x0: Tensor, sigma: Tensor, noise: Tensor, dropout: torch.Generator | None = None) -> Tensor:
-        denoise = precondition(lambda x, c: self.network(x, c, generator=dropout), self.edm)
+        network = partial(self.network, generator=dropout, checkpointing=self.checkpointing)
+        denoise = precondition(network, self.edm)
         return edm_loss(denoise, x0, sigma, noise, self.edm)
 
     def validate(self) -> dict[str, float]:
@@ -128,6 +133,7 @@ def configure(backbone: str, sizes: Mapping[str, Any], size: tuple[int, int]) ->
     if backbone not in presets:
         raise ValueError(f"No backbone {backbone!r} for pixels. Known: {', '.join(presets)}.")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    check_sizes(presets[backbone], given)
     config = replace(presets[backbone], **given)  # a wrong name fails here
     if config.in_channels != 3:
         raise ValueError(f"Pictures have 3 channels; sizes.in_channels is {config.in_channels}.")

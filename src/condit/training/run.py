@@ -67,7 +67,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """A checked recipe; ValueError names the field."""
     try:
         return Recipe(**tomllib.loads(Path(path).read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from condit.weights import deadiff
-from condit.weights.files import hash_file, load_strict, read_metadata, read_tensors
+from condit.weights.files import hash_file, load_strict, own_fields, read_metadata, read_tensors
 from condit.weights.lora_files import peft_settings, published
 
 Kind = Literal["model", "ip-adapter", "omini", "deadiff"]
@@ -92,7 +91,7 @@ def read_adapter(source: str | Path, method: str, layout: Layout = published) ->
         )
     file = adapter_weights(path) if path.is_dir() else path
     tensors, metadata = read_tensors(file), read_metadata(file)
-    config = json.loads(metadata.get("condit", "{}"))
+    config = own_fields(metadata)
     guess = what_is(tensors)
     if guess == "DEADiff":
         tensors = deadiff.adapter_tensors(tensors, source)

@@ -33,7 +33,7 @@ from condit.weights import diffit, dit
 from condit.weights.catalog import MODELS
 from condit.weights.diffit import load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
-from condit.weights.files import atomic_write, hash_file, read_metadata, read_tensors
+from condit.weights.files import arrays_in, atomic_write, hash_file, read_metadata, read_tensors
 from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit
 
@@ -194,12 +194,7 @@ def names_in(file: Path) -> list[str]:
             return list(opened.keys())
     except (SafetensorError, OSError):
         pass
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-        if arrays:
-            return arrays
-    return list(read_tensors(file))
+    return arrays_in(file) or list(read_tensors(file))
 
 
 # Parts
@@ -214,8 +209,7 @@ def load_class_parts(
     dtype = torch.float32 if dtype is None and name in MODELS else dtype
     file = weight_file(path)
     assert file is not None  # `recognise` has read it
-    # A file of ours says more than a config.json beside it.
-    backbone = load_dit(file if "condit" in _metadata(file) else path) if kind == "dit" else load_diffit(file)
+    backbone = load_dit(path) if kind == "dit" else load_diffit(file)
     c = backbone.config
     if vae is None:
         beside = (path if path.is_dir() else path.parent) / "vae"

@@ -7,7 +7,6 @@ compared on reading and may be written on saving, so that the official class loa
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,17 +19,31 @@ from torch import Tensor
 from condit.backbones.diffit import PRESETS, DiffiT, DiffiTConfig
 from condit.backbones.diffit_image import DiffiTImage, DiffiTImageConfig
 from condit.weights.catalog import what_is
-from condit.weights.files import load_strict, read_metadata, read_tensors, save_tensors
+from condit.weights.files import load_strict, own_fields, read_metadata, read_tensors, save_tensors
 
 INDEX, TABLE = ".attn.relative_position_index", ".attn.relative_position_bias_table"
 
 
 def load_diffit(path: str | Path) -> DiffiT:
-    """The latent model of a release file or of one of ours, strictly; sizes are read off the tensors.
+    """The latent model of a release file or of one of ours, or of the folder with one, strictly; sizes are read off the
+    tensors.
 
     ValueError with the missing names and a guess if the file is another model's. In evaluation mode, the file's dtype.
     """
+    path = file_of(path)
     return diffit_of(read_tensors(path), source=path, own=own_config(path, "DiffiT"))
+
+
+def file_of(path: str | Path) -> Path:
+    """A file as it is; of a folder, such as the trainer's export, its only safetensors file or its transformer's."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise ValueError(f"{folder} holds {len(found)} safetensors files; the folder of a DiffiT holds one.")
+    return found[0]
 
 
 def diffit_of(tensors: Mapping[str, Tensor], *, source: str | Path, own: Mapping[str, Any] | None = None) -> DiffiT:
@@ -43,7 +56,8 @@ def diffit_of(tensors: Mapping[str, Tensor], *, source: str | Path, own: Mapping
 
 
 def load_diffit_image(path: str | Path) -> DiffiTImage:
-    """The image-space model of a file of ours, strictly, in evaluation mode; there are no official files of it."""
+    """The image-space model of a file or folder of ours, strictly, in evaluation mode; there are no official files."""
+    path = file_of(path)
     with torch.device("meta"):
         model = DiffiTImage(DiffiTImageConfig(**own_config(path, "DiffiTImage")))
     load_strict(model, read_tensors(path), source=path, what_is=guess, assign=True)
@@ -64,7 +78,7 @@ def save_diffit(model: DiffiT | DiffiTImage, path: str | Path, *, indices: bool 
 
 def own_config(path: str | Path, name: str) -> dict[str, Any]:
     """The config that `save_diffit` wrote for a model of this class name; {} if the file holds none."""
-    config = json.loads(read_metadata(path).get("condit", "{}"))
+    config = own_fields(read_metadata(path))
     if config.get("class") != name:
         return {}
     known = (DiffiTConfig if name == "DiffiT" else DiffiTImageConfig).__dataclass_fields__

@@ -24,7 +24,15 @@ from torch import Tensor
 
 from condit.backbones.dit import PRESETS, DiT, DiTConfig, sincos_positions
 from condit.weights.catalog import what_is
-from condit.weights.files import atomic_write, load_strict, read_metadata, read_tensors, save_folder, save_tensors
+from condit.weights.files import (
+    atomic_write,
+    load_strict,
+    own_fields,
+    read_metadata,
+    read_tensors,
+    save_folder,
+    save_tensors,
+)
 
 Layout = Literal["official", "training", "diffusers"]
 State = dict[str, Tensor]
@@ -134,8 +142,9 @@ def _read(source: Path) -> tuple[State, dict[str, Any]]:
     if files is None:
         raise ValueError(f"{source} holds no weights; a *.safetensors or *.bin file is expected in it.")
     tensors = {name: value for file in files for name, value in read_tensors(file).items()}
-    if not (folder / "config.json").is_file():
-        return tensors, {}
+    # A file of ours says more than a config.json beside it.
+    if (own := _own_config(files[0])) or not (folder / "config.json").is_file():
+        return tensors, own
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     size = fields.get("sample_size")  # JSON has no tuples
     told = {
@@ -147,7 +156,7 @@ def _read(source: Path) -> tuple[State, dict[str, Any]]:
 
 def _own_config(path: Path) -> dict[str, Any]:
     """What `save_dit` wrote into a safetensors file; {} for files of others."""
-    config = json.loads(read_metadata(path).get("condit", "{}"))
+    config = own_fields(read_metadata(path))
     if config.pop("class", None) != "DiT":
         return {}
     unknown = sorted(config.keys() - DiTConfig.__dataclass_fields__.keys())

@@ -10,9 +10,11 @@ import re
 import shutil
 import stat
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +25,14 @@ from torch import Tensor, nn
 from condit.data.files import atomic_write, beside, fsync_path, hash_file, write_error
 
 __all__ = [
+    "arrays_in",
     "atomic_write",
     "hash_file",
     "inner_state",
     "is_complete",
     "load_strict",
     "open_folder",
+    "own_fields",
     "read_metadata",
     "read_tensors",
     "save_folder",
@@ -51,7 +55,17 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             raise ValueError(f"{path} is broken or cut off: {error}. Fetch it again") from error
+    if arrays_in(path):
+        raise ValueError(f"{path} is an .npz of numpy arrays, as ViT's authors publish: load it with load_vit")
     return _flatten(_read_pickle(path), path)
+
+
+def arrays_in(path: Path) -> list[str]:
+    """Names of the arrays in an .npz; none for other files."""
+    if not zipfile.is_zipfile(path):
+        return []
+    with zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def inner_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,6 +81,16 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
+
+
+def own_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What condit noted in a file's metadata as fields of a class; {} where it noted none: a part of a model bears its
+    plain name there."""
+    try:
+        found = json.loads(metadata.get("condit", "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def load_strict(
@@ -234,7 +258,9 @@ def _read_pickle(path: Path) -> object:
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand)|class) *:? *([\w.]+)", str(error))
+        named = re.search(
+            r"(?:GLOBAL|Unsupported (?:global|class|operand)|class) *:? *(?:GLOBAL +)?([\w.]+)", str(error)
+        )
         what = f" ({named[1]})" if named else ""
         raise ValueError(
             f"{path} holds more than tensors{what}, and reading it could run code: refused. "

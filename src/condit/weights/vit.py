@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from condit.backbones.vit import FLAVOURS, PRESETS, Flavour, ViT, ViTConfig, resize_positions
-from condit.weights.files import atomic_write, load_strict, read_metadata, read_tensors, save_folder, save_tensors
+from condit.weights.files import (
+    arrays_in,
+    atomic_write,
+    load_strict,
+    own_fields,
+    read_metadata,
+    read_tensors,
+    save_folder,
+    save_tensors,
+)
 from condit.weights.vit_layouts import (
     JAX,
     Layout,
@@ -181,24 +190,19 @@ def _read(source: Path) -> tuple[dict[str, Tensor], Hints]:
         return tensors, (_transformers_hints(config) if config.is_file() else None) or hints
     if not source.is_file():
         raise FileNotFoundError(f"no weight file at {source}")
-    if zipfile.is_zipfile(source) and _is_npz(source):
+    if arrays_in(source):
         return _read_npz(source), Hints()
     return read_tensors(source), _own_hints(read_metadata(source))
 
 
 def _own_hints(metadata: Mapping[str, str]) -> Hints:
     """What `save_vit` wrote beside timm's names."""
-    fields = json.loads(metadata.get("condit", "{}"))
-    if not isinstance(fields, dict) or "flavour" not in fields:
+    fields = own_fields(metadata)
+    if "flavour" not in fields:
         return Hints()
     size = fields["image_size"]
     size = tuple(size) if isinstance(size, list) else size
     return Hints(fields["heads"], size, fields["classifier"], Flavour(**fields["flavour"]))
-
-
-def _is_npz(source: Path) -> bool:
-    with zipfile.ZipFile(source) as archive:
-        return any(name.endswith(".npy") for name in archive.namelist())
 
 
 def _read_npz(source: Path) -> dict[str, Tensor]:
