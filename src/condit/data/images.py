@@ -7,7 +7,7 @@ import urllib.request
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard, Union
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -170,7 +170,7 @@ def load_masks(source: ImageSource | Sequence[ImageSource]) -> "Tensor":
     """One mask, or a list of one for each image, in its own size: (n, H, W) in [0, 1], white = 1."""
     import torch
 
-    sources = source if isinstance(source, list | tuple) else [source]
+    sources: Sequence[Any] = source if isinstance(source, list | tuple) else [source]
     pictures = [load_image(s).convert("L") for s in sources]
     if len({p.size for p in pictures}) != 1:
         raise ValueError(f"masks of several sizes: {sorted({p.size for p in pictures})}. Give them one size.")
