@@ -232,8 +232,12 @@ class ClassPipeline:
                 )
 
     def process(self, steps: int) -> Gaussian:
-        """The training's process with its timesteps spread evenly over so many, as the official samplers do."""
-        variance = "learned" if self.backbone.config.learn_sigma else "large"
+        """The training's process with its timesteps spread evenly over so many, as the official samplers do.
+
+        A small network that predicts x0 misses it at little noise by more than those steps' noise, so there it learns
+        variances far above both bounds, which a process of fewer steps multiplies: they are kept between them."""
+        learned = "bounded" if self.parts.predicts == "x0" else "learned"
+        variance = learned if self.backbone.config.learn_sigma else "large"
         return gaussian(respacing=str(steps), predicts=self.parts.predicts, variance=variance)
 
     def start(self, latents: Tensor | None, drawing: Drawing, noise: Noise) -> Tensor:

@@ -283,6 +283,14 @@ def test_an_export_of_the_trainer_says_what_it_predicts(tmp_path):
     torch.testing.assert_close(found, kept[-1], rtol=0, atol=1e-5)  # the last step lands on the last prediction
 
 
+def test_learned_variances_are_bounded_where_the_picture_is_predicted(pipe, tmp_path):
+    assert pipe.process(10).variance == "learned"  # as published
+    path = write(tmp_path / "transformer", DIT, names=None)
+    fields = {"id2label": dict(enumerate(NAMES)), "condit": {"predicts": "x0"}}
+    (path.parent / "config.json").write_text(json.dumps(fields))
+    assert condit.load(tmp_path).process(10).variance == "bounded"
+
+
 # Sizes
 
 

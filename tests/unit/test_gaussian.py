@@ -131,6 +131,16 @@ def test_learned_variances_run_between_the_two_bounds():
     torch.testing.assert_close(found[1], (found[0] + found[2]) / 2, rtol=1e-6, atol=1e-6)
 
 
+def test_bounded_variances_stay_between_the_two_bounds():
+    process, i = g.gaussian(respacing="10", variance="bounded"), torch.tensor([1, 5, 9])
+    beyond = [torch.cat([NOISE, torch.full_like(NOISE, v)], 1) for v in (-7.0, 0.5, 7.0)]
+    found = [g.reverse(process, output, X0, i).variance[:, 0, 0, 0].double() for output in beyond]
+    torch.testing.assert_close(found[0], process.posterior_variance[i], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[2], process.betas[i], rtol=1e-6, atol=0)
+    inside = g.reverse(g.gaussian(respacing="10"), beyond[1], X0, i).variance[:, 0, 0, 0].double()
+    torch.testing.assert_close(found[1], inside, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("variance", ["large", "small"])
 def test_fixed_variances_are_the_bounds(variance):
     process = g.gaussian(respacing="10", variance=variance)

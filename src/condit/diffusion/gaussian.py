@@ -18,7 +18,7 @@ from torch import Tensor
 
 Schedule = Literal["linear", "squaredcos_cap_v2", "quad", "const", "jsd", "warmup10", "warmup50"]
 Prediction = Literal["noise", "x0"]
-Variance = Literal["learned", "large", "small"]
+Variance = Literal["learned", "bounded", "large", "small"]
 LossKind = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 
 # denoise(x, t): images (B, C, H, W) and timesteps (B,) int64 of the trained process -> the network's output.
@@ -97,7 +97,8 @@ class Gaussian:
     """A process of N steps: betas (N,) float64 and the timestep (N,) int64 that the network is told at each.
 
     predicts: what the network's first C channels are. variance: "learned" (C more channels interpolate between the two
-    bounds), or one of the bounds: "large" (beta) or "small" (that of the posterior). All tables stay in float64.
+    bounds, and beyond them), "bounded" (the same, kept between them), or one of the bounds: "large" (beta) or "small"
+    (that of the posterior). All tables stay in float64.
     """
 
     betas: Tensor
@@ -107,6 +108,11 @@ class Gaussian:
 
     def __len__(self) -> int:
         return len(self.betas)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network puts out 2 C channels."""
+        return self.variance in ("learned", "bounded")
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
@@ -214,8 +220,9 @@ def reverse(process: Gaussian, output: Tensor, x: Tensor, i: Tensor, *, clip: bo
     """p(x_{i-1} | x_i) from the network's output (B, C or 2 C, H, W). clip: x0 to [-1, 1], for pixels, not latents."""
     check_output(process, output, x)
     prediction = output[:, : x.shape[1]].float()
-    if process.variance == "learned":
-        fraction = (output[:, x.shape[1] :].float() + 1) / 2  # -1 ... 1 in training; not clamped
+    if process.learns_variance:
+        fraction = (output[:, x.shape[1] :].float() + 1) / 2  # -1 ... 1 in training; the official code does not clamp
+        fraction = fraction.clamp(0, 1) if process.variance == "bounded" else fraction
         low, high = at(process.posterior_log_variance_clipped, i, x), at(process.betas.log(), i, x)
         log_variance = fraction * high + (1 - fraction) * low
         variance = log_variance.exp()
@@ -235,7 +242,7 @@ def reverse(process: Gaussian, output: Tensor, x: Tensor, i: Tensor, *, clip: bo
 
 def check_output(process: Gaussian, output: Tensor, x: Tensor) -> None:
     """ValueError unless a network's output has the channels that the process's kind of variance needs."""
-    channels = x.shape[1] * (2 if process.variance == "learned" else 1)
+    channels = x.shape[1] * (2 if process.learns_variance else 1)
     if output.shape != (x.shape[0], channels, *x.shape[2:]):
         raise ValueError(
             f"With variance {process.variance!r} the network must put out {(x.shape[0], channels, *x.shape[2:])} for "
@@ -271,7 +278,7 @@ def training_loss(
         return Loss(vb * len(process) if kind == "rescaled_kl" else vb)
     prediction, variance = output.split([x.shape[1], output.shape[1] - x.shape[1]], 1)
     mse = _mean((prediction - (noise if process.predicts == "noise" else x0)).square())
-    if process.variance != "learned":
+    if not process.learns_variance:
         return Loss(mse, mse)
     vb = variational_bound(process, torch.cat([prediction.detach(), variance], 1), x0, x, i)
     if kind == "rescaled_mse":
