@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
 import trials
-from ip_variants import LEVEL, Bench, BesideTask, Scene, draw, fine_layers, pair_errors
+from ip_variants import LEVEL, Bench, BesideTask, Scene, draw, fine_layers, pair_errors, start_readers
 from timing import machine
 from torch import Tensor
 from trials import Found, Question, cell, table
@@ -36,7 +37,7 @@ from condit.weights.catalog import MODELS, describe_hash
 
 Shares = tuple[float, float, float]
 PAIRS, OWN_PICTURE, ALL = (1, 0, 0), (0, 0, 1), (1, 1, 1)  # of style pairs, content pairs, reconstruction
-QFORMER = {"layers": 1, "queries": 8, "hidden": 128}
+QFORMER = {"layers": 1, "queries": 8, "hidden": 192}  # of recipes/small-unet-adapters.toml
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,14 @@ def build(trial: Trial, given: argparse.Namespace) -> IPAdapterTask | DEADiffTas
     layers = fine_layers(given.model) if trial.how == "deadiff, swapped" else None
     torch.manual_seed(given.seed)  # behind what may have drawn
     if trial.how.startswith("deadiff"):
-        return DEADiffTask(given.model, qformer=QFORMER, content_layers=layers, **data)
-    if trial.how == "decoupled":
-        return IPAdapterTask(given.model, **data)
-    return BesideTask(given.model, maps=trial.how == "beside, own maps", **data)
+        task: IPAdapterTask | DEADiffTask = DEADiffTask(given.model, qformer=QFORMER, content_layers=layers, **data)
+    elif trial.how == "decoupled":
+        task = IPAdapterTask(given.model, **data)
+    else:
+        task = BesideTask(given.model, maps=trial.how == "beside, own maps", **data)
+    if given.readers is not None:
+        start_readers(task, given.readers)
+    return task
 
 
 def hashes(task: IPAdapterTask | DEADiffTask) -> list[str]:
@@ -220,6 +225,7 @@ def claims(results: Mapping[str, Result], scene: Scene, command: str, note: str)
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     asked = trials.parser(__doc__, model="tiny-unet", steps=300, out="benchmarks/results/claims-ip")
+    asked.add_argument("--readers", type=Path, help="finished adapters whose projector and Q-Formers all start from")
     asked.add_argument("--draw", type=int, default=64, help="pictures of an IP-Adapter's trial; 0 = none")
     return trials.parse(asked, tuple(TRIALS), arguments)
 
@@ -238,7 +244,8 @@ class Study:
         task, folder = build(trial, given), given.out / "runs" / name
         how = {"lr": 1e-3, "muon_lr": 0.01, "ema": 0.98, "warmup": 20}
         config = LoopConfig(steps=given.steps, batch=given.batch, seed=given.seed, **how)
-        task = trials.train(task, config, folder, [asdict(trial), *hashes(task)])
+        readers = None if given.readers is None else describe_hash(given.readers)
+        task = trials.train(task, config, folder, [asdict(trial), *hashes(task), readers])
         result = Result({kind: pair_errors(task, self.scene, kind) for kind in trial.measured})
         if given.draw and isinstance(task, IPAdapterTask):
             mark = (folder / "mark.txt").read_text()
@@ -261,17 +268,20 @@ def main(arguments: list[str] | None = None) -> None:
     keep_memory()
     if given.threads:
         torch.set_num_threads(given.threads)
-    command, study, results = trials.command_of("claims_ip", arguments), Study(given), {}
+    command, study = trials.command_of("claims_ip", arguments), Study(given)
+    results: dict[str, Result] = {}
+    note = f"{given.steps} steps of {given.batch} for each, from equal seeds, on the frozen embedded UNet."
+    note += "" if given.readers is None else " What reads the reference starts as the shipped adapters', equally."
     for name in given.names:
         results[name] = study.run(name, TRIALS[name])
+        # After each trial, so that a run that is stopped has said what it knows.
         said = {"command": command, "level": LEVEL, "steps": given.steps, "batch": given.batch}
         told = {n: {k: asdict(f) for k, f in found_of(r, study.scene.clusters).items()} for n, r in results.items()}
         drawn = {n: {m: asdict(drawn_mean(v, study.scene)) for m, v in r.drawn.items()} for n, r in results.items()}
         trials.keep(given.out, {**said, "trials": told, "drawn": drawn}, page(results, study.scene, command, given))
+        if given.claims is not None:
+            write(given.claims, claims(results, study.scene, command, note))
     print((given.out / "claims.md").read_text())
-    if given.claims is not None:
-        note = f"{given.steps} steps of {given.batch} for each, from equal seeds, on the frozen embedded UNet."
-        write(given.claims, claims(results, study.scene, command, note))
 
 
 if __name__ == "__main__":

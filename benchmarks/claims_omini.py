@@ -211,6 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
         found[name] = measured(task, given.count)
         if name == "gray":
             strengths = sweep(task, given.count)
+        # After each trial, so that a run that is stopped has said what it knows.
         rows = {"trials": found, "strengths": strengths}
         figures = {kind: {n: asdict(f) for n, f in values.items()} for kind, values in rows.items()}
         said = {"command": command, "level": LEVEL, "steps": given.steps, "batch": given.batch}

@@ -23,12 +23,14 @@ from condit.evaluation.style_methods import reference_icons, true_icons
 from condit.evaluation.style_rows import less_blank
 from condit.latent_pipeline import LatentPipeline
 from condit.nn.attention import Attend, Call
-from condit.training.adapters import NAMELESS
+from condit.training.adapters import ADAPTER, NAMELESS
 from condit.training.deadiff import DEADiffTask
 from condit.training.denoising import errors, latents_of, load_base
 from condit.training.ip_adapter import IPAdapterTask
 from condit.training.loop import to_device
 from condit.training.paired import Paired, resized
+from condit.weights.files import load_strict, read_tensors
+from condit.weights.tiny import floats
 
 LEVEL = 0.9  # share of the timesteps
 DRAW_STEPS = 20
@@ -69,6 +71,18 @@ def fine_layers(model: str) -> tuple[int, ...]:
     """The layers of a UNet that DEADiff gives style: content and style change places."""
     count = len(cross_shapes(load_base(model, "DEADiff").backbone))
     return tuple(i for i in range(count) if i not in coarse_layers(count))
+
+
+def start_readers(task: IPAdapterTask | DEADiffTask, folder: Path) -> None:
+    """What reads the reference (projector, Q-Formers) from finished adapters under `folder` (style, deadiff), equal in
+    all variants; K', V' stay as they start, the text's."""
+    if isinstance(task, DEADiffTask):
+        file, readers = folder / "deadiff" / ADAPTER, {"style.": task.adapter.style, "content.": task.adapter.content}
+    else:
+        file, readers = folder / "style" / ADAPTER, {"image_proj.": task.ip.image_proj}
+    tensors = floats(read_tensors(file))
+    for start, reader in readers.items():
+        load_strict(reader, {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}, source=file)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def table(rows: Mapping[str, Found], what: str = "condition") -> str:
 
 
 def keep(folder: Path, said: Mapping, page: str) -> None:
-    """claims.json and claims.md, after each trial, so that a run that is stopped has said what it knows."""
+    """claims.json and claims.md in the folder of a study."""
     text = json.dumps({**said, "machine": machine()}, indent=1) + "\n"
     atomic_write(folder / "claims.json", lambda path: path.write_text(text))
     atomic_write(folder / "claims.md", lambda path: path.write_text(page))

@@ -52,8 +52,8 @@ def run(claims, model, tmp_path, monkeypatch):
     return go
 
 
-def built(claims, model: str, name: str):
-    given = claims.parse(["--icons", ICONS, "--model", model])
+def built(claims, model: str, name: str, *more: str):
+    given = claims.parse(["--icons", ICONS, "--model", model, *more])
     return claims.build(claims.TRIALS[name], given)
 
 
@@ -118,6 +118,25 @@ def test_swapped_layers_are_the_others(claims, model):
         tokens = task.shown("style", task.tower(images))
         tables.append(task.control(tokens, torch.zeros(1, 32, 16, 16)).table)
     assert all(tables[0][path] != tables[1][path] for path in tables[0])
+
+
+def test_readers_may_start_from_finished_adapters_and_the_maps_never_do(claims, model, tmp_path):
+    for name, folder in (("decoupled", "style"), ("deadiff", "deadiff")):
+        finished = built(claims, model, name)
+        with torch.no_grad():
+            for p in finished.parameters():
+                p.mul_(1.5)
+        finished.export(tmp_path / "done" / folder, {})
+        fresh = built(claims, model, name).state_dict()
+        found = built(claims, model, name, "--readers", str(tmp_path / "done")).state_dict()
+        ready = finished.state_dict()
+        reader = ("ip.image_proj.",) if name == "decoupled" else ("adapter.style.", "adapter.content.")
+        assert any(n.startswith(reader) for n in found)
+        for n, x in found.items():
+            if n.startswith(reader):
+                torch.testing.assert_close(x, ready[n], rtol=1e-3, atol=1e-4)  # kept in halves
+            else:
+                assert torch.equal(x, fresh[n])
 
 
 def test_a_wrong_reference_is_of_another_style_and_concept(claims):
