@@ -25,7 +25,7 @@ from condit.latent_pipeline import LatentPipeline
 from condit.nn.attention import Attend, Call
 from condit.training.adapters import ADAPTER, NAMELESS
 from condit.training.deadiff import DEADiffTask
-from condit.training.denoising import errors, latents_of, load_base
+from condit.training.denoising import errors, latents_of, load_base, run_of
 from condit.training.ip_adapter import IPAdapterTask
 from condit.training.loop import to_device
 from condit.training.paired import Paired, resized
@@ -121,8 +121,9 @@ class Scene:
 
     def first(self, count: int) -> Scene:
         some: dict[Kind, Tensor] = {kind: x[:count] for kind, x in self.references.items()}
-        wanted, shown, names = (list(x[:count]) for x in (self.wanted, self.shown, self.names))
-        return Scene(wanted, shown, names, self.images[:count], some, torch.tensor(elsewhere(wanted)))
+        wanted = self.wanted[:count]
+        other = torch.tensor(elsewhere(wanted), dtype=torch.long)
+        return Scene(wanted, self.shown[:count], self.names[:count], self.images[:count], some, other)
 
     def batch(self, kind: Kind, rows: Tensor, references: Tensor | None = None) -> Paired:
         """Pairs of some rows, with the references of others if these are given. The caption leaves to the reference
@@ -152,7 +153,8 @@ def controls(task: IPAdapterTask | DEADiffTask, batch: Paired, kept: Tensor, x0:
     """What a batch of pairs shows; rows that are not `kept` (B,) see no reference."""
     if isinstance(task, DEADiffTask):
         side = task.tower.size
-        return [task.control(task.shown(batch.kind, task.tower(resized(batch.references, (side, side))), kept), x0)]
+        tokens = task.shown(batch.kind, task.tower(resized(batch.references, (side, side))), kept)
+        return [task.adapter.reference(tokens).prepare(run_of(task.parts, x0))]
     return [task.acting(task.features(batch.references, kept))]
 
 

@@ -86,7 +86,7 @@ class IPAdapterTask(Task):
             load_strict(self.ip, floats(read_tensors(Path(init) / ADAPTER)), source=init)
         self.shares, self.drop, self.noise_offset = list(shares), list(drop), noise_offset
         self.kinds: list[Kind] = [kind for kind, share in zip(KINDS, shares, strict=True) if share]
-        side = self.encoder.size.side if isinstance(self.encoder, CLIPImage) else self.parts.size[0]
+        side = self.parts.size[0] if isinstance(self.encoder, TinyImage) else self.encoder.size.side
         self.source = open_source(icons, pairs, self.kinds, ("train",), self.parts.size, side)
         self.held_out = None
         if icons is not None or held_out is not None:
