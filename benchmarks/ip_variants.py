@@ -23,12 +23,13 @@ from condit.evaluation.style_methods import reference_icons, true_icons
 from condit.evaluation.style_rows import less_blank
 from condit.latent_pipeline import LatentPipeline
 from condit.nn.attention import Attend, Call
-from condit.training.adapters import ADAPTER, NAMELESS
+from condit.training.adapters import ADAPTER
 from condit.training.deadiff import DEADiffTask
 from condit.training.denoising import errors, latents_of, load_base, run_of
 from condit.training.ip_adapter import IPAdapterTask
 from condit.training.loop import to_device
 from condit.training.paired import Paired, resized
+from condit.training.referenced import NAMELESS
 from condit.weights.files import load_strict, read_tensors
 from condit.weights.tiny import floats
 
