@@ -97,8 +97,8 @@ COMPARED = (
         None,
         (SCORE, ALIGNMENT),
         (("beside", "decoupled"), ("beside-maps", "decoupled"), ("beside-own", "decoupled-own")),
-        "beside: the projector alone learns; beside-maps: K', V' of their own, in the text's softmax; -own: the "
-        "reference in training is the picture itself, else another icon of the style.",
+        "beside: the projector alone learns; beside-maps: K', V' of their own, in the text's softmax; -own: in "
+        "training and in the reconstruction pairs the reference is the picture itself, else another icon of the style.",
     ),
     Compared(
         Question(
@@ -119,7 +119,7 @@ COMPARED = (
             "deadiff-layers",
             "Style in the fine and content in the coarse layers, against swapped",
             ("deadiff", "deadiff-swapped"),
-            "DEADiff (arXiv:2403.06951, section 3.2): the coarse layers of a UNet are about what is drawn, the fine "
+            "DEADiff (arXiv:2403.06951, section 3): the coarse layers of a UNet are about what is drawn, the fine "
             "ones about how, so content goes to the former and style to the latter.",
         ),
         ("style", "content"),
@@ -168,9 +168,9 @@ def figures(compared: Compared, results: Mapping[str, Result], scene: Scene) -> 
     for name in compared.question.trials:
         found = found_of(results[name], scene.clusters)
         for kind in compared.kinds_of(name):
-            pairs, f = f"{kind} pairs" if kind != "reconstruction" else kind, found[kind]
-            rows.append(Measured.of(f"error on {pairs}, {name}", f.error, 4))
-            rows += [Measured.of(f"its rise with another's reference, times, {name}", f.wrong, 3)] if f.wrong else []
+            f, rise = found[kind], f"its rise with another's reference, times, {kind} pairs, {name}"
+            rows.append(Measured.of(f"error on {kind} pairs, {name}", f.error, 4))
+            rows += [Measured.of(rise, f.wrong, 3)] if f.wrong else []
         rows += [
             Measured.of(f"{m}, {name}", drawn_mean(results[name].drawn[m], scene))
             for m in measures_of(compared, results)
