@@ -129,7 +129,7 @@ class Scene:
     def batch(self, kind: Kind, rows: Tensor, references: Tensor | None = None) -> Paired:
         """Pairs of some rows, with the references of others if these are given. The caption leaves to the reference
         what it has: the style, or the concept."""
-        icons = [self.wanted[i] for i in rows]
+        icons = [self.wanted[i] for i in rows.tolist()]
         nameless = [plain_caption(icon).replace(icon.label, NAMELESS[0], 1) for icon in icons]
         captions = nameless if kind == "content" else [icon.label for icon in icons]
         found = self.references[kind][rows if references is None else references]
