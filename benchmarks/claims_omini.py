@@ -10,29 +10,26 @@ rise in % with another icon's condition (0 = the condition is not read). 95 % in
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+import trials
 from timing import machine
 from torch import Tensor
+from trials import Found, Question, table
 
-from condit.data.files import atomic_write
 from condit.diffusion.objectives import add_noise, flow_loss
 from condit.encoders.vae import encode_tokens
 from condit.evaluation.claims import Claim, Measured, block, write
-from condit.evaluation.measures import Interval, bootstrap, ratio
 from condit.memory import keep_memory
 from condit.training.adapters import TokenTask
-from condit.training.loop import Loop, LoopConfig, to_device
+from condit.training.loop import LoopConfig, to_device
 from condit.training.referenced import Referenced
-from condit.weights.catalog import TINY
+from condit.weights.catalog import TINY, describe_hash
 
 LEVEL = 0.9
 STRENGTHS = 0.0, 0.25, 0.5, 1.0, 1.5, 2.0
@@ -66,16 +63,6 @@ TRIALS = {
     "gray-joint": Trial("gray", variant={"independent": False}),
 }
 _COMMAND = "python benchmarks/claims_omini.py --icons data/icons --claims docs/claims.md"
-
-
-@dataclass(frozen=True)
-class Question:
-    """A claim of the paper, and the trials that answer it. name: of its place in docs/claims.md."""
-
-    name: str
-    title: str
-    trials: tuple[str, ...]
-    paper: str
 
 
 QUESTIONS = (
@@ -130,39 +117,13 @@ STRENGTH = Claim(
 )
 
 
-@dataclass(frozen=True)
-class Found:
-    """error: of the velocity; wrong, none: errors with another icon's and without a condition, over the error."""
-
-    error: Interval
-    wrong: Interval | None
-    none: Interval | None
-
-
 def train(name: str, trial: Trial, given: argparse.Namespace) -> TokenTask:
-    """The trial's adapter after the same steps as all others; a trial that was trained before is read."""
+    """The trial's adapter after the same steps as all others."""
     torch.manual_seed(given.seed)
     task = TokenTask(given.icons, given.model, kind=trial.kind, rank=trial.rank, variant=dict(trial.variant))
-    config = LoopConfig(
-        steps=given.steps,
-        batch=given.batch,
-        seed=given.seed,
-        lr=3e-3,
-        muon_lr=0.01,
-        ema=0.98,
-        warmup=20,
-        precision="auto",
-    )
-    loop = Loop(task, config, given.out / "runs" / name)
-    loop.model.train()
-    while loop.step < config.steps:
-        loop.train_step(loop.make_batch(loop.step))
-        loop.step += 1
-    loop.save()
-    with torch.no_grad():
-        for key, parameter in loop.parameters.items():
-            parameter.copy_(loop.average.shadow[key])
-    return task.eval()
+    how = {"lr": 3e-3, "muon_lr": 0.01, "ema": 0.98, "warmup": 20}
+    config = LoopConfig(steps=given.steps, batch=given.batch, seed=given.seed, **how)
+    return trials.train(task, config, given.out / "runs" / name, [asdict(trial), describe_hash(Path(given.model))])
 
 
 @torch.no_grad()
@@ -189,8 +150,7 @@ def errors(task: TokenTask, count: int, *, chunk: int = 64) -> tuple[Tensor, Ten
 
 
 def measured(task: TokenTask, count: int) -> Found:
-    right, wrong, none = errors(task, count)
-    return Found(bootstrap(right), ratio(wrong, right), ratio(none, right))
+    return Found.of(*errors(task, count))
 
 
 def sweep(task: TokenTask, count: int) -> dict[str, Found]:
@@ -201,23 +161,6 @@ def sweep(task: TokenTask, count: int) -> dict[str, Found]:
         found[f"{strength:g}"] = measured(task, count)
     task.variant = variant
     return found
-
-
-def cell(interval: Interval | None, *, percent: bool = False) -> str:
-    if interval is None:
-        return "-"
-    values = (interval.value, interval.low, interval.high)
-    if percent:
-        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * (v - 1) for v in values))
-    return "{:.4f} ({:.4f} to {:.4f})".format(*values)
-
-
-def table(rows: Mapping[str, Found]) -> str:
-    lines = ["| variant | n | error | another's condition, % | none, % |", "|---|---|---|---|---|"]
-    for name, f in rows.items():
-        cells = cell(f.error), cell(f.wrong, percent=True), cell(f.none, percent=True)
-        lines.append(f"| {name} | {f.error.n} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def page(found: Mapping[str, Found], strengths: Mapping[str, Found], command: str, given: argparse.Namespace) -> str:
@@ -242,7 +185,7 @@ def claims(found: Mapping[str, Found], strengths: Mapping[str, Found], command: 
     for q in QUESTIONS:
         if all(name in found for name in q.trials):
             figures = [row for name in q.trials for row in rows(name, found[name])]
-            texts[q.name] = block(Claim(q.paper, _COMMAND), figures, note=note, command=command)
+            texts[q.name] = q.text(figures, _COMMAND, note=note, command=command)
     if strengths:
         figures = [row for name, f in strengths.items() for row in rows(f"gray at {name}", f)]
         texts["omini-strength"] = block(STRENGTH, figures, note=note, command=command)
@@ -250,23 +193,8 @@ def claims(found: Mapping[str, Found], strengths: Mapping[str, Found], command: 
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--icons", required=True, help="an icon world made by `condit data icons`")
-    parser.add_argument("--model", default=str(TINY / "model"), help="folder of the embedded model")
-    parser.add_argument("--steps", type=int, default=260)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=256, help="held-out icons")
-    parser.add_argument("--only", help="trials, separated by commas")
-    parser.add_argument("--claims", type=Path, help="a page like docs/claims.md whose places are filled")
-    parser.add_argument("--threads", type=int, help="of the CPU")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/claims-omini"))
-    given = parser.parse_args(arguments)
-    given.names = list(TRIALS) if given.only is None else [name.strip() for name in given.only.split(",")]
-    unknown = [name for name in given.names if name not in TRIALS]
-    if unknown:
-        parser.error(f"no trial {unknown[0]!r}; there are {', '.join(TRIALS)}")
-    return given
+    asked = trials.parser(__doc__, model=str(TINY / "model"), steps=260, out="benchmarks/results/claims-omini")
+    return trials.parse(asked, tuple(TRIALS), arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -275,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     random.seed(given.seed)
-    command = shlex.join(["python", "benchmarks/claims_omini.py", *(sys.argv[1:] if arguments is None else arguments)])
+    command = trials.command_of("claims_omini", arguments)
     found: dict[str, Found] = {}
     strengths: dict[str, Found] = {}
     for name in given.names:
@@ -286,10 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
         # After each trial, so that a run that is stopped has said what it knows.
         rows = {"trials": found, "strengths": strengths}
         figures = {kind: {n: asdict(f) for n, f in values.items()} for kind, values in rows.items()}
-        said = {"command": command, "machine": machine(), "level": LEVEL, "steps": given.steps, "batch": given.batch}
-        text, markdown = json.dumps({**said, **figures}, indent=1) + "\n", page(found, strengths, command, given)
-        atomic_write(given.out / "claims.json", lambda path, text=text: path.write_text(text))
-        atomic_write(given.out / "claims.md", lambda path, text=markdown: path.write_text(text))
+        said = {"command": command, "level": LEVEL, "steps": given.steps, "batch": given.batch}
+        trials.keep(given.out, {**said, **figures}, page(found, strengths, command, given))
     print((given.out / "claims.md").read_text())
     if given.claims is not None:
         note = f"{given.steps} steps of {given.batch} for each, from equal seeds, on the frozen embedded model."

@@ -27,7 +27,7 @@ def claims():
         yield module
     finally:
         sys.path.remove(str(FOLDER))
-        for name in ("claims_omini", "timing"):
+        for name in ("claims_omini", "trials", "timing"):
             sys.modules.pop(name, None)
 
 

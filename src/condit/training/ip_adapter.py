@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from condit.controls.control import Control
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import HEAD_DIM, ImageProjection, Resampler
-from condit.controls.ip_reference import IPReference
 from condit.data.grouped import KINDS, Kind
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
@@ -86,7 +86,7 @@ class IPAdapterTask(Task):
             load_strict(self.ip, floats(read_tensors(Path(init) / ADAPTER)), source=init)
         self.shares, self.drop, self.noise_offset = list(shares), list(drop), noise_offset
         self.kinds: list[Kind] = [kind for kind, share in zip(KINDS, shares, strict=True) if share]
-        side = self.encoder.size.side if isinstance(self.encoder, CLIPImage) else self.parts.size[0]
+        side = self.parts.size[0] if isinstance(self.encoder, TinyImage) else self.encoder.size.side
         self.source = open_source(icons, pairs, self.kinds, ("train",), self.parts.size, side)
         self.held_out = None
         if icons is not None or held_out is not None:
@@ -114,7 +114,7 @@ class IPAdapterTask(Task):
         noise = torch.randn(x0.shape, generator=generator)
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
-        loss = errors(self.parts, x0, noise.to(x0.device), t, text, [self.ip.reference(features)]).mean()
+        loss = errors(self.parts, x0, noise.to(x0.device), t, text, [self.acting(features)]).mean()
         return loss, {f"loss_{batch.pairs.kind}": float(loss.detach())}
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class IPAdapterTask(Task):
             for share in (0.3, 0.7, 0.9):
                 t = torch.full((len(x0),), int(share * self.parts.process.num_train_timesteps))
                 right, wrong, without = (
-                    float(errors(self.parts, x0, noise, t, text, [self.ip.reference(f)]).mean())
+                    float(errors(self.parts, x0, noise, t, text, [self.acting(f)]).mean())
                     for f in (own, own.roll(1, 0), none)
                 )
                 found[f"{kind}_error_{share}"] = round(right, 4)
@@ -163,9 +163,13 @@ class IPAdapterTask(Task):
             labels += [f"{kind}: reference", "no reference", "drawn", "real"]
         return contact_sheet(rows, labels)
 
-    def control(self, batch: Paired, kept: Tensor) -> IPReference:
+    def control(self, batch: Paired, kept: Tensor) -> Control:
         none = self.features(batch.references, 0 * kept)[:1]
-        return self.ip.reference(self.features(batch.references, kept), empty=none)
+        return self.acting(self.features(batch.references, kept), empty=none)
+
+    def acting(self, features: Tensor, *, empty: Tensor | None = None) -> Control:
+        """How features enter the network; ablations let them enter otherwise. empty: those of no reference."""
+        return self.ip.reference(features, empty=empty)
 
     def export(self, folder: Path, card: dict) -> None:
         export_adapter(self.ip, folder, card, base=self.parts.hash)
