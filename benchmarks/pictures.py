@@ -1,6 +1,6 @@
 """The pictures of docs/papers, drawn by the embedded models from icons of the packed sample.
 
-    python benchmarks/pictures.py [omini ip-adapter instantstyle deadiff classes] [--out docs/images] [--seed 0]
+    python benchmarks/pictures.py [omini ip-adapter deadiff classes] [--out docs/images] [--seed 0]
 
 `classes` draws with the finished runs of recipes/small-dit.toml, small-diffit.toml and small-dit-adaln.toml: --runs.
 """
@@ -109,8 +109,8 @@ def omini(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
 def ip_adapter(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
     tiny, unet = condit.load("tiny"), condit.load("tiny-unet")
     style = condit.IPAdapter.load("tiny/style", tiny)
-    on_unet, plus = (condit.IPAdapter.load(f"tiny-unet/{name}", unet) for name in ("style", "plus"))
-    key, tulip, apple = icons(HIGH_CONTRAST, "key"), icons(THREE_D, "tulip"), icons("noto", "red apple")
+    on_unet = condit.IPAdapter.load("tiny-unet/style", unet)
+    key, tulip = icons(HIGH_CONTRAST, "key"), icons(THREE_D, "tulip")
     left = Image.new("L", key.size)
     left.paste(255, (0, 0, key.width // 2, key.height))
     shares = [[1.0, 0.0], [0.7, 0.3], [0.3, 0.7], [0.0, 1.0]]
@@ -137,51 +137,19 @@ def ip_adapter(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
             None,
             *swept(unet, "a rocket", lambda s: on_unet.control(key, strength=s), seed, "lambda"),
         ],
-        [
-            given(apple, "reference"),
-            None,
-            *swept(unet, "an icon", lambda s: plus.control(apple, strength=s), seed, "lambda"),
-        ],
     ]
     return rows, [
         "MM-DiT, style",
         "two references, averaged by weights",
         "in one half of the picture",
-        "UNet, global",
-        "UNet, plus; the prompt names nothing",
+        "UNet, style",
     ]
-
-
-def instantstyle(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
-    pipe = condit.load("tiny-unet")
-    styles = condit.InstantStyle.load("tiny-unet/style", pipe)
-    references = [(HIGH_CONTRAST, "key"), (MONO, "guitar"), (FLAT, "automobile")]
-    rows: list[Line] = []
-    for vendor, label in references:
-        picture = icons(vendor, label)
-        controls = {
-            "no control": [],
-            "all blocks": [styles.control(picture, preset="all")],
-            "all, words off": [styles.control(picture, preset="all", content=label)],
-            "style block": [styles.control(picture, preset="style")],
-            "layout block": [styles.control(picture, preset="layout")],
-            "style + layout": [styles.control(picture, preset="style+layout")],
-        }
-        row: Line = [given(picture, label)]
-        row += [Cell(drawn(pipe, ["a red apple"], c, seed)[0], name) for name, c in controls.items()]
-        rows.append(row)
-    return rows, ["a red apple"] * len(rows)
 
 
 def deadiff(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
     pipe = condit.load("tiny-unet")
     dead = condit.DEADiff.load("tiny-unet/deadiff", pipe)
-    key, guitar, apple, mushroom = (
-        icons(HIGH_CONTRAST, "key"),
-        icons(MONO, "guitar"),
-        icons("noto", "red apple"),
-        icons("noto", "mushroom"),
-    )
+    key, guitar = icons(HIGH_CONTRAST, "key"), icons(MONO, "guitar")
     prompts = ["a red apple", "a penguin", "a rocket", "an umbrella"]
 
     def line(control: Any, words: Sequence[str], *pictures: Cell | None) -> Line:
@@ -192,20 +160,13 @@ def deadiff(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
         line(None, prompts, None, None),
         line(dead.control(key), prompts, given(key, "style"), None),
         line(dead.control(guitar), prompts, given(guitar, "style"), None),
-        line(
-            dead.control(content=apple),
-            ["", "this", "this, twemoji style", "this, noto style"],
-            None,
-            given(apple, "content"),
-        ),
-        line(
-            dead.control(key, mushroom),
-            ["", "this", "a mushroom", "a red apple"],
+        [
             given(key, "style"),
-            given(mushroom, "content"),
-        ),
+            None,
+            *swept(pipe, "a rocket", lambda m: dead.control(key, strength=m, acts="attention"), seed, "m"),
+        ],
     ]
-    return rows, ["no control", "style", "style of another", "content", "style of one,\ncontent of another"]
+    return rows, ["no control", "style", "style of another", "strength"]
 
 
 def classes(runs: Path, seed: int) -> tuple[list[Line], list[str]]:
@@ -231,7 +192,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pages: dict[str, Callable[[Icons, int], tuple[list[Line], list[str]]]] = {
         "omini": omini,
         "ip-adapter": ip_adapter,
-        "instantstyle": instantstyle,
         "deadiff": deadiff,
     }
     parser.add_argument("names", nargs="*", choices=[*pages, "classes", []], default=[])

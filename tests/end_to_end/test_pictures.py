@@ -11,8 +11,7 @@ from condit.weights.catalog import MODELS
 FILE = Path(__file__).parent.parent.parent / "benchmarks" / "pictures.py"
 NEEDS = {
     "omini": ("tiny/gray", "tiny/edges", "tiny/subject", "tiny/style-tokens"),
-    "ip-adapter": ("tiny/style", "tiny-unet/style", "tiny-unet/plus"),
-    "instantstyle": ("tiny-unet/style",),
+    "ip-adapter": ("tiny/style", "tiny-unet/style"),
     "deadiff": ("tiny-unet/deadiff",),
 }
 
