@@ -86,7 +86,7 @@ class IPAdapterTask(Task):
             load_strict(self.ip, floats(read_tensors(Path(init) / ADAPTER)), source=init)
         self.shares, self.drop, self.noise_offset = list(shares), list(drop), noise_offset
         self.kinds: list[Kind] = [kind for kind, share in zip(KINDS, shares, strict=True) if share]
-        side = self.parts.size[0] if isinstance(self.encoder, TinyImage) else self.encoder.size.side
+        side = self.encoder.size.side if isinstance(self.encoder, CLIPImage) else self.parts.size[0]
         self.source = open_source(icons, pairs, self.kinds, ("train",), self.parts.size, side)
         self.held_out = None
         if icons is not None or held_out is not None:
@@ -189,12 +189,14 @@ def read_features(encoder: TinyImage | CLIPImage, references: Tensor, kept: Tens
 
 
 def find_encoder(parts: LatentParts, folder: str | None, projector: str) -> TinyImage | CLIPImage:
-    """The image encoder, frozen. ValueError where there is none."""
+    """The image encoder, frozen. ValueError where there is none, or where it has no states for "plus"."""
     if projector not in TOKENS:
         raise ValueError(f"projector must be one of {', '.join(TOKENS)}; found {projector!r}.")
     found = parts.image if folder is None else load_image_encoder(folder)
     if found is None:
         raise ValueError(f"{parts.name} has no image encoder: image_encoder must name the folder of a CLIP.")
+    if projector == "plus" and not hasattr(found, "states"):
+        raise ValueError(f'"plus" reads the states of a CLIP, which image_encoder must name; {parts.name} has vectors.')
     return found.requires_grad_(False)
 
 
