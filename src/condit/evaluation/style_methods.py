@@ -21,7 +21,8 @@ from condit.controls.control import Control
 from condit.controls.instantstyle import preset
 from condit.controls.ip_adapter import IPReference
 from condit.data.icons import Icon, IconWorld, plain_caption
-from condit.encoders.clip import CONCEPT, embed_text, token_ids
+from condit.encoders.clip import CONCEPT
+from condit.encoders.image import TinyWords
 from condit.evaluation.adain import AdaIN
 from condit.evaluation.sets import Cell, pictures, shown
 
@@ -133,9 +134,7 @@ def subtracted(
     pipe = stage.pipe
     part = part or pipe.image.embedding
     features = pipe.image(pipe.read_images(list(given.references), None)).clone()
-    with torch.no_grad():
-        ids = token_ids(pipe.parts.text.tokenizer, [icon.label for icon in given.icons]).to(pipe.device)
-        words = embed_text(pipe.image.clip, ids)[1] * pipe.image.gain
+    words = TinyWords(pipe.image, pipe.parts.text.tokenizer)([icon.label for icon in given.icons])
     # Only where the feature is a CLIP embedding: the statistics of middle layers have no twin in the text tower.
     features[:, part] -= strength * words[:, part].to(features)
     return [stage.adapters[adapter].reference(features.to(pipe.dtype), 1.0)]

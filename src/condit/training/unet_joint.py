@@ -44,10 +44,10 @@ from condit.weights.files import load_strict, read_tensors
 from condit.weights.tiny import floats
 
 DROPPED = 0.1  # rows of an adapter that are shown no reference
-# Rows of "plus" without words, and those of DEADiff's content whose words name nothing. Where words say what is drawn,
-# a small network disregards a reference that says it too: at 0.3 and 0.5 it did so for 700 steps.
+# Rows of "plus" without words, those of content whose words name nothing, so that the reference is needed, and rows of
+# content that are shown the target itself. Neither was enough for the embedded UNet (docs/tiny.md).
 UNTOLD = NAMELESS = 0.9
-OWN = 0.5  # rows of DEADiff's content that are shown the target itself, from which it learns to look at all
+OWN = 0.5
 PLUS_DEPTH = 2  # published: four layers, for 1280 numbers a token
 
 
