@@ -49,6 +49,12 @@ def drawn(pipe: Any, prompts: Sequence[str], controls: Sequence[Any], seed: int)
     return [pipe(prompt, controls=list(controls), seed=seed).images[0] for prompt in prompts]
 
 
+def unworded(pipe: Any, control: Callable[[Image.Image], Any], icons: Icons, seed: int) -> list[Cell]:
+    """Pictures of no words, from one noise, by references of their own."""
+    of = [(FLAT, "automobile"), (HIGH_CONTRAST, "automobile"), (THREE_D, "tulip"), (FLAT, "crab")]
+    return [Cell(drawn(pipe, [""], [control(icons(*x))], seed)[0], f"{x[1]}, {x[0][13:]}") for x in of]
+
+
 def swept(
     pipe: Any,
     prompt: str,
@@ -124,6 +130,7 @@ def ip_adapter(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
     masked = drawn(
         tiny, ["a penguin", "a rocket", "an automobile", "a red apple"], [style.control(key, mask=left)], seed
     )
+    plus = condit.IPAdapter.load("tiny-unet/plus", unet)
     rows: list[Line] = [
         [
             given(key, "reference"),
@@ -137,12 +144,14 @@ def ip_adapter(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
             None,
             *swept(unet, "a rocket", lambda s: on_unet.control(key, strength=s), seed, "lambda"),
         ],
+        [None, None, *unworded(unet, plus.control, icons, seed)],
     ]
     return rows, [
         "MM-DiT, style",
         "two references, averaged by weights",
         "in one half of the picture",
         "UNet, style",
+        "UNet, plus of these\nno words",
     ]
 
 
@@ -151,6 +160,8 @@ def deadiff(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
     dead = condit.DEADiff.load("tiny-unet/deadiff", pipe)
     key, guitar = icons(HIGH_CONTRAST, "key"), icons(MONO, "guitar")
     prompts = ["a red apple", "a penguin", "a rocket", "an umbrella"]
+    car = icons(FLAT, "automobile")
+    unnamed = [f"this, {style} style" for style in ("noto", "fluent 3d", "twemoji", "fluent high contrast")]
 
     def line(control: Any, words: Sequence[str], *pictures: Cell | None) -> Line:
         images = drawn(pipe, words, [control] if control is not None else [], seed)
@@ -165,8 +176,18 @@ def deadiff(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
             None,
             *swept(pipe, "a rocket", lambda m: dead.control(key, strength=m, acts="attention"), seed, "m"),
         ],
+        line(dead.control(content=car), unnamed, given(car, "content"), None),
+        [given(key, "style"), None, *unworded(pipe, lambda x: dead.control(key, x), icons, seed)],
     ]
-    return rows, ["no control", "style", "style of another", "strength"]
+    labels = [
+        "no control",
+        "style",
+        "style of another",
+        "strength",
+        "content\nstyle by words",
+        "style, and content of\nthese; no words",
+    ]
+    return rows, labels
 
 
 def classes(runs: Path, seed: int) -> tuple[list[Line], list[str]]:

@@ -97,7 +97,7 @@ def test_the_teacher_changes_the_aim_at_high_noise_and_never_the_input(new_task)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([10, 100, 500, 900])
     with torch.no_grad():
-        found, other = task.taught(x0, noise, t, batch.captions)
+        found, other = task.teacher(x0, noise, t, batch.captions)
     before, after = (training_pair(PROCESS, x, e, t) for x, e in ((x0, noise), (found, other)))
     assert torch.allclose(before[0], after[0], atol=1e-4)  # x0 moves by some units, and x is their sum with noise
     changed = (before[1] - after[1]).abs().flatten(1).amax(1) > 1e-3

@@ -414,3 +414,11 @@ def test_what_cannot_be_sharded_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match="leave accelerate's FSDP settings out"):
         Loop(Sharded(), SHARDED, tmp_path)
+
+
+def test_processes_that_do_not_see_each_other_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(Accelerator, "num_processes", 1)
+    with pytest.raises(ValueError, match="2 processes were started, but each sees only itself"):
+        Loop(Toy(), CONFIG, tmp_path)

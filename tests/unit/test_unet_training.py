@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import condit
-from condit.backbones.unet import PRESETS
+from condit.backbones.unet import PRESETS, Transformer
 from condit.data.icons import sample_path
 from condit.data.images import to_images
 from condit.latent_pipeline import LatentPipeline
-from condit.training import unet
+from condit.training import unet, unet_joint
 from condit.training.loop import Loop, LoopConfig
 from condit.training.run import tasks
-from condit.training.unet import PROCESS, UNetTask
+from condit.training.unet import PROCESS, Silence, UNetTask
 from condit.training.unet_joint import UNetJointTask
 from condit.weights.catalog import TINY
 from condit.weights.tiny_unet import INDEX
@@ -140,19 +140,58 @@ def test_figures_and_sheet_of_the_joint_task(make_task, monkeypatch):
     assert task.sheet().size[0] > 0
 
 
-def test_the_canvas_is_seen_and_the_text_read(make_task):
+def test_words_reach_it_by_their_states_alone(make_task):
     task = make_task()
     for p in task.unet.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    pipe = LatentPipeline(task.parts)
-    text = task.text(["a red apple"])
+    pipe, text = LatentPipeline(task.parts), task.text(["a red apple"])
+    assert text.canvas is None and not text.pooled.numel()
     how = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"}
     plain = pipe(text, **how).images
-    for part in ("tokens", "pooled", "canvas"):
-        changed = replace(text, **{part: getattr(text, part) + 1})
-        assert not torch.equal(pipe(changed, **how).images, plain), part
+    assert not torch.equal(pipe(replace(text, tokens=text.tokens + 1), **how).images, plain)
 
 
 def test_a_recipe_finds_the_task_and_the_index_its_loader():
     assert tasks()["text-to-image-unet"] is UNetTask
     assert INDEX["_class_name"].startswith("IconUNet")
+
+
+def test_where_there_is_much_noise_the_mmdit_teaches_rows_without_a_reference_alone(make_task, monkeypatch):
+    make_task()
+    tasks = [UNetJointTask(ICONS, MODEL, style_share=0.5, taught_from=x) for x in (1.0, 0.4)]
+    batch, seen = tasks[0].batch(random.Random(0), 4), []
+    told = unet_joint.errors
+    monkeypatch.setattr(
+        unet_joint, "errors", lambda parts, x0, *rest: seen.append(x0.clone()) or told(parts, x0, *rest)
+    )
+    for task in tasks:
+        task(batch, torch.Generator().manual_seed(1))
+    assert not torch.equal(seen[0][:2], seen[1][:2]) and torch.equal(seen[0][2:], seen[1][2:])
+
+
+def test_a_layer_is_silent_for_a_row_in_words_and_references_and_all_speak_in_the_others(make_task):
+    task = make_task(silent=0.5)
+    generator = torch.Generator().manual_seed(0)
+    drawn = Silence.draw(task.unet, 2000, 0.5, generator)
+    speaks = torch.stack([x.flatten() for x in drawn.speaks.values()], 1)
+    assert speaks.shape == (2000, 11) and set(speaks.unique().tolist()) == {0.0, 1.0}
+    whole = speaks.all(1)
+    assert 0.45 < float(whole.float().mean()) < 0.55
+    assert 0.22 < float(speaks[~whole].mean()) < 0.28
+
+    torch.nn.init.normal_(task.unet.conv_out.weight)
+    for module in task.unet.modules():
+        if isinstance(module, Transformer):
+            torch.nn.init.normal_(module.proj_out.weight, std=0.1)
+    x, t, words = torch.randn(2, 32, 16, 16, generator=generator), torch.tensor([500, 500]), torch.randn(2, 24, 192)
+    one = Silence({path: torch.tensor([0.0, 1.0])[:, None, None, None] for path in drawn.speaks})
+    with torch.no_grad():
+        silent, plain, other = (
+            task.unet(x, t, w, controls=c) for w, c in ((words, [one]), (words, []), (words.flip(1) * 2, [one]))
+        )
+    assert torch.equal(silent[1], plain[1]) and not torch.equal(silent[0], plain[0])
+    assert torch.equal(silent[0], other[0]) and not torch.equal(silent[1], other[1])
+    assert one.rows(slice(1, 2)).speaks.keys() == one.speaks.keys()
+    assert make_task().silence(2, generator) == []
+    with pytest.raises(ValueError, match=r"silent is a share of the rows, 0 to 1; found 2\."):
+        make_task(silent=2.0)

@@ -95,17 +95,18 @@ PRESETS: dict[str, UNetConfig] = {
     ),
     "sdxl": _SDXL,  # stabilityai/stable-diffusion-xl-base-1.0, unet/config.json; 2.57 B, 1680 tensors
     "sdxl-inpainting": replace(_SDXL, in_channels=9),  # diffusers/stable-diffusion-xl-1.0-inpainting-0.1
-    # SDXL's blocks on 16 x 16 latents of 32 channels, beside 4 of the text's canvas; 4.9 M; docs/tiny.md
+    # SDXL's blocks on 16 x 16 latents of 32 channels. Words reach it by attention alone, as in SD 1.5; docs/tiny.md
     "tiny-unet": replace(
         _SDXL,
-        in_channels=36,
+        in_channels=32,
         out_channels=32,
-        block_out_channels=(64, 80, 80),
+        block_out_channels=(64, 80, 96),
         transformer_layers_per_block=1,
-        attention_head_dim=(4, 5, 5),
+        attention_head_dim=(4, 5, 6),
         cross_attention_dim=192,
-        addition_time_embed_dim=16,
-        projection_class_embeddings_input_dim=256 + 6 * 16,
+        addition_embed_type=None,
+        addition_time_embed_dim=None,
+        projection_class_embeddings_input_dim=None,
         norm_num_groups=16,
         sample_size=16,
     ),

@@ -19,6 +19,8 @@ CONTENT_LAYERS = (4, 5, 6, 7, 8)
 
 def layer_table(sites: Sequence[Site], content_layers: Sequence[int] = CONTENT_LAYERS) -> dict[str, Name]:
     """Path of each cross-attention layer, in the order of the forward pass -> the set of tokens that it takes."""
+    if isinstance(content_layers, str | int) or not all(type(i) is int for i in content_layers):
+        raise ValueError(f"content_layers are numbers of layers, such as {CONTENT_LAYERS}; found {content_layers!r}.")
     depth = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     cross = [site.path for site in sites if site.kind == "cross"]
     # A UNet may count its middle last (diffusers does).

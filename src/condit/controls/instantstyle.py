@@ -50,12 +50,13 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
 
 def family(backbone: Any) -> str:
     """ "sdxl" or "sd15". ValueError for what has no known blocks."""
-    if not any(site.kind == "cross" for site in backbone.sites) or not hasattr(backbone.config, "addition_embed_type"):
+    if not any(site.kind == "cross" for site in backbone.sites) or not hasattr(backbone.config, "down_block_types"):
         raise ValueError(
             f"No preset for {type(backbone).__name__}: InstantStyle's blocks were found for SDXL, and some for SD 1.5. "
             "Rank its blocks with condit.controls.instantstyle.probe, and pass where= to IPAdapter.control."
         )
-    return "sdxl" if backbone.config.addition_embed_type == "text_time" else "sd15"
+    # By its blocks, which the presets name: SDXL has no attention at the finest level, SD 1.x has.
+    return "sdxl" if backbone.config.down_block_types[0] == "DownBlock2D" else "sd15"
 
 
 def preset(name: str, backbone: Any) -> Where:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Fill, Prefillable, Run, Step, When, match_batch, region_mask
+from condit.controls.control import Control, Fill, Prefillable, Run, Step, When, check_shape, match_batch, region_mask
 from condit.controls.omini_picture import Picture
 from condit.controls.omini_tasks import OminiConfig, Side, task_config
 from condit.nn.attention import Attend, Call
@@ -165,7 +165,7 @@ class OminiControl(nn.Module):
             when=When.of(when),
             source=pipe.describe_source(reference),
             text_bias=text_bias,
-            mask=None if mask is None else (pipe.read_images(mask, None, size)[:, 0] + 1) / 2,
+            mask=None if mask is None else (pipe.read_images(mask, None, None)[:, 0] + 1) / 2,
             given=encoded.given,
             picture=picture if size is None and picture.follows else None,
             size=at,
@@ -275,7 +275,9 @@ class OminiReference(Control):
         return replace(ready, stream=stream)
 
     def in_region(self, mask: Tensor, run: Run) -> OminiReference:
-        """With the log of the mask on the token grid, (B, N); a mask of 1 everywhere needs none."""
+        """With the log of the mask on the token grid, (B, N); a mask of 1 everywhere needs none. ValueError for a mask
+        of another shape than the picture's."""
+        check_shape(mask, run.grid)
         region = match_batch(region_mask(mask, run.grid, run.cells)[:, 0, :, 0], run.batch, "mask")
         if not region.any():
             return replace(self, strength=0.0)

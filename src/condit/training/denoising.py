@@ -49,10 +49,16 @@ def run_of(parts: LatentParts, x: Tensor) -> Run:
 
 
 def errors(
-    parts: LatentParts, x0: Tensor, noise: Tensor, t: Tensor, text: Text, controls: Sequence[Control] = ()
+    parts: LatentParts,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    text: Text,
+    controls: Sequence[Control] = (),
+    frames: Sequence[Frame] | None = None,
 ) -> Tensor:
-    """Squared error of the noise (or of v) at timesteps t, (B,): plain, without weights. The network is told that the
-    picture is whole and of the size it is trained at."""
+    """Squared error of the noise (or of v) at timesteps t, (B,): plain, without weights. frames: what each row was cut
+    from; None: the network is told that pictures are whole and of the size it is trained at."""
     x, wanted = training_pair(parts.process, x0, noise, t)
-    network = parts.tell(parts.backbone, text, Frame(parts.size, parts.size, (0, 0), parts.size))
+    network = parts.tell(parts.backbone, text, frames or Frame(parts.size, parts.size, (0, 0), parts.size))
     return (network(x, t.to(x.device), None, list(controls)).float() - wanted).square().flatten(1).mean(1)

@@ -114,7 +114,8 @@ class IPAdapterTask(Task):
         noise = torch.randn(x0.shape, generator=generator)
         if self.noise_offset:
             noise = noise + self.noise_offset * torch.randn(*x0.shape[:2], 1, 1, generator=generator)
-        loss = errors(self.parts, x0, noise.to(x0.device), t, text, [self.acting(features)]).mean()
+        controls = [self.acting(features)]
+        loss = errors(self.parts, x0, noise.to(x0.device), t, text, controls, batch.pairs.frames).mean()
         return loss, {f"loss_{batch.pairs.kind}": float(loss.detach())}
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ class IPAdapterTask(Task):
             for share in (0.3, 0.7, 0.9):
                 t = torch.full((len(x0),), int(share * self.parts.process.num_train_timesteps))
                 right, wrong, without = (
-                    float(errors(self.parts, x0, noise, t, text, [self.acting(f)]).mean())
+                    float(errors(self.parts, x0, noise, t, text, [self.acting(f)], batch.frames).mean())
                     for f in (own, own.roll(1, 0), none)
                 )
                 found[f"{kind}_error_{share}"] = round(right, 4)

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -142,6 +143,12 @@ class Loop:
         )
         # accelerate keeps one precision a process, so autocast is ours: bf16 needs no more of it than that.
         self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=partly)
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started > self.accelerator.num_processes:
+            raise ValueError(
+                f"{started} processes were started, but each sees only itself and would write over the others. "
+                "On CPUs set ACCELERATE_USE_CPU=true before torchrun."
+            )
         if self.accelerator.distributed_type is DistributedType.FSDP:
             raise ValueError(
                 "Weights are sharded by `shard = true` under [train]; leave accelerate's FSDP settings out."

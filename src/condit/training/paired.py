@@ -20,16 +20,19 @@ from condit.data.pairs import open_pairs
 from condit.encoders.clip_patches import resize_antialiased
 from condit.training.icon_batches import IconSet
 from condit.training.referenced import NAMELESS
+from condit.weights.latent_models import Frame
 
 
 @dataclass
 class Paired:
-    """Targets (B, 3, H, W) and references (B, 3, S, S) in [-1, 1], the targets' captions, and what they share."""
+    """Targets (B, 3, H, W) and references (B, 3, S, S) in [-1, 1], the targets' captions, and what they share. frames:
+    what the targets were cut from; None: they are whole."""
 
     kind: Kind
     images: Tensor
     references: Tensor
     captions: list[str]
+    frames: list[Frame] | None = None
 
 
 class PairSource(Protocol):
@@ -52,9 +55,11 @@ class FolderSource:
 
     def batch(self, rng: random.Random, kind: Kind, size: int) -> Paired:
         drawn = [self.pairs.draw(rng, kind) for _ in range(size)]
-        images = torch.stack([to_tensor(target.image, self.size, fit="crop") for target, _ in drawn])
+        pictures = [load_image(target.image) for target, _ in drawn]
+        images = torch.stack([to_tensor(picture, self.size, fit="crop") for picture in pictures])
         references = torch.cat([self.reference(source) for _, source in drawn])
-        return Paired(kind, images, references, [target.text for target, _ in drawn])
+        frames = [cropped((picture.height, picture.width), self.size) for picture in pictures]
+        return Paired(kind, images, references, [target.text for target, _ in drawn], frames)
 
     def reference(self, source) -> Tensor:
         """(1, 3, S, S), from the whole picture."""
@@ -112,6 +117,15 @@ class IconSource:
             icon = self.icons.icons[i]
             return plain_caption(icon).replace(icon.label, rng.choice(NAMELESS), 1)
         return self.icons.caption(rng, i, p_empty=0.0, p_no_style=0.0, p_tags=0.1)
+
+
+def cropped(original: tuple[int, int], size: tuple[int, int]) -> Frame:
+    """What a network is told of a picture of (height, width) that was made as large as covers `size` and lost the rest
+    on both sides: SDXL's original size, and the corner in the enlarged picture (arXiv:2307.01952, section 2.2)."""
+    (height, width), (rows, columns) = original, size
+    scale = max(rows / height, columns / width)
+    top, left = (round((side * scale - cut) / 2) for side, cut in ((height, rows), (width, columns)))
+    return Frame(size, original, (top, left), size)
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:

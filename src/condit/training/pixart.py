@@ -18,16 +18,14 @@ from torch import Tensor, nn
 from condit.backbones.pixart import PRESETS, PixArt
 from condit.diffusion.vp import Process
 from condit.encoders.text import Text, TinyWords
-from condit.encoders.vae import pack, unpack
 from condit.latent_pipeline import LatentPipeline
 from condit.training.captioned import Captioned, CaptionedIcons
 from condit.training.denoising import errors, latents_of
 from condit.training.loop import Task
-from condit.training.text_to_image import GRID, image_stream
+from condit.training.teacher import Teacher, alpha_sigma
 from condit.training.unet import scheduler_config
 from condit.weights.files import load_strict, read_tensors, save_tensors
-from condit.weights.load import load_tiny
-from condit.weights.tiny import WEIGHTS, floats
+from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
 from condit.weights.tiny_pixart import INDEX, pixart_parts
 
 # Of PixArt's scheduler all but the prediction: v, since a token of noise is half as wide as the network.
@@ -39,9 +37,8 @@ class PixArtTask(Task):
     """Text tower and autoencoder are those of a finished MM-DiT (`model`, its folder), and frozen. `init`: a folder of
     an earlier export that training starts from.
 
-    taught_from: where there is more noise than that, noise / (noise + picture), the clean latent to find is the one
-    that the MM-DiT finds, not the icon's: a mean over all that may be drawn there has no chance in it, so that a short
-    run learns more. 1: nowhere.
+    taught_from: where there is more noise than that, noise / (noise + picture), the MM-DiT teaches (`Teacher`). 1:
+    nowhere.
     """
 
     def __init__(
@@ -55,12 +52,9 @@ class PixArtTask(Task):
         taught_from: float = 1.0,
     ):
         super().__init__()
-        if not 0 <= taught_from <= 1:
-            raise ValueError(f"taught_from is a level of noise, 0 to 1; found {taught_from}.")
         self.data = CaptionedIcons.open(icons, procedural_share=procedural_share)
-        found = load_tiny("tiny", Path(model), torch.float32)
-        self.teacher, self.canvas, self.taught_from = found.backbone, found.text, taught_from
-        self.words, self.vae = TinyWords(found.text.clip, found.text.tokenizer), found.vae  # type: ignore[attr-defined]
+        self.teacher = Teacher(model, PROCESS, taught_from)
+        self.words, self.vae = TinyWords(*load_clip(Path(model) / "clip")), load_latent(Path(model) / "vae")
         self.requires_grad_(False)
         self.transformer = PixArt(PRESETS[preset])
         start(self.transformer)
@@ -83,23 +77,8 @@ class PixArtTask(Task):
             x0, words = latents_of(self.vae, batch.images, generator), self.words(batch.captions)
             t = torch.randint(PROCESS.num_train_timesteps, (len(x0),), generator=generator)
             noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-            if self.taught_from < 1:
-                x0, noise = self.taught(x0, noise, t, batch.captions)
+            x0, noise = self.teacher(x0, noise, t, batch.captions)
         return errors(self.parts, x0, noise, t, words).mean(), {}
-
-    def taught(self, x0: Tensor, noise: Tensor, t: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Where there is enough noise, another x0, and the noise by which it becomes the same x."""
-        a, s = alpha_sigma(t, x0)
-        x, level = a * x0 + s * noise, s / (a + s)
-        rows = (level.flatten() > self.taught_from).nonzero()[:, 0]
-        if not len(rows):
-            return x0, noise
-        text = self.canvas([captions[i] for i in rows.tolist()])
-        # The flow's own units: (1 - level) x0 + level noise.
-        stream = image_stream(pack((x / (a + s))[rows]), level.flatten()[rows], text)
-        found = self.teacher(stream, text.tokens, torch.zeros(text.tokens.shape[1], 3, device=x.device))
-        x0 = x0.index_copy(0, rows, unpack(found.float(), GRID))
-        return x0, (x - a * x0) / s
 
     def validate(self) -> dict[str, float]:
         """Held-out combinations: the error of the velocity in the flow's units, as task text-to-image tells it, at
@@ -119,7 +98,7 @@ class PixArtTask(Task):
         """At the first timestep with so much noise, 0-d."""
         ratios = (1 / PROCESS.alphas_cumprod - 1).sqrt()
         t = torch.searchsorted(ratios / (1 + ratios), level).expand(len(x0))
-        a, s = alpha_sigma(t, x0)
+        a, s = alpha_sigma(PROCESS, t, x0)
         # An error of x0 is sigma times that of v, and the flow's velocity is (x - x0) / level with its own x.
         return (errors(self.parts, x0, noise, t, words) * (a + s).flatten().square()).mean()
 
@@ -142,12 +121,6 @@ class PixArtTask(Task):
         }
         for file, content in configs.items():
             (folder / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def alpha_sigma(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of x = alpha x0 + sigma noise at timesteps t (B,), (B, 1, 1, 1)."""
-    level = PROCESS.alphas_cumprod[t].to(x)[:, None, None, None]
-    return level.sqrt(), (1 - level).sqrt()
 
 
 @torch.no_grad()

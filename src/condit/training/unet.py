@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,13 +14,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from condit.backbones.unet import PRESETS, Resnet, Transformer, UNet
+from condit.controls.control import Control
 from condit.diffusion.vp import Process
+from condit.encoders.text import TinyWords
 from condit.latent_pipeline import LatentPipeline
+from condit.nn.attention import Attend, Call
 from condit.training.captioned import Captioned, CaptionedIcons
 from condit.training.denoising import errors, latents_of
 from condit.training.loop import Task
+from condit.training.teacher import Teacher
 from condit.weights.files import load_strict, read_tensors, save_tensors
-from condit.weights.tiny import WEIGHTS, floats, load_latent, load_text
+from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
 from condit.weights.tiny_unet import INDEX, unet_parts
 
 # Stable Diffusion's betas, stretched so that the last level is noise alone (arXiv:2305.08891): in a linear code the
@@ -30,11 +36,13 @@ PROCESS = Process(
     set_alpha_to_one=True,
     rescale_betas_zero_snr=True,
 )
+SPEAKS = 0.25  # a quarter of eleven layers
 
 
 class UNetTask(Task):
-    """Text, canvas and autoencoder are those of a finished MM-DiT (`model`, its folder), and frozen. `init`: a folder
-    of an earlier export that training starts from."""
+    """Text tower and autoencoder are those of a finished MM-DiT (`model`, its folder), and frozen. `init`: a folder of
+    an earlier export that training starts from. taught_from: where there is more noise than that, noise / (noise +
+    picture), the MM-DiT teaches (`Teacher`). 1: nowhere."""
 
     def __init__(
         self,
@@ -46,15 +54,21 @@ class UNetTask(Task):
         init: str | None = None,
         ui_share: float = 0.05,
         procedural_share: float = 0.05,
+        taught_from: float = 1.0,
+        silent: float = 0.0,
     ):
         super().__init__()
         self.data = CaptionedIcons.open(icons, ui, ui_share=ui_share, procedural_share=procedural_share)
         self.vae = load_latent(Path(model) / "vae").requires_grad_(False)
-        self.text = load_text(Path(model)).requires_grad_(False)
+        self.text = TinyWords(*load_clip(Path(model) / "clip")).requires_grad_(False)
+        self.teacher = Teacher(model, PROCESS, taught_from)
         self.unet = UNet(PRESETS[preset])
         start(self.unet)
         if init is not None:
             load_strict(self.unet, floats(read_tensors(Path(init) / "unet" / WEIGHTS)), source=init)
+        if not 0 <= silent <= 1:
+            raise ValueError(f"silent is a share of the rows, 0 to 1; found {silent}.")
+        self.silent = silent
         self.parts = unet_parts(self.unet, self.text, self.vae, PROCESS, preset)
 
     def compiled(self) -> list[nn.Module]:
@@ -68,7 +82,12 @@ class UNetTask(Task):
             x0, text = latents_of(self.vae, batch.images, generator), self.text(batch.captions)
         t = torch.randint(PROCESS.num_train_timesteps, (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-        return errors(self.parts, x0, noise, t, text).mean(), {}
+        x0, noise = self.teacher(x0, noise, t, batch.captions)
+        return errors(self.parts, x0, noise, t, text, self.silence(len(x0), generator)).mean(), {}
+
+    def silence(self, count: int, generator: torch.Generator) -> list[Control]:
+        """For a batch of `count` rows; none where every layer speaks for every row."""
+        return [Silence.draw(self.unet, count, self.silent, generator)] if self.silent else []
 
     def validate(self) -> dict[str, float]:
         """Held-out combinations: the error at shares of the schedule, and how much it rises with another icon's
@@ -103,6 +122,35 @@ class UNetTask(Task):
         }
         for file, content in configs.items():
             (folder / file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Silence(Control):
+    """Stochastic depth (arXiv:1603.09382) of the cross-attention: a layer that is silent for a row adds nothing to it,
+    be it of the words or of a reference. First of the controls, so that it silences the others.
+
+    A small network that may choose lets one layer do all the reading, the last before the top level. Layers that have
+    to do without it at times learn to read too, so that a block filter has blocks to choose from (docs/tiny.md).
+    """
+
+    speaks: Mapping[str, Tensor]  # path of a layer -> 0 or 1 (B, 1, 1, 1)
+
+    @classmethod
+    def draw(cls, unet: UNet, count: int, share: float, generator: torch.Generator) -> Silence:
+        """In `share` of `count` rows each layer speaks with probability SPEAKS, in the others all do."""
+        paths = [site.path for site in unet.sites if site.kind == "cross"]
+        whole = torch.rand(count, 1, generator=generator) >= share
+        speaks = whole | (torch.rand(count, len(paths), generator=generator) < SPEAKS)
+        return cls(
+            dict(zip(paths, speaks.float().to(unet.conv_in.weight)[:, :, None, None, None].unbind(1), strict=True))
+        )
+
+    def rows(self, rows: slice) -> Silence:
+        return Silence({path: speaks[rows] for path, speaks in self.speaks.items()})
+
+    def around(self, call: Call, attend: Attend) -> Tensor:
+        out = attend(call)
+        return out * self.speaks[call.site.path].to(out) if call.site.path in self.speaks else out
 
 
 def scheduler_config(process: Process) -> dict:

@@ -1,8 +1,8 @@
 """The embedded UNet with its adapters in tow, as `joint.py` trains the MM-DiT: some rows of each batch have a
 reference, the others do not pass through an adapter. Without adapters the model is the plain one.
 
-On the frozen UNet an adapter of 16,000 images was still disregarded (docs/tiny.md): words reach a small network by its
-canvas and its pooled vector, so its attention to the text, beside which a reference acts, has little to say.
+A small network has to learn that something may come from elsewhere than from words; on a frozen one an adapter of
+16,000 images was still disregarded (docs/tiny.md).
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from condit.training.ip_adapter import TOKENS, new_adapter, read_features
 from condit.training.loop import to_device
 from condit.training.paired import IconSource, Paired
 from condit.training.referenced import Referenced, style_batch, style_examples
-from condit.training.unet import PROCESS, UNetTask
+from condit.training.unet import PROCESS, Silence, UNetTask
 from condit.weights.files import load_strict, read_tensors
 from condit.weights.tiny import floats
 
 DROPPED = 0.1  # rows of an adapter that are shown no reference
 # Rows of "plus" without words, those of content whose words name nothing, so that the reference is needed, and rows of
-# content that are shown the target itself. Neither was enough for the embedded UNet (docs/tiny.md).
+# content that are shown the target itself.
 UNTOLD = NAMELESS = 0.9
 OWN = 0.5
 PLUS_DEPTH = 2  # published: four layers, for 1280 numbers a token
@@ -151,18 +151,24 @@ class UNetJointTask(UNetTask):
             text = self.text([caption for x in rows for caption in x.captions])
         t = torch.randint(PROCESS.num_train_timesteps, (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        told = slice(0, sizes["plain"])  # the teacher is shown no reference
+        x0[told], noise[told] = self.teacher(x0[told], noise[told], t[told], batch.plain.captions)
         kept = (~drop(len(x0), DROPPED, generator)).float().to(x0.device)
         first = len(x0) - sizes["deadiff"]
         controls: list[Control] = [self.on_rows(self.ip, batch.style.references[:, 0], kept, sizes["plain"], first)]
         if self.plus is not None and batch.plus is not None:
             controls.append(self.on_rows(self.plus, batch.plus.references, kept, first - sizes["plus"], first))
+        silence = Silence.draw(self.unet, len(x0), self.silent, generator)
         passes = [(slice(0, first), controls)]
         if batch.deadiff:
             with dropout_from(generator, x0.device):
                 control = self.asked(batch.deadiff, kept[first:]).prepare(run_of(self.parts, x0[first:]))
             passes.append((slice(first, len(x0)), [control]))
         loss = torch.cat(
-            [errors(self.parts, x0[s], noise[s], t[s], text.rows(torch.arange(len(x0))[s]), c) for s, c in passes]
+            [
+                errors(self.parts, x0[s], noise[s], t[s], text.rows(torch.arange(len(x0))[s]), [silence.rows(s), *c])
+                for s, c in passes
+            ]
         )
         means = [part.detach().mean() for part in loss.split(list(sizes.values()))]
         figures = {name: round(float(m), 4) for (name, n), m in zip(sizes.items(), means, strict=True) if n}

@@ -94,14 +94,20 @@ class Frame:
     target: tuple[int, int]
 
 
+def rows_of(frame: Frame | Sequence[Frame], count: int) -> Sequence[Frame]:
+    """A frame for each of `count` rows."""
+    return [frame] * count if isinstance(frame, Frame) else frame
+
+
 class Network(Protocol):
     """A network that knows its text: latents (B, C, h, w), timesteps (B,) -> prediction (B, latent channels, h, w)."""
 
     def __call__(self, x: Tensor, t: Tensor, lora: LowRank | None, controls: Sequence[Control]) -> Tensor: ...
 
 
-# tell(backbone, text, frame): the network of a run. What does not change from step to step is computed here.
-Tell = Callable[[Any, Text, Frame], Network]
+# tell(backbone, text, frame): the network of a run. What does not change from step to step is computed here. One frame
+# for all, or one a row.
+Tell = Callable[[Any, Text, Frame | Sequence[Frame]], Network]
 
 
 @dataclass(frozen=True)
@@ -127,12 +133,12 @@ class LatentParts:
     zero_negative: bool = False
 
 
-def tell_unet(unet: Any, text: Text, frame: Frame) -> Network:
+def tell_unet(unet: Any, text: Text, frame: Frame | Sequence[Frame]) -> Network:
     """Stable Diffusion's UNet with a text, whose keys and values are projected once a run."""
     sizes = None
     if unet.config.addition_embed_type is not None:
-        told = torch.tensor([*frame.original, *frame.crop, *frame.target], device=text.tokens.device)
-        sizes = told.expand(len(text.tokens), -1)
+        told = [[*f.original, *f.crop, *f.target] for f in rows_of(frame, len(text.tokens))]
+        sizes = torch.tensor(told, device=text.tokens.device)
     pooled = None if sizes is None else text.pooled
     keys_values = unet.text_keys_values(text.tokens)
 

@@ -15,7 +15,7 @@ from condit.diffusion.vp import Process
 from condit.encoders.text import T5Text, Text
 from condit.nn.lora import LowRank
 from condit.weights.files import hash_file, load_strict
-from condit.weights.latent_models import Frame, LatentParts, Network
+from condit.weights.latent_models import Frame, LatentParts, Network, rows_of
 from condit.weights.stable_diffusion import SOLVERS, load_autoencoder, read_folder, read_json, weight_files
 
 # Fields of a transformer's config.json that say what this network always is; another value is another network.
@@ -107,12 +107,12 @@ def load_t5_text(folder: Path, limit: int) -> T5Text:
     return T5Text(t5, AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), limit=limit)
 
 
-def tell_pixart(network: Any, text: Text, frame: Frame) -> Network:
+def tell_pixart(network: Any, text: Text, frame: Frame | Sequence[Frame]) -> Network:
     """The noise that PixArt predicts; its learned variance is left out, as samplers of ODEs have no use for it."""
     size = None
     if network.config.sized:
-        size = torch.tensor([frame.size], device=text.tokens.device, dtype=text.tokens.dtype)
-        size = size.expand(len(text.tokens), -1)
+        told = [f.size for f in rows_of(frame, len(text.tokens))]
+        size = torch.tensor(told, device=text.tokens.device, dtype=text.tokens.dtype)
 
     def predict(x: Tensor, t: Tensor, lora: LowRank | None, controls: Sequence[Control]) -> Tensor:
         out = network(x, t, text.tokens, text.mask, size=size, lora=lora, controls=controls)
