@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from PIL import Image
 from condit.data.grouped import KINDS
 from condit.data.icons import sample_path
 from condit.encoders.clip_patches import resize_antialiased
+from condit.encoders.text import Text
 from condit.training.icon_batches import IconSet
-from condit.training.paired import FolderSource, IconSource
+from condit.training.paired import FolderSource, IconSource, cropped
 from condit.training.referenced import NAMELESS
+from condit.weights.latent_models import Frame, tell_unet
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +102,24 @@ def test_pairs_of_a_folder_follow_its_groups(folder, kind, partners):
     for caption, reference in zip(batch.captions, batch.references, strict=True):
         whole = torch.from_numpy(pictures[partners[int(caption[1])]]).movedim(-1, 0)[None].float() / 127.5 - 1
         torch.testing.assert_close(reference[None], resize_antialiased(whole, (8, 8)), rtol=0, atol=1e-6)
+
+
+def test_what_a_picture_was_cut_from_is_told_row_by_row():
+    wide, whole = cropped((100, 200), (64, 64)), cropped((64, 64), (64, 64))
+    assert wide == Frame((64, 64), (100, 200), (0, 32), (64, 64)) and whole.crop == (0, 0)
+    seen = {}
+
+    class Network:
+        config = SimpleNamespace(addition_embed_type="text_time")
+
+        def text_keys_values(self, tokens):
+            return {}
+
+        def __call__(self, x, t, text, **told):
+            seen.update(told)
+            return x
+
+    text = Text(torch.zeros(2, 3, 4), torch.zeros(2, 5))
+    for frames, rows in (([wide, whole], [[100, 200, 0, 32, 64, 64], [64, 64, 0, 0, 64, 64]]), (whole, None)):
+        tell_unet(Network(), text, frames)(torch.zeros(2, 4, 8, 8), torch.zeros(2), None, [])
+        assert seen["sizes"].tolist() == (rows or [[64, 64, 0, 0, 64, 64]] * 2)
