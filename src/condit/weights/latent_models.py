@@ -40,7 +40,7 @@ _CLASSES: dict[str, Kind | None] = {
     "StableDiffusion": "stable-diffusion",
     "PixArt": "pixart",
     "IconPixArt": "icon-pixart",
-    "IconUNet": "icon-unet",  # ours: on latent, text and canvas of "tiny"
+    "IconUNet": "icon-unet",  # ours: on the latent and the text tower of "tiny"
 }
 _ORIGINAL = "model.diffusion_model.input_blocks.0.0.weight"
 
