@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from condit import interop
+    from condit.class_pipeline import ClassPipeline
+    from condit.classifier import ViTPipeline
     from condit.controls.control import Control, When, Where
     from condit.controls.deadiff import DEADiff
     from condit.controls.dit4edit import DiT4Edit
@@ -17,10 +19,12 @@ if TYPE_CHECKING:
     from condit.latent_pipeline import LatentPipeline
     from condit.loading import load
     from condit.pipeline import Pipeline
+    from condit.pixel_pipeline import PixelPipeline
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassPipeline",
     "Control",
     "DEADiff",
     "DiT4Edit",
@@ -29,8 +33,10 @@ __all__ = [
     "LatentPipeline",
     "OminiControl",
     "Pipeline",
+    "PixelPipeline",
     "StyleLoRA",
     "TokenMerging",
+    "ViTPipeline",
     "When",
     "Where",
     "__version__",
@@ -44,6 +50,9 @@ _HOME = {
     "load": "condit.loading",
     "Pipeline": "condit.pipeline",
     "LatentPipeline": "condit.latent_pipeline",
+    "ClassPipeline": "condit.class_pipeline",
+    "PixelPipeline": "condit.pixel_pipeline",
+    "ViTPipeline": "condit.classifier",
     "IPAdapter": "condit.controls.ip_adapter",
     "InstantStyle": "condit.controls.instantstyle",
     "OminiControl": "condit.controls.omini",

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -12,12 +12,13 @@ import condit
 from condit.data.annotators import edge_map, line_map
 
 if TYPE_CHECKING:
+    from condit.class_pipeline import ClassPipeline
     from condit.controls.control import Control
     from condit.controls.deadiff import DEADiff
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
     from condit.latent_pipeline import LatentPipeline
-    from condit.pipeline import Pipeline
+    from condit.pipeline import Pipeline, Result
 
 MAX_PROMPT = 2000  # characters; no text encoder here reads more
 MAX_COUNT = 64
@@ -39,6 +40,8 @@ class Reference:
 @dataclass(frozen=True)
 class Request:
     """`count` pictures of one prompt, drawn in one batch; picture i starts from seed + i. None: the model's default.
+
+    Of a class model (DiT, DiffiT) the prompt is the name or the number of a class.
 
     image, mask, change: a picture to start from, where to repaint it (white), and how much of it to change, in (0, 1].
     """
@@ -144,54 +147,29 @@ class Studio:
     def __init__(self, model: str = "tiny", device: str | None = None) -> None:
         self.model = model
         pipe = condit.load(model, device=device or default_device(model))
-        if not isinstance(pipe, condit.Pipeline | condit.LatentPipeline):
+        if not isinstance(pipe, condit.Pipeline | condit.LatentPipeline | condit.ClassPipeline):
             raise ValueError(
                 f"{model!r} is a {type(pipe).__name__}, which takes no prompt. Use it from Python: "
                 f"condit.load({model!r})."
             )
-        self.pipe: Pipeline | LatentPipeline = pipe
+        self.pipe: Pipeline | LatentPipeline | ClassPipeline = pipe
         self.adapters: dict[str, DEADiff | IPAdapter | OminiControl] = {}
 
     def draw(self, request: Request) -> Drawing:
         """Draws the request; ValueError names what is wrong with it."""
         if request.model != self.model:
             raise ValueError(f"this studio draws with {self.model!r}; the request asks for {request.model!r}")
-        result = self.pipe(
-            request.prompt,
-            request.negative,
-            controls=self.controls(request.references),
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            image_guidance_scale=request.image_guidance,
-            num_images_per_prompt=request.count,
-            seed=request.seed,
-            height=request.height,
-            width=request.width,
-            **({} if request.eta is None else {"eta": request.eta}),
-            **self.of_latents(request),
-        )
+        controls = self.controls(request.references)
+        if isinstance(self.pipe, condit.ClassPipeline):
+            result = draw_class(self.pipe, request, controls)
+        else:
+            result = draw_prompt(self.pipe, request, controls)
         shared = {"condit": condit.__version__, "request": asdict(request), "run": result.recipe}
         return Drawing(
             images=result.images,
             recipes=[{**shared, "index": index} for index in range(request.count)],
             parameters=[request.parameters(i, image.size, result.recipe) for i, image in enumerate(result.images)],
         )
-
-    def of_latents(self, request: Request) -> dict:
-        """What only a pipeline over latents is asked. ValueError where another one is."""
-        given = {
-            "sampler": request.sampler,
-            "image": request.image,
-            "mask_image": request.mask,
-            "strength": request.change,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        if given and not isinstance(self.pipe, condit.LatentPipeline):
-            raise ValueError(
-                f"{self.model!r} takes no {', '.join(given)}: it has one sampler and draws from noise. "
-                "Use a Stable Diffusion."
-            )
-        return given
 
     def controls(self, references: Sequence[Reference]) -> "list[Control]":
         """One control a reference; but references of one image adapter and strength make one control together."""
@@ -219,8 +197,59 @@ class Studio:
         """The adapter of a reference, loaded on first use."""
         name = f"{self.model}/{use}" if use in USES else use
         if name not in self.adapters:
+            if isinstance(self.pipe, condit.ClassPipeline):
+                raise ValueError(
+                    f"{self.model!r} draws classes and takes no references; found one for {use!r}. Leave it out."
+                )
             self.adapters[name] = load_adapter(name, self.pipe)
         return self.adapters[name]
+
+
+def draw_prompt(pipe: "Pipeline | LatentPipeline", request: Request, controls: "list[Control]") -> "Result":
+    """By a pipeline that reads prompts; ValueError for what only one over latents is asked, where another one is."""
+    given = given_of(request, {"sampler": "sampler", "image": "image", "mask": "mask_image", "change": "strength"})
+    if given and not isinstance(pipe, condit.LatentPipeline):
+        raise ValueError(
+            f"{request.model!r} takes no {', '.join(given)}: it has one sampler and draws from noise. "
+            "Use a Stable Diffusion."
+        )
+    return pipe(
+        request.prompt,
+        request.negative,
+        controls=controls,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        image_guidance_scale=request.image_guidance,
+        num_images_per_prompt=request.count,
+        seed=request.seed,
+        height=request.height,
+        width=request.width,
+        **given_of(request, {"eta": "eta"}),
+        **given,
+    )
+
+
+def draw_class(pipe: "ClassPipeline", request: Request, controls: "list[Control]") -> "Result":
+    """By a pipeline that knows classes; ValueError for what only prompts or pictures have."""
+    no = ("negative", "image_guidance", "image", "mask", "change")
+    if given := given_of(request, {name: name for name in no}):
+        raise ValueError(f"{request.model!r} draws classes and takes no {', '.join(given)}. Leave it out.")
+    return pipe(
+        request.prompt,
+        guidance_scale=request.guidance,
+        num_images_per_prompt=request.count,
+        seed=request.seed,
+        height=request.height,
+        width=request.width,
+        controls=controls,
+        **given_of(request, {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta"}),
+    )
+
+
+def given_of(request: Request, names: Mapping[str, str]) -> dict[str, Any]:
+    """Those of some fields that are not None, as the pipeline calls them."""
+    values = {called: getattr(request, name) for name, called in names.items()}
+    return {called: value for called, value in values.items() if value is not None}
 
 
 def default_device(model: str) -> str:

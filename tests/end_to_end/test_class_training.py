@@ -27,6 +27,7 @@ from condit.evaluation.classes import (
     CONCEPT5,
     DISTANCE,
     ERROR,
+    card_of,
     evaluate_classes,
 )
 from condit.training import latent_cache
@@ -145,6 +146,8 @@ def test_an_embedded_class_model_is_halved_to_ship_and_draws_by_name(tmp_path, m
     assert next(pipe.backbone.parameters()).dtype is torch.float32
     (picture,) = pipe("twemoji", seed=0, num_inference_steps=2).images
     assert picture.size == (128, 128)
+    (tmp_path / "cards.json").write_text(json.dumps({"dit": {"steps": 7}}))
+    assert card_of("small-dit") == {"steps": 7} and card_of(str(tmp_path / "nowhere")) == {}
 
 
 def test_exported_class_models_are_compared_on_the_same_icons(tmp_path, coarse):

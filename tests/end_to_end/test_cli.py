@@ -28,6 +28,7 @@ from condit.data.icons import Icon, IconWorld, sample_path
 from condit.data.images import load_image, read_recipe, save_image
 from condit.request import USES, Reference, Request, Studio, differences, locate
 from condit.weights import catalog
+from condit.weights.class_models import write_labels
 from condit.weights.diffit import save_diffit
 
 VERBS = ("demo", "generate", "edit", "replay", "train", "evaluate", "verify", "models", "doctor", "data")
@@ -530,6 +531,28 @@ def test_verify_tells_what_a_file_is_in_text_and_json(run, tmp_path):
 def test_a_model_with_one_sampler_takes_no_other(run):
     code, _, errors = run("generate", "a red apple", "--sampler", "ddim")
     assert code == 1 and "takes no sampler" in errors
+
+
+@needs_tiny
+def test_a_class_model_draws_a_class_by_name_and_takes_nothing_else(run, picture, tmp_path, monkeypatch):
+    config = DiffiTConfig(input_size=16, in_channels=32, hidden_size=16, depth=1, num_heads=2, num_classes=2)
+    save_diffit(DiffiT(config), tmp_path / "model" / "x.safetensors")
+    write_labels(tmp_path / "model", ["noto", "twemoji"])
+    monkeypatch.setitem(catalog.MODELS, "two", catalog.Entry("model", "random", "none", tmp_path / "model"))
+    code, out, _ = run("generate", "twemoji", "-m", "two", "--steps", "2", "--sampler", "ddim", "-o", "a.png")
+    assert code == 0 and load_image(out.strip()).size == (128, 128)
+    facts = read_recipe("a.png")["run"]
+    assert isinstance(facts, dict) and facts["class"] == [1]
+    code, _, err = run("replay", "a.png")
+    assert code == 0 and "the same picture" in err
+    refused = {
+        "draws classes and takes no references": ("--style", str(picture)),
+        "takes no negative": ("--negative", "x"),
+    }
+    for why, more in refused.items():
+        code, _, err = run("generate", "twemoji", "-m", "two", *more)
+        assert code == 1 and why in err
+    assert "mozilla" in run("generate", "mozilla", "-m", "two")[2]
 
 
 # Editing

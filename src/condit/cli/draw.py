@@ -31,7 +31,9 @@ def demo(
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw, in English or Chinese.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Argument(help="What to draw, in English or Chinese; of DiT and DiffiT a class.", show_default=False)
+    ],
     model: Annotated[
         str, typer.Option("--model", "-m", help="A name of `condit models`, a folder or a file.")
     ] = "tiny",

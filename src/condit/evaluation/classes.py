@@ -33,6 +33,7 @@ from condit.evaluation.judge import load_judge
 from condit.evaluation.measures import Interval, bootstrap, concept_ranks, kernel_distance
 from condit.evaluation.sets import pictures
 from condit.loading import load
+from condit.weights.catalog import MODELS
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def evaluate_classes(
     seed: int = 0,
     tell: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
-    """Measure exported runs, named by their folders; returns what stands in `out/classes.json`, beside a sheet.
+    """Measure exported runs by their folders, embedded models by name; returns what stands in `out/classes.json`,
+    beside a sheet.
 
     vae: the autoencoder that DiT and DiffiT were trained on. count: held-out icons, and pictures drawn, of each model.
     ValueError for a folder that holds no class model, or one whose classes are no styles of `data`.
@@ -273,11 +275,19 @@ def embed(clip: Any, images: Tensor) -> Tensor:
     return torch.cat([embed_image(clip, part.float() / 127.5 - 1)[1] for part in images.split(BATCH)])
 
 
+def card_of(folder: str) -> dict[str, Any]:
+    """The card of an export, or of an embedded model by name; empty without one."""
+    if folder in MODELS:
+        part = MODELS[folder].path
+        return json.loads((part.parent / "cards.json").read_text(encoding="utf-8"))[part.name]
+    card = Path(folder) / "card.json"
+    return json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+
+
 def described(model: ClassPipeline | ViTPipeline, folder: str | Path) -> dict[str, Any]:
     """Parameters, and what the card beside the weights says of the training."""
     network = model.backbone if isinstance(model, ClassPipeline) else model.model
-    card = Path(folder) / "card.json"
-    told = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
+    told = card_of(str(folder))
     kept = {key: told[key] for key in ("steps", "images_seen", "seconds") if key in told}
     c = network.config
     plain = isinstance(c, DiTConfig) and not c.gates

@@ -2,7 +2,7 @@
 
 A page has places `<!-- figures:NAME -->` ... `<!-- /figures -->`, which are filled anew. NAME is a part or an adapter
 of `assets/tiny/cards.json` (its last validation), or `tiny-unet/` and one of `assets/tiny-unet/cards.json`, and so of
-`tiny-pixart/`; `curve:NAME` its losses, `cards` what every part has seen.
+`tiny-pixart/` and `small-classes/`; `curve:NAME` its losses, `cards` what every part has seen.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from pathlib import Path
 
 from condit.data import pages
 from condit.data.files import atomic_write
-from condit.weights.catalog import PIXART, TINY, UNET
+from condit.weights.catalog import CLASSES, PIXART, TINY, UNET
 
 Cards = Mapping[str, Mapping]
 CURVE_ROWS = 10
+FOLDERS = {"": TINY, "tiny-unet/": UNET, "tiny-pixart/": PIXART, "small-classes/": CLASSES}
 
 
 def shipped_cards() -> dict[str, Mapping]:
     """What the cards of all embedded models say, by part."""
     found: dict[str, Mapping] = {}
-    for prefix, folder in (("", TINY), ("tiny-unet/", UNET), ("tiny-pixart/", PIXART)):
+    for prefix, folder in FOLDERS.items():
         if (file := folder / "cards.json").is_file():
             cards = json.loads(file.read_text(encoding="utf-8"))
             found |= {f"{prefix}{name}": card for name, card in cards.items()}
@@ -36,7 +37,7 @@ def block(name: str, cards: Cards) -> str:
         return overview(cards)
     part = name.removeprefix("curve:")
     if part not in cards:
-        called = part if part.startswith(("tiny-unet/", "tiny-pixart/")) else f"tiny/{part}"
+        called = part if part.startswith(tuple(filter(None, FOLDERS))) else f"tiny/{part}"
         return f"No weights of `{called}` are shipped (see Limits).\n"
     if name.startswith("curve:"):
         return curve(cards[part])

@@ -47,7 +47,7 @@ FAMILIES = {
         {name: ("small-unet-adapters", name) for name in ("style", "plus", "deadiff")},
     ),
     "tiny-pixart": Family(PIXART, {"model": ("small-pixart", ".")}, {}),
-    "small-classes": Family(CLASSES, {"dit": ("small-dit", "."), "diffit": ("small-diffit", ".")}, {}, half=True),
+    "small-classes": Family(CLASSES, {n: (f"small-{n}", ".") for n in ("dit", "diffit", "vit")}, {}, half=True),
 }
 LICENCE = "Apache-2.0"
 DATA = "icons under Apache-2.0, MIT, OFL-1.1 and CC-BY-4.0, training split only (ATTRIBUTION.md)"

@@ -46,6 +46,7 @@ _ROWS = {
     "tiny-pixart": Entry("model", "text to icon, 128 px, PixArt; barely trained", _LICENCE, PIXART / "model"),
     "small-dit": Entry("model", "icons of a named style, 128 px, DiT", _LICENCE, CLASSES / "dit"),
     "small-diffit": Entry("model", "icons of a named style, 128 px, DiffiT", _LICENCE, CLASSES / "diffit"),
+    "small-vit": Entry("model", "tells the style of an icon, ViT", _LICENCE, CLASSES / "vit"),
     "tiny-unet": Entry(
         "model", "text to icon, 128 px, UNet of SDXL's blocks; barely trained", _LICENCE, UNET / "model"
     ),

@@ -251,7 +251,8 @@ def load_pixel_parts(name: str, path: Path, *, dtype: torch.dtype | None = None)
 
 
 def load_classifier_parts(name: str, path: Path, *, dtype: torch.dtype | None = None) -> ClassifierParts:
-    """A ViT with its class names and its preprocessing. dtype None: the file's."""
+    """A ViT with its class names and its preprocessing. dtype None: the file's, float32 for an embedded model."""
+    dtype = torch.float32 if dtype is None and name in MODELS else dtype
     file = weight_file(path)
     assert file is not None  # `recognise` has read it
     model = load_vit(path)
