@@ -202,7 +202,7 @@ def classes(runs: Path, seed: int) -> tuple[list[Line], list[str]]:
     )
     names = {"small-dit": "DiT", "small-diffit": "DiffiT", "small-dit-adaln": "DiT,\nplain adaLN"}
     for run in names:
-        pipe = condit.load(runs / run / "export")
+        pipe = condit.load(runs / run / "export", vae="tiny")
         images = pipe(list(shown), num_inference_steps=100, guidance_scale=3.0, seed=seed).images
         rows.append([Cell(x, name) for x, name in zip(images, shown, strict=True)])
     return rows, [*names.values()]

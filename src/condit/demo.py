@@ -18,7 +18,6 @@ from condit.request import USES, Reference, Request, Studio
 
 if TYPE_CHECKING:
     from condit.editing.edit import Inversion
-    from condit.latent_pipeline import LatentPipeline
     from condit.pipeline import Pipeline
 
 # The sheet's font has Latin letters only.
@@ -151,11 +150,11 @@ def draw_demo(folder: Path, *, seed: int = 0, tell: Callable[[str], None] = lamb
             caption = f"strength {request.references[0].strength:g}" if len(row.strengths) > 1 else request.prompt
             line.append(Cell(image, IN_CHINESE.get(caption, caption)))
         cells.append(line)
+    tiny = studios["tiny"].pipe
+    assert isinstance(tiny, condit.Pipeline)
     for change in CHANGES:
         path = write_reference(world, change.given, folder)
-        cells.append(
-            [given_cell(change.given, path), *draw_changes(studios["tiny"].pipe, change, path, folder, calls, tell)]
-        )
+        cells.append([given_cell(change.given, path), *draw_changes(tiny, change, path, folder, calls, tell)])
     labels = [*(row.label for row in rows), *(CHANGED for _ in CHANGES)]
     title = f"condit {condit.__version__}, embedded models, seed {seed}; orange frames are references"
     grid = save_image(contact_sheet(cells, labels, title=title), folder / "demo.png")
@@ -205,7 +204,7 @@ def draw_one(studio: Studio, request: Request, output: Path) -> tuple[Image.Imag
 
 
 def draw_changes(
-    pipe: "Pipeline | LatentPipeline",
+    pipe: "Pipeline",
     change: Change,
     path: Path,
     folder: Path,
