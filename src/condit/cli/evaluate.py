@@ -142,6 +142,9 @@ def classes(
     count: Count = 512,
     quick: Annotated[bool, typer.Option("--quick", help="64 pictures a measure, to see that it works.")] = False,
     vae: Annotated[str, typer.Option("--vae", help="The autoencoder that the models were trained on.")] = "tiny",
+    judge: Annotated[
+        Path | None, typer.Option("--judge", help="Folder of another judge of style.", show_default=False)
+    ] = None,
     claims: Annotated[
         Path | None, typer.Option("--claims", help="Page to write what they show into, as docs/claims.md.")
     ] = None,
@@ -152,7 +155,9 @@ def classes(
     """Compare class models: DiT, DiffiT, ViT."""
     from condit.evaluation.classes import evaluate_classes
 
-    found = evaluate_classes(runs, folder(out), data=data, vae=vae, count=64 if quick else count, seed=seed)
+    found = evaluate_classes(
+        runs, folder(out), data=data, vae=vae, judge=judge, count=64 if quick else count, seed=seed
+    )
     if claims is not None:
         from condit.evaluation.claims import write
         from condit.evaluation.class_claims import class_claims

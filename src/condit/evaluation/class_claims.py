@@ -73,6 +73,11 @@ def class_claims(result: Mapping[str, Any]) -> dict[str, str]:
             Measured.of(f"{f['measure']}, {'ViT' if f['model'] in models else beside}", f["interval"], 1)
             for f in figures
         ]
+        rows += [
+            Measured.of(f"{f['measure']}, {beside} minus ViT, the same icons", f["less"], 1)
+            for f in figures
+            if f["model"] == beside and f["less"] is not None
+        ]
         found[claim] = block(CLAIMS[claim], rows, note=f"{_trained(told).capitalize()}.", command=result["command"])
     return found
 

@@ -29,6 +29,7 @@ from condit.diffusion.gaussian import gaussian, training_loss
 from condit.encoders.clip import CONCEPT as CLIP_CONCEPT
 from condit.encoders.clip import embed_image, embed_text, token_ids
 from condit.encoders.vae import scale_shift
+from condit.evaluation.judge import JUDGE as JUDGE_FOLDER
 from condit.evaluation.judge import load_judge
 from condit.evaluation.measures import Interval, bootstrap, concept_ranks, kernel_distance
 from condit.evaluation.sets import pictures
@@ -60,6 +61,7 @@ def evaluate_classes(
     *,
     data: str | Path,
     vae: str | Path = "tiny",
+    judge: str | Path | None = None,
     count: int = 512,
     seed: int = 0,
     tell: Callable[[str], None] = log.info,
@@ -67,11 +69,12 @@ def evaluate_classes(
     """Measure exported runs by their folders, embedded models by name; returns what stands in `out/classes.json`,
     beside a sheet.
 
-    vae: the autoencoder that DiT and DiffiT were trained on. count: held-out icons, and pictures drawn, of each model.
+    vae: the autoencoder that DiT and DiffiT were trained on. judge: the folder of another than the committed one.
+    count: held-out icons, and pictures drawn, of each model.
     ValueError for a folder that holds no class model, or one whose classes are no styles of `data`.
     """
     began, out = time.perf_counter(), Path(out)
-    world, judge = IconWorld.open(data, groups=GROUPS, licences=TRAIN_LICENCES), load_judge()
+    world, told_by = IconWorld.open(data, groups=GROUPS, licences=TRAIN_LICENCES), load_judge(judge or JUDGE_FOLDER)
     names = [Path(folder).parent.name if Path(folder).name == "export" else Path(folder).name for folder in folders]
     models = [open_model(folder, vae) for folder in folders]
     concepts = {n: m for n, m in zip(names, models, strict=True) if tells_concepts(m, world)}
@@ -107,8 +110,8 @@ def evaluate_classes(
         started = time.perf_counter()
         images = drawn(model, labels, seed)
         speed[name] = round((time.perf_counter() - started) / len(images), 3)
-        said = judge.probabilities(images, styles).argmax(1)
-        wanted = torch.tensor([judge.styles.index(styles[i]) for i in labels])
+        said = told_by.probabilities(images, styles).argmax(1)
+        wanted = torch.tensor([told_by.styles.index(styles[i]) for i in labels])
         add(name, AGREEMENT, (said == wanted).float())
         value, low, high = kernel_distance(embed(clip, images), real)
         figures.append(Figure(name, DISTANCE, Interval(1000 * value, 1000 * low, 1000 * high, len(images))))
@@ -117,12 +120,12 @@ def evaluate_classes(
     for name, model in concepts.items():
         figures += concept_figures(name, model, world, tell)
     if told:
-        said = judge.probabilities(pictures(world, told), styles).argmax(1)
-        wanted = torch.tensor([judge.styles.index(world.icons[i].style) for i in told])
-        icons = [world.icons[i].base for i in told]
-        figures.append(Figure(JUDGE, ACCURACY, bootstrap(100.0 * (said == wanted).float(), icons)))
+        said = told_by.probabilities(pictures(world, told), styles).argmax(1)
+        wanted = torch.tensor([told_by.styles.index(world.icons[i].style) for i in told])
+        add(JUDGE, ACCURACY, 100.0 * (said == wanted).float(), [world.icons[i] for i in told])
     result = {
-        "command": f"condit evaluate classes {' '.join(names)} --data ICONS --count {count} --seed {seed}",
+        "command": f"condit evaluate classes {' '.join(names)} --data ICONS --count {count} --seed {seed}"
+        + (f" --judge {judge}" if judge else ""),
         "count": count,
         "seed": seed,
         "steps": STEPS,
