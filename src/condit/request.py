@@ -159,11 +159,10 @@ class Studio:
         """Draws the request; ValueError names what is wrong with it."""
         if request.model != self.model:
             raise ValueError(f"this studio draws with {self.model!r}; the request asks for {request.model!r}")
-        controls = self.controls(request.references)
         if isinstance(self.pipe, condit.ClassPipeline):
-            result = draw_class(self.pipe, request, controls)
+            result = draw_class(self.pipe, request)
         else:
-            result = draw_prompt(self.pipe, request, controls)
+            result = draw_prompt(self.pipe, request, self.controls(request.references))
         shared = {"condit": condit.__version__, "request": asdict(request), "run": result.recipe}
         return Drawing(
             images=result.images,
@@ -197,10 +196,7 @@ class Studio:
         """The adapter of a reference, loaded on first use."""
         name = f"{self.model}/{use}" if use in USES else use
         if name not in self.adapters:
-            if isinstance(self.pipe, condit.ClassPipeline):
-                raise ValueError(
-                    f"{self.model!r} draws classes and takes no references; found one for {use!r}. Leave it out."
-                )
+            assert not isinstance(self.pipe, condit.ClassPipeline)  # it takes no references
             self.adapters[name] = load_adapter(name, self.pipe)
         return self.adapters[name]
 
@@ -229,10 +225,10 @@ def draw_prompt(pipe: "Pipeline | LatentPipeline", request: Request, controls: "
     )
 
 
-def draw_class(pipe: "ClassPipeline", request: Request, controls: "list[Control]") -> "Result":
+def draw_class(pipe: "ClassPipeline", request: Request) -> "Result":
     """By a pipeline that knows classes; ValueError for what only prompts or pictures have."""
-    no = ("negative", "image_guidance", "image", "mask", "change")
-    if given := given_of(request, {name: name for name in no}):
+    no = ("references", "negative", "image_guidance", "image", "mask", "change")
+    if given := [name for name in no if getattr(request, name) not in (None, ())]:
         raise ValueError(f"{request.model!r} draws classes and takes no {', '.join(given)}. Leave it out.")
     return pipe(
         request.prompt,
@@ -241,7 +237,6 @@ def draw_class(pipe: "ClassPipeline", request: Request, controls: "list[Control]
         seed=request.seed,
         height=request.height,
         width=request.width,
-        controls=controls,
         **given_of(request, {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta"}),
     )
 

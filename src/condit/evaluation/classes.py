@@ -124,7 +124,7 @@ def evaluate_classes(
         wanted = torch.tensor([told_by.styles.index(world.icons[i].style) for i in told])
         add(JUDGE, ACCURACY, 100.0 * (said == wanted).float(), [world.icons[i] for i in told])
     result = {
-        "command": f"condit evaluate classes {' '.join(names)} --data ICONS --count {count} --seed {seed}"
+        "command": f"condit evaluate classes {' '.join(map(str, folders))} --data ICONS --count {count} --seed {seed}"
         + (f" --judge {judge}" if judge else ""),
         "count": count,
         "seed": seed,
