@@ -21,24 +21,24 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist worksteal
 
 lint: $(READY)
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src lab tests benchmarks
+	$(BIN)/ruff check src lab tests benchmarks
 	$(BIN)/pyright
 
 fmt: $(READY)
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src lab tests benchmarks
+	$(BIN)/ruff check --fix src lab tests benchmarks
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 
 # torch comes first and on its own, so that its source can be chosen; the range in pyproject.toml then keeps it.
-# The stamp depends on pyproject.toml: a second run installs nothing.
-$(READY): pyproject.toml
+# The stamp depends on both projects: a second run installs nothing.
+$(READY): pyproject.toml lab/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "condit needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || \
 	  { echo "$(PYTHON) has no venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -e lab
 	@touch $@

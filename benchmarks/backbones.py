@@ -24,7 +24,7 @@ from condit.backbones.dit import PRESETS as DIT
 from condit.backbones.dit import DiT
 from condit.backbones.vit import PRESETS as VIT
 from condit.backbones.vit import ViT
-from condit.memory import keep_memory
+from condit.cli.memory import keep_memory
 from condit.training.loop import fast_precision
 
 Variants = dict[str, Callable[[], object]]

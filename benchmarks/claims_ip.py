@@ -23,21 +23,21 @@ from timing import machine
 from torch import Tensor
 from trials import Found, Question, cell, table
 
+from condit.cli.memory import keep_memory
 from condit.data.grouped import KINDS, Kind
-from condit.data.icons import IconWorld
-from condit.evaluation import sets
-from condit.evaluation.claims import Measured, write
-from condit.evaluation.measures import Interval, bootstrap
-from condit.evaluation.style_rulers import ALIGNMENT, LEAKAGE, LIKENESS, OWN, SCORE
-from condit.memory import keep_memory
 from condit.training.deadiff import DEADiffTask
 from condit.training.ip_adapter import IPAdapterTask
 from condit.training.loop import LoopConfig
 from condit.weights.catalog import MODELS, describe_hash
+from condit_lab.icons.world import IconWorld
+from condit_lab.suites import sets
+from condit_lab.suites.claims import Measured, write
+from condit_lab.suites.measures import Interval, bootstrap
+from condit_lab.suites.style_rulers import ALIGNMENT, LEAKAGE, LIKENESS, OWN, SCORE
 
 Shares = tuple[float, float, float]
 PAIRS, OWN_PICTURE, ALL = (1, 0, 0), (0, 0, 1), (1, 1, 1)  # of style pairs, content pairs, reconstruction
-QFORMER = {"layers": 1, "queries": 8, "hidden": 192}  # of recipes/small-unet-adapters.toml
+QFORMER = {"layers": 1, "queries": 8, "hidden": 192}  # of lab/recipes/small-unet-adapters.toml
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ from timing import machine
 from torch import Tensor
 from trials import Found, Question, table
 
+from condit.cli.memory import keep_memory
 from condit.diffusion.objectives import add_noise, flow_loss
 from condit.encoders.vae import encode_tokens
-from condit.evaluation.claims import Claim, Measured, block, write
-from condit.memory import keep_memory
-from condit.training.adapters import TokenTask
 from condit.training.loop import LoopConfig, to_device
-from condit.training.referenced import Referenced
 from condit.weights.catalog import TINY, describe_hash
+from condit_lab.suites.claims import Claim, Measured, block, write
+from condit_lab.training.adapters import TokenTask
+from condit_lab.training.referenced import Referenced
 
 LEVEL = 0.9
 STRENGTHS = 0.0, 0.25, 0.5, 1.0, 1.5, 2.0

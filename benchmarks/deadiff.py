@@ -21,11 +21,11 @@ from timing import Timing, machine, measure, save, table
 from torch import Tensor
 
 from condit.backbones.unet import UNet, UNetConfig
+from condit.cli.memory import keep_memory
 from condit.controls.control import Run, Step
 from condit.controls.deadiff import DEADiff, DEADiffReference
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import BERT_WORDS, QFormerConfig
-from condit.memory import keep_memory
 
 PLAIN = "no control"
 

@@ -21,11 +21,11 @@ from timing import Timing, machine, measure, save
 from torch import Tensor
 
 from condit.backbones.pixart import PixArt, PixArtConfig
+from condit.cli.memory import keep_memory
 from condit.controls.control import Control, Pair, Run, Step
 from condit.controls.dit4edit import Blend, DiT4Edit
 from condit.controls.token_merging import TokenMerging
 from condit.encoders.words import Words
-from condit.memory import keep_memory
 
 SMALL = PixArtConfig(num_attention_heads=4, attention_head_dim=72, num_layers=6, sample_size=64, caption_channels=64)
 XL = PixArtConfig(sample_size=64)

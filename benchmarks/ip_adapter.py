@@ -22,14 +22,14 @@ from timing import Timing, machine, measure, save
 from torch import Tensor, nn
 
 from condit.backbones.unet import UNet, UNetConfig
+from condit.cli.memory import keep_memory
 from condit.controls.control import Control, Run, Step
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import Resampler
 from condit.diffusion.vp import Process
+from condit.drawing.latent_pipeline import LatentPipeline
 from condit.encoders.image import CLIPImage
 from condit.encoders.text import Text
-from condit.latent_pipeline import LatentPipeline
-from condit.memory import keep_memory
 from condit.weights.latent_models import LatentParts, tell_unet
 
 SMALL = UNetConfig(block_out_channels=(96, 192, 384, 384), sample_size=32)

@@ -15,23 +15,23 @@ from condit.controls.control import Control, Run
 from condit.controls.deadiff_layers import coarse_layers, cross_shapes
 from condit.controls.ip_reference import IPReference
 from condit.data.grouped import Kind
-from condit.data.icon_captions import plain_caption
-from condit.data.icons import Icon, IconWorld
-from condit.evaluation import sets
-from condit.evaluation import style_rulers as rulers
-from condit.evaluation.style_methods import reference_icons, true_icons
-from condit.evaluation.style_rows import less_blank
-from condit.latent_pipeline import LatentPipeline
+from condit.drawing.latent_pipeline import LatentPipeline
 from condit.nn.attention import Attend, Call
-from condit.training.adapters import ADAPTER
 from condit.training.deadiff import DEADiffTask
 from condit.training.denoising import errors, latents_of, load_base, run_of
+from condit.training.export import ADAPTER
 from condit.training.ip_adapter import IPAdapterTask
 from condit.training.loop import to_device
 from condit.training.paired import Paired, resized
-from condit.training.referenced import NAMELESS
 from condit.weights.files import load_strict, read_tensors
 from condit.weights.tiny import floats
+from condit_lab.icons.captions import plain_caption
+from condit_lab.icons.world import Icon, IconWorld
+from condit_lab.suites import sets
+from condit_lab.suites import style_rulers as rulers
+from condit_lab.suites.style_methods import reference_icons, true_icons
+from condit_lab.suites.style_rows import less_blank
+from condit_lab.training.referenced import NAMELESS
 
 LEVEL = 0.9  # share of the timesteps
 DRAW_STEPS = 20

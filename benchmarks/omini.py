@@ -22,9 +22,9 @@ from timing import Timing, machine, measure, save
 from torch import Tensor, nn
 
 from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
+from condit.cli.memory import keep_memory
 from condit.controls.control import Control, Run, Step, When
 from condit.controls.omini import OminiConfig, OminiControl, OminiReference, condition_stream
-from condit.memory import keep_memory
 from condit.nn.cost import STEPS, Mode, average, cache_bytes, operations, ratio
 from condit.nn.streams import Stream, grid_ids
 

@@ -2,7 +2,7 @@
 
     python benchmarks/pictures.py [omini ip-adapter deadiff classes] [--out docs/images] [--seed 0]
 
-`classes` draws with the finished runs of recipes/small-dit.toml, small-diffit.toml and small-dit-adaln.toml: --runs.
+`classes` generates with the finished runs of small-dit, small-diffit and small-dit-adaln (lab/recipes): --runs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from PIL import Image
 
 import condit
 from condit.data import annotators
-from condit.data.icons import IconWorld, sample_path
 from condit.data.images import save_image
 from condit.data.sheets import Cell, contact_sheet
+from condit_lab.icons.world import IconWorld, sample_path
 
 Line = list[Cell | Image.Image | None]
 HIGH_CONTRAST, THREE_D, FLAT, MONO = (

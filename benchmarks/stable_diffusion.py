@@ -18,7 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from timing import machine, measure, save, table
 
 from condit.backbones.unet import PRESETS, UNet, UNetConfig
-from condit.memory import keep_memory
+from condit.cli.memory import keep_memory
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

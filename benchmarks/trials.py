@@ -18,10 +18,10 @@ from timing import machine
 from torch import Tensor
 
 from condit.data.files import atomic_write
-from condit.evaluation.claims import Claim, Measured, block
-from condit.evaluation.measures import Interval, bootstrap, ratio
-from condit.evaluation.sets import mark_of
 from condit.training.loop import Loop, LoopConfig, Task
+from condit_lab.suites.claims import Claim, Measured, block
+from condit_lab.suites.measures import Interval, bootstrap, ratio
+from condit_lab.suites.sets import mark_of
 
 SAVE_SECONDS = 60
 Trained = TypeVar("Trained", bound=Task)

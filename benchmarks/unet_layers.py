@@ -20,11 +20,11 @@ from trials import keep
 
 from condit.backbones.unet import Resnet, Transformer, UNet
 from condit.controls.control import Control
-from condit.evaluation.measures import Interval, ratio
-from condit.training.captioned import CaptionedIcons
 from condit.training.denoising import errors, latents_of, load_base
-from condit.training.unet import Silence
 from condit.weights.latent_models import LatentParts
+from condit_lab.suites.measures import Interval, ratio
+from condit_lab.training.captioned import CaptionedIcons
+from condit_lab.training.unet import Silence
 
 
 @dataclass(frozen=True)

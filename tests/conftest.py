@@ -24,20 +24,20 @@ from condit.controls.deadiff import DEADiff
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiConfig, OminiControl
 from condit.diffusion.vp import Process
+from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import QFormerConfig
 from condit.encoders.text import Text
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.encoders.words import Words
-from condit.latent_pipeline import LatentPipeline
-from condit.pipeline import Pipeline
-from condit.training.unet import PROCESS, scheduler_config
 from condit.weights.files import save_tensors
 from condit.weights.latent_models import LatentParts, tell_unet
 from condit.weights.load import Parts
 from condit.weights.pixart import tell_pixart
 from condit.weights.tiny import WEIGHTS
 from condit.weights.tiny_unet import INDEX
+from condit_lab.training.unet import PROCESS, scheduler_config
 
 SIZE = 32, 48  # pixels; tokens of 8 px stand in 4 rows of 6, so that rows and columns cannot be confused
 CANVAS = 4

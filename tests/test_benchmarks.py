@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from condit.backbones.dit import PRESETS
-from condit.data.icons import sample_path
+from condit_lab.icons.world import sample_path
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = tuple(sorted(path.stem for path in FOLDER.glob("*.py")))

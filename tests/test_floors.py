@@ -10,17 +10,16 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "condit"
 
 FLOORS = {
-    **dict.fromkeys(["cli", "demo", "doctor", "memory", "request", "web"], 6),
-    **dict.fromkeys(["training", "evaluation"], 5),
-    **dict.fromkeys(["loading", "pipeline", "class_pipeline", "latent_pipeline", "pixel_pipeline"], 4),
-    **dict.fromkeys(["references", "image_to_image", "classifier", "interop", "editing"], 4),
-    "weights": 3,
-    **dict.fromkeys(["backbones", "controls"], 2),
+    "cli": 8,
+    **dict.fromkeys(["training", "evaluation"], 7),
+    "interop": 6,
+    "drawing": 5,
+    "weights": 4,
+    "controls": 3,
+    "backbones": 2,
     **dict.fromkeys(["nn", "diffusion", "encoders", "data"], 1),
 }
-DOORS = {"cli", "demo", "doctor", "memory", "request", "web"}  # one room: the command line opens the others
-# One room: condit.load opens the one that fits a file, and interop reads references as a pipeline does.
-PIPELINES = {room for room, floor in FLOORS.items() if floor == 4}
+DOORS = {"cli"}
 TORCH_ONLY = {"nn", "diffusion"}
 
 
@@ -81,7 +80,7 @@ def breach(here: str, other: str) -> str | None:
         return f"{here} imports the package's door; import the module where the name is made"
     if target not in FLOORS:
         return f"{here} imports {other}, which stands on no floor"
-    if target == room or any({room, target} <= shared for shared in (DOORS, PIPELINES)):
+    if target == room or {room, target} <= DOORS:
         return None
     if FLOORS[target] >= FLOORS[room]:
         return f"{here} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[target]})"
@@ -110,19 +109,19 @@ def test_modules_import_lower_floors_only():
         ("controls/x.py", "def f():\n    from condit.backbones import mmdit"),
         ("controls/x.py", "from ..backbones.mmdit import MMDiT"),
         ("controls/sub/x.py", "from ...weights import files"),
-        ("backbones/x.py", "if TYPE_CHECKING:\n    from condit.pipeline import Pipeline"),
-        ("training/x.py", "import condit.evaluation.tiny"),
+        ("backbones/x.py", "if TYPE_CHECKING:\n    from condit.drawing.pipeline import Pipeline"),
+        ("training/x.py", "import condit.cli.demo"),
         ("encoders/x.py", "from condit import load"),
         ("weights/x.py", "from condit import pipeline"),
         ("data/x.py", "importlib.import_module('condit.cli')"),
-        ("pipeline.py", "from condit.cli import main"),
+        ("drawing/pipeline.py", "from condit.cli import main"),
         ("cellar/x.py", "import torch"),
     ],
 )
 def test_a_planted_breach_is_found(tmp_path, file, line):
     for known in ("nn", "backbones", "controls", "controls/sub", "weights", "evaluation", "data"):
         (tmp_path / known).mkdir(parents=True)
-    (tmp_path / "pipeline.py").touch()
+    (tmp_path / "drawing/pipeline.py").touch()
     planted = tmp_path / file
     planted.parent.mkdir(exist_ok=True)
     planted.write_text(line)
@@ -134,13 +133,13 @@ def test_a_planted_breach_is_found(tmp_path, file, line):
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("cli.py", "from condit.demo import draw\nimport condit"),
+        ("cli.py", "from condit.cli.demo import draw\nimport condit"),
         ("controls/x.py", "from condit import __version__"),
-        ("pipeline.py", "from condit.weights.files import read_tensors"),
+        ("drawing/pipeline.py", "from condit.weights.files import read_tensors"),
         ("controls/x.py", "from .control import Control\nfrom condit.nn.attention import Call"),
         ("data/x.py", "from condit import data\nimport numpy"),
         ("nn/x.py", "import math, torch\nfrom torch import Tensor"),
-        ("__init__.py", "from condit.pipeline import load"),
+        ("__init__.py", "from condit.drawing.pipeline import load"),
     ],
 )
 def test_a_lawful_import_passes(tmp_path, file, line):

@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from condit import interop
-    from condit.class_pipeline import ClassPipeline
-    from condit.classifier import ViTPipeline
     from condit.controls.control import Control, When, Where
     from condit.controls.deadiff import DEADiff
     from condit.controls.dit4edit import DiT4Edit
@@ -16,10 +14,12 @@ if TYPE_CHECKING:
     from condit.controls.style_lora import StyleLoRA
     from condit.controls.token_merging import TokenMerging
     from condit.data.images import load_image, save_image
-    from condit.latent_pipeline import LatentPipeline
-    from condit.loading import load
-    from condit.pipeline import Pipeline
-    from condit.pixel_pipeline import PixelPipeline
+    from condit.drawing.class_pipeline import ClassPipeline
+    from condit.drawing.classifier import ViTPipeline
+    from condit.drawing.latent_pipeline import LatentPipeline
+    from condit.drawing.loading import load
+    from condit.drawing.pipeline import Pipeline
+    from condit.drawing.pixel_pipeline import PixelPipeline
 
 __version__ = "0.1.0"
 
@@ -47,12 +47,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "load": "condit.loading",
-    "Pipeline": "condit.pipeline",
-    "LatentPipeline": "condit.latent_pipeline",
-    "ClassPipeline": "condit.class_pipeline",
-    "PixelPipeline": "condit.pixel_pipeline",
-    "ViTPipeline": "condit.classifier",
+    "load": "condit.drawing.loading",
+    "Pipeline": "condit.drawing.pipeline",
+    "LatentPipeline": "condit.drawing.latent_pipeline",
+    "ClassPipeline": "condit.drawing.class_pipeline",
+    "PixelPipeline": "condit.drawing.pixel_pipeline",
+    "ViTPipeline": "condit.drawing.classifier",
     "IPAdapter": "condit.controls.ip_adapter",
     "InstantStyle": "condit.controls.instantstyle",
     "OminiControl": "condit.controls.omini",

@@ -19,17 +19,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import condit
-from condit import demo
 from condit.backbones.diffit import DiffiT, DiffiTConfig
-from condit.cli import main
+from condit.cli import demo, main
 from condit.cli.draw import output_paths, parse_reference
+from condit.cli.request import USES, Reference, Request, Studio, differences, locate
 from condit.controls.omini_tasks import OminiConfig
-from condit.data.icons import Icon, IconWorld, sample_path
 from condit.data.images import load_image, read_recipe, save_image
-from condit.request import USES, Reference, Request, Studio, differences, locate
 from condit.weights import catalog
 from condit.weights.class_models import write_labels
 from condit.weights.diffit import save_diffit
+from condit_lab.icons.world import Icon, IconWorld, sample_path
 
 VERBS = ("demo", "generate", "edit", "replay", "train", "evaluate", "verify", "models", "doctor", "data")
 
@@ -162,7 +161,7 @@ def test_an_interrupt_exits_130(run, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("condit.doctor.check", interrupted)
+    monkeypatch.setattr("condit.cli.doctor.check", interrupted)
     assert run("doctor")[0] == 130
 
 
@@ -180,7 +179,7 @@ def test_every_error_is_one_line(run, monkeypatch, error, line):
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("condit.doctor.check", fails)
+    monkeypatch.setattr("condit.cli.doctor.check", fails)
     code, out, err = run("doctor")
     assert (code, out) == (1, "")
     assert err.startswith(line)

@@ -8,18 +8,19 @@ import pytest
 import torch
 
 import condit
-from condit.data.icons import sample_path
 from condit.encoders.vae import encode_tokens
 from condit.nn.streams import grid_ids
-from condit.training.adapters import ADAPTER, STYLE_GAIN, StyleTask, TokenTask
-from condit.training.clip import ClipTask
-from condit.training.joint import JointTask
-from condit.training.latent import LatentTask
+from condit.training.export import ADAPTER
 from condit.training.loop import Loop, LoopConfig
-from condit.training.text_to_image import TextToImageTask, training_times
 from condit.weights.files import read_tensors, save_tensors
 from condit.weights.load import load_tiny
 from condit.weights.tiny import load_clip, load_latent
+from condit_lab.icons.world import sample_path
+from condit_lab.training.adapters import STYLE_GAIN, StyleTask, TokenTask
+from condit_lab.training.clip import ClipTask
+from condit_lab.training.joint import JointTask
+from condit_lab.training.latent import LatentTask
+from condit_lab.training.text_to_image import TextToImageTask, training_times
 
 ICONS = str(sample_path())
 ONE_STEP = LoopConfig(steps=1, batch=8, precision="no", warmup=1, ema=0.0)

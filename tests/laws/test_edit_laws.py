@@ -14,8 +14,8 @@ from condit.backbones.pixart import PixArt, PixArtConfig
 from condit.controls.control import Run, Step, When, Where
 from condit.controls.dit4edit import PRESETS, Blend, DiT4Edit
 from condit.controls.token_merging import TokenMerging
-from condit.latent_pipeline import LatentPipeline
-from condit.pipeline import Pipeline
+from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 
 HOW = {"num_inference_steps": 3, "output_type": "latent", "iterations": 1}
 ANY_LAYER = Blend(start=0.0, layers=(0, 1))

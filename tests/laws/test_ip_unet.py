@@ -17,8 +17,8 @@ from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import Resampler
 from condit.controls.ip_reference import Together
 from condit.controls.style_lora import StyleLoRA
+from condit.drawing.latent_pipeline import LatentPipeline
 from condit.encoders.image import CLIPImage
-from condit.latent_pipeline import LatentPipeline
 from condit.nn.lora import LoRA, linear_shapes
 
 PROMPTS = ["a fox", "a rocket", "snow", "an apple"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from condit.controls.control import Control, Run, Step, When
 from condit.controls.ip_adapter import IPAdapter
 from condit.controls.omini import OminiControl
+from condit.drawing.pipeline import Pipeline
 from condit.nn.streams import Stream, grid_ids
-from condit.pipeline import Pipeline
 
 PROMPTS = ["a fox", "a rocket", "snow", "an apple"]
 

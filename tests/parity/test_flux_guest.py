@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import condit
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Fill, When
+from condit.drawing.pipeline import Pipeline
 from condit.interop import Guest, attach
 from condit.interop.flux import Inputs, borrow, predict, residuals, run_of
-from condit.pipeline import Pipeline
 from condit.weights.files import save_tensors
 
 CONFIG = MMDiTConfig(

@@ -19,8 +19,8 @@ from condit.controls.instantstyle import EASES, STAGES, InstantStyle, block_weig
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import Layer
 from condit.controls.ip_reference import Together
+from condit.drawing.latent_pipeline import LatentPipeline
 from condit.encoders.text import ClipText
-from condit.latent_pipeline import LatentPipeline
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
 
 TOKENS, CALL, TRAJECTORY = 1e-5, 2e-5, 1e-4

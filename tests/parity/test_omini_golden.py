@@ -20,12 +20,12 @@ from condit.controls.omini_fill import from_official_mask
 from condit.controls.omini_official import official_guidance
 from condit.data.images import to_tensor
 from condit.diffusion.objectives import add_noise, flow_loss
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import Text
 from condit.encoders.vae import encode_tokens, pack
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA
 from condit.nn.streams import Sees, Stream, grid_ids
-from condit.pipeline import Pipeline
 from condit.weights.load import Parts
 
 GOLDEN = Path(__file__).parent / "golden" / "ominicontrol"

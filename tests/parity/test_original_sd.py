@@ -11,7 +11,7 @@ from torch import Tensor
 import condit
 from condit.backbones.unet import CROSS_UP, PRESETS, UNet, UNetConfig
 from condit.diffusion.vp import Process
-from condit.latent_pipeline import LatentPipeline
+from condit.drawing.latent_pipeline import LatentPipeline
 from condit.weights import original_sd
 from condit.weights.class_models import recognise as recognise_class
 from condit.weights.latent_models import recognise

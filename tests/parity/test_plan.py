@@ -10,8 +10,8 @@ import condit
 from condit.backbones.mmdit import MMDiTConfig
 from condit.cli import main
 from condit.controls.omini import OminiConfig, OminiControl
+from condit.drawing.pipeline import Pipeline
 from condit.nn.lora import Linear
-from condit.pipeline import Pipeline
 from condit.weights.files import save_tensors
 from condit.weights.plan import Wish, header, measured_rate, plan
 

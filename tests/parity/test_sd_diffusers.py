@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import condit
-from condit.latent_pipeline import LatentPipeline
+from condit.drawing.latent_pipeline import LatentPipeline
 
 diffusers: Any = importlib.import_module("diffusers")  # its names are made when they are asked for
 PROMPTS = ["a red fox", "in the snow"]

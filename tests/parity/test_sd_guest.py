@@ -20,10 +20,10 @@ from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import Resampler
 from condit.controls.omini import OminiConfig, OminiControl
 from condit.controls.style_lora import StyleLoRA
+from condit.drawing.latent_pipeline import LatentPipeline
 from condit.encoders.image import CLIPImage, TextTower
 from condit.interop import Guest, attach
 from condit.interop.unet import PIPELINES, Controlled, borrow
-from condit.latent_pipeline import LatentPipeline
 from condit.nn.lora import LoRA, linear_shapes
 from condit.weights.files import save_tensors
 

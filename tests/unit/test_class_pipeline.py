@@ -1,4 +1,4 @@
-"""class_pipeline.py, classifier.py, weights/class_models.py: classes drawn and told, from files as published."""
+"""class_pipeline.py, classifier.py, class_models.py: class-conditional generation and classification."""
 
 import json
 from dataclasses import asdict, replace
@@ -16,15 +16,15 @@ import condit
 from condit.backbones.diffit import DiffiT, DiffiTConfig
 from condit.backbones.dit import DiT, DiTConfig
 from condit.backbones.vit import FLAVOURS, ViT, ViTConfig
-from condit.class_pipeline import ClassPipeline
-from condit.classifier import ViTPipeline, prepare
 from condit.controls.control import Control, Step
 from condit.diffusion.gaussian import gaussian
 from condit.diffusion.gaussian_samplers import ancestral, image_noise
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
+from condit.drawing.class_pipeline import ClassPipeline
+from condit.drawing.classifier import ViTPipeline, prepare
+from condit.drawing.pipeline import Pipeline, Result
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.nn.attention import Attend, Call
-from condit.pipeline import Pipeline, Result
 from condit.weights.class_models import ClassParts, Preprocess, kind_of, read_preprocess, write_labels
 from condit.weights.diffit import save_diffit
 from condit.weights.dit import save_dit

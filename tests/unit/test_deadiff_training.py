@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from condit.controls.deadiff import DEADiff
-from condit.data.icons import sample_path
 from condit.diffusion.vp import Process
 from condit.training import deadiff
 from condit.training.deadiff import DEADiffTask
@@ -21,6 +20,7 @@ from condit.training.loop import Loop, LoopConfig
 from condit.training.paired import Paired
 from condit.training.run import tasks
 from condit.weights.deadiff import to_published
+from condit_lab.icons.world import sample_path
 
 WIDTH = 12
 QFORMER = {"queries": 3, "layers": 2, "heads": 2, "hidden": 8}

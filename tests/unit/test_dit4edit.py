@@ -365,7 +365,7 @@ def test_an_inversion_belongs_to_its_prompt_its_model_and_its_size(make_pipe):
 
 
 def test_the_result_page_shows_the_words_that_differ(make_pipe):
-    from condit.editing.page import edit_page, edited_words
+    from condit.drawing.edit_page import edit_page, edited_words
 
     pipe = make_pipe(blocks=1)
     found = pipe.edit(

@@ -11,8 +11,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from condit.data.icon_captions import with_article
-from condit.data.icons import (
+from condit_lab.icons.captions import with_article
+from condit_lab.icons.world import (
     OBJECT_GROUPS,
     STYLES,
     TRAIN_LICENCES,

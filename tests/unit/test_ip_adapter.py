@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from condit.controls.control import Run, Step, When
 from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
+from condit.drawing.pipeline import Pipeline
 from condit.nn.attention import Call, sdpa
-from condit.pipeline import Pipeline
 from condit.weights.files import save_tensors
 
 

@@ -17,8 +17,8 @@ from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import face_lora, face_tensors, fit_layers, layers_of, needs_of, read_layout
 from condit.controls.ip_projectors import IdentityPlusProjection, Perceiver, projector_of
 from condit.controls.style_lora import StyleLoRA
+from condit.drawing.latent_pipeline import LatentPipeline
 from condit.encoders.image import CLIPImage, EncoderSize, TextTower
-from condit.latent_pipeline import LatentPipeline
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from condit.controls.control import When
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_reference import IPReference
-from condit.latent_pipeline import LatentPipeline
+from condit.drawing.latent_pipeline import LatentPipeline
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from condit.controls.ip_adapter import IPAdapter
-from condit.data.icons import sample_path
 from condit.encoders.image import CLIPImage
 from condit.training import ip_adapter
 from condit.training.denoising import errors, latents_of
 from condit.training.ip_adapter import IPAdapterTask
 from condit.training.loop import Loop, LoopConfig
 from condit.training.run import tasks
+from condit_lab.icons.world import sample_path
 
 ICONS = str(sample_path())
 CONFIG = {"steps": 4, "batch": 3, "lr": 1e-2, "precision": "no", "warmup": 1, "decay": False, "save_minutes": 0.0}

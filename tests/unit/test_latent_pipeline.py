@@ -14,7 +14,7 @@ from condit.controls.control import Control, Step, When
 from condit.controls.sides import Sides
 from condit.controls.style_lora import StyleLoRA
 from condit.controls.token_merging import TokenMerging
-from condit.latent_pipeline import LatentPipeline
+from condit.drawing.latent_pipeline import LatentPipeline
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, linear_shapes
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-CODE = "from condit.memory import keep_memory; print(keep_memory())"
+CODE = "from condit.cli.memory import keep_memory; print(keep_memory())"
 
 
 def said(**environment) -> str:

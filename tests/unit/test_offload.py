@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from condit.drawing.pipeline import Pipeline
 from condit.nn.lora import Linear
 from condit.nn.offload import Visited, on_device, with_blocks
-from condit.pipeline import Pipeline
 from condit.weights.quantise import Float8Linear, in_blocks, quantise
 
 GIVEN = {"seed": 0, "output_type": "pt"}

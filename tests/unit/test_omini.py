@@ -14,7 +14,7 @@ from condit.controls.omini_official import official_guidance
 from condit.controls.omini_tasks import TASKS
 from condit.data.annotators import canny
 from condit.data.images import to_tensor
-from condit.pipeline import Pipeline
+from condit.drawing.pipeline import Pipeline
 from condit.weights.files import save_tensors
 
 LEFT = np.zeros((32, 48), np.uint8)

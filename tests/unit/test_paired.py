@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 from condit.data.grouped import KINDS
-from condit.data.icons import sample_path
 from condit.encoders.clip_patches import resize_antialiased
 from condit.encoders.text import Text
-from condit.training.icon_batches import IconSet
-from condit.training.paired import FolderSource, IconSource, cropped
-from condit.training.referenced import NAMELESS
+from condit.training.paired import FolderSource, cropped
 from condit.weights.latent_models import Frame, tell_unet
+from condit_lab.icons.world import sample_path
+from condit_lab.training.icon_batches import IconSet
+from condit_lab.training.referenced import NAMELESS
+from condit_lab.training.sources import IconSource
 
 
 @pytest.fixture(scope="module")

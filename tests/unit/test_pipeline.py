@@ -1,4 +1,4 @@
-"""pipeline.py: what a call promises and refuses."""
+"""drawing/pipeline.py: what a call promises and refuses."""
 
 from dataclasses import replace
 
@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from condit.controls.control import Control
+from condit.drawing.pipeline import Pipeline, image_generators
 from condit.nn.attention import Attend, Call
-from condit.pipeline import Pipeline, image_generators
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from condit.controls.control import When
 from condit.controls.omini import TARGETS, OminiControl
 from condit.controls.style_lora import StyleLoRA
+from condit.drawing.pipeline import Pipeline
 from condit.nn.lora import Linear, LoRA, linear_shapes
-from condit.pipeline import Pipeline
 from condit.weights.files import save_tensors
 
 

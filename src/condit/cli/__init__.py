@@ -6,15 +6,16 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from typing import Annotated, NoReturn
 
 import typer
 
 from condit import __version__
-from condit.cli import draw, evaluate, study
+from condit.cli import draw, study
 from condit.cli.edit import edit
+from condit.cli.memory import keep_memory
 from condit.cli.terminal import Debug, Json, answer, output_folder, say
-from condit.memory import keep_memory
 
 app = typer.Typer(
     help="Controllable image generation: a prompt and a reference become a picture.",
@@ -26,7 +27,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make the data that models are trained on.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
-app.add_typer(evaluate.app, name="evaluate")
 for command in (
     draw.demo,
     draw.generate,
@@ -38,9 +38,11 @@ for command in (
     study.verify,
 ):
     app.command()(command)
-data_app.command()(study.icons)
 data_app.command("draw")(study.draw_data)
 data_app.command("check")(study.check_data)
+# Other installed packages add commands of their own: the laboratory of a checkout does.
+for added in entry_points(group="condit.commands"):
+    added.load()(app, data_app)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -125,7 +127,7 @@ def models(as_json: Json = False, debug: Debug = False) -> None:
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Check versions, device, folders and models."""
-    from condit.doctor import check
+    from condit.cli.doctor import check
 
     findings = check(output_folder())
     if as_json:

@@ -21,7 +21,7 @@ def demo(
 
     Every picture comes with the command that draws it again.
     """
-    from condit.demo import draw_demo
+    from condit.cli.demo import draw_demo
 
     result = draw_demo(out or output_folder(), seed=seed, tell=say)
     if as_json:
@@ -94,8 +94,8 @@ def generate(
     In the style of a picture, with its subject, along its edges, or all of it.
     A reference may carry its own strength: --style ref.png:0.6
     """
+    from condit.cli.request import Reference, Request
     from condit.data.images import load_image
-    from condit.request import Reference, Request
 
     asked = {"style": style, "subject": subject, "edges": edges, "gray": gray}
     references = [
@@ -165,8 +165,8 @@ def draw_and_save(
     device: str | None = None,
 ):
     """Draws the request and writes the pictures of `indices` to `paths`. Returns the recipes of all its pictures."""
+    from condit.cli.request import Studio
     from condit.data.images import save_image
-    from condit.request import Studio
 
     start = time.perf_counter()
     with waiting(f"loading {request.model}"):
@@ -199,8 +199,8 @@ def replay(
 
     Says whether it came out the same, and what has changed since.
     """
+    from condit.cli.request import Request, differences, locate
     from condit.data.images import load_image, read_recipe
-    from condit.request import Request, differences, locate
 
     recipe = read_recipe(image)
     request, index = Request.from_recipe(recipe)
@@ -232,7 +232,7 @@ def annotate(
     depth needs the weights of a depth network, which are not part of condit.
     """
     from condit.data.images import load_image, save_image
-    from condit.references import ANNOTATORS
+    from condit.drawing.references import ANNOTATORS
 
     if kind not in ANNOTATORS:
         raise typer.BadParameter(f"there are {', '.join(ANNOTATORS)}; found {kind!r}")

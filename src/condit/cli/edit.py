@@ -70,8 +70,8 @@ def edit(
     from dataclasses import replace
 
     import condit
+    from condit.cli.request import default_device, load_adapter
     from condit.controls.dit4edit import PRESETS
-    from condit.request import default_device, load_adapter
 
     if kind not in (*PRESETS, "none"):
         raise typer.BadParameter(f"--type is one of {TYPES}; found {kind!r}")
@@ -111,7 +111,7 @@ def edit(
     save_image(result.images[0], target_path, recipe=recipe if png else None)
     seconds = round(time.perf_counter() - start, 2)
     if page is not None:
-        from condit.editing.page import edit_page
+        from condit.drawing.edit_page import edit_page
 
         save_image(edit_page(result, source, target), page)
     if as_json:

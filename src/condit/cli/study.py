@@ -1,4 +1,4 @@
-"""Commands that train, verify and make data: train, verify, data icons, data draw, data check."""
+"""Commands that train, verify and make data: train, verify, data draw, data check."""
 
 from pathlib import Path
 from typing import Annotated
@@ -103,25 +103,6 @@ def verify_file(backbone: str, source: str, heads: int | None, *, as_json: bool)
         raise typer.Exit(1)
 
 
-def icons(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the icon world.", show_default=False)],
-    ui: Annotated[bool, typer.Option("--ui", help="The sets of UI icons as well.")] = False,
-    packages: Annotated[
-        Path | None, typer.Option("--packages", help="Folder of packages fetched before.", show_default=False)
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Build the icon world from pinned packages.
-
-    About 20,000 pictures with concept, style, split and licence. Fetches with npm what --packages does not hold.
-    """
-    from condit.data.icons_build import build
-
-    with progress("rasterising") as advance:
-        build(out, ui=ui, packages=packages, progress=advance)
-    typer.echo(str(out))
-
-
 def draw_data(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the set.", show_default=False)],
     subjects: Annotated[Path, typer.Option("--subjects", help="Subjects, one a line.", show_default=False)],
@@ -148,7 +129,7 @@ def draw_data(
         if not file.is_file():
             raise typer.BadParameter(f"no list at {file}")
     rows = prompt_table(read_words(subjects), read_words(styles), per_subject=per_subject, template=template, seed=seed)
-    from condit.request import Request, Studio
+    from condit.cli.request import Request, Studio
 
     with waiting(f"loading {model}"):
         studio = Studio(model, device)

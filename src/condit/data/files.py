@@ -67,3 +67,8 @@ def hash_file(path: str | Path) -> str:
     """The first 16 hex digits of the file's sha256: enough to tell whether a file is still the same."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def unit(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone: the splits need no random state."""
+    return int(hashlib.sha1(key.encode()).hexdigest()[:8], 16) / 2**32

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from condit.controls.control import Control, check_controls
 from condit.data.images import ImageSource
+from condit.drawing.references import describe_source, read_references
 from condit.encoders.image import CLIPImage, TextTower
 from condit.encoders.text import Text
 from condit.encoders.vae import encode_tokens
 from condit.interop.flux import FLUX
 from condit.interop.lend import Family, arguments, classes, plain
 from condit.interop.unet import STABLE_DIFFUSION
-from condit.references import describe_source, read_references
 from condit.weights.catalog import AdapterFile
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.lora_unet import adapter_for

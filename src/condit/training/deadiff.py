@@ -16,19 +16,17 @@ from torch import Tensor, nn
 from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference
 from condit.controls.deadiff_layers import Name, coarse_layers, cross_shapes
 from condit.data.grouped import KINDS, Kind
-from condit.data.icons import GROUPS, TRAIN_LICENCES
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
+from condit.drawing.latent_pipeline import LatentPipeline
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.image import TinyImage
 from condit.encoders.qformer import BERT_WORDS, QFormerConfig
 from condit.encoders.text import Text
-from condit.latent_pipeline import LatentPipeline
-from condit.training.adapters import ADAPTER, export_adapter
 from condit.training.denoising import errors, latents_of, load_base, run_of
-from condit.training.icon_batches import IconSet
+from condit.training.export import ADAPTER, export_adapter
 from condit.training.loop import Task, to_device
-from condit.training.paired import FolderSource, IconSource, Paired, PairSource
+from condit.training.paired import Paired, open_source
 from condit.weights import deadiff as published
 from condit.weights.clip_towers import load_image_encoder
 from condit.weights.files import load_strict, own_fields, read_metadata, read_tensors
@@ -221,25 +219,6 @@ def image_tower(folder: str | None, plain_pixels: bool) -> ClipPatches:
         raise ValueError("tower must name the folder of a CLIP, such as openai/clip-vit-large-patch14 downloaded.")
     vision = load_image_encoder(folder).model.vision_model
     return ClipPatches(vision, mean=(0.5,) * 3, std=(0.5,) * 3) if plain_pixels else ClipPatches(vision)
-
-
-def open_source(
-    icons: str | None,
-    pairs: str | None,
-    kinds: Sequence[Kind],
-    splits: tuple[str, ...],
-    size: tuple[int, int],
-    reference_size: int,
-) -> PairSource:
-    """Icons of some splits, or a folder or tars of pairs."""
-    if (icons is None) == (pairs is None):
-        raise ValueError("Give icons or pairs: the icon world, or a folder or tars of style and content groups.")
-    if pairs is None:
-        chosen = IconSet.open(icons, splits=splits, groups=GROUPS, licences=TRAIN_LICENCES)
-        return IconSource(chosen, size, reference_size)
-    source = FolderSource.open(pairs, size, reference_size)
-    source.pairs.need(kinds)
-    return source
 
 
 def load_adapter(adapter: DEADiff, source: Path) -> None:

@@ -19,14 +19,13 @@ from condit.controls.ip_projectors import HEAD_DIM, ImageProjection, Resampler
 from condit.data.grouped import KINDS, Kind
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
+from condit.drawing.latent_pipeline import LatentPipeline
 from condit.encoders.clip_patches import CLIP_MEAN, CLIP_STD
 from condit.encoders.image import CLIPImage, TinyImage
-from condit.latent_pipeline import LatentPipeline
-from condit.training.adapters import ADAPTER, export_adapter
-from condit.training.deadiff import open_source
 from condit.training.denoising import errors, latents_of, load_base
+from condit.training.export import ADAPTER, export_adapter
 from condit.training.loop import Task, to_device
-from condit.training.paired import Paired
+from condit.training.paired import Paired, open_source
 from condit.weights.clip_towers import load_image_encoder
 from condit.weights.files import load_strict, read_tensors
 from condit.weights.latent_models import LatentParts

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from condit.data.icons import GROUPS, SIZE, TRAIN_LICENCES, concept_names, on_white, unit
+from condit.data.files import unit
 from condit.data.images import load_image, to_tensor
-from condit.training.icon_batches import IconSet
+from condit.training.plugins import icon_world
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,9 @@ def open_labelled(
             f"Pictures come from `icons` (an icon world) or from `folder` (one subfolder a class); found icons = "
             f"{icons!r} and folder = {folder!r}. Give one of the two under [data]."
         )
-    return from_icons(icons, label, size, held_out=held_out) if icons is not None else from_folder(str(folder), size)
+    if icons is not None:
+        return icon_world().labelled(icons, label, size, held_out=held_out)  # type: ignore[attr-defined]
+    return from_folder(str(folder), size)
 
 
 def height_width(size: int | Sequence[int]) -> tuple[int, int]:
@@ -78,37 +80,6 @@ def check_sizes(config: object, sizes: Mapping[str, Any]) -> None:
 def id2label(classes: Sequence[str]) -> dict[str, str]:
     """Class names as transformers and diffusers write them into config.json."""
     return {str(i): name for i, name in enumerate(classes)}
-
-
-def from_icons(path: str, label: Label, size: tuple[int, int], *, held_out: str) -> Labelled:
-    """Icons that may be trained on, labelled by style, concept (`base`) or group; held-out ones of known classes."""
-    if label not in get_args(Label):
-        raise ValueError(f"label {label!r} is none of {', '.join(get_args(Label))}, by which icons have classes.")
-    train, held = (
-        IconSet.open(path, splits=(split,), groups=GROUPS, licences=TRAIN_LICENCES) for split in ("train", held_out)
-    )
-    names = {getattr(icon, label): getattr(icon, label) for icon in train.icons}
-    if label == "base":
-        names = concept_names(train.icons)
-    numbers = {name: i for i, name in enumerate(sorted(names))}
-
-    def pictures(icons: IconSet) -> Pictures:
-        chosen = [i for i, icon in enumerate(icons.icons) if getattr(icon, label) in numbers]
-
-        def read(indices: Sequence[int]) -> Tensor:
-            rows = [chosen[i] for i in indices]
-            if size == (SIZE, SIZE):
-                return icons.images(rows)
-            return torch.stack([to_tensor(on_white(icons.rgba[i]), size, fit="pad") for i in rows])
-
-        digest = hashlib.sha256(repr(size).encode())
-        for i in chosen:
-            digest.update(icons.rgba[i].data)
-        members = [icons.icons[i].member for i in chosen]
-        labels = [numbers[getattr(icons.icons[i], label)] for i in chosen]
-        return Pictures(members, labels, read, digest.hexdigest())
-
-    return Labelled([names[name] for name in numbers], pictures(train), pictures(held))
 
 
 def from_folder(folder: str | Path, size: tuple[int, int]) -> Labelled:

@@ -32,13 +32,13 @@ from condit.data.sheets import contact_sheet
 from condit.diffusion.objectives import add_noise, drop, flow_loss
 from condit.diffusion.samplers import euler
 from condit.diffusion.schedules import flow_sigmas, logit_normal
+from condit.drawing.pipeline import Pipeline
+from condit.drawing.references import ANNOTATORS
 from condit.encoders.vae import decode_tokens
 from condit.nn.offload import Checkpointed, with_blocks
 from condit.nn.streams import Stream, grid_ids
-from condit.pipeline import Pipeline
-from condit.references import ANNOTATORS
 from condit.training import omini_data as data
-from condit.training.adapters import export_adapter
+from condit.training.export import export_adapter
 from condit.training.loop import Task, to_device
 from condit.training.omini_data import ConditionSpec, Pictures, Rows, draw_posterior
 from condit.weights.load import load_parts

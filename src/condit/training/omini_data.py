@@ -17,9 +17,9 @@ from condit.controls.omini_tasks import OminiConfig, Side
 from condit.data.images import load_image, to_tensor
 from condit.data.pairs import Pair, Pairs, fingerprint, open_pairs
 from condit.data.subjects200k import REPOSITORY, open_subjects200k
+from condit.drawing.references import ANNOTATORS
 from condit.encoders.text import Text
 from condit.encoders.vae import pack
-from condit.references import ANNOTATORS
 from condit.weights.files import read_tensors, save_tensors
 
 

@@ -4,7 +4,7 @@ of style groups and content groups."""
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condit.data.grouped import KINDS, GroupedPairs, Kind
-from condit.data.icon_captions import plain_caption
+from condit.data.grouped import GroupedPairs, Kind
 from condit.data.images import load_image, to_tensor
 from condit.data.pairs import open_pairs
 from condit.encoders.clip_patches import resize_antialiased
-from condit.training.icon_batches import IconSet
-from condit.training.referenced import NAMELESS
+from condit.training.plugins import icon_world
 from condit.weights.latent_models import Frame
 
 
@@ -68,57 +66,6 @@ class FolderSource:
         return resize_antialiased(whole, (self.reference_size, self.reference_size))
 
 
-class IconSource:
-    """Icons: a style pair is another concept of the same style, a content pair the same concept by another hand.
-
-    The caption of a style pair mostly leaves the style to the reference; that of a content pair tells the style and, in
-    the share `nameless` of them, leaves the concept to the reference.
-    """
-
-    def __init__(self, icons: IconSet, size: tuple[int, int], reference_size: int, *, nameless: float = 0.5):
-        self.icons, self.size, self.reference_size, self.nameless = icons, size, reference_size, nameless
-        by_style, by_base = defaultdict(set), defaultdict(set)
-        for icon in icons.icons:
-            by_style[icon.style].add(icon.base)
-            by_base[icon.base].add(icon.style)
-        rows = range(len(icons))
-        self.rows: dict[Kind, list[int]] = {
-            "style": [i for i in rows if len(by_style[icons.icons[i].style]) > 1],
-            "content": [i for i in rows if len(by_base[icons.icons[i].base]) > 1],
-            "reconstruction": list(rows),
-        }
-        for kind in KINDS:
-            if not self.rows[kind]:
-                raise ValueError(f"These icons have no {kind} pair. Take more styles or concepts.")
-
-    def batch(self, rng: random.Random, kind: Kind, size: int) -> Paired:
-        chosen = [rng.choice(self.rows[kind]) for _ in range(size)]
-        others = [self.partner(rng, kind, i) for i in chosen]
-        captions = [self.caption(rng, kind, i) for i in chosen]
-        images, references = (resized(self.icons.images(rows), side) for rows, side in self.sizes(chosen, others))
-        return Paired(kind, images, references, captions)
-
-    def sizes(self, chosen: list[int], others: list[int]):
-        return (chosen, self.size), (others, (self.reference_size, self.reference_size))
-
-    def partner(self, rng: random.Random, kind: Kind, i: int) -> int:
-        """The reference of icon i; itself for reconstruction alone."""
-        if kind == "reconstruction":
-            return i
-        one, icons = self.icons.icons[i], self.icons
-        same = icons.by_style[one.style] if kind == "style" else icons.by_base[one.base]
-        apart = "base" if kind == "style" else "style"
-        return rng.choice([j for j in same if getattr(icons.icons[j], apart) != getattr(one, apart)])
-
-    def caption(self, rng: random.Random, kind: Kind, i: int) -> str:
-        if kind == "style":
-            return self.icons.caption(rng, i, p_empty=0.0, p_no_style=0.9, p_tags=0.1)
-        if kind == "content" and rng.random() < self.nameless:
-            icon = self.icons.icons[i]
-            return plain_caption(icon).replace(icon.label, rng.choice(NAMELESS), 1)
-        return self.icons.caption(rng, i, p_empty=0.0, p_no_style=0.0, p_tags=0.1)
-
-
 def cropped(original: tuple[int, int], size: tuple[int, int]) -> Frame:
     """What a network is told of a picture of (height, width) that was made as large as covers `size` and lost the rest
     on both sides: SDXL's original size, and the corner in the enlarged picture (arXiv:2307.01952, section 2.2)."""
@@ -131,3 +78,21 @@ def cropped(original: tuple[int, int], size: tuple[int, int]) -> Frame:
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, 3, H, W) at another size, by area."""
     return images if tuple(images.shape[-2:]) == size else F.interpolate(images, size=size, mode="area")
+
+
+def open_source(
+    icons: str | None,
+    pairs: str | None,
+    kinds: Sequence[Kind],
+    splits: tuple[str, ...],
+    size: tuple[int, int],
+    reference_size: int,
+) -> PairSource:
+    """Icons of some splits, or a folder or tars of pairs."""
+    if (icons is None) == (pairs is None):
+        raise ValueError("Give icons or pairs: the icon world, or a folder or tars of style and content groups.")
+    if pairs is None:
+        return icon_world().paired(icons, splits, size, reference_size)  # type: ignore[attr-defined]
+    source = FolderSource.open(pairs, size, reference_size)
+    source.pairs.need(kinds)
+    return source

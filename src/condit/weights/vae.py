@@ -17,8 +17,8 @@ def load_vae(source: str | Path) -> Any:
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds no autoencoder (no config.json). Expected: 'tiny', the export of recipes/tiny-latent.toml "
-            "or the `vae` folder of a Stable Diffusion as diffusers saves it."
+            f"{folder} holds no autoencoder (no config.json). Expected: 'tiny', an exported `PatchAutoencoder`, or the "
+            "`vae` folder of a Stable Diffusion as diffusers saves it."
         )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("_class_name", "PatchAutoencoder" if "patch" in config else "AutoencoderKL")

@@ -1,0 +1,27 @@
+"""`condit data icons`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from condit.cli.terminal import Debug, progress
+
+
+def icons(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the icon world.", show_default=False)],
+    ui: Annotated[bool, typer.Option("--ui", help="The sets of UI icons as well.")] = False,
+    packages: Annotated[
+        Path | None, typer.Option("--packages", help="Folder of packages fetched before.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Build the icon world from pinned packages.
+
+    About 20,000 pictures with concept, style, split and licence. Fetches with npm what --packages does not hold.
+    """
+    from condit_lab.icons.build import build
+
+    with progress("rasterising") as advance:
+        build(out, ui=ui, packages=packages, progress=advance)
+    typer.echo(str(out))

@@ -1,0 +1,48 @@
+"""Rows of `condit evaluate edit`: a figure of one case, or of the difference of two cases on the same pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from condit_lab.suites.measures import bootstrap
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure with its 95 % interval, bootstrapped over concepts."""
+
+    task: str
+    measure: str
+    case: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def interval(task: str, measure: str, case: str, values: Tensor, clusters: Sequence[str]) -> Row:
+    found = bootstrap(values, clusters)
+    return Row(task, measure, case, found.value, found.low, found.high, found.n)
+
+
+def difference(one: str, other: str) -> str:
+    """The case of a difference."""
+    return f"{one} minus {other}"
+
+
+def differences(
+    task: str,
+    measure: str,
+    values: Mapping[str, Tensor],
+    clusters: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+) -> list[Row]:
+    """Of the same pictures one by one, so that what they have in common drops out."""
+    return [
+        interval(task, measure, difference(one, other), values[one] - values[other], clusters)
+        for one, other in pairs
+        if one in values and other in values
+    ]

@@ -1,0 +1,315 @@
+"""One drawing as a value: what `condit generate` draws, prints as a command line, keeps in a PNG, and replays."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+import condit
+from condit.data.annotators import edge_map, line_map
+
+if TYPE_CHECKING:
+    from condit.controls.control import Control
+    from condit.controls.deadiff import DEADiff
+    from condit.controls.ip_adapter import IPAdapter
+    from condit.controls.omini import OminiControl
+    from condit.drawing.class_pipeline import ClassPipeline
+    from condit.drawing.latent_pipeline import LatentPipeline
+    from condit.drawing.pipeline import Pipeline, Result
+
+MAX_PROMPT = 2000  # characters; no text encoder here reads more
+MAX_COUNT = 64
+USES = ("style", "subject", "edges", "gray")  # words for the adapters of a model: style -> tiny/style
+# How a ready map of edges is read, by what the adapter draws from a picture.
+READY = {"edges": edge_map, "soft_edges": edge_map, "canny": edge_map, "lines": line_map}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A picture given to an adapter. use: one of USES or an adapter's name; ready: an edge map as it stands."""
+
+    use: str
+    path: str
+    strength: float = 1.0
+    ready: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """`count` pictures of one prompt, drawn in one batch; picture i starts from seed + i. None: the model's default.
+
+    Of a class model (DiT, DiffiT) the prompt is the name or the number of a class.
+
+    image, mask, change: a picture to start from, where to repaint it (white), and how much of it to change, in (0, 1].
+    """
+
+    prompt: str
+    model: str = "tiny"
+    references: tuple[Reference, ...] = ()
+    negative: str | None = None
+    seed: int = 0
+    count: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    image_guidance: float | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    height: int | None = None
+    width: int | None = None
+    image: str | None = None
+    mask: str | None = None
+    change: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty; say what to draw, e.g. 'a red apple'")
+        for name, text in (("prompt", self.prompt), ("negative prompt", self.negative or "")):
+            if len(text) > MAX_PROMPT:
+                raise ValueError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are read. Shorten it")
+        if not 1 <= self.count <= MAX_COUNT:
+            raise ValueError(f"{self.count} images asked for; 1 to {MAX_COUNT} are drawn in one batch")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise ValueError(f"eta {self.eta:g} asked for; expected 0 (no fresh noise) to 1")
+        if self.steps is not None and not 1 <= self.steps <= 1000:
+            raise ValueError(f"{self.steps} steps asked for; expected 1 to 1000")
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, object]) -> tuple["Request", int]:
+        """The request kept in a PNG and which of its pictures the PNG is. ValueError for a recipe that is not ours."""
+        from pydantic import TypeAdapter, ValidationError
+
+        index = recipe.get("index")
+        try:
+            request = TypeAdapter(cls).validate_python(recipe["request"])
+        except (KeyError, ValidationError) as error:
+            raise ValueError(f"the recipe is not one of condit generate: {error}") from error
+        if not isinstance(index, int) or not 0 <= index < request.count:
+            raise ValueError(f"the recipe names picture {index!r} of {request.count}")
+        return request, index
+
+    def command(self, output: str | Path) -> str:
+        """The command line that draws it again, to be pasted into a shell."""
+        words = ["condit", "generate", self.prompt]
+        words += ["--model", self.model] if self.model != "tiny" else []
+        for reference in self.references:
+            value = f"{reference.path}:{reference.strength:g}"
+            if reference.use in USES:
+                words += [f"--{reference.use}-map" if reference.ready else f"--{reference.use}", value]
+            else:
+                words += ["--control", f"{reference.use}={value}"]
+        words += ["--negative", self.negative] if self.negative else []
+        words += ["--seed", str(self.seed)]
+        words += ["--steps", str(self.steps)] if self.steps is not None else []
+        words += ["--guidance", f"{self.guidance:g}"] if self.guidance is not None else []
+        words += ["--image-guidance", f"{self.image_guidance:g}"] if self.image_guidance is not None else []
+        for name in ("sampler", "eta", "height", "width", "image", "mask", "change"):
+            value = getattr(self, name)
+            words += (
+                [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)] if value is not None else []
+            )
+        words += ["-n", str(self.count)] if self.count > 1 else []
+        return shlex.join([*words, "-o", str(output)])
+
+    def parameters(self, index: int, size: tuple[int, int], facts: Mapping[str, object]) -> str:
+        """The text under `parameters` in a PNG, as A1111 writes it and its viewers read it."""
+        lines = [self.prompt.replace("\n", " ")]
+        lines += [f"Negative prompt: {self.negative}"] if self.negative else []
+        settings = {
+            "Steps": facts.get("num_inference_steps", self.steps),
+            "Sampler": facts.get("sampler", "Euler"),
+            "CFG scale": facts.get("guidance_scale", self.guidance),
+            "Seed": self.seed + index,
+            "Size": f"{size[0]}x{size[1]}",
+            "Model": self.model,
+            "Model hash": facts.get("hash"),
+            "Version": f"condit {condit.__version__}",
+        }
+        return "\n".join(
+            [*lines, ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)]
+        )
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The pictures of a request, the recipe and the parameters text of each."""
+
+    images: Sequence[Image.Image]
+    recipes: Sequence[dict[str, object]]
+    parameters: Sequence[str]
+
+
+class Studio:
+    """A loaded model and the adapters that requests have asked for so far."""
+
+    def __init__(self, model: str = "tiny", device: str | None = None) -> None:
+        self.model = model
+        pipe = condit.load(model, device=device or default_device(model))
+        if not isinstance(pipe, condit.Pipeline | condit.LatentPipeline | condit.ClassPipeline):
+            raise ValueError(
+                f"{model!r} is a {type(pipe).__name__}, which takes no prompt. Use it from Python: "
+                f"condit.load({model!r})."
+            )
+        self.pipe: Pipeline | LatentPipeline | ClassPipeline = pipe
+        self.adapters: dict[str, DEADiff | IPAdapter | OminiControl] = {}
+
+    def draw(self, request: Request) -> Drawing:
+        """Draws the request; ValueError names what is wrong with it."""
+        if request.model != self.model:
+            raise ValueError(f"this studio draws with {self.model!r}; the request asks for {request.model!r}")
+        if isinstance(self.pipe, condit.ClassPipeline):
+            result = draw_class(self.pipe, request)
+        else:
+            result = draw_prompt(self.pipe, request, self.controls(request.references))
+        shared = {"condit": condit.__version__, "request": asdict(request), "run": result.recipe}
+        return Drawing(
+            images=result.images,
+            recipes=[{**shared, "index": index} for index in range(request.count)],
+            parameters=[request.parameters(i, image.size, result.recipe) for i, image in enumerate(result.images)],
+        )
+
+    def controls(self, references: Sequence[Reference]) -> "list[Control]":
+        """One control a reference; but references of one image adapter and strength make one control together."""
+        grouped: dict[object, list[Reference]] = {}
+        for number, reference in enumerate(references):
+            together = isinstance(self.adapter(reference.use), condit.IPAdapter)
+            grouped.setdefault((reference.use, reference.strength) if together else number, []).append(reference)
+        return [self.control(group) for group in grouped.values()]
+
+    def control(self, group: Sequence[Reference]) -> "Control":
+        first, adapter = group[0], self.adapter(group[0].use)
+        if ready := [reference for reference in group if reference.ready]:
+            if not isinstance(adapter, condit.OminiControl) or adapter.config.annotator not in READY:
+                raise ValueError(
+                    f"{first.use!r}, of {type(adapter).__name__}, takes a picture and no ready edge map; found "
+                    f"{ready[0].path}. Give the picture itself (ready=False) or the name of an adapter of edges."
+                )
+            as_read = READY[adapter.config.annotator]
+            return adapter.control(as_read(ready[0].path), strength=first.strength, annotate=False)
+        if isinstance(adapter, condit.IPAdapter):
+            return adapter.control([[reference.path for reference in group]], strength=first.strength)
+        return adapter.control(first.path, strength=first.strength)
+
+    def adapter(self, use: str) -> "DEADiff | IPAdapter | OminiControl":
+        """The adapter of a reference, loaded on first use."""
+        name = f"{self.model}/{use}" if use in USES else use
+        if name not in self.adapters:
+            assert not isinstance(self.pipe, condit.ClassPipeline)  # it takes no references
+            self.adapters[name] = load_adapter(name, self.pipe)
+        return self.adapters[name]
+
+
+def draw_prompt(pipe: "Pipeline | LatentPipeline", request: Request, controls: "list[Control]") -> "Result":
+    """By a pipeline that reads prompts; ValueError for what only one over latents is asked, where another one is."""
+    given = given_of(request, {"sampler": "sampler", "image": "image", "mask": "mask_image", "change": "strength"})
+    if given and not isinstance(pipe, condit.LatentPipeline):
+        raise ValueError(
+            f"{request.model!r} takes no {', '.join(given)}: it has one sampler and draws from noise. "
+            "Use a Stable Diffusion."
+        )
+    return pipe(
+        request.prompt,
+        request.negative,
+        controls=controls,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance,
+        image_guidance_scale=request.image_guidance,
+        num_images_per_prompt=request.count,
+        seed=request.seed,
+        height=request.height,
+        width=request.width,
+        **given_of(request, {"eta": "eta"}),
+        **given,
+    )
+
+
+def draw_class(pipe: "ClassPipeline", request: Request) -> "Result":
+    """By a pipeline that knows classes; ValueError for what only prompts or pictures have."""
+    no = ("references", "negative", "image_guidance", "image", "mask", "change")
+    if given := [name for name in no if getattr(request, name) not in (None, ())]:
+        raise ValueError(f"{request.model!r} draws classes and takes no {', '.join(given)}. Leave it out.")
+    return pipe(
+        request.prompt,
+        guidance_scale=request.guidance,
+        num_images_per_prompt=request.count,
+        seed=request.seed,
+        height=request.height,
+        width=request.width,
+        **given_of(request, {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta"}),
+    )
+
+
+def given_of(request: Request, names: Mapping[str, str]) -> dict[str, Any]:
+    """Those of some fields that are not None, as the pipeline calls them."""
+    values = {called: getattr(request, name) for name, called in names.items()}
+    return {called: value for called, value in values.items() if value is not None}
+
+
+def default_device(model: str) -> str:
+    """The embedded models draw on the CPU, where a repeat is bit-equal everywhere; big ones where there is a GPU."""
+    import torch
+
+    from condit.weights.catalog import MODELS
+
+    return "cuda" if model not in MODELS and torch.cuda.is_available() else "cpu"
+
+
+def load_adapter(name: str, pipe: "Pipeline | LatentPipeline") -> "DEADiff | IPAdapter | OminiControl":
+    """An adapter by catalog name, file or folder, of the class that its tensors tell."""
+    from condit.weights.catalog import MODELS, adapter_weights, what_is
+    from condit.weights.files import read_tensors
+
+    if name in MODELS:
+        known = {"ip-adapter": "IPAdapter", "deadiff": "DEADiff"}.get(MODELS[name].kind, "OminiControl")
+    elif Path(name).exists():
+        file = Path(name)
+        known = what_is(read_tensors(adapter_weights(file) if file.is_dir() else file))
+    else:
+        here = ", ".join(other for other, entry in MODELS.items() if entry.kind != "model") or "none"
+        raise ValueError(f"no adapter {name!r}: neither a file nor one of the embedded ones ({here})")
+    classes = {"IPAdapter": condit.IPAdapter, "DEADiff": condit.DEADiff}  # a DEADiff gives the style of a reference
+    return classes.get(known, condit.OminiControl).load(name, pipe)
+
+
+def locate(request: Request, folder: Path) -> Request:
+    """The request with its references found: where they were, seen from here, or else from `folder`."""
+
+    def found(path: str) -> str:
+        places = [Path(path), folder / path, folder / Path(path).name]
+        here = next((place for place in places if place.is_file()), None)
+        if here is None:
+            raise FileNotFoundError(f"the reference {path} of this picture is missing; looked in . and {folder}")
+        return str(here)
+
+    references = tuple(replace(reference, path=found(reference.path)) for reference in request.references)
+    image, mask = (None if path is None else found(path) for path in (request.image, request.mask))
+    return replace(request, references=references, image=image, mask=mask)
+
+
+def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """What is no longer as it was when a picture was drawn: version, weights, references, settings."""
+    lines = []
+    if then.get("condit") != now.get("condit"):
+        lines.append(f"drawn with condit {then.get('condit')}, this is {now.get('condit')}")
+    old, new = (dict(_leaves(side.get("run"))) for side in (then, now))
+    for name in sorted({*old, *new}):
+        if old.get(name) == new.get(name) or name.endswith(".path"):  # a reference may have moved
+            continue
+        if name.endswith(".sha256"):
+            lines.append("a reference picture is not the one it was drawn with")
+        else:
+            lines.append(f"{name} was {old.get(name)}, is {new.get(name)}")
+    return lines
+
+
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            yield from _leaves(part, f"{name}.{index}")
+    else:
+        yield name, value

@@ -1,0 +1,119 @@
+"""What an edit is asked, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+from condit.controls.control import Control, check_controls
+from condit.controls.dit4edit import DiT4Edit
+from condit.controls.targets import Targets
+from condit.controls.token_merging import TokenMerging
+
+if TYPE_CHECKING:
+    from condit.drawing.edit import Inversion
+
+
+def as_list(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def prompts_of(name: str, given: str | Sequence[str]) -> list[str]:
+    """One prompt or several; ValueError for anything else."""
+    prompts = as_list(given)
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"{name} is a prompt or a list of them; found {given!r}.")
+    return prompts
+
+
+def source_prompts(source: str | Sequence[str], pictures: int) -> list[str]:
+    """A source prompt for each picture."""
+    prompts = prompts_of("source", source)
+    if len(prompts) not in (1, pictures) or not pictures:
+        raise ValueError(f"{pictures} pictures and {len(prompts)} source prompts. Give one prompt, or one a picture.")
+    return prompts * (pictures // len(prompts))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """pictures: a source prompt for each picture; sources, targets: one of either for each edit."""
+
+    pictures: list[str]
+    sources: list[str]
+    targets: list[str]
+
+    @classmethod
+    def of(cls, pictures: Any, source: str | Sequence[str] | None, target: str | Sequence[str]) -> Asked:
+        """Of n pictures (or prompts in their place) and n targets, or one of either. ValueError for other numbers."""
+        if source is None:
+            raise ValueError("An edit needs the source prompt: what the picture shows, e.g. 'a cat'.")
+        sources, targets = source_prompts(source, len(as_list(pictures))), prompts_of("target", target)
+        n = max(len(sources), len(targets))
+        if len(sources) not in (1, n) or len(targets) not in (1, n):
+            raise ValueError(
+                f"{len(sources)} pictures and {len(targets)} target prompts. Give one of either, or as many of both."
+            )
+        return cls(sources, sources * (n // len(sources)), targets * (n // len(targets)))
+
+
+def check_steps(steps: int | None, iterations: int) -> None:
+    """ValueError for numbers of an inversion that none is."""
+    for name, value, least in (("num_inference_steps", steps, 1), ("iterations", iterations, 0)):
+        if value is not None and (not isinstance(value, Integral) or value < least):
+            raise ValueError(f"{name} must be a whole number, at least {least}; found {value!r}.")
+
+
+def check_inversion(
+    inversion: Inversion,
+    source: str | Sequence[str] | None,
+    name: str,
+    size: tuple[int | None, int | None],
+    steps: int | None,
+    solver: str | None,
+) -> None:
+    """ValueError unless the inversion is one of these prompts, by the model of this name, at this size, in these steps
+    and by this solver; None: as it is."""
+    if source is not None and tuple(as_list(source)) not in (inversion.source, inversion.source[:1]):
+        raise ValueError(
+            f"This inversion was made for {inversion.source[0]!r}, not {as_list(source)[0]!r}: words and noise "
+            "belong together. Invert the picture with the other prompt, or leave source out (None)."
+        )
+    if inversion.model != name:
+        raise ValueError(f"This inversion was made with {inversion.model}; this is {name}. Invert it again.")
+    if size != (None, None) and size != inversion.size:
+        raise ValueError(f"This inversion has {inversion.size[0]} x {inversion.size[1]} pixels; leave the size out.")
+    for what, wanted, made in (
+        ("num_inference_steps", steps, inversion.path.steps),
+        ("solver", solver, inversion.solver),
+    ):
+        if wanted not in (None, made):
+            raise ValueError(
+                f"This inversion was made with {what}={made!r}, and an edit goes the same way down; found {wanted!r}. "
+                f"Leave {what} out, or invert again."
+            )
+
+
+def edit_controls(controls: Sequence[Control], maps: bool) -> list[Control]:
+    """The controls of an edit: those that know sources from targets as they are, others on targets only."""
+    controls = check_controls(controls)
+    edits = [c for c in controls if isinstance(c, DiT4Edit)]
+    if len(edits) > 1:
+        raise ValueError(f"{len(edits)} DiT4Edit controls in one edit; it takes one. Put their settings together.")
+    found: list[Control] = []
+    for control in controls:
+        if isinstance(control, DiT4Edit):
+            found.append(replace(control, record=control.record or maps))
+        else:
+            found.append(control if isinstance(control, TokenMerging) else Targets(control))
+    if maps and not edits:
+        found.insert(0, DiT4Edit(cross=None, self_form=None, record=True))
+    return found
+
+
+def same(source: str, target: str, controls: Sequence[Control]) -> bool:
+    """Whether nothing tells target from source."""
+    if source != target or any(isinstance(c, Targets) for c in controls):
+        return False
+    return all(set(c.reweight.values()) <= {1.0} for c in controls if isinstance(c, DiT4Edit))

@@ -1,0 +1,22 @@
+"""What other installed packages add to training: tasks of recipes, and sources of data (entry points)."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+
+TASKS, DATA = "condit.tasks", "condit.data"
+
+
+def added_tasks() -> dict[str, EntryPoint]:
+    """Name of a recipe's task -> the entry point of its class, loaded by whoever needs it."""
+    return {entry.name: entry for entry in entry_points(group=TASKS)}
+
+
+def icon_world() -> object:
+    """The module that opens the icon world (`icons =` of a recipe): it is part of the laboratory of a checkout."""
+    for entry in entry_points(group=DATA, name="icons"):
+        return entry.load()
+    raise ValueError(
+        "icons = reads the icon world, which is part of the laboratory and not of the installed package. Use a folder "
+        "of images or pairs, or install the laboratory from a checkout: pip install -e lab"
+    )
