@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from condit.diffusion.gaussian import beta_schedule
+from condit.diffusion.steps import Step
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Spacing = Literal["leading", "trailing", "linspace"]
@@ -112,10 +113,12 @@ def zero_terminal_snr(levels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
-    """The S steps of a run. Step i begins at level[i], where the network is told timesteps[i], and ends at after[i];
-    all (S,) float64, on the CPU. `start`: the factor on unit noise at which the run begins."""
+class VPPath:
+    """The S steps of a run. Step i begins at level[i], where the network takes timesteps[i], and ends at after[i]; all
+    (S,) float64, on the CPU. `start`: the factor on unit noise at which the run begins."""
 
+    process: Process
+    solver: Solver
     timesteps: Tensor
     level: Tensor
     after: Tensor
@@ -124,12 +127,22 @@ class Path:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def since(self, begin: int) -> Path:
+    def step(self, index: int) -> Step:
+        time = float(self.timesteps[index])
+        return Step(index, len(self), time / self.process.num_train_timesteps, time)
+
+    def rows(self) -> list[tuple[Step, float, float]]:
+        """(step, level, after) of each step."""
+        ends = zip(self.level.tolist(), self.after.tolist(), strict=True)
+        return [(self.step(i), level, after) for i, (level, after) in enumerate(ends)]
+
+    def since(self, begin: int) -> VPPath:
         """The steps from number `begin` on."""
-        return Path(self.timesteps[begin:], self.level[begin:], self.after[begin:], self.start)
+        parts = (part[begin:] for part in (self.timesteps, self.level, self.after))
+        return VPPath(self.process, self.solver, *parts, start=self.start)
 
 
-def make_path(process: Process, solver: Solver, steps: int) -> Path:
+def make_path(process: Process, solver: Solver, steps: int) -> VPPath:
     """The steps of a solver over a process, from noise to picture."""
     if not 1 <= steps <= process.num_train_timesteps:
         raise ValueError(f"num_inference_steps must be 1 to {process.num_train_timesteps}; found {steps}.")
@@ -138,7 +151,8 @@ def make_path(process: Process, solver: Solver, steps: int) -> Path:
         times = spaced(process, process.timestep_spacing or "leading", steps).round()
         before = times.long() - process.num_train_timesteps // steps
         end = levels.new_tensor(1.0) if process.set_alpha_to_one else levels[0]
-        return Path(times, levels[times.long()], torch.where(before < 0, end, levels[before.clamp(min=0)]))
+        after = torch.where(before < 0, end, levels[before.clamp(min=0)])
+        return VPPath(process, solver, times, levels[times.long()], after)
     spacing = process.timestep_spacing or "linspace"
     if solver == "dpm++":
         # One level more than steps are spread, of which the last is left out.
@@ -156,7 +170,7 @@ def make_path(process: Process, solver: Solver, steps: int) -> Path:
     last = table[0] if solver != "euler-ancestral" and process.final_sigmas_type == "sigma_min" else 0 * table[0]
     level = 1 / (1 + torch.cat([sigmas, last[None]]).float().double().square())
     start = 1.0 if solver == "dpm++" or spacing == "leading" else float((1 - level.min()).sqrt())
-    return Path(times, level[:-1], level[1:], start)
+    return VPPath(process, solver, times, level[:-1], level[1:], start)
 
 
 def spaced(process: Process, spacing: Spacing, steps: int) -> Tensor:
