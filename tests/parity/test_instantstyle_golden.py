@@ -18,7 +18,7 @@ from condit.controls.control import Control, Run, Step, Where
 from condit.controls.instantstyle import EASES, STAGES, InstantStyle, block_weights, modules_of
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import Layer
-from condit.controls.ip_reference import Together
+from condit.controls.wrap import Together
 from condit.drawing.latent_pipeline import LatentPipeline
 from condit.encoders.text import ClipText
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
@@ -125,10 +125,10 @@ def test_a_reference_each_for_style_and_layout_acts_in_its_blocks_with_the_weigh
     rng = np.random.default_rng(0)
     one, other = (Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)) for _ in range(2))
     both = style.control(style=one, layout=other, strength=0.8, layout_strength=0.3)
-    assert isinstance(both, Together) and all(part.adapter is style.adapter for part in both.parts)
+    assert isinstance(both, Together) and all(part.adapter is style.adapter for part in both.inside)
     apart = [style.control(one, preset="style", strength=0.8), style.control(other, preset="layout", strength=0.3)]
     close(pipe.predict(given, both), pipe.predict(given, *apart), CALL)
-    assert {p.split(".transformer_blocks.")[0] for part in both.parts for p in part.kv} == {
+    assert {p.split(".transformer_blocks.")[0] for part in both.inside for p in part.kv} == {
         "up_blocks.0.attentions.1",
         "down_blocks.2.attentions.1",
     }

@@ -135,8 +135,27 @@ class Fill:
         return whole
 
 
+Act = Literal["wrap", "join", "omit", "adapt", "add", "merge", "bound"]
+# What a control does -> the method that does it.
+ACTS: dict[Act, str] = {
+    "wrap": "around",
+    "join": "streams",
+    "omit": "fill",
+    "adapt": "lora",
+    "add": "residual",
+    "merge": "merging",
+    "bound": "region",
+}
+
+
 class Control:
     """One reference at one strength. Every method has a default, so a new control overrides what its paper adds."""
+
+    @property
+    def acts(self) -> frozenset[Act]:
+        """What this kind of control may do: the acts whose methods its class defines."""
+        classes = [vars(kind) for kind in type(self).__mro__ if kind not in (Control, object)]
+        return frozenset(act for act, method in ACTS.items() if any(method in names for names in classes))
 
     def sized(self, size: tuple[int, int], pipe: Any) -> Control:
         """First in a call of `pipe`, which draws (height, width) in pixels: the control for that size."""

@@ -225,7 +225,7 @@ class ClassPipeline:
                 f"sd-vae-ft-ema) as {self.parts.place / 'vae'}, load with vae=..., or ask for output_type='latent'."
             )
         for control in check_controls(controls):
-            if type(control).streams is not Control.streams:
+            if control.acts & {"join", "omit"}:
                 raise ValueError(
                     f"{type(control).__name__} joins tokens to the sequence, and {self.name} takes none. "
                     "Use a control that wraps attention."

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from condit.controls.control import Control, check_controls
 from condit.controls.dit4edit import DiT4Edit
-from condit.controls.targets import Targets
 from condit.controls.token_merging import TokenMerging
+from condit.controls.wrap import Targets
 
 if TYPE_CHECKING:
     from condit.drawing.edit import Inversion

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from condit.controls.control import Control, Pair, Run, Step, check_controls, match_batch
-from condit.controls.sides import sides
+from condit.controls.wrap import sides
 from condit.data.images import to_images
 from condit.diffusion.gaussian_samplers import image_noise
 from condit.diffusion.guidance import guide, guide_text_image, rescale
@@ -219,7 +219,7 @@ class LatentPipeline:
         check_size(size, self.pixels * self.patch)
         check_counts(steps, copies, output_type)
         for control in check_controls(controls):
-            if type(control).streams is not Control.streams or type(control).fill is not Control.fill:
+            if control.acts & {"join", "omit"}:
                 raise ValueError(
                     f"{type(control).__name__} joins tokens to the sequence, and {self.name} takes none. "
                     "Use a control that wraps attention, such as IPAdapter."
@@ -329,7 +329,7 @@ class LatentPipeline:
             step = Step(i, steps, t / process.num_train_timesteps)
             active = [[c for c in (control.at(step) for control in b.controls) if c is not None] for b in branches]
             loras = [together(control.lora() for control in controls) for controls in active]
-            merging = any(type(c).merging is not Control.merging for controls in active for c in controls)
+            merging = any("merge" in c.acts for controls in active for c in controls)
             if in_one_call and len(branches) > 1 and not merging and not any(lora is not None for lora in loras):
                 # A LoRA knows no rows, and merged tokens are one side's, so with one the branches run apart.
                 whole = torch.cat([x] * len(branches))

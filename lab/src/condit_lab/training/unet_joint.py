@@ -182,7 +182,7 @@ class UNetJointTask(UNetTask):
         spread = features.new_zeros(count, *features.shape[1:])
         region = features.new_zeros(count, 1, 1, 1)
         spread[rows], region[rows] = features, 1
-        return adapter.reference(spread).inside(region)
+        return adapter.reference(spread).within(region)
 
     def asked(self, pairs: tuple[Paired, ...], kept: Tensor) -> DEADiffReference:
         """DEADiff's tokens for rows of several tasks: zeros for what a task is not shown, and where not `kept`."""
