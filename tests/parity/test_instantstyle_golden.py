@@ -18,8 +18,8 @@ from condit.controls.control import Control, Run, Step, Where
 from condit.controls.instantstyle import EASES, STAGES, InstantStyle, block_weights, modules_of
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import Layer
-from condit.controls.ip_reference import Together
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.controls.wrap import Together
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import ClipText
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
 
@@ -125,10 +125,10 @@ def test_a_reference_each_for_style_and_layout_acts_in_its_blocks_with_the_weigh
     rng = np.random.default_rng(0)
     one, other = (Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)) for _ in range(2))
     both = style.control(style=one, layout=other, strength=0.8, layout_strength=0.3)
-    assert isinstance(both, Together) and all(part.adapter is style.adapter for part in both.parts)
+    assert isinstance(both, Together) and all(part.adapter is style.adapter for part in both.inside)
     apart = [style.control(one, preset="style", strength=0.8), style.control(other, preset="layout", strength=0.3)]
     close(pipe.predict(given, both), pipe.predict(given, *apart), CALL)
-    assert {p.split(".transformer_blocks.")[0] for part in both.parts for p in part.kv} == {
+    assert {p.split(".transformer_blocks.")[0] for part in both.inside for p in part.kv} == {
         "up_blocks.0.attentions.1",
         "down_blocks.2.attentions.1",
     }
@@ -254,7 +254,7 @@ def test_sdxls_second_text_encoder_names_what_to_leave_out(make_sd, make_latent)
     """Its pooled prompt is the content vector of the official code; SD 1.x has no projection, so no tower."""
     theirs, ours = make_sd("sdxl"), make_latent("sdxl")
     parts = [theirs.tokenizer, theirs.tokenizer_2], [theirs.text_encoder, theirs.text_encoder_2]
-    pipe = LatentPipeline(replace(ours.parts, text=ClipText(*parts, penultimate=True)))
+    pipe = Pipeline(replace(ours.parts, text=ClipText(*parts, penultimate=True)))
     tower = pipe.text_tower()
     assert tower is not None
     _, _, pooled, _ = theirs.encode_prompt("a red fox", do_classifier_free_guidance=False)

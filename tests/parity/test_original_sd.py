@@ -11,7 +11,7 @@ from torch import Tensor
 import condit
 from condit.backbones.unet import CROSS_UP, PRESETS, UNet, UNetConfig
 from condit.diffusion.vp import Process
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.weights import original_sd
 from condit.weights.class_models import recognise as recognise_class
 from condit.weights.latent_models import recognise
@@ -188,7 +188,7 @@ def test_a_single_file_draws_what_its_folder_draws(make_sd, tmp_path: Path, kind
     assert found is not None and found.kind == "stable-diffusion-file"
     parts = load_original(found.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
     how = {"seed": 1, "num_inference_steps": 2, "output_type": "pt", "sampler": "ddim"}
-    ours, folder = LatentPipeline(parts), condit.load(tmp_path / kind)
+    ours, folder = Pipeline(parts), condit.load(tmp_path / kind)
     assert torch.equal(ours("a red fox", **how).images, folder("a red fox", **how).images)
 
 
@@ -208,7 +208,7 @@ def test_deadiffs_checkpoint_is_a_base_too(make_sd, tmp_path: Path):
     parts = load_original(found.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
     how = {"seed": 1, "num_inference_steps": 2, "output_type": "pt"}
     folder = condit.load(tmp_path / "sd15")
-    assert torch.equal(LatentPipeline(parts)("a red fox", **how).images, folder("a red fox", **how).images)
+    assert torch.equal(Pipeline(parts)("a red fox", **how).images, folder("a red fox", **how).images)
 
 
 def test_a_file_of_another_width_is_told(make_sd, tmp_path: Path):

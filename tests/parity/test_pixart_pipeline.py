@@ -11,7 +11,7 @@ from PIL import Image
 import condit
 from condit.controls.dit4edit import PRESETS, Blend, DiT4Edit
 from condit.controls.token_merging import TokenMerging
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 
 diffusers: Any = importlib.import_module("diffusers")  # its names are made when they are asked for
 PROMPTS = ["a red fox", "the snow"]
@@ -23,7 +23,7 @@ def pair(make_pixart, pairs):
 
 
 @pytest.fixture(scope="module")
-def pipe(pair) -> LatentPipeline:
+def pipe(pair) -> Pipeline:
     return pair("alpha-512")[1]
 
 

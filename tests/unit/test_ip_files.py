@@ -17,17 +17,17 @@ from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_files import face_lora, face_tensors, fit_layers, layers_of, needs_of, read_layout
 from condit.controls.ip_projectors import IdentityPlusProjection, Perceiver, projector_of
 from condit.controls.style_lora import StyleLoRA
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.image import CLIPImage, EncoderSize, TextTower
 
 
 @pytest.fixture(scope="module")
-def pipe(make_latent) -> LatentPipeline:
+def pipe(make_latent) -> Pipeline:
     return make_latent("sd15")
 
 
 @pytest.fixture(scope="module")
-def xl(make_latent) -> LatentPipeline:
+def xl(make_latent) -> Pipeline:
     return make_latent("sdxl")
 
 
@@ -48,7 +48,7 @@ def vision(folder: Path, *, hidden: int = 20, projection: int = 12) -> Path:
     return folder
 
 
-def published(pipe: LatentPipeline, features: int = 12, tokens: int = 4) -> dict[str, Tensor]:
+def published(pipe: Pipeline, features: int = 12, tokens: int = 4) -> dict[str, Tensor]:
     """A global adapter's file for the pipeline's UNet."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

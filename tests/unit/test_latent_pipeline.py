@@ -11,10 +11,10 @@ from torch import Tensor
 
 import condit
 from condit.controls.control import Control, Step, When
-from condit.controls.sides import Sides
 from condit.controls.style_lora import StyleLoRA
 from condit.controls.token_merging import TokenMerging
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.controls.wrap import Sides, Wrapper, sides
+from condit.drawing.pipeline import Pipeline
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, linear_shapes
 
@@ -41,12 +41,12 @@ class Louder(Control):
 
 
 @pytest.fixture(scope="module")
-def pipes(make_latent) -> Callable[[str], LatentPipeline]:
+def pipes(make_latent) -> Callable[[str], Pipeline]:
     made = {kind: make_latent(kind) for kind in ("sd15", "sdxl", "sd15-inpainting")}
     return made.__getitem__
 
 
-def draw(pipe: LatentPipeline, prompts=PROMPTS, **how) -> Tensor:
+def draw(pipe: Pipeline, prompts=PROMPTS, **how) -> Tensor:
     return pipe(prompts, **{"seed": 0, "output_type": "latent", **how}).images
 
 
@@ -87,9 +87,9 @@ def test_sides_without_controls_leave_the_call_alone(pipes):
     x, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 5, 12, generator=g)
     t = torch.tensor([500.0, 20.0])
     plain = pipe.backbone(x, t, text)
-    assert torch.equal(pipe.backbone(x, t, text, controls=[Sides(((), ()))]), plain)
+    assert sides([(), ()]) == []
     loud = Louder(torch.tensor([2.0]))
-    one_side = pipe.backbone(x, t, text, controls=[Sides(((), (loud,)))])
+    one_side = pipe.backbone(x, t, text, controls=[Sides((Wrapper(()), loud))])
     torch.testing.assert_close(one_side[:1], plain[:1], rtol=0, atol=1e-6)
     assert (one_side[1] - plain[1]).abs().max() > 1e-3
 
@@ -237,7 +237,7 @@ def test_controls_that_join_tokens_are_refused(pipes):
 
 
 def test_an_unknown_scheduler_asks_for_a_sampler(pipes):
-    pipe = LatentPipeline(replace(pipes("sd15").parts, solver=None))
+    pipe = Pipeline(replace(pipes("sd15").parts, solver=None))
     with pytest.raises(ValueError, match="give sampler="):
         draw(pipe)
     assert torch.equal(draw(pipe, sampler="ddim"), draw(pipes("sd15")))

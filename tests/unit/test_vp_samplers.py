@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from condit.diffusion.gaussian_samplers import image_noise
+from condit.diffusion.steps import image_noise
 from condit.diffusion.vp import Process, add_noise, make_path
 from condit.diffusion.vp_samplers import ddim_step, dpm_step, estimate, sample
 
@@ -73,7 +73,7 @@ def our_run(solver, config: dict, steps: int, eta: float = 0.0) -> tuple[Tensor,
     process = Process.from_config(config)
     path = make_path(process, solver, steps)
     noise = image_noise(generators())
-    x = sample(solver, process, lambda x, t, i: network(x, t), NOISE * path.start, path, eta=eta, noise=noise)
+    x = sample(lambda x, step: network(x, step.time), NOISE * path.start, path, eta=eta, noise=noise)
     return x, path.timesteps
 
 

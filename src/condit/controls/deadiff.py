@@ -258,7 +258,7 @@ class DEADiff(nn.Module):
                 empty=empty,
                 content_layers=content_layers,
                 where=None if where is None else Where.of(where),
-                acts=acts,
+                weighed=acts,
                 when=When.of(when),
                 content_text=text,
                 mask=None if mask is None else load_masks(mask).to(pipe.device),
@@ -307,7 +307,7 @@ class DEADiffReference(Control):
     table: dict[str, Name]
     adapter: DEADiff
     strength: dict[Name, float]
-    acts: Acts = "keys-values"
+    weighed: Acts = "keys-values"
     when: When = field(default_factory=When)
     content_text: Tensor | None = None
     mask: Tensor | None = None
@@ -337,7 +337,7 @@ class DEADiffReference(Control):
 
     def at(self, step: Step) -> DEADiffReference | None:
         factor = self.when.factor(step)
-        off = factor == 0 or (self.acts == "attention" and not any(self.strength.values()))
+        off = factor == 0 or (self.weighed == "attention" and not any(self.strength.values()))
         weight = {name: torch.tensor(factor * m) for name, m in self.strength.items()}
         return None if off else replace(self, weight=weight)
 
@@ -351,10 +351,10 @@ class DEADiffReference(Control):
         log_weight = None if self.regions is None else self.regions[call.q.shape[2]]
         if self.weight is not None:
             m = self.weight[self.table[call.site.path]].to(k)
-            if self.acts == "attention":
+            if self.weighed == "attention":
                 log_weight = m.log() if log_weight is None else m.log() + log_weight
             else:
-                k, v = (k * m if self.acts == "keys-values" else k), v * m
+                k, v = (k * m if self.weighed == "keys-values" else k), v * m
         return attend(call.append_kv(k, v, log_weight))
 
     def negative(self) -> DEADiffReference:
@@ -368,7 +368,7 @@ class DEADiffReference(Control):
             "adapter": self.adapter.name,
             "hash": self.adapter.hash,
             "strength": dict(self.strength),
-            "acts": self.acts,
+            "acts": self.weighed,
             "when": [self.when.start, self.when.end],
             "masked": self.mask is not None,
             "reference": self.source,

@@ -20,7 +20,8 @@ from torch import Tensor
 from condit.controls.control import Control, When, Where
 from condit.controls.ip_adapter import IPAdapter
 from condit.controls.ip_projectors import HEAD_DIM
-from condit.controls.ip_reference import IPReference, Together, WithLoRA
+from condit.controls.ip_reference import WithLoRA
+from condit.controls.wrap import Together
 from condit.encoders.image import CLIPImage, Fit, TextTower, TinyWords
 from condit.nn.attention import Site
 
@@ -189,10 +190,10 @@ _preset = preset  # where an argument has this name
 
 def together(controls: Sequence[Control]) -> Control:
     """Controls of one adapter as one."""
-    parts: list[IPReference] = []
+    parts: list[Control] = []
     for control in controls:
-        inner = control.inner if isinstance(control, WithLoRA) else control
-        parts += inner.parts if isinstance(inner, Together) else [inner]  # type: ignore[list-item]
+        for inner in control.inside if isinstance(control, WithLoRA) else (control,):
+            parts += inner.inside if isinstance(inner, Together) else (inner,)
     joined = Together(tuple(parts))
     first = controls[0]
     return replace(first, inner=joined) if isinstance(first, WithLoRA) else joined

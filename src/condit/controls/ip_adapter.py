@@ -31,11 +31,11 @@ from condit.controls.ip_reference import (
     KeyValues,
     Scaling,
     Strength,
-    Together,
     WithLoRA,
     any_site,
     strength_at,
 )
+from condit.controls.wrap import Together
 from condit.data.images import load_image
 from condit.encoders.image import CLIPImage, Fit
 from condit.nn.attention import Site, split_heads

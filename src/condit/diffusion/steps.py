@@ -61,7 +61,7 @@ def finish_step(on_step: OnStep | None, index: int, x: Tensor, x0: Tensor) -> Te
 
 def by_timestep(denoise: Callable[[Tensor, Tensor], Tensor]) -> Predict:
     """predict(x, step) from a network that takes (x, t) with t (B,), the step's `time`."""
-    return lambda x, step: denoise(x, torch.full((len(x),), step.time, device=x.device))
+    return lambda x, step: denoise(x, torch.full((len(x),), step.time, dtype=x.dtype, device=x.device))
 
 
 def draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class ClassModel:
     """See `condit.drawing.model.Model`. A condition is a tensor (B,) of class numbers, in which the null class stands
     last; None on an unconditional model."""
 
+    reads: Literal["prompt", "class", "nothing"] = "class"
     supports = frozenset({"guidance_scale", "guidance_power", "guidance_channels", "sampler", "eta"})
     kinds = ("pil", "pt", "latent")
     fewest_steps = 2  # the variance of the last step is that of the one before it

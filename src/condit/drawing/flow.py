@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ from condit.nn.offload import Visited, on_device, with_blocks
 from condit.nn.streams import Stream, grid_ids
 from condit.weights.parts import Parts
 
-
 M = TypeVar("M")
 
 
@@ -43,6 +42,7 @@ class FlowModel:
     """See `condit.drawing.model.Model`. Guidance is an input of FLUX.1-dev's network (`parts.distilled`), so a second
     prediction exists there only to guide the controls."""
 
+    reads: Literal["prompt", "class", "nothing"] = "prompt"
     supports = frozenset({"guidance_scale", "image_guidance_scale", "eta", "strength"})
     kinds = ("pil", "pt", "latent")
     fewest_steps = 1

@@ -23,27 +23,22 @@ def load(
     offload: Offload | None = None,
     quantize: Quantise | None = None,
 ) -> Any:
-    """A `Pipeline` by name ("tiny", embedded), from a folder in diffusers' FLUX layout or a single file of FLUX.1; a
-    `LatentPipeline` by name ("sd15", "sdxl") or from a folder or file of Stable Diffusion; a `ClassPipeline` or a
-    `ViTPipeline` by name (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT, DiffiT or ViT; a
-    `PixelPipeline` from a file of the image-space DiffiT.
+    """A `Pipeline`, or a `ViTPipeline` of a ViT: by name ("tiny" and others of `condit models` are embedded; published are
+    "sd15", "sdxl", "dit-xl-2-256", ...), from a folder in diffusers' layout (FLUX.1, Stable Diffusion, PixArt), or from a
+    file or folder of FLUX.1, Stable Diffusion, DiT, DiffiT or ViT.
 
     vae: an autoencoder, its folder, or "tiny" for the embedded one, for a class model that has none beside it.
     components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None: its own.
     offload: see `Pipeline`. quantize: see `condit.weights.quantise`; weights of FLUX's blocks take one byte each."""
     latent = latent_models.recognise(source)
     if latent is not None:
-        from condit.drawing.latent_pipeline import (
-            LatentPipeline,  # each kind when it is asked for: imports cost seconds
-        )
-
         if any(given is not None for given in (vae, components, offload, quantize)):
             raise ValueError(
                 f"vae=, components=, offload= and quantize= have no use with {str(source)!r}, which is not FLUX.1 or a "
                 "class model. Leave them out."
             )
         half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        return LatentPipeline(load_latent_parts(latent, dtype=dtype or half)).to(device)
+        return Pipeline(load_latent_parts(latent, dtype=dtype or half)).to(device)
     found = class_models.recognise(source)
     if vae is not None and (found is None or found[0] not in ("dit", "diffit")):
         raise ValueError(f"vae= is for DiT and DiffiT; {str(source)!r} brings its own or needs none. Leave it out.")
@@ -61,9 +56,5 @@ def load(
 
         return ViTPipeline(class_models.load_classifier_parts(str(source), path, dtype=dtype)).to(device)
     if kind == "diffit-image":
-        from condit.drawing.pixel_pipeline import PixelPipeline
-
-        return PixelPipeline(class_models.load_pixel_parts(str(source), path, dtype=dtype)).to(device)
-    from condit.drawing.class_pipeline import ClassPipeline
-
-    return ClassPipeline(class_models.load_class_parts(str(source), kind, path, vae=vae, dtype=dtype)).to(device)
+        return Pipeline(class_models.load_pixel_parts(str(source), path, dtype=dtype)).to(device)
+    return Pipeline(class_models.load_class_parts(str(source), kind, path, vae=vae, dtype=dtype)).to(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class Model(Protocol, Generic[C]):
 
     parts: Any
     backbone: Any
+    reads: Literal["prompt", "class", "nothing"]
     supports: frozenset[str]  # fields of `Settings` that the family reads, beside the common ones
     kinds: tuple[str, ...]  # of output_type
     fewest_steps: int

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from condit.controls.control import Control, check_controls
 from condit.controls.wrap import sides as joined_sides
+from condit.data.imagenet import ClassNames
 from condit.data.images import ImageSource, to_images
 from condit.diffusion.steps import Noise, Predict, Step, draw
 from condit.drawing import edit as editing
@@ -76,6 +77,11 @@ class Pipeline:
         return self.model.token
 
     @property
+    def labels(self) -> ClassNames | None:
+        """The names of a class model's classes, if it came with them."""
+        return getattr(self.parts, "labels", None)
+
+    @property
     def dtype(self) -> torch.dtype:
         return module_dtype(self.backbone)
 
@@ -119,6 +125,7 @@ class Pipeline:
         latents: Tensor | None = None,
         output_type: Literal["pil", "pt", "latent"] = "pil",
         callback_on_step_end: Callback | None = None,
+        label: Label | Sequence[Label] | Tensor = None,
     ) -> Result:
         """Generate images. Arguments as in diffusers; `seed` is short for generators: image i has seed + i, and its
         noise is drawn on the CPU. ValueError for an argument that the model does not support.
@@ -126,11 +133,11 @@ class Pipeline:
         prompt: words, or a `Text` that was encoded before; of DiT and DiffiT a class by name or number, None for none.
         image: start from it, changed by `strength` in (0, 1] (None: 0.8, with a mask 1); mask_image: repaint where it
         is white. guidance_scale 1 makes one prediction a step, not two; guidance_in_one_call False makes them one after
-        the other, in half the memory. image_guidance_scale, if given, guides the controls apart from the text: none + s_T
+        the other, in half the memory. image_guidance_scale guides the controls apart from the text: none + s_T
         (text - none) + s_I (text and controls - text). guidance_power, guidance_channels: DiffiT's schedule, and how
         many channels of the latent are guided (classes.py). sampler, eta, clip_skip: None for the model's own; eta is
         the share of a step's noise that is drawn anew. original_size, crops_coords_top_left, target_size: SDXL's
-        conditions, in pixels. latents: the first noise, of unit variance.
+        conditions, in pixels. latents: the first noise, of unit variance. label: another name of `prompt` for classes.
         """
         asked = Settings(
             height=height,
@@ -151,6 +158,7 @@ class Pipeline:
             target_size=target_size,
             copies=num_images_per_prompt,
         )
+        prompt = label if prompt is None else prompt
         # The door: everything is checked before anything is computed.
         model, count = self.model, self.model.count(prompt)
         settings = self.settle(asked, prompt, output_type)
@@ -188,7 +196,7 @@ class Pipeline:
             "seeds": seeds,
             "controls": [c.describe() for c in controls],
         }
-        return Result(self.decode(x, layout, output_type), seeds, recipe)
+        return Result(self.decode(x, settings.size, output_type), seeds, recipe)
 
     edit, invert = editing.edit, editing.invert
 
@@ -208,7 +216,7 @@ class Pipeline:
     ) -> Tensor:
         """One (guided) prediction for latents x (B, ...) at noise level t in [0, 1], where 1 is noise alone.
 
-        x is float32, as `output_type="latent"` returns it. Predicted is the velocity by FLUX.1 and `tiny`; noise or v by
+        x is float32, as `output_type="latent"` returns it. FLUX.1 and `tiny` predict the velocity; noise or v do
         Stable Diffusion, PixArt, DiT and DiffiT (with the variance's channels); the clean image by pixels.py.
         """
         asked = Settings(height=height, width=width, guidance_scale=guidance_scale, num_inference_steps=2)
@@ -293,13 +301,20 @@ class Pipeline:
         shape = self.model.cells_shape(layout.size)
         return lambda x: self.model.arrange(draw(shape, generators), layout).to(x.device)
 
-    def decode(self, latents: Tensor, layout: Layout, output_type: str) -> Any:
-        """Latents -> PIL images ("pil"), a tensor (B, 3, H, W) in [-1, 1] ("pt"), or as they are ("latent")."""
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        size: tuple[int, int] | None = None,
+        output_type: Literal["pil", "pt", "latent"] = "pil",
+    ) -> Any:
+        """Latents of images of `size` (height, width; None: the model's) -> PIL images ("pil"), a tensor (B, 3, H, W)
+        in [-1, 1] ("pt"), or as they are ("latent")."""
         if output_type == "latent":
             return latents
         if not torch.isfinite(latents).all():
             raise ValueError("The sampler produced NaN. Lower the strengths or guidance, or use dtype=torch.float32.")
-        images = self.model.decode(latents, layout)
+        images = self.model.decode(latents, self.layout(len(latents), size or self.size))
         return images if output_type == "pt" else to_images(images)
 
     # What adapters ask of a pipeline

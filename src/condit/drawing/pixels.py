@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from condit.weights.class_models import PixelParts
 class PixelModel:
     """See `condit.drawing.model.Model`. The model is unconditional: its only condition is None."""
 
+    reads: Literal["prompt", "class", "nothing"] = "nothing"
     supports: frozenset[str] = frozenset()
     kinds = ("pil", "pt")
     fewest_steps = 2

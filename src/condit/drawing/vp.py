@@ -40,6 +40,7 @@ SAMPLERS = get_args(SamplerName)
 class VPModel:
     """See `condit.drawing.model.Model`. What is a network's own stands in its `LatentParts`."""
 
+    reads: Literal["prompt", "class", "nothing"] = "prompt"
     supports = frozenset(
         {
             "guidance_scale",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from condit.controls.control import Control, check_controls
+from condit.controls.wrap import unwrapped
 from condit.data.images import ImageSource
 from condit.drawing.references import describe_source, read_references
 from condit.encoders.image import CLIPImage, TextTower
@@ -175,7 +176,8 @@ def refuse_strangers(controls: Sequence[Control], guest: Guest) -> None:
         why = family.refusal(network, control)
         if why is not None:
             raise ValueError(f"{type(control).__name__} {why}")
-        adapter: Any = getattr(control, "adapter", None)
+    for inner in (inner for control in controls for inner in unwrapped(control)):
+        adapter: Any = getattr(inner, "adapter", None)
         bound = getattr(adapter, "_pipe", [None])[0]
         if bound is None:
             continue

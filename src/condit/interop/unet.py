@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from condit.backbones.unet import KeyValues, UNet, UNetConfig
 from condit.controls.control import Control, Run, Step
-from condit.controls.sides import sides
+from condit.controls.wrap import sides
 from condit.interop.lend import Family, Onloaded, StandIn, plain, refused_kwargs
 from condit.nn.lora import Linear, LowRank, Pointwise, together
 from condit.weights.stable_diffusion import unet_config
@@ -241,8 +241,7 @@ def refuse_changed(unet: Any) -> None:
 
 
 def refusal(unet: Any, control: Control) -> str | None:
-    kind = type(control)
-    if kind.streams is Control.streams and kind.fill is Control.fill:
+    if not control.acts & {"join", "omit"}:
         return None
     return "joins tokens to the sequence, and a UNet has none. Use a control that wraps attention: condit.IPAdapter."
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from condit.backbones.pixart import PRESETS, PixArt
 from condit.diffusion.vp import Process
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import Text, TinyWords
 from condit.training.denoising import errors, latents_of
 from condit.training.loop import Task
@@ -103,7 +103,7 @@ class PixArtTask(Task):
         return (errors(self.parts, x0, noise, t, words) * (a + s).flatten().square()).mean()
 
     def sheet(self) -> Image.Image:
-        pipe = LatentPipeline(self.parts)
+        pipe = Pipeline(self.parts)
         return self.data.sheet(lambda prompts: pipe(prompts, seed=0).images)
 
     def export(self, folder: Path, card: dict) -> None:

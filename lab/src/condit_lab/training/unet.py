@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from condit.backbones.unet import PRESETS, Resnet, Transformer, UNet
 from condit.controls.control import Control
 from condit.diffusion.vp import Process
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import TinyWords
 from condit.nn.attention import Attend, Call
 from condit.training.denoising import errors, latents_of
@@ -105,7 +105,7 @@ class UNetTask(Task):
         return found
 
     def sheet(self) -> Image.Image:
-        pipe = LatentPipeline(self.parts)
+        pipe = Pipeline(self.parts)
         return self.data.sheet(lambda prompts: pipe(prompts, seed=0).images)
 
     def export(self, folder: Path, card: dict) -> None:

@@ -18,6 +18,7 @@ from condit.backbones.diffit import PRESETS, Block, DiffiT, Frame
 from condit.diffusion.gaussian import Variance, gaussian, training_loss
 from condit.diffusion.gaussian_samplers import ancestral
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
+from condit.diffusion.steps import by_timestep
 from condit.evaluation.verify.check import Check, Differences, difference, layout_differences, part
 from condit.weights.diffit import INDEX, diffit_of, relative_position_index
 
@@ -115,7 +116,7 @@ def compare_trajectory(golden: Path, name: str) -> Differences:
     denoise = class_guidance(model, t["input.y"][:2], model.null_label, scale)
     draws, seen = iter(t["sample.step_noise"][:, :2]), []
     x = t["input.x"][:2]
-    ancestral(denoise, x, process, noise=lambda _: next(draws), on_step=lambda i, x, x0: seen.append(x))
+    ancestral(by_timestep(denoise), x, process, noise=lambda _: next(draws), on_step=lambda i, x, x0: seen.append(x))
     steps = enumerate(zip(seen, t["sample.ddpm.x"][:, :2], strict=True))
     return {
         "timesteps": difference(process.timesteps.flip(0), t["sample.timesteps"]),

@@ -18,6 +18,7 @@ from condit.backbones.dit import PRESETS, Block, DiT, DiTConfig, Frame, sincos_p
 from condit.diffusion import gaussian as g
 from condit.diffusion import gaussian_samplers as samplers
 from condit.diffusion.guidance import class_guidance, guide_channels
+from condit.diffusion.steps import by_timestep
 from condit.evaluation.verify.check import Check, Differences, difference, layout_differences, part
 from condit.nn.layers import modulated_norm, timestep_features
 
@@ -232,7 +233,9 @@ def trajectory(
 ) -> tuple[Tensor, Tensor]:
     """x and x0 after every step, (steps, B, C, H, W)."""
     numbers, seen = iter(noises), []
-    sampler(denoise, x, process, noise=lambda _: next(numbers), on_step=lambda _, x, x0: seen.append((x, x0)))
+    sampler(
+        by_timestep(denoise), x, process, noise=lambda _: next(numbers), on_step=lambda _, x, x0: seen.append((x, x0))
+    )
     return torch.stack([x for x, _ in seen]), torch.stack([x0 for _, x0 in seen])
 
 
