@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from condit.encoders.clip import embed_image, embed_text, make_clip, make_tokenizer, normalise, token_ids
 from condit.encoders.clip_model import ClipConfig
 from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.encoders.words import words_of
 from condit.weights.catalog import TINY
 from condit.weights.tiny import load_clip
@@ -98,6 +100,11 @@ def test_a_saved_folder_loads_in_transformers_and_here(tmp_path, dtype):
         assert torch.equal(value, clip.state_dict()[name]) and torch.equal(value.float(), again.state_dict()[name])
     read = PreTrainedTokenizerFast.from_pretrained(tmp_path)(PROMPTS, padding="max_length", truncation=True)
     assert torch.equal(torch.tensor(read["input_ids"]), token_ids(words, PROMPTS))
+
+
+def test_a_tokenizer_without_the_special_tokens_raises():
+    with pytest.raises(ValueError, match=r"no token '\[PAD\]'"):
+        ClipTokenizer(Tokenizer(models.WordPiece(unk_token="[UNK]")))
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,6 @@ class Clip(nn.Module):
         """Write config.json and model.safetensors in transformers' layout, in the dtype of the parameters."""
         from transformers import CLIPModel
 
-        model = CLIPModel(self.config.to_transformers()).to(self.logit_scale.dtype)
-        model.load_state_dict(self.state_dict(), strict=True)
+        model = CLIPModel(self.config.to_transformers())
+        model.load_state_dict(self.state_dict(), strict=True, assign=True)
         model.save_pretrained(folder)

@@ -23,11 +23,14 @@ class ClipTokenizer:
         tokenizer.enable_truncation(TOKEN_LIMIT)
         tokenizer.no_padding()  # a saved file may ask for it
         self.tokenizer = tokenizer
-        ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
-        if None in ids:
-            raise ValueError(
-                f"the tokenizer has no token {SPECIAL_TOKENS[ids.index(None)]!r}; it is not a tiny CLIP's."
-            )
+        ids: list[int] = []
+        for token in SPECIAL_TOKENS:
+            number = tokenizer.token_to_id(token)
+            if number is None:
+                raise ValueError(
+                    f"the tokenizer has no token {token!r}. Expected the tokenizer.json of the model 'tiny'."
+                )
+            ids.append(number)
         self.pad_token_id, self.unk_token_id, self.bos_token_id, self.eos_token_id = ids
 
     @classmethod
