@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condit.encoders.clip_model import VisionTower
+
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
 
@@ -32,7 +34,7 @@ class ClipPatches(nn.Module):
 
     def __init__(
         self,
-        tower: CLIPVisionModel,
+        tower: CLIPVisionModel | VisionTower,
         blocks: int | None = None,
         *,
         mean: tuple[float, ...] = CLIP_MEAN,
@@ -80,8 +82,8 @@ class ClipPatches(nn.Module):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Prepared pixels -> tokens, in float32."""
-        weight: Any = self.tower.get_input_embeddings().weight
-        found = self.tower(pixels.to(weight.dtype), output_hidden_states=True).hidden_states
+        dtype = self.tower.embeddings.patch_embedding.weight.dtype
+        found = self.tower(pixels.to(dtype), output_hidden_states=True).hidden_states
         return found[self.blocks].float()
 
 

@@ -14,10 +14,12 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from condit.encoders.clip import embed_image, embed_text, style_statistics, token_ids
+from condit.encoders.clip_model import Clip
 from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.clip_tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPVisionModelWithProjection
+    from transformers import CLIPVisionModelWithProjection
 
 
 class TinyImage(nn.Module):
@@ -29,12 +31,11 @@ class TinyImage(nn.Module):
     embedding = slice(0, 256)  # the part that shares a space with the text tower
     gain = 11.3  # of that part: its two halves of unit length become entries of about unit variance
 
-    def __init__(self, clip: CLIPModel):
+    def __init__(self, clip: Clip):
         super().__init__()
         self.clip = clip
-        vision: Any = clip.config.vision_config
-        self.size: int = vision.image_size
-        self.states: int = vision.hidden_size
+        vision = clip.config.vision_config
+        self.size, self.states = vision.image_size, vision.hidden_size
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class TinyImage(nn.Module):
     @torch.no_grad()
     def hidden(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> the states of the last layer but one (B, 65, 192), as of `CLIPImage`."""
-        return self.clip.vision_model(self._sized(images), output_hidden_states=True).hidden_states[-2].float()
+        return self.clip.vision_model(self._sized(images)).hidden_states[-2].float()
 
     def zeros(self) -> Tensor:
         """A picture of zeros, which is gray: no reference, behind a reader of hidden states."""
@@ -65,7 +66,7 @@ class TinyWords(nn.Module):
     """The embedded CLIP's text tower as the twin of its image tower: words -> vectors in the space of `TinyImage`'s
     features. The statistics of middle layers have no words, so there they are 0."""
 
-    def __init__(self, image: TinyImage, tokenizer: Any):
+    def __init__(self, image: TinyImage, tokenizer: ClipTokenizer):
         super().__init__()
         self.image, self.tokenizer = image, tokenizer
 

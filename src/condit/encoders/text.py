@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from condit.encoders.clip import TOKEN_LIMIT, embed_text, token_ids
+from condit.encoders.clip import embed_text, token_ids
+from condit.encoders.clip_model import Clip
+from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.encoders.words import Words, words_of
-
-if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class TinyText(nn.Module):
     The map is solved by ridge regression over training captions before the transformer is trained (docs/tiny.md).
     """
 
-    def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, *, tokens: int = 64, channels: int = 16):
+    def __init__(self, clip: Clip, tokenizer: ClipTokenizer, *, tokens: int = 64, channels: int = 16):
         super().__init__()
         self.clip, self.tokenizer = clip, tokenizer
         self.tokens, self.channels = tokens, channels
@@ -76,7 +75,7 @@ class TinyText(nn.Module):
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
         """The prompts as words over the token states."""
-        return words_of(self.tokenizer, prompts, TOKEN_LIMIT)
+        return self.tokenizer.words(prompts)
 
     def pooled(self, embedding: Tensor) -> Tensor:
         """Unit-length parts -> entries of about unit variance."""
@@ -97,7 +96,7 @@ class TinyWords(nn.Module):
     """The embedded CLIP's text tower for networks that read words alone, by cross-attention: token states and which of
     them count."""
 
-    def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, clip: Clip, tokenizer: ClipTokenizer):
         super().__init__()
         self.clip, self.tokenizer = clip, tokenizer
 
@@ -105,11 +104,11 @@ class TinyWords(nn.Module):
     def forward(self, prompts: Sequence[str]) -> Text:
         ids = token_ids(self.tokenizer, list(prompts)).to(self.clip.device)
         tokens = embed_text(self.clip, ids)[0]
-        return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=ids.ne(self.tokenizer.pad_token_id).long())  # type: ignore[arg-type]
+        return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=ids.ne(self.tokenizer.pad_token_id).long())
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
         """The prompts as words over the token states."""
-        return words_of(self.tokenizer, prompts, TOKEN_LIMIT)
+        return self.tokenizer.words(prompts)
 
 
 class FluxText(nn.Module):

@@ -50,18 +50,19 @@ def words_of(tokenizer: Any, prompts: Sequence[str], limit: int, padded: int | N
             f"{type(tokenizer).__name__} tells no character offsets, so words cannot be found among its tokens. Load "
             "the fast tokenizer (tokenizer.json)."
         )
-    return [one(tokenizer, prompt, limit, padded or limit) for prompt in prompts]
+    read = [tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True) for prompt in prompts]
+    length = padded or limit
+    return [align_words(p, r["input_ids"], r["offset_mapping"], length) for p, r in zip(prompts, read, strict=True)]
 
 
-def one(tokenizer: Any, prompt: str, limit: int, length: int) -> Words:
-    # Cleaned on the way or not, the offsets are of the text as given.
-    found = tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True)
+def align_words(prompt: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], length: int) -> Words:
+    """A prompt's words from its token ids and their character offsets, which are of the prompt as given."""
     spans = [m.span() for m in _WORD.finditer(prompt)]
     places: list[list[int]] = [[] for _ in spans]
-    for place, (begin, end) in enumerate(found["offset_mapping"]):
+    for place, (begin, end) in enumerate(offsets):
         for word, (first, last) in enumerate(spans):
             # A piece may hold the blank before its word (T5's mark), never two words.
             if begin < last and first < end:
                 places[word].append(place)
     words = tuple(prompt[first:last] for first, last in spans)
-    return Words(prompt, words, tuple(map(tuple, places)), tuple(found["input_ids"]), length)
+    return Words(prompt, words, tuple(map(tuple, places)), tuple(ids), length)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from condit.encoders.clip_model import Clip, ClipConfig
+from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.encoders.text import TinyText
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.weights.files import load_strict, read_tensors
-
-if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedTokenizerFast
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -27,16 +25,14 @@ def load_latent(folder: str | Path) -> PatchAutoencoder:
     return vae.eval()
 
 
-def load_clip(folder: str | Path) -> tuple[CLIPModel, PreTrainedTokenizerFast]:
-    """The embedded CLIP and its tokenizer, in transformers' layout."""
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-
-    # Not from_pretrained: it draws a progress bar, and the first thing a user sees must be ours.
-    config = CLIPConfig.from_json_file(str(Path(folder) / "config.json"))
-    config._attn_implementation = "eager"
-    clip = CLIPModel(config)
-    load_strict(clip, floats(read_tensors(Path(folder) / "model.safetensors")), source=folder)
-    return clip.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+def load_clip(folder: str | Path) -> tuple[Clip, ClipTokenizer]:
+    """The embedded CLIP and its tokenizer, from a folder in transformers' layout."""
+    folder = Path(folder)
+    config = ClipConfig.from_fields(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder)
+    with torch.device("meta"):
+        clip = Clip(config)
+    load_strict(clip, floats(read_tensors(folder / "model.safetensors")), source=folder, assign=True)
+    return clip.eval(), ClipTokenizer.load(folder)
 
 
 def load_text(folder: Path) -> TinyText:
