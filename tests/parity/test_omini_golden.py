@@ -23,7 +23,7 @@ from condit.diffusion.objectives import add_noise, flow_loss
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import Text
 from condit.encoders.vae import encode_tokens, pack
-from condit.evaluation.verify.check import difference
+from condit.verify.check import difference
 from condit.nn.lora import LoRA
 from condit.nn.streams import Sees, Stream, grid_ids
 from condit.weights.load import Parts
