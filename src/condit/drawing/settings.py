@@ -24,6 +24,7 @@ class Settings:
     height: int | None = None
     width: int | None = None
     num_inference_steps: int | None = None
+    timesteps: Sequence[int] | None = None
     guidance_scale: float | None = None
     guidance_rescale: float | None = None
     guidance_power: float | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Literal, get_args
 
@@ -15,7 +14,7 @@ from condit.diffusion.guidance import guide, guide_text_image, rescale
 from condit.diffusion.inversion import NoisePath, ddim_path, dpm_path, level_of
 from condit.diffusion.inversion import Solver as InversionSolver
 from condit.diffusion.steps import Path, Step
-from condit.diffusion.vp import Process, Solver, VPPath, add_noise, make_path
+from condit.diffusion.vp import Process, Solver, VPPath, add_noise, make_path, step_count, with_sampler
 from condit.diffusion.vp_samplers import estimate, sample
 from condit.drawing.model import (
     Conditions,
@@ -33,7 +32,7 @@ from condit.encoders.vae import decode_latents, encode_latents
 from condit.nn.lora import together
 from condit.weights.latent_models import Frame, LatentParts
 
-SamplerName = Literal["ddim", "dpm++", "dpm++-karras", "euler", "euler-karras", "euler-ancestral"]
+SamplerName = Literal["ddim", "ddim-ldm", "dpm++", "dpm++-karras", "euler", "euler-karras", "euler-ancestral"]
 SAMPLERS = get_args(SamplerName)
 
 
@@ -48,6 +47,7 @@ class VPModel:
             "guidance_in_one_call",
             "image_guidance_scale",
             "sampler",
+            "timesteps",
             "eta",
             "strength",
             "clip_skip",
@@ -72,7 +72,7 @@ class VPModel:
 
     def settings(self, asked: Settings, prompt: object) -> Settings:
         settings = asked.filled(
-            num_inference_steps=self.parts.steps,
+            num_inference_steps=step_count(asked.num_inference_steps, asked.timesteps, self.parts.steps),
             guidance_scale=self.parts.guidance,
             guidance_rescale=0.0,
             guidance_in_one_call=True,
@@ -92,12 +92,11 @@ class VPModel:
                 f"The scheduler of {self.parts.name} is not supported. Pass sampler=, one of {', '.join(SAMPLERS)}."
             )
         name = sampler or own or ""
-        solver, karras = name.removesuffix("-karras"), name.endswith("-karras")
+        solver, process = with_sampler(self.parts.process, name)
         if (sampler is not None and sampler not in SAMPLERS) or solver not in get_args(Solver):
             raise ValueError(f"sampler must be one of {SAMPLERS}; found {sampler!r}.")
         if settings.eta is None or not 0 <= settings.eta <= 1 or (settings.eta and solver != "ddim"):
             raise ValueError(f"eta is the noise of sampler='ddim', 0 to 1; found {settings.eta} with {solver!r}.")
-        process = replace(self.parts.process, use_karras_sigmas=True) if karras else self.parts.process
         return solver, process  # type: ignore[return-value]
 
     def describe(self, prompt: object, negative: object, settings: Settings) -> dict[str, object]:
@@ -106,6 +105,7 @@ class VPModel:
             "prompt": _words(prompt),
             "negative_prompt": _words(negative),
             "num_inference_steps": settings.steps,
+            "timesteps": None if settings.timesteps is None else list(settings.timesteps),
             "sampler": settings.sampler or solver + ("-karras" if process.use_karras_sigmas else ""),
             "eta": settings.eta,
             "guidance_scale": settings.scale,
@@ -222,7 +222,7 @@ class VPModel:
 
     def path(self, settings: Settings, layout: Layout) -> tuple[Sampler, Path]:
         solver, process = self.solver(settings)
-        return sample, make_path(process, solver, settings.steps)
+        return sample, make_path(process, solver, settings.steps, timesteps=settings.timesteps)
 
     def draws_noise(self, settings: Settings) -> bool:
         return bool(settings.eta) or self.solver(settings)[0] == "euler-ancestral"

@@ -16,8 +16,8 @@ Differences = dict[str, float]  # name of what was compared -> largest differenc
 class Check:
     """One row of a report. compare(folder, case): everything that a fixture of `folder` records, against ours.
 
-    files: a pattern of the fixtures' names, so that another set of the same kinds is compared as it is. ways: a fixture
-    that is compared in several is a case in each, "NAME, WAY".
+    files: patterns of the fixtures' names, with spaces between, so that another set of the same kinds is compared as it
+    is. ways: a fixture that is compared in several is a case in each, "NAME, WAY".
     """
 
     what: str
@@ -28,12 +28,12 @@ class Check:
     ways: tuple[str, ...] = ()
 
     def cases(self, folder: Path) -> list[str]:
-        """Names, without ending, of the fixtures in a backbone's folder that this check compares."""
-        names = sorted(file.stem for file in folder.glob(self.files))
+        """Names, without ending, of the fixtures in a system's folder that this check compares."""
+        names = sorted(file.stem for pattern in self.files.split() for file in folder.glob(pattern))
         return [f"{name}, {way}" for name in names for way in self.ways] if self.ways else names
 
     def run(self, folder: Path) -> Row:
-        """Compares every case with the fixtures in the backbone's `folder`."""
+        """Compares every case with the fixtures in the system's `folder`."""
         cases = {case: self.compare(folder, case) for case in self.cases(folder)}
         return Row(self.what, self.against, self.tolerance, cases)
 
@@ -58,6 +58,11 @@ class Row:
         return max((value for _, value in self._all()), default=math.inf)
 
     @property
+    def values(self) -> int:
+        """How many differences there are."""
+        return sum(len(differences) for differences in self.cases.values())
+
+    @property
     def ok(self) -> bool:
         return self.measured <= self.tolerance
 
@@ -73,13 +78,27 @@ class Row:
                 yield f"{case}: {name}", math.inf if math.isnan(value) else value
 
 
-def difference(found: Tensor, expected: Tensor, *, relative: bool = False) -> float:
-    """The largest one, or its part of the largest expected value; inf for another shape."""
+def difference(found: Tensor, expected: Tensor, *, relative: bool = False, whole: Tensor | None = None) -> float:
+    """The largest one, or its part of the largest expected value; inf for another shape. whole: what `expected` was
+    clipped from, whose values count too."""
     if found.shape != expected.shape:
         return math.inf
     found, expected = found.detach().double(), expected.detach().double()
-    largest = expected.abs().max().item() if relative else 1.0
+    largest = max(x.abs().max().item() for x in (expected, whole) if x is not None) if relative else 1.0
     return (found - expected).abs().max().item() / (largest or 1.0)
+
+
+def compare(
+    computed: Mapping[str, Tensor], recorded: Mapping[str, Tensor], prefix: str = "", *, relative: bool = False
+) -> Differences:
+    """Every recorded tensor whose name begins with `prefix`; inf where either side lacks it."""
+    names = computed.keys() | {name for name in recorded if name.startswith(prefix)}
+    return {
+        name: difference(computed[name], recorded[name], relative=relative)
+        if name in computed and name in recorded
+        else math.inf
+        for name in sorted(names)
+    }
 
 
 def layout_differences(found: Mapping[str, Tensor], told: Mapping[str, Sequence[int]]) -> Differences:

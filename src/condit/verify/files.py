@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from condit.backbones import diffit, diffit_image, dit, vit
-from condit.evaluation.verify.check import Differences, Row, difference
+from condit.verify.check import Differences, Row, difference
 from condit.weights.catalog import MODELS
 from condit.weights.class_models import PUBLISHED, names_in, recognise, weight_file
 from condit.weights.diffit import file_of, load_diffit, load_diffit_image, own_config
@@ -70,7 +70,7 @@ def verify_file(backbone: str, source: str, *, heads: int | None = None) -> File
     path = found[1] if found else MODELS[source].path if source in MODELS else Path(source)
     if heads is not None and backbone == "diffit":
         raise ValueError("A DiffiT file tells its heads itself; leave --heads out.")
-    return {"vit": _vit, "dit": _dit, "diffit": _diffit}[backbone](path, heads)
+    return BACKBONES[backbone](path, heads)
 
 
 def _vit(path: Path, heads: int | None) -> FileReport:
@@ -108,6 +108,9 @@ def _diffit(path: Path, heads: int | None) -> FileReport:
     presets = diffit_image.IMAGE_PRESETS if image else diffit.PRESETS
     reference = Reference("none: neither transformers nor diffusers has a DiffiT")
     return _report(path, layout, model.config, presets, model, _dtype(model.parameters()), reference)
+
+
+BACKBONES = {"vit": _vit, "dit": _dit, "diffit": _diffit}
 
 
 def _report(
