@@ -26,7 +26,7 @@ from condit.encoders.vae import encode_tokens, pack
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA
 from condit.nn.streams import Sees, Stream, grid_ids
-from condit.weights.load import Parts
+from condit.weights.parts import Parts
 
 GOLDEN = Path(__file__).parent / "golden" / "ominicontrol"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())

@@ -28,7 +28,7 @@ from condit.nn.offload import Visited, on_device, with_blocks
 from condit.nn.streams import Stream, grid_ids
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.clip_towers import load_image_encoder
-from condit.weights.load import Parts
+from condit.weights.parts import Parts
 
 if TYPE_CHECKING:
     from condit.diffusion.inversion import Solver

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -59,7 +59,7 @@ class Plan:
         """All steps at the measured rate of matrix products; what is no product (norms, softmax) comes on top."""
         return None if self.rate is None else self.steps * self.operations_a_step / self.rate
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return {**asdict(self), "seconds": self.seconds}
 
 
