@@ -51,12 +51,12 @@ _ROWS = {
     "tiny-pixart": Entry("model", "text to icon, 128 px, PixArt; barely trained", _LICENCE, PIXART / "model"),
     "small-dit": Entry("model", "icons of a named style, 128 px, DiT", _LICENCE, CLASSES / "dit"),
     "small-diffit": Entry("model", "icons of a named style, 128 px, DiffiT", _LICENCE, CLASSES / "diffit"),
-    "small-vit": Entry("model", "tells the style of an icon, ViT", _LICENCE, CLASSES / "vit"),
+    "small-vit": Entry("model", "classifies the style of an icon, ViT", _LICENCE, CLASSES / "vit"),
     "tiny-unet": Entry(
         "model", "text to icon, 128 px, UNet of SDXL's blocks; barely trained", _LICENCE, UNET / "model"
     ),
     "tiny-unet/style": Entry("ip-adapter", "style of a reference, IP-Adapter of the UNet", _LICENCE, UNET / "style"),
-    "tiny-unet/plus": Entry("ip-adapter", "a picture as prompt, by the tower's states", _LICENCE, UNET / "plus"),
+    "tiny-unet/plus": Entry("ip-adapter", "an image as prompt, by the tower's hidden states", _LICENCE, UNET / "plus"),
     "tiny-unet/deadiff": Entry("deadiff", "style or content of a reference", _LICENCE, UNET / "deadiff"),
 }
 # A checkout may hold fewer models than the table: only those that exist.

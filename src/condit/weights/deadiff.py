@@ -150,7 +150,7 @@ def to_ours(name: str) -> str | None:
 def to_published(name: str) -> str | None:
     """The published name of an adapter's tensor; None for other tensors."""
     match = _OUR_MAP.fullmatch(name)
-    if match and (place := place_in_ldm(match[1])) is not None:
+    if match and (place := _LDM.get(match[1])) is not None:
         return f"{UNET}{place}.{match[2]}.attn2.i_to_{match[3]}.weight"
     return _renamed(name, ADAPTER, back=True)
 
@@ -167,15 +167,8 @@ def place_in_diffusers(place: str) -> str | None:
     return f"{'down' if match[1] == 'input' else 'up'}_blocks.{level}.attentions.{layer}"
 
 
-def place_in_ldm(place: str) -> str | None:
-    """The inverse of `place_in_diffusers`."""
-    if place == "mid_block.attentions.0":
-        return "middle_block.1"
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d)", place)
-    if match is None:
-        return None
-    number = 3 * int(match[2]) + int(match[3])
-    return f"input_blocks.{number + 1}.1" if match[1] == "down" else f"output_blocks.{number}.1"
+_PLACES = ["middle_block.1", *(f"{side}_blocks.{number}.1" for side in ("input", "output") for number in range(12))]
+_LDM = {place_in_diffusers(place): place for place in _PLACES}
 
 
 def _tower_to_ours(tower: Mapping[str, Tensor]) -> State:
