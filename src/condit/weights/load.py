@@ -174,11 +174,12 @@ def identify(source: str | Path) -> Model:
     if not path.exists():
         raise ValueError(_refusal(name, ""))
     index = str(optional_json(path / "model_index.json").get("_class_name", ""))
-    kind = next((kind for start, kind in FOLDERS.items() if index.startswith(start)), None)
+    kind: Kind | None = next((kind for start, kind in FOLDERS.items() if index.startswith(start)), None)
     file = first_weight_file(path) if kind is None else None
     names = [] if file is None else names_in(file)
-    if file is not None and (kind := kind_of_tensors(names)) in ("flux-file", "stable-diffusion-file"):
-        path = file
+    if file is not None:
+        kind = kind_of_tensors(names)
+        path = file if kind == "flux-file" or kind == "stable-diffusion-file" else path
     if kind is None and name in MODELS and MODELS[name].kind == "model":
         kind = "tiny"
     if kind is not None:
@@ -201,8 +202,9 @@ def load_parts(
     components: str | Path | None = None,
     quantize: Quantise | None = None,
 ) -> AnyParts:
-    """The parts of a pipeline, on the CPU. dtype None: float32 for embedded models, bfloat16 for FLUX.1, the file's for
-    DiT, DiffiT and ViT, and for the rest float16 where `device` is a GPU. vae, components: see `condit.load`."""
+    """The parts of a pipeline, on the CPU. dtype None: float32 for "tiny", bfloat16 for FLUX.1, the file's for DiT,
+    DiffiT and ViT (float32 for the embedded ones), and for the rest float16 where `device` is a GPU, else float32. vae,
+    components: see `condit.load`. ValueError for an option that the model does not take; else as `identify`."""
     model = source if isinstance(source, Model) else identify(source)
     check_options(model, vae=vae, components=components, quantize=quantize)
     parts = LOADERS[model.kind](model, Options(dtype, device, vae, components))
@@ -224,8 +226,8 @@ def _published_path(name: str) -> Path:
     path = next((folder / file for file in row.files if (folder / file).exists()), None)
     if path is None:
         raise FileNotFoundError(
-            f"no weights for {name!r}: {' or '.join(row.files)} is expected in {folder}. Fetch it from {row.home} and "
-            "put it there (CONDIT_HOME moves the folder), or pass its path."
+            f"no weights for {name!r}: {' or '.join(row.files)} is expected in {folder}. Download it from {row.home} "
+            "and put it there (CONDIT_HOME moves the folder), or pass its path."
         )
     return path
 

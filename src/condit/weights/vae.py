@@ -80,7 +80,8 @@ def make_autoencoder(config: Json, tensors: Mapping[str, Tensor], source: str | 
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     with torch.device("meta"):
-        vae: AutoencoderKL = AutoencoderKL.from_config(dict(config))
+        vae = AutoencoderKL.from_config(dict(config))
+    assert isinstance(vae, AutoencoderKL)  # not a pair with unused settings, which is returned on demand
     renamed = {}
     for name, tensor in tensors.items():
         old = re.match(r"(.*\.attentions\.\d\.)(query|key|value|proj_attn)\.(.*)", name)
@@ -105,7 +106,8 @@ def load_flux_vae(place: Path, dtype: torch.dtype, inside: Mapping[str, Tensor] 
 
 def frozen(network: Net, dtype: torch.dtype) -> Net:
     """In evaluation mode, without gradients."""
-    return nn.Module.to(network, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns without reason
+    nn.Module.to(network, dtype)  # diffusers' own `to` warns without reason
+    return network.eval().requires_grad_(False)
 
 
 # The authors' names
