@@ -30,24 +30,22 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
-CLIP_L = {  # openai/clip-vit-large-patch14, text_config
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-}
-CLIP_G = {  # laion/CLIP-ViT-bigG-14-laion2B-39B-b160k, text_config
-    "vocab_size": 49408,
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
+
+
+def _clip(width: int, layers: int, act: str) -> Json:
+    return {
+        "vocab_size": 49408,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "projection_dim": width,
+        "hidden_act": act,
+    }
+
+
+CLIP_L = _clip(768, 12, "quick_gelu")  # openai/clip-vit-large-patch14, text_config
+CLIP_G = _clip(1280, 32, "gelu")  # laion/CLIP-ViT-bigG-14-laion2B-39B-b160k, text_config
 AUTOENCODER = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
