@@ -24,7 +24,7 @@ from condit.training.ip_adapter import IPAdapterTask
 from condit.training.loop import to_device
 from condit.training.paired import Paired, resized
 from condit.weights.files import load_strict, read_tensors
-from condit.weights.tiny import floats
+from condit.weights.folders import floats
 from condit_lab.icons.captions import plain_caption
 from condit_lab.icons.world import Icon, IconWorld
 from condit_lab.suites import sets

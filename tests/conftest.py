@@ -31,11 +31,11 @@ from condit.encoders.text import Text
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.encoders.words import Words
 from condit.weights.files import save_tensors
+from condit.weights.folders import WEIGHTS
 from condit.weights.latent_models import LatentParts, tell_unet
-from condit.weights.load import Parts
+from condit.weights.parts import Parts
 from condit.weights.pixart import tell_pixart
-from condit.weights.tiny import WEIGHTS
-from condit.weights.tiny_unet import INDEX
+from condit.weights.tiny import UNET_INDEX
 from condit_lab.training.unet import PROCESS, scheduler_config
 
 SIZE = 32, 48  # pixels; tokens of 8 px stand in 4 rows of 6, so that rows and columns cannot be confused
@@ -206,7 +206,7 @@ def build_tiny_unet(folder: Path) -> Path:
     save_tensors(folder / "unet" / WEIGHTS, {k: v.half() for k, v in unet.state_dict().items()})
     (folder / "unet" / "config.json").write_text(json.dumps(asdict(config)))
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_config(PROCESS)))
-    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    (folder / "model_index.json").write_text(json.dumps(UNET_INDEX))
     return folder
 
 

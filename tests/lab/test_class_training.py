@@ -28,7 +28,7 @@ from condit.weights import catalog
 from condit.weights.diffit import load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
 from condit.weights.files import read_tensors, save_tensors
-from condit.weights.tiny import WEIGHTS
+from condit.weights.folders import WEIGHTS
 from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit
 from condit_lab.icons.world import sample_path

@@ -132,5 +132,5 @@ def test_bad_settings_and_a_missing_part_are_told(tmp_path, new_task, monkeypatc
     task = new_task()
     task.export(tmp_path, {})
     monkeypatch.delitem(catalog.MODELS, "tiny")
-    with pytest.raises(ValueError, match="'tiny', which this installation has not"):
+    with pytest.raises(ValueError, match="'tiny', which is not installed"):
         condit.load(tmp_path)

@@ -53,7 +53,7 @@ def test_a_folder_is_drawn_with_by_both_solvers_and_keeps_its_process(folder):
 def test_what_is_not_there_or_not_known_is_told(folder, monkeypatch):
     scheduler = folder / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("EulerAncestralDiscreteScheduler", "LCMScheduler"))
-    with pytest.raises(ValueError, match="'LCMScheduler' is none of ours"):
+    with pytest.raises(ValueError, match="unsupported scheduler 'LCMScheduler'"):
         condit.load(folder)
     monkeypatch.delitem(catalog.MODELS, "tiny")
     with pytest.raises(ValueError, match="text and autoencoder of the model 'tiny'"):

@@ -13,7 +13,7 @@ from condit.drawing.pipeline import Pipeline
 from condit.training.loop import Loop, LoopConfig
 from condit.training.run import tasks
 from condit.weights.catalog import TINY
-from condit.weights.tiny_unet import INDEX
+from condit.weights.tiny import UNET_INDEX
 from condit_lab.icons.world import sample_path
 from condit_lab.training import unet, unet_joint
 from condit_lab.training.unet import PROCESS, Silence, UNetTask
@@ -153,7 +153,7 @@ def test_words_reach_it_by_their_states_alone(make_task):
 
 def test_a_recipe_finds_the_task_and_the_index_its_loader():
     assert tasks()["text-to-image-unet"] is UNetTask
-    assert INDEX["_class_name"].startswith("IconUNet")
+    assert UNET_INDEX["_class_name"].startswith("IconUNet")
 
 
 def test_where_there_is_much_noise_the_mmdit_teaches_rows_without_a_reference_alone(make_task, monkeypatch):

@@ -25,11 +25,12 @@ from condit.drawing.classifier import ViTPipeline, prepare
 from condit.drawing.pipeline import Pipeline, Result
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.nn.attention import Attend, Call
-from condit.weights.class_models import ClassParts, Preprocess, kind_of, read_preprocess, write_labels
+from condit.weights.class_models import ClassParts, Preprocess, read_preprocess, write_labels
 from condit.weights.diffit import save_diffit
 from condit.weights.dit import save_dit
 from condit.weights.files import read_metadata, read_tensors, save_tensors
-from condit.weights.tiny import WEIGHTS
+from condit.weights.folders import WEIGHTS
+from condit.weights.load import kind_of_tensors
 from condit.weights.vit import save_vit
 
 DIT = DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=4, num_classes=5)
@@ -388,7 +389,7 @@ def test_without_an_autoencoder_there_are_latents_only(tmp_path, home):
     with pytest.raises(ValueError, match=r"without an autoencoder.*vae=\.\.\."):
         condit.load(path)(1)
     assert draw(condit.load(path, vae=home / "vae"), output_type="pt").shape == (1, 3, 32, 32)
-    with pytest.raises(ValueError, match="4 latent channels, .* draws 3"):
+    with pytest.raises(ValueError, match="4 latent channels, .* has 3"):
         condit.load(write(tmp_path, replace(DIT, in_channels=3)), vae=home)
 
 
@@ -457,12 +458,12 @@ def test_too_few_class_names_are_told(tmp_path):
         ("blocks.0.attn.qkv_temb.weight", "diffit"),
         ("module.blocks.3.adaLN_modulation.1.weight", "dit"),
         ("encoder.0.blocks.0.block.attn.qkv_temb.weight", "diffit-image"),
-        ("final_layer.adaLN_modulation.1.weight", None),  # FLUX of its authors
+        ("final_layer.adaLN_modulation.1.weight", None),  # FLUX of its authors, whose blocks have other names
         ("down_blocks.0.attentions.0.proj_in.weight", None),
     ],
 )
 def test_only_class_models_are_recognised(name, kind):
-    assert kind_of([name]) == kind
+    assert kind_of_tensors([name]) == kind
 
 
 def test_a_file_of_something_else_is_told_with_a_guess(tmp_path):

@@ -20,9 +20,10 @@ from condit.controls.deadiff_layers import CONTENT_LAYERS, coarse_layers, cross_
 from condit.data.images import load_image, to_tensor
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import QFormer, QFormerConfig, word_ids
-from condit.weights.catalog import read_adapter, what_is
+from condit.weights.catalog import read_adapter
 from condit.weights.deadiff import Checkpoint, join, save_published, split, to_ours, to_published
 from condit.weights.files import read_tensors, save_tensors
+from condit.weights.guess import what_is
 
 WIDTH = 64  # one head of 64, as heads are told from widths in files
 

@@ -190,5 +190,5 @@ def test_other_dit_files_have_no_reference_and_may_need_their_heads(layout, tmp_
     path = str(save_dit(dit.DiT(DIT), tmp_path / "x.pt", layout=layout))
     report = verify_file("dit", path, heads=4)
     assert (report.layout, report.reference.rows) == (layout, ())
-    with pytest.raises(ValueError, match="does not tell its number of heads"):
+    with pytest.raises(ValueError, match="does not give its number of heads"):
         verify_file("dit", path)

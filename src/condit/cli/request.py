@@ -243,8 +243,9 @@ def default_device(model: str) -> str:
 
 def load_adapter(name: str, pipe: "Pipeline") -> "DEADiff | IPAdapter | OminiControl":
     """An adapter by catalog name, file or folder, of the class that its tensors tell."""
-    from condit.weights.catalog import MODELS, adapter_weights, what_is
+    from condit.weights.catalog import MODELS, adapter_weights
     from condit.weights.files import read_tensors
+    from condit.weights.guess import what_is
 
     if name in MODELS:
         known = {"ip-adapter": "IPAdapter", "deadiff": "DEADiff"}.get(MODELS[name].kind, "OminiControl")

@@ -33,7 +33,7 @@ from condit.training.latent_cache import encode
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
 from condit.weights.dit import save_dit
-from condit.weights.tiny import WEIGHTS
+from condit.weights.folders import WEIGHTS
 from condit.weights.vae import load_vae
 
 AdaLN = Literal["zero", "plain"]

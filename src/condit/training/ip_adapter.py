@@ -28,8 +28,8 @@ from condit.training.loop import Task, to_device
 from condit.training.paired import Paired, open_source
 from condit.weights.clip_towers import load_image_encoder
 from condit.weights.files import load_strict, read_tensors
+from condit.weights.folders import floats
 from condit.weights.latent_models import LatentParts
-from condit.weights.tiny import floats
 
 Projector = Literal["global", "plus"]
 TOKENS: dict[str, int] = {"global": 4, "plus": 16}  # of the published files

@@ -131,6 +131,8 @@ class OminiTask(Task):
         data.check_roles(self.pairs, self.specs, pairs)
         self.held_out = min(held_out, len(self.pairs) - 1)
         parts = load_parts(model, dtype=getattr(torch, dtype), components=components)
+        if not isinstance(parts, Parts):
+            raise ValueError(f"{model!r} is not FLUX.1 or the embedded 'tiny': OminiControl is trained on an MM-DiT.")
         self.base_hash, self.parts = parts.hash, parts
         self.check(parts)
         if quantize is not None:

@@ -28,7 +28,7 @@ from condit.training.classify import in_memory, to_float
 from condit.training.labelled import check_sizes, height_width, open_labelled
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
-from condit.weights.tiny import WEIGHTS
+from condit.weights.folders import WEIGHTS
 
 DRAW_STEPS = 18
 

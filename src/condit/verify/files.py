@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from condit.backbones import diffit, diffit_image, dit, vit
 from condit.verify.check import Differences, Row, difference
 from condit.weights.catalog import MODELS
-from condit.weights.class_models import PUBLISHED, names_in, recognise, weight_file
-from condit.weights.diffit import file_of, load_diffit, load_diffit_image, own_config
+from condit.weights.diffit import file_of, load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
+from condit.weights.files import names_in
+from condit.weights.folders import first_weight_file, own_config
+from condit.weights.load import PUBLISHED, identify
 from condit.weights.vit import read_vit, save_vit
 from condit.weights.vit_layouts import Layout, to_layout
 
@@ -66,8 +68,7 @@ class FileReport:
 def verify_file(backbone: str, source: str, *, heads: int | None = None) -> FileReport:
     """Loads a file, a folder, or an embedded or published model by name strictly, tells what it is, and compares its
     float32 forward on random input where a reference is installed. ValueError or FileNotFoundError as the loaders."""
-    found = recognise(source) if source in PUBLISHED else None
-    path = found[1] if found else MODELS[source].path if source in MODELS else Path(source)
+    path = identify(source).path if source in PUBLISHED or source in MODELS else Path(source)
     if heads is not None and backbone == "diffit":
         raise ValueError("A DiffiT file tells its heads itself; leave --heads out.")
     return BACKBONES[backbone](path, heads)
@@ -102,7 +103,7 @@ def _dit(path: Path, heads: int | None) -> FileReport:
 
 def _diffit(path: Path, heads: int | None) -> FileReport:
     path = file_of(path)
-    image = bool(own_config(path, "DiffiTImage"))
+    image = bool(own_config(path, "DiffiTImage", diffit_image.DiffiTImageConfig))
     model = load_diffit_image(path) if image else load_diffit(path)
     layout = "condit, image space" if image else "release"
     presets = diffit_image.IMAGE_PRESETS if image else diffit.PRESETS
@@ -145,7 +146,7 @@ def nearest(config: Any, presets: Mapping[str, Any]) -> tuple[str, dict[str, tup
 
 
 def _names(path: Path) -> set[str]:
-    file = weight_file(path)
+    file = first_weight_file(path)
     assert file is not None  # the loader has read it
     return set(names_in(file))
 

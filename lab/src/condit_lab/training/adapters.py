@@ -34,8 +34,8 @@ from condit.nn.streams import Stream
 from condit.training.export import ADAPTER, export_adapter
 from condit.training.loop import Task, to_device
 from condit.weights.files import load_strict, read_tensors
-from condit.weights.load import load_tiny
-from condit.weights.tiny import floats
+from condit.weights.folders import floats
+from condit.weights.tiny import load_tiny
 from condit_lab.icons.captions import plain_caption
 from condit_lab.icons.world import GROUPS, TRAIN_LICENCES
 from condit_lab.training.icon_batches import IconSet

@@ -25,7 +25,9 @@ from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.streams import Stream, grid_ids
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors, save_tensors
-from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
+from condit.weights.folders import WEIGHTS, floats
+from condit.weights.tiny import load_clip
+from condit.weights.vae import load_latent
 from condit_lab.icons.world import GROUPS
 from condit_lab.training.captioned import Captioned, CaptionedIcons
 from condit_lab.training.icon_batches import IconSet

@@ -36,7 +36,7 @@ from condit.training.ip_adapter import TOKENS, new_adapter, read_features
 from condit.training.loop import to_device
 from condit.training.paired import Paired
 from condit.weights.files import load_strict, read_tensors
-from condit.weights.tiny import floats
+from condit.weights.folders import floats
 from condit_lab.icons.world import GROUPS
 from condit_lab.training.captioned import Captioned
 from condit_lab.training.icon_batches import IconSet
