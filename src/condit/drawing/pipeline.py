@@ -136,9 +136,9 @@ class Pipeline:
         is white. guidance_scale 1 makes one prediction a step, not two; guidance_in_one_call False makes them one after
         the other, in half the memory. image_guidance_scale guides the controls apart from the text: none + s_T
         (text - none) + s_I (text and controls - text). guidance_power, guidance_channels: DiffiT's schedule, and how
-        many channels of the latent are guided (classes.py). sampler, eta, clip_skip: None for the model's own ("ddim-ldm":
+        many channels of the latent are guided. sampler, eta, clip_skip: None for the model's own ("ddim-ldm":
         the steps of the released Stable Diffusion and DEADiff); eta is the share of a step's noise that is drawn anew.
-        timesteps: the steps themselves, falling, instead of their number. original_size, crops_coords_top_left, target_size: SDXL's
+        timesteps: the steps themselves, falling, instead of their number. original_size, crops_..., target_size: SDXL's
         conditions, in pixels. latents: the first noise, of unit variance. label: another name of `prompt` for classes.
         """
         asked = Settings(
