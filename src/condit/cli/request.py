@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import condit
+from condit.cli.own import is_own, load_own
 from condit.data.annotators import edge_map, line_map
 
 if TYPE_CHECKING:
@@ -173,12 +174,18 @@ class Studio:
         """One control a reference; but references of one image adapter and strength make one control together."""
         grouped: dict[object, list[Reference]] = {}
         for number, reference in enumerate(references):
-            together = isinstance(self.adapter(reference.use), condit.IPAdapter)
+            together = not is_own(reference.use) and isinstance(self.adapter(reference.use), condit.IPAdapter)
             grouped.setdefault((reference.use, reference.strength) if together else number, []).append(reference)
         return [self.control(group) for group in grouped.values()]
 
     def control(self, group: Sequence[Reference]) -> "Control":
-        first, adapter = group[0], self.adapter(group[0].use)
+        first = group[0]
+        if is_own(first.use):
+            control = load_own(first.use)(first.path, strength=first.strength)
+            if not isinstance(control, condit.Control):
+                raise ValueError(f"{first.use} made a {type(control).__name__}; expected a condit.Control.")
+            return control
+        adapter = self.adapter(first.use)
         if ready := [reference for reference in group if reference.ready]:
             if not isinstance(adapter, condit.OminiControl) or adapter.config.annotator not in READY:
                 raise ValueError(

@@ -69,10 +69,12 @@ class Where:
         return cls() if value is None else cls((value,) if isinstance(value, str) else tuple(value))
 
 
-class Prefillable(Protocol):
-    """A backbone that takes streams."""
+class Apart(Protocol):
+    """A prediction apart from the run, for a reference of a control: latents x0 (B, ...) and standard normal noise of
+    the same shape, brought to the level of a step, under the text of this side of the guidance. `controls` may record
+    the keys and values of the layers; nothing else of it enters the run."""
 
-    def prefill(self, condition: Stream, controls: tuple) -> None: ...
+    def __call__(self, x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ class Run:
     pooled (B, P); guidance (B,) or None; grid = (rows, columns) of image tokens; in_channels of the backbone; cells
     (M,) are the numbers of the cells that are drawn, None for all of them; leak: see `Control.leak`. memory: what
     controls share over the sides of guidance, ends with the call. edit: what is edited into what, in `Pipeline.edit`,
-    where rows of the batch are source 0, target 0, source 1, ...
+    where rows of the batch are source 0, target 0, source 1, ... apart: runs the network on a reference.
     """
 
-    backbone: Prefillable
+    backbone: nn.Module
     batch: int
     grid: tuple[int, int]
     pooled: Tensor
@@ -103,6 +105,7 @@ class Run:
     leak: LowRank | None = None
     memory: dict = field(default_factory=dict)
     edit: Pair | None = None
+    apart: Apart | None = None
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Fill, Prefillable, Run, Step, When, check_shape, match_batch, region_mask
+from condit.controls.control import Control, Fill, Run, Step, When, check_shape, match_batch, region_mask
 from condit.controls.omini_picture import Picture
 from condit.controls.omini_tasks import OminiConfig, Side, task_config
 from condit.nn.attention import Attend, Call
@@ -376,8 +376,14 @@ def condition_stream(
     )
 
 
-def keys_values(stream: Stream, backbone: Prefillable) -> dict[str, tuple[Tensor, Tensor]]:
+class Prefillable(Protocol):
+    """A backbone that takes streams."""
+
+    def prefill(self, condition: Stream, controls: tuple) -> None: ...
+
+
+def keys_values(stream: Stream, backbone: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """What an independent condition shows to the main rows, by site path."""
     memory: dict[str, tuple[Tensor, Tensor]] = {}
-    backbone.prefill(replace(stream, memory=memory), ())
+    cast("Prefillable", backbone).prefill(replace(stream, memory=memory), ())
     return memory

@@ -48,8 +48,12 @@ class Path(Protocol):
 
     def step(self, index: int) -> Step: ...
 
+
+class PartPath(Path, Protocol):
+    """A path that an image may enter half-way."""
+
     def since(self, begin: int) -> Self:
-        """The steps from number `begin` on. Of paths that an image may enter half-way."""
+        """The steps from number `begin` on."""
         ...
 
 

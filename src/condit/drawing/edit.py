@@ -25,7 +25,7 @@ from condit.drawing.edit_request import (
     same,
     source_prompts,
 )
-from condit.drawing.model import Layout, Model, Side
+from condit.drawing.model import Layout, Side, TextModel
 from condit.drawing.settings import Settings, check_size
 
 
@@ -35,7 +35,7 @@ class Editable(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def model(self) -> Model: ...
+    def text_model(self) -> TextModel: ...
     @property
     def backbone(self) -> nn.Module: ...
     @property
@@ -140,7 +140,7 @@ def invert(
 ) -> Inversion:
     """An image's way to noise under its prompt, for any number of edits; its round-trip error is in it. One prompt an
     image, or one for all. solver, iterations: as for `edit`."""
-    images, model = as_list(image), pipe.model
+    images, model = as_list(image), pipe.text_model
     prompts = source_prompts(source, len(images))
     chosen, times = editable(pipe)
     solver, iterations = solver or chosen, times if iterations is None else iterations
@@ -195,7 +195,7 @@ def edit(
     """
     if output_type not in ("pil", "pt", "latent"):
         raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
-    method, model = method or Inverted(anchored), pipe.model
+    method, model = method or Inverted(anchored), pipe.text_model
     chosen, times = editable(pipe)
     if isinstance(image, Inversion):
         check_inversion(image, source, pipe.name, (height, width), num_inference_steps, solver)
@@ -218,7 +218,7 @@ def edit(
     # The run. What is wrong with words or controls was raised before the minutes that an inversion may take.
     if inversion is None and method.inverts:
         how = {"num_inference_steps": num_inference_steps, "solver": solver, "iterations": iterations}
-        inversion = invert(pipe, image, prompts.pictures, height=size[0], width=size[1], **how)  # type: ignore[arg-type]
+        inversion = invert(pipe, as_list(image), prompts.pictures, height=size[0], width=size[1], **how)
     if inversion is not None:
         path, latents = inversion.path, inversion.trajectory[-1]
     else:
@@ -260,12 +260,12 @@ def edit(
 # The parts of an edit
 
 
-def at_level(model: Model, predict: Predict, path: Path) -> Callable[[Tensor, int], Tensor]:
+def at_level(model: TextModel, predict: Predict, path: Path) -> Callable[[Tensor, int], Tensor]:
     """What the path walks by at a level: velocity, or noise."""
     return lambda x, level: model.edit_output(predict(x, path.step(level)), x, path, path.time(level))
 
 
-def at_time(model: Model, predict: Predict, path: Path) -> Network:
+def at_time(model: TextModel, predict: Predict, path: Path) -> Network:
     """The same at any time, without controls."""
     return lambda x, time: model.edit_output(predict(x, path.at(time)), x, path, time)
 
@@ -301,18 +301,18 @@ def edit_settings(pipe: Editable, size: tuple[int, int], steps: int | None, scal
     """The model's own settings at a size."""
     height, width = size
     asked = Settings(height=height, width=width, num_inference_steps=steps, guidance_scale=scale)
-    supported = pipe.model.supports
+    supported = pipe.text_model.supports
     asked = asked.filled(guidance_in_one_call=False) if "guidance_in_one_call" in supported else asked
-    return pipe.model.settings(asked, "edit")
+    return pipe.text_model.settings(asked, "edit")
 
 
-def grid_of(model: Model, size: tuple[int, int]) -> tuple[int, int]:
+def grid_of(model: TextModel, size: tuple[int, int]) -> tuple[int, int]:
     return size[0] // model.token, size[1] // model.token
 
 
 def size_of(pipe: Editable, images: Sequence[ImageSource], height: int | None, width: int | None) -> tuple[int, int]:
     """The size at which images are edited: what a call gives, else the first image's shape."""
-    model = pipe.model
+    model = pipe.text_model
     fixed = model.fixed_size or None not in (height, width)
     fitted = fitted_size(images, model.size, model.token, fixed=fixed)
     size = height or fitted[0], width or fitted[1]
@@ -322,11 +322,11 @@ def size_of(pipe: Editable, images: Sequence[ImageSource], height: int | None, w
 
 def editable(pipe: Editable) -> tuple[Solver, int]:
     """The solver of an inversion and its iterations where a call names none. ValueError for models without edits."""
-    if pipe.model.inversion is None:
+    if pipe.text_model.inversion is None:
         raise ValueError(
             f"{pipe.name} supports no edits: editing needs a transformer with prompts, as PixArt, 'tiny' or FLUX.1."
         )
-    return pipe.model.inversion
+    return pipe.text_model.inversion
 
 
 def fitted_size(images: Sequence[ImageSource], size: tuple[int, int], multiple: int, fixed: bool) -> tuple[int, int]:
@@ -346,7 +346,7 @@ def fitted_size(images: Sequence[ImageSource], size: tuple[int, int], multiple: 
 
 
 def decoded(
-    model: Model, edited: Tensor, source: Tensor, inversion: Inversion | None, layout: Layout
+    model: TextModel, edited: Tensor, source: Tensor, inversion: Inversion | None, layout: Layout
 ) -> list[tuple[Tensor, Tensor] | None]:
     """Latents and images of target, source and round trip."""
     if not torch.isfinite(edited).all():
@@ -360,7 +360,10 @@ def results(
     inversion: Inversion | None,
     output_type: str,
     recipe: dict,
-    **found: Any,
+    *,
+    records: dict[str, Tensor],
+    words: Pair,
+    grid: tuple[int, int],
 ) -> EditResult:
     """Outputs of a kind, and how far the round trip ends from its source."""
     psnr: list[float] = []
@@ -376,4 +379,5 @@ def results(
         return both[1] if output_type == "pt" else to_images(both[1])
 
     latent_psnr = [] if inversion is None else inversion.decibels.tolist()
-    return EditResult(*map(output, shown), psnr, latent_psnr, inversion, recipe, **found)
+    target, source, again = map(output, shown)
+    return EditResult(target, source, again, psnr, latent_psnr, inversion, recipe, records, words, grid)

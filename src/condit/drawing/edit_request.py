@@ -125,8 +125,7 @@ def edit_controls(controls: Sequence[Control], pair: Pair, backbone: nn.Module, 
     if maps:
         recording = [control.recording() for control in controls]
         if not any(recording):
-            recording.insert(0, attention_recorder())
-            controls.insert(0, recording[0])
+            recording, controls = [None, *recording], [attention_recorder(), *controls]
         controls = [control if other is None else other for control, other in zip(controls, recording, strict=True)]
     kinds = Counter(type(control).__name__ for control in controls if "edit" in control.acts)
     for name, count in kinds.items():

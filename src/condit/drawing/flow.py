@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from condit.controls.control import Act, Control, Run
 from condit.diffusion.guidance import guide, guide_text_image
 from condit.diffusion.inversion import Solver as InversionSolver
-from condit.diffusion.objectives import to_velocity
+from condit.diffusion.objectives import Prediction, to_velocity
 from condit.diffusion.samplers import FlowPath, euler
 from condit.diffusion.schedules import flow_sigmas, flux_mu
 from condit.diffusion.steps import Path, Step
@@ -70,8 +70,9 @@ class FlowModel:
 
     def on_duty(self, part: M) -> M:
         """The text encoder or the autoencoder where it computes."""
-        resting = self.offload and isinstance(part, nn.Module)
-        return on_device(part, module_device(self.backbone)) if resting else part
+        if not self.offload or not isinstance(part, nn.Module):
+            return part
+        return cast("M", on_device(part, module_device(self.backbone)))
 
     # Values of a call
 
@@ -189,6 +190,9 @@ class FlowModel:
     def check_output(self, output_type: str) -> None:
         pass
 
+    def noised_at(self, x0: Tensor, noise: Tensor, step: Step) -> Tensor:
+        return (1 - step.t) * x0 + step.t * noise
+
     # A run
 
     def path(self, settings: Settings, layout: Layout) -> tuple[Sampler, Path]:
@@ -265,7 +269,7 @@ class FlowModel:
             image = Stream(tokens, ids, t.to(dtype), text.pooled, guidance, lora)
             streams = [stream for control in controls for stream in control.streams()]
             out = self.backbone(image, text.tokens, text_ids, conditions=streams, controls=controls)
-            return to_velocity(out.float(), x, t, self.parts.prediction)
+            return to_velocity(out.float(), x, t, cast("Prediction", self.parts.prediction))
 
         return velocity
 

@@ -6,7 +6,7 @@ at full noise; each family has its own shape of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from condit.controls.control import Act, Control, Pair, Run, match_batch
 from condit.diffusion.inversion import Path as EditPath
 from condit.diffusion.inversion import Solver as InversionSolver
-from condit.diffusion.steps import Noise, OnStep, Path, Predict, Step
+from condit.diffusion.steps import Path, Step
 from condit.drawing.settings import Settings
 from condit.encoders.text import Text
 
@@ -36,19 +36,8 @@ class Side(NamedTuple):
     controls: tuple[Control, ...]
 
 
-class Sampler(Protocol):
-    """The one signature of all samplers (diffusion/steps.py)."""
-
-    def __call__(
-        self,
-        predict: Predict,
-        x: Tensor,
-        path: Any,
-        *,
-        eta: float = 0.0,
-        noise: Noise | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor: ...
+# The one signature of all samplers (diffusion/steps.py); each reads its own family of paths.
+Sampler = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,14 +62,28 @@ class Conditions(Protocol[C]):
 class Model(Protocol, Generic[C]):
     """A family of models over its `parts`: weights, encoders and defaults."""
 
-    parts: Any
-    backbone: Any
-    reads: Literal["prompt", "class", "nothing"]
-    supports: frozenset[str]  # fields of `Settings` that the family reads, beside the common ones
-    kinds: tuple[str, ...]  # of output_type
-    fewest_steps: int
-    repaints: bool  # an inpainting model, which reads the mask and the image around it with the latents
-    fixed_size: bool
+    @property
+    def parts(self) -> Any: ...
+    @property
+    def backbone(self) -> Any: ...
+    @property
+    def reads(self) -> Literal["prompt", "class", "nothing"]: ...
+    @property
+    def supports(self) -> frozenset[str]:
+        """Fields of `Settings` that the family reads, beside the common ones."""
+        ...
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Values of output_type."""
+        ...
+
+    @property
+    def fewest_steps(self) -> int: ...
+    @property
+    def repaints(self) -> bool:
+        """Whether it is an inpainting model, which reads the mask and the image around it with the latents."""
+        ...
 
     def to(self, device: str | torch.device) -> None:
         """Move every part, in place."""
@@ -132,12 +135,6 @@ class Model(Protocol, Generic[C]):
         """Latents -> images (B, 3, H, W) in [-1, 1], float32."""
         ...
 
-    def encode_together(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The same in one pass, with one generator for all."""
-        ...
-
-    def encode_text(self, prompt: object, clip_skip: int | None = None) -> C: ...
-
     def check_output(self, output_type: str) -> None:
         """ValueError for a kind of output that a missing part makes impossible."""
         ...
@@ -150,16 +147,8 @@ class Model(Protocol, Generic[C]):
         """Unit noise at the path's first level."""
         ...
 
-    def noised(self, x0: Tensor, noise: Tensor, path: Any, level: int) -> Tensor:
-        """Clean latents at a level of the path."""
-        ...
-
     def arrange(self, cells: Tensor, layout: Layout) -> Tensor:
         """(B, *cells_shape) -> the latents that the network reads."""
-        ...
-
-    def spread(self, mask: Tensor, layout: Layout) -> Tensor:
-        """(B, N) on the token grid -> a factor on latents."""
         ...
 
     # A run
@@ -168,14 +157,6 @@ class Model(Protocol, Generic[C]):
 
     def draws_noise(self, settings: Settings) -> bool:
         """Whether the sampler draws noise after the first."""
-        ...
-
-    def edit_path(self, steps: int, layout: Layout, solver: InversionSolver) -> EditPath:
-        """The levels of an edit. Of models with an `inversion`."""
-        ...
-
-    def edit_output(self, output: Tensor, x: Tensor, path: Any, time: float) -> Tensor:
-        """What the path walks by: velocity, or noise."""
         ...
 
     @property
@@ -208,6 +189,41 @@ class Model(Protocol, Generic[C]):
 
     def guide(self, outputs: Sequence[Tensor], step: Step, settings: Settings) -> Tensor:
         """The guided prediction from those of all sides."""
+        ...
+
+
+class TextModel(Model[Text], Protocol):
+    """A family that reads prompts: it also encodes images, starts from them and, with an `inversion`, edits them."""
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether the model knows one size only."""
+        ...
+
+    def encode_together(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The same in one pass, with one generator for all."""
+        ...
+
+    def encode_text(self, prompt: object, clip_skip: int | None = None) -> Text: ...
+
+    def noised(self, x0: Tensor, noise: Tensor, path: Any, level: int) -> Tensor:
+        """Clean latents at a level of the path."""
+        ...
+
+    def noised_at(self, x0: Tensor, noise: Tensor, step: Step) -> Tensor:
+        """Clean latents at the level of a step."""
+        ...
+
+    def spread(self, mask: Tensor, layout: Layout) -> Tensor:
+        """(B, N) on the token grid -> a factor on latents."""
+        ...
+
+    def edit_path(self, steps: int, layout: Layout, solver: InversionSolver) -> EditPath:
+        """The levels of an edit. Of models with an `inversion`."""
+        ...
+
+    def edit_output(self, output: Tensor, x: Tensor, path: Any, time: float) -> Tensor:
+        """What the path walks by: velocity, or noise."""
         ...
 
 

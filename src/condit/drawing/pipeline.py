@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control, check_controls
+from condit.controls.control import Apart, Control, check_controls
 from condit.controls.wrap import sides as joined_sides
 from condit.data.imagenet import ClassNames
 from condit.data.images import ImageSource, to_images
-from condit.diffusion.steps import Noise, Predict, Step, draw
+from condit.diffusion.steps import Noise, PartPath, Predict, Step, draw
 from condit.drawing import edit as editing
-from condit.drawing.model import Layout, Model, Side, module_device, module_dtype
+from condit.drawing.model import Layout, Model, Side, TextModel, module_device, module_dtype
 from condit.drawing.references import describe_source, find_fill, read_references
 from condit.drawing.repaint import Images, check_picture, repainted, share_changed, skipped, start_of
 from condit.drawing.settings import Settings, check_counts, check_size, check_supported, image_generators
@@ -34,9 +34,6 @@ from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.latent_models import LatentParts
 from condit.weights.lora_unet import adapter_for
 from condit.weights.parts import Parts
-
-if TYPE_CHECKING:
-    pass
 
 Prompt = str | Sequence[str] | Text
 Label = str | int | None
@@ -65,6 +62,13 @@ class Pipeline:
         self.parts, self.backbone, self.offload = self.model.parts, self.model.backbone, offload
         self.name: str = parts.name
         self.image = getattr(parts, "image", None)  # the image encoder, of models that bring one
+
+    @property
+    def text_model(self) -> TextModel:
+        """The model, of a pipeline that reads prompts. ValueError for others."""
+        if self.model.reads != "prompt":
+            raise ValueError(f"{self.name} reads no prompts, so this is not supported. Use tiny, FLUX.1, PixArt, ...")
+        return cast("TextModel", self.model)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -172,13 +176,14 @@ class Pipeline:
         seeds, generators = image_generators(layout.batch, seed, generator)
         # The run.
         chosen, path = model.path(settings, layout)
-        path = path if image is None else path.since(skipped(len(path), strength))
+        if image is not None:
+            path = cast("PartPath", path).since(skipped(len(path), strength))
         sides = self.sides(model.conditions(prompt, negative_prompt, settings), controls, layout, settings)
         start = start_of(self, image, mask_image, strength, layout, path, generators, latents)
         predict = self.predictor(sides, layout, settings, start.beside)
 
         def on_step(i: int, x: Tensor, x0: Tensor) -> Tensor:
-            x = repainted(model, x, start, path, i)
+            x = repainted(self, x, start, path, i)
             if callback_on_step_end is None:
                 return x
             replaced = callback_on_step_end(self, i, path.step(i).time, {"latents": x}) or {}
@@ -273,8 +278,18 @@ class Pipeline:
             condition = conditions(positive)
             acting = [c for c in (controls if present else negative) if c is not None]
             run = self.model.run(condition, layout, settings, acting)
+            run = replace(run, apart=self.apart(condition, layout, settings))
             sides.append(Side(condition, tuple(control.prepare(run) for control in acting)))
         return sides
+
+    def apart(self, condition: Any, layout: Layout, settings: Settings) -> Apart:
+        """A prediction apart from the run, for a control (`Run.apart`)."""
+        network = cache(lambda: self.model.network([condition], layout, settings))
+
+        def predict(x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor:
+            return network()(self.text_model.noised_at(x0, noise, step), step, controls)
+
+        return predict
 
     def predictor(
         self, sides: Sequence[Side], layout: Layout, settings: Settings, beside: Tensor | None = None
@@ -325,7 +340,7 @@ class Pipeline:
     @torch.no_grad()
     def encode_text(self, prompt: Prompt, clip_skip: int | None = None) -> Text:
         """Words through the model's own text encoder, on its device; a `Text` as it is."""
-        return self.model.encode_text(prompt, clip_skip)
+        return self.text_model.encode_text(prompt, clip_skip)
 
     def adapter_file(self, source: str | FilePath, method: str, *, ignore_text: bool = False) -> AdapterFile:
         """The tensors and the configuration of an adapter by name, file or folder."""
@@ -341,7 +356,7 @@ class Pipeline:
     ) -> tuple[Tensor, tuple[int, int]]:
         """Images (n, 3, H, W) through the model's own autoencoder: latents in its dtype and their grid of tokens (rows,
         columns). They are the mode of the posterior, or drawn from it by `generator`."""
-        tokens = self.model.encode_together(images, generator).to(self.dtype)
+        tokens = self.text_model.encode_together(images, generator).to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
 
     @torch.no_grad()

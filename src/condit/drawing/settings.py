@@ -97,7 +97,7 @@ def prompt_list(prompt: object) -> list[str]:
     prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
-    return prompts
+    return [str(p) for p in prompts]
 
 
 def negative_prompts(negative: str | Sequence[str] | None, n: int) -> list[str]:

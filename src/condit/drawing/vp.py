@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from condit.backbones.pixart import PixArt
+from condit.backbones.unet import UNet
 from condit.controls.control import Act, Control, Run
 from condit.diffusion.guidance import guide, guide_text_image, rescale
 from condit.diffusion.inversion import NoisePath, ddim_path, dpm_path, level_of
 from condit.diffusion.inversion import Solver as InversionSolver
 from condit.diffusion.steps import Path, Step
-from condit.diffusion.vp import Process, Solver, VPPath, add_noise, make_path, step_count, with_sampler
+from condit.diffusion.vp import Process, Solver, VPPath, add_noise, interpolate, make_path, step_count, with_sampler
 from condit.diffusion.vp_samplers import estimate, sample
 from condit.drawing.model import (
     Conditions,
@@ -61,7 +63,7 @@ class VPModel:
     fixed_size = False
 
     def __init__(self, parts: LatentParts):
-        self.parts, self.backbone = parts, parts.backbone
+        self.parts, self.backbone = parts, cast("UNet | PixArt", parts.backbone)
 
     def to(self, device: str | torch.device) -> None:
         for part in (self.backbone, self.parts.text, self.parts.vae, self.parts.image):
@@ -217,6 +219,10 @@ class VPModel:
 
     def check_output(self, output_type: str) -> None:
         pass
+
+    def noised_at(self, x0: Tensor, noise: Tensor, step: Step) -> Tensor:
+        table = self.parts.process.alphas_cumprod.double()
+        return add_noise(x0, noise, interpolate(table, torch.tensor([step.time], dtype=torch.float64))[0])
 
     # A run
 
