@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from condit.controls.control import Control, Run, Step, Where
 from condit.controls.instantstyle import EASES, STAGES, InstantStyle, block_weights, modules_of
 from condit.controls.ip_adapter import IPAdapter, IPConfig
-from condit.controls.ip_files import Layer
+from condit.controls.ip_projectors import Layer
 from condit.controls.wrap import Together
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import ClipText
@@ -216,6 +216,23 @@ def test_the_choices_of_blocks_are_comfys(n):
         assert {places.index(m): w for m, w in found.items()} == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("boost", [None, 0.6])
+def test_the_precise_types_of_16_modules_are_comfys(boost):
+    """IPAdapterPlus.py, ipadapter_execute, "style transfer precise" and "composition precise" where not is_sdxl."""
+    places, pushed, fine = FACTS["index_to_block"]["layers16"], boost or WEIGHT, (*range(4), *range(9, 16))
+    for kind, expected in {
+        "style transfer precise": {**dict.fromkeys(fine, WEIGHT), 4: 0.25 * pushed, 5: pushed},
+        "composition precise": {
+            **dict.fromkeys(fine, pushed),
+            **dict.fromkeys((6, 7, 8), 0.1 * pushed),
+            4: 0.25 * WEIGHT,
+            5: WEIGHT,
+        },
+    }.items():
+        weights = block_weights(kind, comfy_sites(16), WEIGHT, boost=boost).strength
+        assert {places.index(module): w for module, w in weights.items()} == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("n", [11, 16])
 @pytest.mark.parametrize("kind", ["style transfer precise", "composition precise"])
 def test_what_is_pushed_away_acts_on_the_negative_side(n, kind):
@@ -223,9 +240,9 @@ def test_what_is_pushed_away_acts_on_the_negative_side(n, kind):
     weights = {11: {3: 0.8, 6: 0.8}, 16: {4: 0.2, 5: 0.8, 9: 0.8}}[n]
     layout = [3] if n == 11 else [4, 5]
     away = layout if kind.startswith("style") else [t for t in weights if t not in layout]
-    if n == 11:
-        against = block_weights(kind, comfy_sites(n)).against
-        assert against is not None and all(f"{places[t]}.*" in against for t in away)
+    against = block_weights(kind, comfy_sites(n)).against
+    assert against is not None and all(f"{places[t]}.*" in against for t in away)
+    assert not any(f"{places[t]}.*" in against for t in set(weights) - set(away))
     how = {
         "strength": {places[t]: w for t, w in weights.items()},
         "against": Where(tuple(f"{places[t]}.*" for t in away)),

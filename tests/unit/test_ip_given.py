@@ -1,4 +1,4 @@
-"""controls/ip_given.py: what a call gives an IP-Adapter, and what is said of what cannot be or would act nowhere."""
+"""controls/ip_input.py: what a call gives an IP-Adapter, and what is said of what cannot be or would act nowhere."""
 
 import numpy as np
 import pytest

@@ -259,7 +259,8 @@ def test_acts_are_the_methods_that_a_class_defines():
 def test_several_wrap_as_the_call_does_and_the_rest_adds_up():
     double = make("Double", {"around": lambda self, call, attend: 2 * attend(call)})()
     plus = control_that("around", "residual", "streams")
-    call = Call(*[torch.ones(1, 1, 2, 4)] * 3, SITE)
+    ones = torch.ones(1, 1, 2, 4)
+    call = Call(ones, ones, ones, SITE)
     assert torch.equal(Wrapper((double, plus)).around(call, sdpa), 2 * (sdpa(call) + 1))
     assert torch.equal(Together((double, plus)).around(call, sdpa), 2 * sdpa(call) + 1)
     both: Any = Wrapper((plus, Control(), plus))

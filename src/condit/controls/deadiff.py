@@ -123,10 +123,16 @@ class DEADiff(nn.Module):
             raise ValueError(f"{source} has no image tower. Give image_encoder=, the folder of CLIP ViT-L/14.")
         if not isinstance(beside, ClipPatches):
             beside = ClipPatches(pipe.image_encoder(beside).model.vision_model)
-        readers = []
+        readers, text_width = [], next(iter(shapes.values()))[0]
         for name in SETS:
             own = {n.removeprefix(f"{name}."): v for n, v in tensors.items() if n.startswith(f"{name}.")}
-            readers.append(QFormer(QFormerConfig.of(own, heads=file.config.get("heads"), source=f"{source}, {name}")))
+            sizes = QFormerConfig.of(own, heads=file.config.get("heads"), source=f"{source}, {name}")
+            if sizes.width != text_width:
+                raise ValueError(
+                    f"{source}: the {name} Q-Former gives tokens of width {sizes.width}; the text of {pipe.name}, "
+                    f"which they join, has width {text_width}. Was it made for another model?"
+                )
+            readers.append(QFormer(sizes))
         if readers[0].config.image_width != beside.features:
             raise ValueError(
                 f"{source} reads image tokens of width {readers[0].config.image_width}; the image encoder gives "

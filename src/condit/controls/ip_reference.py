@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,17 +23,23 @@ from condit.controls.control import (
     region_levels,
     region_mask,
 )
+from condit.controls.ip_input import IPConfig
 from condit.controls.wrap import Wrapper
 from condit.nn.attention import Attend, Call, Reduction, Site, join_heads, sdpa
 from condit.nn.lora import LowRank, Part, together
-
-if TYPE_CHECKING:
-    from condit.controls.ip_adapter import IPAdapter
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]  # site path -> K', V', each (B, H, T, D)
 Strength = float | Mapping[str, float] | Tensor
 # How the strength acts, in ComfyUI's words: on the branch's output, or inside the attention.
 Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
+
+
+class Adapter(Protocol):
+    """What a reference needs of the adapter that made it."""
+
+    config: IPConfig
+    name: str
+    hash: str
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class IPReference(Control):
 
     kv: KeyValues
     empty: KeyValues
-    adapter: IPAdapter
+    adapter: Adapter
     strength: Strength
     where: Where
     when: When = field(default_factory=When)
@@ -153,7 +159,7 @@ class IPReference(Control):
 class WithLoRA(Wrapper):
     """FaceID: references and the LoRA of their file, which acts on both sides of guidance, as if merged."""
 
-    adapter: IPAdapter
+    adapter: Adapter
     update: LowRank | None
 
     @property

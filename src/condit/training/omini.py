@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT
 from condit.controls.control import Run
 from condit.controls.omini import OminiControl, condition_stream
-from condit.controls.omini_fill import sample_drawn_cells
+from condit.controls.omini_picture import sample_drawn_cells
 from condit.controls.omini_tasks import condition_ids
 from condit.data.images import to_images, to_tensor
 from condit.data.line_score import edge_f1

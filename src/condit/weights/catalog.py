@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -16,6 +16,10 @@ from condit.weights.files import Json, hash_file, load_strict, own_fields, read_
 from condit.weights.folders import only_weight_file
 from condit.weights.guess import what_is
 from condit.weights.lora_files import peft_settings, published
+
+if TYPE_CHECKING:
+    from condit.controls.control import Where
+    from condit.controls.ip_adapter import IPParts
 
 Kind = Literal["model", "ip-adapter", "omini", "deadiff"]
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -88,9 +92,18 @@ class AdapterFile:
     hash: str
     guess: str
 
-    def load_into(self, module: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Load all tensors of the file, or `tensors`, into all of a module; ValueError with a readable difference."""
-        load_strict(module, self.tensors if tensors is None else tensors, source=self.name)
+    def load_into(
+        self, module: nn.Module, tensors: Mapping[str, Tensor] | None = None, *, assign: bool = False
+    ) -> None:
+        """All tensors of the file, or those given, into all of a module; ValueError with a readable difference. assign:
+        the module takes the tensors themselves."""
+        load_strict(module, self.tensors if tensors is None else tensors, source=self.name, assign=assign)
+
+    def ip_parts(self, source: object, pipe: Any, image_encoder: Any, where: Where, head_dim: int) -> IPParts:
+        """Those of an IP-Adapter, fitted to a pipeline's model; for the arguments see `IPAdapter.load`."""
+        from condit.weights.ip_load import ip_parts  # not for `condit models`
+
+        return ip_parts(self.tensors, self.config, source, pipe, image_encoder, where, head_dim)
 
 
 # layout(tensors, peft's settings): a LoRA's tensors under the names of its backbone.

@@ -1,34 +1,20 @@
-"""IP-Adapter's files and sizes: what a file holds, told from its tensors, and what it needs.
-
-`.bin` and `.safetensors` of h94/IP-Adapter and its relatives, raw training checkpoints, XLabs' FLUX files and
-InstantX's SD3.5 files all come to the same names: `image_proj.*` and `ip_adapter.N.*`.
-"""
+"""The layouts of published IP-Adapters, recognised by their tensors: `.bin` and `.safetensors` of h94/IP-Adapter and
+its relatives, raw training checkpoints, XLabs' FLUX files and InstantX's SD3.5 files. All are read under the names
+`image_proj.*` and `ip_adapter.N.*`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from condit.controls.control import Where
-from condit.controls.ip_combine import Combine
-from condit.controls.ip_projectors import (
-    FullProjection,
-    IdentityPlusProjection,
-    IdentityProjection,
-    ImageProjection,
-    Resampler,
-    TimeResampler,
-)
-from condit.encoders.image import EncoderSize, encoders_of
+from condit.controls.ip_input import Form
+from condit.controls.ip_projectors import Layer
 from condit.nn.attention import Site
 from condit.nn.lora import LoRA
-
-Form = Literal["joint", "cross", "residual"]
-Feature = Literal["embeds", "hidden", "identity", "identity+hidden"]
 
 # (pattern, replacement), the first that fits. The left sides are the spellings found in the wild.
 SPELLINGS: tuple[tuple[str, str], ...] = (
@@ -49,21 +35,6 @@ TIMED: tuple[tuple[str, str], ...] = (
     (r"^layers\.(\d+)\.2\.1\.", r"layers.\1.adaln_proj."),
 )
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 4096: "FLUX.1", 2432: "SD 3.5"}
-
-
-@dataclass(frozen=True)
-class IPConfig:
-    """features: width of the image encoder's output; tokens: image tokens T; dim: width of the tokens; heads: of the
-    layers, where a backbone does not say; combine: of several references, by default; form: where the branch is added;
-    feature: what is read."""
-
-    features: int
-    tokens: int = 4
-    dim: int = 256
-    heads: int = 4
-    combine: Combine = "mean"
-    form: Form = "joint"
-    feature: Feature = "embeds"
 
 
 @dataclass(frozen=True)
@@ -117,81 +88,7 @@ def respelt(name: str, spellings: Sequence[tuple[str, str]] = SPELLINGS) -> str:
     return name
 
 
-# What an encoder must give
-
-
-@dataclass(frozen=True)
-class Needs:
-    """The feature that a projector reads: a pooled vector after CLIP's projection ("embeds"), the penultimate layer's
-    states ("hidden"), a face vector ("identity"), or the last two; width of what the image encoder gives, 0 for none;
-    tokens: how many states (full-face), None for any."""
-
-    feature: Feature
-    width: int
-    tokens: int | None = None
-
-    def fits(self, size: EncoderSize) -> bool:
-        if self.width == 0:
-            return True
-        found = size.projection if self.feature == "embeds" else size.hidden
-        return found == self.width and self.tokens in (None, size.tokens)
-
-    def refuse(self, size: EncoderSize | None, source: object, found: object) -> None:
-        """ValueError unless an encoder of this size fits. 1280 is two things: ViT-H/14's states, bigG/14's vector."""
-        if self.width == 0 or (size is not None and self.fits(size)):
-            return
-        what = "image embeddings (after CLIP's projection)" if self.feature == "embeds" else "penultimate hidden states"
-        names = encoders_of(self.width, "projection" if self.feature == "embeds" else "hidden")
-        needed = f"{what} of width {self.width}" + (f": image encoder {names}" if names else "")
-        given = f"{found} is {size.describe()}" if size is not None else f"{found} has none"
-        raise ValueError(
-            f"{source} needs {needed}; {given}. Give image_encoder=, the folder of the right one (h94/IP-Adapter: "
-            "models/image_encoder is ViT-H/14, sdxl_models/image_encoder is bigG/14)."
-        )
-
-
-def needs_of(projector: nn.Module) -> Needs:
-    """What a projector reads."""
-    if isinstance(projector, ImageProjection):
-        return Needs("embeds", projector.proj.in_features)
-    if isinstance(projector, FullProjection):
-        first: Any = projector.proj[0]
-        return Needs("hidden", first.in_features)
-    if isinstance(projector, Resampler | TimeResampler):
-        return Needs("hidden", projector.proj_in.in_features)
-    if isinstance(projector, IdentityPlusProjection):
-        return Needs("identity+hidden", projector.perceiver_resampler.proj_in.in_features)
-    if isinstance(projector, IdentityProjection):
-        return Needs("identity", 0)
-    raise ValueError(f"{type(projector).__name__} is no projector of IP-Adapter.")
-
-
-# Where K', V' belong
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The attention layer that K', V' number `number` of a file belong to."""
-
-    number: int
-    path: str
-    width: int
-    heads: int
-
-
-def layers_of(backbone: nn.Module, sites: Sequence[Site], form: Form) -> list[Layer]:
-    """Every layer of a backbone that an adapter of this form may have K', V' for, with the published number: on UNets
-    the place among all attention layers (odd: those to the text), on FLUX that of the double block."""
-    chosen = {
-        "cross": [(i, s) for i, s in enumerate(sites) if s.kind == "cross"],
-        "residual": [(i, s) for i, s in enumerate(sites) if not s.path.startswith("single_")],
-        "joint": list(enumerate(sites)),
-    }[form]
-    found = []
-    for number, site in chosen:
-        attention: Any = backbone.get_submodule(site.path)
-        found.append(Layer(number, site.path, attention.to_q.out_features, attention.heads))
-    return found
+# Where its layers belong
 
 
 def form_of(file: IPFile, sites: Sequence[Site]) -> Form:
@@ -255,14 +152,3 @@ def face_lora(tensors: Mapping[str, Tensor], paths: Sequence[str], backbone: nn.
     for path, (here, there) in lora.unfitting(backbone).items():
         raise ValueError(f"{source}: its LoRA has {path} of shape {here}, the model {there}. Was it made for another?")
     return lora
-
-
-def face_tensors(lora: LoRA, paths: Sequence[str]) -> dict[str, Tensor]:
-    """The same in the published names."""
-    number = {path: i for i, path in enumerate(paths)}
-    found = {}
-    for path, key in lora.keys.items():
-        layer, part = path.removesuffix(".0").rsplit(".", 1)
-        prefix = f"ip_adapter.{number[layer]}.{part}_lora"
-        found[f"{prefix}.down.weight"], found[f"{prefix}.up.weight"] = lora.a[key].detach(), lora.b[key].detach()
-    return found
