@@ -44,14 +44,14 @@ class FlowEdit:
             direction = torch.zeros_like(edited)
             for _ in range(self.average):
                 source = (1 - t) * run.source + t * run.noise()  # Eq. 6
-                target = edited + source - run.source
+                target = source + (edited - run.source)  # in this order equal prompts give the source bit for bit
                 velocities = run.predict(interleave(source, target), level).unflatten(0, (-1, 2))
                 direction = direction + (velocities[:, 1] - velocities[:, 0]) / self.average
             edited = bounded(edited + step * direction, run, level)
         if last == steps:
             return edited
         noise, t = run.noise(), sigmas[last]
-        x = edited + t * (noise - run.source)
+        x = (1 - t) * run.source + t * noise + (edited - run.source)
         for level in range(last, steps):
             source = (1 - sigmas[level]) * run.source + sigmas[level] * noise
             velocity = run.predict(interleave(source, x), level)[1::2]

@@ -256,7 +256,7 @@ def test_controls_that_join_tokens_are_refused(pipes):
 
 def test_an_unknown_scheduler_asks_for_a_sampler(pipes):
     pipe = Pipeline(replace(pipes("sd15").parts, solver=None))
-    with pytest.raises(ValueError, match="give sampler="):
+    with pytest.raises(ValueError, match="Pass sampler="):
         draw(pipe)
     assert torch.equal(draw(pipe, sampler="ddim"), draw(pipes("sd15")))
 

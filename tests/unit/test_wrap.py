@@ -43,6 +43,7 @@ class Merged:
 
 MERGED = Merged()
 # What a control with this act gives.
+EDITED = Control()
 GIVES: dict[str, Callable] = {
     "around": lambda self, call, attend: attend(call) + 1,
     "streams": lambda self: (STREAM,),
@@ -51,6 +52,7 @@ GIVES: dict[str, Callable] = {
     "residual": lambda self, site, query: torch.ones(len(query), query.shape[2], 8),
     "merging": lambda self, site, tokens, image: MERGED,
     "region": lambda self: REGION,
+    "edit": lambda self, pair, backbone: EDITED,
 }
 # Hooks that a wrapper changes on purpose.
 CHANGED = {(WithBlack, "negative"): "its other side is that of all conditions together"}
@@ -122,6 +124,7 @@ def dropped_acts(kind: type) -> list[str]:
             "add": lambda c: c.residual(SITE, query) is not None and bool((c.residual(SITE, query)[1::2] == 1).all()),
             "merge": lambda c: c.merging(SITE, torch.zeros(2, 6, 8), slice(0, 6)) is MERGED,
             "bound": lambda c: c.region() is not None and torch.equal(c.region(), REGION),
+            "edit": lambda c: any(inner is EDITED for inner in unwrapped(c.edit(None, None))),
         }[act]
         if act not in acts or act not in acting.acts or not gives(acting):
             dropped.append(act)
@@ -153,8 +156,17 @@ class Notes(Control):
     def negative(self):
         return self.by("negative")
 
+    def recording(self):
+        return self.by("recording")
+
     def leak(self):
         return LEAK
+
+    def differs(self):
+        return False
+
+    def records(self):
+        return {"note": REGION}
 
     def describe(self):
         return self.own
@@ -165,6 +177,7 @@ HOOKS = {
     "prepare": lambda c: c.prepare(RUN),
     "at": lambda c: c.at(STEP),
     "negative": lambda c: c.negative(),
+    "recording": lambda c: c.recording(),
 }
 
 
@@ -178,12 +191,16 @@ def dropped_hooks(kind: type) -> list[str]:
         made_by = [c.made_by for c in unwrapped(after) if isinstance(c, Notes)] if after is not None else []
         if len(made_by) != 1 or len(made_by[0]) != 1 or not made_by[0][0].startswith(hook):
             dropped.append(hook)
-        if hook in ("at", "negative"):  # these may leave a control out
+        if hook in ("at", "negative", "recording"):  # these may leave a control out
             off = call(made(kind, Notes(off=hook)))
             if off is not None and any(isinstance(c, Notes) for c in unwrapped(off)):
                 dropped.append(f"{hook} that gives None")
     if made(kind, Notes()).leak() is not LEAK:
         dropped.append("leak")
+    if made(kind, Notes()).differs():
+        dropped.append("differs")
+    if made(kind, Notes()).records() != {"note": REGION}:
+        dropped.append("records")
     if "found in the recipe" not in str(made(kind, Notes()).describe()):
         dropped.append("describe")
     return dropped
@@ -210,7 +227,7 @@ def test_the_walk_finds_the_wrappers_and_every_method_of_a_control_is_tested():
         kind.__name__ for kind in WRAPPERS
     }
     methods = {name for name, value in vars(Control).items() if inspect.isfunction(value) and name[0] != "_"}
-    assert methods == {*ACTS.values(), *HOOKS, "leak", "describe"}
+    assert methods == {*ACTS.values(), *HOOKS, "leak", "describe", "differs", "records"}
 
 
 @pytest.mark.parametrize("act", ACTS)

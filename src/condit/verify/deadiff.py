@@ -222,8 +222,8 @@ def compare_sampler(folder: Path, name: str) -> Differences:
             (t["negative_text"], controls_of(folder, "uncond", float(weight))),
         ]
 
-        def denoise(x: Tensor, time: float, i: int, sides=sides) -> Tensor:
-            at = torch.full((len(x),), time)
+        def denoise(x: Tensor, step: Step, sides=sides) -> Tensor:
+            at = torch.full((len(x),), step.time)
             cond, uncond = (unet(x, at, text, controls=controls) for text, controls in sides)
             return uncond + settings["guidance"] * (cond - uncond)
 

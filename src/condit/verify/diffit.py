@@ -32,7 +32,7 @@ def told(golden: Path, name: str) -> dict:
 def load(golden: Path, name: str) -> tuple[DiffiT, dict[str, Tensor]]:
     """The fixture's network through the reader of release files, and the fixture's tensors."""
     tensors, config = load_file(golden / f"{name}.safetensors"), told(golden, name)["config"]
-    return diffit_of(part(tensors, "state."), source=golden / f"{name}.safetensors", own=config), tensors
+    return diffit_of(part(tensors, "state."), source=golden / f"{name}.safetensors", config=config), tensors
 
 
 def variance_of(model: DiffiT) -> Variance:

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from condit.controls.control import Run, Step, Where
+from condit.controls.control import Control, Run, Step, Where
 from condit.controls.instantstyle import EASES, STAGES, InstantStyle, block_weights, modules_of
 from condit.controls.instantstyle import preset as blocks_of
-from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
-from condit.controls.ip_files import Layer
+from condit.controls.ip_adapter import IPAdapter, IPConfig
+from condit.controls.ip_projectors import Layer
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
 from condit.verify.check import Check, Differences, compare, difference
 from condit.verify.unets import CALL, TOKENS, TRAJECTORY, golden_pipe
@@ -38,7 +38,7 @@ def parts_of(name: str) -> tuple[str, str]:
     return tag, variant
 
 
-def embedded(folder: Path, tag: str, style: InstantStyle, preset: str, scale: float) -> IPReference:
+def embedded(folder: Path, tag: str, style: InstantStyle, preset: str, scale: float) -> Control:
     """Of the fixture's features, in the blocks of a preset."""
     pipe = golden_pipe(folder, tag)
     given, hidden = pipe.tensors("inputs"), style.adapter.config.feature == "hidden"

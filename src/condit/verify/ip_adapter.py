@@ -20,14 +20,15 @@ from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.backbones.unet import Frame
 from condit.controls.control import Control, Run, Step, region_levels
 from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
-from condit.controls.ip_files import read_layout
-from condit.controls.ip_projectors import ImageProjection, projector_of
-from condit.controls.ip_sd3 import SD3Adapter
+from condit.controls.ip_projectors import ImageProjection, SD3Adapter
 from condit.nn.attention import split_heads
 from condit.nn.streams import Stream
 from condit.verify.check import Check, Differences, compare, difference, part
 from condit.verify.unets import CALL, TOKENS, TRAJECTORY, GoldenPipe, golden_pipe, unet_of
 from condit.weights.catalog import AdapterFile, read_adapter
+from condit.weights.ip_files import read_layout
+from condit.weights.ip_load import sd3_adapter
+from condit.weights.ip_projectors import projector_of
 
 
 @cache
@@ -310,10 +311,10 @@ def compare_flux(folder: Path, name: str) -> Differences:
     return compare(found, {k: x for k, x in t.items() if k.startswith("out/") or k == "image_tokens"})
 
 
-def sd3_adapter(folder: Path, tensors: dict[str, Tensor], name: str = "dit_sd3") -> SD3Adapter:
+def recorded_sd3(folder: Path, tensors: dict[str, Tensor], name: str = "dit_sd3") -> SD3Adapter:
     config = json.loads((folder / f"{name}_config.json").read_text())
     sizes = config["transformer"]["attention_head_dim"], config["image_proj"]["dim_head"]
-    return SD3Adapter.from_file(read_layout(tensors, name), *sizes).eval().requires_grad_(False)
+    return sd3_adapter(read_layout(tensors, name), *sizes).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -322,7 +323,7 @@ def compare_sd3(folder: Path, name: str) -> Differences:
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
     t = load_file(folder / f"{name}.safetensors")
-    adapter = sd3_adapter(folder, part(t, "adapter_diffusers/"), name)
+    adapter = recorded_sd3(folder, part(t, "adapter_diffusers/"), name)
     model = SD3Transformer2DModel(**transformer_of(folder, name)).eval().requires_grad_(False)
     model.load_state_dict(part(t, "weights/"), strict=True)
     given = {key: t[key] for key in ("hidden_states", "encoder_hidden_states", "timestep")}

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Fill, Run, Step, When
 from condit.controls.omini import OminiConfig, OminiControl, OminiReference, condition_stream
-from condit.controls.omini_fill import from_official_mask
 from condit.controls.omini_official import official_guidance
+from condit.controls.omini_picture import from_official_mask
 from condit.data.images import to_tensor
 from condit.diffusion.objectives import add_noise, flow_loss
 from condit.drawing.pipeline import Pipeline
