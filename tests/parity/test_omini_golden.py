@@ -1,5 +1,5 @@
-"""OminiControl (arXiv:2411.15098, 2503.08280) against golden/ominicontrol, tensors written by the official code. What is
-compared, and how exactly: condit/verify/omini.py.
+"""OminiControl (arXiv:2411.15098, 2503.08280) against golden/ominicontrol, tensors written by the official code. What
+is compared, and how exactly: condit/verify/omini.py.
 """
 
 from dataclasses import replace
