@@ -11,7 +11,8 @@ import torch
 from condit.controls.control import Step
 from condit.controls.omini import OminiReference
 from condit.verify.check import difference
-from condit.verify.omini import CHECKS, TOLERANCE, Golden, first_step_cache, read
+from condit.verify.omini import CHECKS, TOLERANCE, first_step_cache
+from condit.verify.omini_golden import Golden, read
 
 FOLDER = Path(__file__).parent / "golden" / "ominicontrol"
 
