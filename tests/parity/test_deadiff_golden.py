@@ -1,5 +1,5 @@
 """DEADiff against numbers of the released code (golden/deadiff/README.md). What is compared, and how exactly:
-condit/verify/deadiff.py.
+lab/src/condit_lab/parity/deadiff.py.
 """
 
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from condit.encoders.clip_patches import resize_antialiased
-from condit.verify.deadiff import CHECKS, published_qformer, published_unet
 from condit.weights.deadiff import IMAGE_MAP, join, split
+from condit_lab.parity.deadiff import CHECKS, published_qformer, published_unet
 
 FOLDER = Path(__file__).parent / "golden" / "deadiff"
 

@@ -1,5 +1,5 @@
 """DiT4Edit's pieces against tensors of the code they come from (golden/dit4edit/README.md). What is compared, and how
-exactly: condit/verify/dit4edit.py.
+exactly: lab/src/condit_lab/parity/dit4edit.py.
 """
 
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from condit.controls.edit_maps import blend_mask
-from condit.verify.dit4edit import CHECKS, Toy, facts, read, states
+from condit_lab.parity.dit4edit import CHECKS, Toy, facts, read, states
 
 FOLDER = Path(__file__).parent / "golden" / "dit4edit"
 

@@ -1,5 +1,5 @@
 """InstantStyle against the official classes, and weight types against ComfyUI_IPAdapter_plus; golden/instantstyle holds
-what they computed. What is compared, and how exactly: condit/verify/instantstyle.py.
+what they computed. What is compared, and how exactly: lab/src/condit_lab/parity/instantstyle.py.
 """
 
 from dataclasses import replace
@@ -16,8 +16,8 @@ from condit.controls.wrap import Together
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import ClipText
 from condit.verify.check import difference
-from condit.verify.instantstyle import CHECKS, SETS, Comfy, embedded, runs_of, sets_of, style_of
-from condit.verify.unets import CALL, TOKENS, golden_pipe
+from condit_lab.parity.instantstyle import CHECKS, SETS, Comfy, embedded, runs_of, sets_of, style_of
+from condit_lab.parity.unets import CALL, TOKENS, golden_pipe
 
 FOLDER = Path(__file__).parent / "golden" / "instantstyle"
 CASES = [("sdxl", "global"), ("sdxl", "plus"), ("sd15", "global")]

@@ -1,5 +1,5 @@
 """IP-Adapter against the official classes and diffusers; golden/ip_adapter holds what they computed. What is compared,
-and how exactly: condit/verify/ip_adapter.py.
+and how exactly: lab/src/condit_lab/parity/ip_adapter.py.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from condit.controls.control import region_levels, region_mask
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import ImageProjection
-from condit.verify.ip_adapter import CHECKS, adapter_of, layers_of, reference
-from condit.verify.unets import golden_pipe, unet_of
+from condit_lab.parity.ip_adapter import CHECKS, adapter_of, layers_of, reference
+from condit_lab.parity.unets import golden_pipe, unet_of
 
 FOLDER = Path(__file__).parent / "golden" / "ip_adapter"
 VARIANTS = [("sd15", "global"), ("sd15", "plus"), ("sd15", "full"), ("sdxl", "global"), ("sdxl", "plus")]

@@ -11,7 +11,7 @@ from condit.controls.control import Control
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
 from condit.nn.streams import Stream
 from condit.verify.check import difference
-from condit.verify.ip_adapter import flux_of
+from condit_lab.parity.ip_adapter import flux_of
 
 MODEL, T = flux_of(Path(__file__).parent / "golden" / "ip_adapter", "dit_flux")
 

@@ -1,5 +1,5 @@
 """IP-Adapter on transformers, FLUX (XLabs) and SD 3.5 (InstantX): the adapters of golden/ip_adapter in the spellings
-that were published. condit/verify/ip_adapter.py compares them with diffusers.
+that were published. lab/src/condit_lab/parity/ip_adapter.py compares them with diffusers.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from condit.verify.check import difference, part
-from condit.verify.ip_adapter import flux_adapter, flux_of, recorded_sd3
+from condit_lab.parity.ip_adapter import flux_adapter, flux_of, recorded_sd3
 
 FOLDER = Path(__file__).parent / "golden" / "ip_adapter"
 SD3 = load_file(FOLDER / "dit_sd3.safetensors")

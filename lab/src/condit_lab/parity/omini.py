@@ -19,7 +19,7 @@ from condit.diffusion.objectives import add_noise, flow_loss
 from condit.encoders.vae import encode_tokens, pack
 from condit.nn.streams import Stream, grid_ids
 from condit.verify.check import Check, Differences, compare, difference, part
-from condit.verify.omini_golden import Golden, Seeded, read
+from condit_lab.parity.omini_golden import Golden, Seeded, read
 
 TOLERANCE = 1e-5  # the fixtures' own
 
