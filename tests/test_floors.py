@@ -1,4 +1,4 @@
-"""The house has floors (docs/architecture.md): a module imports lower floors, or its own room, and nothing else."""
+"""The house has floors (docs/architecture.md): a module imports lower floors or its own room, never in a circle."""
 
 import ast
 import sys
@@ -96,8 +96,62 @@ def breaches(root: Path) -> list[str]:
     ]
 
 
+def circles(root: Path) -> list[list[str]]:
+    """Files that import each other in a circle (Tarjan's strongly connected components of more than one)."""
+    graph = {
+        module_of(path, root): {name for _, name in imports_of(path, root) if is_module(name, root)}
+        for path in root.rglob("*.py")
+    }
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    circles: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for other in graph.get(module, set()) - {module}:
+            if other not in index:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], index[other])
+        if low[module] == index[module]:
+            component = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(component) > 1:
+                circles.append(sorted(component))
+
+    for module in graph:
+        if module not in index:
+            visit(module)
+    return circles
+
+
 def test_modules_import_lower_floors_only():
     assert breaches(SOURCE) == []
+
+
+def test_there_are_at_most_eight_floors_and_every_room_stands_on_one():
+    rooms = {path.name for path in SOURCE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
+    assert rooms == set(FLOORS) and max(FLOORS.values()) <= 8
+
+
+def test_no_files_import_in_a_circle():
+    assert circles(SOURCE) == []
+
+
+def test_a_planted_circle_is_detected(tmp_path):
+    (tmp_path / "nn").mkdir()
+    (tmp_path / "nn" / "a.py").write_text("from condit.nn import b")
+    (tmp_path / "nn" / "b.py").write_text("if TYPE_CHECKING:\n    from condit.nn.a import x")
+    (tmp_path / "nn" / "c.py").write_text("from condit.nn.a import x")
+    assert circles(tmp_path) == [["condit.nn.a", "condit.nn.b"]]
+
+
+def test_the_package_never_imports_its_laboratory():
+    names = [(path, name) for path in SOURCE.rglob("*.py") for _, name in imports_of(path, SOURCE)]
+    assert [path for path, name in names if name.split(".")[0] == "condit_lab"] == []
 
 
 @pytest.mark.parametrize(
@@ -112,16 +166,16 @@ def test_modules_import_lower_floors_only():
         ("backbones/x.py", "if TYPE_CHECKING:\n    from condit.drawing.pipeline import Pipeline"),
         ("training/x.py", "import condit.cli.demo"),
         ("encoders/x.py", "from condit import load"),
-        ("weights/x.py", "from condit import pipeline"),
+        ("weights/x.py", "from condit import drawing"),
         ("data/x.py", "importlib.import_module('condit.cli')"),
         ("drawing/pipeline.py", "from condit.cli import main"),
         ("cellar/x.py", "import torch"),
     ],
 )
 def test_a_planted_breach_is_found(tmp_path, file, line):
-    for known in ("nn", "backbones", "controls", "controls/sub", "weights", "verify", "data"):
+    for known in ("nn", "backbones", "controls/sub", "weights", "verify", "data", "drawing", "cli"):
         (tmp_path / known).mkdir(parents=True)
-    (tmp_path / "drawing/pipeline.py").touch()
+    (tmp_path / "drawing" / "pipeline.py").touch()
     planted = tmp_path / file
     planted.parent.mkdir(exist_ok=True)
     planted.write_text(line)
@@ -143,7 +197,7 @@ def test_a_planted_breach_is_found(tmp_path, file, line):
     ],
 )
 def test_a_lawful_import_passes(tmp_path, file, line):
-    for known in ("nn", "controls", "data"):
+    for known in ("nn", "controls", "data", "drawing"):
         (tmp_path / known).mkdir()
     planted = tmp_path / file
     planted.write_text(line)

@@ -1,0 +1,50 @@
+"""What keeps the library readable, as numbers: its size, long files, long argument lists, untyped places."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).parent.parent / "src" / "condit"
+# The public calls; and the commands, whose parameters are the options of the command line (typer reads the signature).
+LONG_CALLS = {"drawing/pipeline.py": {"__call__"}, "drawing/edit.py": {"edit"}, "controls/ip_adapter.py": {"control"}}
+COMMANDS = {"cli/draw.py", "cli/edit.py", "cli/study.py"}
+
+
+def files() -> list[tuple[str, str]]:
+    return [(path.relative_to(SOURCE).as_posix(), path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")]
+
+
+def long_functions(text: str, most: int = 10) -> Iterator[str]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            if len([name for name in names if name not in ("self", "cls")]) > most:
+                yield node.name
+
+
+def test_the_package_stays_below_24_000_lines_and_its_core_below_9_000():
+    lines = {name: text.count("\n") for name, text in files()}
+    core = ("nn/", "diffusion/", "backbones/", "controls/")
+    assert sum(lines.values()) <= 24_000
+    assert sum(count for name, count in lines.items() if name.startswith(core)) <= 9_000
+
+
+def test_no_file_is_longer_than_400_lines():
+    assert {name: text.count("\n") for name, text in files() if text.count("\n") > 400} == {}
+
+
+def test_no_function_takes_more_than_ten_arguments_but_the_public_calls_and_commands():
+    long = {name: set(long_functions(text)) - LONG_CALLS.get(name, set()) for name, text in files()}
+    assert {name: names for name, names in long.items() if names and name not in COMMANDS} == {}
+
+
+def test_a_long_function_is_detected():
+    assert list(long_functions("def f(a, b, c, d, e, f, g, h, i, j, *, k): ...")) == ["f"]
+    assert list(long_functions("def f(self, b, c, d, e, f, g, h, i, j, k): ...")) == []
+
+
+def test_untyped_places_are_few():
+    whole = "\n".join(text for _, text in files())
+    assert len(re.findall(r"\bAny\b", whole)) < 120
+    assert len(re.findall(r"type: ignore", whole)) < 30
