@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from condit.backbones.unet import Attention, Block, Frame, UNet, UNetConfig
+from condit.backbones.unet import UNet, UNetAttention, UNetBlock, UNetConfig, UNetContext
 from condit.controls.control import Control, Run, Step
 from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference
 from condit.controls.deadiff_layers import Name, cross_shapes, layer_table
@@ -118,13 +118,13 @@ def control_at(site: Site, maps: dict[str, Tensor], tokens: Tensor, strength: fl
 def test_joint_attention_equals_the_released_layer(kind):
     golden, site = read("attention"), Site("attn2", "cross", 0)
     w = {name.removeprefix("w."): value for name, value in golden.items() if name.startswith("w.")}
-    layer = Attention(16, 24, 2, site)
+    layer = UNetAttention(16, 24, 2, site)
     layer.load_state_dict({name: value for name, value in w.items() if not name.startswith("i_")}, strict=True)
     tokens, strength = image_tokens(kind, golden["image"])
     controls = () if tokens is None else (control_at(site, w, tokens, strength),)
     with torch.no_grad():
         text = {site.path: layer.keys_values(golden["text"], None)}
-        found = layer(golden["x"], Frame(golden["x"], text, None, controls))
+        found = layer(golden["x"], UNetContext(golden["x"], text, None, controls))
     close(found, golden[f"out.{kind}"])
 
 
@@ -132,13 +132,13 @@ def test_joint_attention_equals_the_released_layer(kind):
 def test_a_transformer_block_equals_the_released_one(weight):
     golden = read("attention")
     w = {name.removeprefix("block."): value for name, value in golden.items() if name.startswith("block.")}
-    block = Block(16, 2, 24, "block")
+    block = UNetBlock(16, 2, 24, "block")
     block.load_state_dict({name: value for name, value in w.items() if ".i_to_" not in name}, strict=True)
     maps = {name.removeprefix("attn2."): value for name, value in w.items()}
     control = control_at(block.attn2.site, maps, golden["image"], weight)
     with torch.no_grad():
         text = {block.attn2.site.path: block.attn2.keys_values(golden["text"], None)}
-        found = block(golden["x"], Frame(golden["x"], text, None, (control,)))
+        found = block(golden["x"], UNetContext(golden["x"], text, None, (control,)))
     close(found, golden[f"block_out.w{weight}"])
 
 

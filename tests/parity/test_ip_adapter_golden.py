@@ -103,15 +103,15 @@ def test_every_layer_is_the_official_one_under_its_published_number(tag, variant
         k, v = (x.transpose(1, 2).flatten(2) for x in acting.kv[path])  # type: ignore[attr-defined]
         close(k, expected[f"{layer}/k_ip"], TOKENS)
         close(v, expected[f"{layer}/v_ip"], TOKENS)
-        frame = frame_of(pipe, text, (acting,))
+        context = frame_of(pipe, text, (acting,))
         with torch.no_grad():
-            close(attention(expected[f"{layer}/hidden_in"], frame), expected[f"{layer}/out_scale_0.5"], CALL)
+            close(attention(expected[f"{layer}/hidden_in"], context), expected[f"{layer}/out_scale_0.5"], CALL)
 
 
 def frame_of(pipe: GoldenPipe, text: Tensor, controls: tuple):
-    from condit.backbones.unet import Frame
+    from condit.backbones.unet import UNetContext
 
-    return Frame(torch.zeros(2, 1), pipe.backbone.text_keys_values(text), None, controls)
+    return UNetContext(torch.zeros(2, 1), pipe.backbone.text_keys_values(text), None, controls)
 
 
 @pytest.mark.parametrize(("tag", "variant"), TRAJECTORIES)

@@ -23,7 +23,7 @@ from condit.controls.control import (
     region_mask,
 )
 from condit.nn.attention import Attend, Call, Reduction, Site, join_heads, sdpa
-from condit.nn.lora import LowRank, Part
+from condit.nn.lora import LowRank, PartialLoRA
 
 if TYPE_CHECKING:
     from condit.controls.ip_adapter import IPAdapter
@@ -213,7 +213,11 @@ class WithLoRA(Control):
         return self if inner is None else replace(self, inner=inner)
 
     def describe(self) -> dict:
-        scale = float(self.update.weight) if isinstance(self.update, Part) and self.update.weight is not None else 1.0
+        scale = (
+            float(self.update.weight)
+            if isinstance(self.update, PartialLoRA) and self.update.weight is not None
+            else 1.0
+        )
         return {**self.inner.describe(), "lora_scale": scale}
 
 

@@ -29,7 +29,7 @@ from condit.drawing.references import describe_source, read_references
 from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyWords
 from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
-from condit.nn.lora import LowRank, together
+from condit.nn.lora import LowRank, sum_loras
 from condit.weights.catalog import AdapterFile
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.latent_models import Frame, LatentParts, Network
@@ -328,7 +328,7 @@ class LatentPipeline:
         def predict(x: Tensor, t: float, i: int) -> list[Tensor]:
             step = Step(i, steps, t / process.num_train_timesteps)
             active = [[c for c in (control.at(step) for control in b.controls) if c is not None] for b in branches]
-            loras = [together(control.lora() for control in controls) for controls in active]
+            loras = [sum_loras(control.lora() for control in controls) for controls in active]
             merging = any(type(c).merging is not Control.merging for controls in active for c in controls)
             if in_one_call and len(branches) > 1 and not merging and not any(lora is not None for lora in loras):
                 # A LoRA knows no rows, and merged tokens are one side's, so with one the branches run apart.

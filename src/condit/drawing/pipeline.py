@@ -23,8 +23,8 @@ from condit.drawing.references import MAX_SIDE, describe_source, find_fill, read
 from condit.encoders.image import CLIPImage
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
-from condit.nn.lora import together
-from condit.nn.offload import Visited, on_device, with_blocks
+from condit.nn.lora import sum_loras
+from condit.nn.offload import OffloadedBlocks, on_device, with_blocks
 from condit.nn.streams import Stream, grid_ids
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.clip_towers import load_image_encoder
@@ -69,7 +69,7 @@ class Pipeline:
         self.parts, self.offload = parts, offload
         self.name, self.backbone, self.image = parts.name, parts.backbone, parts.image
         if offload == "blocks":
-            self.backbone = with_blocks(parts.backbone, Visited)
+            self.backbone = with_blocks(parts.backbone, OffloadedBlocks)
             self.parts = replace(parts, backbone=self.backbone)
 
     @property
@@ -93,7 +93,7 @@ class Pipeline:
                 part.to(device)
         if self.offload == "blocks":
             for part in self.backbone.children():
-                part.move(device) if isinstance(part, Visited) else part.to(device)
+                part.move(device) if isinstance(part, OffloadedBlocks) else part.to(device)
         else:
             self.backbone.to(device)
         return self
@@ -239,7 +239,7 @@ class Pipeline:
 
         def branch(texts: list[str], acting: Sequence[Control | None]) -> Branch:
             text = self.encode_text(texts, copies)
-            leak = together(c.leak() for c in acting if c is not None)
+            leak = sum_loras(c.leak() for c in acting if c is not None)
             if cells is not None and text.canvas is not None:
                 text = replace(text, canvas=text.canvas[:, cells])
             guidance = None
@@ -285,7 +285,7 @@ class Pipeline:
         tokens = x.to(self.dtype)
         if branch.text.canvas is not None:
             tokens = torch.cat([tokens, branch.text.canvas.to(self.dtype)], -1)
-        lora = together(control.lora() for control in active)
+        lora = sum_loras(control.lora() for control in active)
         image = Stream(tokens, ids, t.to(self.dtype), branch.text.pooled, branch.guidance, lora)
         conditions = [stream for control in active for stream in control.streams()]
         text_ids = torch.zeros(branch.text.tokens.shape[1], 3, device=self.device)

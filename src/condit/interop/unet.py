@@ -13,7 +13,7 @@ from condit.backbones.unet import KeyValues, UNet, UNetConfig
 from condit.controls.control import Control, Run, Step
 from condit.controls.sides import sides
 from condit.interop.lend import Family, Onloaded, StandIn, plain, refused_kwargs
-from condit.nn.lora import Linear, LowRank, Pointwise, together
+from condit.nn.lora import Linear, LowRank, Pointwise, sum_loras
 from condit.weights.stable_diffusion import unet_config
 
 # Guided by one negative prompt, which comes first in the batch. InstructPix2Pix has three sides; T2I-Adapter and GLIGEN
@@ -144,7 +144,7 @@ def predict(
     backbone: UNet, inputs: Inputs, acting: Sequence[Sequence[Control]], text: Callable[[Tensor], KeyValues]
 ) -> Any:
     """A prediction by condit's UNet, in diffusers' two forms. A LoRA knows no rows, so with one the sides run apart."""
-    loras = [together(control.lora() for control in side) for side in acting]
+    loras = [sum_loras(control.lora() for control in side) for side in acting]
     if any(lora is not None for lora in loras):
         n = len(inputs.sample) // len(acting)
         parts = [inputs.rows(slice(i * n, (i + 1) * n)) for i in range(len(acting))]

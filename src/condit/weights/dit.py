@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from condit.backbones.dit import PRESETS, DiT, DiTConfig, sincos_positions
+from condit.backbones.dit import PRESETS, DiT, DiTConfig
+from condit.backbones.latent_transformer import sincos_positions
 from condit.weights.catalog import what_is
 from condit.weights.files import (
     atomic_write,
