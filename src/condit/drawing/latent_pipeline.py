@@ -26,7 +26,7 @@ from condit.drawing import edit as editing
 from condit.drawing.image_to_image import Images, check_picture, repainted, skipped, start_of
 from condit.drawing.pipeline import Result, check_counts, check_size, image_generators, negative_prompts
 from condit.drawing.references import describe_source, read_references
-from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyWords
+from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyTextTower
 from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
 from condit.nn.lora import LowRank, sum_loras
@@ -368,13 +368,13 @@ class LatentPipeline:
         """A CLIP image tower from its folder, where the model computes."""
         return load_image_encoder(folder).to(self.device)
 
-    def text_tower(self, folder: str | Path | None = None) -> TextTower | TinyWords | None:
+    def text_tower(self, folder: str | Path | None = None) -> TextTower | TinyTextTower | None:
         """A CLIP text tower with projection from its folder; None: the model's own, if it has one (SDXL's second, and
         the embedded UNet's)."""
         if folder is not None:
             return load_text_tower(folder).to(self.device)
         if isinstance(self.image, TinyImage):
-            return TinyWords(self.image, self.parts.text.tokenizer)  # type: ignore[union-attr]
+            return TinyTextTower(self.image, self.parts.text.tokenizer)  # type: ignore[union-attr]
         own = [pair for pair in zip(*towers_of(self.parts.text), strict=True) if hasattr(pair[1], "text_projection")]
         return TextTower(own[-1][1], own[-1][0]) if own else None
 

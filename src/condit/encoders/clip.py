@@ -1,14 +1,14 @@
-"""The embedded CLIP: an image tower and a text tower in one space, trained to tell concept and style apart.
+"""The embedded CLIP: an image tower and a text tower in one space that separates concept from style.
 
-transformers' `CLIPModel` (Radford et al. 2021, arXiv:2103.00020) with a small configuration. Of the shared space the
-first `CONCEPT` dimensions are trained on what is drawn and the `STYLE` dimensions on how (docs/tiny.md).
+transformers' `CLIPModel` (Radford et al. 2021, arXiv:2103.00020) with a small configuration. Training matches concepts
+in the `CONCEPT` dimensions of the shared space and styles in the `STYLE` dimensions (docs/tiny.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 CONCEPT, STYLE = slice(0, 192), slice(192, 256)
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]", "[EOS]")
 TOKEN_LIMIT = 24
+
+
+class TowerConfig(Protocol):
+    """Sizes in the configuration of one of CLIP's towers; only image towers have image_size and patch_size."""
+
+    hidden_size: int
+    projection_dim: int
+    num_hidden_layers: int
+    image_size: int
+    patch_size: int
 
 
 def make_clip(vocab_size: int) -> CLIPModel:
@@ -48,13 +58,13 @@ def make_clip(vocab_size: int) -> CLIPModel:
         "hidden_act": "gelu",
     }
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=STYLE.stop)
-    # Plain attention: at these lengths its backward is faster on CPUs, and it has no other effect.
+    # At these lengths the backward pass of plain attention is faster on CPUs.
     config._attn_implementation = "eager"
     return CLIPModel(config)
 
 
 def make_tokenizer(corpus: Iterable[str], vocab_size: int = 5000) -> PreTrainedTokenizerFast:
-    """WordPiece over lower-case words and single Chinese characters; unknown words fall into pieces."""
+    """WordPiece on lower-case words and single Chinese characters; unknown words are split into pieces."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +75,7 @@ def make_tokenizer(corpus: Iterable[str], vocab_size: int = 5000) -> PreTrainedT
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=letters, show_progress=False
     )
-    # A letter behind another one makes its piece "##x": without it an unknown word could not fall apart.
+    # A letter after another one makes the piece "##x", without which an unknown word could not be split.
     tokenizer.train_from_iterator(chain(corpus, (f"a{letter}" for letter in letters)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
@@ -81,12 +91,12 @@ def make_tokenizer(corpus: Iterable[str], vocab_size: int = 5000) -> PreTrainedT
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """(B, TOKEN_LIMIT) token numbers, cut and padded."""
+    """(B, TOKEN_LIMIT) token numbers, truncated and padded."""
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
 
 
 def normalise(embeddings: Tensor) -> Tensor:
-    """Concept and style part brought to unit length each, (B, 256) -> (B, 256)."""
+    """Unit length for the concept part and for the style part, (B, 256) -> (B, 256)."""
     return torch.cat([F.normalize(embeddings[:, CONCEPT], dim=-1), F.normalize(embeddings[:, STYLE], dim=-1)], -1)
 
 
@@ -103,13 +113,13 @@ def embed_image(clip: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def style_statistics(hidden: Tensor, layers: tuple[int, ...] = (2, 4)) -> Tensor:
-    """Mean and deviation over the patches of two middle layers, (L + 1, B, 65, 192) -> (B, 768).
+    """Mean and standard deviation over the patches of two middle layers, (L + 1, B, 65, 192) -> (B, 768).
 
-    They say how something is drawn and, without positions, little of what (the idea of Gatys et al. 2016 on a ViT).
-    Each of the four vectors is brought to zero mean and unit variance, so that none drowns the others.
+    Without positions they describe style more than content (Gatys et al. 2016, here on a ViT). Each of the four vectors
+    is normalised to zero mean and unit variance, so that none dominates.
     """
-    found = []
+    statistics = []
     for layer in layers:
         patches = hidden[layer][:, 1:].float()
-        found += [F.layer_norm(x, x.shape[-1:]) for x in (patches.mean(1), patches.std(1))]
-    return torch.cat(found, -1)
+        statistics += [F.layer_norm(x, x.shape[-1:]) for x in (patches.mean(1), patches.std(1))]
+    return torch.cat(statistics, -1)

@@ -10,7 +10,7 @@ import torch
 from condit.backbones.pixart import PixArt
 from condit.diffusion.vp import Process
 from condit.encoders.image import TinyImage
-from condit.encoders.text import TinyWords
+from condit.encoders.text import TinyTextStates
 from condit.encoders.vae import PatchAutoencoder
 from condit.weights.latent_models import LatentParts
 from condit.weights.pixart import load_transformer, tell_pixart
@@ -24,13 +24,13 @@ INDEX = {"_class_name": "IconPixArtPipeline", "transformer": "PixArtTransformer2
 def load_tiny_pixart(folder: Path, dtype: torch.dtype, name: str | None = None) -> LatentParts:
     """ValueError where the embedded MM-DiT, whose text tower and autoencoder it shares, is not there."""
     tiny, process = beside(folder)
-    words, vae = TinyWords(*load_clip(tiny / "clip")), load_latent(tiny / "vae")
+    words, vae = TinyTextStates(*load_clip(tiny / "clip")), load_latent(tiny / "vae")
     transformer = load_transformer(folder / "transformer")
     return finished(pixart_parts(transformer, words, vae, process, name or folder.name), folder, dtype)
 
 
 def pixart_parts(
-    transformer: PixArt, words: TinyWords, vae: PatchAutoencoder, process: Process, name: str
+    transformer: PixArt, words: TinyTextStates, vae: PatchAutoencoder, process: Process, name: str
 ) -> LatentParts:
     """What a pipeline draws with: in training, too."""
     side = transformer.config.sample_size * vae.config.patch

@@ -10,7 +10,7 @@ import torch
 from condit.backbones.unet import UNet
 from condit.diffusion.vp import Process
 from condit.encoders.image import TinyImage
-from condit.encoders.text import TinyWords
+from condit.encoders.text import TinyTextStates
 from condit.encoders.vae import PatchAutoencoder
 from condit.weights.files import load_strict
 from condit.weights.latent_models import LatentParts, tell_unet
@@ -28,12 +28,12 @@ def load_tiny_unet(folder: Path, dtype: torch.dtype, name: str | None = None) ->
     tiny, process = beside(folder)
     unet = UNet(unet_config(read_json(folder / "unet" / "config.json"), folder))
     load_strict(unet, floats(read_folder(folder / "unet")), source=folder / "unet")
-    words, vae = TinyWords(*load_clip(tiny / "clip")), load_latent(tiny / "vae")
+    words, vae = TinyTextStates(*load_clip(tiny / "clip")), load_latent(tiny / "vae")
     parts = unet_parts(unet, words, vae, process, name or folder.name)
     return finished(parts, folder, dtype)
 
 
-def unet_parts(unet: UNet, text: TinyWords, vae: PatchAutoencoder, process: Process, name: str) -> LatentParts:
+def unet_parts(unet: UNet, text: TinyTextStates, vae: PatchAutoencoder, process: Process, name: str) -> LatentParts:
     """What a pipeline draws with: in training, too."""
     side = unet.config.sample_size * vae.config.patch
     return LatentParts(
