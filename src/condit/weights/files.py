@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from condit.data.files import atomic_write, beside, fsync_path, hash_file, write_error
+from condit.data.files import atomic_write, fsync_path, hash_file, temporary_path, write_error
 
 __all__ = [
     "arrays_in",
@@ -154,7 +154,7 @@ def save_folder(folder: str | Path) -> Iterator[Path]:
     """Yields an empty folder to fill; at the end it is synced, marked COMPLETE and takes the place of `folder`.
     A crash, an exception or a full disk on the way leaves the old folder as it was; open_folder reads either."""
     target = Path(folder).resolve()
-    temporary = beside(target)
+    temporary = temporary_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()

@@ -14,7 +14,7 @@ from torch import Tensor
 from condit.controls.dit4edit import DiT4Edit
 from condit.controls.token_merging import TokenMerging
 from condit.data.images import to_images
-from condit.data.sheets import Cell, contact_sheet
+from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.inversion import Solver
 from condit.drawing.latent_pipeline import LatentPipeline
 from condit_lab.suites.edit_rows import Row, differences, interval
@@ -111,7 +111,7 @@ def show_trips(
         shown.setdefault("latent", to_images(editor.decode(found.trajectory[-1], found.size)))
         shown[f"{solver}, {steps} steps"] = to_images(editor.decode(found.again, found.size))
     rows = [
-        [Cell(image, "given", given=True), *(Cell(pictures[i], case) for case, pictures in shown.items())]
+        [SheetCell(image, "given", is_input=True), *(SheetCell(pictures[i], case) for case, pictures in shown.items())]
         for i, image in enumerate(images)
     ]
     return contact_sheet(rows, prompts)
