@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
         PreTrainedTokenizerFast,
     )
+
+
+class ImageEncoder(Protocol):
+    """Images (B, 3, H, W) in [-1, 1] -> features (B, features), for an adapter's image prompt."""
+
+    features: int
+
+    def __call__(self, images: Tensor) -> Tensor: ...
 
 
 class TinyImage(nn.Module):
