@@ -94,7 +94,7 @@ def test_version(run):
         (["generate", "a", "--steps", "0"], "0 steps asked for"),
         (["generate", "a", "--control", "ref.png"], "ADAPTER=REF"),
         (["generate", "a", "-o", "out.txt"], "end it in .png"),
-        (["generate", "a", "-o", "out.jpg"], "only a PNG can contain a recipe"),
+        (["generate", "a", "-o", "out.jpg"], "only a PNG carries its recipe"),
         (["train", "absent.toml"], "no recipe at absent.toml"),
         (["evaluate", "flux"], "No such command 'flux'"),
         (["evaluate", "classes", "runs/x"], "Missing option '--data'"),
