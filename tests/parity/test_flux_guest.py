@@ -498,7 +498,9 @@ def test_a_lora_of_diffusers_acts_on_text_and_image_and_never_on_a_condition(dev
     memories = []
     for guest in (styled, plain):
         control = omini(guest, independent=True).control(pictures(1))
-        run = run_of(guest.backbone, inputs_of(dev.theirs.transformer))
+        backbone = guest.backbone
+        assert isinstance(backbone, MMDiT)
+        run = run_of(backbone, inputs_of(dev.theirs.transformer))
         with torch.no_grad():
             memories.append(control.prepare(run).memory)
     for path, (k, v) in memories[0].items():

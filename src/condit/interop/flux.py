@@ -204,7 +204,7 @@ def borrow(transformer: nn.Module) -> MMDiT:
 def config_of(transformer: nn.Module) -> MMDiTConfig:
     """condit's configuration of diffusers' transformer; the fields have the same names. ValueError for others."""
     public = {k: v for k, v in native(transformer).config.items() if not k.startswith("_")}
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in public.items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in public.items()}
     unknown = sorted(fields.keys() - MMDiTConfig.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(f"The transformer's configuration has {unknown[0]!r}, which FLUX.1's does not. Another model?")

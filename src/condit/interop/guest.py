@@ -97,8 +97,9 @@ class Guest:
         host = copy.copy(pipe)
         # This precedes offloading, which loads the network and unloads the autoencoder.
         # A proxy, as in a circle of references a call's keys and values would outlive it.
+        proxy = cast("NativePipeline", weakref.proxy(host))
         arguments = call_arguments(pipe, args, kwargs)
-        stand_in = self.family.stand_in(self, weakref.proxy(host), tuple(controls), arguments)
+        stand_in = self.family.stand_in(self, proxy, tuple(controls), arguments)
         # diffusers' setattr would write the stand-in's class into the configuration.
         vars(host).update(
             {self.family.part: stand_in},

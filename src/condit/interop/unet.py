@@ -152,8 +152,8 @@ def run_of(backbone: UNet, inputs: UNetInputs, memory: dict) -> Run:
     x = inputs.sample
     pooled = (inputs.added_cond_kwargs or {}).get("text_embeds", x.new_zeros(len(x), 0))
     grid = int(x.shape[-2]), int(x.shape[-1])
-    channels = backbone.config.out_channels
-    return Run(backbone, batch=len(x), grid=grid, pooled=pooled, guidance=None, in_channels=channels, memory=memory)
+    shape = len(x), grid, pooled, None, backbone.config.out_channels
+    return Run(backbone, *shape, memory=memory)  # type: ignore[arg-type]  # a UNet takes no streams, so it has no prefill
 
 
 def predict(
