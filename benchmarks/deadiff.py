@@ -78,7 +78,7 @@ def variants(s: Setting) -> dict[str, Callable[[], Tensor]]:
     def predict(control: DEADiffReference | None) -> Tensor:
         return s.unet(s.x, s.t, s.text, controls=() if control is None else (control,))
 
-    made, weighed = acting(s), acting(s, acts="attention", strength={"style": 0.7, "content": 0.7})
+    made, weighed = acting(s), acting(s, weighed="attention", strength={"style": 0.7, "content": 0.7})
     return {
         PLAIN: lambda: predict(None),
         "style and content, K', V' made once": lambda: predict(made),

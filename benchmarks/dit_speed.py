@@ -30,6 +30,7 @@ from condit.backbones.dit import PRESETS, DiT, DiTConfig
 from condit.diffusion.gaussian import gaussian, training_loss
 from condit.diffusion.gaussian_samplers import ancestral
 from condit.diffusion.guidance import class_guidance
+from condit.diffusion.steps import by_timestep
 from condit.training.optim import Average
 
 SAMPLING_STEPS = 250
@@ -99,7 +100,9 @@ def sampling(config: DiTConfig, batch: int, steps: int, device: str) -> dict[str
             return torch.randn(x.shape, generator=g, device=device)
 
         with torch.inference_mode():
-            return ancestral(class_guidance(network, labels, model.null_label, 4.0), x, process, noise=noise)
+            return ancestral(
+                by_timestep(class_guidance(network, labels, model.null_label, 4.0)), x, process, noise=noise
+            )
 
     def official() -> torch.Tensor:
         with tf32():

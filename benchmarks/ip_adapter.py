@@ -27,7 +27,7 @@ from condit.controls.control import Control, Run, Step
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import Resampler
 from condit.diffusion.vp import Process
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.image import CLIPImage
 from condit.encoders.text import Text
 from condit.weights.latent_models import LatentParts, tell_unet
@@ -200,7 +200,7 @@ def our_pipeline(s: Setting) -> Draw:
         process=Process(), solver="ddim", size=(8 * s.x.shape[2], 8 * s.x.shape[3]), steps=4, guidance=5.0,
         tell=tell_unet, zero_negative=False,
     )  # fmt: skip
-    pipe = LatentPipeline(parts)
+    pipe = Pipeline(parts)
 
     def draw(texts: Tensor, latents: Tensor, references: Tensor, guidance: float, steps: int) -> Tensor:
         none = texts.new_zeros(len(texts), 0)

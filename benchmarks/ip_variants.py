@@ -15,7 +15,7 @@ from condit.controls.control import Control, Run
 from condit.controls.deadiff_layers import coarse_layers, cross_shapes
 from condit.controls.ip_reference import IPReference
 from condit.data.grouped import PairKind
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.nn.attention import Attend, Call
 from condit.training.deadiff import DEADiffTask
 from condit.training.denoising import errors, latents_of, load_base, run_of
@@ -24,7 +24,7 @@ from condit.training.ip_adapter import IPAdapterTask
 from condit.training.loop import to_device
 from condit.training.paired import Paired, resized
 from condit.weights.files import load_strict, read_tensors
-from condit.weights.tiny import floats
+from condit.weights.folders import floats
 from condit_lab.icons.captions import plain_caption
 from condit_lab.icons.world import Icon, IconWorld
 from condit_lab.suites import sets
@@ -180,7 +180,7 @@ def pair_errors(
 def draw(task: IPAdapterTask, scene: Scene, file: Path, mark: str, *, shown: bool, seed: int) -> Tensor:
     """Pictures of the scene's labels (N, 3, 128, 128) uint8, shown their style references or nothing; kept in `file`.
     Picture i starts from the noise of seed + i in every trial."""
-    pipe = LatentPipeline(task.parts)
+    pipe = Pipeline(task.parts)
 
     def part(start: int) -> list:
         rows = torch.arange(start, min(start + sets.BATCH, len(scene.wanted)))
@@ -204,7 +204,7 @@ class Bench:
 
     @classmethod
     def of(cls, world: IconWorld, task: IPAdapterTask, scene: Scene, blank: Tensor) -> Bench:
-        ruler = rulers.make_ruler(world, LatentPipeline(task.parts))
+        ruler = rulers.make_ruler(world, Pipeline(task.parts))
         references = scene.references["style"]
         features = F.normalize(ruler.drawn(references)[0], dim=-1)
         given = rulers.Given(scene.wanted, scene.shown, references, scene.images, features)

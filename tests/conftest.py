@@ -24,7 +24,6 @@ from condit.controls.deadiff import DEADiff
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiConfig, OminiControl
 from condit.diffusion.vp import Process
-from condit.drawing.latent_pipeline import LatentPipeline
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import QFormerConfig
@@ -32,11 +31,11 @@ from condit.encoders.text import Text
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.encoders.words import Words
 from condit.weights.files import save_tensors
+from condit.weights.folders import WEIGHTS
 from condit.weights.latent_models import LatentParts, tell_unet
-from condit.weights.load import Parts
+from condit.weights.parts import Parts
 from condit.weights.pixart import tell_pixart
-from condit.weights.tiny import WEIGHTS
-from condit.weights.tiny_unet import INDEX
+from condit.weights.tiny import UNET_INDEX
 from condit_lab.training.unet import PROCESS, scheduler_config
 
 SIZE = 32, 48  # pixels; tokens of 8 px stand in 4 rows of 6, so that rows and columns cannot be confused
@@ -148,7 +147,7 @@ class StubWords(nn.Module):
         return Text(tokens, torch.stack([torch.randn(self.pooled, generator=g) for g in gs]))
 
 
-def build_latent(kind: str = "sd15", **unet) -> LatentPipeline:
+def build_latent(kind: str = "sd15", **unet) -> Pipeline:
     """A random pipeline with a UNet of two levels: "sd15", "sd15-inpainting" or "sdxl"."""
     g, xl = torch.Generator().manual_seed(0), kind == "sdxl"
     with torch.random.fork_rng():
@@ -177,7 +176,7 @@ def build_latent(kind: str = "sd15", **unet) -> LatentPipeline:
     randomise(backbone, 1)
     randomise(vae, 2, 0.02)
     vae.fit(torch.rand(8, 3, *SIZE, generator=g) * 2 - 1)
-    return LatentPipeline(
+    return Pipeline(
         LatentParts(
             name=f"random {kind}",
             hash="0" * 16,
@@ -207,7 +206,7 @@ def build_tiny_unet(folder: Path) -> Path:
     save_tensors(folder / "unet" / WEIGHTS, {k: v.half() for k, v in unet.state_dict().items()})
     (folder / "unet" / "config.json").write_text(json.dumps(asdict(config)))
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_config(PROCESS)))
-    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    (folder / "model_index.json").write_text(json.dumps(UNET_INDEX))
     return folder
 
 
@@ -234,7 +233,7 @@ def build_tower() -> ClipPatches:
     return ClipPatches(tower.eval().requires_grad_(False))
 
 
-def build_deadiff(pipe: LatentPipeline) -> DEADiff:
+def build_deadiff(pipe: Pipeline) -> DEADiff:
     sizes = {"queries": 3, "layers": 1, "heads": 2, "hidden": 8, "vocabulary": 30523, "positions": 4}
     width = pipe.backbone.config.cross_attention_dim
     with torch.random.fork_rng():
@@ -257,7 +256,7 @@ def build_pictures(n: int, seed: int = 5) -> list[np.ndarray]:
     return list(small.repeat(8, 1).repeat(8, 2))
 
 
-def build_pixart(like: Pipeline) -> LatentPipeline:
+def build_pixart(like: Pipeline) -> Pipeline:
     """PixArt behind the same autoencoder and text: its tokens have 8 px, in 4 rows of 6."""
     torch.manual_seed(0)
     config = PixArtConfig(
@@ -274,7 +273,7 @@ def build_pixart(like: Pipeline) -> LatentPipeline:
             tokens = stub(prompts).tokens
             return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=torch.ones(tokens.shape[:2]))
 
-    return LatentPipeline(
+    return Pipeline(
         LatentParts(
             name="pixart",
             hash="0" * 16,
@@ -298,12 +297,12 @@ def make_pipe() -> Callable[..., Pipeline]:
 
 
 @pytest.fixture(scope="session")
-def make_latent() -> Callable[..., LatentPipeline]:
+def make_latent() -> Callable[..., Pipeline]:
     return build_latent
 
 
 @pytest.fixture(scope="session")
-def make_pixart() -> Callable[[Pipeline], LatentPipeline]:
+def make_pixart() -> Callable[[Pipeline], Pipeline]:
     return build_pixart
 
 
@@ -323,7 +322,7 @@ def make_tower() -> Callable[[], ClipPatches]:
 
 
 @pytest.fixture(scope="session")
-def make_deadiff() -> Callable[[LatentPipeline], DEADiff]:
+def make_deadiff() -> Callable[[Pipeline], DEADiff]:
     return build_deadiff
 
 

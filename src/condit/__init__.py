@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from condit.controls.style_lora import StyleLoRA
     from condit.controls.token_merging import TokenMerging
     from condit.data.images import load_image, save_image
-    from condit.drawing.class_pipeline import ClassPipeline
     from condit.drawing.classifier import ViTPipeline
-    from condit.drawing.latent_pipeline import LatentPipeline
     from condit.drawing.loading import load
     from condit.drawing.pipeline import Pipeline
-    from condit.drawing.pixel_pipeline import PixelPipeline
+    from condit.drawing.pipeline import Pipeline as ClassPipeline
+    from condit.drawing.pipeline import Pipeline as LatentPipeline
+    from condit.drawing.pipeline import Pipeline as PixelPipeline
 
 __version__ = "0.1.0"
 
@@ -49,9 +49,6 @@ __all__ = [
 _HOME = {
     "load": "condit.drawing.loading",
     "Pipeline": "condit.drawing.pipeline",
-    "LatentPipeline": "condit.drawing.latent_pipeline",
-    "ClassPipeline": "condit.drawing.class_pipeline",
-    "PixelPipeline": "condit.drawing.pixel_pipeline",
     "ViTPipeline": "condit.drawing.classifier",
     "IPAdapter": "condit.controls.ip_adapter",
     "InstantStyle": "condit.controls.instantstyle",
@@ -69,10 +66,16 @@ _HOME = {
 }
 
 
+# Names of a time when each family of models had a pipeline of its own.
+_ALIASES = dict.fromkeys(("LatentPipeline", "ClassPipeline", "PixelPipeline"), "Pipeline")
+
+
 def __getattr__(name: str) -> object:
     """PEP 562: torch and diffusers cost seconds, `condit --help` must not pay them."""
+    if name in _ALIASES:
+        return __getattr__(_ALIASES[name])
     if name not in _HOME:
-        raise AttributeError(f"condit has no {name!r}; it has {', '.join(sorted(_HOME))}")
+        raise AttributeError(f"condit has no {name!r}; it has {', '.join(sorted({*_HOME, *_ALIASES}))}")
     module = import_module(_HOME[name])
     value = module if module.__name__ == f"condit.{name}" else getattr(module, name)
     globals()[name] = value
@@ -80,4 +83,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, *_ALIASES})

@@ -16,7 +16,7 @@ from condit.encoders.image import TinyImage
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.weights import catalog
 from condit.weights.files import save_tensors
-from condit.weights.tiny import WEIGHTS
+from condit.weights.folders import WEIGHTS
 
 
 def randomise(module: nn.Module, generator: torch.Generator) -> None:

@@ -101,11 +101,11 @@ def test_version(run):
         (["evaluate", "style", "--sets", "none"], "No such option: --sets"),
         (["evaluate", "style", "--split", "train"], "--split is combo or style; found 'train'"),
         (["evaluate", "tiny", "--methods", "plain"], "No such option: --methods"),
-        (["verify", "flux"], "vit, dit, diffit and all"),
-        (["verify", "all", "x.pt"], "a FILE holds one backbone"),
+        (["verify", "flux"], "expected one of vit, dit, diffit"),
+        (["verify", "all", "x.pt"], "a FILE holds one of vit, dit, diffit"),
         (["verify", "vit", "x.npz", "--golden", "."], "--golden and --into are for the recorded tensors"),
         (["verify", "vit", "--heads", "4"], "--heads is for a FILE"),
-        (["verify", "vit", "--into", "x.md"], "the table of all backbones"),
+        (["verify", "vit", "--into", "x.md"], "the table of all systems"),
         (["data", "icons"], "Missing option"),
     ],
 )
@@ -161,7 +161,7 @@ def test_an_interrupt_exits_130(run, monkeypatch):
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("condit.cli.doctor.check", interrupted)
+    monkeypatch.setattr("condit.cli.diagnosis.check", interrupted)
     assert run("doctor")[0] == 130
 
 
@@ -179,7 +179,7 @@ def test_every_error_is_one_line(run, monkeypatch, error, line):
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("condit.cli.doctor.check", fails)
+    monkeypatch.setattr("condit.cli.diagnosis.check", fails)
     code, out, err = run("doctor")
     assert (code, out) == (1, "")
     assert err.startswith(line)
@@ -512,7 +512,7 @@ def test_verify_without_fixtures_or_with_a_file_of_another_model_is_a_clear_erro
 def test_verify_takes_an_embedded_models_name_and_tells_what_else_it_is(run):
     assert "It looks like a FLUX transformer of diffusers" in run("verify", "dit", "tiny")[2]
     part = catalog.MODELS["tiny"].path / "transformer"  # its file bears a plain name where others bear fields
-    assert "It looks like a transformer in diffusers' layout" in run("verify", "diffit", str(part))[2]
+    assert "It looks like a FLUX transformer of diffusers" in run("verify", "diffit", str(part))[2]
 
 
 def test_verify_tells_what_a_file_is_in_text_and_json(run, tmp_path):
@@ -529,7 +529,7 @@ def test_verify_tells_what_a_file_is_in_text_and_json(run, tmp_path):
 @needs_tiny
 def test_a_model_with_one_sampler_takes_no_other(run):
     code, _, errors = run("generate", "a red apple", "--sampler", "ddim")
-    assert code == 1 and "takes no sampler" in errors
+    assert code == 1 and "has one sampler" in errors
 
 
 @needs_tiny
@@ -545,7 +545,7 @@ def test_a_class_model_draws_a_class_by_name_and_takes_nothing_else(run, picture
     code, _, err = run("replay", "a.png")
     assert code == 0 and "the same picture" in err
     refused = {
-        "draws classes and takes no references": ("--style", str(picture)),
+        "generates classes and takes no references": ("--style", str(picture)),
         "takes no negative": ("--negative", "x"),
     }
     for why, more in refused.items():
@@ -588,7 +588,7 @@ def test_a_wrong_edit_is_told_before_anything_is_loaded(run, picture, arguments,
 @needs_tiny
 def test_an_edit_of_a_size_that_the_model_does_not_draw_is_told(run, picture):
     code, _, err = run("edit", str(picture), "a red apple", "a green apple", "--height", "256", "--width", "128")
-    assert code == 1 and "tiny draws 128 x 128; found 256 x 128" in err
+    assert code == 1 and "tiny generates 128 x 128; found 256 x 128" in err
 
 
 def test_a_missing_picture_to_edit_is_told(run):

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import condit
-from condit.diffusion.edm import EDM, edm_sigmas, heun, precondition
+from condit.diffusion.edm import EDM, edm_path, heun, precondition
+from condit.diffusion.steps import by_timestep
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig, decode_latents
 from condit.training import latent_cache
 from condit.training.class_conditional import ClassConditionalTask
@@ -27,7 +28,7 @@ from condit.weights import catalog
 from condit.weights.diffit import load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
 from condit.weights.files import read_tensors, save_tensors
-from condit.weights.tiny import WEIGHTS
+from condit.weights.folders import WEIGHTS
 from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit
 from condit_lab.icons.world import sample_path
@@ -456,7 +457,7 @@ def test_a_u_shape_trains_a_step_on_pixels_and_its_export_draws(icons, tmp_path,
     noise = torch.randn(3, *task.size, generator=torch.Generator().manual_seed(6))[None]
     edm, network = EDM(sigma_max=20.0), load_diffit_image(folder / WEIGHTS)
     with torch.no_grad():
-        alone = heun(precondition(network, edm), 20.0 * noise, edm_sigmas(3, edm)).clamp(-1, 1)
+        alone = heun(by_timestep(precondition(network, edm)), 20.0 * noise, edm_path(3, edm)).clamp(-1, 1)
     torch.testing.assert_close(found.images[1:], alone, rtol=0, atol=1e-4)  # a row of a batch
     again = pipe(latents=noise, num_inference_steps=3, output_type="pt").images
     torch.testing.assert_close(again, alone, rtol=0, atol=1e-6)

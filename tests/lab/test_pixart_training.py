@@ -10,7 +10,7 @@ import condit
 from condit.backbones.pixart import PRESETS, PixArtConfig
 from condit.controls.dit4edit import DiT4Edit
 from condit.diffusion.vp import training_pair
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.vae import encode_latents
 from condit.training.loop import Loop, LoopConfig
 from condit.weights import catalog
@@ -78,7 +78,7 @@ def test_a_run_stopped_and_resumed_ends_as_one_that_was_not_and_loads(tmp_path, 
     folder = tmp_path / "whole" / "export"
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["beta_schedule"] == "linear"
     pipe = condit.load(folder)
-    assert isinstance(pipe, LatentPipeline) and pipe.size == (128, 128) and pipe.parts.process == PROCESS
+    assert isinstance(pipe, Pipeline) and pipe.size == (128, 128) and pipe.parts.process == PROCESS
     picture = pipe("a red apple", num_inference_steps=2, seed=0).images[0]
     assert picture.size == (128, 128)
     inversion = pipe.invert(picture, "a red apple", num_inference_steps=2)
@@ -132,5 +132,5 @@ def test_bad_settings_and_a_missing_part_are_told(tmp_path, new_task, monkeypatc
     task = new_task()
     task.export(tmp_path, {})
     monkeypatch.delitem(catalog.MODELS, "tiny")
-    with pytest.raises(ValueError, match="'tiny', which this installation has not"):
+    with pytest.raises(ValueError, match="'tiny', which is not installed"):
         condit.load(tmp_path)

@@ -9,11 +9,11 @@ import torch
 import condit
 from condit.backbones.unet import PRESETS, Transformer
 from condit.data.images import to_images
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.training.loop import Loop, LoopConfig
 from condit.training.run import tasks
 from condit.weights.catalog import TINY
-from condit.weights.tiny_unet import INDEX
+from condit.weights.tiny import UNET_INDEX
 from condit_lab.icons.world import sample_path
 from condit_lab.training import unet, unet_joint
 from condit_lab.training.unet import PROCESS, Silence, UNetTask
@@ -64,7 +64,7 @@ def test_a_run_that_stops_continues_bit_by_bit_and_its_export_is_a_pipeline(make
     assert not torch.equal(whole.unet.conv_in.weight, make_task().unet.conv_in.weight)
 
     pipe = condit.load(tmp_path / "whole" / "export")
-    assert isinstance(pipe, LatentPipeline) and pipe.size == (128, 128) and not pipe.repaints
+    assert isinstance(pipe, Pipeline) and pipe.size == (128, 128) and not pipe.model.repaints
     how = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"}
     told = pipe(["a red apple", "a house"], **how).images
     assert told.shape == (2, 32, 16, 16) and not torch.equal(told[0], told[1])
@@ -144,7 +144,7 @@ def test_words_reach_it_by_their_states_alone(make_task):
     task = make_task()
     for p in task.unet.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    pipe, text = LatentPipeline(task.parts), task.text(["a red apple"])
+    pipe, text = Pipeline(task.parts), task.text(["a red apple"])
     assert text.canvas is None and not text.pooled.numel()
     how = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"}
     plain = pipe(text, **how).images
@@ -153,7 +153,7 @@ def test_words_reach_it_by_their_states_alone(make_task):
 
 def test_a_recipe_finds_the_task_and_the_index_its_loader():
     assert tasks()["text-to-image-unet"] is UNetTask
-    assert INDEX["_class_name"].startswith("IconUNet")
+    assert UNET_INDEX["_class_name"].startswith("IconUNet")
 
 
 def test_where_there_is_much_noise_the_mmdit_teaches_rows_without_a_reference_alone(make_task, monkeypatch):

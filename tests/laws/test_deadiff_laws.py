@@ -14,7 +14,7 @@ from condit.controls.deadiff import DEADiff
 from condit.controls.instantstyle import InstantStyle
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.style_lora import StyleLoRA
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.image import CLIPImage
 from condit.nn.lora import LoRA, linear_shapes
 
@@ -35,7 +35,7 @@ every_control = pytest.mark.parametrize("name", ["style", "both", "attention", "
 class World:
     """A pipeline of some ten thousand weights with its adapter and six pictures."""
 
-    def __init__(self, pipe: LatentPipeline, adapter: DEADiff):
+    def __init__(self, pipe: Pipeline, adapter: DEADiff):
         self.pipe, self.adapter, self.tower = pipe, adapter, adapter.tower
         self.pictures = list(np.random.default_rng(0).integers(0, 256, (6, 20, 24, 3), dtype=np.uint8))
 

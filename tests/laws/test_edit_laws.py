@@ -14,7 +14,6 @@ from condit.backbones.pixart import PixArt, PixArtConfig
 from condit.controls.control import Run, Step, When, Where
 from condit.controls.dit4edit import PRESETS, Blend, DiT4Edit
 from condit.controls.token_merging import TokenMerging
-from condit.drawing.latent_pipeline import LatentPipeline
 from condit.drawing.pipeline import Pipeline
 
 HOW = {"num_inference_steps": 3, "output_type": "latent", "iterations": 1}
@@ -32,7 +31,7 @@ SETS = {
 
 
 @pytest.fixture(scope="module")
-def pipes(make_pipe, make_pixart) -> dict[str, Pipeline | LatentPipeline]:
+def pipes(make_pipe, make_pixart) -> dict[str, Pipeline]:
     return {
         "mmdit": make_pipe(blocks=1),
         "distilled": make_pipe(guidance_embeds=True, distilled=True, blocks=1),

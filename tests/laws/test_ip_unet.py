@@ -15,9 +15,9 @@ from condit.controls.control import Control, Run, Step, When
 from condit.controls.instantstyle import BlockScore, InstantStyle, modules_of, preset, probe
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import Resampler
-from condit.controls.ip_reference import Together
 from condit.controls.style_lora import StyleLoRA
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.controls.wrap import Together
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.image import CLIPImage
 from condit.nn.lora import LoRA, linear_shapes
 
@@ -39,7 +39,7 @@ def tower() -> CLIPImage:
     return CLIPImage(model)
 
 
-def made(pipe: LatentPipeline, encoder: CLIPImage, *, plus: bool, seed: int) -> IPAdapter:
+def made(pipe: Pipeline, encoder: CLIPImage, *, plus: bool, seed: int) -> IPAdapter:
     """A random adapter with weights that do something."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -54,7 +54,7 @@ def made(pipe: LatentPipeline, encoder: CLIPImage, *, plus: bool, seed: int) -> 
 
 @dataclass(frozen=True)
 class World:
-    pipe: LatentPipeline
+    pipe: Pipeline
     whole: IPAdapter
     plus: IPAdapter
 
@@ -199,7 +199,7 @@ def test_sum_is_two_controls_and_shares_the_weights(world, references):
     assert isinstance(both, Together)
     apart = [world.whole.control(one, strength=0.7), world.whole.control(two, strength=0.3)]
     close(world.draw([both]), world.draw(apart), 1e-4)
-    assert all(part.adapter is world.whole for part in both.parts)
+    assert all(part.adapter is world.whole for part in both.inside)
 
 
 @pytest.mark.parametrize("name", ["whole", "plus"])
@@ -263,7 +263,7 @@ def test_a_region_stands_at_its_place_on_every_level(world, references):
     assert acting is not None
     seen = {}
     for rows, columns in ((9, 11), (5, 6)):
-        region = acting.region[rows * columns].view(rows, columns)  # type: ignore[attr-defined,index]
+        region = acting.area[rows * columns].view(rows, columns)  # type: ignore[attr-defined,index]
         assert torch.equal(region, region[:1].expand_as(region))  # columns only
         assert region[0, 0] == 1 and region[0, -1] == 0
         seen[columns] = float(region[0].sum()) / columns
@@ -277,7 +277,7 @@ def test_one_mask_for_each_reference(world, references):
     how = {"height": 36, "width": 44}
     close(world.draw([both], **how), world.draw(apart, **how), 1e-4)
     partly = world.whole.control([references[:2]], combine="sum", mask=[LEFT, None])
-    assert partly.parts[1].mask is None  # type: ignore[attr-defined]
+    assert partly.inner[1].mask is None  # type: ignore[attr-defined]
 
 
 # InstantStyle

@@ -318,7 +318,7 @@ def test_the_sequence_holds_each_cell_once_where_it_stands(world, references):
     assert torch.equal(image.ids, ids[flat]) and torch.equal(condition.ids, ids[~flat])
     canvas = world.pipe.encode_text(["a fox"]).canvas
     assert torch.equal(image.tokens[..., 16:], canvas[:, flat])  # the text's canvas follows the cells too
-    whole = world.pipe.noise((4, 6), [torch.Generator().manual_seed(0)])
+    whole = world.pipe.noise(world.pipe.layout(1, (32, 48)), [torch.Generator().manual_seed(0)])(torch.empty(0))
     assert torch.equal(image.tokens[..., :16], whole[:, flat])  # a seed means the same noise in the same cell
 
 

@@ -99,13 +99,13 @@ class GoldenPipe:
             acting = [c for control in given if control is not None for c in self.at_work(control, len(x))]
             sides.append((t[f"{name}prompt_embeds"].expand(len(x), -1, -1), acting, more))
 
-        def denoise(x: Tensor, time: float, i: int) -> Tensor:
-            times = torch.full((len(x),), time)
+        def denoise(x: Tensor, step: Step) -> Tensor:
+            times = torch.full((len(x),), step.time)
             found = [self.backbone(x, times, text, controls=acting, **more) for text, acting, more in sides]
             return guide(found[0], found[1], settings["guidance_scale"])
 
         kept: list[Tensor] = []
-        sample("ddim", process, denoise, x, path, on_step=lambda i, x, x0: kept.append(x))
+        sample(denoise, x, path, on_step=lambda i, x, x0: kept.append(x))
         return kept
 
 

@@ -236,8 +236,8 @@ def test_a_guided_ddim_run_of_the_released_sampler(unet, adapter, mode, weight):
         (golden["negative_text"], controls_of(adapter, unet, (), weight)),
     ]
 
-    def denoise(x: Tensor, t: float, i: int) -> Tensor:
-        at = torch.full((len(x),), t)
+    def denoise(x: Tensor, step: Step) -> Tensor:
+        at = torch.full((len(x),), step.time)
         cond, uncond = (unet(x, at, text, controls=controls) for text, controls in sides)
         return uncond + told["guidance"] * (cond - uncond)
 

@@ -13,8 +13,8 @@ import condit
 from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
 from condit.weights import flux
 from condit.weights.files import save_tensors
-from condit.weights.flux_vae import autoencoder_tensors
-from condit.weights.flux_vae import to_diffusers as vae_to_diffusers
+from condit.weights.vae import autoencoder_tensors
+from condit.weights.vae import vae_names as vae_to_diffusers
 
 TINY = MMDiTConfig(
     in_channels=8,

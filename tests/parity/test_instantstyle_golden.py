@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from condit.controls.control import Control, Run, Step, Where
 from condit.controls.instantstyle import EASES, STAGES, InstantStyle, block_weights, modules_of
 from condit.controls.ip_adapter import IPAdapter, IPConfig
-from condit.controls.ip_files import Layer
-from condit.controls.ip_reference import Together
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.controls.ip_projectors import Layer
+from condit.controls.wrap import Together
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import ClipText
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
 
@@ -125,10 +125,10 @@ def test_a_reference_each_for_style_and_layout_acts_in_its_blocks_with_the_weigh
     rng = np.random.default_rng(0)
     one, other = (Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)) for _ in range(2))
     both = style.control(style=one, layout=other, strength=0.8, layout_strength=0.3)
-    assert isinstance(both, Together) and all(part.adapter is style.adapter for part in both.parts)
+    assert isinstance(both, Together) and all(part.adapter is style.adapter for part in both.inside)
     apart = [style.control(one, preset="style", strength=0.8), style.control(other, preset="layout", strength=0.3)]
     close(pipe.predict(given, both), pipe.predict(given, *apart), CALL)
-    assert {p.split(".transformer_blocks.")[0] for part in both.parts for p in part.kv} == {
+    assert {p.split(".transformer_blocks.")[0] for part in both.inside for p in part.kv} == {
         "up_blocks.0.attentions.1",
         "down_blocks.2.attentions.1",
     }
@@ -216,6 +216,23 @@ def test_the_choices_of_blocks_are_comfys(n):
         assert {places.index(m): w for m, w in found.items()} == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("boost", [None, 0.6])
+def test_the_precise_types_of_16_modules_are_comfys(boost):
+    """IPAdapterPlus.py, ipadapter_execute, "style transfer precise" and "composition precise" where not is_sdxl."""
+    places, pushed, fine = FACTS["index_to_block"]["layers16"], boost or WEIGHT, (*range(4), *range(9, 16))
+    for kind, expected in {
+        "style transfer precise": {**dict.fromkeys(fine, WEIGHT), 4: 0.25 * pushed, 5: pushed},
+        "composition precise": {
+            **dict.fromkeys(fine, pushed),
+            **dict.fromkeys((6, 7, 8), 0.1 * pushed),
+            4: 0.25 * WEIGHT,
+            5: WEIGHT,
+        },
+    }.items():
+        weights = block_weights(kind, comfy_sites(16), WEIGHT, boost=boost).strength
+        assert {places.index(module): w for module, w in weights.items()} == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("n", [11, 16])
 @pytest.mark.parametrize("kind", ["style transfer precise", "composition precise"])
 def test_what_is_pushed_away_acts_on_the_negative_side(n, kind):
@@ -223,9 +240,9 @@ def test_what_is_pushed_away_acts_on_the_negative_side(n, kind):
     weights = {11: {3: 0.8, 6: 0.8}, 16: {4: 0.2, 5: 0.8, 9: 0.8}}[n]
     layout = [3] if n == 11 else [4, 5]
     away = layout if kind.startswith("style") else [t for t in weights if t not in layout]
-    if n == 11:
-        against = block_weights(kind, comfy_sites(n)).against
-        assert against is not None and all(f"{places[t]}.*" in against for t in away)
+    against = block_weights(kind, comfy_sites(n)).against
+    assert against is not None and all(f"{places[t]}.*" in against for t in away)
+    assert not any(f"{places[t]}.*" in against for t in set(weights) - set(away))
     how = {
         "strength": {places[t]: w for t, w in weights.items()},
         "against": Where(tuple(f"{places[t]}.*" for t in away)),
@@ -254,7 +271,7 @@ def test_sdxls_second_text_encoder_names_what_to_leave_out(make_sd, make_latent)
     """Its pooled prompt is the content vector of the official code; SD 1.x has no projection, so no tower."""
     theirs, ours = make_sd("sdxl"), make_latent("sdxl")
     parts = [theirs.tokenizer, theirs.tokenizer_2], [theirs.text_encoder, theirs.text_encoder_2]
-    pipe = LatentPipeline(replace(ours.parts, text=ClipText(*parts, penultimate=True)))
+    pipe = Pipeline(replace(ours.parts, text=ClipText(*parts, penultimate=True)))
     tower = pipe.text_tower()
     assert tower is not None
     _, _, pooled, _ = theirs.encode_prompt("a red fox", do_classifier_free_guidance=False)

@@ -12,8 +12,8 @@ from condit.controls.ip_projectors import (
     IdentityProjection,
     ImageProjection,
     Resampler,
-    projector_of,
 )
+from condit.weights.ip_projectors import projector_of
 
 T = load_file(Path(__file__).parent / "golden" / "ip_adapter" / "projections.safetensors")
 CASES = {

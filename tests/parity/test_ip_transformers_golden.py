@@ -14,12 +14,13 @@ from torch import Tensor
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Run, Step
 from condit.controls.ip_adapter import IPAdapter
-from condit.controls.ip_files import read_layout
-from condit.controls.ip_sd3 import SD3Adapter
+from condit.controls.ip_projectors import SD3Adapter
 from condit.encoders.image import CLIPImage
 from condit.nn.attention import split_heads
 from condit.nn.streams import Stream
 from condit.weights.catalog import read_adapter
+from condit.weights.ip_files import read_layout
+from condit.weights.ip_load import sd3_adapter as read_sd3_adapter
 
 FOLDER = GOLDEN / "ip_adapter"
 FLUX, SD3 = (load_file(FOLDER / f"dit_{name}.safetensors") for name in ("flux", "sd3"))
@@ -115,7 +116,7 @@ def sd3_adapter(spelling: str = "diffusers") -> SD3Adapter:
         file = {official(n): t for n, t in file.items()}
     config = json.loads((FOLDER / "dit_sd3_config.json").read_text())
     head_dim = config["transformer"]["attention_head_dim"]
-    adapter = SD3Adapter.from_file(read_layout(file, "file"), head_dim, config["image_proj"]["dim_head"])
+    adapter = read_sd3_adapter(read_layout(file, "file"), head_dim, config["image_proj"]["dim_head"])
     return adapter.eval().requires_grad_(False)
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 import condit
 from condit.backbones.unet import CROSS_UP, PRESETS, UNet, UNetConfig
 from condit.diffusion.vp import Process
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.weights import original_sd
-from condit.weights.class_models import recognise as recognise_class
-from condit.weights.latent_models import recognise
+from condit.weights.load import identify
 from condit.weights.original_sd import (
     ORIGINALS,
     Original,
@@ -24,8 +23,8 @@ from condit.weights.original_sd import (
     open_clip_names,
     part,
     unet_names,
-    vae_names,
 )
+from condit.weights.vae import vae_names
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 RESNET = {
@@ -142,7 +141,7 @@ def test_vae_rules_agree_with_diffusers(make_sd):
         vae = AutoencoderKL.from_config(dict(ORIGINALS["sd15"].vae))  # type: ignore[assignment]
     original = original_vae(vae)  # type: ignore[arg-type]
     theirs = convert_ldm_vae_checkpoint(dict(original), vae.config)  # type: ignore[union-attr]
-    ours = vae_names({**part(original, VAE), "loss.logvar": torch.zeros(1)}, 4)
+    ours = vae_names({**part(original, VAE), "loss.logvar": torch.zeros(1)})
     assert len(ours) == 248
     assert ours.keys() == theirs.keys() == vae.state_dict().keys()  # type: ignore[union-attr]
 
@@ -184,11 +183,11 @@ def test_a_single_file_draws_what_its_folder_draws(make_sd, tmp_path: Path, kind
     pipe = make_sd(kind)
     pipe.save_pretrained(tmp_path / kind)
     originals = single_file(pipe, tmp_path / "model.safetensors", kind)
-    found = recognise(tmp_path / "model.safetensors")
-    assert found is not None and found.kind == "stable-diffusion-file"
+    found = identify(tmp_path / "model.safetensors")
+    assert found.kind == "stable-diffusion-file"
     parts = load_original(found.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
     how = {"seed": 1, "num_inference_steps": 2, "output_type": "pt", "sampler": "ddim"}
-    ours, folder = LatentPipeline(parts), condit.load(tmp_path / kind)
+    ours, folder = Pipeline(parts), condit.load(tmp_path / kind)
     assert torch.equal(ours("a red fox", **how).images, folder("a red fox", **how).images)
 
 
@@ -203,12 +202,12 @@ def test_deadiffs_checkpoint_is_a_base_too(make_sd, tmp_path: Path):
         tensors |= {n.replace(f".to_{letter}", f".i_to_{letter}"): torch.randn(tensors[n].shape) for n in texts}
     tensors |= {"style_blip.query_tokens": torch.zeros(1, 2, 3), "content_proj_layer.dense1.bias": torch.zeros(2)}
     torch.save({"state_dict": tensors, "global_step": 5}, tmp_path / "deadiff_v1.ckpt")
-    found = recognise(tmp_path / "deadiff_v1.ckpt")
-    assert found is not None and found.kind == "stable-diffusion-file"
+    found = identify(tmp_path / "deadiff_v1.ckpt")
+    assert found.kind == "stable-diffusion-file"
     parts = load_original(found.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
     how = {"seed": 1, "num_inference_steps": 2, "output_type": "pt"}
     folder = condit.load(tmp_path / "sd15")
-    assert torch.equal(LatentPipeline(parts)("a red fox", **how).images, folder("a red fox", **how).images)
+    assert torch.equal(Pipeline(parts)("a red fox", **how).images, folder("a red fox", **how).images)
 
 
 def test_a_file_of_another_width_is_told(make_sd, tmp_path: Path):
@@ -221,9 +220,11 @@ def test_a_file_of_another_width_is_told(make_sd, tmp_path: Path):
 
 def test_other_files_are_not_taken_for_stable_diffusion(tmp_path: Path):
     save_file({"blocks.0.adaLN_modulation.1.weight": torch.zeros(1)}, tmp_path / "dit.safetensors")
-    assert recognise(tmp_path / "dit.safetensors") is None
-    assert recognise_class(tmp_path / "dit.safetensors") is not None
-    assert recognise("tiny") is None and recognise(tmp_path) is None
+    assert identify(tmp_path / "dit.safetensors").kind == identify(tmp_path).kind == "dit"
+    assert identify("tiny").kind == "tiny"
+    save_file({"up_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="No model"):
+        identify(tmp_path / "other.safetensors")
 
 
 def test_the_tokenizer_is_looked_for_beside_the_file_and_in_the_models_folder(make_sd, monkeypatch, tmp_path: Path):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import condit
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 
 diffusers: Any = importlib.import_module("diffusers")  # its names are made when they are asked for
 PROMPTS = ["a red fox", "in the snow"]
@@ -173,7 +173,7 @@ def test_a_folder_of_half_precision_is_read(make_sd, tmp_path: Path):
     theirs = make_sd("sd15").to(torch.float16)
     theirs.save_pretrained(tmp_path, variant="fp16")
     ours = condit.load(tmp_path)
-    assert isinstance(ours, LatentPipeline) and ours.dtype == torch.float32
+    assert isinstance(ours, Pipeline) and ours.dtype == torch.float32
     wanted = theirs.unet.state_dict()["conv_in.weight"].float()
     assert torch.equal(ours.backbone.state_dict()["conv_in.weight"], wanted)
     assert condit.load(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16

@@ -20,7 +20,7 @@ from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import Resampler
 from condit.controls.omini import OminiConfig, OminiControl
 from condit.controls.style_lora import StyleLoRA
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.image import CLIPImage, TextTower
 from condit.interop import Guest, attach
 from condit.interop.unet import PIPELINES, ControlledUNet, borrow
@@ -56,7 +56,7 @@ class Pair:
     """diffusers' pipeline and condit's over equal weights, files of adapters, and the towers that they read with."""
 
     theirs: Any
-    ours: LatentPipeline
+    ours: Pipeline
     files: dict[str, Path]
     image: CLIPImage
     tower: Any
@@ -462,7 +462,7 @@ def test_what_diffusers_put_into_the_unet_is_not_left_out_silently(pairs):
 
 def test_other_pipelines_and_networks_are_refused_by_name(pairs):
     pair = pairs("sd15")
-    with pytest.raises(ValueError, match="attach takes diffusers' .*StableDiffusionPipeline.*; found LatentPipeline"):
+    with pytest.raises(ValueError, match="attach takes diffusers' .*StableDiffusionPipeline.*; found Pipeline"):
         attach(pair.ours)
     odd = copy.copy(pair.theirs)
     vars(odd)["unet"] = nn.Identity()

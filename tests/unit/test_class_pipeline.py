@@ -18,18 +18,19 @@ from condit.backbones.dit import DiT, DiTConfig
 from condit.backbones.vit import FLAVOURS, ViT, ViTConfig
 from condit.controls.control import Control, Step
 from condit.diffusion.gaussian import gaussian
-from condit.diffusion.gaussian_samplers import ancestral, image_noise
+from condit.diffusion.gaussian_samplers import ancestral
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
-from condit.drawing.class_pipeline import ClassPipeline
+from condit.diffusion.steps import by_timestep, image_noise
 from condit.drawing.classifier import ViTPipeline, prepare
 from condit.drawing.pipeline import Pipeline, Result
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.nn.attention import Attend, Call
-from condit.weights.class_models import ClassParts, Preprocess, kind_of, read_preprocess, write_labels
+from condit.weights.class_models import ClassParts, Preprocess, read_preprocess, write_labels
 from condit.weights.diffit import save_diffit
 from condit.weights.dit import save_dit
 from condit.weights.files import read_metadata, read_tensors, save_tensors
-from condit.weights.tiny import WEIGHTS
+from condit.weights.folders import WEIGHTS
+from condit.weights.load import kind_of_tensors
 from condit.weights.vit import save_vit
 
 DIT = DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=4, num_classes=5)
@@ -83,16 +84,16 @@ def home(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipe(home) -> ClassPipeline:
+def pipe(home) -> Pipeline:
     return condit.load(home / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def diffit(tmp_path_factory) -> ClassPipeline:
+def diffit(tmp_path_factory) -> Pipeline:
     return condit.load(write(tmp_path_factory.mktemp("diffit"), DIFFIT))
 
 
-def draw(pipe: ClassPipeline, label: Any = 1, **how) -> Tensor:
+def draw(pipe: Pipeline, label: Any = 1, **how) -> Tensor:
     return pipe(label, **{"seed": 0, "num_inference_steps": 3, "output_type": "latent", **how}).images
 
 
@@ -128,7 +129,7 @@ def test_a_drawing_is_the_official_sampler_over_the_official_guidance(pipe):
         assert torch.equal(noise(start), start)
         denoise = class_guidance(model, torch.tensor([1, 2]), 5, 4.0, channels=channels)
         with torch.no_grad():
-            expected = ancestral(denoise, start, gaussian(respacing="5"), noise=noise)
+            expected = ancestral(by_timestep(denoise), start, gaussian(respacing="5"), noise=noise)
         found = draw(pipe, [1, 2], seed=7, num_inference_steps=5, guidance_channels=given)
         assert torch.equal(found, expected)  # 4.0 is the default of the official sample.py
 
@@ -146,7 +147,7 @@ def test_diffit_draws_with_its_power_cosine_schedule_and_forms_its_biases_once(d
     network = lambda x, t, y: forward(diffit.backbone, x, t, y)  # noqa: E731
     denoise = class_guidance(network, torch.tensor([1]), 5, lambda t: power_cosine_scale(t, 4.4))
     with torch.no_grad():
-        expected = ancestral(denoise, start, gaussian(respacing="4"), noise=noise)
+        expected = ancestral(by_timestep(denoise), start, gaussian(respacing="4"), noise=noise)
     assert torch.equal(found, expected)
     assert not torch.equal(found, draw(diffit, num_inference_steps=4, guidance_power=0.0))
 
@@ -223,7 +224,7 @@ def test_a_repeat_is_bit_equal_and_the_global_generator_is_left_alone(pipe):
 # Guidance
 
 
-def rows_seen(pipe: ClassPipeline, label: Any, **how) -> list[int]:
+def rows_seen(pipe: Pipeline, label: Any, **how) -> list[int]:
     seen: list[int] = []
     hook = pipe.backbone.register_forward_hook(lambda module, inputs, out: seen.append(len(inputs[0])))
     draw(pipe, label, num_inference_steps=2, **how)
@@ -284,11 +285,11 @@ def test_an_export_of_the_trainer_says_what_it_predicts(tmp_path):
 
 
 def test_learned_variances_are_bounded_where_the_picture_is_predicted(pipe, tmp_path):
-    assert pipe.process(10).variance == "learned"  # as published
+    assert pipe.model.process(10).variance == "learned"  # as published
     path = write(tmp_path / "transformer", DIT, names=None)
     fields = {"id2label": dict(enumerate(NAMES)), "condit": {"predicts": "x0"}}
     (path.parent / "config.json").write_text(json.dumps(fields))
-    assert condit.load(tmp_path).process(10).variance == "bounded"
+    assert condit.load(tmp_path).model.process(10).variance == "bounded"
 
 
 # Sizes
@@ -388,7 +389,7 @@ def test_without_an_autoencoder_there_are_latents_only(tmp_path, home):
     with pytest.raises(ValueError, match=r"without an autoencoder.*vae=\.\.\."):
         condit.load(path)(1)
     assert draw(condit.load(path, vae=home / "vae"), output_type="pt").shape == (1, 3, 32, 32)
-    with pytest.raises(ValueError, match="4 latent channels, .* draws 3"):
+    with pytest.raises(ValueError, match="4 latent channels, .* has 3"):
         condit.load(write(tmp_path, replace(DIT, in_channels=3)), vae=home)
 
 
@@ -410,8 +411,8 @@ def test_a_published_name_stands_for_its_file_in_the_models_folder(tmp_path, mon
     model = DiT(DiTConfig(input_size=4, hidden_size=384, depth=1, num_heads=6))  # a published width tells the heads
     save_dit(model, tmp_path / "models" / "DiT-XL-2-256x256.pt")
     found = condit.load("dit-xl-2-256")
-    assert isinstance(found, ClassPipeline) and found.name == "dit-xl-2-256" and found.classes == 1000
-    assert found.index("golden retriever") == 207
+    assert isinstance(found, Pipeline) and found.name == "dit-xl-2-256" and found.model.classes == 1000
+    assert found.model.index("golden retriever") == 207
     write(tmp_path, DIFFIT).rename(tmp_path / "models" / "diffit_512.safetensors")
     assert isinstance(condit.load("diffit-512").backbone, DiffiT)
 
@@ -443,7 +444,7 @@ def test_class_names_are_found_beside_the_weights(place, tmp_path):
     for source in (
         (path, tmp_path) if place not in ("folder", "sidecar") else (path if place == "sidecar" else tmp_path,)
     ):
-        assert condit.load(source).index("red fox") == 2
+        assert condit.load(source).model.index("red fox") == 2
 
 
 def test_too_few_class_names_are_told(tmp_path):
@@ -457,12 +458,12 @@ def test_too_few_class_names_are_told(tmp_path):
         ("blocks.0.attn.qkv_temb.weight", "diffit"),
         ("module.blocks.3.adaLN_modulation.1.weight", "dit"),
         ("encoder.0.blocks.0.block.attn.qkv_temb.weight", "diffit-image"),
-        ("final_layer.adaLN_modulation.1.weight", None),  # FLUX of its authors
+        ("final_layer.adaLN_modulation.1.weight", None),  # FLUX of its authors, whose blocks have other names
         ("down_blocks.0.attentions.0.proj_in.weight", None),
     ],
 )
 def test_only_class_models_are_recognised(name, kind):
-    assert kind_of([name]) == kind
+    assert kind_of_tensors([name]) == kind
 
 
 def test_a_file_of_something_else_is_told_with_a_guess(tmp_path):
@@ -606,4 +607,4 @@ def test_the_embedded_model_is_still_a_pipeline_of_prompts():
 def test_parts_may_be_made_by_hand():
     model = DiT(DIT).eval().requires_grad_(False)
     parts = ClassParts("mine", "0" * 16, model, None, None, 4.0, 0.0, Path("."))
-    assert draw(ClassPipeline(parts)).shape == (1, 4, 4, 4)
+    assert draw(Pipeline(parts)).shape == (1, 4, 4, 4)

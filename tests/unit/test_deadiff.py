@@ -20,9 +20,10 @@ from condit.controls.deadiff_layers import CONTENT_LAYERS, coarse_layers, cross_
 from condit.data.images import load_image, to_tensor
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import QFormer, QFormerConfig, word_ids
-from condit.weights.catalog import read_adapter, what_is
+from condit.weights.catalog import read_adapter
 from condit.weights.deadiff import Checkpoint, join, save_published, split, to_ours, to_published
 from condit.weights.files import read_tensors, save_tensors
+from condit.weights.guess import what_is
 
 WIDTH = 64  # one head of 64, as heads are told from widths in files
 
@@ -596,3 +597,12 @@ def test_pictures_of_any_kind_are_read(adapter, pictures, tmp_path):
     first, *others = (adapter.control(kind) for kind in kinds)
     path = first.adapter.paths[0]
     assert all(torch.equal(other.kv[path][0], first.kv[path][0]) for other in others)
+
+
+def test_qformers_of_another_width_than_the_text_are_refused(bench, adapter, tmp_path):
+    """Their K', V' maps fit, so that only a call would fail, in a matrix product."""
+    narrow = replace(QFORMER, width=WIDTH // 2)
+    made = DEADiff(adapter.config, QFormer(QFORMER), QFormer(narrow), cross_shapes(bench.backbone))
+    file = save_tensors(tmp_path / "narrow.safetensors", made.tensors(), made.metadata())
+    with pytest.raises(ValueError, match=f"content Q-Former gives tokens of width {WIDTH // 2}; the text of bench"):
+        DEADiff.load(file, bench, image_encoder=adapter.tower)

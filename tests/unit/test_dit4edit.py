@@ -277,7 +277,7 @@ def test_words_that_differ_behind_what_the_encoder_reads_are_told():
 
 
 def acting_on(control: DiT4Edit, source: Words, target: Words) -> None:
-    control.check(Pair((source,), (target,)), Backbone())
+    control.edit(Pair((source,), (target,)), Backbone())
 
 
 def test_each_edit_may_have_its_own_mask(make_pipe):
@@ -318,7 +318,7 @@ def test_pictures_of_odd_sizes_are_fitted_and_wrong_ones_told(make_pipe):
     assert fixed.images[0].size == (48, 32)  # a model of one size
     with pytest.raises(ValueError, match="multiples of 8"):
         pipe.edit(odd, "a cat", "a dog", height=30, width=48)
-    with pytest.raises(ValueError, match="Pictures of 2 shapes"):
+    with pytest.raises(ValueError, match="Images of 2 shapes"):
         pipe.edit([odd, Image.new("RGB", (64, 64))], "a cat", "a dog")
 
 

@@ -260,11 +260,11 @@ def saved(tmp_path: Path, names: list[str], shape: tuple[int, ...] = (4, 4)) -> 
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (["blocks.0.attn.qkv_temb.weight", "blocks.0.attn.qkv.weight"], "a DiffiT; load it with load_diffit"),
+        (["blocks.0.attn.qkv_temb.weight", "blocks.0.attn.qkv.weight"], "a latent DiffiT; load it with load_diffit"),
         (["down_blocks.0.resnets.0.conv1.weight"], "a UNet of diffusers"),
         (["cls_token", "blocks.0.attn.qkv.weight"], "a ViT"),
         (["encoder.conv_in.weight"], "a VAE"),
-        (["transformer.x.lora_A.weight"], "a file for condit.OminiControl"),
+        (["transformer.x.lora_A.weight"], "a LoRA, for condit.OminiControl"),
         (["image_proj.proj.weight"], "a file for condit.IPAdapter"),
         (["double_blocks.0.img_attn.qkv.weight"], "a FLUX of its authors"),
         (["transformer_blocks.0.attn.to_q.weight", "single_transformer_blocks.0.norm.linear.weight"], "a FLUX"),
@@ -328,5 +328,5 @@ def test_a_field_of_a_later_version_is_refused(tmp_path):
 
 
 def test_an_empty_folder_is_told(tmp_path):
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
         load_dit(tmp_path)

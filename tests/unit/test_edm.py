@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from condit.diffusion.edm import EDM, edm_loss, edm_sigmas, heun, precondition, training_sigmas
+from condit.diffusion.edm import EDM, edm_loss, edm_path, heun, precondition, training_sigmas
+from condit.diffusion.steps import by_timestep
 
 DESIGN = EDM()
 
@@ -28,7 +29,7 @@ def start(dtype: torch.dtype = torch.float64) -> Tensor:
 def error(steps: int, mean: float = 0.3, std: float = 0.5) -> float:
     """Of the sampler, to the ODE's solution: mean + (x - mean) std / sqrt(std^2 + sigma_max^2)."""
     exact = mean + (start() - mean) * std / math.sqrt(std**2 + DESIGN.sigma_max**2)
-    return float((heun(ideal(mean, std), start(), edm_sigmas(steps, DESIGN)) - exact).abs().max())
+    return float((heun(by_timestep(ideal(mean, std)), start(), edm_path(steps, DESIGN)) - exact).abs().max())
 
 
 def test_the_sampler_solves_the_ode_of_gaussian_data():
@@ -41,7 +42,7 @@ def test_the_sampler_solves_the_ode_of_gaussian_data():
 
 def test_the_mean_of_the_data_is_a_fixed_point():
     x = torch.full((1, 3, 4, 4), 0.3, dtype=torch.float64)
-    torch.testing.assert_close(heun(ideal(0.3, 0.5), x, edm_sigmas(5, DESIGN)), x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(heun(by_timestep(ideal(0.3, 0.5)), x, edm_path(5, DESIGN)), x, rtol=0, atol=1e-12)
 
 
 def test_steps_ask_twice_but_the_last_and_may_be_replaced():
@@ -52,11 +53,13 @@ def test_steps_ask_twice_but_the_last_and_may_be_replaced():
         return torch.zeros_like(x)
 
     seen: list[int] = []
-    out = heun(denoise, start(), edm_sigmas(4, DESIGN), on_step=lambda i, x, x0: seen.append(i))
-    levels = edm_sigmas(4, DESIGN).tolist()
+    out = heun(by_timestep(denoise), start(), edm_path(4, DESIGN), on_step=lambda i, x, x0: seen.append(i))
+    levels = edm_path(4, DESIGN).sigmas
     assert asked == [levels[0], levels[1], levels[1], levels[2], levels[2], levels[3], levels[3]]
     assert seen == [0, 1, 2, 3] and float(out.abs().max()) < 1e-12  # it ends in the last estimate
-    replaced = heun(denoise, start(), edm_sigmas(4, DESIGN), on_step=lambda i, x, x0: x + 1 if i == 3 else None)
+    replaced = heun(
+        by_timestep(denoise), start(), edm_path(4, DESIGN), on_step=lambda i, x, x0: x + 1 if i == 3 else None
+    )
     torch.testing.assert_close(replaced, torch.ones_like(replaced))
 
 
@@ -101,7 +104,7 @@ def test_levels_and_factors_are_those_of_diffusers():
 
     theirs = EDMEulerScheduler()
     theirs.set_timesteps(18)
-    torch.testing.assert_close(edm_sigmas(18, DESIGN).float(), theirs.sigmas, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(edm_path(18, DESIGN).sigmas), theirs.sigmas, rtol=1e-6, atol=0)
     x, y = start(torch.float32), torch.randn(2, 3, 4, 4)
     for sigma in (0.002, 0.7, 80.0):
         found = precondition(lambda x, c: y, DESIGN)(x, torch.full((2,), sigma))
@@ -118,4 +121,4 @@ def test_a_design_that_cannot_be_is_refused(wrong):
     with pytest.raises(ValueError, match="must be positive"):
         EDM(**wrong)
     with pytest.raises(ValueError, match="at least 2"):
-        edm_sigmas(1, DESIGN)
+        edm_path(1, DESIGN)

@@ -9,6 +9,7 @@ from torch import Tensor
 from condit.diffusion import gaussian as g
 from condit.diffusion import gaussian_samplers as samplers
 from condit.diffusion.guidance import class_guidance, guide_channels, power_cosine_scale
+from condit.diffusion.steps import by_timestep, draw, image_noise
 
 X0 = torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(1))
@@ -24,7 +25,7 @@ def knowing(process: g.Gaussian, x0: Tensor) -> g.Denoise:
     """The network that knows the image: its noise is the one that leads from x0 to x."""
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        i = torch.searchsorted(process.timesteps, t)
+        i = torch.searchsorted(process.timesteps, t.long())
         alpha_bar = g.at(process.alphas_cumprod.double(), i, x)
         return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
 
@@ -230,22 +231,24 @@ def test_the_prior_costs_next_to_nothing():
 
 
 def test_ddim_with_the_true_noise_arrives_at_the_image():
-    found = samplers.ddim(knowing(FIXED, X0), NOISE, FIXED)
+    found = samplers.ddim(by_timestep(knowing(FIXED, X0)), NOISE, FIXED)
     torch.testing.assert_close(found, X0, rtol=0, atol=1e-4)
 
 
 def test_ancestral_steps_with_the_true_noise_arrive_at_the_image():
-    noise = samplers.image_noise(generators(1, 2, 3))
-    torch.testing.assert_close(samplers.ancestral(knowing(FIXED, X0), NOISE, FIXED, noise=noise), X0, rtol=0, atol=1e-4)
+    noise = image_noise(generators(1, 2, 3))
+    torch.testing.assert_close(
+        samplers.ancestral(by_timestep(knowing(FIXED, X0)), NOISE, FIXED, noise=noise), X0, rtol=0, atol=1e-4
+    )
 
 
 def test_inversion_ends_where_ddim_begins():
     process = g.gaussian(respacing="ddim50", variance="small")
     start = g.add_noise(process, X0, torch.tensor([0, 0, 0]), NOISE)
-    noise = samplers.ddim_invert(knowing(process, X0), start, process)
+    noise = samplers.ddim_invert(by_timestep(knowing(process, X0)), start, process)
     expected = g.add_noise(process, X0, torch.tensor([49] * 3), NOISE)
     torch.testing.assert_close(noise, expected, rtol=0, atol=1e-3)
-    torch.testing.assert_close(samplers.ddim(knowing(process, X0), noise, process), X0, rtol=0, atol=1e-3)
+    torch.testing.assert_close(samplers.ddim(by_timestep(knowing(process, X0)), noise, process), X0, rtol=0, atol=1e-3)
 
 
 def test_inversion_and_back_returns_the_image_the_closer_the_more_steps():
@@ -253,10 +256,10 @@ def test_inversion_and_back_returns_the_image_the_closer_the_more_steps():
         process = g.gaussian(respacing=respacing, variance="small")
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:  # the exact one if images are normal with variance 0.25
-            alpha_bar = g.at(process.alphas_cumprod, torch.searchsorted(process.timesteps, t), x)
+            alpha_bar = g.at(process.alphas_cumprod, torch.searchsorted(process.timesteps, t.long()), x)
             return x * (1 - alpha_bar).sqrt() / (0.25 * alpha_bar + 1 - alpha_bar)
 
-        back = samplers.ddim(denoise, samplers.ddim_invert(denoise, X0, process), process)
+        back = samplers.ddim(by_timestep(denoise), samplers.ddim_invert(by_timestep(denoise), X0, process), process)
         return (back - X0).abs().max().item() / X0.abs().max().item()
 
     assert error("1000") < 0.01
@@ -277,10 +280,10 @@ def shrinking(x: Tensor, t: Tensor) -> Tensor:
 def test_an_image_does_not_depend_on_its_batch(eta):
     def sample(*seeds: int) -> Tensor:
         made = generators(*seeds)
-        start, noise = samplers.draw((4, 6, 5), made), samplers.image_noise(made)
+        start, noise = draw((4, 6, 5), made), image_noise(made)
         if eta is None:
-            return samplers.ancestral(shrinking, start, LEARNED, noise=noise)
-        return samplers.ddim(shrinking, start, LEARNED, noise=noise, eta=eta)
+            return samplers.ancestral(by_timestep(shrinking), start, LEARNED, noise=noise)
+        return samplers.ddim(by_timestep(shrinking), start, LEARNED, noise=noise, eta=eta)
 
     together = sample(5, 6, 7)
     for row, seed in enumerate((5, 6, 7)):
@@ -292,14 +295,17 @@ def test_ddim_asks_for_noise_where_eta_needs_it_only():
     def none(x: Tensor) -> Tensor:
         raise AssertionError("asked for noise")
 
-    assert torch.equal(samplers.ddim(shrinking, NOISE, LEARNED, noise=none), samplers.ddim(shrinking, NOISE, LEARNED))
+    assert torch.equal(
+        samplers.ddim(by_timestep(shrinking), NOISE, LEARNED, noise=none),
+        samplers.ddim(by_timestep(shrinking), NOISE, LEARNED),
+    )
     with pytest.raises(ValueError, match="eta 0.5 adds noise"):
-        samplers.ddim(shrinking, NOISE, LEARNED, eta=0.5)
+        samplers.ddim(by_timestep(shrinking), NOISE, LEARNED, eta=0.5)
 
 
 def test_generators_must_be_as_many_as_images():
     with pytest.raises(ValueError, match="found 2 for 3 images"):
-        samplers.ancestral(shrinking, NOISE, LEARNED, noise=samplers.image_noise(generators(1, 2)))
+        samplers.ancestral(by_timestep(shrinking), NOISE, LEARNED, noise=image_noise(generators(1, 2)))
 
 
 @pytest.mark.parametrize("name", ["ancestral", "ddim", "ddim_invert"])
@@ -314,8 +320,8 @@ def test_on_step_sees_every_step_and_may_replace_it(name):
         seen.append((number, x.shape, x0.shape))
         return torch.zeros_like(x) if number == 3 else None
 
-    kwargs = {"noise": samplers.image_noise(generators(1, 2, 3))} if name == "ancestral" else {}
-    getattr(samplers, name)(denoise, NOISE, LEARNED, on_step=on_step, **kwargs)
+    kwargs = {"noise": image_noise(generators(1, 2, 3))} if name == "ancestral" else {}
+    getattr(samplers, name)(by_timestep(denoise), NOISE, LEARNED, on_step=on_step, **kwargs)
     steps = 9 if name == "ddim_invert" else 10
     assert seen == [(n, X0.shape, X0.shape) for n in range(steps)]
     order = LEARNED.timesteps.tolist()[:9] if name == "ddim_invert" else LEARNED.timesteps.tolist()[::-1]
@@ -325,7 +331,7 @@ def test_on_step_sees_every_step_and_may_replace_it(name):
 
 def test_the_start_is_not_changed():
     start = NOISE.clone()
-    samplers.ancestral(shrinking, start, LEARNED, noise=samplers.image_noise(generators(1, 2, 3)))
+    samplers.ancestral(by_timestep(shrinking), start, LEARNED, noise=image_noise(generators(1, 2, 3)))
     assert torch.equal(start, NOISE)
 
 
@@ -379,7 +385,7 @@ def test_guided_images_do_not_depend_on_their_batch():
     def sample(labels: list[int], seeds: list[int]) -> Tensor:
         made = generators(*seeds)
         denoise = class_guidance(network, torch.tensor(labels), 10, 4.0)
-        return samplers.ancestral(denoise, samplers.draw((4, 6, 5), made), LEARNED, noise=samplers.image_noise(made))
+        return samplers.ancestral(by_timestep(denoise), draw((4, 6, 5), made), LEARNED, noise=image_noise(made))
 
     together = sample([1, 2, 3], [5, 6, 7])
     for row in range(3):

@@ -1,4 +1,4 @@
-"""controls/ip_files.py, IPAdapter.load: published files by their tensors, and what is said of those that do not fit."""
+"""weights/ip_files.py, IPAdapter.load: published files by their tensors, and what is said of those that do not fit."""
 
 import json
 import pickle
@@ -13,21 +13,22 @@ from torch import Tensor, nn
 from condit.backbones.unet import PRESETS, UNet
 from condit.controls.control import Where
 from condit.controls.instantstyle import Content, InstantStyle, Join, preset
-from condit.controls.ip_adapter import IPAdapter, IPConfig
-from condit.controls.ip_files import face_lora, face_tensors, fit_layers, layers_of, needs_of, read_layout
-from condit.controls.ip_projectors import IdentityPlusProjection, Perceiver, projector_of
+from condit.controls.ip_adapter import IPAdapter, IPConfig, face_tensors
+from condit.controls.ip_projectors import IdentityPlusProjection, Perceiver, layers_of
 from condit.controls.style_lora import StyleLoRA
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.image import CLIPImage, EncoderSize, TextTower
+from condit.weights.ip_files import face_lora, fit_layers, read_layout
+from condit.weights.ip_projectors import needs_of, projector_of
 
 
 @pytest.fixture(scope="module")
-def pipe(make_latent) -> LatentPipeline:
+def pipe(make_latent) -> Pipeline:
     return make_latent("sd15")
 
 
 @pytest.fixture(scope="module")
-def xl(make_latent) -> LatentPipeline:
+def xl(make_latent) -> Pipeline:
     return make_latent("sdxl")
 
 
@@ -48,7 +49,7 @@ def vision(folder: Path, *, hidden: int = 20, projection: int = 12) -> Path:
     return folder
 
 
-def published(pipe: LatentPipeline, features: int = 12, tokens: int = 4) -> dict[str, Tensor]:
+def published(pipe: Pipeline, features: int = 12, tokens: int = 4) -> dict[str, Tensor]:
     """A global adapter's file for the pipeline's UNet."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""controls/ip_given.py: what a call gives an IP-Adapter, and what is said of what cannot be or would act nowhere."""
+"""controls/ip_input.py: what a call gives an IP-Adapter, and what is said of what cannot be or would act nowhere."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,11 @@ import torch
 from condit.controls.control import When
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_reference import IPReference
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")
-def pipe(make_latent) -> LatentPipeline:
+def pipe(make_latent) -> Pipeline:
     return make_latent("sd15")
 
 

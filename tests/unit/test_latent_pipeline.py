@@ -11,10 +11,10 @@ from torch import Tensor
 
 import condit
 from condit.controls.control import Control, Step, When
-from condit.controls.sides import Sides
 from condit.controls.style_lora import StyleLoRA
 from condit.controls.token_merging import TokenMerging
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.controls.wrap import Sides, Wrapper, sides
+from condit.drawing.pipeline import Pipeline
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, linear_shapes
 
@@ -41,12 +41,12 @@ class Louder(Control):
 
 
 @pytest.fixture(scope="module")
-def pipes(make_latent) -> Callable[[str], LatentPipeline]:
+def pipes(make_latent) -> Callable[[str], Pipeline]:
     made = {kind: make_latent(kind) for kind in ("sd15", "sdxl", "sd15-inpainting")}
     return made.__getitem__
 
 
-def draw(pipe: LatentPipeline, prompts=PROMPTS, **how) -> Tensor:
+def draw(pipe: Pipeline, prompts=PROMPTS, **how) -> Tensor:
     return pipe(prompts, **{"seed": 0, "output_type": "latent", **how}).images
 
 
@@ -87,9 +87,9 @@ def test_sides_without_controls_leave_the_call_alone(pipes):
     x, text = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 5, 12, generator=g)
     t = torch.tensor([500.0, 20.0])
     plain = pipe.backbone(x, t, text)
-    assert torch.equal(pipe.backbone(x, t, text, controls=[Sides(((), ()))]), plain)
+    assert sides([(), ()]) == []
     loud = Louder(torch.tensor([2.0]))
-    one_side = pipe.backbone(x, t, text, controls=[Sides(((), (loud,)))])
+    one_side = pipe.backbone(x, t, text, controls=[Sides((Wrapper(()), loud))])
     torch.testing.assert_close(one_side[:1], plain[:1], rtol=0, atol=1e-6)
     assert (one_side[1] - plain[1]).abs().max() > 1e-3
 
@@ -159,6 +159,22 @@ def test_the_callback_sees_every_step_and_may_change_the_latents(pipes):
     assert not found.any()
 
 
+def test_the_steps_may_be_those_of_the_released_code_or_a_list(pipes):
+    """Released: 8 steps for 7 from 995 on; diffusers' rule has 7, from 853."""
+    pipe, seen = pipes("sd15"), []
+    how = {"guidance_scale": 1.0, "callback_on_step_end": lambda its, i, t, state: seen.append((i, t))}
+    plain = draw(pipe, sampler="ddim", num_inference_steps=7, **how)
+    assert its_times(seen) == [853, 711, 569, 427, 285, 143, 1]
+    seen.clear()
+    released = draw(pipe, sampler="ddim-ldm", num_inference_steps=7, **how)
+    times = its_times(seen)
+    assert times == [995, 853, 711, 569, 427, 285, 143, 1]
+    assert torch.equal(released, draw(pipe, sampler="ddim", timesteps=[int(t) for t in times], **how))
+    assert (released - plain).abs().max() > 0.01
+    recipe = pipe("snow", timesteps=[999, 1], seed=0).recipe
+    assert (recipe["timesteps"], recipe["num_inference_steps"]) == ([999, 1], 2)
+
+
 def its_times(seen: list[tuple[int, float]]) -> list[float]:
     assert [i for i, _ in seen] == list(range(len(seen)))
     return [t for _, t in seen]
@@ -203,6 +219,8 @@ BLACK = np.zeros((32, 48), np.uint8)
         ("sd15", {"prompt": []}, "prompt must be"),
         ("sd15", {"height": 33}, "multiples of 4"),
         ("sd15", {"num_inference_steps": 0}, "1 to 1000"),
+        ("sd15", {"num_inference_steps": 3, "timesteps": [9, 1]}, "num_inference_steps is 3, but timesteps has 2"),
+        ("sd15", {"timesteps": [1, 9]}, "falling list"),
         ("sd15", {"output_type": "np"}, "output_type"),
         ("sd15", {"sampler": "plms"}, "sampler must be one of"),
         ("sd15", {"eta": 0.5, "sampler": "dpm++"}, "eta is the noise"),
@@ -237,8 +255,8 @@ def test_controls_that_join_tokens_are_refused(pipes):
 
 
 def test_an_unknown_scheduler_asks_for_a_sampler(pipes):
-    pipe = LatentPipeline(replace(pipes("sd15").parts, solver=None))
-    with pytest.raises(ValueError, match="give sampler="):
+    pipe = Pipeline(replace(pipes("sd15").parts, solver=None))
+    with pytest.raises(ValueError, match="Pass sampler="):
         draw(pipe)
     assert torch.equal(draw(pipe, sampler="ddim"), draw(pipes("sd15")))
 

@@ -23,7 +23,7 @@ def context(weight: Tensor, *, merged: bool) -> tuple[MMDiTContext, list[Tensor]
     lengths = [TEXT + IMAGE, CONDITION] if merged else [TEXT, IMAGE, CONDITION]
     keys = [torch.zeros(1, 2, n, 4) for n in lengths]
     image = (0, TEXT) if merged else (1, 0)
-    return MMDiTContext((), (), (), tuple(found), None if merged else 0, image, ()), keys
+    return MMDiTContext((), (), (), tuple(found), None if merged else 0, image, (), ()), keys
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -54,7 +54,7 @@ def test_while_offloaded_encoders_rest_and_work_on_a_copy(make_pipe):
     """The device here is one that computes nothing, so that whatever lies on it can be told."""
     pipe = Pipeline(make_pipe().parts, offload="blocks").to("meta")
     assert all(p.device.type == "cpu" for p in pipe.parts.vae.parameters())
-    assert all(p.device.type == "meta" for p in pipe.on_duty(pipe.parts.vae).parameters())
+    assert all(p.device.type == "meta" for p in pipe.model.on_duty(pipe.parts.vae).parameters())
     blocks = (pipe.backbone.transformer_blocks, pipe.backbone.single_transformer_blocks)
     assert all(p.device.type == "cpu" for b in blocks for p in b.parameters())
     assert pipe.backbone.x_embedder.weight.device.type == pipe.device.type == "meta"

@@ -1,11 +1,11 @@
-"""controls/omini_fill.py: which cells of a picture are drawn."""
+"""controls/omini_picture.py: which cells of a picture are drawn."""
 
 import numpy as np
 import pytest
 import torch
 
 from condit.controls.control import Fill
-from condit.controls.omini_fill import drawn_cells, from_official_mask, hide, sample_drawn_cells
+from condit.controls.omini_picture import drawn_cells, from_official_mask, hide, sample_drawn_cells
 
 
 def test_one_white_pixel_makes_its_cell_drawn():

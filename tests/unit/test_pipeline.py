@@ -9,13 +9,19 @@ from PIL import Image
 from torch import Tensor
 
 from condit.controls.control import Control
-from condit.drawing.pipeline import Pipeline, image_generators
+from condit.drawing.pipeline import Pipeline
+from condit.drawing.settings import image_generators
 from condit.nn.attention import Attend, Call
 
 
 @pytest.fixture(scope="module")
 def pipe(make_pipe) -> Pipeline:
     return make_pipe()
+
+
+def noise_of(pipe: Pipeline, generators: list[torch.Generator]) -> Tensor:
+    """The first noise of 32 x 48 pixels."""
+    return pipe.noise(pipe.layout(len(generators), (32, 48)), generators)(torch.empty(0))
 
 
 def latents(pipe: Pipeline, prompt: str | list[str] = "a fox", **how) -> Tensor:
@@ -71,11 +77,11 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
 
 def test_image_i_starts_from_seed_plus_i_whatever_the_batch(pipe):
     seeds, generators = image_generators(3, 7, None)
-    noise = pipe.noise((4, 6), generators)
+    noise = noise_of(pipe, generators)
     for i in range(3):
         alone, generators = image_generators(1, 7 + i, None)
         assert alone == seeds[i : i + 1] == [7 + i]
-        assert torch.equal(pipe.noise((4, 6), generators), noise[i : i + 1])
+        assert torch.equal(noise_of(pipe, generators), noise[i : i + 1])
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
@@ -89,9 +95,9 @@ def test_eta_draws_fresh_noise_by_the_seed_and_is_the_models_own_by_default(pipe
     plain, fresh = latents(pipe, seed=5), latents(pipe, seed=5, eta=1.0)
     assert torch.equal(plain, latents(pipe, seed=5, eta=0.0))
     assert not torch.equal(plain, fresh) and torch.equal(fresh, latents(pipe, seed=5, eta=1.0))
-    monkeypatch.setattr(pipe, "parts", replace(pipe.parts, eta=1.0))
+    monkeypatch.setattr(pipe.model, "parts", replace(pipe.parts, eta=1.0))
     assert torch.equal(latents(pipe, seed=5), fresh) and pipe("a fox", seed=5).recipe["eta"] == 1.0
-    given = pipe.noise((4, 6), [torch.Generator().manual_seed(9)])
+    given = noise_of(pipe, [torch.Generator().manual_seed(9)])
     drawn = pipe("a fox", seed=5, latents=given, output_type="latent")
     assert drawn.seeds == [5] and not torch.equal(drawn.images, latents(pipe, seed=6, latents=given))
     with pytest.raises(ValueError, match="eta must be 0 to 1"):
@@ -104,8 +110,8 @@ def test_a_seed_means_the_noise_of_a_generator_of_that_seed(pipe):
 
 
 def test_one_generator_draws_the_images_in_turn_and_a_list_one_each(pipe):
-    one = pipe.noise((4, 6), image_generators(2, None, torch.Generator().manual_seed(5))[1])
-    several = pipe.noise((4, 6), [torch.Generator().manual_seed(s) for s in (5, 6)])
+    one = noise_of(pipe, image_generators(2, None, torch.Generator().manual_seed(5))[1])
+    several = noise_of(pipe, [torch.Generator().manual_seed(s) for s in (5, 6)])
     assert torch.equal(one[0], several[0]) and not torch.equal(one[1], several[1])
 
 
@@ -123,7 +129,7 @@ def test_the_global_generator_is_left_alone(pipe):
 
 
 def test_given_latents_are_the_start(pipe):
-    noise = pipe.noise((4, 6), [torch.Generator().manual_seed(9)])
+    noise = noise_of(pipe, [torch.Generator().manual_seed(9)])
     assert torch.equal(latents(pipe, seed=None, latents=noise), latents(pipe, seed=9))
 
 
@@ -237,7 +243,7 @@ def test_a_wrong_argument_is_told_before_anything_is_drawn(pipe, given, message)
 
 
 def test_the_embedded_model_refuses_other_sizes(make_pipe):
-    with pytest.raises(ValueError, match="tiny draws 32 x 48; found 48 x 48"):
+    with pytest.raises(ValueError, match="tiny generates 32 x 48; found 48 x 48"):
         make_pipe(name="tiny")("a fox", height=48)
 
 

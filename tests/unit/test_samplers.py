@@ -7,50 +7,55 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from condit.diffusion.objectives import to_velocity
-from condit.diffusion.samplers import euler
+from condit.diffusion.samplers import FlowPath, euler
 from condit.diffusion.schedules import flow_sigmas
+
+
+def flow_path(steps: int, *, shift: float = 1.0) -> FlowPath:
+    return FlowPath(tuple(flow_sigmas(steps, shift=shift).tolist()))
+
 
 X0, NOISE = torch.randn(2, 1, 6, 4, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("steps", [1, 7])
 def test_a_straight_flow_arrives_exactly_in_any_number_of_steps(steps):
-    found = euler(lambda x, sigma, i: NOISE - X0, NOISE, flow_sigmas(steps, shift=2.0))
+    found = euler(lambda x, step: NOISE - X0, NOISE, flow_path(steps, shift=2.0))
     torch.testing.assert_close(found, X0, rtol=0, atol=1e-6)
 
 
 def test_a_prediction_of_the_picture_lands_on_it():
-    def velocity(x, sigma, i):
-        return to_velocity(X0, x, sigma.expand(1), "x")
+    def velocity(x, step):
+        return to_velocity(X0, x, torch.tensor([step.time]), "x")
 
-    torch.testing.assert_close(euler(velocity, NOISE, flow_sigmas(20)), X0, rtol=0, atol=1e-5)
+    torch.testing.assert_close(euler(velocity, NOISE, flow_path(20)), X0, rtol=0, atol=1e-5)
 
 
 def test_eta_1_is_the_stochastic_sampling_of_diffusers():
-    sigmas = flow_sigmas(5, shift=2.5)
+    sigmas = flow_path(5, shift=2.5)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
+    scheduler.set_timesteps(sigmas=list(sigmas.sigmas[:-1]))
     theirs, generators = NOISE, [torch.Generator().manual_seed(3) for _ in range(2)]
     for t in scheduler.timesteps:
         theirs = scheduler.step(theirs.sin(), t, theirs, generator=generators[0], return_dict=False)[0]
     found = euler(
-        lambda x, sigma, i: x.sin(),
+        lambda x, step: x.sin(),
         NOISE,
         sigmas,
         eta=1.0,
-        noise=lambda: torch.randn(NOISE.shape, generator=generators[1]),
+        noise=lambda x: torch.randn(NOISE.shape, generator=generators[1]),
     )
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-6)
 
 
 def test_any_eta_lands_on_a_known_picture_and_0_is_the_plain_step():
-    sigmas, generator = flow_sigmas(4), torch.Generator().manual_seed(0)
+    sigmas, generator = flow_path(4), torch.Generator().manual_seed(0)
 
-    def noise():
+    def noise(x):
         return torch.randn(NOISE.shape, generator=generator)
 
-    def known(x, sigma, i):
-        return to_velocity(X0, x, sigma.expand(1), "x")
+    def known(x, step):
+        return to_velocity(X0, x, torch.tensor([step.time]), "x")
 
     assert torch.equal(euler(known, NOISE, sigmas), euler(known, NOISE, sigmas, eta=0.0, noise=noise))
     for eta in (0.5, 1.0):
@@ -61,24 +66,24 @@ def test_any_eta_lands_on_a_known_picture_and_0_is_the_plain_step():
 
 def test_the_network_is_asked_once_a_step_at_its_level():
     asked = []
-    sigmas = flow_sigmas(3)
-    euler(lambda x, sigma, i: asked.append((i, float(sigma))) or x, NOISE, sigmas)
-    assert asked == [(i, float(s)) for i, s in enumerate(sigmas[:-1])]
+    sigmas = flow_path(3)
+    euler(lambda x, step: asked.append((step.index, step.t)) or x, NOISE, sigmas)
+    assert asked == list(enumerate(sigmas.sigmas[:-1]))
 
 
 def test_on_step_sees_each_result_and_may_replace_it():
     seen = []
 
-    def on_step(i, x):
+    def on_step(i, x, x0):
         seen.append(i)
         return torch.zeros_like(x) if i == 1 else None
 
-    found = euler(lambda x, sigma, i: torch.ones_like(x), NOISE, torch.tensor([1.0, 0.5, 0.25, 0.0]), on_step=on_step)
+    found = euler(lambda x, step: torch.ones_like(x), NOISE, FlowPath((1.0, 0.5, 0.25, 0.0)), on_step=on_step)
     assert seen == [0, 1, 2]
     torch.testing.assert_close(found, torch.full_like(NOISE, -0.25))
 
 
 def test_the_start_is_not_changed():
     start = NOISE.clone()
-    euler(lambda x, sigma, i: x, start, flow_sigmas(3))
+    euler(lambda x, step: x, start, flow_path(3))
     assert torch.equal(start, NOISE)

@@ -11,6 +11,7 @@ from condit.controls.control import When
 from condit.controls.omini import TARGETS, OminiControl
 from condit.controls.style_lora import StyleLoRA
 from condit.drawing.pipeline import Pipeline
+from condit.drawing.settings import Settings
 from condit.nn.lora import Linear, LoRA, linear_shapes
 from condit.weights.files import save_tensors
 
@@ -94,8 +95,10 @@ def test_conditions_keep_to_their_own_lora(pipe, style, make_omini, pictures, in
     control = make_omini(pipe, independent=True).control(pictures(1), cached=None if independent else False)
     keys = []
     for controls in ([control], [style.control(), control]):
-        (branch, _) = pipe.branches(["a fox"], [""], tuple(controls), 1, (4, 6), 3.0, None, 1, None)
-        ready = branch.controls[-1]
+        settings = pipe.settle(Settings(height=32, width=48, guidance_scale=3.0), "a fox", "pt")
+        layout = pipe.layout(1, (32, 48))
+        side, _ = pipe.sides(pipe.model.conditions("a fox", None, settings), controls, layout, settings)
+        ready = side.controls[-1]
         keys.append(ready.memory if independent else ready.streams()[0].lora)
     if independent:
         assert all(torch.equal(a, b) for p in keys[0] for a, b in zip(keys[0][p], keys[1][p], strict=True))

@@ -281,7 +281,7 @@ def test_a_broken_archive_is_told(tmp_path):
         read_vit(tmp_path / "a.npz")
     with pytest.raises(FileNotFoundError, match="no weight file"):
         read_vit(tmp_path / "b.npz")
-    with pytest.raises(ValueError, match="holds no weights"):
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
         read_vit(empty(tmp_path))
 
 

@@ -25,6 +25,7 @@ class MMDiTContext:
     text: int | None  # index of the text stream
     image: tuple[int, int] | None  # (stream index, first row within it) of the noisy image
     controls: tuple[BlockControl, ...]
+    memories: tuple[dict[str, tuple[Tensor, Tensor]] | None, ...]  # of each stream, for its keys and values
     merged: Reduction | None = None
 
     @property
@@ -107,6 +108,9 @@ class JointAttention(nn.Module):
             ),
             strict=True,
         )
+        for memory, keys, values in zip(context.memories, k, v, strict=True):
+            if memory is not None:
+                memory[self.site.path] = keys, values
         out: list[Tensor] = []
         for group in context.groups:
             lengths = [q[i].shape[2] for i in group.rows]

@@ -204,6 +204,7 @@ class MMDiT(nn.Module):
             text=0,
             image=(1, 0),
             controls=tuple(controls),
+            memories=(None, None, *(s.memory for s in conditions)),
         )
         xs = [self.context_embedder(text, image.lora), x, *(e[0] for e in embedded)]
         for block in self.transformer_blocks:
@@ -233,6 +234,7 @@ class MMDiT(nn.Module):
             text=None,
             image=None,
             controls=tuple(controls),
+            memories=(condition.memory,),
         )
         xs = [x]
         for block in chain(self.transformer_blocks, self.single_transformer_blocks):
@@ -249,6 +251,7 @@ def merge_main(context: MMDiTContext, text_length: int, streams: Sequence[Stream
         context,
         loras=context.loras[1:],
         embeddings=context.embeddings[1:],
+        memories=context.memories[1:],
         ropes=(rope, *context.ropes[2:]),
         groups=tuple(groups(None, 0, streams[1:], apart=bool(context.controls))),
         text=None,

@@ -127,7 +127,7 @@ def models(as_json: Json = False, debug: Debug = False) -> None:
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Check versions, device, folders and models."""
-    from condit.cli.doctor import check
+    from condit.cli.diagnosis import check
 
     findings = check(output_folder())
     if as_json:

@@ -54,7 +54,10 @@ def generate(
         typer.Option("--gray", metavar="IMG[:S]", help="Colour this picture; its own colours are dropped."),
     ] = None,
     control: Annotated[
-        list[str] | None, typer.Option("--control", metavar="ADAPTER=REF[:S]", help="Any adapter by its full name.")
+        list[str] | None,
+        typer.Option(
+            "--control", metavar="ADAPTER=REF[:S]", help="Any adapter by name, or a control of your own: FILE.py:NAME."
+        ),
     ] = None,
     strength: Annotated[float, typer.Option(help="Strength S of references that name none.")] = 1.0,
     negative: Annotated[str | None, typer.Option("--negative", help="What to keep away from.")] = None,
@@ -192,6 +195,10 @@ def replay(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where to write it [default: beside it, with -replay].")
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option("--control", metavar="FILE.py:NAME", help="Code of your own that the recipe names too."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -199,12 +206,17 @@ def replay(
 
     Says whether it came out the same, and what has changed since.
     """
+    from dataclasses import replace
+
+    from condit.cli.own import is_own, refuse_unnamed
     from condit.cli.request import Request, differences, locate
     from condit.data.images import load_image, read_recipe
 
     recipe = read_recipe(image)
     request, index = Request.from_recipe(recipe)
-    request = locate(request, image.parent)
+    own = refuse_unnamed((r.use for r in request.references if is_own(r.use)), control or ())
+    references = tuple(replace(r, use=own.get(r.use, r.use)) for r in request.references)
+    request = locate(replace(request, references=references), image.parent)
     before = load_image(image)
     target = out or image.with_stem(f"{image.stem}-replay")
     recipes = draw_and_save(request, [target], [index], with_recipe=target.suffix.lower() == ".png", as_json=as_json)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from condit.cli.terminal import Debug, Json, answer, say, waiting
+from condit.cli.own import is_own, load_own
+from condit.cli.terminal import Debug, Json, Seed, answer, say, waiting
 
 TYPES = "swap, attribute, style, background, shape, add, remove, or none"
 
@@ -35,6 +36,11 @@ def edit(
         int | None, typer.Option(help="Pixels [default: the picture's shape, of the model's area at most].")
     ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="FILE.py:NAME", help="A method of editing of your own, as FlowEdit's."),
+    ] = None,
+    seed: Seed = 0,
     page: Annotated[
         Path | None, typer.Option("--page", help="A PNG of source, round trip, edit and attention to the words.")
     ] = None,
@@ -75,15 +81,15 @@ def edit(
 
     if kind not in (*PRESETS, "none"):
         raise typer.BadParameter(f"--type is one of {TYPES}; found {kind!r}")
+    if method is not None and not is_own(method):
+        raise typer.BadParameter(f"--method takes FILE.py:NAME; found {method!r}")
     if kind == "none" and factors:
         raise typer.BadParameter("--reweight acts on attention, which --type none leaves alone")
     start = time.perf_counter()
     with waiting(f"loading {model}"):
         pipe = condit.load(model, device=device or default_device(model))
-        if not hasattr(pipe, "edit"):
-            raise ValueError(
-                f"{model!r} is a {type(pipe).__name__}, which cannot edit. Use tiny-pixart, tiny or FLUX.1"
-            )
+        if not isinstance(pipe, condit.Pipeline) or pipe.model.inversion is None:
+            raise ValueError(f"{model!r} supports no edits. Use tiny-pixart, tiny, PixArt or FLUX.1")
         controls: list = [] if kind == "none" else [replace(PRESETS[kind], reweight=factors)]
         if merge:
             controls.append(condit.TokenMerging(merge))
@@ -91,7 +97,6 @@ def edit(
             adapter = load_adapter(f"{model}/style", pipe)
             controls += [adapter.control(path, strength=strength) for path, strength in references]
     with waiting("editing"):
-        how = {} if solver is None else {"solver": solver}
         result = pipe.edit(
             image,
             source,
@@ -104,7 +109,9 @@ def edit(
             height=height,
             width=width,
             maps=page is not None,
-            **how,
+            solver=solver,  # type: ignore[arg-type]  # an unknown one raises
+            method=None if method is None else load_own(method)(),
+            seed=seed,
         )
     recipe = {**result.recipe, "condit": condit.__version__, "edited": Path(image).name}
     png = target_path.suffix.lower() == ".png"
@@ -117,7 +124,7 @@ def edit(
     if as_json:
         answer({"image": str(target_path), "page": page and str(page), "seconds": seconds, "recipe": recipe})
         return
-    say(f"edited in {seconds} s; round trip {result.psnr[0]:.1f} dB")
+    say(f"edited in {seconds} s" + (f"; round trip {result.psnr[0]:.1f} dB" if result.psnr else ""))
     typer.echo(str(target_path))
     if page is not None:
         typer.echo(str(page))

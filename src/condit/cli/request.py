@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import condit
+from condit.cli.own import is_own, load_own
 from condit.data.annotators import edge_map, line_map
 
 if TYPE_CHECKING:
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
     from condit.controls.deadiff import DEADiff
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
-    from condit.drawing.class_pipeline import ClassPipeline
-    from condit.drawing.latent_pipeline import LatentPipeline
-    from condit.drawing.pipeline import Pipeline, Result
+    from condit.drawing.model import Model
+    from condit.drawing.pipeline import Pipeline
 
 MAX_PROMPT = 2000  # characters; no text encoder here reads more
 MAX_COUNT = 64
@@ -147,22 +147,22 @@ class Studio:
     def __init__(self, model: str = "tiny", device: str | None = None) -> None:
         self.model = model
         pipe = condit.load(model, device=device or default_device(model))
-        if not isinstance(pipe, condit.Pipeline | condit.LatentPipeline | condit.ClassPipeline):
+        if not isinstance(pipe, condit.Pipeline) or pipe.model.reads == "nothing":
             raise ValueError(
                 f"{model!r} is a {type(pipe).__name__}, which takes no prompt. Use it from Python: "
                 f"condit.load({model!r})."
             )
-        self.pipe: Pipeline | LatentPipeline | ClassPipeline = pipe
+        self.pipe: Pipeline = pipe
         self.adapters: dict[str, DEADiff | IPAdapter | OminiControl] = {}
 
     def draw(self, request: Request) -> Drawing:
         """Draws the request; ValueError names what is wrong with it."""
         if request.model != self.model:
             raise ValueError(f"this studio draws with {self.model!r}; the request asks for {request.model!r}")
-        if isinstance(self.pipe, condit.ClassPipeline):
-            result = draw_class(self.pipe, request)
-        else:
-            result = draw_prompt(self.pipe, request, self.controls(request.references))
+        given = arguments(request, self.pipe.model)
+        controls = self.controls(request.references)
+        how = {"num_images_per_prompt": request.count, "seed": request.seed}
+        result = self.pipe(request.prompt, controls=controls, **how, **given)
         shared = {"condit": condit.__version__, "request": asdict(request), "run": result.recipe}
         return Drawing(
             images=result.images,
@@ -174,12 +174,18 @@ class Studio:
         """One control a reference; but references of one image adapter and strength make one control together."""
         grouped: dict[object, list[Reference]] = {}
         for number, reference in enumerate(references):
-            together = isinstance(self.adapter(reference.use), condit.IPAdapter)
+            together = not is_own(reference.use) and isinstance(self.adapter(reference.use), condit.IPAdapter)
             grouped.setdefault((reference.use, reference.strength) if together else number, []).append(reference)
         return [self.control(group) for group in grouped.values()]
 
     def control(self, group: Sequence[Reference]) -> "Control":
-        first, adapter = group[0], self.adapter(group[0].use)
+        first = group[0]
+        if is_own(first.use):
+            control = load_own(first.use)(first.path, strength=first.strength)
+            if not isinstance(control, condit.Control):
+                raise ValueError(f"{first.use} made a {type(control).__name__}; expected a condit.Control.")
+            return control
+        adapter = self.adapter(first.use)
         if ready := [reference for reference in group if reference.ready]:
             if not isinstance(adapter, condit.OminiControl) or adapter.config.annotator not in READY:
                 raise ValueError(
@@ -196,55 +202,41 @@ class Studio:
         """The adapter of a reference, loaded on first use."""
         name = f"{self.model}/{use}" if use in USES else use
         if name not in self.adapters:
-            assert not isinstance(self.pipe, condit.ClassPipeline)  # it takes no references
             self.adapters[name] = load_adapter(name, self.pipe)
         return self.adapters[name]
 
 
-def draw_prompt(pipe: "Pipeline | LatentPipeline", request: Request, controls: "list[Control]") -> "Result":
-    """By a pipeline that reads prompts; ValueError for what only one over latents is asked, where another one is."""
-    given = given_of(request, {"sampler": "sampler", "image": "image", "mask": "mask_image", "change": "strength"})
-    if given and not isinstance(pipe, condit.LatentPipeline):
-        raise ValueError(
-            f"{request.model!r} takes no {', '.join(given)}: it has one sampler and draws from noise. "
-            "Use a Stable Diffusion."
-        )
-    return pipe(
-        request.prompt,
-        request.negative,
-        controls=controls,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        image_guidance_scale=request.image_guidance,
-        num_images_per_prompt=request.count,
-        seed=request.seed,
-        height=request.height,
-        width=request.width,
-        **given_of(request, {"eta": "eta"}),
-        **given,
-    )
+# Fields of a request -> arguments of the pipeline; what is None is left to the model.
+ARGUMENTS = {
+    "negative": "negative_prompt",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "image_guidance": "image_guidance_scale",
+    "sampler": "sampler",
+    "eta": "eta",
+    "height": "height",
+    "width": "width",
+    "image": "image",
+    "mask": "mask_image",
+    "change": "strength",
+}
+PROMPTS_ONLY = ("negative", "image_guidance", "image", "mask", "change")
 
 
-def draw_class(pipe: "ClassPipeline", request: Request) -> "Result":
-    """By a pipeline that knows classes; ValueError for what only prompts or pictures have."""
-    no = ("references", "negative", "image_guidance", "image", "mask", "change")
-    if given := [name for name in no if getattr(request, name) not in (None, ())]:
-        raise ValueError(f"{request.model!r} draws classes and takes no {', '.join(given)}. Leave it out.")
-    return pipe(
-        request.prompt,
-        guidance_scale=request.guidance,
-        num_images_per_prompt=request.count,
-        seed=request.seed,
-        height=request.height,
-        width=request.width,
-        **given_of(request, {"steps": "num_inference_steps", "sampler": "sampler", "eta": "eta"}),
-    )
-
-
-def given_of(request: Request, names: Mapping[str, str]) -> dict[str, Any]:
-    """Those of some fields that are not None, as the pipeline calls them."""
-    values = {called: getattr(request, name) for name, called in names.items()}
-    return {called: value for called, value in values.items() if value is not None}
+def arguments(request: Request, model: "Model") -> dict[str, Any]:
+    """The arguments of the pipeline's call. ValueError, in the words of the request, for what the model does not
+    support."""
+    given = [name for name in ARGUMENTS if getattr(request, name) is not None]
+    if model.reads == "class":
+        unsupported = [name for name in PROMPTS_ONLY if name in given]
+        unsupported += ["references"] if request.references else []
+        if unsupported:
+            raise ValueError(
+                f"{request.model!r} generates classes and takes no {', '.join(unsupported)}. Leave it out."
+            )
+    elif "sampler" in given and "sampler" not in model.supports:
+        raise ValueError(f"{request.model!r} has one sampler and takes no other. Use a Stable Diffusion.")
+    return {ARGUMENTS[name]: getattr(request, name) for name in given}
 
 
 def default_device(model: str) -> str:
@@ -256,10 +248,11 @@ def default_device(model: str) -> str:
     return "cuda" if model not in MODELS and torch.cuda.is_available() else "cpu"
 
 
-def load_adapter(name: str, pipe: "Pipeline | LatentPipeline") -> "DEADiff | IPAdapter | OminiControl":
+def load_adapter(name: str, pipe: "Pipeline") -> "DEADiff | IPAdapter | OminiControl":
     """An adapter by catalog name, file or folder, of the class that its tensors tell."""
-    from condit.weights.catalog import MODELS, adapter_weights, what_is
+    from condit.weights.catalog import MODELS, adapter_weights
     from condit.weights.files import read_tensors
+    from condit.weights.guess import what_is
 
     if name in MODELS:
         known = {"ip-adapter": "IPAdapter", "deadiff": "DEADiff"}.get(MODELS[name].kind, "OminiControl")

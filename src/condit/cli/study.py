@@ -31,7 +31,13 @@ def train(
 
 
 def verify(
-    backbone: Annotated[str, typer.Argument(help="vit, dit, diffit, or all of them.", show_default=False)],
+    system: Annotated[
+        str,
+        typer.Argument(
+            help="vit, dit, diffit, omini, ip-adapter, instantstyle, deadiff, dit4edit, or all of them.",
+            show_default=False,
+        ),
+    ],
     file: Annotated[
         str | None,
         typer.Argument(help="Weights to load: a file, a folder, or the name of a model.", show_default=False),
@@ -46,33 +52,35 @@ def verify(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how exactly a backbone follows its reference.
+    """Measure how exactly a system follows its reference.
 
-    On the recorded tensors of the official code; or, of a weight FILE, against transformers or diffusers.
+    On the recorded tensors of the official code; or, of a weight FILE of vit, dit or diffit, against another library.
     """
-    if backbone not in ("vit", "dit", "diffit", "all"):
-        raise typer.BadParameter(f"there are vit, dit, diffit and all; found {backbone!r}")
-    if file is not None and backbone == "all":
-        raise typer.BadParameter("a FILE holds one backbone; name it instead of all")
+    from condit.verify import fixtures
+    from condit.verify.files import BACKBONES
+
+    systems = fixtures.SYSTEMS
+    if system not in (*systems, "all"):
+        raise typer.BadParameter(f"expected one of {', '.join(systems)} or all; found {system!r}")
+    if file is not None and system not in BACKBONES:
+        raise typer.BadParameter(f"a FILE holds one of {', '.join(BACKBONES)}; name it instead of {system}")
     if file is not None and (golden or into):
         raise typer.BadParameter("--golden and --into are for the recorded tensors; leave them out, or leave FILE out")
     if file is None and heads is not None:
         raise typer.BadParameter("--heads is for a FILE")
-    if into is not None and backbone != "all":
-        raise typer.BadParameter(f"--into takes the table of all backbones; found {backbone!r}")
+    if into is not None and system != "all":
+        raise typer.BadParameter(f"--into takes the table of all systems; found {system!r}")
     if file is not None:
-        verify_file(backbone, file, heads, as_json=as_json)
+        verify_file(system, file, heads, as_json=as_json)
         return
-    from condit.evaluation.verify import fixtures
-
     folder = fixtures.find_golden(golden)
+    chosen = list(systems) if system == "all" else [system]
     with waiting("comparing"):
-        chosen = list(fixtures.CHECKS) if backbone == "all" else [backbone]
         rows = {name: fixtures.verify_fixtures(name, folder) for name in chosen}
     if as_json:
         answer({name: [fixtures.as_json(row) for row in checked] for name, checked in rows.items()})
     else:
-        for line in fixtures.lines([(fixtures.TITLES[name], row) for name, checked in rows.items() for row in checked]):
+        for line in fixtures.lines([(systems[name].title, row) for name, checked in rows.items() for row in checked]):
             typer.echo(line)
     if into is not None:
         fixtures.write_between_marks(into, fixtures.markdown(rows))
@@ -84,9 +92,9 @@ def verify(
 def verify_file(backbone: str, source: str, heads: int | None, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from condit.evaluation.verify.files import verify_file as run
-    from condit.evaluation.verify.fixtures import TITLES, lines
-    from condit.evaluation.verify.fixtures import as_json as row_as_json
+    from condit.verify.files import verify_file as run
+    from condit.verify.fixtures import SYSTEMS, lines
+    from condit.verify.fixtures import as_json as row_as_json
 
     with waiting(f"reading {source}"):
         report = run(backbone, source, heads=heads)
@@ -97,7 +105,7 @@ def verify_file(backbone: str, source: str, heads: int | None, *, as_json: bool)
     else:
         for name, text in report.described().items():
             typer.echo(f"{name:<10}  {text}")
-        for line in lines([(TITLES[backbone], row) for row in rows]) if rows else ():
+        for line in lines([(SYSTEMS[backbone].title, row) for row in rows]) if rows else ():
             typer.echo(line)
     if not all(row.ok for row in rows):
         raise typer.Exit(1)

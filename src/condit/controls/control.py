@@ -8,21 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from condit.diffusion.steps import Step
 from condit.encoders.words import Words
 from condit.nn.attention import Attend, Call, Reduction, Site
 from condit.nn.lora import LowRank
 from condit.nn.streams import Stream
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a sampler: its number, how many there are, and the noise level t in [0, 1]."""
-
-    index: int
-    count: int
-    t: float
 
 
 @dataclass(frozen=True)
@@ -77,10 +69,12 @@ class Where:
         return cls() if value is None else cls((value,) if isinstance(value, str) else tuple(value))
 
 
-class Prefillable(Protocol):
-    """A backbone that takes streams."""
+class Apart(Protocol):
+    """A prediction apart from the run, for a reference of a control: latents x0 (B, ...) and standard normal noise of
+    the same shape, brought to the level of a step, under the text of this side of the guidance. `controls` may record
+    the keys and values of the layers; nothing else of it enters the run."""
 
-    def prefill(self, condition: Stream, controls: tuple) -> None: ...
+    def __call__(self, x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -98,10 +92,10 @@ class Run:
     pooled (B, P); guidance (B,) or None; grid = (rows, columns) of image tokens; in_channels of the backbone; cells
     (M,) are the numbers of the cells that are drawn, None for all of them; leak: see `Control.leak`. memory: what
     controls share over the sides of guidance, ends with the call. edit: what is edited into what, in `Pipeline.edit`,
-    where rows of the batch are source 0, target 0, source 1, ...
+    where rows of the batch are source 0, target 0, source 1, ... apart: runs the network on a reference.
     """
 
-    backbone: Prefillable
+    backbone: nn.Module
     batch: int
     grid: tuple[int, int]
     pooled: Tensor
@@ -111,6 +105,7 @@ class Run:
     leak: LowRank | None = None
     memory: dict = field(default_factory=dict)
     edit: Pair | None = None
+    apart: Apart | None = None
 
 
 @dataclass(frozen=True)
@@ -135,8 +130,28 @@ class Fill:
         return whole
 
 
+Act = Literal["wrap", "join", "omit", "adapt", "add", "merge", "bound", "edit"]
+# What a control does -> the method that does it.
+ACTS: dict[Act, str] = {
+    "wrap": "around",
+    "join": "streams",
+    "omit": "fill",
+    "adapt": "lora",
+    "add": "residual",
+    "merge": "merging",
+    "bound": "region",
+    "edit": "edit",
+}
+
+
 class Control:
     """One reference at one strength. Every method has a default, so a new control overrides what its paper adds."""
+
+    @property
+    def acts(self) -> frozenset[Act]:
+        """What this kind of control may do: the acts whose methods its class defines."""
+        classes = [vars(kind) for kind in type(self).__mro__ if kind not in (Control, object)]
+        return frozenset(act for act, method in ACTS.items() if any(method in names for names in classes))
 
     def sized(self, size: tuple[int, int], pipe: Any) -> Control:
         """First in a call of `pipe`, which draws (height, width) in pixels: the control for that size."""
@@ -183,6 +198,23 @@ class Control:
         """Bound: where the target of an edit may differ from its source behind this step, (B, N) in [0, 1] on the token
         grid; None: everywhere."""
         return None
+
+    def edit(self, pair: Pair, backbone: nn.Module) -> Control:
+        """Edit: the control for an edit's batch of source 0, target 0, source 1, ..., before anything is computed.
+        Raises ValueError where words or layers do not fit. Controls without this act serve the targets only."""
+        return self
+
+    def differs(self) -> bool:
+        """In an edit: whether it makes the target differ from its source though the words are the same."""
+        return True
+
+    def recording(self) -> Control | None:
+        """In an edit: the same, keeping the attention to the words as the record "maps"; None if it cannot."""
+        return None
+
+    def records(self) -> dict[str, Tensor]:
+        """After an edit: what it recorded for the result, by name."""
+        return {}
 
     def negative(self) -> Control | None:
         """The same with an empty reference, for guidance; None leaves it out of the unconditional pass."""

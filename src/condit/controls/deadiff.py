@@ -123,10 +123,16 @@ class DEADiff(nn.Module):
             raise ValueError(f"{source} has no image tower. Give image_encoder=, the folder of CLIP ViT-L/14.")
         if not isinstance(beside, ClipPatches):
             beside = ClipPatches(pipe.image_encoder(beside).model.vision_model)
-        readers = []
+        readers, text_width = [], next(iter(shapes.values()))[0]
         for name in SETS:
             own = {n.removeprefix(f"{name}."): v for n, v in tensors.items() if n.startswith(f"{name}.")}
-            readers.append(QFormer(QFormerConfig.of(own, heads=file.config.get("heads"), source=f"{source}, {name}")))
+            sizes = QFormerConfig.of(own, heads=file.config.get("heads"), source=f"{source}, {name}")
+            if sizes.width != text_width:
+                raise ValueError(
+                    f"{source}: the {name} Q-Former gives tokens of width {sizes.width}; the text of {pipe.name}, "
+                    f"which they join, has width {text_width}. Was it made for another model?"
+                )
+            readers.append(QFormer(sizes))
         if readers[0].config.image_width != beside.features:
             raise ValueError(
                 f"{source} reads image tokens of width {readers[0].config.image_width}; the image encoder gives "
@@ -258,7 +264,7 @@ class DEADiff(nn.Module):
                 empty=empty,
                 content_layers=content_layers,
                 where=None if where is None else Where.of(where),
-                acts=acts,
+                weighed=acts,
                 when=When.of(when),
                 content_text=text,
                 mask=None if mask is None else load_masks(mask).to(pipe.device),
@@ -307,7 +313,7 @@ class DEADiffReference(Control):
     table: dict[str, Name]
     adapter: DEADiff
     strength: dict[Name, float]
-    acts: Acts = "keys-values"
+    weighed: Acts = "keys-values"
     when: When = field(default_factory=When)
     content_text: Tensor | None = None
     mask: Tensor | None = None
@@ -337,7 +343,7 @@ class DEADiffReference(Control):
 
     def at(self, step: Step) -> DEADiffReference | None:
         factor = self.when.factor(step)
-        off = factor == 0 or (self.acts == "attention" and not any(self.strength.values()))
+        off = factor == 0 or (self.weighed == "attention" and not any(self.strength.values()))
         weight = {name: torch.tensor(factor * m) for name, m in self.strength.items()}
         return None if off else replace(self, weight=weight)
 
@@ -351,10 +357,10 @@ class DEADiffReference(Control):
         log_weight = None if self.regions is None else self.regions[call.q.shape[2]]
         if self.weight is not None:
             m = self.weight[self.table[call.site.path]].to(k)
-            if self.acts == "attention":
+            if self.weighed == "attention":
                 log_weight = m.log() if log_weight is None else m.log() + log_weight
             else:
-                k, v = (k * m if self.acts == "keys-values" else k), v * m
+                k, v = (k * m if self.weighed == "keys-values" else k), v * m
         return attend(call.append_kv(k, v, log_weight))
 
     def negative(self) -> DEADiffReference:
@@ -368,7 +374,7 @@ class DEADiffReference(Control):
             "adapter": self.adapter.name,
             "hash": self.adapter.hash,
             "strength": dict(self.strength),
-            "acts": self.acts,
+            "acts": self.weighed,
             "when": [self.when.start, self.when.end],
             "masked": self.mask is not None,
             "reference": self.source,

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from condit.controls.control import Control, Pair, Run, Step
 from condit.controls.edit_maps import blend_mask, exchange, refinement_table, replacement_table, word_steps
@@ -115,10 +115,20 @@ class DiT4Edit(Control):
         table = make_table(self, run.edit, run.pooled.device) if self.conditional else None
         return replace(self, table=table, count=count, grid=run.grid, memory=memory)
 
-    def check(self, pair: Pair, backbone: object) -> None:
-        """ValueError where prompts or layers do not fit this edit: what `prepare` would say, before an inversion."""
+    def edit(self, pair: Pair, backbone: nn.Module) -> DiT4Edit:
+        """Raises ValueError where prompts or layers do not fit: what `prepare` would say, before an inversion."""
         self.count_layers(backbone)
         make_table(self, pair, torch.device("cpu"))
+        return self
+
+    def differs(self) -> bool:
+        return not set(self.reweight.values()) <= {1.0}
+
+    def recording(self) -> DiT4Edit:
+        return replace(self, record=True)
+
+    def records(self) -> dict[str, Tensor]:
+        return dict(self.memory)
 
     def count_layers(self, backbone: object) -> int:
         """How many layers attend to the picture; ValueError for a window that holds none of them."""
@@ -216,6 +226,11 @@ class DiT4Edit(Control):
             "self_layers": list(self.self_layers),
             "blend": blend,
         }
+
+
+def attention_recorder() -> DiT4Edit:
+    """A control that changes nothing and records the attention to the words."""
+    return DiT4Edit(cross=None, self_form=None, record=True)
 
 
 def in_window(step: int, steps: int, window: Window) -> bool:

@@ -20,7 +20,8 @@ from torch import Tensor
 from condit.controls.control import Control, When, Where
 from condit.controls.ip_adapter import IPAdapter
 from condit.controls.ip_projectors import HEAD_DIM
-from condit.controls.ip_reference import IPReference, Together, WithLoRA
+from condit.controls.ip_reference import WithLoRA
+from condit.controls.wrap import Together
 from condit.encoders.image import CLIPImage, Fit, TextTower, TinyTextTower
 from condit.nn.attention import Site
 
@@ -189,10 +190,10 @@ _preset = preset  # where an argument has this name
 
 def together(controls: Sequence[Control]) -> Control:
     """Controls of one adapter as one."""
-    parts: list[IPReference] = []
+    parts: list[Control] = []
     for control in controls:
-        inner = control.inner if isinstance(control, WithLoRA) else control
-        parts += inner.parts if isinstance(inner, Together) else [inner]  # type: ignore[list-item]
+        for inner in control.inside if isinstance(control, WithLoRA) else (control,):
+            parts += inner.inside if isinstance(inner, Together) else (inner,)
     joined = Together(tuple(parts))
     first = controls[0]
     return replace(first, inner=joined) if isinstance(first, WithLoRA) else joined
@@ -242,8 +243,8 @@ def block_weights(
     """A weight type by its name in ComfyUI, for SDXL's 11 or SD 1.5's 16 attention modules.
 
     composition: the weight of the layout in "style and composition"; boost: of the part that is pushed away in the
-    "precise" ones (None: `weight`), which are SDXL's only. There the reference acts on the negative side, so that
-    guidance leads away from its layout, or from its style.
+    "precise" ones (None: `weight`). There the reference acts on the negative side, so that guidance leads away from its
+    layout, or from its style.
     """
     modules = modules_of(sites)
     n = len(modules)
@@ -253,26 +254,34 @@ def block_weights(
         return BlockWeights({m: weight if m.startswith(STAGES[kind]) else 0.2 * weight for m in modules})
     if kind not in WEIGHT_TYPES:
         raise ValueError(f"No weight type {kind!r}: {', '.join(WEIGHT_TYPES)}.")
-    if n not in (11, 16) or (kind in PRECISE and n != 11):
-        there = "SDXL's 11 attention modules" + ("" if kind in PRECISE else " and SD 1.5's 16")
-        raise ValueError(f"{kind!r} is known for {there}; found {n}.")
+    if n not in (11, 16):
+        raise ValueError(f"{kind!r} is known for SDXL's 11 attention modules and SD 1.5's 16; found {n}.")
     layout = {3: 1.0} if n == 11 else {4: 0.25, 5: 1.0}
+    style = (6,) if n == 11 else _FINE
+    pushed = weight if boost is None else boost
+    rest = 0.1 * (weight if n == 11 else pushed)
     by_place: dict[int, float] = {
-        "style transfer": {6: weight} if n == 11 else dict.fromkeys(_FINE, weight),
+        "style transfer": dict.fromkeys(style, weight),
         "composition": {t: weight * share for t, share in layout.items()},
         "strong style transfer": {t: weight for t in range(n) if t not in layout},
         "style and composition": {
             **{t: composition * share for t, share in layout.items()},
-            **({6: weight} if n == 11 else dict.fromkeys(_FINE, weight)),
+            **dict.fromkeys(style, weight),
         },
-        "style transfer precise": {3: weight if boost is None else boost, 6: weight},
+        "style transfer precise": {
+            **{t: pushed * share for t, share in layout.items()},
+            **dict.fromkeys(style, weight),
+        },
         "composition precise": {
-            **{t: 0.1 * weight for t in range(n) if t not in (3, 6)},
-            3: weight,
-            6: weight if boost is None else boost,
+            **dict.fromkeys(range(n), rest),
+            **{t: weight * share for t, share in layout.items()},
+            **dict.fromkeys(style, pushed),
         },
     }[kind]
-    turned = {"style transfer precise": [3], "composition precise": [t for t in range(n) if t != 3]}.get(kind)
+    turned = {
+        "style transfer precise": list(layout),
+        "composition precise": [t for t in range(n) if t not in layout],
+    }.get(kind)
     away = None if turned is None else tuple(f"{modules[t]}.*" for t in turned)
     return BlockWeights({modules[t]: w for t, w in by_place.items()}, away)
 

@@ -4,15 +4,15 @@
 
 q and z_t are the frozen layer's; K', V' are made from the reference alone. On UNets every attention to the text gets
 them, as published. On an MM-DiT the image rows do, with q before rotary positions and K' normalised; XLabs' FLUX files
-add behind each double block instead. Here: the adapter. `ip_reference.py`: what acts in a run; `ip_given.py`: what a
-call gives; `ip_projectors.py`; `ip_files.py`: published layouts; `ip_load.py`: adapters of files; `instantstyle.py`:
-which blocks.
+add behind each double block instead. Here: the adapter. `ip_reference.py`: what acts in a run; `ip_input.py`: what a
+call gives; `ip_projectors.py`; `instantstyle.py`: which blocks. Published files are read in `weights/`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -21,21 +21,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.controls.control import Control, MaskMode, When, Where, check_reach, one_of
-from condit.controls.ip_combine import Combine, Features, combined, each_token, grouped, times, zeros_of
-from condit.controls.ip_files import IPConfig, Layer, face_tensors, layers_of
-from condit.controls.ip_given import check_prefixes, given_features, given_masks
-from condit.controls.ip_load import load_own, load_published
-from condit.controls.ip_projectors import HEAD_DIM, ImageProjection
+from condit.controls.ip_input import (
+    Combine,
+    Features,
+    Given,
+    IPConfig,
+    check_prefixes,
+    combined,
+    each_token,
+    given_features,
+    given_masks,
+    grouped,
+    times,
+    zeros_of,
+)
+from condit.controls.ip_projectors import HEAD_DIM, ImageProjection, KeyValue, Layer, layers_of
 from condit.controls.ip_reference import (
     IPReference,
     KeyValues,
     Scaling,
     Strength,
-    Together,
     WithLoRA,
     any_site,
     strength_at,
 )
+from condit.controls.wrap import Together
 from condit.data.images import load_image
 from condit.encoders.image import CLIPImage, Fit
 from condit.nn.attention import Site, split_heads
@@ -47,13 +57,19 @@ if TYPE_CHECKING:
 __all__ = ["IPAdapter", "IPConfig", "IPReference"]
 
 
-class KeyValue(nn.Module):
-    """K' and V' of one site."""
+@dataclass(frozen=True)
+class IPParts:
+    """What a file holds for a model: its tensors under the names of an adapter that has K', V' of `layers`, and of
+    `absent` none; FaceID's LoRA, numbered by the paths of all attention layers."""
 
-    def __init__(self, dim: int, width: int, *, bias: bool = False):
-        super().__init__()
-        self.to_k_ip = nn.Linear(dim, width, bias=bias)
-        self.to_v_ip = nn.Linear(dim, width, bias=bias)
+    config: IPConfig
+    layers: Sequence[Layer]
+    tensors: Mapping[str, Tensor]
+    projector: nn.Module | None = None
+    absent: Sequence[Layer] = ()
+    encoder: CLIPImage | None = None
+    lora: LoRA | None = None
+    attentions: tuple[str, ...] = ()
 
 
 class IPAdapter(nn.Module):
@@ -131,11 +147,13 @@ class IPAdapter(nn.Module):
         for another encoder.
         """
         file = pipe.adapter_file(source, "IPAdapter")
-        sites = pipe.backbone.sites
-        published = any(s.kind == "cross" for s in sites) or any("ip_adapter_double_stream" in n for n in file.tensors)
-        if published or "ip_adapter.0.to_k_ip.bias" in file.tensors:
-            return load_published(cls, source, pipe, file, image_encoder, Where.of(where), head_dim)
-        return load_own(cls, source, pipe, file)
+        parts: IPParts = file.ip_parts(source, pipe, image_encoder, Where.of(where), head_dim)
+        with torch.device("meta"):
+            adapter = cls(parts.config, parts.layers, pipe=pipe, projector=parts.projector, absent=parts.absent)
+        file.load_into(adapter, parts.tensors, assign=True)
+        adapter.lora, adapter.attentions, adapter._encoder[0] = parts.lora, parts.attentions, parts.encoder
+        adapter.name, adapter.hash = file.name, file.hash
+        return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Under the published names, FaceID's LoRA too."""
@@ -160,6 +178,11 @@ class IPAdapter(nn.Module):
     def _states(self) -> bool:
         """Whether the features end in (L, H)."""
         return self.config.feature in ("hidden", "identity+hidden")
+
+    @property
+    def face_width(self) -> int:
+        """Of a face's vector; 0 for an adapter that reads none."""
+        return self.image_proj.proj[0].in_features if "identity" in self.config.feature else 0  # type: ignore[union-attr,index]
 
     def project(self, tokens: Tensor, where: Where | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Tokens (B, T, C) -> site path -> K', V', each (B, H, T, D). Once a run, not once a step."""
@@ -316,13 +339,16 @@ class IPAdapter(nn.Module):
         if lora_scale != 1 and self.lora is None:
             raise ValueError(f"lora_scale= is of FaceID's LoRA; {self.name or 'this adapter'} has none. Leave it out.")
         check_reach(Where.of(where), self.sites)
-        check_prefixes(self, strength)
+        check_prefixes(strength, [layer.path for layer in (*self.layers, *self.absent)])
         groups = None if reference is None else grouped(reference)
         with torch.no_grad():
-            given = given_features(self, groups, embeds, identity, content, shortcut, fit)
-            parts = combined(given, chosen, weights)
+            given = Given(groups, embeds, identity, content, shortcut)
+            like, face = next(self.parameters()), self.face_width
+            name, read = self.name or "this adapter", partial(self.features, fit=fit)
+            features = given_features(given, self.config, name, read, like, face)
+            parts = combined(features, chosen, weights)
             source = [] if reference is None else self._bound().describe_source(reference)
-            masks = given_masks(self, mask, len(parts))
+            masks = given_masks(mask, len(parts), like.device)
             found = [
                 self.reference(
                     part,
@@ -351,3 +377,14 @@ class IPAdapter(nn.Module):
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use IPAdapter.load(name, pipe).")
         return pipe
+
+
+def face_tensors(lora: LoRA, paths: Sequence[str]) -> dict[str, Tensor]:
+    """FaceID's LoRA in the published names: N the place among all attention layers `paths`."""
+    number = {path: i for i, path in enumerate(paths)}
+    found = {}
+    for path, key in lora.keys.items():
+        layer, part = path.removesuffix(".0").rsplit(".", 1)
+        prefix = f"ip_adapter.{number[layer]}.{part}_lora"
+        found[f"{prefix}.down.weight"], found[f"{prefix}.up.weight"] = lora.a[key].detach(), lora.b[key].detach()
+    return found

@@ -1,17 +1,19 @@
-"""IP-Adapter's projectors: features of an image encoder -> T tokens of the text's width (Ye et al. 2023,
-arXiv:2308.06721, section 3.2.1). Parameter names are those of the published files, under `image_proj.`"""
+"""IP-Adapter's modules under the published names (Ye et al. 2023, arXiv:2308.06721, section 3.2): projectors, features
+of an image encoder -> T tokens of the text's width (`image_proj.`), and K', V' of a layer (`ip_adapter.N.`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.nn.attention import join_heads, split_heads
-from condit.nn.layers import timestep_features
+from condit.controls.ip_input import Form
+from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
+from condit.nn.layers import RMSNorm, timestep_features
 
 HEAD_DIM = 64  # of every published Perceiver; no tensor tells it
 
@@ -224,92 +226,80 @@ class TimeResampler(nn.Module):
         return self.norm_out(self.proj_out(latents)), clock
 
 
-# A projector is told from its tensors
+# K', V' of a layer
 
 
-def projector_of(tensors: Mapping[str, Tensor], head_dim: int = HEAD_DIM) -> nn.Module:
-    """The projector of these tensors (without `image_proj.`), sizes from their shapes, strictly loaded. head_dim: of a
-    Perceiver. ValueError for tensors of no projector that is known here."""
-    shape = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    # On the meta device: what is built here is filled by the file a moment later.
-    with torch.device("meta"):
-        if "time_embedding.linear_1.weight" in shape:
-            found: nn.Module = _time_resampler(shape, head_dim)
-        elif "latents" in shape:
-            found = _resampler(shape, head_dim)
-        elif "perceiver_resampler.proj_in.weight" in shape:
-            perceiver = {name.removeprefix("perceiver_resampler."): s for name, s in shape.items()}
-            found = IdentityPlusProjection(_identity(shape), Perceiver(**_sizes(perceiver, HEAD_DIM)))
-        elif "proj.3.weight" in shape:
-            found = FullProjection(shape["proj.0.weight"][1], shape["proj.2.weight"][0])
-        elif "proj.2.weight" in shape and "norm.weight" in shape:
-            found = _identity(shape)
-        elif len(shape.get("proj.weight", ())) == 2 and "norm.weight" in shape:
-            rows, features = shape["proj.weight"]
-            (dim,) = shape["norm.weight"]
-            found = ImageProjection(features, dim, rows // dim)
-        else:
-            first = next(iter(shape), "nothing")
-            raise ValueError(f"no projector known here: expected proj, latents or perceiver_resampler; found {first!r}")
-    wanted = {name: tuple(value.shape) for name, value in found.state_dict().items()}
-    if wanted != shape:
-        wrong = sorted(n for n in {*wanted, *shape} if wanted.get(n) != shape.get(n))
-        raise ValueError(
-            f"projector {type(found).__name__}: {len(wrong)} tensors do not fit (first: {wrong[0]!r}, expected "
-            f"{wanted.get(wrong[0])}, found {shape.get(wrong[0])})"
-        )
-    found.load_state_dict(dict(tensors), strict=True, assign=True)
+class KeyValue(nn.Module):
+    """K' and V' of one site."""
+
+    def __init__(self, dim: int, width: int, *, bias: bool = False):
+        super().__init__()
+        self.to_k_ip = nn.Linear(dim, width, bias=bias)
+        self.to_v_ip = nn.Linear(dim, width, bias=bias)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The attention layer that K', V' number `number` of a file belong to."""
+
+    number: int
+    path: str
+    width: int
+    heads: int
+
+
+def layers_of(backbone: nn.Module, sites: Sequence[Site], form: Form) -> list[Layer]:
+    """Every layer of a backbone that an adapter of this form may have K', V' for, with the published number: on UNets
+    the place among all attention layers (odd: those to the text), on FLUX that of the double block."""
+    chosen = {
+        "cross": [(i, s) for i, s in enumerate(sites) if s.kind == "cross"],
+        "residual": [(i, s) for i, s in enumerate(sites) if not s.path.startswith("single_")],
+        "joint": list(enumerate(sites)),
+    }[form]
+    found = []
+    for number, site in chosen:
+        attention: Any = backbone.get_submodule(site.path)
+        found.append(Layer(number, site.path, attention.to_q.out_features, attention.heads))
     return found
 
 
-Shapes = Mapping[str, tuple[int, ...]]
+# SD 3.5 (InstantX, SD3.5-Large-IP-Adapter) at the level of one joint attention; condit has no SD 3 backbone
 
 
-def _identity(shape: Shapes) -> IdentityProjection:
-    (hidden, features), (rows, _), (dim,) = shape["proj.0.weight"], shape["proj.2.weight"], shape["norm.weight"]
-    return IdentityProjection(features, hidden, dim, rows // dim)
+class ImageBranch(nn.Module):
+    """lambda * softmax(q [k, k']^T / sqrt(d)) [v, v'] for one joint attention: q, k, v are the image's own, before
+    their norms, under norms of the branch; k', v' are those of the reference's tokens."""
+
+    def __init__(self, dim: int, heads: int, width: int, clock: int):
+        """dim: of the tokens; width: of the layer; clock: of the projector's time embedding."""
+        super().__init__()
+        self.heads = heads
+        self.norm_ip = nn.Module()
+        self.norm_ip.linear = nn.Linear(clock, 2 * dim)
+        self.to_k_ip, self.to_v_ip = (nn.Linear(dim, width, bias=False) for _ in range(2))
+        self.norm_q, self.norm_k, self.norm_ip_k = (RMSNorm(width // heads, eps=1e-6) for _ in range(3))
+
+    def keys_values(self, tokens: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, C) and clock (B, dim) of a step -> k', v', each (B, H, T, D)."""
+        shift, scale = self.norm_ip.linear(F.silu(clock))[:, None].chunk(2, -1)  # type: ignore[operator]
+        h = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return self.norm_ip_k(split_heads(self.to_k_ip(h), self.heads)), split_heads(self.to_v_ip(h), self.heads)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, added: tuple[Tensor, Tensor], strength: Tensor) -> Tensor:
+        """q, k, v (B, H, N, D) of the image -> what is added to its attention (B, N, H D)."""
+        k_ip, v_ip = added
+        call = Call(self.norm_q(q), torch.cat([self.norm_k(k), k_ip], 2), torch.cat([v, v_ip], 2), Site("", "joint", 0))
+        return join_heads(sdpa(call)) * strength.to(v)
 
 
-def _sizes(shape: Shapes, head_dim: int) -> dict[str, int]:
-    """Of a Perceiver in the official names."""
-    inner = shape["layers.0.0.to_q.weight"][0]
-    return {
-        "features": shape["proj_in.weight"][1],
-        "dim": shape["proj_in.weight"][0],
-        "out": shape["proj_out.weight"][0],
-        "inner": inner,
-        "heads": _heads(inner, head_dim),
-        "depth": sum(name.endswith(".0.to_q.weight") for name in shape),
-        "hidden": shape["layers.0.1.1.weight"][0],
-    }
+class SD3Adapter(nn.Module):
+    """Projector and the branches of all layers, under diffusers' names `image_proj.*`, `ip_adapter.N.*`."""
 
+    def __init__(self, projector: TimeResampler, branches: Mapping[int, ImageBranch]):
+        super().__init__()
+        self.image_proj = projector
+        self.ip_adapter = nn.ModuleDict({str(number): branch for number, branch in branches.items()})
 
-def _resampler(shape: Shapes, head_dim: int) -> Resampler:
-    pooled, dim = shape.get("to_latents_from_mean_pooled_seq.1.weight", (0,))[0], shape["latents"][2]
-    positions = shape.get("pos_emb.weight", (0,))[0]
-    queries = shape["latents"][1]
-    return Resampler(**_sizes(shape, head_dim), queries=queries, positions=positions, pooled=pooled // dim)
-
-
-def _time_resampler(shape: Shapes, head_dim: int) -> TimeResampler:
-    inner = shape["layers.0.attn.to_q.weight"][0]
-    return TimeResampler(
-        features=shape["proj_in.weight"][1],
-        dim=shape["proj_in.weight"][0],
-        out=shape["proj_out.weight"][0],
-        queries=shape["latents"][1],
-        inner=inner,
-        heads=_heads(inner, head_dim),
-        depth=sum(name.endswith(".attn.to_q.weight") for name in shape),
-        hidden=shape["layers.0.ff.net.0.proj.weight"][0],
-        t=shape["time_embedding.linear_1.weight"][1],
-    )
-
-
-def _heads(inner: int, head_dim: int) -> int:
-    if inner % head_dim:
-        raise ValueError(
-            f"a Perceiver of inner width {inner} has no heads of {head_dim}. Published ones have {HEAD_DIM}; for "
-            "another give head_dim="
-        )
-    return inner // head_dim
+    def tokens(self, features: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, L, E), time (B,) in [0, 1000] -> tokens (B, T, C) and clock (B, dim) of that step."""
+        return self.image_proj(features, t)

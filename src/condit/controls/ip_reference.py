@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from condit.controls.control import (
+    Act,
     Control,
     MaskMode,
     Run,
@@ -22,11 +23,10 @@ from condit.controls.control import (
     region_levels,
     region_mask,
 )
+from condit.controls.ip_input import IPConfig
+from condit.controls.wrap import Wrapper
 from condit.nn.attention import Attend, Call, Reduction, Site, join_heads, sdpa
-from condit.nn.lora import LowRank, PartialLoRA
-
-if TYPE_CHECKING:
-    from condit.controls.ip_adapter import IPAdapter
+from condit.nn.lora import LowRank, PartialLoRA, sum_loras
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]  # site path -> K', V', each (B, H, T, D)
 Strength = float | Mapping[str, float] | Tensor
@@ -34,17 +34,26 @@ Strength = float | Mapping[str, float] | Tensor
 Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
 
 
+class Adapter(Protocol):
+    """What a reference needs of the adapter that made it."""
+
+    config: IPConfig
+    name: str
+    hash: str
+
+
 @dataclass(frozen=True)
 class IPReference(Control):
     """K', V' of a reference at every site; `empty` are those of no reference.
 
     strength: lambda; by prefix of the site's path, where what is not named is off; or (n,), one an image. `weight`
-    (0-d, by path, or (B, 1, 1, 1)) and `region` are set for a run: (B, 1, N, 1), or by N where N differs by level.
+    (0-d, by path, or (B, 1, 1, 1)) and `area` are set for a run, the latter the mask on the token grid: (B, 1, N, 1),
+    or by N where N differs by level.
     """
 
     kv: KeyValues
     empty: KeyValues
-    adapter: IPAdapter
+    adapter: Adapter
     strength: Strength
     where: Where
     when: When = field(default_factory=When)
@@ -53,7 +62,7 @@ class IPReference(Control):
     scaling: Scaling = "V only"
     mask_mode: MaskMode = "area"
     weight: Tensor | Mapping[str, Tensor] | None = None
-    region: Tensor | Mapping[int, Tensor] | None = None
+    area: Tensor | Mapping[int, Tensor] | None = None
 
     def prepare(self, run: Run) -> IPReference:
         check_layers(run, self.kv)
@@ -65,15 +74,15 @@ class IPReference(Control):
         strength = self.strength
         if isinstance(strength, Tensor):
             strength = match_batch(strength, run.batch, "strength").reshape(-1, 1, 1, 1)
-        return replace(self, kv=kv, strength=strength, region=self.region_of(run))
+        return replace(self, kv=kv, strength=strength, area=self.area_of(run))
 
-    def region_of(self, run: Run) -> Tensor | Mapping[int, Tensor] | None:
+    def area_of(self, run: Run) -> Tensor | Mapping[int, Tensor] | None:
         """The mask on the token grid, or on the grid of each level of a UNet."""
         if self.mask is None:
             return None
         if self.adapter.config.form == "cross":
             levels = region_levels(self.mask, run.grid, self.mask_mode)
-            return {n: match_batch(region, run.batch, "mask") for n, region in levels.items()}
+            return {n: match_batch(area, run.batch, "mask") for n, area in levels.items()}
         check_shape(self.mask, run.grid)
         return match_batch(region_mask(self.mask, run.grid, run.cells, self.mask_mode), run.batch, "mask")
 
@@ -104,7 +113,7 @@ class IPReference(Control):
         return torch.cat([out[:, :, : rows.start], out[:, :, rows] + side, out[:, :, rows.stop :]], 2)
 
     def side(self, q: Tensor, site: Site, merged: Reduction | None = None) -> Tensor:
-        """The attention to the reference alone, times strength and region; q (B, H, N, D) of the image."""
+        """The attention to the reference alone, times strength and area; q (B, H, N, D) of the image."""
         k, v = self.kv[site.path]
         weight = self.weight[site.path] if isinstance(self.weight, Mapping) else self.weight
         if weight is not None and self.scaling != "V only":
@@ -113,10 +122,10 @@ class IPReference(Control):
         side = sdpa(Call(q, k, v, site))
         if weight is not None:
             side = side * weight.to(side)
-        region = self.region[q.shape[2]] if isinstance(self.region, Mapping) else self.region
-        if region is not None and merged is not None and region.shape[2] > 1:
-            region = merged.merge(region)
-        return side if region is None else side * region.to(side)
+        area = self.area[q.shape[2]] if isinstance(self.area, Mapping) else self.area
+        if area is not None and merged is not None and area.shape[2] > 1:
+            area = merged.merge(area)
+        return side if area is None else side * area.to(side)
 
     def residual(self, site: Site, query: Tensor) -> Tensor | None:
         """XLabs' form for FLUX: added behind a double block, ungated and without an output projection."""
@@ -124,9 +133,9 @@ class IPReference(Control):
             return None
         return join_heads(self.side(query, site))
 
-    def inside(self, region: Tensor) -> IPReference:
-        """Acting by `region`, which broadcasts to (B, H, N, D): 0 = not at all, 1 = at full strength."""
-        return replace(self, region=region)
+    def within(self, area: Tensor) -> IPReference:
+        """Acting by `area`, which broadcasts to (B, H, N, D): 0 = not at all, 1 = at full strength."""
+        return replace(self, area=area)
 
     def negative(self) -> IPReference:
         return replace(self, kv=self.empty)
@@ -147,78 +156,22 @@ class IPReference(Control):
 
 
 @dataclass(frozen=True)
-class Together(Control):
-    """Several references as one control: what each adds is added up."""
+class WithLoRA(Wrapper):
+    """FaceID: references and the LoRA of their file, which acts on both sides of guidance, as if merged."""
 
-    parts: tuple[IPReference, ...]
-
-    @property
-    def adapter(self) -> IPAdapter:
-        return self.parts[0].adapter
-
-    def prepare(self, run: Run) -> Together:
-        return replace(self, parts=tuple(part.prepare(run) for part in self.parts))
-
-    def at(self, step: Step) -> Together | None:
-        parts = tuple(p for p in (part.at(step) for part in self.parts) if p is not None)
-        return replace(self, parts=parts) if parts else None
-
-    def around(self, call: Call, attend: Attend) -> Tensor:
-        out = attend(call)
-        for part in self.parts:
-            out = part.added(call, out)
-        return out
-
-    def residual(self, site: Site, query: Tensor) -> Tensor | None:
-        total = None
-        for part in self.parts:
-            found = part.residual(site, query)
-            if found is not None:
-                total = found if total is None else total + found
-        return total
-
-    def negative(self) -> Together:
-        return replace(self, parts=tuple(part.negative() for part in self.parts))
-
-    def describe(self) -> dict:
-        return {**self.parts[0].describe(), "together": [part.describe() for part in self.parts]}
-
-
-@dataclass(frozen=True)
-class WithLoRA(Control):
-    """FaceID: a reference beside the LoRA of its file, which acts on both sides of guidance, as if merged."""
-
-    inner: Control
-    adapter: IPAdapter
+    adapter: Adapter
     update: LowRank | None
 
-    def prepare(self, run: Run) -> WithLoRA:
-        return replace(self, inner=self.inner.prepare(run))
-
-    def at(self, step: Step) -> WithLoRA | None:
-        inner = self.inner.at(step)
-        return None if inner is None else replace(self, inner=inner)
-
-    def around(self, call: Call, attend: Attend) -> Tensor:
-        return self.inner.around(call, attend)
-
-    def residual(self, site: Site, query: Tensor) -> Tensor | None:
-        return self.inner.residual(site, query)
+    @property
+    def acts(self) -> frozenset[Act]:
+        return super().acts | frozenset[Act](("adapt",))
 
     def lora(self) -> LowRank | None:
-        return self.update
-
-    def negative(self) -> WithLoRA:
-        inner = self.inner.negative()
-        return self if inner is None else replace(self, inner=inner)
+        return sum_loras((self.update, super().lora()))
 
     def describe(self) -> dict:
-        scale = (
-            float(self.update.weight)
-            if isinstance(self.update, PartialLoRA) and self.update.weight is not None
-            else 1.0
-        )
-        return {**self.inner.describe(), "lora_scale": scale}
+        scale = float(self.update.weight) if isinstance(self.update, PartialLoRA) and self.update.weight is not None else 1.0
+        return {**self.inside[0].describe(), "lora_scale": scale}
 
 
 def scaled(k: Tensor, v: Tensor, weight: Tensor, how: Scaling) -> tuple[Tensor, Tensor]:

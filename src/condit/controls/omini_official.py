@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from condit.controls.control import Control, Run, Step, When, match_batch
-from condit.controls.omini import OminiReference, condition_stream
+from condit.controls.omini import OminiControl, OminiReference, condition_stream
+from condit.controls.wrap import Wrapper
 from condit.nn.attention import Attend, Call
 from condit.nn.streams import Stream
 
@@ -34,40 +35,40 @@ def official_guidance(controls: Sequence[OminiReference]) -> list[Control]:
 
 
 @dataclass(frozen=True)
-class WithBlack(Control):
+class WithBlack(Wrapper):
     """A condition whose unconditional side is `black`, seen without a mask."""
 
-    inner: OminiReference
+    inner: Control
     black: tuple[OminiReference, ...]
 
     def sized(self, size: tuple[int, int], pipe: Any) -> Control:
         return replace(self, inner=self.inner.sized(size, pipe), black=tuple(b.sized(size, pipe) for b in self.black))
 
-    def prepare(self, run: Run) -> Control:
-        return self.inner.prepare(run)
-
     def negative(self) -> Control | None:
-        return Unmasked(self.black) if self.black else None
-
-    def fill(self):
-        return self.inner.fill()
+        black = tuple(Black(b.adapter, b.tokens, b.ids) for b in self.black)
+        return Unmasked(black, self.black[0].alone and self.black[0].cached) if black else None
 
     def describe(self) -> dict:
         return {**self.inner.describe(), "image_guidance": "official"}
+
+
+class Black(NamedTuple):
+    """A condition of the unconditional side."""
+
+    adapter: OminiControl
+    tokens: Tensor
+    ids: Tensor
 
 
 @dataclass(frozen=True)
 class Unmasked(Control):
     """Conditions that see every stream. `memory` is filled in step 0 and read in the others, if they are cached."""
 
-    conditions: tuple[OminiReference, ...]
+    conditions: tuple[Black, ...]
+    cached: bool
     joined: tuple[Stream, ...] = ()
     memory: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     first: bool = False
-
-    @property
-    def cached(self) -> bool:
-        return self.conditions[0].alone and self.conditions[0].cached
 
     def prepare(self, run: Run) -> Unmasked:
         joined = tuple(

@@ -47,7 +47,7 @@ TASKS: dict[str, OminiConfig] = {
     "coloring": OminiConfig("coloring", annotator="gray"),  # experimental/coloring; luma
     # experimental/deblurring; trained on radius 1 to 10. The second generation's demos take 5, the first's 10.
     "deblurring": OminiConfig("deblurring", annotator="blur-5"),
-    # experimental/fill; the picture with the hidden part black (omini_fill.hide), or token integration (`fill=`).
+    # experimental/fill; the picture with the hidden part black (omini_picture.hide), or token integration (`fill=`).
     "fill": OminiConfig("fill"),
     "depth_pred": OminiConfig("depth_pred"),  # a photo; draws its depth map. First generation: prompt "[depth] ..."
     "subject": OminiConfig("subject", "left"),  # omini/subject_1024_beta, and everything trained by the released code

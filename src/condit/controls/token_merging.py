@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from condit.controls.control import Control, Run, Step, When, Where
+from condit.controls.control import Control, Pair, Run, Step, When, Where
 from condit.nn.attention import Site
 
 MINIMUM_TOKENS = 1024  # below, matching costs what merging saves
@@ -138,6 +138,12 @@ class TokenMerging(Control):
             raise ValueError(f"ratio must lie in [0, 0.75]: one token in four stays; found {self.ratio}.")
         if self.every < 1:
             raise ValueError(f"every counts the steps of a match, at least 1; found {self.every}.")
+
+    def edit(self, pair: Pair, backbone: nn.Module) -> TokenMerging:
+        return self
+
+    def differs(self) -> bool:
+        return False
 
     def prepare(self, run: Run) -> TokenMerging:
         if run.cells is not None:

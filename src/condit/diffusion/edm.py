@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from condit.diffusion.steps import Noise, OnStep, Predict, Step, finish_step
+
 # F(x, c_noise): (B, C, H, W) and (B,) -> (B, C, H, W). D(x, sigma) likewise.
 Network = Callable[[Tensor, Tensor], Tensor]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -61,38 +63,54 @@ def edm_loss(denoise: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, edm: E
     return weight * error.square().flatten(1).mean(1)
 
 
-def edm_sigmas(steps: int, edm: EDM) -> Tensor:
+def edm_path(steps: int, edm: EDM) -> EDMPath:
     """Falling noise levels (steps + 1,) float64 from sigma_max to sigma_min, evenly in sigma^(1/rho), then 0; Eq. 5."""
     if steps < 2:
         raise ValueError(f"num_inference_steps must be at least 2; found {steps}.")
     first, last = edm.sigma_max ** (1 / edm.rho), edm.sigma_min ** (1 / edm.rho)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    return torch.cat([(first + ramp * (last - first)) ** edm.rho, ramp.new_zeros(1)])
+    return EDMPath((*((first + ramp * (last - first)) ** edm.rho).tolist(), 0.0))
+
+
+@dataclass(frozen=True)
+class EDMPath:
+    """Levels (S + 1,): the deviation of the noise, falling to 0. A run starts from noise times sigmas[0]."""
+
+    sigmas: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.sigmas) - 1
+
+    def step(self, index: int) -> Step:
+        return self.at(index, self.sigmas[index])
+
+    def at(self, index: int, sigma: float) -> Step:
+        """Step `index` at a level of its own."""
+        return Step(index, len(self), sigma / (1 + sigma), sigma)
 
 
 def heun(
-    denoise: Denoiser,
+    predict: Predict,
     x: Tensor,
-    sigmas: Tensor,
+    path: EDMPath,
     *,
-    on_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Heun's second-order steps of dx/dsigma = (x - D(x, sigma)) / sigma, Alg. 1 without churn; Euler to sigma 0.
 
-    x (B, C, H, W) stands at sigmas[0], so it is noise times that. 2 steps - 1 predictions. on_step(i, x, x0) may give
-    another x.
+    predict is the denoiser D, which estimates x0. x (B, C, H, W) stands at sigmas[0], so it is noise times that. 2
+    steps - 1 predictions. Raises ValueError for eta, which this sampler does not have.
     """
-
-    def slope(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        x0 = denoise(x, torch.full((len(x),), sigma, dtype=x.dtype, device=x.device))
-        return (x - x0) / sigma, x0
-
-    levels = sigmas.tolist()
-    for i, (sigma, after) in enumerate(zip(levels, levels[1:], strict=False)):
-        direction, x0 = slope(x, sigma)
+    if eta:
+        raise ValueError(f"Heun's sampler is deterministic and has no eta; found {eta}.")
+    for i, (sigma, after) in enumerate(zip(path.sigmas, path.sigmas[1:], strict=False)):
+        x0 = predict(x, path.step(i))
+        direction = (x - x0) / sigma
         moved = x + (after - sigma) * direction
         if after > 0:
-            moved = x + (after - sigma) * (direction + slope(moved, after)[0]) / 2
-        replaced = None if on_step is None else on_step(i, moved, x0)
-        x = moved if replaced is None else replaced
+            x0_after = predict(moved, path.at(i, after))
+            moved = x + (after - sigma) * (direction + (moved - x0_after) / after) / 2
+        x = finish_step(on_step, i, moved, x0)
     return x

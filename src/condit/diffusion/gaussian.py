@@ -16,6 +16,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from condit.diffusion.steps import Step
+
+TRAINED_STEPS = 1000
+
 Schedule = Literal["linear", "squaredcos_cap_v2", "quad", "const", "jsd", "warmup10", "warmup50"]
 Prediction = Literal["noise", "x0"]
 Variance = Literal["learned", "bounded", "large", "small"]
@@ -108,6 +112,11 @@ class Gaussian:
 
     def __len__(self) -> int:
         return len(self.betas)
+
+    def step(self, index: int) -> Step:
+        """Step `index` of a sampler, which begins at the noisy end."""
+        time = float(self.timesteps[len(self) - 1 - index])
+        return Step(index, len(self), time / TRAINED_STEPS, time)
 
     @property
     def learns_variance(self) -> bool:

@@ -6,34 +6,14 @@ Networks that are to be trained through a sampler are rare: callers put torch.no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from condit.diffusion.gaussian import Denoise, Gaussian, at, reverse
-
-# noise(x): standard normal numbers of x's shape and device. Samplers call it once a step.
-Noise = Callable[[Tensor], Tensor]
-# on_step(number of the step from 0, x after it, its estimate of x0): may give another x.
-OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
-
-
-def draw(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise (N, *shape) float32, row n from generator n alone, on its device; on the CPU."""
-    return torch.stack([torch.randn(tuple(shape), generator=g, device=g.device).cpu() for g in generators])
-
-
-def image_noise(generators: Sequence[torch.Generator]) -> Noise:
-    """Noise for a sampler, each image from its own generator, so that a picture does not depend on its batch."""
-
-    def noise(x: Tensor) -> Tensor:
-        if len(generators) != len(x):
-            raise ValueError(f"One generator per image is needed; found {len(generators)} for {len(x)} images.")
-        return draw(x.shape[1:], generators).to(x.device)
-
-    return noise
+from condit.diffusion.gaussian import Gaussian, at, reverse
+from condit.diffusion.steps import Noise, OnStep, Predict, finish_step
 
 
 @dataclass(frozen=True)
@@ -93,56 +73,65 @@ def _not_last(i: Tensor, x: Tensor) -> Tensor:
 
 
 def ancestral(
-    denoise: Denoise, x: Tensor, process: Gaussian, *, noise: Noise, clip: bool = False, on_step: OnStep | None = None
-) -> Tensor:
-    """Images from noise x (B, C, H, W), one draw of `noise` a step, also at the last, as the official sampler does."""
-
-    def step(output: Tensor, x: Tensor, i: Tensor) -> Sample:
-        return ancestral_step(process, output, x, i, noise(x), clip=clip)
-
-    return _walk(denoise, x, process, reversed(range(len(process))), step, on_step)
-
-
-def ddim(
-    denoise: Denoise,
+    predict: Predict,
     x: Tensor,
-    process: Gaussian,
+    path: Gaussian,
     *,
     eta: float = 0.0,
     noise: Noise | None = None,
-    clip: bool = False,
     on_step: OnStep | None = None,
+    clip: bool = False,
 ) -> Tensor:
-    """Images from noise x (B, C, H, W) by DDIM. `noise` is asked where eta > 0 only."""
+    """Images from noise x (B, C, H, W). `noise` is called once a step, also at the last, as the official sampler does.
+    Raises ValueError for eta, which this sampler does not have, and without `noise`."""
+    if eta or noise is None:
+        raise ValueError(f"The ancestral sampler needs noise= and has no eta; found eta {eta}, noise {noise}.")
 
     def step(output: Tensor, x: Tensor, i: Tensor) -> Sample:
-        return ddim_step(process, output, x, i, noise(x) if noise and eta else None, eta=eta, clip=clip)
+        return ancestral_step(path, output, x, i, noise(x), clip=clip)
 
-    return _walk(denoise, x, process, reversed(range(len(process))), step, on_step)
+    return _walk(predict, x, path, reversed(range(len(path))), step, on_step)
+
+
+def ddim(
+    predict: Predict,
+    x: Tensor,
+    path: Gaussian,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+    clip: bool = False,
+) -> Tensor:
+    """Images from noise x (B, C, H, W) by DDIM. `noise` is called where eta > 0 only."""
+
+    def step(output: Tensor, x: Tensor, i: Tensor) -> Sample:
+        return ddim_step(path, output, x, i, noise(x) if noise and eta else None, eta=eta, clip=clip)
+
+    return _walk(predict, x, path, reversed(range(len(path))), step, on_step)
 
 
 def ddim_invert(
-    denoise: Denoise, x: Tensor, process: Gaussian, *, clip: bool = False, on_step: OnStep | None = None
+    predict: Predict, x: Tensor, path: Gaussian, *, clip: bool = False, on_step: OnStep | None = None
 ) -> Tensor:
     """Noise from images x (B, C, H, W): N - 1 reverse steps, to the level at which `ddim` of this process begins."""
 
     def step(output: Tensor, x: Tensor, i: Tensor) -> Sample:
-        return ddim_reverse_step(process, output, x, i, clip=clip)
+        return ddim_reverse_step(path, output, x, i, clip=clip)
 
-    return _walk(denoise, x, process, range(len(process) - 1), step, on_step)
+    return _walk(predict, x, path, range(len(path) - 1), step, on_step)
 
 
 def _walk(
-    denoise: Denoise,
+    predict: Predict,
     x: Tensor,
-    process: Gaussian,
+    path: Gaussian,
     indices: Iterable[int],
     step: Callable[[Tensor, Tensor, Tensor], Sample],
     on_step: OnStep | None,
 ) -> Tensor:
     for number, index in enumerate(indices):
-        i = torch.full((len(x),), index)
-        sample = step(denoise(x, process.timesteps[i].to(x.device)), x, i)
-        replaced = None if on_step is None else on_step(number, sample.x, sample.x0)
-        x = sample.x if replaced is None else replaced
+        now = replace(path.step(len(path) - 1 - index), index=number)
+        sample = step(predict(x, now), x, torch.full((len(x),), index))
+        x = finish_step(on_step, number, sample.x, sample.x0)
     return x

@@ -17,6 +17,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from condit.diffusion.samplers import FlowPath
+from condit.diffusion.steps import Step
 from condit.diffusion.vp_samplers import ddim_step, estimate
 
 Network = Callable[[Tensor, float], Tensor]
@@ -31,6 +33,14 @@ class Path(Protocol):
 
     def time(self, level: int) -> float: ...
 
+    def step(self, index: int) -> Step:
+        """The step of a sampler that begins at a level."""
+        ...
+
+    def at(self, time: float) -> Step:
+        """A step of its own at any time."""
+        ...
+
     def kept(self, x: Tensor, found: Tensor, level: int) -> Tensor: ...
 
     def move(self, x: Tensor, found: Tensor, start: int, end: int, earlier: Earlier | None = None) -> Tensor: ...
@@ -44,31 +54,6 @@ class Earlier:
 
     kept: Tensor
     level: int
-
-
-@dataclass(frozen=True)
-class FlowPath:
-    """Rectified flow: levels (S + 1,) falling from 1 to 0; x_t = (1 - t) x_0 + t noise."""
-
-    sigmas: tuple[float, ...]
-
-    @property
-    def steps(self) -> int:
-        return len(self.sigmas) - 1
-
-    def time(self, level: int) -> float:
-        return self.sigmas[level]
-
-    def kept(self, x: Tensor, found: Tensor, level: int) -> Tensor:
-        """The velocity."""
-        return found
-
-    def move(self, x: Tensor, found: Tensor, start: int, end: int, earlier: Earlier | None = None) -> Tensor:
-        """Euler's step."""
-        return x + (self.sigmas[end] - self.sigmas[start]) * found
-
-    def multistep(self, start: int, end: int) -> bool:
-        return False
 
 
 @dataclass(frozen=True)
@@ -91,6 +76,12 @@ class NoisePath:
 
     def time(self, level: int) -> float:
         return self.times[level]
+
+    def step(self, index: int) -> Step:
+        return Step(index, self.steps, self.times[index] / len(self.cumprod), self.times[index])
+
+    def at(self, time: float) -> Step:
+        return Step(0, 1, time / len(self.cumprod), time)
 
     def ratio(self, level: int, *, ending: bool = False) -> Tensor:
         """sigma / alpha of a level, 0-d; `ending`: where a sampler ends."""

@@ -9,18 +9,12 @@ that can be called alone; they go either way, towards the picture or towards noi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from condit.diffusion.gaussian_samplers import Noise
-from condit.diffusion.vp import Path, Prediction, Process, Solver
-
-# denoise(x, t, i): the network's output for x (B, ...) in step i of the path, where it is told t.
-Denoise = Callable[[Tensor, float, int], Tensor]
-# on_step(number of the step, x after it, its estimate of x0): may give another x.
-OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
+from condit.diffusion.steps import Noise, OnStep, Predict, finish_step
+from condit.diffusion.vp import Prediction, VPPath
 
 
 @dataclass(frozen=True)
@@ -72,76 +66,59 @@ def dpm_step(
 
 
 def ddim(
-    denoise: Denoise,
+    predict: Predict,
     x: Tensor,
-    path: Path,
+    path: VPPath,
     *,
-    prediction: Prediction = "epsilon",
     eta: float = 0.0,
     noise: Noise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """x (B, ...) at the path's first level -> at its end. `noise` is asked once a step where eta > 0."""
-    for i, (t, level, after) in enumerate(rows(path)):
-        found = estimate(denoise(x, t, i), x, level, prediction)
+    """x (B, ...) at the path's first level -> at its end. `noise` is called once a step where eta > 0."""
+    for step, level, after in path.rows():
+        estimated = estimate(predict(x, step), x, level, path.process.prediction_type)
         drawn = noise(x) if eta and noise is not None else None
-        x = told(on_step, i, ddim_step(found, level, after, eta=eta, noise=drawn), found.x0)
+        moved = ddim_step(estimated, level, after, eta=eta, noise=drawn)
+        x = finish_step(on_step, step.index, moved, estimated.x0)
     return x
 
 
 def dpm_solver(
-    denoise: Denoise,
+    predict: Predict,
     x: Tensor,
-    path: Path,
-    *,
-    prediction: Prediction = "epsilon",
-    lower_order_final: bool = True,
-    euler_at_final: bool = False,
-    on_step: OnStep | None = None,
-) -> Tensor:
-    """x (B, ...) at the path's first level -> at its end. The first step is of first order, and the last one where it
-    ends in the picture itself, with `euler_at_final`, or by `lower_order_final` among fewer than 15."""
-    before = None
-    for i, (t, level, after) in enumerate(rows(path)):
-        x0 = estimate(denoise(x, t, i), x, level, prediction).x0
-        last = i == len(path) - 1 and (after >= 1 or euler_at_final or (lower_order_final and len(path) < 15))
-        moved = dpm_step(x, x0, level, after, before=None if last else before)
-        before = x0, level
-        x = told(on_step, i, moved, x0)
-    return x
-
-
-def sample(
-    solver: Solver,
-    process: Process,
-    denoise: Denoise,
-    x: Tensor,
-    path: Path,
+    path: VPPath,
     *,
     eta: float = 0.0,
     noise: Noise | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """One of the solvers by name, with the process's own settings. eta is DDIM's; Euler has 0, its ancestral form 1."""
-    if solver == "dpm++":
-        return dpm_solver(
-            denoise,
-            x,
-            path,
-            prediction=process.prediction_type,
-            lower_order_final=process.lower_order_final,
-            euler_at_final=process.euler_at_final,
-            on_step=on_step,
-        )
-    share = {"ddim": eta, "euler": 0.0, "euler-ancestral": 1.0}[solver]
-    return ddim(denoise, x, path, prediction=process.prediction_type, eta=share, noise=noise, on_step=on_step)
+    """x (B, ...) at the path's first level -> at its end. The first step is of first order, and the last one where it
+    ends in the image itself, with `euler_at_final`, or by `lower_order_final` among fewer than 15. Raises ValueError
+    for eta, which this sampler does not have."""
+    if eta:
+        raise ValueError(f"DPM-Solver++ is deterministic and has no eta; found {eta}.")
+    process, before = path.process, None
+    short = process.euler_at_final or (process.lower_order_final and len(path) < 15)
+    for step, level, after in path.rows():
+        x0 = estimate(predict(x, step), x, level, process.prediction_type).x0
+        last = step.index == len(path) - 1 and (after >= 1 or short)
+        moved = dpm_step(x, x0, level, after, before=None if last else before)
+        before = x0, level
+        x = finish_step(on_step, step.index, moved, x0)
+    return x
 
 
-def rows(path: Path) -> list[tuple[float, float, float]]:
-    """(t, level, after) of each step."""
-    return list(zip(path.timesteps.tolist(), path.level.tolist(), path.after.tolist(), strict=True))
-
-
-def told(on_step: OnStep | None, i: int, x: Tensor, x0: Tensor) -> Tensor:
-    replaced = None if on_step is None else on_step(i, x, x0)
-    return x if replaced is None else replaced
+def sample(
+    predict: Predict,
+    x: Tensor,
+    path: VPPath,
+    *,
+    eta: float = 0.0,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """By the path's own solver. eta is DDIM's; Euler has 0, its ancestral form 1."""
+    if path.solver == "dpm++":
+        return dpm_solver(predict, x, path, noise=noise, on_step=on_step)
+    share = {"ddim": eta, "euler": 0.0, "euler-ancestral": 1.0}[path.solver]
+    return ddim(predict, x, path, eta=share, noise=noise, on_step=on_step)

@@ -1,21 +1,23 @@
-"""Editing: invert a picture once, then draw targets beside it (DiT4Edit, arXiv:2411.03286; controls/dit4edit.py)."""
+"""Editing: invert an image once, then generate targets beside it (DiT4Edit, arXiv:2411.03286; controls/dit4edit.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from condit.controls.control import Control, Pair, Step, region_mask
-from condit.controls.dit4edit import DiT4Edit
+from condit.controls.control import Control, Pair, region_mask
 from condit.data.images import ImageSource, load_image, to_images
 from condit.diffusion.inversion import Network, Path, Solver, edit_along, round_trip_error, walk
 from condit.diffusion.inversion import invert as to_noise
+from condit.diffusion.steps import Predict, Step
 from condit.drawing.edit_request import (
-    Asked,
+    EditPrompts,
+    Inversion,
     as_list,
     check_inversion,
     check_steps,
@@ -23,37 +25,37 @@ from condit.drawing.edit_request import (
     same,
     source_prompts,
 )
+from condit.drawing.model import Layout, Side, TextModel
+from condit.drawing.settings import Settings, check_size
 
 
-@dataclass(frozen=True)
-class Inversion:
-    """A picture's way to noise under its prompt: a value that serves any number of edits.
+class Editable(Protocol):
+    """What an edit needs of a pipeline; `edit` and `invert` below are its methods."""
 
-    trajectory (S + 1, B, ...) are latents, the noisiest first, the last of them the picture's own; again (B, ...) is
-    where sampling from that noise ends, without a stored trajectory: its distance is the round-trip error, rms (B,) in
-    the latent and decibels (B,) with the latent's range as peak. size in pixels.
-    """
+    @property
+    def name(self) -> str: ...
+    @property
+    def text_model(self) -> TextModel: ...
+    @property
+    def backbone(self) -> nn.Module: ...
+    @property
+    def parts(self) -> Any: ...
 
-    trajectory: Tensor
-    path: Path
-    source: tuple[str, ...]
-    solver: str
-    size: tuple[int, int]
-    again: Tensor
-    rms: Tensor
-    decibels: Tensor
-    model: str
-
-    def __len__(self) -> int:
-        return self.trajectory.shape[1]
+    def read_images(self, reference: Any, annotator: str | None, size: tuple[int, int] | None = None) -> Tensor: ...
+    def sized(self, controls: Sequence[Control], size: tuple[int, int]) -> tuple[Control, ...]: ...
+    def sides(
+        self, conditions: Callable[[bool], Any], controls: Sequence[Control], layout: Layout, settings: Settings
+    ) -> list[Side]: ...
+    def predictor(self, sides: Sequence[Side], layout: Layout, settings: Settings) -> Predict: ...
 
 
 @dataclass(frozen=True)
 class EditResult:
-    """images: the targets; sources: the pictures as their latents decode; round_trips: from the noise and back.
+    """images: the targets; sources: the images as their latents decode; round_trips: from the noise and back.
 
-    psnr: of round_trips against sources in pixels, dB, one a picture, and latent_psnr in the latent. maps: (B, 2, N, L)
-    mean attention of the picture's tokens to the words of source and target, if it was asked for; words: those prompts.
+    psnr: of round_trips against sources in pixels, dB, one an image, and latent_psnr in the latent. records: what
+    controls recorded, by name; words: the prompts over the model's tokens. A method without an inversion leaves
+    `inversion` and `round_trips` None and the figures empty.
     """
 
     images: Any
@@ -61,79 +63,67 @@ class EditResult:
     round_trips: Any
     psnr: list[float]
     latent_psnr: list[float]
-    inversion: Inversion
+    inversion: Inversion | None
     recipe: dict
-    maps: Tensor | None = None
-    words: Pair | None = None
-    grid: tuple[int, int] = (0, 0)
-
-
-class Editor(Protocol):
-    """What a kind of pipeline brings to be edited with; latents (B, ...) in float32, sizes in pixels. solver and
-    iterations are those of the inversion."""
+    records: dict[str, Tensor]
+    words: Pair
+    grid: tuple[int, int]
 
     @property
-    def pipe(self) -> Any: ...
+    def maps(self) -> Tensor | None:
+        """(B, 2, N, L): mean attention of the image's tokens to the words of source and target, if recorded."""
+        maps = self.records.get("maps")
+        return None if maps is None else maps.unflatten(0, (-1, 2))
+
+
+@dataclass(frozen=True)
+class EditRun:
+    """What a method of editing works with.
+
+    source: latents (B, ...) of the images. predict(x, level): what the path walks by (velocity or noise, guided), for
+    sources and targets in turn, (2 B, ...): source 0, target 0, source 1, ... mask(level): where the target may differ
+    after a step, a factor on latents, or None. noise(): standard normal numbers of the source's shape. inversion: None
+    where the method needs none.
+    """
+
+    source: Tensor
+    path: Path
+    predict: Callable[[Tensor, int], Tensor]
+    mask: Callable[[int], Tensor | None]
+    noise: Callable[[], Tensor]
+    inversion: Inversion | None
+
+
+class EditMethod(Protocol):
+    """A method of editing: a run -> the targets' latents (B, ...). inverts: whether it needs the inversion."""
 
     @property
-    def solver(self) -> Solver: ...
+    def inverts(self) -> bool: ...
 
-    @property
-    def iterations(self) -> int: ...
+    def __call__(self, run: EditRun) -> Tensor: ...
 
-    def path(self, steps: int, size: tuple[int, int]) -> Path: ...
-
-    def network(self, prompts: list[str], size: tuple[int, int], path: Any) -> Network:
-        """Predictions without guidance and controls."""
-        ...
-
-    def predictor(
-        self,
-        pair: Pair,
-        prompts: list[str],
-        negative: list[str],
-        controls: Sequence[Control],
-        size: tuple[int, int],
-        path: Any,
-        scale: float,
-    ) -> Predictor: ...
-
-    def encode(self, images: Tensor) -> Tensor: ...
-
-    def decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor: ...
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]: ...
-
-    def spread(self, mask: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, N) of the token grid -> what multiplies latents."""
-        ...
-
-    def size(self, images: Sequence[ImageSource], height: int | None, width: int | None) -> tuple[int, int]: ...
+    def describe(self) -> dict: ...
 
 
-class Predictor(Protocol):
-    """Guided predictions for sources and targets in turn, and what the controls say behind each step."""
+@dataclass(frozen=True)
+class Inverted:
+    """Sample the target beside its source, which follows the stored trajectory of its inversion (DiT4Edit here).
 
-    @property
-    def memory(self) -> dict: ...
+    anchored: the target is corrected as the source is, so that the source's prompt gives the source back bit for bit;
+    False: it starts from the same noise and follows its own predictions.
+    """
 
-    def __call__(self, x: Tensor, level: int) -> Tensor: ...
+    anchored: bool = True
+    inverts = True
 
-    def regions(self, level: int) -> list[Tensor]: ...
+    def __call__(self, run: EditRun) -> Tensor:
+        assert run.inversion is not None
+        n = len(run.source)
+        trajectory = run.inversion.trajectory.expand(-1, n, *run.inversion.trajectory.shape[2:])
+        return edit_along(run.predict, trajectory, run.path, anchored=self.anchored, mask=run.mask)
 
-
-class Editable(Protocol):
-    """A pipeline whose pictures can be edited: `edit` and `invert` below are its methods."""
-
-    def editor(self, solver: Solver | None, iterations: int | None) -> Editor:
-        """None: what suits the kind of pipeline."""
-        ...
-
-
-def regions_at(controls: Sequence[Control], step: Step) -> list[Tensor]:
-    """Where the controls of a step let the target differ from its source."""
-    acting = [control.at(step) for control in controls]
-    return [m for m in (control.region() for control in acting if control is not None) if m is not None]
+    def describe(self) -> dict:
+        return {"anchored": self.anchored}
 
 
 @torch.no_grad()
@@ -148,33 +138,27 @@ def invert(
     solver: Solver | None = None,
     iterations: int | None = None,
 ) -> Inversion:
-    """A picture's way to noise under its prompt, for several edits of it; its round-trip error is in it. One prompt a
-    picture, or one for all. solver, iterations: as for `edit`."""
-    return inverted(pipe.editor(solver, iterations), image, source, num_inference_steps, height, width)
-
-
-def inverted(
-    editor: Editor,
-    image: ImageSource | Sequence[ImageSource],
-    source: str | Sequence[str],
-    steps: int | None,
-    height: int | None,
-    width: int | None,
-) -> Inversion:
-    """Encode and invert pictures under their prompts, without guidance."""
-    images = as_list(image)
+    """An image's way to noise under its prompt, for any number of edits; its round-trip error is in it. One prompt an
+    image, or one for all. solver, iterations: as for `edit`."""
+    images, model = as_list(image), pipe.text_model
     prompts = source_prompts(source, len(images))
-    check_steps(steps, editor.iterations)
-    size = editor.size(images, height, width)
-    path = editor.path(editor.pipe.parts.steps if steps is None else steps, size)
-    network = editor.network(prompts, size, path)
-    x0 = editor.encode(editor.pipe.read_images(images, None, size))
-    trajectory = to_noise(network, x0, path, editor.solver, iterations=editor.iterations)
+    chosen, times = editable(pipe)
+    solver, iterations = solver or chosen, times if iterations is None else iterations
+    check_steps(num_inference_steps, iterations)
+    size = size_of(pipe, images, height, width)
+    layout = Layout(len(images), size, grid_of(model, size))
+    settings = edit_settings(pipe, layout.size, num_inference_steps, 1.0)
+    path = model.edit_path(settings.steps, layout, solver)
+    # Guidance is left out: an input of 1 where the model has it inside, the text's prediction alone elsewhere.
+    sides = pipe.sides(model.conditions(prompts, None, settings), (), layout, settings)
+    network = at_time(model, pipe.predictor(sides, layout, settings), path)
+    x0 = model.encode(pipe.read_images(images, None, layout.size))
+    trajectory = to_noise(network, x0, path, solver, iterations=iterations)
     if not torch.isfinite(trajectory).all():
         raise ValueError("The inversion produced NaN. Use more steps, or dtype=torch.float32.")
     again = walk(network, trajectory[0], path)
     rms, decibels = round_trip_error(trajectory, again)
-    return Inversion(trajectory, path, tuple(prompts), editor.solver, size, again[-1], rms, decibels, editor.pipe.name)
+    return Inversion(trajectory, path, tuple(prompts), solver, layout.size, again[-1], rms, decibels, pipe.name)
 
 
 @torch.no_grad()
@@ -194,135 +178,206 @@ def edit(
     solver: Solver | None = None,
     iterations: int | None = None,
     anchored: bool = True,
+    method: EditMethod | None = None,
     maps: bool = False,
+    seed: int = 0,
     output_type: Literal["pil", "pt", "latent"] = "pil",
 ) -> EditResult:
-    """Change what `source` says of a picture into what `target` says: controls=[DiT4Edit(...)], other controls act
-    on the target. n pictures and n targets make n edits; one of either serves all of the other.
+    """Change what `source` says of an image into what `target` says: controls=[DiT4Edit(...)]; other controls act on
+    the target. n images and n targets make n edits; one of either serves all of the other.
 
-    image: pictures, or an `Inversion` of them (`invert`, or `result.inversion`), which saves inverting again. mask:
-    white where the picture may change, one for all or one an edit. height, width: None: the picture's shape in whole
-    tokens, of the model's area at most; a model of one size ('tiny') squashes the picture to it. solver, iterations:
-    of the inversion (condit.diffusion.inversion.invert); None: "fixed_point" with 2 where the model's paths are flows,
-    "dpmpp2m" with 3 on PixArt, where "dpmpp2m" and "exact2m" also edit at second order. anchored: the target is
-    corrected as the source is, so that the source's prompt gives the source back bit for bit; False: it starts from
-    the same noise and follows its predictions. maps: keep the attention to the words. ValueError on a UNet.
+    image: images, or an `Inversion` of them (`invert`, or `result.inversion`), which saves inverting again. mask: white
+    where the image may change, one for all or one an edit. height, width: None: the image's shape in whole tokens, of
+    the model's area at most; a model of one size ('tiny') squashes the image to it. solver, iterations: of inversion
+    (condit.diffusion.inversion.invert); None: "fixed_point" with 2 where the model's paths are flows, "dpmpp2m" with 3
+    on PixArt, where "dpmpp2m" and "exact2m" also edit at second order. method: None: `Inverted(anchored)`. maps: record
+    the attention to the words. seed: of a method that draws noise; edit i has seed + i. ValueError on a UNet.
     """
     if output_type not in ("pil", "pt", "latent"):
         raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
-    editor = pipe.editor(solver, iterations)
-    # What is wrong with words or controls is told before the minutes that an inversion may take.
+    method, model = method or Inverted(anchored), pipe.text_model
+    chosen, times = editable(pipe)
     if isinstance(image, Inversion):
-        check_inversion(image, source, editor.pipe.name, (height, width), num_inference_steps, solver)
-        asked = Asked.of(image.source, image.source, target)
+        check_inversion(image, source, pipe.name, (height, width), num_inference_steps, solver)
+        inversion, prompts, size = image, EditPrompts.of(image.source, image.source, target), image.size
+        num_inference_steps = inversion.path.steps
     else:
-        asked = Asked.of(image, source, target)
-    n, sources, targets = len(asked.targets), asked.sources, asked.targets
-    given = edit_controls(controls, maps)
-    words = editor.pipe.parts.text.words
-    pair = Pair(tuple(words(sources)), tuple(words(targets)))
-    for control in given:
-        if isinstance(control, DiT4Edit):
-            control.check(pair, editor.pipe.backbone)
+        check_steps(num_inference_steps, times if iterations is None else iterations)
+        inversion, prompts = None, EditPrompts.of(image, source, target)
+        size = size_of(pipe, as_list(image), height, width)
+    n, words = len(prompts.targets), pipe.parts.text.words
     if mask is not None and len(as_list(mask)) not in (1, n):
         raise ValueError(f"{len(as_list(mask))} masks for {n} edits. Give one, or one an edit.")
-    negatives = [text for text in editor.pipe.negatives(negative_prompt, n) for _ in (0, 1)]
-    inversion = image
-    if not isinstance(inversion, Inversion):
-        inversion = inverted(editor, inversion, asked.pictures, num_inference_steps, height, width)
-    trajectory = inversion.trajectory.expand(-1, n, *inversion.trajectory.shape[2:])
-    scale = editor.pipe.parts.guidance if guidance_scale is None else guidance_scale
-    prompts = [p for both in zip(sources, targets, strict=True) for p in both]
-    size, path = inversion.size, inversion.path
-    predict, grid = editor.predictor(pair, prompts, negatives, given, size, path, scale), editor.grid(size)
+    pair = Pair(tuple(words(prompts.sources)), tuple(words(prompts.targets)))
+    acting = pipe.sized(edit_controls(controls, pair, pipe.backbone, maps), size)
+    layout = Layout(2 * n, size, grid_of(model, size), edit=pair)
+    settings = edit_settings(pipe, size, num_inference_steps, guidance_scale)
+    both = [prompt for two in zip(prompts.sources, prompts.targets, strict=True) for prompt in two]
+    negative = None if negative_prompt is None else [text for text in negatives(negative_prompt, n) for _ in (0, 1)]
+    conditions = model.conditions(both, negative, settings)
+    # The run. What is wrong with words or controls was raised before the minutes that an inversion may take.
+    if inversion is None and method.inverts:
+        how = {"num_inference_steps": num_inference_steps, "solver": solver, "iterations": iterations}
+        inversion = invert(pipe, as_list(image), prompts.pictures, height=size[0], width=size[1], **how)
+    if inversion is not None:
+        path, latents = inversion.path, inversion.trajectory[-1]
+    else:
+        path = model.edit_path(settings.steps, layout, solver or chosen)
+        latents = model.encode(pipe.read_images(as_list(image), None, size))
+    sides = pipe.sides(conditions, acting, layout, settings)
+    predict = at_level(model, pipe.predictor(sides, layout, settings), path)
+    still = torch.tensor([same(s, t, acting) for s, t in zip(prompts.sources, prompts.targets, strict=True)])
     bound = None
     if mask is not None:
-        white = (editor.pipe.read_images(mask, None, size)[:, 0] + 1) / 2
-        bound = region_mask(white, grid)[:, 0, :, 0]  # (1 or n, N)
-    still = torch.tensor([same(s, t, given) for s, t in zip(sources, targets, strict=True)])
-
-    def predicted(x: Tensor, level: int) -> Tensor:
-        out = predict(x, level)
-        # Equal inputs give equal outputs; a kernel may round two rows of a batch differently.
-        old, new = (y.unflatten(0, (-1, 2)) for y in (x, out))
-        equal = still.to(x.device) & (old[:, 0] == old[:, 1]).flatten(1).all(1)
-        kept = torch.where(equal.reshape(-1, *[1] * (new.ndim - 2)), new[:, 0], new[:, 1])
-        return torch.stack([new[:, 0], kept], 1).flatten(0, 1)
+        white = (pipe.read_images(mask, None, size)[:, 0] + 1) / 2
+        bound = region_mask(white, layout.grid)[:, 0, :, 0]  # (1 or n, N)
 
     def where(level: int) -> Tensor | None:
-        found = [m.to(trajectory) for m in (bound, *predict.regions(level)) if m is not None]
-        return editor.spread(torch.stack(torch.broadcast_tensors(*found)).prod(0), size) if found else None
+        regions = [bound, *regions_at(sides[0].controls, path.step(level))]
+        regions = [region.to(latents) for region in regions if region is not None]
+        return model.spread(torch.stack(torch.broadcast_tensors(*regions)).prod(0), layout) if regions else None
 
-    drawn = edit_along(predicted, trajectory, inversion.path, anchored=anchored, mask=where)
-    return results(
-        editor,
-        inversion,
-        drawn,
-        pair,
-        predict.memory,
-        grid,
-        output_type,
-        {
-            "model": editor.pipe.name,
-            "source": sources,
-            "target": targets,
-            "num_inference_steps": inversion.path.steps,
-            "guidance_scale": scale,
-            "solver": inversion.solver,
-            "anchored": anchored,
-            "size": list(inversion.size),
-            "controls": [control.describe() for control in given],
-        },
-    )
+    originals, latents = latents, latents.expand(n, *latents.shape[1:])
+    noise = partial(noise_like, latents, [torch.Generator().manual_seed(seed + i) for i in range(n)])
+    edited = method(EditRun(latents, path, partial(kept_equal, predict, still), where, noise, inversion))
+    records = {name: record for control in sides[0].controls for name, record in control.records().items()}
+    recipe = {
+        "model": pipe.name,
+        "source": prompts.sources,
+        "target": prompts.targets,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.scale,
+        "solver": None if inversion is None else inversion.solver,
+        **method.describe(),
+        "size": list(size),
+        "controls": [control.describe() for control in acting],
+        "hash": pipe.parts.hash,
+    }
+    shown = decoded(model, edited, originals, inversion, layout)
+    return results(shown, inversion, output_type, recipe, records=records, words=pair, grid=layout.grid)
 
 
-def results(
-    editor: Editor,
-    inversion: Inversion,
-    drawn: Tensor,
-    pair: Pair,
-    memory: dict,
-    grid: tuple[int, int],
-    output_type: str,
-    recipe: dict,
-) -> EditResult:
-    """Decode target, source and round trip, and compare the last two."""
-    if not torch.isfinite(drawn).all():
-        raise ValueError("The edit produced NaN. Lower the guidance, or use dtype=torch.float32.")
-    shown = [drawn, inversion.trajectory[-1], inversion.again]
-    flat = [editor.decode(x, inversion.size) for x in shown]
-    error = ((flat[1] - flat[2]) / 2).square().flatten(1).mean(1)
-    psnr = (-10 * error.clamp(min=1e-12).log10()).tolist()
-    outputs = shown if output_type == "latent" else flat
-    if output_type == "pil":
-        outputs = [to_images(x) for x in flat]
-    maps = memory.get("DiT4Edit", {}).get("maps")
-    recipe |= {"hash": editor.pipe.parts.hash, "round_trip_psnr": [round(x, 2) for x in psnr]}
-    return EditResult(
-        *outputs,
-        psnr=psnr,
-        latent_psnr=inversion.decibels.tolist(),
-        inversion=inversion,
-        recipe=recipe,
-        maps=None if maps is None else maps.unflatten(0, (-1, 2)),
-        words=pair,
-        grid=grid,
-    )
+# The parts of an edit
+
+
+def at_level(model: TextModel, predict: Predict, path: Path) -> Callable[[Tensor, int], Tensor]:
+    """What the path walks by at a level: velocity, or noise."""
+    return lambda x, level: model.edit_output(predict(x, path.step(level)), x, path, path.time(level))
+
+
+def at_time(model: TextModel, predict: Predict, path: Path) -> Network:
+    """The same at any time, without controls."""
+    return lambda x, time: model.edit_output(predict(x, path.at(time)), x, path, time)
+
+
+def kept_equal(predict: Callable[[Tensor, int], Tensor], still: Tensor, x: Tensor, level: int) -> Tensor:
+    """Equal inputs give equal outputs where nothing tells a target from its source (`still`, (B,) bool): a kernel may
+    round two rows of a batch differently."""
+    before, after = (y.unflatten(0, (-1, 2)) for y in (x, predict(x, level)))
+    equal = still.to(x.device) & (before[:, 0] == before[:, 1]).flatten(1).all(1)
+    target = torch.where(equal.reshape(-1, *[1] * (after.ndim - 2)), after[:, 0], after[:, 1])
+    return torch.stack([after[:, 0], target], 1).flatten(0, 1)
+
+
+def regions_at(controls: Sequence[Control], step: Step) -> list[Tensor]:
+    """Where the controls of a step let the target differ from its source."""
+    acting = [control.at(step) for control in controls]
+    return [m for m in (control.region() for control in acting if control is not None) if m is not None]
+
+
+def noise_like(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal numbers of x's shape; row i from generator i."""
+    return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device)
+
+
+def negatives(negative: str | Sequence[str], n: int) -> list[str]:
+    texts = [negative] * n if isinstance(negative, str) else list(negative)
+    if len(texts) != n:
+        raise ValueError(f"{len(texts)} negative prompts for {n} edits. Give one, or one an edit.")
+    return texts
+
+
+def edit_settings(pipe: Editable, size: tuple[int, int], steps: int | None, scale: float | None) -> Settings:
+    """The model's own settings at a size."""
+    height, width = size
+    asked = Settings(height=height, width=width, num_inference_steps=steps, guidance_scale=scale)
+    supported = pipe.text_model.supports
+    asked = asked.filled(guidance_in_one_call=False) if "guidance_in_one_call" in supported else asked
+    return pipe.text_model.settings(asked, "edit")
+
+
+def grid_of(model: TextModel, size: tuple[int, int]) -> tuple[int, int]:
+    return size[0] // model.token, size[1] // model.token
+
+
+def size_of(pipe: Editable, images: Sequence[ImageSource], height: int | None, width: int | None) -> tuple[int, int]:
+    """The size at which images are edited: what a call gives, else the first image's shape."""
+    model = pipe.text_model
+    fixed = model.fixed_size or None not in (height, width)
+    fitted = fitted_size(images, model.size, model.token, fixed=fixed)
+    size = height or fitted[0], width or fitted[1]
+    check_size(size, model.token)
+    return size
+
+
+def editable(pipe: Editable) -> tuple[Solver, int]:
+    """The solver of an inversion and its iterations where a call names none. ValueError for models without edits."""
+    if pipe.text_model.inversion is None:
+        raise ValueError(
+            f"{pipe.name} supports no edits: editing needs a transformer with prompts, as PixArt, 'tiny' or FLUX.1."
+        )
+    return pipe.text_model.inversion
 
 
 def fitted_size(images: Sequence[ImageSource], size: tuple[int, int], multiple: int, fixed: bool) -> tuple[int, int]:
-    """Height and width at which pictures are edited: the model's area in the first picture's shape, in whole tokens; a
-    `fixed` model's own size. ValueError for pictures of several shapes."""
+    """Height and width at which images are edited: the model's area in the first image's shape, in whole tokens; a
+    `fixed` model's own size. ValueError for images of more than one shape."""
     if fixed:
         return size
-    area, found = size[0] * size[1], set()
+    area, sizes = size[0] * size[1], set()
     for source in images:
         width, height = load_image(source).size
         scale = min((area / (width * height)) ** 0.5, 1.0)
-        found.add(tuple(max(round(side * scale / multiple), 1) * multiple for side in (height, width)))
-    if len(found) > 1:
-        raise ValueError(
-            f"Pictures of {len(found)} shapes in one batch. Give height and width, or edit them one by one."
-        )
-    height, width = found.pop()
+        sizes.add(tuple(max(round(side * scale / multiple), 1) * multiple for side in (height, width)))
+    if len(sizes) > 1:
+        raise ValueError(f"Images of {len(sizes)} shapes in one batch. Give height and width, or edit them one by one.")
+    height, width = sizes.pop()
     return height, width
+
+
+def decoded(
+    model: TextModel, edited: Tensor, source: Tensor, inversion: Inversion | None, layout: Layout
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Latents and images of target, source and round trip."""
+    if not torch.isfinite(edited).all():
+        raise ValueError("The edit produced NaN. Lower the guidance, or use dtype=torch.float32.")
+    latents = [edited, source, None if inversion is None else inversion.again]
+    return [None if x is None else (x, model.decode(x, layout)) for x in latents]
+
+
+def results(
+    shown: Sequence[tuple[Tensor, Tensor] | None],
+    inversion: Inversion | None,
+    output_type: str,
+    recipe: dict,
+    *,
+    records: dict[str, Tensor],
+    words: Pair,
+    grid: tuple[int, int],
+) -> EditResult:
+    """Outputs of a kind, and how far the round trip ends from its source."""
+    psnr: list[float] = []
+    source, again = shown[1], shown[2]
+    if source is not None and again is not None:
+        error = ((source[1] - again[1]) / 2).square().flatten(1).mean(1)
+        psnr = (-10 * error.clamp(min=1e-12).log10()).tolist()
+        recipe |= {"round_trip_psnr": [round(x, 2) for x in psnr]}
+
+    def output(both: tuple[Tensor, Tensor] | None) -> Any:
+        if both is None or output_type == "latent":
+            return both and both[0]
+        return both[1] if output_type == "pt" else to_images(both[1])
+
+    latent_psnr = [] if inversion is None else inversion.decibels.tolist()
+    target, source, again = map(output, shown)
+    return EditResult(target, source, again, psnr, latent_psnr, inversion, recipe, records, words, grid)

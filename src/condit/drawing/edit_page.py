@@ -17,9 +17,10 @@ MOST_WORDS = 6
 def edit_page(result: EditResult, source: str, target: str, *, number: int = 0) -> Image.Image:
     """One sheet for picture `number` of a result with PIL images."""
     sides = zip((source, target), edited_words(result, number), (result.sources, result.images), strict=True)
+    trip = f"round trip {result.psnr[number]:.1f} dB" if result.psnr else ""
     first: list[SheetCell | None] = [
         SheetCell(result.sources[number], "source", is_input=True),
-        SheetCell(result.round_trips[number], f"round trip {result.psnr[number]:.1f} dB"),
+        *([] if result.round_trips is None else [SheetCell(result.round_trips[number], trip)]),
         SheetCell(result.images[number], "edit"),
     ]
     rows, labels = [first], [f"{source}\n-> {target}"]

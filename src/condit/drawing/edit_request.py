@@ -1,19 +1,42 @@
-"""What an edit is asked, checked before anything is computed."""
+"""What an edit is asked for: images, prompts, controls; checked before the minutes that an inversion may take."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from condit.controls.control import Control, check_controls
-from condit.controls.dit4edit import DiT4Edit
-from condit.controls.targets import Targets
-from condit.controls.token_merging import TokenMerging
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from condit.drawing.edit import Inversion
+from condit.controls.control import Control, Pair, check_controls
+from condit.controls.dit4edit import attention_recorder
+from condit.controls.wrap import Targets
+from condit.diffusion.inversion import Path
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """An image's way to noise under its prompt: a value that serves any number of edits.
+
+    trajectory (S + 1, B, ...) are latents, the noisiest first, the last of them the image's own; again (B, ...) is
+    where sampling from that noise ends, without a stored trajectory: its distance is the round-trip error, rms (B,) in
+    the latent and decibels (B,) with the latent's range as peak. size in pixels.
+    """
+
+    trajectory: Tensor
+    path: Path
+    source: tuple[str, ...]
+    solver: str
+    size: tuple[int, int]
+    again: Tensor
+    rms: Tensor
+    decibels: Tensor
+    model: str
+
+    def __len__(self) -> int:
+        return self.trajectory.shape[1]
 
 
 def as_list(value: Any) -> list:
@@ -37,7 +60,7 @@ def source_prompts(source: str | Sequence[str], pictures: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EditPrompts:
     """pictures: a source prompt for each picture; sources, targets: one of either for each edit."""
 
     pictures: list[str]
@@ -45,7 +68,7 @@ class Asked:
     targets: list[str]
 
     @classmethod
-    def of(cls, pictures: Any, source: str | Sequence[str] | None, target: str | Sequence[str]) -> Asked:
+    def of(cls, pictures: Any, source: str | Sequence[str] | None, target: str | Sequence[str]) -> EditPrompts:
         """Of n pictures (or prompts in their place) and n targets, or one of either. ValueError for other numbers."""
         if source is None:
             raise ValueError("An edit needs the source prompt: what the picture shows, e.g. 'a cat'.")
@@ -95,25 +118,22 @@ def check_inversion(
             )
 
 
-def edit_controls(controls: Sequence[Control], maps: bool) -> list[Control]:
-    """The controls of an edit: those that know sources from targets as they are, others on targets only."""
-    controls = check_controls(controls)
-    edits = [c for c in controls if isinstance(c, DiT4Edit)]
-    if len(edits) > 1:
-        raise ValueError(f"{len(edits)} DiT4Edit controls in one edit; it takes one. Put their settings together.")
-    found: list[Control] = []
-    for control in controls:
-        if isinstance(control, DiT4Edit):
-            found.append(replace(control, record=control.record or maps))
-        else:
-            found.append(control if isinstance(control, TokenMerging) else Targets(control))
-    if maps and not edits:
-        found.insert(0, DiT4Edit(cross=None, self_form=None, record=True))
-    return found
+def edit_controls(controls: Sequence[Control], pair: Pair, backbone: nn.Module, maps: bool) -> list[Control]:
+    """The controls of an edit: those with the act "edit" for its words, all others on the targets only. maps: one of
+    them records the attention to the words. ValueError for two of a kind that may act once."""
+    controls = list(check_controls(controls))
+    if maps:
+        recording = [control.recording() for control in controls]
+        if not any(recording):
+            recording, controls = [None, *recording], [attention_recorder(), *controls]
+        controls = [control if other is None else other for control, other in zip(controls, recording, strict=True)]
+    kinds = Counter(type(control).__name__ for control in controls if "edit" in control.acts)
+    for name, count in kinds.items():
+        if count > 1:
+            raise ValueError(f"{count} {name} controls in one edit; it takes one. Put their settings together.")
+    return [c.edit(pair, backbone) if "edit" in c.acts else Targets(c) for c in controls]
 
 
 def same(source: str, target: str, controls: Sequence[Control]) -> bool:
-    """Whether nothing tells target from source."""
-    if source != target or any(isinstance(c, Targets) for c in controls):
-        return False
-    return all(set(c.reweight.values()) <= {1.0} for c in controls if isinstance(c, DiT4Edit))
+    """Whether nothing makes the target differ from the source."""
+    return source == target and not any(control.differs() for control in controls)

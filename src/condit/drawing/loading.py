@@ -1,4 +1,4 @@
-"""`condit.load`: a name, a folder or a file -> the pipeline that draws with it."""
+"""`condit.load`: a name, a folder or a file -> the pipeline that generates with it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from condit.drawing.classifier import ViTPipeline
 from condit.drawing.pipeline import Offload, Pipeline
-from condit.weights import class_models, latent_models
-from condit.weights.load import load_latent_parts, load_parts
-from condit.weights.quantise import Quantise, quantise
+from condit.weights.class_models import ClassifierParts
+from condit.weights.load import check_options, identify, load_parts
+from condit.weights.quantise import Quantise
 
 
 def load(
@@ -22,48 +23,17 @@ def load(
     components: str | Path | None = None,
     offload: Offload | None = None,
     quantize: Quantise | None = None,
-) -> Any:
-    """A `Pipeline` by name ("tiny", embedded), from a folder in diffusers' FLUX layout or a single file of FLUX.1; a
-    `LatentPipeline` by name ("sd15", "sdxl") or from a folder or file of Stable Diffusion; a `ClassPipeline` or a
-    `ViTPipeline` by name (condit.weights.class_models.PUBLISHED) or from a file or folder of DiT, DiffiT or ViT; a
-    `PixelPipeline` from a file of the image-space DiffiT.
+) -> Pipeline | ViTPipeline:
+    """A pipeline by name ("tiny", "sd15", "dit-xl-2-256", ...), from a folder or from a single file; the tables in
+    `condit.weights.load` list what there is. A ViT gives a `ViTPipeline`, everything else a `Pipeline`.
 
-    vae: an autoencoder, its folder, or "tiny" for the embedded one, for a class model that has none beside it.
-    components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None: its own.
-    offload: see `Pipeline`. quantize: see `condit.weights.quantise`; weights of FLUX's blocks take one byte each."""
-    latent = latent_models.recognise(source)
-    if latent is not None:
-        from condit.drawing.latent_pipeline import (
-            LatentPipeline,  # each kind when it is asked for: imports cost seconds
-        )
-
-        if any(given is not None for given in (vae, components, offload, quantize)):
-            raise ValueError(
-                f"vae=, components=, offload= and quantize= have no use with {str(source)!r}, which is not FLUX.1 or a "
-                "class model. Leave them out."
-            )
-        half = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-        return LatentPipeline(load_latent_parts(latent, dtype=dtype or half)).to(device)
-    found = class_models.recognise(source)
-    if vae is not None and (found is None or found[0] not in ("dit", "diffit")):
-        raise ValueError(f"vae= is for DiT and DiffiT; {str(source)!r} brings its own or needs none. Leave it out.")
-    if found is None:
-        parts = load_parts(source, dtype=dtype, components=components)
-        if quantize is not None:
-            quantise(parts.backbone, quantize)
-        return Pipeline(parts, offload=offload).to(device)
-    given = {"components": components, "offload": offload, "quantize": quantize}
-    if wrong := [name for name, value in given.items() if value is not None]:
-        raise ValueError(f"{wrong[0]}= is for FLUX.1; {str(source)!r} is a {found[0]}. Leave it out.")
-    kind, path = found
-    if kind == "vit":
-        from condit.drawing.classifier import ViTPipeline
-
-        return ViTPipeline(class_models.load_classifier_parts(str(source), path, dtype=dtype)).to(device)
-    if kind == "diffit-image":
-        from condit.drawing.pixel_pipeline import PixelPipeline
-
-        return PixelPipeline(class_models.load_pixel_parts(str(source), path, dtype=dtype)).to(device)
-    from condit.drawing.class_pipeline import ClassPipeline
-
-    return ClassPipeline(class_models.load_class_parts(str(source), kind, path, vae=vae, dtype=dtype)).to(device)
+    vae: for DiT and DiffiT, an autoencoder, its folder, or "tiny" for the embedded one; None: the folder `vae` next to
+    the weights. components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None:
+    the file's own. offload: see `Pipeline`. quantize: see `condit.weights.quantise`; the weights of FLUX's blocks then
+    take one byte each. ValueError for an option that the model does not take."""
+    model = identify(source)
+    check_options(model, offload=offload)
+    parts = load_parts(model, dtype=dtype, device=device, vae=vae, components=components, quantize=quantize)
+    if isinstance(parts, ClassifierParts):
+        return ViTPipeline(parts).to(device)
+    return Pipeline(parts, offload=offload).to(device)

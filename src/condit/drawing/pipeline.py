@@ -1,41 +1,44 @@
-"""The pipeline: encode, sample, decode; N prompts and N references become N images."""
+"""The pipeline: check a call, set up the sides of the guidance, walk a path with `predict` and controls, decode.
+
+One class serves all families of models; what differs between them is in `flow.py`, `vp.py`, `classes.py`, `pixels.py`.
+N prompts and N references become N images; each image has a generator of its own for all its noise, so it does not
+depend on the batch that it was generated in.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cache
+from pathlib import Path as FilePath
+from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from condit.controls.control import Control, Pair, Run, Step, check_controls
+from condit.controls.control import Apart, Control, check_controls
+from condit.controls.wrap import sides as joined_sides
+from condit.data.imagenet import ClassNames
 from condit.data.images import ImageSource, to_images
-from condit.diffusion.gaussian_samplers import draw
-from condit.diffusion.guidance import guide, guide_text_image
-from condit.diffusion.objectives import to_velocity
-from condit.diffusion.samplers import euler
-from condit.diffusion.schedules import flow_sigmas
+from condit.diffusion.steps import Noise, PartPath, Predict, Step, draw
 from condit.drawing import edit as editing
-from condit.drawing.references import MAX_SIDE, describe_source, find_fill, read_references
-from condit.encoders.image import CLIPImage
+from condit.drawing.model import Layout, Model, Side, TextModel, module_device, module_dtype
+from condit.drawing.references import describe_source, find_fill, read_references
+from condit.drawing.repaint import Images, check_picture, repainted, share_changed, skipped, start_of
+from condit.drawing.settings import Settings, check_counts, check_size, check_supported, image_generators
+from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyTextTower
 from condit.encoders.text import Text
-from condit.encoders.vae import decode_tokens, encode_tokens, pack
-from condit.nn.lora import sum_loras
-from condit.nn.offload import OffloadedBlocks, on_device, with_blocks
-from condit.nn.streams import Stream, grid_ids
-from condit.weights.catalog import AdapterFile, read_adapter
-from condit.weights.clip_towers import load_image_encoder
-from condit.weights.load import Parts
+from condit.weights.catalog import AdapterFile
+from condit.weights.class_models import ClassParts, PixelParts
+from condit.weights.clip_towers import load_image_encoder, load_text_tower
+from condit.weights.latent_models import LatentParts
+from condit.weights.lora_unet import adapter_for
+from condit.weights.parts import Parts
 
-if TYPE_CHECKING:
-    from condit.diffusion.inversion import Solver
-    from condit.drawing.edit import Editor
-
-MAX_STEPS = 1000
+Prompt = str | Sequence[str] | Text
+Label = str | int | None
 Offload = Literal["encoders", "blocks"]
+Callback = Callable[["Pipeline", int, float, dict], dict | None]
 
 
 @dataclass(frozen=True)
@@ -47,294 +50,303 @@ class Result:
     recipe: dict
 
 
-@dataclass(frozen=True)
-class Branch:
-    """One side of the guidance: a text and the controls that act in it."""
-
-    text: Text
-    controls: tuple[Control, ...]
-    guidance: Tensor | None
-
-
 class Pipeline:
-    """A loaded model. It is not changed by a call: controls are values that a call receives.
+    """A loaded model. A call does not change it: controls are values that a call receives.
 
-    offload: text encoder and autoencoder ("encoders"), or the transformer's blocks too ("blocks"), rest on the CPU and
-    are copied to the device for their turn.
+    offload (FLUX.1): text encoder and autoencoder ("encoders"), or the transformer's blocks too ("blocks"), rest on the
+    CPU and are copied to the device for their turn.
     """
 
-    def __init__(self, parts: Parts, *, offload: Offload | None = None):
-        if offload not in (None, "encoders", "blocks"):
-            raise ValueError(f"offload must be 'encoders', 'blocks' or None; found {offload!r}.")
-        self.parts, self.offload = parts, offload
-        self.name, self.backbone, self.image = parts.name, parts.backbone, parts.image
-        if offload == "blocks":
-            self.backbone = with_blocks(parts.backbone, OffloadedBlocks)
-            self.parts = replace(parts, backbone=self.backbone)
+    def __init__(self, parts: Parts | LatentParts | ClassParts | PixelParts, *, offload: Offload | None = None):
+        self.model: Model = make_model(parts, offload)
+        self.parts, self.backbone, self.offload = self.model.parts, self.model.backbone, offload
+        self.name: str = parts.name
+        self.image = getattr(parts, "image", None)  # the image encoder, of models that bring one
+
+    @property
+    def text_model(self) -> TextModel:
+        """The model, of a pipeline that reads prompts. ValueError for others."""
+        if self.model.reads != "prompt":
+            raise ValueError(f"{self.name} reads no prompts, so this is not supported. Use tiny, FLUX.1, PixArt, ...")
+        return cast("TextModel", self.model)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels at which it draws, and reads references, unless told otherwise."""
-        return self.parts.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.backbone.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
-
-    def to(self, device: str | torch.device) -> Pipeline:
-        """Move every part, in place; returns the pipeline."""
-        moving = (self.image,) if self.offload else (self.parts.text, self.parts.vae, self.image)
-        for part in moving:
-            if part is not None:
-                part.to(device)
-        if self.offload == "blocks":
-            for part in self.backbone.children():
-                part.move(device) if isinstance(part, OffloadedBlocks) else part.to(device)
-        else:
-            self.backbone.to(device)
-        return self
-
-    def on_duty(self, part: Any) -> Any:
-        """The text encoder or the autoencoder where it computes."""
-        return on_device(part, self.device) if self.offload and isinstance(part, nn.Module) else part
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
-        *,
-        controls: Sequence[Control] = (),
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        image_guidance_scale: float | None = None,
-        num_images_per_prompt: int = 1,
-        eta: float | None = None,
-        seed: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        output_type: Literal["pil", "pt", "latent"] = "pil",
-        callback_on_step_end: Callable[[Pipeline, int, float, dict], dict | None] | None = None,
-    ) -> Result:
-        """Draw. Arguments as in diffusers; `seed` is sugar: image i starts from noise of seed + i, drawn on the CPU.
-        eta: the share of each step's noise that is drawn afresh (`diffusion/samplers.py`); None: the model's own.
-
-        guidance_scale 1 makes one prediction a step, not two. image_guidance_scale, if given, guides the controls apart
-        from the text: none + s_T (text - none) + s_I (text and controls - text).
-        """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        steps = self.parts.steps if num_inference_steps is None else num_inference_steps
-        scale = self.parts.guidance if guidance_scale is None else guidance_scale
-        eta = self.parts.eta if eta is None else eta
-        height, width = height or self.parts.size[0], width or self.parts.size[1]
-        self.check(prompts, steps, height, width, num_images_per_prompt, output_type)
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be 0 to 1; found {eta}.")
-        batch = len(prompts) * num_images_per_prompt
-        grid = height // self.pixels, width // self.pixels
-        negative = self.negatives(negative_prompt, len(prompts))
-        controls = [control.sized((height, width), self) for control in check_controls(controls)]
-        fill = find_fill(controls, grid)
-        cells = None if fill is None else fill.cells.to(self.device)
-        branches = self.branches(
-            prompts, negative, tuple(controls), batch, grid, scale, image_guidance_scale, num_images_per_prompt, cells
-        )
-        seeds, generators = image_generators(batch, seed, generator)
-        if latents is not None and not eta:
-            seeds: list[int | None] = [None] * batch  # no number has drawn anything
-        start = self.noise(grid, generators) if latents is None else self.given(latents, batch, grid)
-        ids = grid_ids(*grid).to(self.device)
-        if cells is not None:
-            start, ids = start[:, cells], ids[cells]
-        sigmas = flow_sigmas(steps, shift=self.parts.shift_of(len(ids)))
-        image_scale = 1.0 if image_guidance_scale is None else image_guidance_scale
-
-        def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
-            return self.guided(branches, x, sigma, ids, Step(i, steps, float(sigma)), scale, image_scale)
-
-        def on_step(i: int, x: Tensor) -> Tensor | None:
-            if callback_on_step_end is None:
-                return None
-            return (callback_on_step_end(self, i, float(sigmas[i]), {"latents": x}) or {}).get("latents")
-
-        def noise() -> Tensor:
-            drawn = self.noise(grid, generators)
-            return drawn if cells is None else drawn[:, cells]
-
-        tokens = euler(velocity, start, sigmas, eta=eta, noise=noise, on_step=on_step)
-        if fill is not None:
-            tokens = fill.complete(tokens)
-        recipe = {
-            "model": self.name,
-            "hash": self.parts.hash,
-            "prompt": prompts,
-            "negative_prompt": negative,
-            "num_inference_steps": steps,
-            "guidance_scale": scale,
-            "image_guidance_scale": image_guidance_scale,
-            "eta": eta,
-            "height": height,
-            "width": width,
-            "seeds": seeds,
-            "controls": [c.describe() for c in controls],
-        }
-        return Result(self.decode(tokens, grid, output_type), seeds, recipe)
-
-    edit, invert = editing.edit, editing.invert
-
-    def editor(self, solver: Solver | None = None, iterations: int | None = None) -> Editor:
-        """What `edit` and `invert` work with; None: its own defaults."""
-        from condit.drawing.edit_flow import FlowEditor
-
-        return FlowEditor(self, "fixed_point" if solver is None else solver, 2 if iterations is None else iterations)
-
-    def check(
-        self, prompts: list[str], steps: int, height: int, width: int, copies: int = 1, output_type: str = "pil"
-    ) -> None:
-        if not prompts or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
-        check_counts(steps, copies, output_type)
-        check_size((height, width), self.pixels)
-        if self.name == "tiny" and (height, width) != self.parts.size:
-            raise ValueError(
-                f"{self.name} draws {self.parts.size[0]} x {self.parts.size[1]}; found {height} x {width}."
-            )
+        """Height and width in pixels of images and references where a call gives none."""
+        return self.model.size
 
     @property
     def pixels(self) -> int:
         """Pixels of a token's side."""
-        vae = self.parts.vae
-        return 2 * (vae.config.patch if hasattr(vae.config, "patch") else 2 ** (len(vae.config.block_out_channels) - 1))
-
-    def negatives(self, negative: str | Sequence[str] | None, n: int) -> list[str]:
-        if self.parts.distilled and negative:
-            raise ValueError(
-                f"{self.name} has its guidance inside the model, with no unconditional prediction: a negative prompt "
-                "has no effect. Leave it out."
-            )
-        return negative_prompts(negative, n)
-
-    def branches(
-        self,
-        prompts: list[str],
-        negative: list[str],
-        controls: tuple[Control, ...],
-        batch: int,
-        grid: tuple[int, int],
-        scale: float,
-        image_scale: float | None,
-        copies: int,
-        cells: Tensor | None,
-        edit: Pair | None = None,
-        memory: dict | None = None,
-    ) -> list[Branch]:
-        """Positive first; then text alone (if the controls have a scale of their own); then neither."""
-        memory = {} if memory is None else memory  # what the controls of this call share over the branches
-
-        def branch(texts: list[str], acting: Sequence[Control | None]) -> Branch:
-            text = self.encode_text(texts, copies)
-            leak = sum_loras(c.leak() for c in acting if c is not None)
-            if cells is not None and text.canvas is not None:
-                text = replace(text, canvas=text.canvas[:, cells])
-            guidance = None
-            if self.backbone.config.guidance_embeds:
-                guidance = torch.full((batch,), float(scale), device=self.device, dtype=self.dtype)
-            channels = self.backbone.config.in_channels
-            run = Run(self.backbone, batch, grid, text.pooled, guidance, channels, cells, leak, memory, edit)
-            return Branch(text, tuple(c.prepare(run) for c in acting if c is not None), guidance)
-
-        absent = [c.negative() for c in controls]
-        found = [branch(prompts, controls)]
-        if self.parts.distilled:
-            # Guidance is inside the model; a second prediction exists only to guide the controls.
-            return found + ([branch(prompts, absent)] if image_scale not in (None, 1.0) else [])
-        if image_scale is not None and controls:
-            found.append(branch(prompts, absent))
-        if scale != 1.0 or len(found) > 1:
-            found.append(branch(negative, absent))
-        return found
-
-    def guided(
-        self,
-        branches: Sequence[Branch],
-        x: Tensor,
-        sigma: Tensor,
-        ids: Tensor,
-        step: Step,
-        scale: float,
-        image_scale: float,
-    ) -> Tensor:
-        """Velocity of all branches together."""
-        found = [self.predict(branch, x, sigma, ids, step) for branch in branches]
-        if len(found) == 1:
-            return found[0]
-        if len(found) == 2:
-            return guide(found[0], found[1], image_scale if self.parts.distilled else scale)
-        return guide_text_image(found[0], found[1], found[2], scale, image_scale)
-
-    def predict(self, branch: Branch, x: Tensor, sigma: Tensor, ids: Tensor, step: Step) -> Tensor:
-        """Velocity of one branch, (B, N, C) in float32: the state of the sampler stays in float32."""
-        t = sigma.to(self.device).expand(len(x))
-        active = [c for c in (control.at(step) for control in branch.controls) if c is not None]
-        tokens = x.to(self.dtype)
-        if branch.text.canvas is not None:
-            tokens = torch.cat([tokens, branch.text.canvas.to(self.dtype)], -1)
-        lora = sum_loras(control.lora() for control in active)
-        image = Stream(tokens, ids, t.to(self.dtype), branch.text.pooled, branch.guidance, lora)
-        conditions = [stream for control in active for stream in control.streams()]
-        text_ids = torch.zeros(branch.text.tokens.shape[1], 3, device=self.device)
-        out = self.backbone(image, branch.text.tokens, text_ids, conditions=conditions, controls=active)
-        return to_velocity(out.float(), x, t, self.parts.prediction)  # type: ignore[arg-type]
-
-    def encode_text(self, prompts: list[str], copies: int = 1) -> Text:
-        text = self.on_duty(self.parts.text)(prompts)
-        index = torch.arange(len(prompts)).repeat_interleave(copies).to(text.pooled.device)
-        text = text.rows(index)
-        return replace(text, tokens=text.tokens.to(self.dtype), pooled=text.pooled.to(self.dtype))
-
-    def noise(self, grid: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
-        """Packed noise (B, N, C) in float32, each image from its own generator: a row does not know its batch."""
-        return pack(draw((self.channels, 2 * grid[0], 2 * grid[1]), generators)).to(self.device)
-
-    def given(self, latents: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
-        """Packed latents of the caller, checked, in float32."""
-        expected = (batch, grid[0] * grid[1], 4 * self.channels)
-        if tuple(latents.shape) != expected:
-            raise ValueError(f"latents must be packed tokens {expected}; found {tuple(latents.shape)}.")
-        return latents.float().to(self.device)
+        return self.model.token
 
     @property
-    def channels(self) -> int:
-        """Of a latent, before it is packed."""
-        return (self.backbone.config.out_channels or self.backbone.config.in_channels) // 4
+    def labels(self) -> ClassNames | None:
+        """The names of a class model's classes, if it came with them."""
+        return getattr(self.parts, "labels", None)
 
-    def decode(self, tokens: Tensor, grid: tuple[int, int], output_type: str) -> Any:
+    @property
+    def dtype(self) -> torch.dtype:
+        return module_dtype(self.backbone)
+
+    @property
+    def device(self) -> torch.device:
+        return module_device(self.backbone)
+
+    def to(self, device: str | torch.device) -> Pipeline:
+        """Move every part, in place; returns the pipeline."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompt | Label | Sequence[Label] | Tensor = None,
+        negative_prompt: Prompt | None = None,
+        *,
+        controls: Sequence[Control] = (),
+        image: Images | None = None,
+        mask_image: Images | None = None,
+        strength: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        guidance_power: float | None = None,
+        guidance_channels: int | Literal["all"] | None = None,
+        guidance_in_one_call: bool | None = None,
+        image_guidance_scale: float | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+        clip_skip: int | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: Literal["pil", "pt", "latent"] = "pil",
+        callback_on_step_end: Callback | None = None,
+        label: Label | Sequence[Label] | Tensor = None,
+    ) -> Result:
+        """Generate images. Arguments as in diffusers; `seed` is short for generators: image i has seed + i, and its
+        noise is drawn on the CPU. ValueError for an argument that the model does not support.
+
+        prompt: words, or a `Text` that was encoded before; of DiT and DiffiT a class by name or number, None for none.
+        image: start from it, changed by `strength` in (0, 1] (None: 0.8, with a mask 1); mask_image: repaint where it
+        is white. guidance_scale 1 makes one prediction a step, not two; guidance_in_one_call False makes them one after
+        the other, in half the memory. image_guidance_scale guides the controls apart from the text: none + s_T
+        (text - none) + s_I (text and controls - text). guidance_power, guidance_channels: DiffiT's schedule, and how
+        many channels of the latent are guided. sampler, eta, clip_skip: None for the model's own ("ddim-ldm":
+        the steps of the released Stable Diffusion and DEADiff); eta is the share of a step's noise that is drawn anew.
+        timesteps: the steps themselves, falling, instead of their number. original_size, crops_..., target_size: SDXL's
+        conditions, in pixels. latents: the first noise, of unit variance. label: another name of `prompt` for classes.
+        """
+        asked = Settings(
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            guidance_power=guidance_power,
+            guidance_channels=guidance_channels,
+            guidance_in_one_call=guidance_in_one_call,
+            image_guidance_scale=image_guidance_scale,
+            sampler=sampler,
+            eta=eta,
+            strength=strength,
+            clip_skip=clip_skip,
+            original_size=original_size,
+            crops_coords_top_left=crops_coords_top_left,
+            target_size=target_size,
+            copies=num_images_per_prompt,
+        )
+        prompt = label if prompt is None else prompt
+        # The door: everything is checked before anything is computed.
+        model, count = self.model, self.model.count(prompt)
+        settings = self.settle(asked, prompt, output_type)
+        controls = self.sized(controls, settings.size)
+        check_picture(self.name, model, image, mask_image, settings.strength)
+        strength = share_changed(settings, mask_image) if image is not None else 1.0
+        layout = self.layout(count * settings.copies, settings.size, controls)
+        seeds, generators = image_generators(layout.batch, seed, generator)
+        # The run.
+        chosen, path = model.path(settings, layout)
+        if image is not None:
+            path = cast("PartPath", path).since(skipped(len(path), strength))
+        sides = self.sides(model.conditions(prompt, negative_prompt, settings), controls, layout, settings)
+        start = start_of(self, image, mask_image, strength, layout, path, generators, latents)
+        predict = self.predictor(sides, layout, settings, start.beside)
+
+        def on_step(i: int, x: Tensor, x0: Tensor) -> Tensor:
+            x = repainted(self, x, start, path, i)
+            if callback_on_step_end is None:
+                return x
+            replaced = callback_on_step_end(self, i, path.step(i).time, {"latents": x}) or {}
+            return replaced.get("latents", x)
+
+        noise = self.noise(layout, generators)
+        x = chosen(predict, start.x, path, eta=settings.eta or 0.0, noise=noise, on_step=on_step)
+        fill = find_fill(controls, layout.grid)
+        x = x if fill is None else fill.complete(x)
+        if latents is not None and not model.draws_noise(settings):
+            seeds: list[int | None] = [None] * layout.batch  # no number has generated anything
+        recipe = {
+            "model": self.name,
+            "hash": self.parts.hash,
+            **model.describe(prompt, negative_prompt, settings),
+            **({} if image is None else {"image": describe_source(image), "strength": strength}),
+            **({} if mask_image is None else {"mask_image": describe_source(mask_image)}),
+            "seeds": seeds,
+            "controls": [c.describe() for c in controls],
+        }
+        return Result(self.decode(x, settings.size, output_type), seeds, recipe)
+
+    edit, invert = editing.edit, editing.invert
+
+    @torch.no_grad()
+    def predict(
+        self,
+        x: Tensor,
+        t: float,
+        prompt: Prompt | Label | Sequence[Label] | Tensor = None,
+        negative_prompt: Prompt | None = None,
+        *,
+        controls: Sequence[Control] = (),
+        guidance_scale: float = 1.0,
+        image_guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """One (guided) prediction for latents x (B, ...) at noise level t in [0, 1], where 1 is noise alone.
+
+        x is float32, as `output_type="latent"` returns it. FLUX.1 and `tiny` predict the velocity; noise or v do
+        Stable Diffusion, PixArt, DiT and DiffiT (with the variance's channels); the clean image by pixels.py.
+        """
+        asked = Settings(height=height, width=width, guidance_scale=guidance_scale, num_inference_steps=2)
+        asked = replace(asked, image_guidance_scale=image_guidance_scale)
+        settings = self.settle(asked, prompt, "latent" if "latent" in self.model.kinds else "pt")
+        controls = self.sized(controls, settings.size)
+        layout = self.layout(len(x), settings.size, controls)
+        settings = replace(settings, copies=layout.batch // self.model.count(prompt))
+        sides = self.sides(self.model.conditions(prompt, negative_prompt, settings), controls, layout, settings)
+        return self.predictor(sides, layout, settings)(x.float().to(self.device), self.model.step_at(t))
+
+    # The parts of a call
+
+    def settle(self, asked: Settings, prompt: object, output_type: str) -> Settings:
+        """The settings of a call with the model's defaults. ValueError for what it does not support."""
+        model = self.model
+        check_supported(self.name, asked, model.supports)
+        height, width = model.size
+        asked = asked.filled(height=height, width=width)
+        check_size(asked.size, model.token)
+        settings = model.settings(asked, prompt)
+        check_counts(settings.steps, settings.copies, output_type, fewest=model.fewest_steps, kinds=model.kinds)
+        model.check_output(output_type)
+        return settings
+
+    def sized(self, controls: Sequence[Control], size: tuple[int, int]) -> tuple[Control, ...]:
+        """The controls of a call at its size. ValueError for one that cannot act on this model."""
+        for control in check_controls(controls):
+            reason = self.model.refuse(control)
+            if reason is not None:
+                raise ValueError(f"{type(control).__name__} {reason}")
+        return tuple(control.sized(size, self) for control in controls)
+
+    def layout(self, batch: int, size: tuple[int, int], controls: Sequence[Control] = ()) -> Layout:
+        """The images of a run; controls may leave cells out."""
+        grid = size[0] // self.model.token, size[1] // self.model.token
+        fill = find_fill(controls, grid)
+        return Layout(batch, size, grid, None if fill is None else fill.cells.to(self.device))
+
+    def sides(
+        self,
+        conditions: Callable[[bool], Any],
+        controls: Sequence[Control],
+        layout: Layout,
+        settings: Settings,
+    ) -> list[Side]:
+        """The sides of the guidance, each with the controls of this run."""
+        negative = [control.negative() for control in controls]
+        sides = []
+        for positive, present in self.model.sides(settings, bool(controls)):
+            condition = conditions(positive)
+            acting = [c for c in (controls if present else negative) if c is not None]
+            run = self.model.run(condition, layout, settings, acting)
+            run = replace(run, apart=self.apart(condition, layout, settings))
+            sides.append(Side(condition, tuple(control.prepare(run) for control in acting)))
+        return sides
+
+    def apart(self, condition: Any, layout: Layout, settings: Settings) -> Apart:
+        """A prediction apart from the run, for a control (`Run.apart`)."""
+        network = cache(lambda: self.model.network([condition], layout, settings))
+
+        def predict(x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor:
+            return network()(self.text_model.noised_at(x0, noise, step), step, controls)
+
+        return predict
+
+    def predictor(
+        self, sides: Sequence[Side], layout: Layout, settings: Settings, beside: Tensor | None = None
+    ) -> Predict:
+        """predict(x, step): the guided prediction, the only call to the network."""
+        model = self.model
+
+        @cache
+        def network(*which: int):
+            return model.network([sides[i].condition for i in which], layout, settings, beside)
+
+        def predict(x: Tensor, step: Step) -> Tensor:
+            active = [[c for c in (control.at(step) for control in side.controls) if c is not None] for side in sides]
+            acts = frozenset().union(*(control.acts for controls in active for control in controls))
+            # A LoRA serves all rows of a batch, and merged tokens are those of one side: the sides then run apart.
+            if len(sides) > 1 and model.joins(settings, acts):
+                joined = network(*range(len(sides)))(torch.cat([x] * len(sides)), step, joined_sides(active))
+                outputs = list(joined.chunk(len(sides)))
+            else:
+                outputs = [network(i)(x, step, controls) for i, controls in enumerate(active)]
+            return outputs[0] if len(outputs) == 1 else model.guide(outputs, step, settings)
+
+        return predict
+
+    def noise(self, layout: Layout, generators: Sequence[torch.Generator]) -> Noise:
+        """Standard normal noise as the network reads it, each image from its own generator."""
+        shape = self.model.cells_shape(layout.size)
+        return lambda x: self.model.arrange(draw(shape, generators), layout).to(x.device)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        size: tuple[int, int] | None = None,
+        output_type: Literal["pil", "pt", "latent"] = "pil",
+    ) -> Any:
+        """Latents of images of `size` (height, width; None: the model's) -> PIL images ("pil"), a tensor (B, 3, H, W)
+        in [-1, 1] ("pt"), or as they are ("latent")."""
         if output_type == "latent":
-            return tokens
-        if not torch.isfinite(tokens).all():
+            return latents
+        if not torch.isfinite(latents).all():
             raise ValueError("The sampler produced NaN. Lower the strengths or guidance, or use dtype=torch.float32.")
-        dtype = next(self.parts.vae.parameters()).dtype
-        images = decode_tokens(self.on_duty(self.parts.vae), tokens.to(dtype), grid).float()
+        images = self.model.decode(latents, self.layout(len(latents), size or self.size))
         return images if output_type == "pt" else to_images(images)
 
-    # What adapters ask of a pipeline.
+    # What adapters ask of a pipeline
 
-    def adapter_file(self, source: str | Path, method: str) -> AdapterFile:
+    @torch.no_grad()
+    def encode_text(self, prompt: Prompt, clip_skip: int | None = None) -> Text:
+        """Words through the model's own text encoder, on its device; a `Text` as it is."""
+        return self.text_model.encode_text(prompt, clip_skip)
+
+    def adapter_file(self, source: str | FilePath, method: str, *, ignore_text: bool = False) -> AdapterFile:
         """The tensors and the configuration of an adapter by name, file or folder."""
-        return read_adapter(source, method)
+        return adapter_for(self.backbone, source, method, ignore_text=ignore_text)
 
-    def read_images(
-        self,
-        reference: ImageSource | Sequence[ImageSource],
-        annotator: str | None,
-        size: tuple[int, int] | None = None,
-    ) -> Tensor:
+    def read_images(self, reference: Images, annotator: str | None, size: tuple[int, int] | None = None) -> Tensor:
         """References as (n, 3, H, W) in [-1, 1] at `size` (None: the model's), annotated if asked for."""
         return read_references(reference, annotator, size or self.size, self.pixels).to(self.device)
 
@@ -342,60 +354,54 @@ class Pipeline:
     def encode_condition(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
-        """Images (n, 3, H, W) through the model's own autoencoder: packed tokens and their grid (rows, columns). They
-        are the mode of its posterior, or drawn from it by `generator`."""
-        dtype = next(self.parts.vae.parameters()).dtype
-        vae = self.on_duty(self.parts.vae)
-        encoded = encode_tokens(vae, images.to(dtype), generator, sample=generator is not None)
-        tokens = encoded.to(self.dtype)
+        """Images (n, 3, H, W) through the model's own autoencoder: latents in its dtype and their grid of tokens (rows,
+        columns). They are the mode of the posterior, or drawn from it by `generator`."""
+        tokens = self.text_model.encode_together(images, generator).to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
 
-    def image_encoder(self, folder: str | Path) -> CLIPImage:
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents in float32: of each the mode of its posterior, or a sample by its
+        own generator."""
+        return self.model.encode(images, generators)
+
+    def image_encoder(self, folder: str | FilePath) -> CLIPImage:
         """A CLIP image tower from its folder, where the model computes."""
         return load_image_encoder(folder).to(self.device)
 
-    def describe_source(self, reference: Any) -> list:
+    def text_tower(self, folder: str | FilePath | None = None) -> TextTower | TinyTextTower | None:
+        """A CLIP text tower with projection from its folder; None: the model's own, if it has one (SDXL's second, and
+        the embedded UNet's)."""
+        if folder is not None:
+            return load_text_tower(folder).to(self.device)
+        text = self.parts.text
+        if isinstance(self.image, TinyImage):
+            return TinyTextTower(self.image, text.tokenizer)
+        pairs = zip(getattr(text, "tokenizers", []), getattr(text, "encoders", []), strict=True)
+        own = [(tokenizer, encoder) for tokenizer, encoder in pairs if hasattr(encoder, "text_projection")]
+        return TextTower(own[-1][1], own[-1][0]) if own else None
+
+    def describe_source(self, reference: ImageSource | Sequence[ImageSource]) -> list:
         """What a recipe keeps of a reference."""
         return describe_source(reference)
 
 
-def check_size(size: tuple[int, int], side: int) -> None:
-    """ValueError unless height and width are multiples of `side`, which is what the model's smallest part covers."""
-    if any(pixels % side or not 0 < pixels <= MAX_SIDE for pixels in size):
-        raise ValueError(f"height and width must be multiples of {side} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
+def make_model(parts: Parts | LatentParts | ClassParts | PixelParts, offload: Offload | None) -> Model:
+    """The family that a model's parts belong to."""
+    if isinstance(parts, Parts):
+        from condit.drawing.flow import FlowModel
 
+        return FlowModel(parts, offload)
+    if offload is not None:
+        raise ValueError(f"offload={offload!r} is for FLUX.1; {parts.name} is another model. Leave it out.")
+    if isinstance(parts, LatentParts):
+        from condit.drawing.vp import VPModel
 
-def check_counts(
-    steps: int, copies: int, output_type: str, *, fewest: int = 1, kinds: Sequence[str] = ("pil", "pt", "latent")
-) -> None:
-    """ValueError for numbers of steps (`fewest`: the sampler's) and of pictures, or a kind of output, that none is."""
-    if not isinstance(steps, Integral) or not fewest <= steps <= MAX_STEPS:
-        raise ValueError(f"num_inference_steps must be {fewest} to {MAX_STEPS}; found {steps}.")
-    if not isinstance(copies, Integral) or copies < 1:
-        raise ValueError(f"num_images_per_prompt must be at least 1; found {copies}.")
-    if output_type not in kinds:
-        named = f"{', '.join(map(repr, kinds[:-1]))} or {kinds[-1]!r}"
-        raise ValueError(f"output_type must be {named}; found {output_type!r}.")
+        return VPModel(parts)
+    if isinstance(parts, ClassParts):
+        from condit.drawing.classes import ClassModel
 
+        return ClassModel(parts)
+    from condit.drawing.pixels import PixelModel
 
-def negative_prompts(negative: str | Sequence[str] | None, n: int) -> list[str]:
-    """n negative prompts from one, several or none."""
-    found = [negative or ""] * n if negative is None or isinstance(negative, str) else list(negative)
-    if len(found) != n:
-        raise ValueError(f"{len(found)} negative prompts for {n} prompts. Give one, or as many as prompts.")
-    return found
-
-
-def image_generators(
-    batch: int, seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> tuple[list[int | None], list[torch.Generator]]:
-    """A generator an image, and the seeds: image i has seed + i (None: a random start), or one that was given."""
-    if generator is not None and seed is not None:
-        raise ValueError("Give seed or generator, not both.")
-    if generator is not None:
-        given = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
-        if len(given) != batch:
-            raise ValueError(f"{len(given)} generators for {batch} images.")
-        return [None] * batch, given
-    first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would reseed everybody
-    return [first + i for i in range(batch)], [torch.Generator().manual_seed(first + i) for i in range(batch)]
+    return PixelModel(parts)

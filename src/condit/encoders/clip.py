@@ -1,72 +1,49 @@
 """The embedded CLIP: an image tower and a text tower in one space that separates concept from style.
 
-transformers' `CLIPModel` (Radford et al. 2021, arXiv:2103.00020) with a small configuration. Training matches concepts
-in the `CONCEPT` dimensions of the shared space and styles in the `STYLE` dimensions (docs/tiny.md).
+`Clip` (Radford et al. 2021, arXiv:2103.00020) with a small configuration. Training matches concepts in the `CONCEPT`
+dimensions of the shared space and styles in the `STYLE` dimensions (docs/tiny.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedTokenizerFast
+from condit.encoders.clip_model import Clip, ClipConfig, TextConfig, VisionConfig
+from condit.encoders.clip_tokenizer import SPECIAL_TOKENS, TOKEN_LIMIT, ClipTokenizer
 
 CONCEPT, STYLE = slice(0, 192), slice(192, 256)
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]", "[EOS]")
-TOKEN_LIMIT = 24
 
 
-class TowerConfig(Protocol):
-    """Sizes in the configuration of one of CLIP's towers; only image towers have image_size and patch_size."""
+def make_clip(vocab_size: int) -> Clip:
+    """A CLIP for 128 px icons with random weights, initialised as transformers does."""
+    from transformers import CLIPModel
 
-    hidden_size: int
-    projection_dim: int
-    num_hidden_layers: int
-    image_size: int
-    patch_size: int
-
-
-def make_clip(vocab_size: int) -> CLIPModel:
-    """A CLIP for 128 px icons with random weights."""
-    from transformers import CLIPConfig, CLIPModel
-
-    text = {
-        "vocab_size": vocab_size,
-        "hidden_size": 192,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "max_position_embeddings": TOKEN_LIMIT,
-        "hidden_act": "gelu",
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-    }
-    vision = {
-        "hidden_size": 192,
-        "intermediate_size": 768,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 3,
-        "image_size": 128,
-        "patch_size": 16,
-        "hidden_act": "gelu",
-    }
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=STYLE.stop)
-    # At these lengths the backward pass of plain attention is faster on CPUs.
-    config._attn_implementation = "eager"
-    return CLIPModel(config)
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
+    config = ClipConfig(
+        TextConfig(
+            **sizes,
+            num_hidden_layers=4,
+            vocab_size=vocab_size,
+            max_position_embeddings=TOKEN_LIMIT,
+            eos_token_id=SPECIAL_TOKENS.index("[EOS]"),
+        ),
+        VisionConfig(**sizes, num_hidden_layers=6, image_size=128, patch_size=16),
+        projection_dim=STYLE.stop,
+    )
+    with torch.device("meta"):
+        clip = Clip(config)
+    clip.load_state_dict(CLIPModel(config.to_transformers()).state_dict(), strict=True, assign=True)
+    return clip
 
 
-def make_tokenizer(corpus: Iterable[str], vocab_size: int = 5000) -> PreTrainedTokenizerFast:
+def make_tokenizer(corpus: Iterable[str], vocab_size: int = 5000) -> ClipTokenizer:
     """WordPiece on lower-case words and single Chinese characters; unknown words are split into pieces."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -80,19 +57,12 @@ def make_tokenizer(corpus: Iterable[str], vocab_size: int = 5000) -> PreTrainedT
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        model_max_length=TOKEN_LIMIT,
-    )
+    return ClipTokenizer(tokenizer)
 
 
-def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """(B, TOKEN_LIMIT) token numbers, truncated and padded."""
-    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+def token_ids(tokenizer: ClipTokenizer, texts: list[str]) -> Tensor:
+    """(B, TOKEN_LIMIT) token ids, truncated and padded."""
+    return tokenizer.ids(texts)
 
 
 def normalise(embeddings: Tensor) -> Tensor:
@@ -100,15 +70,15 @@ def normalise(embeddings: Tensor) -> Tensor:
     return torch.cat([F.normalize(embeddings[:, CONCEPT], dim=-1), F.normalize(embeddings[:, STYLE], dim=-1)], -1)
 
 
-def embed_text(clip: CLIPModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+def embed_text(clip: Clip, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Token states (B, L, 192) and the normalised embedding (B, 256)."""
-    out = clip.text_model(input_ids=ids)
+    out = clip.text_model(ids)
     return out.last_hidden_state, normalise(clip.text_projection(out.pooler_output))
 
 
-def embed_image(clip: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor]:
+def embed_image(clip: Clip, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B, 3, 128, 128) in [-1, 1] -> hidden states of every layer (L + 1, B, 65, 192), embedding (B, 256)."""
-    out = clip.vision_model(pixel_values=images, output_hidden_states=True)
+    out = clip.vision_model(images)
     return torch.stack(out.hidden_states), normalise(clip.visual_projection(out.pooler_output))
 
 

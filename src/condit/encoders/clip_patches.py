@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.encoders.clip import TowerConfig
+from condit.encoders.clip_model import VisionTower
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class TowerSizes(Protocol):
+    """Sizes in the configuration of a CLIP tower; only image towers have image_size and patch_size."""
+
+    hidden_size: int
+    projection_dim: int
+    num_hidden_layers: int
+    image_size: int
+    patch_size: int
 
 
 class ClipPatches(nn.Module):
@@ -33,14 +43,14 @@ class ClipPatches(nn.Module):
 
     def __init__(
         self,
-        tower: CLIPVisionModel,
+        tower: CLIPVisionModel | VisionTower,
         blocks: int | None = None,
         *,
         mean: tuple[float, ...] = CLIP_MEAN,
         std: tuple[float, ...] = CLIP_STD,
     ):
         super().__init__()
-        config = cast("TowerConfig", tower.config)
+        config = cast("TowerSizes", tower.config)
         self.tower, self.blocks = tower, config.num_hidden_layers - 1 if blocks is None else blocks
         self.size: int = config.image_size
         self.features: int = config.hidden_size
@@ -81,7 +91,8 @@ class ClipPatches(nn.Module):
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Prepared pixels -> tokens, in float32."""
-        states = self.tower(pixels.to(self.tower.dtype), output_hidden_states=True).hidden_states
+        dtype = self.tower.embeddings.patch_embedding.weight.dtype
+        states = self.tower(pixels.to(dtype), output_hidden_states=True).hidden_states
         return states[self.blocks].float()
 
 

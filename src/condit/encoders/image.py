@@ -13,17 +13,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from condit.encoders.clip import TowerConfig, embed_image, embed_text, style_statistics, token_ids
-from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.clip import embed_image, embed_text, style_statistics, token_ids
+from condit.encoders.clip_model import Clip
+from condit.encoders.clip_patches import ClipPatches, TowerSizes
+from condit.encoders.clip_tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
-    from transformers import (
-        CLIPModel,
-        CLIPTextModelWithProjection,
-        CLIPVisionModelWithProjection,
-        PreTrainedTokenizerBase,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
 
 
 class ImageEncoder(Protocol):
@@ -43,10 +39,10 @@ class TinyImage(nn.Module):
     embedding = slice(0, 256)  # the part in the space of the text tower
     gain = 11.3  # scales that part, whose halves have unit length, to about unit variance
 
-    def __init__(self, clip: CLIPModel):
+    def __init__(self, clip: Clip):
         super().__init__()
         self.clip = clip
-        vision = cast("TowerConfig", clip.config.vision_config)
+        vision = clip.config.vision_config
         self.size, self.states = vision.image_size, vision.hidden_size
 
     @torch.no_grad()
@@ -58,7 +54,7 @@ class TinyImage(nn.Module):
     @torch.no_grad()
     def hidden(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> the states of the last layer but one (B, 65, 192), as in `CLIPImage`."""
-        return self.clip.vision_model(self._sized(images), output_hidden_states=True).hidden_states[-2].float()
+        return self.clip.vision_model(self._sized(images)).hidden_states[-2].float()
 
     def zeros(self) -> Tensor:
         """An image of zeros, which is gray: the empty reference for adapters that read hidden states."""
@@ -78,7 +74,7 @@ class TinyTextTower(nn.Module):
     """The embedded CLIP's text tower: phrases -> vectors in the space of `TinyImage`'s features. The part for the
     statistics of middle layers is 0."""
 
-    def __init__(self, image: TinyImage, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, image: TinyImage, tokenizer: ClipTokenizer):
         super().__init__()
         self.image, self.tokenizer = image, tokenizer
 
@@ -155,7 +151,7 @@ class CLIPImage(nn.Module):
     def __init__(self, model: CLIPVisionModelWithProjection):
         super().__init__()
         self.model = model
-        c = cast("TowerConfig", model.config)
+        c = cast("TowerSizes", model.config)
         self.size = EncoderSize(c.hidden_size, c.projection_dim, (c.image_size // c.patch_size) ** 2 + 1, c.image_size)
 
     @property
@@ -220,7 +216,7 @@ class TextTower(nn.Module):
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.model, self.tokenizer = cast("CLIPTextModelWithProjection", model), tokenizer
-        c = cast("TowerConfig", model.config)
+        c = cast("TowerSizes", model.config)
         self.hidden, self.projection = c.hidden_size, c.projection_dim
 
     @torch.no_grad()

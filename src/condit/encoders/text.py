@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from condit.encoders.clip import TOKEN_LIMIT, embed_text, token_ids
+from condit.encoders.clip import embed_text, token_ids
+from condit.encoders.clip_model import Clip
+from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.encoders.words import Words, words_of
 
 if TYPE_CHECKING:
-    from transformers import (
-        CLIPModel,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        PreTrainedTokenizerBase,
-        PreTrainedTokenizerFast,
-        T5EncoderModel,
-    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +53,7 @@ class TinyText(nn.Module):
     The map is a ridge regression on training captions, before the transformer is trained (docs/tiny.md).
     """
 
-    def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, *, tokens: int = 64, channels: int = 16):
+    def __init__(self, clip: Clip, tokenizer: ClipTokenizer, *, tokens: int = 64, channels: int = 16):
         super().__init__()
         self.clip, self.tokenizer = clip, tokenizer
         self.tokens, self.channels = tokens, channels
@@ -75,7 +70,7 @@ class TinyText(nn.Module):
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
         """The words of each prompt and their tokens."""
-        return words_of(self.tokenizer, prompts, TOKEN_LIMIT)
+        return self.tokenizer.words(prompts)
 
     def pooled(self, embedding: Tensor) -> Tensor:
         """An embedding whose halves have unit length, scaled to about unit variance."""
@@ -95,7 +90,7 @@ class TinyText(nn.Module):
 class TinyTextStates(nn.Module):
     """The embedded CLIP's text tower for networks that read text by cross-attention only: token states and mask."""
 
-    def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, clip: Clip, tokenizer: ClipTokenizer):
         super().__init__()
         self.clip, self.tokenizer = clip, tokenizer
 
@@ -103,12 +98,11 @@ class TinyTextStates(nn.Module):
     def forward(self, prompts: Sequence[str]) -> Text:
         ids = token_ids(self.tokenizer, list(prompts)).to(self.clip.device)
         tokens = embed_text(self.clip, ids)[0]
-        mask = ids.ne(cast("int", self.tokenizer.pad_token_id)).long()
-        return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=mask)
+        return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=ids.ne(self.tokenizer.pad_token_id).long())
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
         """The words of each prompt and their tokens."""
-        return words_of(self.tokenizer, prompts, TOKEN_LIMIT)
+        return self.tokenizer.words(prompts)
 
 
 class FluxText(nn.Module):

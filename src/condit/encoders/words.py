@@ -56,18 +56,19 @@ def words_of(
             f"{type(tokenizer).__name__} has no character offsets, which map words to tokens. Load the fast tokenizer "
             "(tokenizer.json)."
         )
-    return [_words_of(tokenizer, prompt, limit, padded or limit) for prompt in prompts]
+    encodings = [tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True) for prompt in prompts]
+    length = padded or limit
+    return [align_words(p, e["input_ids"], e["offset_mapping"], length) for p, e in zip(prompts, encodings, strict=True)]
 
 
-def _words_of(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int, length: int) -> Words:
-    # Offsets refer to the prompt as it is, even if the tokenizer cleans it.
-    encoding = tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True)
+def align_words(prompt: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], length: int) -> Words:
+    """A prompt's words from its token numbers and their character offsets in the prompt."""
     spans = [m.span() for m in _WORD.finditer(prompt)]
     positions: list[list[int]] = [[] for _ in spans]
-    for position, (begin, end) in enumerate(encoding["offset_mapping"]):
+    for position, (begin, end) in enumerate(offsets):
         for word, (first, last) in enumerate(spans):
             # A piece may contain the space before its word (T5's mark), never two words.
             if begin < last and first < end:
                 positions[word].append(position)
     words = tuple(prompt[first:last] for first, last in spans)
-    return Words(prompt, words, tuple(map(tuple, positions)), tuple(encoding["input_ids"]), length)
+    return Words(prompt, words, tuple(map(tuple, positions)), tuple(ids), length)

@@ -243,7 +243,7 @@ def predictions_a_step(arguments: Arguments) -> int:
 
 
 def refusal(transformer: nn.Module, control: Control) -> str | None:
-    if control.fill() is None and type(control).lora is Control.lora:
+    if control.fill() is None and "adapt" not in control.acts:
         return None
     return (
         "leaves cells out or adapts the noisy tokens, which a guest does not. Use diffusers' own inpainting and LoRA "

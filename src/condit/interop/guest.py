@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT
 from condit.backbones.unet import UNet
 from condit.controls.control import Control, check_controls
+from condit.controls.wrap import unwrapped
 from condit.data.images import ImageSource
 from condit.drawing.references import describe_source, read_references
 from condit.encoders.image import CLIPImage, ImageEncoder, TextTower
@@ -185,7 +186,8 @@ def refuse_strangers(controls: Sequence[Control], guest: Guest) -> None:
         why = family.refusal(network, control)
         if why is not None:
             raise ValueError(f"{type(control).__name__} {why}")
-        adapter: Any = getattr(control, "adapter", None)
+    for inner in (inner for control in controls for inner in unwrapped(control)):
+        adapter: Any = getattr(inner, "adapter", None)
         bound = getattr(adapter, "_pipe", [None])[0]
         if bound is None:
             continue

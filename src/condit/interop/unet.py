@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from condit.backbones.unet import KeyValues, UNet, UNetConfig
 from condit.controls.control import Control, Run, Step
-from condit.controls.sides import sides
+from condit.controls.wrap import sides
 from condit.interop.lend import (
     Arguments,
     GuestPipeline,
@@ -262,8 +262,7 @@ def refuse_changed(unet: nn.Module) -> None:
 
 
 def refusal(unet: nn.Module, control: Control) -> str | None:
-    kind = type(control)
-    if kind.streams is Control.streams and kind.fill is Control.fill:
+    if not control.acts & {"join", "omit"}:
         return None
     return "joins tokens to the sequence, and a UNet has none. Use a control that wraps attention: condit.IPAdapter."
 

@@ -104,9 +104,9 @@ def sdpa(call: Call) -> Tensor:
     return (probabilities if call.edit_map is None else call.edit_map(probabilities)) @ call.v
 
 
-def attend(call: Call, controls: Sequence[AttentionControl] = ()) -> Tensor:
-    """Run one attention call through its controls; the first control of the sequence is the outermost."""
-    run: Attend = sdpa
+def attend(call: Call, controls: Sequence[AttentionControl] = (), last: Attend = sdpa) -> Tensor:
+    """Run one attention call through its controls, the first of which is the outermost; `last` is inside them all."""
+    run = last
     for control in reversed(controls):
         run = partial(control.around, attend=run)
     return run(call)

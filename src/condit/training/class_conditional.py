@@ -26,13 +26,14 @@ from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.gaussian import Loss, Prediction, gaussian, training_loss
 from condit.diffusion.gaussian_samplers import ddim
 from condit.diffusion.guidance import class_guidance
+from condit.diffusion.steps import by_timestep
 from condit.encoders.vae import decode_latents
 from condit.training.labelled import Label, check_sizes, height_width, id2label, open_labelled
 from condit.training.latent_cache import encode
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
 from condit.weights.dit import save_dit
-from condit.weights.tiny import WEIGHTS
+from condit.weights.folders import WEIGHTS
 from condit.weights.vae import load_vae
 
 AdaLN = Literal["zero", "plain"]
@@ -195,7 +196,7 @@ class ClassConditionalTask(Task):
             guided = self.network.config.class_dropout_prob > 0
             null, scale = (self.network.null_label, guidance) if guided else (0, 1.0)
             denoise = class_guidance(self.network, y, null, scale, channels=None)
-        return to_images(decode_latents(self.vae, ddim(denoise, noise, self.sampling)))
+        return to_images(decode_latents(self.vae, ddim(by_timestep(denoise), noise, self.sampling)))
 
     def sheet(self) -> Image.Image:
         """Up to eight classes, three pictures of each, and a real one below."""

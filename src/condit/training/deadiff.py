@@ -18,7 +18,7 @@ from condit.controls.deadiff_layers import Name, coarse_layers, cross_shapes
 from condit.data.grouped import PAIR_KINDS, PairKind
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.image import TinyImage
 from condit.encoders.qformer import BERT_WORDS, QFormerConfig
@@ -177,7 +177,7 @@ class DEADiffTask(Task):
         image = self.tower(batch.references.to(self.device))
         control = self.adapter.reference(self.shown(batch.kind, image))
         how = {"num_inference_steps": self.steps, "guidance_scale": guidance, "seed": seed}
-        pipe = LatentPipeline(self.parts)
+        pipe = Pipeline(self.parts)
         return pipe(batch.captions, "", controls=[control], sampler="ddim", output_type="pt", **how).images
 
     def export(self, folder: Path, card: dict) -> None:

@@ -13,17 +13,18 @@ from condit.controls.control import Control, Run
 from condit.diffusion.vp import training_pair
 from condit.encoders.text import Text
 from condit.encoders.vae import scale_shift
-from condit.weights import latent_models
 from condit.weights.latent_models import Frame, LatentParts
-from condit.weights.load import load_latent_parts
+from condit.weights.load import LATENT, identify, load_parts
 
 
 def load_base(model: str, method: str) -> LatentParts:
     """A frozen Stable Diffusion, or the embedded UNet, in float32, by name, folder or file."""
-    found = latent_models.recognise(model)
-    if found is None:
+    base = identify(model)
+    if base.kind not in LATENT:
         raise ValueError(f"{model!r} is no Stable Diffusion: {method} is trained on a UNet with cross-attention.")
-    return load_latent_parts(found, dtype=torch.float32)
+    parts = load_parts(base, dtype=torch.float32)
+    assert isinstance(parts, LatentParts)  # by LATENT
+    return parts
 
 
 def latents_of(vae: Any, images: Tensor, generator: torch.Generator | None) -> Tensor:

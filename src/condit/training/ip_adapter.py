@@ -19,7 +19,7 @@ from condit.controls.ip_projectors import HEAD_DIM, ImageProjection, Resampler
 from condit.data.grouped import PAIR_KINDS, PairKind
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.clip_patches import CLIP_MEAN, CLIP_STD
 from condit.encoders.image import CLIPImage, TinyImage
 from condit.training.denoising import errors, latents_of, load_base
@@ -28,8 +28,8 @@ from condit.training.loop import Task, to_device
 from condit.training.paired import Paired, open_source
 from condit.weights.clip_towers import load_image_encoder
 from condit.weights.files import load_strict, read_tensors
+from condit.weights.folders import floats
 from condit.weights.latent_models import LatentParts
-from condit.weights.tiny import floats
 
 Projector = Literal["global", "plus"]
 TOKENS: dict[str, int] = {"global": 4, "plus": 16}  # of the published files
@@ -153,7 +153,7 @@ class IPAdapterTask(Task):
         """References, what is drawn with and without them, and the real targets, for each kind."""
         if self.held_out is None:
             return None
-        rows, labels, pipe = [], [], LatentPipeline(self.parts)
+        rows, labels, pipe = [], [], Pipeline(self.parts)
         for kind in self.kinds:
             batch: Paired = to_device(self.examples(kind, self.looked[1]), self.device)
             ones = torch.ones(len(batch.captions), device=self.device)

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT
 from condit.controls.control import Run
 from condit.controls.omini import OminiControl, condition_stream
-from condit.controls.omini_fill import sample_drawn_cells
+from condit.controls.omini_picture import sample_drawn_cells
 from condit.controls.omini_tasks import condition_ids
 from condit.data.images import to_images, to_tensor
 from condit.data.line_score import edge_f1
 from condit.data.sheets import contact_sheet
 from condit.diffusion.objectives import add_noise, drop, flow_loss
-from condit.diffusion.samplers import euler
+from condit.diffusion.samplers import FlowPath, euler
 from condit.diffusion.schedules import flow_sigmas, logit_normal
+from condit.diffusion.steps import Step
 from condit.drawing.pipeline import Pipeline
 from condit.drawing.references import ANNOTATORS
 from condit.encoders.vae import decode_tokens
@@ -130,6 +131,8 @@ class OminiTask(Task):
         data.check_roles(self.pairs, self.specs, pairs)
         self.held_out = min(held_out, len(self.pairs) - 1)
         parts = load_parts(model, dtype=getattr(torch, dtype), components=components)
+        if not isinstance(parts, Parts):
+            raise ValueError(f"{model!r} is not FLUX.1 or the embedded 'tiny': OminiControl is trained on an MM-DiT.")
         self.base_hash, self.parts = parts.hash, parts
         self.check(parts)
         if quantize is not None:
@@ -364,13 +367,13 @@ class OminiTask(Task):
         ids, placed = grid_ids(*self.grid).to(self.device), self.placed(tokens, None)
         text, pooled = rows.text[:n], rows.pooled[:n]
 
-        def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
-            t = sigma.to(self.device).expand(n)
+        def velocity(x: Tensor, step: Step) -> Tensor:
+            t = torch.full((n,), step.time, device=self.device)
             return self.model(x, ids, t, text, pooled, placed, guidance).float()
 
         noise = torch.randn(rows.target[:n, 0].shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         sigmas = flow_sigmas(self.draw_steps, shift=self.parts.shift_of(len(ids)))
-        latent = euler(velocity, noise, sigmas).to(next(self.vae.parameters()).dtype)
+        latent = euler(velocity, noise, FlowPath(tuple(sigmas.tolist()))).to(next(self.vae.parameters()).dtype)
         return decode_tokens(self.vae, latent, self.grid)
 
     def sheet(self) -> Image.Image | None:

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from condit.backbones.diffit_image import IMAGE_PRESETS, DiffiTImage, DiffiTImageConfig
 from condit.data.images import to_images
 from condit.data.sheets import SheetCell, contact_sheet
-from condit.diffusion.edm import EDM, edm_loss, edm_sigmas, heun, precondition, training_sigmas
+from condit.diffusion.edm import EDM, edm_loss, edm_path, heun, precondition, training_sigmas
+from condit.diffusion.steps import by_timestep
 from condit.training.classify import in_memory, to_float
 from condit.training.labelled import check_sizes, height_width, open_labelled
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
-from condit.weights.tiny import WEIGHTS
+from condit.weights.folders import WEIGHTS
 
 DRAW_STEPS = 18
 
@@ -108,8 +109,8 @@ class PixelTask(Task):
         """Pictures by 18 steps of the deterministic sampler."""
         shape = count, self.network.config.in_channels, *self.size
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        denoise = precondition(self.network, self.edm)
-        return to_images(heun(denoise, noise * self.edm.sigma_max, edm_sigmas(DRAW_STEPS, self.edm)).clamp(-1, 1))
+        predict, path = by_timestep(precondition(self.network, self.edm)), edm_path(DRAW_STEPS, self.edm)
+        return to_images(heun(predict, noise * path.sigmas[0], path).clamp(-1, 1))
 
     def sheet(self) -> Image.Image:
         """Two rows of eight that it draws, one of real ones."""

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from condit.encoders.image import CLIPImage, TextTower, vision_config
-from condit.weights.files import load_strict, read_tensors
-from condit.weights.stable_diffusion import load_tokenizer, make_clip_text, read_json
+from condit.weights.files import Json, load_strict, read_tensors
+from condit.weights.folders import read_json
+from condit.weights.stable_diffusion import load_tokenizer, make_clip_text
+from condit.weights.vae import frozen
 
 # Safetensors first: the same weights, without a pickle.
 FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_image_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> CLIPImage:
-    """Strictly; of a whole CLIP only the image half. ValueError where files are missing or do not fit."""
+    """A CLIP image tower with its projection, strictly; of a whole CLIP only the image half. ValueError where files are
+    missing or do not fit."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    model: Any = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(vision_config(folder)))
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(vision_config(folder)))
     tensors = read_tensors(weight_file(folder))
-    # A whole CLIP holds the text's half too, and old files the numbers of the positions.
+    # A whole CLIP holds the text half too, and old files the numbers of the positions.
     half = {n: t for n, t in tensors.items() if not n.startswith(("text_model.", "text_projection", "logit_scale"))}
     load_strict(model, {n: t for n, t in half.items() if not n.endswith("position_ids")}, source=folder)
-    return CLIPImage(model.to(dtype).eval().requires_grad_(False))
+    return CLIPImage(frozen(model, dtype))
 
 
 def load_text_tower(folder: str | Path) -> TextTower:
-    """The text half with its projection and its tokenizer, of a folder in transformers' layout."""
+    """A CLIP text tower with its projection and its tokenizer, from a folder in transformers' layout."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    inner: dict[str, Any] = {**config.get("text_config", config)}
+    inner: Json = {**config.get("text_config", config)}
     if "text_config" in config:
         inner["projection_dim"] = config["projection_dim"]
     tensors = read_tensors(weight_file(folder))

@@ -1,7 +1,7 @@
-"""DEADiff's published checkpoint (arXiv:2403.06951, `deadiff_v1.ckpt`), taken apart and put together again by a table.
+"""DEADiff's published checkpoint (arXiv:2403.06951, `deadiff_v1.ckpt`), split into parts and joined again by tables.
 
 One file holds a Stable Diffusion 1.5, CLIP's image tower twice, both Q-Formers with their projections, and the 32 image
-K', V' maps inside the UNet. `split` sorts its tensors; `join` is its inverse, name by name and bit by bit.
+K', V' maps inside the UNet. `split` sorts its tensors; `join` is its exact inverse.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from condit.data.files import atomic_write
 from condit.weights.files import inner_state
+from condit.weights.guess import DEADIFF
 
 State = dict[str, Tensor]
 Rules = tuple[tuple[str, str], ...]
@@ -23,8 +24,8 @@ Rules = tuple[tuple[str, str], ...]
 UNET = "model.diffusion_model."
 BASE = (UNET, "first_stage_model.", "cond_stage_model.")
 
-# Published name -> ours (transformers' names behind `qformer.`). {b} style or content, {i} a number, {x} the rest; the
-# first rule that fits counts. What no rule knows is never used: the MLM head, ITM and projection heads of BLIP-2.
+# Published name -> ours (transformers' names after `qformer.`). {b}: style or content, {i}: a number, {x}: the rest;
+# the first rule that fits counts. Tensors without a rule are never used: the MLM, ITM and projection heads of BLIP-2.
 ADAPTER: Rules = (
     ("{b}_blip.Qformer.bert.embeddings.LayerNorm.{x}", "{b}.qformer.embeddings.layernorm.{x}"),
     ("{b}_blip.Qformer.bert.embeddings.{e}", "{b}.qformer.embeddings.{e}"),
@@ -41,7 +42,7 @@ ADAPTER: Rules = (
     ("{b}_blip.query_tokens", "{b}.query_tokens"),
     ("{b}_proj_layer.{x}", "{b}.proj.{x}"),
 )
-# OpenAI's names of CLIP's image tower -> transformers'. q, k, v are one matrix there and apart here.
+# OpenAI's names of CLIP's image tower -> transformers'. q, k, v are one matrix there, three here.
 TOWER: Rules = (
     ("class_embedding", "embeddings.class_embedding"),
     ("positional_embedding", "embeddings.position_embedding.weight"),
@@ -55,7 +56,7 @@ TOWER: Rules = (
 )
 _QKV = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 _APART = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)")
-# Where DEADiff keeps its maps inside a UNet in the original layout.
+# The maps inside a UNet in the original layout.
 IMAGE_MAP = re.compile(r"model\.diffusion_model\.(.+)\.(transformer_blocks\.\d+)\.attn2\.i_to_([kv])\.weight")
 _OUR_MAP = re.compile(r"unet\.(.+)\.(transformer_blocks\.\d+)\.attn2\.image_([kv])\.weight")
 _PARTS = {"b": "style|content", "i": r"\d+", "e": r"(?:word|position)_embeddings\.weight", "x": ".+"}
@@ -64,7 +65,7 @@ _PARTS = {"b": "style|content", "i": r"\d+", "e": r"(?:word|position)_embeddings
 @dataclass(frozen=True)
 class Checkpoint:
     """A published file in parts. adapter: our names; tower: transformers' names; base: Stable Diffusion's UNet, VAE and
-    text encoder under LDM's names, as single-file loaders read them; rest: what nothing reads, under its own names."""
+    text encoder under LDM's names, as single-file loaders read them; rest: unused tensors under their own names."""
 
     adapter: State
     tower: State
@@ -72,33 +73,28 @@ class Checkpoint:
     rest: State = field(default_factory=dict)
 
 
-def is_published(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are a published DEADiff's tensors, as read or out of Lightning's wrapper."""
-    return any(name.startswith(("style_blip.", "state_dict.style_blip.")) for name in tensors)
-
-
 def adapter_tensors(tensors: Mapping[str, Tensor], source: str | Path) -> State:
-    """What `DEADiff.load` reads, from a published file or one of ours: our names, and `tower.*` if it is there."""
-    if not is_published(tensors):
+    """The tensors of a published file or one of ours under our names, and `tower.*` if they have an image tower."""
+    if not any(name.startswith(DEADIFF) for name in tensors):
         return dict(tensors)
     parts = split(tensors, source)
     return parts.adapter | {f"tower.{name}": value for name, value in parts.tower.items()}
 
 
 def blip_diffusion(reader: Mapping[str, Tensor], projection: Mapping[str, Tensor]) -> State:
-    """The tensors of one Q-Former from BLIP-Diffusion's release (`blip_weight.pt`, `proj_weight.pt`), where the paper
-    starts: the same for both."""
-    found: State = {}
+    """One Q-Former's tensors from BLIP-Diffusion's release (`blip_weight.pt`, `proj_weight.pt`), with which the paper
+    initialises both."""
+    renamed: State = {}
     for name, value in inner_state(reader).items():
         # Older files call the Q-Former text_model.
         ours = to_ours(f"style_blip.{name.removeprefix('model.').replace('text_model.', 'Qformer.')}")
         if ours is not None:
-            found[ours.removeprefix("style.")] = value.float()
-    return found | {f"proj.{name}": value.float() for name, value in projection.items()}
+            renamed[ours.removeprefix("style.")] = value.float()
+    return renamed | {f"proj.{name}": value.float() for name, value in projection.items()}
 
 
 def split(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> Checkpoint:
-    """A published file's tensors in parts. ValueError if the two image towers differ: they are shared here."""
+    """A published file's tensors in parts. ValueError if the two image towers differ: one serves both here."""
     tensors = inner_state(tensors)
     adapter: State = {}
     towers: dict[str, State] = {"style": {}, "content": {}}
@@ -119,21 +115,21 @@ def split(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> Che
     if content and (different or style.keys() != content.keys()):
         raise ValueError(
             f"{source}: the image towers of the two Q-Formers differ (first: {[*different, *style][0]}). They are one "
-            "frozen CLIP in DEADiff; was this file trained otherwise?"
+            "frozen CLIP in DEADiff. Was this file trained in another way?"
         )
     return Checkpoint(adapter, _tower_to_ours(style), base, rest)
 
 
 def join(checkpoint: Checkpoint) -> State:
-    """The published names of all parts: the inverse of `split`."""
+    """All parts under their published names: the inverse of `split`. ValueError for a name that is not DEADiff's."""
     tower = _tower_to_published(checkpoint.tower)
-    found = {f"{b}_blip.visual_encoder.{name}": value for b in ("style", "content") for name, value in tower.items()}
+    tensors = {f"{b}_blip.visual_encoder.{name}": value for b in ("style", "content") for name, value in tower.items()}
     for name, value in checkpoint.adapter.items():
         published = to_published(name)
         if published is None:
             raise ValueError(f"{name!r} has no published name: it is not a tensor of DEADiff.")
-        found[published] = value
-    return found | checkpoint.base | checkpoint.rest
+        tensors[published] = value
+    return tensors | checkpoint.base | checkpoint.rest
 
 
 def save_published(path: str | Path, checkpoint: Checkpoint, *, global_step: int = 0) -> Path:
@@ -144,7 +140,7 @@ def save_published(path: str | Path, checkpoint: Checkpoint, *, global_step: int
 
 
 def to_ours(name: str) -> str | None:
-    """Our name of an adapter's tensor; None for what is not the adapter's."""
+    """Our name of an adapter's tensor; None for other tensors."""
     match = IMAGE_MAP.fullmatch(name)
     if match and (place := place_in_diffusers(match[1])) is not None:
         return f"unet.{place}.{match[2]}.attn2.image_{match[3]}.weight"
@@ -152,9 +148,9 @@ def to_ours(name: str) -> str | None:
 
 
 def to_published(name: str) -> str | None:
-    """The published name of an adapter's tensor; None for what is not the adapter's."""
+    """The published name of an adapter's tensor; None for other tensors."""
     match = _OUR_MAP.fullmatch(name)
-    if match and (place := place_in_ldm(match[1])) is not None:
+    if match and (place := _LDM.get(match[1])) is not None:
         return f"{UNET}{place}.{match[2]}.attn2.i_to_{match[3]}.weight"
     return _renamed(name, ADAPTER, back=True)
 
@@ -171,43 +167,36 @@ def place_in_diffusers(place: str) -> str | None:
     return f"{'down' if match[1] == 'input' else 'up'}_blocks.{level}.attentions.{layer}"
 
 
-def place_in_ldm(place: str) -> str | None:
-    """The inverse of `place_in_diffusers`."""
-    if place == "mid_block.attentions.0":
-        return "middle_block.1"
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.attentions\.(\d)", place)
-    if match is None:
-        return None
-    number = 3 * int(match[2]) + int(match[3])
-    return f"input_blocks.{number + 1}.1" if match[1] == "down" else f"output_blocks.{number}.1"
+_PLACES = ["middle_block.1", *(f"{side}_blocks.{number}.1" for side in ("input", "output") for number in range(12))]
+_LDM = {place_in_diffusers(place): place for place in _PLACES}
 
 
 def _tower_to_ours(tower: Mapping[str, Tensor]) -> State:
-    found: State = {}
+    renamed: State = {}
     for name, value in tower.items():
         if match := _QKV.fullmatch(name):
             for part, third in zip(("q", "k", "v"), value.chunk(3), strict=True):
-                found[f"encoder.layers.{match[1]}.self_attn.{part}_proj.{match[2]}"] = third
+                renamed[f"encoder.layers.{match[1]}.self_attn.{part}_proj.{match[2]}"] = third
         elif (ours := _renamed(name, TOWER, back=False)) is not None:
-            found[ours] = value
+            renamed[ours] = value
         else:
             raise ValueError(f"{name!r} is no tensor of CLIP's image tower.")
-    return found
+    return renamed
 
 
 def _tower_to_published(tower: Mapping[str, Tensor]) -> State:
-    found: State = {}
+    renamed: State = {}
     for name, value in tower.items():
         if match := _APART.fullmatch(name):
             parts = [tower[name.replace("q_proj", f"{part}_proj")] for part in ("q", "k", "v")]
-            found[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(parts)
+            renamed[f"transformer.resblocks.{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(parts)
         elif (published := _renamed(name, TOWER, back=True)) is not None:
-            found[published] = value
-    return found
+            renamed[published] = value
+    return renamed
 
 
 def _renamed(name: str, rules: Rules, *, back: bool) -> str | None:
-    """By the first rule whose left side (right side if `back`) fits the whole name."""
+    """The name by the first rule whose left side (right side if `back`) matches it; None without one."""
     for rule in rules:
         source, target = reversed(rule) if back else rule
         pattern = re.sub(r"\\\{(\w)\\\}", lambda m: f"(?P<{m[1]}>{_PARTS[m[1]]})", re.escape(source))

@@ -1,13 +1,12 @@
 """DiT weights (arXiv:2212.09748): the official files, their training files, fast-DiT's, and diffusers' folders.
 
-What a file is, and the sizes of its network, are told from its tensors. Two things no tensor tells: the number of
-heads, taken from config.json, from the widths of the published networks or from the caller; and whether the last row of
-the label table is the null class, as in every published network, or one class more.
+The tensors give a file's layout and the sizes of its network, except for two: the number of heads, taken from
+config.json, from the widths of the published networks or from the caller; and whether the last row of the label table
+is the null class, as in every published network, or one more class.
 
-diffusers' `DiTTransformer2DModel` (0.42) holds the official weights but is another function: its timestep features
-divide by 127 where the official ones divide by 128, and its second norm has eps 1e-5 unless config.json says 1e-6. The
-DiT read from such a folder is the official one; a folder written here asks for 1e-6 and keeps diffusers' features.
-"""
+diffusers' `DiTTransformer2DModel` (0.42) has the official weights but computes another function: its timestep features
+divide by 127 where the official ones divide by 128, and its second norm has eps 1e-5 unless config.json says 1e-6. A
+DiT read from such a folder is the official one; a folder written here sets 1e-6 and keeps diffusers' features."""
 
 from __future__ import annotations
 
@@ -17,28 +16,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from condit.backbones.dit import PRESETS, DiT, DiTConfig
-from condit.backbones.latent_transformer import sincos_positions
-from condit.weights.catalog import what_is
-from condit.weights.files import (
-    atomic_write,
-    load_strict,
-    own_fields,
-    read_metadata,
-    read_tensors,
-    save_folder,
-    save_tensors,
-)
+from condit.backbones.dit import PRESETS, DiT, DiTConfig, sincos_positions
+from condit.weights.files import Json, atomic_write, load_strict, read_tensors, save_folder, save_tensors
+from condit.weights.folders import network_folder, own_config, read_json, weight_files
+from condit.weights.guess import guess
 
 Layout = Literal["official", "training", "diffusers"]
 State = dict[str, Tensor]
 
-# Our module -> diffusers'. `#` is the number of a block; commas part one fused matrix; `*` is a copy in every block.
+# Our module -> diffusers'. `#`: the number of a block; commas: parts of one fused matrix; `*`: a copy in every block.
 _DIFFUSERS = {
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "transformer_blocks.*.norm1.emb.timestep_embedder.linear_1",
@@ -53,24 +44,6 @@ _DIFFUSERS = {
     "final_layer.linear": "proj_out_2",
 }
 _HEADS = {config.hidden_size: config.num_heads for config in PRESETS.values()}
-_FOLDER_FILES = ("diffusion_pytorch_model*.safetensors", "*.safetensors", "diffusion_pytorch_model*.bin", "*.bin")
-
-# Pieces of names that only other models have, and what those are.
-_OTHERS = {
-    ".attn.qkv_temb.": "a DiffiT; load it with load_diffit",
-    "single_transformer_blocks.": "a FLUX transformer of diffusers; load its folder with condit.load",
-    "adaln_single.": "a PixArt transformer of diffusers",
-    "scale_shift_table": "a PixArt transformer",
-    "y_embedder.y_proj.": "a PixArt of its authors",
-    "joint_blocks.": "a Stable Diffusion 3",
-    "double_blocks.": "a FLUX of its authors",
-    "cls_token": "a ViT; load it with load_vit",
-    "model.diffusion_model.": "a Stable Diffusion checkpoint",
-    "down_blocks.": "a UNet of diffusers",
-    "encoder.conv_in.": "a VAE",
-    "adaLN_modulation.": "a DiT, but not a whole or not a plain one",
-    "transformer_blocks.": "a transformer of diffusers, but not a DiT",
-}
 
 
 def load_dit(
@@ -81,20 +54,20 @@ def load_dit(
     null_class: bool | None = None,
     input_size: int | tuple[int, int] | None = None,
 ) -> DiT:
-    """The network in a file (safetensors or PyTorch) or a diffusers folder, whatever the layout; in evaluation mode and
-    in the file's dtype.
+    """The network in a file (safetensors or PyTorch) or a diffusers folder, in any layout; in evaluation mode and in
+    the file's dtype.
 
     weights: which of a training file's two networks; "ema" takes "model" where there is no average. num_heads,
-    null_class (False: the last label is a class) and input_size (side or height and width of the latent) are for files
-    that tell too little. ValueError with missing and unexpected names and a guess unless every tensor finds its place.
+    null_class (False: the last label is a class) and input_size (side or height and width of the latent) complete files
+    that do not give them. ValueError with missing and unexpected names and a guess unless all tensors fit.
     """
-    tensors, told = _read(Path(source))
+    tensors, settings = _read(Path(source))
     tensors = _unwrap(tensors, weights)
     if any(name.startswith("transformer_blocks.") for name in tensors):
         tensors = from_diffusers(tensors, source)
-    told |= {} if num_heads is None else {"num_heads": num_heads}
-    told |= {} if input_size is None else {"input_size": input_size}
-    config = config_of(tensors, told, source=source, null_class=null_class)
+    settings |= {} if num_heads is None else {"num_heads": num_heads}
+    settings |= {} if input_size is None else {"input_size": input_size}
+    config = config_of(tensors, settings, source=source, null_class=null_class)
     if "pos_embed" not in tensors and "x_embedder.proj.weight" in tensors:  # a fixed table: some writers leave it out
         table = sincos_positions(config.grid, config.hidden_size)[None]
         tensors = {"pos_embed": table.to(tensors["x_embedder.proj.weight"].dtype), **tensors}
@@ -105,9 +78,9 @@ def load_dit(
 
 
 def save_dit(model: DiT, path: str | Path, *, layout: Layout = "official", ema: DiT | None = None) -> Path:
-    """Write a network: "official" as the released .pt, or with our configuration beside it if `path` ends in
-    .safetensors; "training" as the official trainer's .pt, with `ema` (None: the same weights); "diffusers" as a
-    `transformer` folder. ValueError where diffusers' class has no place for what the network is."""
+    """Write a network: "official" as the released .pt, or as safetensors with our configuration if `path` ends so;
+    "training" as the official trainer's .pt, with `ema` (None: the same weights); "diffusers" as a `transformer`
+    folder. ValueError for a network that diffusers' class does not support."""
     path, state = Path(path), _plain(model)
     if layout == "diffusers":
         fields = _diffusers_config(model)
@@ -117,13 +90,13 @@ def save_dit(model: DiT, path: str | Path, *, layout: Layout = "official", ema: 
         return path
     if layout == "official" and path.suffix == ".safetensors":
         return save_tensors(path, state, {"condit": {"class": "DiT", **asdict(model.config)}})
-    # The official trainer keeps its arguments as an argparse.Namespace, which torch.load refuses today; nothing but
-    # people reads them, so a dictionary does.
-    held = state
+    # The official trainer keeps its arguments as an argparse.Namespace, which torch.load now refuses. No code reads
+    # them, so a dictionary serves.
+    content = state
     if layout == "training":
         averaged = state if ema is None else _plain(ema)
-        held = {"model": state, "ema": averaged, "opt": {}, "args": asdict(model.config)}
-    return atomic_write(path, lambda target: torch.save(held, target))
+        content = {"model": state, "ema": averaged, "opt": {}, "args": asdict(model.config)}
+    return atomic_write(path, lambda target: torch.save(content, target))
 
 
 def _plain(model: DiT) -> State:
@@ -133,41 +106,28 @@ def _plain(model: DiT) -> State:
 # Reading
 
 
-def _read(source: Path) -> tuple[State, dict[str, Any]]:
-    """The tensors, and the configuration that stands beside them: a part of DiTConfig's fields, often none."""
+def _read(source: Path) -> tuple[State, Json]:
+    """The tensors, and the fields of DiTConfig that the file or a config.json next to it gives, often none."""
     if not source.is_dir():
-        return read_tensors(source), _own_config(source)
-    folder = source / "transformer" if (source / "transformer").is_dir() else source
-    found = (sorted(f for f in folder.glob(pattern) if ".fp16." not in f.name) for pattern in _FOLDER_FILES)
-    files = next((files for files in found if files), None)
-    if files is None:
-        raise ValueError(f"{source} holds no weights; a *.safetensors or *.bin file is expected in it.")
+        return read_tensors(source), own_config(source, "DiT", DiTConfig)
+    folder = network_folder(source)
+    files = weight_files(folder)
     tensors = {name: value for file in files for name, value in read_tensors(file).items()}
-    # A file of ours says more than a config.json beside it.
-    if (own := _own_config(files[0])) or not (folder / "config.json").is_file():
+    # The metadata of our files give more than a config.json.
+    if (own := own_config(files[0], "DiT", DiTConfig)) or not (folder / "config.json").is_file():
         return tensors, own
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    size = fields.get("sample_size")  # JSON has no tuples
-    told = {
+    fields = read_json(folder / "config.json")
+    size = fields.get("sample_size")
+    settings = {
         "num_heads": fields.get("num_attention_heads"),
         "input_size": tuple(size) if isinstance(size, list) else size,
     }
-    return tensors, {key: value for key, value in told.items() if value is not None}
-
-
-def _own_config(path: Path) -> dict[str, Any]:
-    """What `save_dit` wrote into a safetensors file; {} for files of others."""
-    config = own_fields(read_metadata(path))
-    if config.pop("class", None) != "DiT":
-        return {}
-    unknown = sorted(config.keys() - DiTConfig.__dataclass_fields__.keys())
-    if unknown:
-        raise ValueError(f"{path}: its config has {unknown[0]!r}, which DiT does not. Written by a later version?")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    return tensors, {name: value for name, value in settings.items() if value is not None}
 
 
 def _unwrap(tensors: State, weights: str) -> State:
-    """The network's own names: without the training file around it and without what wrappers of torch put before."""
+    """The network's own names: without those of the training file around it and without the prefixes of torch's
+    wrappers."""
     for part in ("ema", "model", "state_dict") if weights == "ema" else ("model", "state_dict"):
         inside = {
             name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")
@@ -175,7 +135,7 @@ def _unwrap(tensors: State, weights: str) -> State:
         if inside:
             tensors = inside
             break
-    for prefix in ("module.", "_orig_mod.", "module."):  # fast-DiT keeps DDP's; torch.compile stands in or around it
+    for prefix in ("module.", "_orig_mod.", "module."):  # fast-DiT keeps DDP's; torch.compile inside or around it
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return tensors
@@ -183,13 +143,14 @@ def _unwrap(tensors: State, weights: str) -> State:
 
 def config_of(
     tensors: Mapping[str, Tensor],
-    told: Mapping[str, Any],
+    settings: Json,
     *,
     source: str | Path,
     null_class: bool | None = None,
 ) -> DiTConfig:
-    """Sizes read off tensors with official names; `told` wins. XL/2 where they tell nothing, so that `load_strict` can
-    tell the difference to it."""
+    """The sizes that the shapes of tensors with official names give; `settings` win. XL/2 for tensors that give no
+    sizes: `load_strict` then reports the difference to it. ValueError without a number of heads, or if the sizes
+    contradict each other."""
     try:
         dim, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
         out, gates = tensors["final_layer.linear.weight"].shape[0], tensors["blocks.0.adaLN_modulation.1.bias"].shape[0]
@@ -199,12 +160,12 @@ def config_of(
         tokens = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else None
     except (KeyError, IndexError, ValueError):
         return PRESETS["DiT-XL/2"]
-    heads = told.get("num_heads", _HEADS.get(dim))
+    heads = settings.get("num_heads", _HEADS.get(dim))
     if heads is None:
         raise ValueError(
-            f"{source} does not tell its number of heads, and no published DiT has width {dim}. Give num_heads=."
+            f"{source} does not give its number of heads, and no published DiT has width {dim}. Give num_heads=."
         )
-    has_null = told.get("class_dropout_prob", 0.1) > 0 if null_class is None else null_class
+    has_null = settings.get("class_dropout_prob", 0.1) > 0 if null_class is None else null_class
     numbers = [int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))]
     config = DiTConfig(
         input_size=32 if tokens is None else math.isqrt(tokens) * patch,
@@ -219,7 +180,7 @@ def config_of(
         learn_sigma=out == 2 * channels * patch**2,
         gates=gates != 4 * dim,
     )
-    config = replace(config, **told)
+    config = replace(config, **settings)
     if tokens is not None and math.prod(config.grid) != tokens:
         raise ValueError(
             f"{source} has positions for {tokens} tokens; a latent of {config.latent} in patches of {patch} has "
@@ -228,19 +189,11 @@ def config_of(
     return config
 
 
-def guess(tensors: Mapping[str, Tensor]) -> str | None:
-    """What a file is that did not load, told from its tensors; None if nothing is recognised."""
-    adapter = what_is(tensors)
-    if adapter != "unknown":
-        return f"a file for condit.{adapter}"
-    return next((what for piece, what in _OTHERS.items() if any(piece in name for name in tensors)), None)
-
-
 # diffusers
 
 
 def _names(native: str, depth: int) -> list[list[str]]:
-    """diffusers' names of one tensor of ours: parts that are joined, each with its copies."""
+    """diffusers' names of one of our tensors: its parts, each with its copies."""
     module, leaf = native.rsplit(".", 1)
     number = re.match(r"blocks\.(\d+)\.", module)
     template = _DIFFUSERS[re.sub(r"^blocks\.\d+\.", "blocks.#.", module)]
@@ -261,7 +214,8 @@ def _all_natives(depth: int) -> list[str]:
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> State:
-    """Official names -> those of `DiTTransformer2DModel`; the position table goes, the embedders go into each block."""
+    """Official names -> those of `DiTTransformer2DModel`, without the position table and with the embedders in every
+    block."""
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     return {
         name: part
@@ -274,32 +228,32 @@ def to_diffusers(state: Mapping[str, Tensor]) -> State:
 
 
 def from_diffusers(tensors: Mapping[str, Tensor], source: str | Path) -> State:
-    """The inverse of `to_diffusers`; ValueError if a name is missing, or a copy is not one (trained in diffusers)."""
+    """The inverse of `to_diffusers`. ValueError if names are missing or unexpected, or if the copies differ (trained in
+    diffusers)."""
     numbers = [int(match[1]) for name in tensors if (match := re.match(r"transformer_blocks\.(\d+)\.", name))]
     depth = min(max(numbers) + 1, len(tensors))
     places = {native: _names(native, depth) for native in _all_natives(depth)}
     wanted = [name for parts in places.values() for copies in parts for name in copies]
     missing, unexpected = [n for n in wanted if n not in tensors], sorted(tensors.keys() - set(wanted))
     if missing or unexpected:
-        told = f"{len(missing)} missing (first: {', '.join(missing[:3])})" if missing else ""
-        told += f"{'; ' if missing and unexpected else ''}{len(unexpected)} unexpected" if unexpected else ""
-        told += f" (first: {', '.join(unexpected[:3])})" if unexpected else ""
+        counts = {"missing": missing, "unexpected": unexpected}
+        text = "; ".join(f"{len(n)} {what} (first: {', '.join(n[:3])})" for what, n in counts.items() if n)
         raise ValueError(
             f"{source} does not fit diffusers' DiTTransformer2DModel ({len(wanted)} tensors wanted, {len(tensors)} "
-            f"found); {told}. It looks like {guess(tensors)}"
+            f"found); {text}. It looks like {guess(tensors)}"
         )
     for first, *copies in (copies for parts in places.values() for copies in parts):
         for name in copies:
             if not torch.equal(tensors[name], tensors[first]):
                 raise ValueError(
-                    f"{source}: {name} differs from {first}. diffusers gives every block its own embedders and this "
-                    "file trained them apart; a DiT has one. It can be used in diffusers only."
+                    f"{source}: {name} differs from {first}. diffusers gives every block its own embedders, and they "
+                    "were trained separately here; a DiT has one. This file can be used in diffusers only."
                 )
     return {native: torch.cat([tensors[copies[0]] for copies in parts]) for native, parts in places.items()}
 
 
 def _diffusers_config(model: DiT) -> dict[str, object]:
-    """config.json of `DiTTransformer2DModel`; ValueError where it cannot say what the network is."""
+    """config.json of `DiTTransformer2DModel`. ValueError for a network that it cannot describe."""
     c = model.config
     table = sincos_positions(c.grid, c.hidden_size, device=model.pos_embed.device)[None]
     reasons = {

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from condit.data.files import atomic_write, fsync_path, hash_file, temporary_path, write_error
 
 __all__ = [
+    "Json",
     "arrays_in",
     "atomic_write",
     "hash_file",
     "inner_state",
     "is_complete",
     "load_strict",
+    "names_in",
     "open_folder",
     "own_fields",
     "read_metadata",
@@ -39,37 +41,47 @@ __all__ = [
     "save_tensors",
 ]
 
-COMPLETE = "COMPLETE"  # the last file that save_folder writes: a folder without it is half a folder
+Json = dict[str, Any]  # a JSON object: whoever reads a field knows its type
+COMPLETE = "COMPLETE"  # the last file that save_folder writes: a folder without it is incomplete
 _WRAPPER = "state_dict."
 _HEADER_LIMIT = 100_000_000  # safetensors' own limit on its JSON header
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor on the CPU from a safetensors file or a PyTorch file (.pt, .pth, .bin, .ckpt), told by content.
-    Nested dictionaries join their names by dots; what is not a tensor is left out.
-    A PyTorch file is read with weights_only=True: one that would run code is refused (ValueError) and runs nothing."""
+    """Name -> tensor on the CPU from a safetensors file or a PyTorch file (.pt, .pth, .bin, .ckpt); the content decides
+    which it is. Names in nested dictionaries are joined by dots; values that are not tensors are dropped.
+    A PyTorch file is read with weights_only=True: one that would run code raises ValueError and runs nothing."""
     path = _existing(path)
     if _is_safetensors(path):
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
-            raise ValueError(f"{path} is broken or cut off: {error}. Fetch it again") from error
+            raise ValueError(f"{path} is broken or cut off: {error}. Download it again") from error
     if arrays_in(path):
         raise ValueError(f"{path} is an .npz of numpy arrays, as ViT's authors publish: load it with load_vit")
     return _flatten(_read_pickle(path), path)
 
 
 def arrays_in(path: Path) -> list[str]:
-    """Names of the arrays in an .npz; none for other files."""
+    """Names of the arrays in an .npz; [] for other files."""
     if not zipfile.is_zipfile(path):
         return []
     with zipfile.ZipFile(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
+def names_in(path: Path) -> list[str]:
+    """Names of the tensors or arrays in a file. A pickle, which has no header, is read as a whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError):
+        return arrays_in(path) or list(read_tensors(path))
+
+
 def inner_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a PyTorch Lightning checkpoint, which keeps them under `state_dict`; others as they are."""
+    """The weights of a PyTorch Lightning checkpoint, which keeps them under `state_dict`; other tensors unchanged."""
     inside = {name.removeprefix(_WRAPPER): t for name, t in tensors.items() if name.startswith(_WRAPPER)}
     return inside or dict(tensors)
 
@@ -83,14 +95,14 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def own_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What condit noted in a file's metadata as fields of a class; {} where it noted none: a part of a model bears its
-    plain name there."""
+def own_fields(metadata: Mapping[str, str]) -> Json:
+    """The fields of a class that condit wrote into a file's metadata; {} without any, as in a model's part, where the
+    entry is a plain name."""
     try:
-        found = json.loads(metadata.get("condit", "{}"))
+        fields = json.loads(metadata.get("condit", "{}"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def load_strict(
@@ -101,21 +113,21 @@ def load_strict(
     what_is: Callable[[Mapping[str, Tensor]], str | None] | None = None,
     assign: bool = False,
 ) -> None:
-    """Load all of `tensors` into all of `module`, or nothing: ValueError with a readable difference.
-    what_is(tensors) guesses what the file is instead; assign=True takes the tensors themselves (for meta modules)."""
+    """Load all of `tensors` into all of `module`, or nothing: ValueError with a readable difference. what_is(tensors)
+    guesses at another model; assign=True takes the tensors themselves (for meta modules)."""
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
-    shapes = [name for name in wanted if name in found and wanted[name] != found[name]]
+    held = {name: tuple(value.shape) for name, value in tensors.items()}
+    missing = [name for name in wanted if name not in held]
+    unexpected = [name for name in held if name not in wanted]
+    shapes = [name for name in wanted if name in held and wanted[name] != held[name]]
     if missing or unexpected or shapes:
-        lines = [f"{source} does not fit {type(module).__name__} ({len(wanted)} tensors wanted, {len(found)} found)"]
+        lines = [f"{source} does not fit {type(module).__name__} ({len(wanted)} tensors wanted, {len(held)} found)"]
         lines += [f"{len(missing)} missing (first: {_first(missing)})"] if missing else []
         near = difflib.get_close_matches(missing[0], unexpected, 2) if missing else []
         lines += [f"nearest to {missing[0]}: {', '.join(near)}"] if near else []
         lines += [f"{len(unexpected)} unexpected (first: {_first(unexpected)})"] if unexpected else []
         if shapes:
-            pairs = [f"{name} {found[name]} instead of {wanted[name]}" for name in shapes]
+            pairs = [f"{name} {held[name]} instead of {wanted[name]}" for name in shapes]
             lines.append(f"{len(shapes)} of another shape (first: {_first(pairs, 2)})")
         guess = what_is(tensors) if what_is is not None else None
         raise ValueError("; ".join(lines) + (f". It looks like {guess}" if guess else ""))
@@ -142,7 +154,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         try:
             save_file(plain, target, metadata=texts or None)
             target.chmod(mode)
-        except SafetensorError as error:  # it hides the OSError that we want to tell
+        except SafetensorError as error:  # it hides the OSError that we report
             code = re.search(r"os error (\d+)", str(error))
             raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
 
@@ -151,8 +163,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 @contextlib.contextmanager
 def save_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields an empty folder to fill; at the end it is synced, marked COMPLETE and takes the place of `folder`.
-    A crash, an exception or a full disk on the way leaves the old folder as it was; open_folder reads either."""
+    """Yields an empty folder to fill; at the end it is synced, marked COMPLETE and replaces `folder`. A crash, an
+    exception or a full disk leaves the old folder unchanged; open_folder reads either."""
     target = Path(folder).resolve()
     temporary = temporary_path(target)
     try:
@@ -172,48 +184,48 @@ def save_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    # A folder that is not empty cannot be replaced in one rename: the old one steps aside under a known name,
-    # from which open_folder fetches it back if the machine stops between the two renames.
-    aside = _aside(target)
+    # A folder that is not empty cannot be replaced in one rename: the old one gets a known name, from which open_folder
+    # restores it if the machine stops between the two renames.
+    previous = _previous(target)
     if target.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(target, aside)
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(target, previous)
     try:
         os.rename(temporary, target)
     except OSError:
-        if aside.exists():
-            os.rename(aside, target)
+        if previous.exists():
+            os.rename(previous, target)
         raise
     fsync_path(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
-def _aside(target: Path) -> Path:
+def _previous(target: Path) -> Path:
     return target.with_name(f".{target.name}.previous")
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether save_folder ended well here."""
+    """Whether save_folder completed this folder."""
     return (Path(folder) / COMPLETE).is_file()
 
 
 def open_folder(folder: str | Path) -> Path:
-    """The folder, if it is whole; after a crash between save_folder's renames, the previous one put back.
-    FileNotFoundError if there is none, ValueError if it is half."""
+    """The folder, if it is complete; after a crash between save_folder's renames, the previous one, restored.
+    FileNotFoundError without a folder, ValueError for an incomplete one."""
     target = Path(folder).resolve()
-    if not target.exists() and is_complete(_aside(target)):
-        os.rename(_aside(target), target)
+    if not target.exists() and is_complete(_previous(target)):
+        os.rename(_previous(target), target)
     if not target.is_dir():
         raise FileNotFoundError(f"no folder at {folder}")
     if not is_complete(target):
-        raise ValueError(f"{folder} was not written to its end (no file {COMPLETE} in it); use an earlier one")
+        raise ValueError(f"{folder} was not written to its end (it has no file {COMPLETE}); use an earlier one")
     return target
 
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, a weight file is expected")
+        raise ValueError(f"{path} is a folder; expected a weight file")
     if not path.is_file():
         raise FileNotFoundError(f"no weight file at {path}")
     return path
@@ -232,47 +244,47 @@ def _is_safetensors(path: Path) -> bool:
     raise ValueError(f"{path} is neither safetensors nor a PyTorch file (it starts with {head[:8]!r})")
 
 
-class _Left:
-    """Stands for a bystander in a checkpoint, whose class is never imported."""
+class _Placeholder:
+    """Replaces a harmless class in a checkpoint, which is never imported."""
 
 
-def _bystanders() -> list:
-    """What honest training files carry beside their weights: DiT's its argparse.Namespace, Lightning's the class of a
-    callback as a key, both numbers of numpy."""
+def _harmless() -> list:
+    """The classes that published training files contain besides tensors: argparse.Namespace (DiT), the class of a
+    callback as a key (Lightning), numbers of numpy (both)."""
     scalar = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")]
     callback = "callbacks.model_checkpoint.ModelCheckpoint"
-    lightning = [(_Left, f"{package}.{callback}") for package in ("pytorch_lightning", "lightning.pytorch")]
+    lightning = [(_Placeholder, f"{package}.{callback}") for package in ("pytorch_lightning", "lightning.pytorch")]
     old = (scalar, "numpy.core.multiarray.scalar")  # before numpy 2
     return [argparse.Namespace, scalar, old, np.dtype, *kinds, *lightning]
 
 
 def _read_pickle(path: Path) -> object:
     try:
-        # The open file, not its name: torch reads a path by its ending. Its warnings (protocol 4) help no user here.
+        # The open file, not its name: torch reads a path by its ending. Its warnings (protocol 4) do not help users.
         with (
             open(path, "rb") as file,
-            torch.serialization.safe_globals(_bystanders()),
+            torch.serialization.safe_globals(_harmless()),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        named = re.search(
+        blocked = re.search(
             r"(?:GLOBAL|Unsupported (?:global|class|operand)|class) *:? *(?:GLOBAL +)?([\w.]+)", str(error)
         )
-        what = f" ({named[1]})" if named else ""
+        what = f" ({blocked[1]})" if blocked else ""
         raise ValueError(
             f"{path} holds more than tensors{what}, and reading it could run code: refused. "
-            "Use a safetensors file, or convert it where you trust its origin"
+            "Use a safetensors file, or convert it if you trust its origin"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is broken or cut off: {error}. Fetch it again") from error
+        raise ValueError(f"{path} is broken or cut off: {error}. Download it again") from error
 
 
 def _flatten(value: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{path} holds a {type(value).__name__}, a dictionary of tensors is expected")
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a dictionary of tensors")
     tensors: dict[str, Tensor] = {}
 
     def walk(prefix: str, part: Mapping) -> None:

@@ -1,18 +1,17 @@
 """FLUX.1 from disk: folders as diffusers saves them, and single files in its authors' names (flux1-dev.safetensors,
 ae.safetensors, or a checkpoint that holds both).
 
-A single file says its sizes by its tensors. What no tensor says is FLUX.1's, or stands in a config.json of the
-components' folder: how a head's channels are shared among the axes, the autoencoder's norm groups and factors.
+The shapes of a single file's tensors give its sizes. What they do not give (how a head's channels are shared among the
+axes, the autoencoder's norm groups and factors) is read from a config.json of the components' folder, or is FLUX.1's.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,12 +20,15 @@ from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
 from condit.diffusion.schedules import DynamicShift
 from condit.encoders.text import FluxText
 from condit.weights.catalog import describe_hash
-from condit.weights.class_models import looks_like, names_in
-from condit.weights.files import hash_file, load_strict, read_tensors
+from condit.weights.files import hash_file, load_strict, names_in, read_tensors
 from condit.weights.flux_names import parts
-from condit.weights.flux_vae import autoencoder_tensors, load_autoencoder
+from condit.weights.folders import read_config, read_folder, read_json
+from condit.weights.guess import guess
 from condit.weights.parts import Parts
-from condit.weights.tiny import read_config
+from condit.weights.vae import autoencoder_tensors, load_flux_vae
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 PREFIX = "model.diffusion_model."  # before the transformer's names in files of whole pipelines
 SIGN = re.compile(rf"({re.escape(PREFIX)})?double_blocks\.0\.img_attn\.qkv\.")
@@ -35,23 +37,18 @@ SIGN = re.compile(rf"({re.escape(PREFIX)})?double_blocks\.0\.img_attn\.qkv\.")
 # Folders
 
 
-def load_mmdit(folder: Path, convert: Callable = dict) -> MMDiT:
-    """An MM-DiT from diffusers' layout: config.json and one or several safetensors files, strictly."""
-    config = read_mmdit_config(folder)
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= read_tensors(file)
-    return build_mmdit(config, convert(tensors), folder)
+def load_mmdit(folder: Path, convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict) -> MMDiT:
+    """An MM-DiT from a folder in diffusers' layout, strictly. convert: applied to its tensors."""
+    return build_mmdit(read_mmdit_config(folder), convert(read_folder(folder)), folder)
 
 
 def read_mmdit_config(folder: Path) -> MMDiTConfig:
-    """config.json of diffusers' FLUX transformer; ValueError for another model's."""
-    given: dict[str, Any] = read_config(folder)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    unknown = sorted(given.keys() - MMDiTConfig.__dataclass_fields__.keys())
+    """The config.json of diffusers' FLUX transformer. ValueError for another model's."""
+    config = read_config(folder)
+    unknown = sorted(config.keys() - MMDiTConfig.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(f"{folder}/config.json has {unknown[0]!r}, which FLUX's transformer does not. Another model?")
-    return MMDiTConfig(**given)
+    return MMDiTConfig(**config)
 
 
 def build_mmdit(config: MMDiTConfig, tensors: Mapping[str, Tensor], source: Path) -> MMDiT:
@@ -62,21 +59,16 @@ def build_mmdit(config: MMDiTConfig, tensors: Mapping[str, Tensor], source: Path
 
 
 def load_flux(folder: Path, dtype: torch.dtype) -> Parts:
-    """A FLUX.1 folder as diffusers saves it."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if "Flux" not in str(index.get("_class_name")):
-        raise ValueError(f"{folder} is a {index.get('_class_name')}; this loader reads FLUX.1 folders.")
-    backbone = load_mmdit(folder / "transformer").to(dtype)
-    return assemble(
-        folder.name, describe_hash(folder), backbone, folder, load_autoencoder(folder / "vae", dtype), dtype
-    )
+    """The parts in a FLUX.1 folder as diffusers saves it."""
+    backbone, vae = load_mmdit(folder / "transformer").to(dtype), load_flux_vae(folder / "vae", dtype)
+    return assemble(folder.name, describe_hash(folder), backbone, folder, vae, dtype)
 
 
-def assemble(name: str, hash: str, backbone: MMDiT, components: Path, vae: Any, dtype: torch.dtype) -> Parts:
-    """A pipeline's parts around a transformer."""
+def assemble(name: str, hash: str, backbone: MMDiT, components: Path, vae: AutoencoderKL, dtype: torch.dtype) -> Parts:
+    """A pipeline's parts around a transformer: text encoders and scheduler from the folder `components`."""
     text = load_text(components, dtype)
     shift, dynamic, eta = read_schedule(components / "scheduler", dev=backbone.config.guidance_embeds)
-    pixels = 2 ** (len(vae.config.block_out_channels) - 1) * 2
+    pixels = 2 ** (len(vae.config["block_out_channels"]) - 1) * 2
     side = 1024 if backbone.config.num_layers >= PRESETS["flux-dev"].num_layers else 8 * pixels
     return Parts(
         name=name,
@@ -109,71 +101,68 @@ def load_text(folder: Path, dtype: torch.dtype) -> FluxText:
     return text.eval().requires_grad_(False)
 
 
+_UNSUPPORTED = (
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+)
+
+
 def read_schedule(folder: Path, *, dev: bool) -> tuple[float | None, DynamicShift, float]:
-    """The shift of the noise levels by scheduler_config.json: a number, or None and how it grows with the picture; and
+    """The shift of the noise levels in scheduler_config.json (a number, or None and how it grows with the image), and
     the sampler's eta. Without the file, those of FLUX.1-dev or schnell. ValueError for another schedule."""
     file = folder / "scheduler_config.json"
     if not file.is_file():
         return (None if dev else 1.0), DynamicShift(), 0.0
-    given = json.loads(file.read_text(encoding="utf-8"))
-    strange = [
-        name
-        for name in (
-            "shift_terminal",
-            "use_karras_sigmas",
-            "use_exponential_sigmas",
-            "use_beta_sigmas",
-            "invert_sigmas",
-        )
-        if given.get(name)
-    ]
-    if "FlowMatchEuler" not in given.get("_class_name", "FlowMatchEuler") or strange:
-        what = strange[0] if strange else given["_class_name"]
+    config = read_json(file)
+    wrong = next((name for name in _UNSUPPORTED if config.get(name)), None)
+    if "FlowMatchEuler" not in config.get("_class_name", "FlowMatchEuler") or wrong:
         raise ValueError(
-            f"{file} asks for {what!r}; condit draws FLUX.1 by Euler steps at shifted flow levels. Use diffusers' "
-            "pipeline with condit.interop.attach."
+            f"{file} has {wrong or config['_class_name']!r}; condit runs FLUX.1 by Euler steps at shifted flow levels."
+            " Use diffusers' pipeline with condit.interop.attach."
         )
     standard = DynamicShift()
     dynamic = DynamicShift(
-        (given.get("base_image_seq_len", standard.base[0]), given.get("base_shift", standard.base[1])),
-        (given.get("max_image_seq_len", standard.maximum[0]), given.get("max_shift", standard.maximum[1])),
-        given.get("time_shift_type", "exponential"),
+        (config.get("base_image_seq_len", standard.base[0]), config.get("base_shift", standard.base[1])),
+        (config.get("max_image_seq_len", standard.maximum[0]), config.get("max_shift", standard.maximum[1])),
+        config.get("time_shift_type", "exponential"),
     )
-    shift = None if given.get("use_dynamic_shifting") else float(given.get("shift", 1.0))
-    return shift, dynamic, float(bool(given.get("stochastic_sampling")))
+    shift = None if config.get("use_dynamic_shifting") else float(config.get("shift", 1.0))
+    return shift, dynamic, float(bool(config.get("stochastic_sampling")))
 
 
 # Single files
 
 
-def is_flux_file(file: Path) -> bool:
-    """Whether a file holds FLUX.1's transformer in its authors' names."""
-    return any(SIGN.match(name) for name in names_in(file))
-
-
 def load_flux_file(file: Path, components: str | Path, dtype: torch.dtype) -> Parts:
-    """A single file, with what it lacks from a folder in diffusers' layout: text_encoder, tokenizer, text_encoder_2,
-    tokenizer_2 and `vae` or ae.safetensors, unless the file holds an autoencoder itself."""
+    """The parts in a single file and, for what it lacks, in the folder `components` in diffusers' layout: text_encoder,
+    tokenizer, text_encoder_2, tokenizer_2 and, unless the file holds an autoencoder, `vae` or ae.safetensors.
+    ValueError for a missing one, or for a file that is not FLUX.1's."""
     folder = Path(components)
-    check_components(file, folder)
+    place = check_components(file, folder)
     tensors = read_tensors(file)
     config = read_mmdit_config(folder / "transformer") if (folder / "transformer" / "config.json").is_file() else None
     backbone = flux_transformer(tensors, file, like=config).to(dtype)
-    inside = autoencoder_tensors(tensors)
-    vae = load_autoencoder(folder / "vae", dtype, inside) if inside else load_autoencoder(vae_place(folder), dtype)
+    vae = load_flux_vae(place, dtype, autoencoder_tensors(tensors) or None)
     return assemble(file.stem, hash_file(file), backbone, folder, vae, dtype)
 
 
-def check_components(file: Path, folder: Path) -> None:
-    """ValueError that names what the folder lacks, before anything large is read."""
+def check_components(file: Path, folder: Path) -> Path:
+    """The place of the autoencoder's file or configuration. ValueError that names what the folder lacks, before
+    anything large is read."""
     missing = [n for n in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2") if not (folder / n).is_dir()]
-    if vae_place(folder) is None and not autoencoder_tensors(dict.fromkeys(names_in(file), torch.empty(0))):
-        missing.append("vae (or ae.safetensors)")
-    if missing:
+    place = vae_place(folder)
+    if autoencoder_tensors(dict.fromkeys(names_in(file), torch.empty(0))):
+        place = folder / "vae"
+    if missing or place is None:
+        missing += [] if place else ["vae (or ae.safetensors)"]
         raise ValueError(
-            f"{file.name} holds FLUX.1's transformer; {folder} lacks {', '.join(missing)}. Put the file beside these "
+            f"{file.name} holds FLUX.1's transformer; {folder} lacks {', '.join(missing)}. Put the file next to these "
             "folders, as in the repository of FLUX.1-dev, or give the folder that has them as components=."
         )
+    return place
 
 
 def vae_place(folder: Path) -> Path | None:
@@ -184,22 +173,23 @@ def vae_place(folder: Path) -> Path | None:
 
 
 def flux_transformer(tensors: Mapping[str, Tensor], source: Path, *, like: MMDiTConfig | None = None) -> MMDiT:
-    """The transformer among a single file's tensors. `like`: the configuration of a folder beside it."""
+    """The transformer among a single file's tensors. like: the configuration in the components' folder."""
     own = transformer_tensors(tensors)
     config = infer_config(own, source, like)
     return build_mmdit(config, to_diffusers(own, config.dim, source), source)
 
 
 def transformer_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the transformer, without the prefix that they have beside other parts."""
+    """Those of the transformer, without the prefix that they have in files of several parts."""
     if any(name.startswith(PREFIX) for name in tensors):
         return {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
     return dict(tensors)
 
 
 def to_diffusers(tensors: Mapping[str, Tensor], width: int, source: str | Path) -> dict[str, Tensor]:
-    """Tensors in the authors' names -> in diffusers'. ValueError for a name that FLUX.1 does not have."""
-    found: dict[str, Tensor] = {}
+    """The transformer's tensors: the authors' names -> diffusers'. width: of the model. ValueError for a name that
+    FLUX.1 does not have."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
         if kind in ("scale_weight", "scale_input", "weight_scale", "input_scale") or tensor.dtype == torch.uint8:
@@ -211,12 +201,13 @@ def to_diffusers(tensors: Mapping[str, Tensor], width: int, source: str | Path) 
         if placed is None or kind not in ("weight", "bias", "scale"):
             raise ValueError(f"{source}: FLUX.1 has no {name!r}. Is this another model, or a variant with more parts?")
         for path, cut in placed:
-            found[f"{path}.{'weight' if kind == 'scale' else kind}"] = cut
-    return found
+            renamed[f"{path}.{'weight' if kind == 'scale' else kind}"] = cut
+    return renamed
 
 
 def infer_config(tensors: Mapping[str, Tensor], source: Path, like: MMDiTConfig | None = None) -> MMDiTConfig:
-    """Sizes from the shapes; `axes_dims_rope` of FLUX.1, or of `like` where it fits the heads."""
+    """The sizes that the shapes of the authors' tensors give; `axes_dims_rope` is FLUX.1's, or that of `like` where it
+    fits the heads. ValueError for incomplete tensors, or where `like` differs from them."""
     try:
         width, channels = tensors["img_in.weight"].shape
         head = len(next(t for n, t in tensors.items() if n.endswith(("query_norm.scale", "query_norm.weight"))))
@@ -227,9 +218,8 @@ def infer_config(tensors: Mapping[str, Tensor], source: Path, like: MMDiTConfig 
             "pooled_projection_dim": tensors["vector_in.in_layer.weight"].shape[1],
         }
     except (KeyError, StopIteration, ValueError) as error:
-        raise ValueError(
-            f"{source} is no whole transformer of FLUX.1: {error} is missing.{looks_like(source)}"
-        ) from None
+        looks = f" It looks like {text}." if (text := guess(tensors)) and "FLUX" not in text else ""
+        raise ValueError(f"{source} is no whole transformer of FLUX.1: {error} is missing.{looks}") from None
     axes = next((c.axes_dims_rope for c in (like, MMDiTConfig()) if c and sum(c.axes_dims_rope) == head), None)
     if axes is None or width % head:
         raise ValueError(
@@ -240,7 +230,7 @@ def infer_config(tensors: Mapping[str, Tensor], source: Path, like: MMDiTConfig 
     def count(kind: str) -> int:
         return 1 + max((int(n.split(".")[1]) for n in tensors if n.startswith(f"{kind}_blocks.")), default=-1)
 
-    found = MMDiTConfig(
+    config = MMDiTConfig(
         num_layers=count("double"),
         num_single_layers=count("single"),
         attention_head_dim=head,
@@ -250,13 +240,13 @@ def infer_config(tensors: Mapping[str, Tensor], source: Path, like: MMDiTConfig 
         **sizes,
     )
     if like is None:
-        return found
-    for field in fields(found):
-        # Of a configuration without out_channels they are in_channels.
-        here, there = (getattr(c, field.name) or c.in_channels for c in (found, like))
-        if here != there:
+        return config
+    # A configuration without out_channels has as many as in_channels.
+    ours, theirs = ({**asdict(c), "out_channels": c.out_channels or c.in_channels} for c in (config, like))
+    for name, value in ours.items():
+        if value != theirs[name]:
             raise ValueError(
-                f"{source} has {field.name} {here}, transformer/config.json beside it {there}. Is it the file of "
-                "another FLUX.1 (dev, schnell, Fill)? Give the folder that belongs to it as components=."
+                f"{source} has {name} {value}, transformer/config.json in the components' folder {theirs[name]}. Is it "
+                "the file of another FLUX.1 (dev, schnell, Fill)? Give the folder that belongs to it as components=."
             )
     return like

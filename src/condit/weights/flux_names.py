@@ -1,8 +1,7 @@
-"""FLUX.1's own names, those of its authors' files, as a table of rules to diffusers' names.
+"""FLUX.1's names in its authors' files -> diffusers' names, as tables.
 
-Tensors only move and are cut by rows: one matrix of the authors holds queries, keys and values, in single blocks the
-MLP's first layer too. The head's modulation has shift and scale in the other order.
-"""
+Tensors are renamed and split by rows: one matrix of the authors holds queries, keys and values, and in single blocks
+also the MLP's first layer. The head's modulation has shift and scale in the other order."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of a block (kohya writes them with underscores) -> diffusers' paths. Several paths: one matrix is cut by rows.
+# A block's modules (with kohya's underscores) -> diffusers' paths. Several paths: one matrix is split by rows.
 DOUBLE = {
     "img_mod_lin": ("norm1.linear",),
     "txt_mod_lin": ("norm1_context.linear",),
@@ -57,13 +56,13 @@ BLOCK = re.compile(r"(double|single)_blocks[._](\d+)[._](.+)")
 
 
 def parts(module: str, rows: Tensor, width: int) -> list[tuple[str, Tensor]] | None:
-    """Diffusers' path of a module and the rows of its tensor that belong there, one or several; None for a module
-    outside the blocks that FLUX.1 does not have. `width` is the model's. ValueError for an unknown part of a block."""
+    """Diffusers' paths of a module, each with its rows of the module's tensor; None for a module outside the blocks
+    that FLUX.1 does not have. width: of the model. ValueError for an unknown part of a block."""
     match = BLOCK.fullmatch(module)
     if match is None:
         path = WHOLE.get(module.replace(".", "_"))
         # The authors' order is (shift, scale), that of diffusers' norm_out (scale, shift).
-        return path and [(path, torch.cat(rows.chunk(2)[::-1]) if path == "norm_out.linear" else rows)]  # type: ignore[return-value]
+        return None if path is None else [(path, torch.cat(rows.chunk(2)[::-1]) if path == "norm_out.linear" else rows)]
     kind, number, part = match.groups()
     spelled = part.replace(".", "_")
     norm = NORMS[kind].get(spelled)
@@ -72,12 +71,13 @@ def parts(module: str, rows: Tensor, width: int) -> list[tuple[str, Tensor]] | N
         raise ValueError(f"{module!r}: FLUX's {kind} blocks have no {part!r}. Is this of another model?")
     blocks = "transformer_blocks" if kind == "double" else "single_transformer_blocks"
     return [
-        (f"{blocks}.{number}.{path}", cut) for path, cut in zip(paths, split(module, rows, paths, width), strict=True)
+        (f"{blocks}.{number}.{path}", piece)
+        for path, piece in zip(paths, split(module, rows, paths, width), strict=True)
     ]
 
 
 def split(module: str, rows: Tensor, paths: Sequence[str], width: int) -> Sequence[Tensor]:
-    """Queries, keys and values are as wide as the model; the rest is the MLP's."""
+    """One matrix by rows: queries, keys and values are as wide as the model, the rest is the MLP's."""
     if len(paths) == 1:
         return [rows]
     sizes = [width] * (len(paths) - 1) + [rows.shape[0] - width * (len(paths) - 1)]

@@ -1,82 +1,241 @@
-"""Names and folders to the parts of a pipeline: the one place that knows every backbone."""
+"""What condit loads: a published name, the name of an embedded model, a folder or a single file. `identify` says what a
+source is, by the tables PUBLISHED, FOLDERS and TENSORS; `load_parts` reads it, by the table LOADERS."""
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
-from condit.encoders.image import TinyImage
-from condit.weights.catalog import MODELS, describe_hash
-from condit.weights.class_models import PUBLISHED, looks_like
-from condit.weights.flux import is_flux_file, load_flux, load_flux_file, load_mmdit
-from condit.weights.latent_models import PUBLISHED as LATENT
-from condit.weights.latent_models import LatentModel, LatentParts
+from condit.encoders.vae import Autoencoder
+from condit.weights.catalog import MODELS, models_folder
+from condit.weights.class_models import (
+    ClassifierParts,
+    ClassParts,
+    PixelParts,
+    load_class_parts,
+    load_classifier_parts,
+    load_pixel_parts,
+)
+from condit.weights.files import names_in
+from condit.weights.flux import SIGN, load_flux, load_flux_file
+from condit.weights.folders import first_weight_file, optional_json
+from condit.weights.guess import guess
+from condit.weights.latent_models import LatentParts
 from condit.weights.original_sd import load_original
 from condit.weights.parts import Parts
 from condit.weights.pixart import load_pixart
+from condit.weights.quantise import Quantise, quantise
 from condit.weights.stable_diffusion import load_stable_diffusion
-from condit.weights.tiny import floats, load_latent, load_text
-from condit.weights.tiny_pixart import load_tiny_pixart
-from condit.weights.tiny_unet import load_tiny_unet
+from condit.weights.tiny import load_tiny, load_tiny_pixart, load_tiny_unet
 
-__all__ = ["Parts", "load_latent_parts", "load_mmdit", "load_parts", "load_tiny"]
+FluxKind = Literal["tiny", "flux", "flux-file"]
+LatentKind = Literal["stable-diffusion", "stable-diffusion-file", "pixart", "tiny-unet", "tiny-pixart"]
+Kind = FluxKind | LatentKind | Literal["dit", "diffit", "diffit-image", "vit"]
+LATENT: tuple[LatentKind, ...] = get_args(LatentKind)
+AnyParts = Parts | LatentParts | ClassParts | PixelParts | ClassifierParts
 
 
-def load_parts(source: str | Path, *, dtype: torch.dtype | None = None, components: str | Path | None = None) -> Parts:
-    """An embedded model by name, a folder in diffusers' FLUX layout, or a single file of FLUX.1's transformer in its
-    authors' names; `components` is the folder of the parts that such a file lacks, by default its own."""
-    name = str(source)
-    if name in MODELS and MODELS[name].kind == "model":
-        found = load_tiny(name, MODELS[name].path, dtype or torch.float32)
-    elif (Path(source) / "model_index.json").is_file():
-        found = load_flux(Path(source), dtype or torch.bfloat16)
-    elif Path(source).is_file() and is_flux_file(Path(source)):
-        return load_flux_file(Path(source), components or Path(source).parent, dtype or torch.bfloat16)
-    else:
-        known = ", ".join([*(n for n, e in MODELS.items() if e.kind == "model"), *LATENT, *PUBLISHED])
-        raise ValueError(
-            f"No model {name!r}.{looks_like(Path(source))} Known: {known}; or give a folder with model_index.json "
-            "(diffusers' FLUX, Stable Diffusion or PixArt layout), a single file of FLUX.1 (flux1-dev.safetensors), "
-            "or a file or folder of Stable Diffusion, DiT, DiffiT or ViT. For FLUX.1 weights download the repository "
-            "first and pass its folder."
+@dataclass(frozen=True)
+class Published:
+    """Weights of a paper's authors: the names of their folder or file, which is looked for in the models folder, and
+    where it is published. kind: None where folder and file are two kinds."""
+
+    kind: Kind | None
+    files: tuple[str, ...]
+    home: str
+
+
+_PIXART = "huggingface.co/PixArt-alpha"
+_DIT = "github.com/facebookresearch/DiT"
+_DIFFIT = "huggingface.co/nvidia/DiffiT (CC-BY-NC-SA-4.0)"
+_VIT = "github.com/google-research/vision_transformer (imagenet21k+imagenet2012)"
+_VIT_21K = "github.com/google-research/vision_transformer (imagenet21k)"
+PUBLISHED: dict[str, Published] = {
+    "sd15": Published(
+        None,
+        ("stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors", "v1-5-pruned.safetensors"),
+        "huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ),
+    "sdxl": Published(
+        None,
+        ("stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors", "sd_xl_base_1.0_0.9vae.safetensors"),
+        "huggingface.co/stabilityai/stable-diffusion-xl-base-1.0",
+    ),
+    "pixart-alpha-512": Published("pixart", ("PixArt-XL-2-512x512",), f"{_PIXART}/PixArt-XL-2-512x512"),
+    "pixart-alpha-1024": Published("pixart", ("PixArt-XL-2-1024-MS",), f"{_PIXART}/PixArt-XL-2-1024-MS"),
+    "pixart-sigma-1024": Published("pixart", ("PixArt-Sigma-XL-2-1024-MS",), f"{_PIXART}/PixArt-Sigma-XL-2-1024-MS"),
+    "dit-xl-2-256": Published("dit", ("DiT-XL-2-256x256.pt",), _DIT),
+    "dit-xl-2-512": Published("dit", ("DiT-XL-2-512x512.pt",), _DIT),
+    "diffit-256": Published("diffit", ("diffit_256.safetensors",), _DIFFIT),
+    "diffit-512": Published("diffit", ("diffit_512.safetensors",), _DIFFIT),
+    "vit-b-16": Published("vit", ("ViT-B_16.npz",), _VIT),  # at 384 px, like all without -224
+    "vit-b-16-224": Published("vit", ("ViT-B_16-224.npz",), _VIT),
+    "vit-b-32": Published("vit", ("ViT-B_32.npz",), _VIT),
+    "vit-l-16": Published("vit", ("ViT-L_16.npz",), _VIT),
+    "vit-l-16-224": Published("vit", ("ViT-L_16-224.npz",), _VIT),
+    "vit-l-32": Published("vit", ("ViT-L_32.npz",), _VIT),
+    "vit-h-14": Published("vit", ("ViT-H_14.npz",), _VIT_21K),
+    "vit-base-patch16-224": Published("vit", ("vit-base-patch16-224",), "huggingface.co/google/vit-base-patch16-224"),
+}
+# A folder with model_index.json, by the beginning of its pipeline's class. None: another model under a similar name.
+FOLDERS: dict[str, Kind | None] = {
+    "StableDiffusion3": None,
+    "StableDiffusion": "stable-diffusion",
+    "PixArt": "pixart",
+    "Flux": "flux",
+    "IconPixArt": "tiny-pixart",
+    "IconUNet": "tiny-unet",
+}
+# A single file, or the network of any other folder, by a tensor's name that one model has; the first that fits counts.
+# The loaders refuse what only looks like their model.
+TENSORS: dict[str, Kind] = {
+    r"^(state_dict\.)?model\.diffusion_model\.input_blocks\.0\.0\.weight$": "stable-diffusion-file",
+    SIGN.pattern: "flux-file",
+    r"^encoder\.\d+\.blocks\.\d+\.block\.attn\.qkv_temb\.": "diffit-image",
+    r"(^|\.)blocks\.\d+\.attn\.qkv_temb\.": "diffit",
+    r"(^|\.)blocks\.\d+\.adaLN_modulation\.": "dit",
+    r"^transformer_blocks\.\d+\.norm1\.emb\.class_embedder\.": "dit",
+    r"/MultiHeadDotProductAttention_\d/": "vit",
+    r"^patch_embed\.proj\.": "vit",
+    r"\.attention\.attention\.query\.": "vit",
+    r"^(vit\.)?(encoder\.)?layers?\.\d+\.attention\.q_proj\.": "vit",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a source is, and where: `name` as the caller wrote it."""
+
+    kind: Kind
+    name: str
+    path: Path
+
+    @property
+    def label(self) -> str:
+        """The name, or that of the folder or file where the name is a path."""
+        if self.name in PUBLISHED or self.name in MODELS:
+            return self.name
+        return self.path.name if self.path.is_dir() else self.path.stem
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is loaded; see `load_parts`."""
+
+    dtype: torch.dtype | None
+    device: str | torch.device
+    vae: Autoencoder | str | Path | None
+    components: str | Path | None
+
+    @property
+    def half(self) -> torch.dtype:
+        """For models that run in half precision on a GPU."""
+        return self.dtype or (torch.float16 if torch.device(self.device).type == "cuda" else torch.float32)
+
+
+LOADERS: dict[Kind, Callable[[Model, Options], AnyParts]] = {
+    "tiny": lambda m, o: load_tiny(m.name, m.path, o.dtype or torch.float32),
+    "flux": lambda m, o: load_flux(m.path, o.dtype or torch.bfloat16),
+    "flux-file": lambda m, o: load_flux_file(m.path, o.components or m.path.parent, o.dtype or torch.bfloat16),
+    "stable-diffusion": lambda m, o: load_stable_diffusion(m.path, o.half, m.label),
+    "stable-diffusion-file": lambda m, o: load_original(m.path, o.half, m.label),
+    "pixart": lambda m, o: load_pixart(m.path, o.half, m.label),
+    "tiny-unet": lambda m, o: load_tiny_unet(m.path, o.half, m.label),
+    "tiny-pixart": lambda m, o: load_tiny_pixart(m.path, o.half, m.label),
+    "dit": lambda m, o: load_class_parts(m.name, "dit", m.path, vae=o.vae, dtype=o.dtype),
+    "diffit": lambda m, o: load_class_parts(m.name, "diffit", m.path, vae=o.vae, dtype=o.dtype),
+    "diffit-image": lambda m, o: load_pixel_parts(m.name, m.path, dtype=o.dtype),
+    "vit": lambda m, o: load_classifier_parts(m.name, m.path, dtype=o.dtype),
+}
+# Which kinds take an option of `condit.load`, and how an error names them.
+OPTIONS: dict[str, tuple[tuple[Kind, ...], str]] = {
+    "vae": (("dit", "diffit"), "DiT and DiffiT"),
+    "components": (("flux-file",), "a single file of FLUX.1"),
+    "offload": (("tiny", "flux", "flux-file"), "FLUX.1"),
+    "quantize": (("tiny", "flux", "flux-file"), "FLUX.1"),
+}
+
+
+def identify(source: str | Path) -> Model:
+    """What a published name, an embedded model's name or a path is. FileNotFoundError for a published name whose file
+    is not in the models folder; ValueError for anything that condit does not load."""
+    name, path = str(source), Path(source)
+    if name in PUBLISHED:
+        path = _published_path(name)
+        if (kind := PUBLISHED[name].kind) is not None:
+            return Model(kind, name, path)
+    elif name in MODELS:
+        path = MODELS[name].path
+    if not path.exists():
+        raise ValueError(_refusal(name, ""))
+    index = str(optional_json(path / "model_index.json").get("_class_name", ""))
+    kind: Kind | None = next((kind for start, kind in FOLDERS.items() if index.startswith(start)), None)
+    file = first_weight_file(path) if kind is None else None
+    names = [] if file is None else names_in(file)
+    if file is not None:
+        kind = kind_of_tensors(names)
+        path = file if kind == "flux-file" or kind == "stable-diffusion-file" else path
+    if kind is None and name in MODELS and MODELS[name].kind == "model":
+        kind = "tiny"
+    if kind is not None:
+        return Model(kind, name, path)
+    looks = f" It is a {index}." if index else f" It looks like {text}." if (text := guess(names)) else ""
+    raise ValueError(_refusal(name, looks))
+
+
+def kind_of_tensors(names: Collection[str]) -> Kind | None:
+    """The model whose tensors have such names."""
+    return next((kind for sign, kind in TENSORS.items() if any(re.search(sign, name) for name in names)), None)
+
+
+def load_parts(
+    source: str | Path | Model,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    vae: Autoencoder | str | Path | None = None,
+    components: str | Path | None = None,
+    quantize: Quantise | None = None,
+) -> AnyParts:
+    """The parts of a pipeline, on the CPU. dtype None: float32 for "tiny", bfloat16 for FLUX.1, the file's for DiT,
+    DiffiT and ViT (float32 for the embedded ones), and for the rest float16 where `device` is a GPU, else float32. vae,
+    components: see `condit.load`. ValueError for an option that the model does not take; else as `identify`."""
+    model = source if isinstance(source, Model) else identify(source)
+    check_options(model, vae=vae, components=components, quantize=quantize)
+    parts = LOADERS[model.kind](model, Options(dtype, device, vae, components))
+    if quantize is not None and isinstance(parts, Parts):
+        quantise(parts.backbone, quantize)
+    return parts
+
+
+def check_options(model: Model, **options: object) -> None:
+    """ValueError for an option that is not None and that this kind of model does not take."""
+    for option, value in options.items():
+        kinds, what = OPTIONS[option]
+        if value is not None and model.kind not in kinds:
+            raise ValueError(f"{option}= is for {what}; {model.name!r} ({model.kind}) takes none. Leave it out.")
+
+
+def _published_path(name: str) -> Path:
+    row, folder = PUBLISHED[name], models_folder()
+    path = next((folder / file for file in row.files if (folder / file).exists()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"no weights for {name!r}: {' or '.join(row.files)} is expected in {folder}. Download it from {row.home} "
+            "and put it there (CONDIT_HOME moves the folder), or pass its path."
         )
-    if components is not None:
-        raise ValueError(f"components= is for a single file of FLUX.1; {name!r} brings its own. Leave it out.")
-    return found
+    return path
 
 
-def load_latent_parts(model: LatentModel, *, dtype: torch.dtype) -> LatentParts:
-    """A text-to-image model over latents that `latent_models.recognise` has found."""
-    if model.kind == "pixart":
-        return load_pixart(model.path, dtype, model.name)
-    if model.kind == "icon-pixart":
-        return load_tiny_pixart(model.path, dtype, model.name)
-    if model.kind == "icon-unet":
-        return load_tiny_unet(model.path, dtype, model.name)
-    if model.kind == "stable-diffusion-file":
-        return load_original(model.path, dtype, model.name)
-    return load_stable_diffusion(model.path, dtype, model.name)
-
-
-def load_tiny(name: str, folder: Path, dtype: torch.dtype) -> Parts:
-    """The embedded text-to-icon model."""
-    text = load_text(folder)
-    raw = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    backbone = load_mmdit(folder / "transformer", floats)
-    return Parts(
-        name=name,
-        hash=describe_hash(folder),
-        backbone=backbone.to(dtype),
-        text=text,
-        vae=load_latent(folder / "vae"),
-        image=TinyImage(text.clip).eval(),
-        prediction=raw["condit"]["prediction"],
-        shift=raw["condit"]["shift"],
-        eta=raw["condit"].get("eta", 0.0),
-        size=(128, 128),
-        steps=20,
-        guidance=3.0,
-        distilled=False,
+def _refusal(name: str, looks: str) -> str:
+    known = ", ".join([*(n for n, entry in MODELS.items() if entry.kind == "model"), *PUBLISHED])
+    return (
+        f"No model {name!r}.{looks} Known: {known}; or give a folder with model_index.json (diffusers' FLUX, Stable "
+        "Diffusion or PixArt layout), a single file of FLUX.1 (flux1-dev.safetensors), or a file or folder of Stable "
+        "Diffusion, DiT, DiffiT or ViT. For FLUX.1 weights download the repository first and pass its folder."
     )

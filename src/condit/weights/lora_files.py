@@ -1,5 +1,5 @@
 """LoRA files of other tools, in one layout: `transformer.PATH.lora_A.weight`, `.lora_B.weight` and `.alpha`, with PATH
-in diffusers' names. Read are the layouts of diffusers, peft, kohya's sd-scripts and FLUX's own names; rules are tables.
+in diffusers' names. Supported are diffusers, peft, kohya's sd-scripts and FLUX's own names.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from condit.weights.files import Json
 from condit.weights.flux_names import DOUBLE, SINGLE, parts
+from condit.weights.folders import optional_json
 
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_unet_", "lora_transformer_")
 TEXT = ("lora_te", "text_encoder")
@@ -24,25 +25,24 @@ OURS = re.compile(r"(single_transformer_blocks|transformer_blocks)_(\d+)_(.+)")
 SUFFIXES = {path.replace(".", "_"): path for paths in (*DOUBLE.values(), *SINGLE.values()) for path in paths}
 
 
-def published(tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """The tensors of a LoRA file in the published layout; names that are no LoRA's raise ValueError.
-
-    Parts for text encoders are refused too: FLUX's are not adapted here, and half a LoRA is another one. settings:
-    peft's configuration, which has alpha where the tensors have not.
-    """
-    found: dict[str, Tensor] = {}
+def published(tensors: Mapping[str, Tensor], settings: Json | None = None) -> dict[str, Tensor]:
+    """The tensors of a LoRA file in the published layout. settings: peft's configuration, for alpha where there is no
+    tensor of it. ValueError for a name that is not a LoRA's, or for a text encoder's: FLUX's are not adapted here, and
+    half a LoRA is another one."""
+    adapted: dict[str, Tensor] = {}
     for module, a, b, alpha in modules(tensors):
         for path, rows in targets(module, a, b):
             alpha = peft_alpha(path, settings) if alpha is None and settings else alpha
-            found[f"transformer.{path}.lora_A.weight"] = a
-            found[f"transformer.{path}.lora_B.weight"] = rows
+            adapted[f"transformer.{path}.lora_A.weight"] = a
+            adapted[f"transformer.{path}.lora_B.weight"] = rows
             if alpha is not None:
-                found[f"transformer.{path}.alpha"] = alpha
-    return found
+                adapted[f"transformer.{path}.alpha"] = alpha
+    return adapted
 
 
-def peft_alpha(path: str, settings: Mapping[str, Any]) -> Tensor | None:
-    """Alpha of a path by peft's configuration: the first of `alpha_pattern` whose end it has, else `lora_alpha`."""
+def peft_alpha(path: str, settings: Json) -> Tensor | None:
+    """Alpha of a path in peft's configuration: of the first `alpha_pattern` that its end matches, else `lora_alpha`.
+    ValueError for a variant of LoRA."""
     for name in ("use_rslora", "use_dora"):
         if settings.get(name):
             raise ValueError(f"peft's {name} is set: this is no plain LoRA, and condit reads plain ones only.")
@@ -52,16 +52,17 @@ def peft_alpha(path: str, settings: Mapping[str, Any]) -> Tensor | None:
     return None if alpha is None else torch.tensor(float(alpha))
 
 
-def peft_settings(folder: Path | None, metadata: Mapping[str, str]) -> dict[str, Any]:
+def peft_settings(folder: Path | None, metadata: Mapping[str, str]) -> Json:
     """peft's configuration: `adapter_config.json` in the file's folder, or as diffusers keeps it in the file itself."""
-    if folder is not None and (folder / "adapter_config.json").is_file():
-        return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    kept = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    return {name.removeprefix("transformer."): value for name, value in kept.items()}
+    if folder is not None and (settings := optional_json(folder / "adapter_config.json")):
+        return settings
+    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    return {name.removeprefix("transformer."): value for name, value in settings.items()}
 
 
 def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """(module as named there, A, B, alpha) of every pair."""
+    """(module's name in the file, A, B, alpha) of every pair. ValueError for a name of another layout or a single
+    matrix."""
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas = {name.removesuffix(".alpha"): t for name, t in tensors.items() if name.endswith(".alpha")}
     for name, tensor in tensors.items():

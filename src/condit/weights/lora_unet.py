@@ -1,5 +1,5 @@
-"""LoRA files for Stable Diffusion's UNet, in the layout of `weights/lora_files.py`. Read are those of diffusers, peft
-and kohya's sd-scripts, which spells paths with underscores, and SDXL's by the authors' names."""
+"""LoRA files for Stable Diffusion's UNet, in the layout of `weights/lora_files.py`. Supported are diffusers, peft,
+kohya's sd-scripts (paths with underscores), and SDXL's in the authors' names."""
 
 from __future__ import annotations
 
@@ -7,50 +7,49 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from condit.backbones.unet import UNet, UNetConfig
 from condit.nn.lora import Linear, Pointwise
 from condit.weights.catalog import AdapterFile, read_adapter
+from condit.weights.files import Json
 from condit.weights.lora_files import TEXT, modules, peft_alpha
 from condit.weights.original_sd import unet_name
 
 PREFIXES = ("base_model.model.", "unet.", "lora_unet_", "diffusion_model.")
 
 
-def adapter_for(backbone: Any, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile:
-    """The tensors and the configuration of an adapter by name, file or folder. A UNet's LoRA is under its paths;
-    ignore_text: what it adapts of text encoders is left out."""
+def adapter_for(backbone: nn.Module, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile:
+    """An adapter by name, file or folder. A LoRA of a UNet has the UNet's paths; ignore_text drops its tensors for text
+    encoders."""
     if not isinstance(backbone, UNet):
         return read_adapter(source, method)
     return read_adapter(source, method, partial(unet_lora, unet=backbone, ignore_text=ignore_text))
 
 
 def unet_lora(
-    tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None, unet: nn.Module, *, ignore_text: bool = False
+    tensors: Mapping[str, Tensor], settings: Json | None, unet: UNet, *, ignore_text: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors of a LoRA file under the UNet's own paths. ValueError for parts that it has not: convolutions of
-    3 x 3, and text encoders unless they are to be ignored."""
+    """The tensors of a LoRA file under the UNet's own paths. ValueError for layers that take no LoRA here (convolutions
+    of 3 x 3) and, unless `ignore_text`, for text encoders."""
     if ignore_text:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(TEXT)}
     paths = {p.replace(".", "_"): p for p, m in unet.named_modules() if isinstance(m, Linear | Pointwise)}
-    config: UNetConfig = unet.config  # type: ignore[assignment]
-    found: dict[str, Tensor] = {}
+    adapted: dict[str, Tensor] = {}
     for module, a, b, alpha in modules({_today(name): tensor for name, tensor in tensors.items()}):
-        path = paths.get(spelt(module, config))
+        path = paths.get(spelt(module, unet.config))
         if path is None or max(a.shape[2:], default=1) > 1 or max(b.shape[2:], default=1) > 1:
             raise ValueError(
-                f"{module!r}: this UNet takes no LoRA there. Known are linear layers and 1 x 1 convolutions of "
+                f"{module!r}: this UNet takes no LoRA there. Supported are linear layers and 1 x 1 convolutions of "
                 "transformers, embeddings and clocks; a LoCon's convolutions and other models' layers are not."
             )
         alpha = peft_alpha(path, settings) if alpha is None and settings else alpha
-        found[f"transformer.{path}.lora_A.weight"] = a.flatten(1)
-        found[f"transformer.{path}.lora_B.weight"] = b.flatten(1)
+        adapted[f"transformer.{path}.lora_A.weight"] = a.flatten(1)
+        adapted[f"transformer.{path}.lora_B.weight"] = b.flatten(1)
         if alpha is not None:
-            found[f"transformer.{path}.alpha"] = alpha
-    return found
+            adapted[f"transformer.{path}.alpha"] = alpha
+    return adapted
 
 
 def spelt(module: str, config: UNetConfig) -> str:
@@ -60,8 +59,8 @@ def spelt(module: str, config: UNetConfig) -> str:
         name = name.removeprefix(prefix)
     authors = re.match(r"(input_blocks|output_blocks)[._](\d+)[._](\d)[._](.*)", name)
     middle = re.match(r"(middle_block)[._](\d)[._](.*)", name)
-    if authors or middle:
-        name = unet_name(".".join((authors or middle).groups()), config)  # type: ignore[union-attr]
+    if match := authors or middle:
+        name = unet_name(".".join(match.groups()), config)
     return name.replace(".", "_")
 
 

@@ -1,4 +1,4 @@
-"""What a pipeline is made of."""
+"""What a `Pipeline` is made of."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from condit.diffusion.schedules import DynamicShift
 
 @dataclass(frozen=True)
 class Parts:
-    """A model's parts and defaults. `shift` of the noise levels: a number, or None for one that grows with the picture
-    (`dynamic`). `eta` of the sampler."""
+    """A model's parts and defaults. shift: of the noise levels, a number, or None for one that grows with the image
+    (`dynamic`). eta: of the sampler. image: an image encoder or None."""
 
     name: str
     hash: str
@@ -31,5 +31,5 @@ class Parts:
     eta: float = 0.0
 
     def shift_of(self, tokens: int) -> float:
-        """The shift for a picture of so many noisy tokens."""
+        """The shift for an image of so many noisy tokens."""
         return self.dynamic(tokens) if self.shift is None else self.shift

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,13 @@ from condit.controls.control import Control
 from condit.diffusion.vp import Process
 from condit.encoders.text import T5Text, Text
 from condit.nn.lora import LowRank
-from condit.weights.files import hash_file, load_strict
+from condit.weights.files import Json, hash_file, load_strict
+from condit.weights.folders import read_folder, read_json, weight_files
 from condit.weights.latent_models import Frame, LatentParts, Network, rows_of
-from condit.weights.stable_diffusion import SOLVERS, load_autoencoder, read_folder, read_json, weight_files
+from condit.weights.stable_diffusion import SOLVERS
+from condit.weights.vae import frozen, load_autoencoder
 
-# Fields of a transformer's config.json that say what this network always is; another value is another network.
+# Fields of a transformer's config.json that are fixed in this network; another value is another network.
 _FIXED = {
     "norm_type": ("ada_norm_single",),
     "norm_elementwise_affine": (False,),
@@ -34,11 +35,11 @@ _FIXED = {
 LIMITS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # text tokens, as in diffusers
 
 
-def load_pixart(folder: Path, dtype: torch.dtype, name: str | None = None) -> LatentParts:
-    """A folder with model_index.json. ValueError where a part is missing or is not PixArt's."""
+def load_pixart(folder: Path, dtype: torch.dtype, name: str) -> LatentParts:
+    """The parts in a folder with model_index.json. ValueError where one is missing or is not PixArt's."""
     kind = str(read_json(folder / "model_index.json").get("_class_name"))
     if kind not in LIMITS:
-        raise ValueError(f"{folder} is a {kind}; known are {', '.join(LIMITS)}.")
+        raise ValueError(f"{folder} is a {kind}; supported are {', '.join(LIMITS)}.")
     network, vae = load_transformer(folder / "transformer"), load_autoencoder(folder / "vae")
     text = load_t5_text(folder, LIMITS[kind])
     if text.t5.config.d_model != network.config.caption_channels:
@@ -48,10 +49,10 @@ def load_pixart(folder: Path, dtype: torch.dtype, name: str | None = None) -> La
         )
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     for module in (network, text, vae):
-        module.to(dtype).eval().requires_grad_(False)
-    side = network.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        frozen(module, dtype)
+    side = network.config.sample_size * 2 ** (len(vae.config["block_out_channels"]) - 1)
     return LatentParts(
-        name=name or folder.name,
+        name=name,
         hash=hash_file(weight_files(folder / "transformer")[0]),
         backbone=network,
         text=text,
@@ -75,44 +76,44 @@ def load_transformer(folder: Path) -> PixArt:
     return network
 
 
-def pixart_config(raw: Mapping[str, Any], source: str | Path) -> PixArtConfig:
-    """From a config.json of diffusers."""
+def pixart_config(raw: Json, source: str | Path) -> PixArtConfig:
+    """The configuration in a config.json of diffusers. ValueError for another network's."""
     for field, known in _FIXED.items():
         if field in raw and raw[field] not in known:
             raise ValueError(f"{source}: the transformer has {field} = {raw[field]!r}; PixArt's has {known[0]!r}.")
-    given = {field: raw[field] for field in PixArtConfig.__dataclass_fields__ if field in raw}
-    if raw.get("cross_attention_dim") not in (None, PixArtConfig(**given).dim) or not given.get("caption_channels"):
+    config = PixArtConfig(**{field: raw[field] for field in PixArtConfig.__dataclass_fields__ if field in raw})
+    if raw.get("cross_attention_dim") not in (None, config.dim) or not raw.get("caption_channels"):
         raise ValueError(
             f"{source}: cross_attention_dim {raw.get('cross_attention_dim')} and caption_channels "
             f"{raw.get('caption_channels')} are not PixArt's, which projects the text to its own width."
         )
-    return PixArtConfig(**given)
+    return config
 
 
 def load_t5_text(folder: Path, limit: int) -> T5Text:
     """Tokenizer and encoder, strictly."""
     from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-    # Not from_pretrained: it draws a progress bar, and fills what is missing with chance.
-    place = folder / "text_encoder"
+    # Not from_pretrained: it draws a progress bar, and fills missing tensors with random numbers.
+    encoder = folder / "text_encoder"
     with torch.device("meta"):
-        t5: nn.Module = T5EncoderModel(T5Config.from_dict(read_json(place / "config.json")))
-    tensors = read_folder(place)
-    # One table under two names, of which files hold one.
+        t5: nn.Module = T5EncoderModel(T5Config.from_dict(read_json(encoder / "config.json")))
+    tensors = read_folder(encoder)
+    # One table with two names, of which a file holds one.
     table = next((tensors[n] for n in ("shared.weight", "encoder.embed_tokens.weight") if n in tensors), None)
     wanted = t5.state_dict()
     if table is not None:
         tensors |= {n: table for n in ("shared.weight", "encoder.embed_tokens.weight") if n in wanted}
-    load_strict(t5, {n: t for n, t in tensors.items() if not n.startswith("decoder.")}, source=place, assign=True)
+    load_strict(t5, {n: t for n, t in tensors.items() if not n.startswith("decoder.")}, source=encoder, assign=True)
     return T5Text(t5, AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), limit=limit)
 
 
-def tell_pixart(network: Any, text: Text, frame: Frame | Sequence[Frame]) -> Network:
-    """The noise that PixArt predicts; its learned variance is left out, as samplers of ODEs have no use for it."""
+def tell_pixart(network: PixArt, text: Text, frame: Frame | Sequence[Frame]) -> Network:
+    """PixArt with a text: the noise that it predicts, without its learned variance, which no solver here reads."""
     size = None
     if network.config.sized:
-        told = [f.size for f in rows_of(frame, len(text.tokens))]
-        size = torch.tensor(told, device=text.tokens.device, dtype=text.tokens.dtype)
+        sizes = [f.size for f in rows_of(frame, len(text.tokens))]
+        size = torch.tensor(sizes, device=text.tokens.device, dtype=text.tokens.dtype)
 
     def predict(x: Tensor, t: Tensor, lora: LowRank | None, controls: Sequence[Control]) -> Tensor:
         out = network(x, t, text.tokens, text.mask, size=size, lora=lora, controls=controls)

@@ -1,4 +1,4 @@
-"""What a model will take before it is loaded: memory by part and time by step, from configurations and the headers of
+"""What a model needs before it is loaded: memory by part and time by step, from configurations and the headers of
 weight files alone."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -17,17 +17,18 @@ from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
 from condit.nn.cost import activation_bytes, average, cache_bytes, operations, ratio
 from condit.weights.catalog import MODELS
 from condit.weights.flux import PREFIX, SIGN, infer_config, read_mmdit_config, vae_place
+from condit.weights.folders import optional_json
 from condit.weights.quantise import BLOCKS, Quantise
 
+Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor's name -> dtype as safetensors writes it, shape
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 _BYTES |= {"I8": 1, "U8": 1, "BOOL": 1}
-TEXT_TOKENS = 512  # of T5, whatever the prompt; the embedded model has
-TINY_TEXT_TOKENS = 24
+TEXT_TOKENS, TINY_TEXT_TOKENS = 512, 24  # of T5 and of the embedded model, for any prompt
 
 
 @dataclass(frozen=True)
 class PartPlan:
-    """A part of a model: numbers of its weights, bytes on disk by dtype, and bytes once loaded."""
+    """A part of a model: the number of its weights, bytes on disk by dtype, and bytes once loaded."""
 
     name: str
     parameters: int
@@ -37,10 +38,8 @@ class PartPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory in bytes and work in operations of drawing one batch. seconds: None unless a rate was measured.
-
-    resident: the most that lies on the device at once. offload: what rests on the CPU (condit.load's argument).
-    """
+    """Memory in bytes and work in operations for one batch. resident: the most memory on the device at once. offload:
+    as in `condit.load`. rate: measured operations a second, or None."""
 
     model: str
     parts: tuple[PartPlan, ...]
@@ -56,23 +55,23 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """All steps at the measured rate of matrix products; what is no product (norms, softmax) comes on top."""
+        """All steps at the measured rate of matrix products, without norms and softmax; None without a rate."""
         return None if self.rate is None else self.steps * self.operations_a_step / self.rate
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return {**asdict(self), "seconds": self.seconds}
 
 
 @dataclass(frozen=True)
 class Wish:
-    """How a picture is to be drawn: as in a pipeline call, with `controls` conditions of `condition_size` pixels."""
+    """The settings of a pipeline call with `controls` conditions of `condition_size` pixels."""
 
     height: int = 1024
     width: int = 1024
     steps: int = 28
     batch: int = 1
     controls: int = 0
-    condition_size: tuple[int, int] | None = None  # None: that of the picture
+    condition_size: tuple[int, int] | None = None  # None: that of the image
     mode: Literal["joint", "independent", "cached"] = "joint"
     dtype: torch.dtype = torch.bfloat16
     quantize: Quantise | None = None
@@ -80,8 +79,9 @@ class Wish:
 
 
 def plan(source: str | Path, wish: Wish, *, components: str | Path | None = None, rate: float | None = None) -> Plan:
-    """The plan for a folder or a single file of FLUX.1, an embedded model, or the name of a preset ("flux-dev"), of
-    which only the transformer is counted. ValueError for anything else."""
+    """The plan for a folder or a single file of FLUX.1, for "tiny", or for the name of a preset ("flux-dev"), of which
+    only the transformer counts. components: as in `condit.load`. ValueError for anything else, or for sizes out of
+    range."""
     config, parts, pixels = survey(source, wish, components)
     if wish.height % pixels or wish.width % pixels or min(wish.height, wish.width, wish.steps, wish.batch) < 1:
         raise ValueError(
@@ -114,7 +114,7 @@ def plan(source: str | Path, wish: Wish, *, components: str | Path | None = None
 
 
 def resident(parts: list[PartPlan], config: MMDiTConfig, wish: Wish, drawing: int) -> int:
-    """The most on the device at once."""
+    """The most memory on the device at once; `drawing`: of activations and caches."""
     transformer = next(p.loaded for p in parts if p.name == "transformer")
     others = [p.loaded for p in parts if p.name != "transformer"]
     if wish.offload is None:
@@ -122,14 +122,14 @@ def resident(parts: list[PartPlan], config: MMDiTConfig, wish: Wish, drawing: in
     if wish.offload == "blocks":
         blocks, largest = block_bytes(config, wish)
         transformer += largest - blocks
-    # An encoder comes for its turn beside the transformer; T5 and CLIP come together.
+    # Each encoder is on the device next to the transformer only while it runs; T5 and CLIP run together.
     text = sum(p.loaded for p in parts if p.name.startswith("text"))
     vae = max((p.loaded for p in parts if p.name == "vae"), default=0)
     return transformer + max(drawing, text, vae)
 
 
 def block_bytes(config: MMDiTConfig, wish: Wish) -> tuple[int, int]:
-    """All blocks of a transformer, and the largest."""
+    """Bytes of all blocks of a transformer, and of the largest."""
     with torch.device("meta"):
         model = MMDiT(config)
     sizes = [
@@ -141,20 +141,20 @@ def block_bytes(config: MMDiTConfig, wish: Wish) -> tuple[int, int]:
 
 
 def loaded_bytes(name: str, shape: tuple[int, ...], wish: Wish) -> int:
-    """Of a tensor of the transformer: one byte a weight in quantised blocks (int8: and a scale for each row)."""
+    """Bytes of a tensor of the transformer: one a weight in quantised blocks (int8: and a scale for each row)."""
     count = prod(shape)
     if wish.quantize is None or not name.startswith(BLOCKS) or len(shape) != 2:
         return count * wish.dtype.itemsize
     return count + (shape[0] * wish.dtype.itemsize if wish.quantize == "int8" else 0)
 
 
-# What is on the disk
+# On disk
 
 
 def survey(
     source: str | Path, wish: Wish, components: str | Path | None = None
 ) -> tuple[MMDiTConfig, list[PartPlan], int]:
-    """Configuration, parts, and pixels of a token's side."""
+    """Configuration, parts, and the side of a token in pixels."""
     name, path = str(source), Path(source)
     if name in PRESETS and name not in MODELS:
         return PRESETS[name], [transformer_part(PRESETS[name], {}, wish)], 16
@@ -164,37 +164,39 @@ def survey(
         config = read_mmdit_config(path / "transformer")
         headers = {part: header_of(path / part) for part in subfolders(path)}
         parts = [transformer_part(config, headers.pop("transformer"), wish)]
-    elif path.is_file() and path.suffix in (".safetensors", ".sft") and any(map(SIGN.match, found := header(path))):
-        folder = Path(components or path.parent)
-        own = {n.removeprefix(PREFIX): t for n, t in found.items() if n.startswith(PREFIX)} or found
+    elif path.is_file() and path.suffix in (".safetensors", ".sft") and any(map(SIGN.match, whole := header(path))):
+        own = {n.removeprefix(PREFIX): t for n, t in whole.items() if n.startswith(PREFIX)} or whole
         empty = {n: torch.empty(shape, device="meta") for n, (_, shape) in own.items()}
-        like = folder / "transformer"
-        config = infer_config(empty, path, read_mmdit_config(like) if (like / "config.json").is_file() else None)
-        headers = {part: header_of(folder / part) for part in subfolders(folder) if part != "transformer"}
-        place = vae_place(folder)
-        headers |= {"vae": header(place)} if place is not None and place.is_file() else {}
+        file, path = path, Path(components or path.parent)
+        like = path / "transformer"
+        config = infer_config(empty, file, read_mmdit_config(like) if (like / "config.json").is_file() else None)
+        headers = {part: header_of(path / part) for part in subfolders(path) if part != "transformer"}
+        vae = vae_place(path)
+        headers |= {"vae": header(vae)} if vae is not None and vae.is_file() else {}
         parts = [transformer_part(config, own, wish)]
-        path = folder
     else:
         raise ValueError(
             f"No model {name!r} to plan: expected a FLUX.1 folder (transformer/config.json), a single safetensors file "
             f"of FLUX.1, 'tiny', or a preset ({', '.join(p for p in PRESETS if p not in MODELS)})."
         )
-    for part, tensors in headers.items():
-        # Embedded models run in float32; frozen buffers of integers keep their size.
-        width = 4 if name in MODELS else wish.dtype.itemsize
-        loaded = sum(
-            prod(s) * (width if kind.startswith(("F", "BF")) else _BYTES[kind]) for kind, s in tensors.values()
-        )
-        parts.append(PartPlan(part, sum(prod(s) for _, s in tensors.values()), by_dtype(tensors), loaded))
-    return config, parts, pixels_of(path / "vae")
+    # Embedded models run in float32.
+    floating = 4 if name in MODELS else wish.dtype.itemsize
+    return config, parts + [frozen_part(part, h, floating) for part, h in headers.items()], pixels_of(path / "vae")
 
 
 def subfolders(folder: Path) -> list[str]:
     return sorted(d.name for d in folder.iterdir() if d.is_dir() and any(d.glob("*.safetensors")))
 
 
-def transformer_part(config: MMDiTConfig, tensors: Mapping[str, tuple[str, tuple[int, ...]]], wish: Wish) -> PartPlan:
+def frozen_part(name: str, tensors: Header, floating: int) -> PartPlan:
+    """An encoder or autoencoder whose weights take `floating` bytes each; buffers of integers keep their size."""
+    loaded = sum(
+        prod(shape) * (floating if kind.startswith(("F", "BF")) else _BYTES[kind]) for kind, shape in tensors.values()
+    )
+    return PartPlan(name, sum(prod(shape) for _, shape in tensors.values()), by_dtype(tensors), loaded)
+
+
+def transformer_part(config: MMDiTConfig, tensors: Header, wish: Wish) -> PartPlan:
     """Bytes on disk by the header, loaded ones by condit's own module."""
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in MMDiT(config).state_dict().items()}
@@ -202,43 +204,41 @@ def transformer_part(config: MMDiTConfig, tensors: Mapping[str, tuple[str, tuple
     return PartPlan("transformer", sum(prod(s) for s in shapes.values()), by_dtype(tensors), loaded)
 
 
-def by_dtype(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, int]:
-    found: dict[str, int] = {}
+def by_dtype(tensors: Header) -> dict[str, int]:
+    sizes: dict[str, int] = {}
     for kind, shape in tensors.values():
-        found[kind] = found.get(kind, 0) + prod(shape) * _BYTES.get(kind, 4)
-    return found
+        sizes[kind] = sizes.get(kind, 0) + prod(shape) * _BYTES.get(kind, 4)
+    return sizes
 
 
-def header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype, shape) of a safetensors file, of which only the first bytes are read."""
+def header(file: Path) -> Header:
+    """The header of a safetensors file; only its first bytes are read. ValueError for another file."""
     with open(file, "rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if not 0 < length <= 100_000_000:
             raise ValueError(f"{file} is no safetensors file.")
         try:
-            found = json.loads(opened.read(length))
+            tensors = json.loads(opened.read(length))
         except ValueError as error:
-            raise ValueError(f"{file} is broken or cut off: {error}. Fetch it again") from error
-    return {n: (t["dtype"], tuple(t["shape"])) for n, t in found.items() if n != "__metadata__"}
+            raise ValueError(f"{file} is broken or cut off: {error}. Download it again") from error
+    return {n: (t["dtype"], tuple(t["shape"])) for n, t in tensors.items() if n != "__metadata__"}
 
 
-def header_of(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def header_of(folder: Path) -> Header:
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in header(file).items()}
 
 
 def pixels_of(folder: Path) -> int:
-    """Of a token's side, by the autoencoder's configuration; FLUX.1's without one."""
-    if not (folder / "config.json").is_file():
-        return 16
-    given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return 2 * (given["patch"] if "patch" in given else 2 ** (len(given.get("block_out_channels", [0] * 4)) - 1))
+    """The side of a token in pixels, by the autoencoder's configuration; FLUX.1's without one."""
+    config = optional_json(folder / "config.json")
+    return 2 * (config["patch"] if "patch" in config else 2 ** (len(config.get("block_out_channels", [0] * 4)) - 1))
 
 
 # The device
 
 
 def measured_rate(device: torch.device | str, dtype: torch.dtype, *, side: int = 2048, seconds: float = 0.5) -> float:
-    """Operations a second of a square matrix product, the best of what fits into `seconds`."""
+    """Operations a second of a square matrix product, the best of as many as fit into `seconds`."""
     a = torch.randn(side, side, device=device).to(dtype)
     b, best, began = a.clone(), 0.0, time.perf_counter()
 

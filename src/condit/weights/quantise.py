@@ -1,4 +1,4 @@
-"""Weights of a transformer's blocks in one byte each: half the memory of bfloat16."""
+"""The weights of a transformer's blocks in one byte each: half the memory of bfloat16."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ class Float8Linear(Linear):
 
 
 def in_blocks(module: nn.Module, path: str) -> bool:
-    """Embeddings and head stay as they are: few weights, on which every token depends."""
+    """Whether a module is quantised. Embeddings and head are not: few weights, on which every token depends."""
     return isinstance(module, Linear) and path.startswith(BLOCKS)
 
 
 def quantise(backbone: nn.Module, how: Quantise) -> None:
-    """Replace the weights of all linears in the blocks, in place. "float8" is a plain cast, as in the public fp8 files;
-    "int8" has a scale per row, by torchao (pip install 'condit[quantize]')."""
+    """Replace the weights of all linear layers in the blocks, in place. "float8" is a plain cast, as in the public fp8
+    files; "int8" has a scale per row, by torchao (pip install 'condit[quantize]'). ValueError for another `how`,
+    ImportError without torchao."""
     if how == "float8":
         for path, module in list(backbone.named_modules()):
             if in_blocks(module, path):
@@ -50,6 +51,6 @@ def quantise(backbone: nn.Module, how: Quantise) -> None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ImportError(
-            "quantize='int8' is torchao's: pip install 'condit[quantize]'. quantize='float8' needs nothing."
+            "quantize='int8' needs torchao: pip install 'condit[quantize]'. quantize='float8' needs nothing."
         ) from error
     quantize_(backbone, Int8WeightOnlyConfig(), filter_fn=in_blocks)

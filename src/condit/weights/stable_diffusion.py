@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from condit.backbones.unet import UNet, UNetConfig
 from condit.diffusion.vp import Process, Solver
 from condit.encoders.text import ClipText
-from condit.weights.files import hash_file, load_strict, read_tensors
+from condit.weights.files import Json, hash_file, load_strict
+from condit.weights.folders import read_folder, read_json, tuples, weight_files
 from condit.weights.latent_models import LatentParts, tell_unet
+from condit.weights.vae import frozen, load_autoencoder
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    ClipTower = CLIPTextModel | CLIPTextModelWithProjection
 
 # PNDM's steps are DDIM's of higher order, at the same timesteps.
 SOLVERS: dict[str, Solver] = {
@@ -29,30 +35,30 @@ SOLVERS: dict[str, Solver] = {
 }
 # Fields of a UNet's config.json that change nothing here.
 _IDLE = ("upcast_attention", "addition_embed_type_num_heads", "dropout", "sample_size")
-_PLAIN = re.compile(r"[^.]+(-\d+-of-\d+)?\.(safetensors|bin)")
 
 
-def load_stable_diffusion(folder: Path, dtype: torch.dtype, name: str | None = None) -> LatentParts:
-    """A folder with model_index.json. ValueError where a part is missing or is not Stable Diffusion's."""
+def load_stable_diffusion(folder: Path, dtype: torch.dtype, name: str) -> LatentParts:
+    """The parts in a folder with model_index.json. ValueError where one is missing or is not Stable Diffusion's."""
     index = read_json(folder / "model_index.json")
-    unet = load_unet(folder / "unet")
-    towers = [part for part in ("text_encoder", "text_encoder_2") if (index.get(part) or [None])[0]]
-    text = ClipText(
-        [load_tokenizer(folder / part.replace("text_encoder", "tokenizer")) for part in towers],
-        [load_clip_text(folder / part, projected=index[part][1].endswith("WithProjection")) for part in towers],
-        penultimate=unet.config.addition_embed_type is not None,
-    )
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    towers = [
+        (
+            load_tokenizer(folder / part.replace("text_encoder", "tokenizer")),
+            load_clip_text(folder / part, projected=index[part][1].endswith("WithProjection")),
+        )
+        for part in ("text_encoder", "text_encoder_2")
+        if (index.get(part) or [None])[0]
+    ]
     return assemble(
-        name or folder.name,
+        name,
         hash_file(weight_files(folder / "unet")[0]),
-        unet,
-        text,
+        load_unet(folder / "unet"),
+        towers,
         load_autoencoder(folder / "vae"),
         Process.from_config(scheduler),
         SOLVERS.get(scheduler.get("_class_name", "")),
         dtype,
-        zero_negative=bool(index.get("force_zeros_for_empty_prompt", unet.config.addition_embed_type is not None)),
+        zero_negative=index.get("force_zeros_for_empty_prompt"),
     )
 
 
@@ -60,30 +66,33 @@ def assemble(
     name: str,
     hash: str,
     unet: UNet,
-    text: ClipText,
-    vae: Any,
+    towers: Sequence[tuple[CLIPTokenizer, ClipTower]],
+    vae: AutoencoderKL,
     process: Process,
     solver: Solver | None,
     dtype: torch.dtype,
     *,
-    zero_negative: bool,
+    zero_negative: bool | None = None,
 ) -> LatentParts:
-    """The parts of a model that draws, frozen and in `dtype`; an autoencoder that overflows in float16 stays in
-    float32. ValueError if they do not fit together."""
-    c, channels = unet.config, vae.config.latent_channels
+    """A pipeline's parts, frozen and in `dtype`; an autoencoder that overflows in float16 stays in float32. towers: a
+    tokenizer and an encoder each. zero_negative None: as SDXL and Stable Diffusion do. ValueError if the parts do not
+    fit together."""
+    c, channels = unet.config, vae.config["latent_channels"]
     if c.in_channels not in (channels, 2 * channels + 1):
         raise ValueError(
-            f"{name}: a UNet of {c.in_channels} channels on latents of {channels}. Known are {channels} and, for "
+            f"{name}: a UNet of {c.in_channels} channels on latents of {channels}. Supported are {channels} and, for "
             f"inpainting, {2 * channels + 1}."
         )
-    found = sum(encoder.config.hidden_size for encoder in text.encoders)  # type: ignore[union-attr,misc]
-    if found != c.cross_attention_dim:
-        raise ValueError(f"{name}: text of width {found} for a UNet that reads {c.cross_attention_dim}. Another model?")
-    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    for module, kind in ((unet, dtype), (text, dtype), (vae, torch.float32 if upcast else dtype)):
-        nn.Module.to(module, kind).eval().requires_grad_(False)  # diffusers' own `to` warns about nothing
-    side = c.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    width = sum(encoder.config.hidden_size for _, encoder in towers)
+    if width != c.cross_attention_dim:
+        raise ValueError(f"{name}: text of width {width} for a UNet that reads {c.cross_attention_dim}. Another model?")
     sdxl = c.addition_embed_type is not None
+    tokenizers, encoders = zip(*towers, strict=True)
+    text = ClipText(tokenizers, encoders, penultimate=sdxl)
+    upcast = dtype == torch.float16 and vae.config.get("force_upcast", False)
+    for module, kind in ((unet, dtype), (text, dtype), (vae, torch.float32 if upcast else dtype)):
+        frozen(module, kind)
+    side = c.sample_size * 2 ** (len(vae.config["block_out_channels"]) - 1)
     return LatentParts(
         name=name,
         hash=hash,
@@ -97,7 +106,7 @@ def assemble(
         steps=50,
         guidance=5.0 if sdxl else 7.5,  # diffusers' defaults
         tell=tell_unet,
-        zero_negative=zero_negative,
+        zero_negative=sdxl if zero_negative is None else bool(zero_negative),
     )
 
 
@@ -110,40 +119,35 @@ def load_unet(folder: Path) -> UNet:
     return unet
 
 
-def unet_config(raw: Mapping[str, Any], source: str | Path) -> UNetConfig:
-    """From a config.json of diffusers; what it leaves out is diffusers' default."""
+def unet_config(raw: Json, source: str | Path) -> UNetConfig:
+    """The configuration in a config.json of diffusers, with diffusers' defaults. ValueError for a setting that this
+    network does not support."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     signature = inspect.signature(UNet2DConditionModel.__init__).parameters
-    defaults: dict[str, Any] = {name: p.default for name, p in signature.items() if name != "self"}
+    defaults: Json = {name: p.default for name, p in signature.items() if name != "self"}
     ours = {field.name for field in fields(UNetConfig)}
     # The middle block's own switch: published files repeat the default of only_cross_attention.
     defaults["mid_block_only_cross_attention"] = raw.get("mid_block_only_cross_attention") or None
     for name, value in raw.items():
         idle = name.startswith("_") or name in ours or name in _IDLE or value == defaults.get(name)
         if not idle and name != "mid_block_only_cross_attention":
-            raise ValueError(f"{source}: the UNet has {name} = {value!r}, which Stable Diffusion's has not.")
-    given: dict[str, Any] = {
-        **{name: defaults[name] for name in ours},
-        **{name: raw[name] for name in ours if name in raw},
-    }
-    given["sample_size"] = given["sample_size"] or 64
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return UNetConfig(**given)
+            raise ValueError(f"{source}: the UNet has {name} = {value!r}, which Stable Diffusion's does not have.")
+    config = {name: raw.get(name, defaults[name]) for name in ours}
+    config["sample_size"] = config["sample_size"] or 64
+    return UNetConfig(**tuples(config))
 
 
-def load_clip_text(folder: Path, *, projected: bool) -> nn.Module:
-    """A text tower, strictly; `projected` with the projection behind its pooled vector."""
+def load_clip_text(folder: Path, *, projected: bool) -> ClipTower:
+    """A text tower, strictly; `projected`: with the projection of its pooled vector."""
     return make_clip_text(read_json(folder / "config.json"), read_folder(folder), folder, projected=projected)
 
 
-def make_clip_text(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str | Path, *, projected: bool
-) -> nn.Module:
-    """transformers' text tower from its published tensors."""
+def make_clip_text(config: Json, tensors: Mapping[str, Tensor], source: str | Path, *, projected: bool) -> ClipTower:
+    """transformers' text tower from its published tensors, strictly."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    # Not from_pretrained: it draws a progress bar, and fills what is missing with chance.
+    # Not from_pretrained: it draws a progress bar, and fills missing tensors with random numbers.
     made = CLIPTextConfig.from_dict(dict(config))
     model = CLIPTextModelWithProjection(made) if projected else CLIPTextModel(made)
     flat = not hasattr(model, "text_model")  # since transformers 5
@@ -152,8 +156,8 @@ def make_clip_text(
     return model
 
 
-def load_tokenizer(folder: Path, *, pad_token: str | None = None) -> Any:
-    """CLIP's tokenizer; FileNotFoundError without its files, as transformers would make an empty one."""
+def load_tokenizer(folder: Path, *, pad_token: str | None = None) -> CLIPTokenizer:
+    """CLIP's tokenizer. FileNotFoundError without its files, of which transformers would make an empty one."""
     from transformers import CLIPTokenizer
 
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
@@ -162,63 +166,3 @@ def load_tokenizer(folder: Path, *, pad_token: str | None = None) -> Any:
     if pad_token is not None:
         tokenizer.pad_token = pad_token
     return tokenizer
-
-
-def load_autoencoder(folder: Path) -> Any:
-    """diffusers' AutoencoderKL, strictly."""
-    return make_autoencoder(read_json(folder / "config.json"), read_folder(folder), folder)
-
-
-# Old files call the attention of the middle block so.
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def make_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str | Path) -> Any:
-    """diffusers' AutoencoderKL from its published tensors."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    with torch.device("meta"):
-        vae: Any = AutoencoderKL.from_config(dict(config))
-    renamed = {}
-    for name, tensor in tensors.items():
-        old = re.match(r"(.*\.attentions\.\d\.)(query|key|value|proj_attn)\.(.*)", name)
-        found = f"{old[1]}{_OLD_ATTENTION[old[2]]}.{old[3]}" if old else name
-        linear = ".attentions." in found and tensor.ndim == 4  # a 1 x 1 convolution where a linear stands today
-        renamed[found] = tensor[:, :, 0, 0] if linear else tensor
-    load_strict(vae, renamed, source=source, assign=True)
-    return vae
-
-
-# Files of a folder
-
-
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a part."""
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        tensors |= read_tensors(file)
-    return tensors
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weights of a part, one file or several: safetensors before .bin, full precision before a variant (fp16)."""
-    for ending in ("*.safetensors", "*.bin"):
-        files = sorted(folder.glob(ending))
-        plain = [file for file in files if _PLAIN.fullmatch(file.name)]
-        variants = {file.name.split(".")[1] for file in files if file not in plain}
-        if len(variants) > 1 and not plain:
-            raise ValueError(
-                f"{folder} holds several variants: {', '.join(sorted(variants))}. Leave one of them there."
-            )
-        if files:
-            return plain or files
-    raise FileNotFoundError(f"no weights in {folder}: a safetensors file is expected there")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path.name} at {path.parent}: is it a folder in diffusers' layout?") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error

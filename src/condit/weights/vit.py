@@ -1,7 +1,7 @@
 """ViT weights: the authors' .npz (both numberings), timm's and transformers' layouts, read and written strictly.
 
-What a file is, and the sizes of its model, are told from its tensors. The number of heads is told by .npz files only;
-elsewhere it comes from config.json, from the published widths, or from the caller."""
+The tensors give a file's layout and the sizes of its model. Only .npz files give the number of heads; elsewhere it
+comes from config.json, from the published widths, or from the caller."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ from condit.weights.files import (
     save_folder,
     save_tensors,
 )
+from condit.weights.folders import read_json, tuples, weight_files
+from condit.weights.guess import guess
 from condit.weights.vit_layouts import (
     JAX,
     Layout,
@@ -43,45 +45,18 @@ from condit.weights.vit_layouts import (
 _HEADS = {config.dim: config.heads for config in PRESETS.values()}
 _ACTIVATIONS = {"gelu": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "quick_gelu": "quick"}
 
-# Pieces of names that only other models have, and what those are.
-_OTHERS = {
-    "lora_": "a LoRA",
-    "ip_adapter.": "an IP-Adapter",
-    "adaLN_modulation": "a DiT",
-    "transformer_blocks.": "a diffusion transformer of diffusers",
-    "down_blocks.": "a UNet or a VAE of diffusers",
-    "vision_model.": "a CLIP or SigLIP of transformers",
-    "visual.": "an open_clip model",
-    "norm_pre.": "a CLIP image tower of timm",
-    "dist": "a DeiT with a distillation token",
-    "layer_scale": "a DINOv2 of transformers",
-    "ls1.": "a DINOv2 or another ViT with layer scale",
-    "lambda_1": "a BEiT",
-    "gamma_1": "a BEiT or CaiT",
-    "decoder": "a masked autoencoder with its decoder",
-    "mask_token": "a ViT for masked image modelling",
-    "conv_root": "a hybrid of ResNet and ViT (R50+ViT-B/16 and the like), which condit does not have",
-    "patch_embed.backbone": "a hybrid of ResNet and ViT, which condit does not have",
-    "MAPHead_": "a big_vision model with an attention pool",
-    "/encoderblock/": "a big_vision file with stacked layers",
-    "MixerBlock": "an MLP-Mixer",
-    "relative_position_bias_table": "a Swin transformer",
-    "layer1.0.conv1": "a ResNet",
-}
-
 
 def what_is(tensors: Mapping[str, Tensor]) -> str | None:
-    """A guess in words at what these tensors are, for error messages; None without one."""
-    for piece, model in _OTHERS.items():
-        if any(piece in name for name in tensors):
-            return model
-    layout = find_layout(tensors)
-    return None if layout is None else f"a ViT in the layout {layout!r}, but not a whole or not a plain one"
+    """A guess in words at the model with these tensors, for error messages; None without one."""
+    model, layout = guess(tensors), find_layout(tensors)
+    if layout is None or (model is not None and not model.startswith("a ViT;")):
+        return model
+    return f"a ViT in the layout {layout!r}, but incomplete or with other parts"
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What tensors do not tell, as a file's metadata, its config.json or the caller does."""
+    """What the tensors do not give: from a file's metadata, its config.json or the caller."""
 
     heads: int | None = None
     image_size: int | tuple[int, int] | None = None  # a table that is not square
@@ -99,8 +74,8 @@ def load_vit(source: str | Path, *, heads: int | None = None) -> ViT:
 
 
 def read_vit(source: str | Path, *, heads: int | None = None) -> tuple[ViTConfig, State]:
-    """Configuration and `ViT` state of a file (.npz, safetensors or PyTorch) or of a folder with one, whatever the
-    layout. Dropout is 0. ValueError with missing and unexpected names unless every tensor finds its place."""
+    """Configuration and `ViT` state of a file (.npz, safetensors or PyTorch) or of a folder with one, in any layout.
+    Dropout is 0. ValueError with missing and unexpected names unless all tensors fit."""
     tensors, hints = _read(Path(source))
     layout = find_layout(tensors)
     if layout is None:
@@ -120,7 +95,7 @@ def read_vit(source: str | Path, *, heads: int | None = None) -> tuple[ViTConfig
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         reason = f"misses {len(missing)} tensors of the layout {layout!r} (first: {shown})"
         raise ValueError(_refusal(source, tensors, reason))
-    heads = _told_heads(tensors, layout) or heads or hints.heads
+    heads = _heads_of(tensors, layout) or heads or hints.heads
     config = _infer(state, replace(hints, heads=heads), layout, source)
     with torch.device("meta"):
         model = ViT(config)
@@ -130,9 +105,9 @@ def read_vit(source: str | Path, *, heads: int | None = None) -> tuple[ViTConfig
 
 def save_vit(path: str | Path, config: ViTConfig, state: Mapping[str, Tensor], *, layout: Layout) -> Path:
     """Write a `ViT` state: "npz" (numbering of the released archives) and "linen" as .npz, "timm" as safetensors,
-    "transformers" as a folder with config.json. ValueError where a layout cannot say what the model computes; only
+    "transformers" as a folder with config.json. ValueError where a layout cannot describe what the model computes; only
     "timm" keeps the rule by which positions are resized."""
-    _check_sayable(config, layout)
+    _check_layout(config, layout)
     with torch.device("meta"):
         model = ViT(config)
     load_strict(model, state, source="The state to save", assign=True)
@@ -141,12 +116,7 @@ def save_vit(path: str | Path, config: ViTConfig, state: Mapping[str, Tensor], *
     if layout in JAX:
         # numpy has no bf16.
         arrays = {name: (x.float() if x.dtype is torch.bfloat16 else x).cpu().numpy() for name, x in tensors.items()}
-
-        def write(target: Path) -> None:
-            with open(target, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type] - its stub takes a name for the flag allow_pickle
-
-        return atomic_write(path, write)
+        return atomic_write(path, lambda target: _write_npz(target, arrays))
     if layout == "timm":
         hints = Hints(config.heads, config.image_size, config.classifier, config.flavour)
         return save_tensors(path, tensors, {"condit": asdict(hints)})  # in a key that timm does not read
@@ -161,8 +131,8 @@ def save_vit(path: str | Path, config: ViTConfig, state: Mapping[str, Tensor], *
 def for_finetuning(
     config: ViTConfig, state: Mapping[str, Tensor], *, classes: int, image_size: int | tuple[int, int] | None = None
 ) -> tuple[ViTConfig, State]:
-    """Section 3.2: both layers of the pre-training head go, one linear layer of zeros comes, and the position table
-    is resized to `image_size` (None: it stays)."""
+    """Configuration and state for fine-tuning (section 3.2): one linear layer of zeros replaces both layers of the
+    pre-training head, and the position table is resized to `image_size` (None: it stays)."""
     size = config.image_size if image_size is None else image_size
     new = replace(config, classes=classes, representation_size=None, image_size=size)
     kept = {name: x for name, x in state.items() if not name.startswith(("pre_logits.", "head."))}
@@ -176,14 +146,11 @@ def for_finetuning(
 # Reading
 
 
-def _read(source: Path) -> tuple[dict[str, Tensor], Hints]:
+def _read(source: Path) -> tuple[State, Hints]:
     if source.is_dir():
-        files = next((f for end in ("safetensors", "bin", "npz") if (f := sorted(source.glob(f"*.{end}")))), None)
-        if files is None:
-            raise ValueError(f"{source} holds no weights; a *.safetensors, *.bin or *.npz file is expected in it.")
-        tensors: dict[str, Tensor] = {}
+        tensors: State = {}
         hints = Hints()
-        for file in files:
+        for file in weight_files(source, ("safetensors", "bin", "npz")):
             more, hints = _read(file)
             tensors |= more
         config = source / "config.json"
@@ -196,54 +163,58 @@ def _read(source: Path) -> tuple[dict[str, Tensor], Hints]:
 
 
 def _own_hints(metadata: Mapping[str, str]) -> Hints:
-    """What `save_vit` wrote beside timm's names."""
-    fields = own_fields(metadata)
+    """What `save_vit` wrote into the metadata of a file with timm's names."""
+    fields = tuples(own_fields(metadata))
     if "flavour" not in fields:
         return Hints()
-    size = fields["image_size"]
-    size = tuple(size) if isinstance(size, list) else size
-    return Hints(fields["heads"], size, fields["classifier"], Flavour(**fields["flavour"]))
+    return Hints(fields["heads"], fields["image_size"], fields["classifier"], Flavour(**fields["flavour"]))
 
 
-def _read_npz(source: Path) -> dict[str, Tensor]:
+def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """As np.savez does, which would take an array named `file` or `allow_pickle` for its own argument."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _read_npz(source: Path) -> State:
     try:
         with np.load(source, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
     except (ValueError, TypeError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
         if "pickle" in str(error):
             raise ValueError(f"{source} holds Python objects, and reading them could run code: refused.") from error
-        raise ValueError(f"{source} is broken or holds no plain numbers: {error}. Fetch it again.") from error
+        raise ValueError(f"{source} is broken or holds no plain numbers: {error}. Download it again.") from error
 
 
 def _transformers_hints(file: Path) -> Hints | None:
-    """What a folder's config.json says beyond its tensors; None if it is not transformers'."""
-    fields = json.loads(file.read_text(encoding="utf-8"))
+    """What a folder's config.json gives beyond its tensors; None if it is not transformers'. ValueError for a network
+    that is not a ViT."""
+    fields = tuples(read_json(file))
     kind = fields.get("model_type")
     if kind is None:
         return None
     if kind != "vit":
-        raise ValueError(f"{file} describes a {kind!r}; a 'vit' is expected.")
+        raise ValueError(f"{file} describes a {kind!r}; expected a 'vit'.")
     act = fields.get("hidden_act", "gelu")
     if act not in _ACTIVATIONS:
-        raise ValueError(f"{file} asks for hidden_act {act!r}; ViT has {', '.join(_ACTIVATIONS)}.")
+        raise ValueError(f"{file} has hidden_act {act!r}; supported are {', '.join(_ACTIVATIONS)}.")
     flavour = replace(FLAVOURS["transformers"], gelu=_ACTIVATIONS[act], eps=fields.get("layer_norm_eps", 1e-12))
-    size = fields.get("image_size", 224)
-    return Hints(fields.get("num_attention_heads", 12), tuple(size) if isinstance(size, list) else size, None, flavour)
+    return Hints(fields.get("num_attention_heads", 12), fields.get("image_size", 224), None, flavour)
 
 
 def _refusal(source: str | Path, tensors: Mapping[str, Tensor], reason: str) -> str:
-    guess = what_is(tensors)
-    first = ", ".join(list(tensors)[:3])
-    return f"{source} {reason}; {len(tensors)} tensors found: {first}, ..." + (
-        f". It looks like {guess}" if guess else ""
-    )
+    model = what_is(tensors)
+    looks = f". It looks like {model}" if model else ""
+    return f"{source} {reason}; {len(tensors)} tensors found: {', '.join(list(tensors)[:3])}, ...{looks}"
 
 
 # Configuration
 
 
-def _told_heads(tensors: Mapping[str, Tensor], layout: str) -> int | None:
-    """Only the authors' arrays tell: the query bias is (heads, head dim)."""
+def _heads_of(tensors: Mapping[str, Tensor], layout: str) -> int | None:
+    """Only the authors' arrays give it: the query bias is (heads, head dim)."""
     bias = tensors[names_in_layout("blocks.0.attn.qkv.bias", layout)[0]] if layout in JAX else None
     return bias.shape[0] if bias is not None and bias.ndim == 2 else None
 
@@ -253,13 +224,13 @@ def _infer(state: State, hints: Hints, layout: str, source: str | Path) -> ViTCo
     if positions.ndim != 3 or kernel.ndim != 4:
         raise ValueError(
             f"{source}: the position table has shape {tuple(positions.shape)} and the patch embedding "
-            f"{tuple(kernel.shape)}; three and four dimensions are expected."
+            f"{tuple(kernel.shape)}; expected three and four dimensions."
         )
     dim, has_cls, fc_norm = positions.shape[-1], "cls_token" in state, "fc_norm.weight" in state
     heads = hints.heads or _HEADS.get(dim)
     if heads is None:
         raise ValueError(
-            f"{source} does not tell its number of heads, and no published ViT has width {dim}. Give heads=."
+            f"{source} does not give its number of heads, and no published ViT has width {dim}. Give heads=."
         )
     rows, patch = positions.shape[1] - has_cls, kernel.shape[-1]
     size = hints.image_size or math.isqrt(rows) * patch
@@ -286,8 +257,8 @@ def _infer(state: State, hints: Hints, layout: str, source: str | Path) -> ViTCo
     return config
 
 
-def _check_sayable(config: ViTConfig, layout: Layout) -> None:
-    """Refuse to write what a reader of the layout would compute differently."""
+def _check_layout(config: ViTConfig, layout: Layout) -> None:
+    """ValueError for a model that a reader of the layout would compute differently."""
     f, jax = config.flavour, FLAVOURS["jax"]
     if layout == "timm":
         return
@@ -299,7 +270,7 @@ def _check_sayable(config: ViTConfig, layout: Layout) -> None:
     usual = "token" if config.class_token else "gap"
     if config.fc_norm or (config.classifier != usual and (config.classifier != "unpooled" or config.classes)):
         raise ValueError(
-            f"A reader of the layout {layout!r} would not know of classifier {config.classifier!r} with "
+            f"The layout {layout!r} cannot describe classifier {config.classifier!r} with "
             f"class_token={config.class_token}, fc_norm={config.fc_norm}. Use 'timm', where condit notes them."
         )
     if layout == "transformers" and not config.class_token:

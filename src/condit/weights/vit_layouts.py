@@ -1,7 +1,7 @@
 """Names and shapes of a ViT's tensors in every published layout, from ours (timm's) and back.
 
-`npz` and `linen` are the authors' archives, with kernels (in, out) and heads apart; `transformers` keeps q, k, v apart.
-"""
+`npz` and `linen` are the authors' archives, with kernels (in, out) and a dimension for heads; `transformers` has
+separate q, k and v."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 Layout = Literal["npz", "linen", "timm", "transformers"]
 State = dict[str, Tensor]
 
-# Our module (timm's name) -> the layout's. `#` is the number of a block; commas part one fused matrix into several.
-# The released archives number the sublayers of a block in one row (0, 1, 2, 3), today's linen code by class.
+# Our module (timm's name) -> the layout's. `#`: the number of a block; commas: the parts of one fused matrix.
+# The released archives count all sublayers of a block together (0, 1, 2, 3), today's linen code each class separately.
 _NPZ = {
     "cls_token": "cls",
     "pos_embed": "Transformer/posembed_input/pos_embedding",
@@ -68,7 +68,7 @@ _TABLES: dict[str, dict[str, str]] = {
         "blocks.#.mlp.fc2": "layers.#.mlp.fc2",
     },
 }
-# Tried in this order; the first whose mark stands in a tensor's name is the layout.
+# Tried in this order: a piece of a tensor's name -> the layout.
 _MARKS = {
     "npz": "/MultiHeadDotProductAttention_1/",
     "linen": "/MultiHeadDotProductAttention_0/",
@@ -84,7 +84,8 @@ def find_layout(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def names_in_layout(native: str, layout: str) -> tuple[str, ...]:
-    """The layout's names of one tensor of ours; three where it keeps q, k and v apart, none where it has no place."""
+    """The layout's names of one of our tensors: three where it has separate q, k and v, none where it has no such
+    tensor."""
     module, leaf = (native, "") if native in ("cls_token", "pos_embed") else native.rsplit(".", 1)
     number = re.search(r"\d+", module)
     template = _TABLES[layout].get(re.sub(r"\d+", "#", module, count=1) if module.startswith("blocks.") else module)
@@ -100,7 +101,7 @@ def names_in_layout(native: str, layout: str) -> tuple[str, ...]:
 
 
 def to_native(tensors: Mapping[str, Tensor], layout: str) -> tuple[State, State]:
-    """Our tensors, and those of the file that found no place among them."""
+    """Our tensors, and those of the file that are not among them."""
     pattern = re.compile(r"(?:encoderblock_|blocks\.|layers?\.)(\d+)")
     numbers = [int(match[1]) for name in tensors if (match := pattern.search(name))]
     depth = min(max(numbers, default=-1) + 1, len(tensors))  # a hostile number does not make a long loop
@@ -110,7 +111,7 @@ def to_native(tensors: Mapping[str, Tensor], layout: str) -> tuple[State, State]
         names = names_in_layout(native, layout)
         parts = [tensors[name] for name in names if name in tensors]
         if not parts or len(parts) < len(names) or len({x.shape for x in parts}) > 1:
-            continue  # `read_vit` tells what is missing, `load_strict` what is left over
+            continue  # `read_vit` reports missing tensors, `load_strict` unexpected ones
         parts = [_from_jax(x, native) if layout in JAX else x for x in parts]
         state[native] = (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous()
         for name in names:
@@ -127,7 +128,8 @@ def all_names(depth: int) -> list[str]:
 
 
 def required(state: State) -> list[str]:
-    """What a ViT of the depth found must have: all but the class token, and the heads and norm that it lacks wholly."""
+    """The tensors that a ViT of this depth needs: all but the class token, and the heads and norm that it has no part
+    of."""
     optional = {"cls_token"}
     for module in ("pre_logits.fc", "head", "norm" if "fc_norm.weight" in state else "fc_norm"):
         pair = {f"{module}.weight", f"{module}.bias"}
@@ -140,7 +142,8 @@ def depth_of(state: State) -> int:
 
 
 def _from_jax(x: Tensor, native: str) -> Tensor:
-    """(in, out) -> (out, in), HWIO -> OIHW; heads flattened, head by head. What has another rank stays, and fails."""
+    """(in, out) -> (out, in), HWIO -> OIHW; heads flattened, head by head. Tensors of another rank stay, and loading
+    then refuses them."""
     if native.endswith("bias"):
         return x.flatten()
     if native.startswith("patch_embed") and x.ndim == 4:
@@ -171,7 +174,7 @@ def to_layout(state: Mapping[str, Tensor], layout: Layout, heads: int) -> State:
     for native, x in state.items():
         names = names_in_layout(native, layout)
         if not names:
-            raise ValueError(f"The layout {layout!r} has no place for {native}.")
+            raise ValueError(f"The layout {layout!r} has no place for {native}. Use another layout.")
         for name, part in zip(names, x.detach().chunk(len(names)), strict=True):
             tensors[name] = (_to_jax(part, native, heads) if layout in JAX else part).contiguous()
     return tensors

@@ -23,9 +23,9 @@ from condit.backbones.vit import ViTConfig
 from condit.data.files import atomic_write
 from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.gaussian import gaussian, training_loss
-from condit.drawing.class_pipeline import ClassPipeline
 from condit.drawing.classifier import ViTPipeline
 from condit.drawing.loading import load
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.clip import CONCEPT as CLIP_CONCEPT
 from condit.encoders.clip import embed_image, embed_text, token_ids
 from condit.encoders.vae import scale_shift
@@ -98,7 +98,7 @@ def evaluate_classes(
     told = [i for i, icon in enumerate(world.icons) if icon.split == "concept" and icon.style in styles]
     labels = torch.arange(count) % max(len(styles), 1)
     clip, sheet, speed, held, real = load("tiny").image.clip, [], {}, [], torch.empty(0)
-    if any(isinstance(model, ClassPipeline) for model in by_style.values()):
+    if any(isinstance(model, Pipeline) for model in by_style.values()):
         held = pick([i for i, icon in enumerate(world.icons) if icon.split == "combo" and icon.style in styles], count)
         real = embed(clip, pictures(world, held))
     for name, model in by_style.items():
@@ -140,34 +140,34 @@ def evaluate_classes(
     text = json.dumps(result, indent=1, allow_nan=False)
     atomic_write(out / "classes.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     if sheet:
-        drawing = contact_sheet(sheet, [n for n, m in zip(names, models, strict=True) if isinstance(m, ClassPipeline)])
+        drawing = contact_sheet(sheet, [n for n, m in zip(names, models, strict=True) if isinstance(m, Pipeline)])
         atomic_write(out / "classes.png", lambda path: drawing.save(path, format="PNG"))
     return result
 
 
-def open_model(folder: str | Path, vae: str | Path) -> ClassPipeline | ViTPipeline:
+def open_model(folder: str | Path, vae: str | Path) -> Pipeline | ViTPipeline:
     """An exported run; ValueError if it draws or tells no classes."""
     try:
         found = load(folder, vae=vae)
     except ValueError:
         found = load(folder)  # a ViT takes no autoencoder
-    if not isinstance(found, ClassPipeline | ViTPipeline) or found.labels is None:
+    if not isinstance(found, Pipeline | ViTPipeline) or found.labels is None:
         raise ValueError(f"{folder} holds no class model with names; expected the export of a small-*.toml recipe.")
     return found
 
 
-def styles_of(model: ClassPipeline | ViTPipeline, world: IconWorld) -> list[str]:
+def styles_of(model: Pipeline | ViTPipeline, world: IconWorld) -> list[str]:
     """The classes in the order of the model's numbers; ValueError if they are no styles."""
-    count = model.classes if isinstance(model, ClassPipeline) else model.model.config.classes
+    count = model.model.classes if isinstance(model, Pipeline) else model.model.config.classes
     found, known = [model.label(i) for i in range(count)], {icon.style for icon in world.icons}
     if strange := [name for name in found if name not in known]:
         raise ValueError(f"{model.name}: class {strange[0]!r} is no style of the icon world; train with label='style'.")
     return found
 
 
-def tells_concepts(model: ClassPipeline | ViTPipeline, world: IconWorld) -> bool:
+def tells_concepts(model: Pipeline | ViTPipeline, world: IconWorld) -> bool:
     """Whether a ViT's classes are the concepts of the world, in the order of training."""
-    if isinstance(model, ClassPipeline):
+    if isinstance(model, Pipeline):
         return False
     found = [model.label(i) for i in range(model.model.config.classes)]
     return found == [name for _, name in sorted(trained_concepts(world).items())]
@@ -218,7 +218,7 @@ def pick(indices: list[int], count: int) -> list[int]:
 
 
 @torch.no_grad()
-def errors(model: ClassPipeline, world: IconWorld, held: Sequence[int], seed: int) -> Tensor:
+def errors(model: Pipeline, world: IconWorld, held: Sequence[int], seed: int) -> Tensor:
     """Squared error of the prediction for each icon (N,): evenly spread timesteps, the icon's own class."""
     variance = "learned" if model.backbone.config.learn_sigma else "large"
     process = gaussian(predicts=model.parts.predicts, variance=variance)
@@ -232,7 +232,7 @@ def errors(model: ClassPipeline, world: IconWorld, held: Sequence[int], seed: in
         # A large odd stride visits all noise levels in any run of icons.
         i = torch.tensor([(begin + n) * 617 % len(process) for n in range(len(rows))])
         noise = torch.randn(x0.shape, generator=generator)
-        labels = torch.tensor([model.index(world.icons[row].style) for row in rows])
+        labels = torch.tensor([model.model.index(world.icons[row].style) for row in rows])
 
         def denoise(x: Tensor, t: Tensor, y: Tensor = labels) -> Tensor:
             return model.backbone(x, t, y)
@@ -243,7 +243,7 @@ def errors(model: ClassPipeline, world: IconWorld, held: Sequence[int], seed: in
     return torch.cat(found)
 
 
-def drawn(model: ClassPipeline, labels: Tensor, seed: int) -> Tensor:
+def drawn(model: Pipeline, labels: Tensor, seed: int) -> Tensor:
     """One picture a label, uint8 (N, 3, H, W)."""
     found = []
     for begin in range(0, len(labels), BATCH):
@@ -287,9 +287,9 @@ def card_of(folder: str) -> dict[str, Any]:
     return json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
 
 
-def described(model: ClassPipeline | ViTPipeline, folder: str | Path) -> dict[str, Any]:
+def described(model: Pipeline | ViTPipeline, folder: str | Path) -> dict[str, Any]:
     """Parameters, and what the card beside the weights says of the training."""
-    network = model.backbone if isinstance(model, ClassPipeline) else model.model
+    network = model.backbone if isinstance(model, Pipeline) else model.model
     told = card_of(str(folder))
     kept = {key: told[key] for key in ("steps", "images_seen", "seconds") if key in told}
     c = network.config

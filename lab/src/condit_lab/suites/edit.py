@@ -38,7 +38,6 @@ from condit_lab.suites.measures import concept_ranks, edge_similarity
 from condit_lab.suites.sets import pictures
 
 if TYPE_CHECKING:
-    from condit.drawing.latent_pipeline import LatentPipeline
     from condit.drawing.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ def evaluate_edit(
     trip_steps: Sequence[int] = (10, 20, 50),
     tasks: Sequence[str] = TASKS,
     methods: Mapping[str, tuple[tuple[Control, ...], bool]] = METHODS,
-    pipe: Pipeline | LatentPipeline | None = None,
+    pipe: Pipeline | None = None,
     judge: Judge | None = None,
     tell: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
@@ -178,7 +177,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 def run_task(
     world: IconWorld,
-    pipe: Pipeline | LatentPipeline,
+    pipe: Pipeline,
     judge: Judge,
     task: str,
     jobs: Sequence[Job],
@@ -212,7 +211,7 @@ def run_task(
 
 def measure(
     world: IconWorld,
-    pipe: Pipeline | LatentPipeline,
+    pipe: Pipeline,
     judge: Judge,
     task: str,
     jobs: Sequence[Job],
@@ -280,13 +279,13 @@ def background_figures(images: Tensor, sources: Tensor, background: Tensor) -> t
 
 
 @torch.no_grad()
-def embed_texts(pipe: Pipeline | LatentPipeline, texts: list[str]) -> Tensor:
+def embed_texts(pipe: Pipeline, texts: list[str]) -> Tensor:
     ids = token_ids(pipe.parts.text.tokenizer, texts)  # type: ignore[attr-defined]
     return torch.cat([embed_text(pipe.image.clip, part)[1] for part in ids.split(256)]).float()
 
 
 @torch.no_grad()
-def embed_pictures(pipe: Pipeline | LatentPipeline, images: Tensor) -> tuple[Tensor, Tensor]:
+def embed_pictures(pipe: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings (N, 256), and the patches of the fourth layer (N, 64, 192) of the embedded CLIP."""
     found = [embed_image(pipe.image.clip, part.float() / 127.5 - 1) for part in images.split(64)]
     return torch.cat([e for _, e in found]).float(), torch.cat([h[4, :, 1:] for h, _ in found]).float()

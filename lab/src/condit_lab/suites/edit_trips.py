@@ -13,10 +13,9 @@ from torch import Tensor
 
 from condit.controls.dit4edit import DiT4Edit
 from condit.controls.token_merging import TokenMerging
-from condit.data.images import to_images
 from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.inversion import Solver
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit_lab.suites.edit_rows import Row, differences, interval
 
 if TYPE_CHECKING:
@@ -37,8 +36,8 @@ TRIP, NOISE_SPREAD = "round trip, dB in the latent", "deviation of the noise rea
 MERGED_TOKENS, MERGED_STEP = 1024, "time of an edit's step"
 
 
-def solvers_of(pipe: Pipeline | LatentPipeline) -> dict[Solver, int]:
-    return NOISE if isinstance(pipe, LatentPipeline) else FLOW
+def solvers_of(pipe: Pipeline) -> dict[Solver, int]:
+    return FLOW if pipe.model.inversion == ("fixed_point", 2) else NOISE
 
 
 def photographs(count: int = 4) -> tuple[list[Image.Image], list[str]]:
@@ -67,7 +66,7 @@ def window(image: Image.Image, number: int) -> Image.Image:
 
 
 def round_trips(
-    pipe: Pipeline | LatentPipeline,
+    pipe: Pipeline,
     what: str,
     images: list[Image.Image],
     prompts: list[str],
@@ -97,19 +96,16 @@ def round_trips(
     return rows + differences(what, TRIP, trips, prompts, pairs)
 
 
-def show_trips(
-    pipe: Pipeline | LatentPipeline, images: list[Image.Image], prompts: list[str], steps: int, most: int = 8
-) -> Image.Image:
+def show_trips(pipe: Pipeline, images: list[Image.Image], prompts: list[str], steps: int, most: int = 8) -> Image.Image:
     """Pictures as given, as their latents decode, and back from the noise by every solver that asks once a level."""
     images, prompts = images[:most], prompts[:most]
     shown: dict[str, list[Image.Image]] = {}
     for solver, calls in solvers_of(pipe).items():
         if calls > 1:
             continue
-        editor = pipe.editor(solver)
         found = pipe.invert(images, prompts, num_inference_steps=steps, solver=solver)
-        shown.setdefault("latent", to_images(editor.decode(found.trajectory[-1], found.size)))
-        shown[f"{solver}, {steps} steps"] = to_images(editor.decode(found.again, found.size))
+        shown.setdefault("latent", pipe.decode(found.trajectory[-1], found.size))
+        shown[f"{solver}, {steps} steps"] = pipe.decode(found.again, found.size)
     rows = [
         [SheetCell(image, "given", is_input=True), *(SheetCell(pictures[i], case) for case, pictures in shown.items())]
         for i, image in enumerate(images)
@@ -126,10 +122,10 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def merging_time(pipe: Pipeline | LatentPipeline, count: int, tell: Callable[[str], None]) -> list[Row]:
+def merging_time(pipe: Pipeline, count: int, tell: Callable[[str], None]) -> list[Row]:
     """Seconds of single steps of an edit with so many tokens that merging is meant for, plain and merged in turn, with
     the control that is the preset's; the picture is one colour, as its content takes no time."""
-    if not isinstance(pipe, LatentPipeline):
+    if pipe.model.inversion == ("fixed_point", 2):
         return []  # the embedded MM-DiT has the tokens of one size only
     side = int(MERGED_TOKENS**0.5) * pipe.pixels * pipe.patch
     inversion = pipe.invert(Image.new("RGB", (side, side), "gray"), "a cat", height=side, width=side, **ONE_STEP)

@@ -186,7 +186,7 @@ def _through_latent(pipe: Any, images: Tensor) -> Tensor:
     found = []
     for part in images.split(64):
         tokens, grid = pipe.encode_condition(_signed(part).to(pipe.device))
-        decoded = pipe.decode(tokens, grid, "pt").float().cpu()
+        decoded = pipe.decode(tokens, output_type="pt").float().cpu()
         found.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     return torch.cat(found)
 

@@ -23,8 +23,9 @@ from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
 from condit.diffusion.guidance import guide
 from condit.diffusion.objectives import add_noise, drop, flow_loss, to_velocity
-from condit.diffusion.samplers import euler
+from condit.diffusion.samplers import FlowPath, euler
 from condit.diffusion.schedules import flow_sigmas
+from condit.diffusion.steps import Step
 from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
@@ -33,8 +34,8 @@ from condit.nn.streams import Stream
 from condit.training.export import ADAPTER, export_adapter
 from condit.training.loop import Task, to_device
 from condit.weights.files import load_strict, read_tensors
-from condit.weights.load import load_tiny
-from condit.weights.tiny import floats
+from condit.weights.folders import floats
+from condit.weights.tiny import load_tiny
 from condit_lab.icons.captions import plain_caption
 from condit_lab.icons.world import GROUPS, TRAIN_LICENCES
 from condit_lab.training.icon_batches import IconSet
@@ -139,18 +140,18 @@ class AdapterTask(Task):
         keep = torch.zeros(n, dtype=torch.bool, device=self.device)
         sides = [(text, *self.conditions(batch, text, keep)), (empty, *self.conditions(batch, empty, ~keep))]
 
-        def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
-            t = sigma.to(self.device).expand(n)
+        def velocity(x: Tensor, step: Step) -> Tensor:
+            t = torch.full((n,), step.time, device=self.device)
             c, u = (to_velocity(self.predict(x, t, *side), x, t, "x") for side in sides)
             return guide(c, u, guidance)
 
         code = GRID[0] * GRID[1], 4 * self.vae.config.latent_channels
         generator = torch.Generator().manual_seed(seed)
 
-        def noise() -> Tensor:
+        def noise(x: Tensor | None = None) -> Tensor:
             return torch.randn(n, *code, generator=generator).to(self.device)
 
-        x = euler(velocity, noise(), flow_sigmas(steps, shift=SHIFT), eta=ETA, noise=noise)
+        x = euler(velocity, noise(), FlowPath(tuple(flow_sigmas(steps, shift=SHIFT).tolist())), eta=ETA, noise=noise)
         return to_images(decode_tokens(self.vae, x, GRID))
 
     def sheet(self) -> Image.Image:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from condit.encoders.clip import CONCEPT, STYLE, embed_image, embed_text, make_clip, make_tokenizer, token_ids
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors
-from condit.weights.tiny import floats
+from condit.weights.folders import floats
 from condit_lab.icons.procedural import Procedural
 from condit_lab.icons.styles import STYLES, UI_STYLES
 from condit_lab.icons.world import GROUPS, TRAIN_LICENCES

@@ -74,7 +74,7 @@ class JointTask(TextToImageTask):
         kept = ~drop(len(features), 0.1, generator).to(x0.device)
         control = self.ip.reference(torch.cat([features.new_zeros(plain, features.shape[1]), features * kept[:, None]]))
         region = (torch.arange(len(x0), device=x0.device) >= plain).float()[:, None, None, None]
-        output = self.predict(add_noise(x0, noise, t), t, text, [control.inside(region)])
+        output = self.predict(add_noise(x0, noise, t), t, text, [control.within(region)])
         loss = flow_loss(output, x0, noise, t, "x")
         parts = {"plain": loss[:plain], "styled": loss[plain:]}
         return loss.mean(), {name: round(float(part.detach().mean()), 4) for name, part in parts.items()}

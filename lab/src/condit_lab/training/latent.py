@@ -17,8 +17,8 @@ from condit.diffusion.objectives import add_noise, to_velocity
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig, encode_tokens, scale_shift, unpack
 from condit.training.loop import Task
 from condit.weights.files import save_tensors
-from condit.weights.load import load_tiny
-from condit.weights.tiny import load_latent
+from condit.weights.tiny import load_tiny
+from condit.weights.vae import load_latent
 from condit_lab.icons.procedural import Procedural
 from condit_lab.icons.world import TRAIN_LICENCES
 from condit_lab.training.icon_batches import IconSet, procedural

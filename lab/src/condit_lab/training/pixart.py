@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from condit.backbones.pixart import PRESETS, PixArt
 from condit.diffusion.vp import Process
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import Text, TinyTextStates
 from condit.training.denoising import errors, latents_of
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors, save_tensors
-from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
-from condit.weights.tiny_pixart import INDEX, pixart_parts
+from condit.weights.folders import WEIGHTS, floats
+from condit.weights.tiny import PIXART_INDEX, latent_parts, load_clip
+from condit.weights.vae import load_latent
 from condit_lab.training.captioned import Captioned, CaptionedIcons
 from condit_lab.training.teacher import Teacher, alpha_sigma
 from condit_lab.training.unet import scheduler_config
@@ -58,7 +59,7 @@ class PixArtTask(Task):
         self.requires_grad_(False)
         self.transformer = PixArt(PRESETS[preset])
         start(self.transformer)
-        self.parts = pixart_parts(self.transformer, self.words, self.vae, PROCESS, preset)
+        self.parts = latent_parts(self.transformer, self.words, self.vae, PROCESS, preset)
         if init is not None:
             load_strict(self.transformer, floats(read_tensors(Path(init) / "transformer" / WEIGHTS)), source=init)
 
@@ -103,7 +104,7 @@ class PixArtTask(Task):
         return (errors(self.parts, x0, noise, t, words) * (a + s).flatten().square()).mean()
 
     def sheet(self) -> Image.Image:
-        pipe = LatentPipeline(self.parts)
+        pipe = Pipeline(self.parts)
         return self.data.sheet(lambda prompts: pipe(prompts, seed=0).images)
 
     def export(self, folder: Path, card: dict) -> None:
@@ -112,9 +113,9 @@ class PixArtTask(Task):
             (folder / part).mkdir(parents=True, exist_ok=True)
         tensors = {k: v.half().contiguous() for k, v in self.transformer.state_dict().items()}
         save_tensors(folder / "transformer" / WEIGHTS, tensors, {"condit": "transformer"})
-        config = {"_class_name": INDEX["transformer"], **dataclasses.asdict(self.transformer.config)}
+        config = {"_class_name": PIXART_INDEX["transformer"], **dataclasses.asdict(self.transformer.config)}
         configs = {
-            "model_index.json": INDEX,
+            "model_index.json": PIXART_INDEX,
             "transformer/config.json": config,
             "scheduler/scheduler_config.json": scheduler_config(PROCESS),
             "card.json": card,

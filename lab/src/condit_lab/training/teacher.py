@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from condit.diffusion.vp import Process
 from condit.encoders.vae import pack, unpack
-from condit.weights.load import load_tiny
+from condit.weights.tiny import load_tiny
 from condit_lab.training.text_to_image import GRID, image_stream
 
 

@@ -17,14 +17,17 @@ from condit.controls.control import Control
 from condit.data.images import to_images
 from condit.diffusion.guidance import guide
 from condit.diffusion.objectives import add_noise, flow_loss, to_velocity
-from condit.diffusion.samplers import euler
+from condit.diffusion.samplers import FlowPath, euler
 from condit.diffusion.schedules import flow_sigmas, logit_normal
+from condit.diffusion.steps import Step
 from condit.encoders.text import Text, TinyText
 from condit.encoders.vae import PatchAutoencoder, decode_tokens, encode_tokens
 from condit.nn.streams import Stream, grid_ids
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors, save_tensors
-from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
+from condit.weights.folders import WEIGHTS, floats
+from condit.weights.tiny import load_clip
+from condit.weights.vae import load_latent
 from condit_lab.icons.world import GROUPS
 from condit_lab.training.captioned import Captioned, CaptionedIcons
 from condit_lab.training.icon_batches import IconSet
@@ -141,17 +144,17 @@ class TextToImageTask(Task):
         """One picture a prompt, by the sampler of the pipeline."""
         text, empty = self.text(prompts), self.text([""] * len(prompts))
 
-        def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
-            t = sigma.to(x.device).expand(len(x))
+        def velocity(x: Tensor, step: Step) -> Tensor:
+            t = torch.full((len(x),), step.time, device=x.device)
             both = [to_velocity(self.predict(x, t, s), x, t, "x") for s in (text, empty)]
             return guide(both[0], both[1], guidance)
 
         generator = torch.Generator().manual_seed(seed)
 
-        def noise() -> Tensor:
+        def noise(x: Tensor | None = None) -> Tensor:
             return torch.randn(len(prompts), *self.code, generator=generator).to(self.device)
 
-        x = euler(velocity, noise(), flow_sigmas(steps, shift=SHIFT), eta=ETA, noise=noise)
+        x = euler(velocity, noise(), FlowPath(tuple(flow_sigmas(steps, shift=SHIFT).tolist())), eta=ETA, noise=noise)
         return to_images(decode_tokens(self.vae, x, GRID))
 
     def sheet(self) -> Image.Image:

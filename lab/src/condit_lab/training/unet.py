@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from condit.backbones.unet import PRESETS, Resnet, Transformer, UNet
 from condit.controls.control import Control
 from condit.diffusion.vp import Process
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import TinyTextStates
 from condit.nn.attention import Attend, Call
 from condit.training.denoising import errors, latents_of
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors, save_tensors
-from condit.weights.tiny import WEIGHTS, floats, load_clip, load_latent
-from condit.weights.tiny_unet import INDEX, unet_parts
+from condit.weights.folders import WEIGHTS, floats
+from condit.weights.tiny import UNET_INDEX, latent_parts, load_clip
+from condit.weights.vae import load_latent
 from condit_lab.training.captioned import Captioned, CaptionedIcons
 from condit_lab.training.teacher import Teacher
 
@@ -69,7 +70,7 @@ class UNetTask(Task):
         if not 0 <= silent <= 1:
             raise ValueError(f"silent is a share of the rows, 0 to 1; found {silent}.")
         self.silent = silent
-        self.parts = unet_parts(self.unet, self.text, self.vae, PROCESS, preset)
+        self.parts = latent_parts(self.unet, self.text, self.vae, PROCESS, preset)
 
     def compiled(self) -> list[nn.Module]:
         return [self.unet]
@@ -105,7 +106,7 @@ class UNetTask(Task):
         return found
 
     def sheet(self) -> Image.Image:
-        pipe = LatentPipeline(self.parts)
+        pipe = Pipeline(self.parts)
         return self.data.sheet(lambda prompts: pipe(prompts, seed=0).images)
 
     def export(self, folder: Path, card: dict) -> None:
@@ -115,7 +116,7 @@ class UNetTask(Task):
         tensors = {k: v.half().contiguous() for k, v in self.unet.state_dict().items()}
         save_tensors(folder / "unet" / WEIGHTS, tensors, {"condit": "unet"})
         configs = {
-            "model_index.json": INDEX,
+            "model_index.json": UNET_INDEX,
             "unet/config.json": {"_class_name": "UNet2DConditionModel", **dataclasses.asdict(self.unet.config)},
             "scheduler/scheduler_config.json": scheduler_config(PROCESS),
             "card.json": card,

@@ -27,7 +27,7 @@ from condit.data.grouped import PAIR_KINDS, PairKind
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
 from condit.diffusion.objectives import drop
-from condit.drawing.latent_pipeline import LatentPipeline
+from condit.drawing.pipeline import Pipeline
 from condit.encoders.image import TinyImage
 from condit.training.deadiff import SHOWN, dropout_from, load_adapter, make_adapter
 from condit.training.denoising import errors, latents_of, run_of
@@ -36,7 +36,7 @@ from condit.training.ip_adapter import TOKENS, new_adapter, read_features
 from condit.training.loop import to_device
 from condit.training.paired import Paired
 from condit.weights.files import load_strict, read_tensors
-from condit.weights.tiny import floats
+from condit.weights.folders import floats
 from condit_lab.icons.world import GROUPS
 from condit_lab.training.captioned import Captioned
 from condit_lab.training.icon_batches import IconSet
@@ -182,7 +182,7 @@ class UNetJointTask(UNetTask):
         spread = features.new_zeros(count, *features.shape[1:])
         region = features.new_zeros(count, 1, 1, 1)
         spread[rows], region[rows] = features, 1
-        return adapter.reference(spread).inside(region)
+        return adapter.reference(spread).within(region)
 
     def asked(self, pairs: tuple[Paired, ...], kept: Tensor) -> DEADiffReference:
         """DEADiff's tokens for rows of several tasks: zeros for what a task is not shown, and where not `kept`."""
@@ -236,7 +236,7 @@ class UNetJointTask(UNetTask):
     def sheet(self) -> Image.Image:
         """References, what is drawn without and with them, and the real icons: held-out combinations by each adapter,
         then the never-trained style."""
-        rows, labels, pipe = [], [], LatentPipeline(self.parts)
+        rows, labels, pipe = [], [], Pipeline(self.parts)
         looks = {f"{name}held out": look for name, look in self.looks(8, self.held_out, self.held_out_pairs).items()}
         for name, (shown, control) in {**looks, "new style": self.looks(8, self.unseen, None)[""]}.items():
             batch = to_device(shown, self.device)

@@ -1,0 +1,252 @@
+"""What a pipeline needs of a model: one implementation a family (flow.py, vp.py, classes.py, pixels.py).
+
+C is what a family is conditioned on: encoded text, or class numbers. Latents (B, ...) are float32 and of unit variance
+at full noise; each family has its own shape of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from condit.controls.control import Act, Control, Pair, Run, match_batch
+from condit.diffusion.inversion import Path as EditPath
+from condit.diffusion.inversion import Solver as InversionSolver
+from condit.diffusion.steps import Path, Step
+from condit.drawing.settings import Settings
+from condit.encoders.text import Text
+
+C = TypeVar("C")
+
+
+class Network(Protocol):
+    """A network that knows its text or classes: the raw prediction for x (B, ...) at a step, in float32."""
+
+    def __call__(self, x: Tensor, step: Step, controls: Sequence[Control]) -> Tensor: ...
+
+
+class Side(NamedTuple):
+    """One side of the guidance: what it is conditioned on, and the controls that act in it."""
+
+    condition: Any
+    controls: tuple[Control, ...]
+
+
+# The one signature of all samplers (diffusion/steps.py); each reads its own family of paths.
+Sampler = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The images of a run: their number, their size in pixels, and the grid of tokens. cells: the numbers of those
+    tokens that are generated; None: all. memory: what the controls of a call share over the sides of guidance."""
+
+    batch: int
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    cells: Tensor | None = None
+    edit: Pair | None = None
+    memory: dict = field(default_factory=dict)
+
+
+class Conditions(Protocol[C]):
+    """condition(positive): a row for each image of the batch, encoded when first called for."""
+
+    def __call__(self, positive: bool, /) -> C: ...
+
+
+class Model(Protocol, Generic[C]):
+    """A family of models over its `parts`: weights, encoders and defaults."""
+
+    @property
+    def parts(self) -> Any: ...
+    @property
+    def backbone(self) -> Any: ...
+    @property
+    def reads(self) -> Literal["prompt", "class", "nothing"]: ...
+    @property
+    def supports(self) -> frozenset[str]:
+        """Fields of `Settings` that the family reads, beside the common ones."""
+        ...
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Values of output_type."""
+        ...
+
+    @property
+    def fewest_steps(self) -> int: ...
+    @property
+    def repaints(self) -> bool:
+        """Whether it is an inpainting model, which reads the mask and the image around it with the latents."""
+        ...
+
+    def to(self, device: str | torch.device) -> None:
+        """Move every part, in place."""
+        ...
+
+    # Values of a call
+
+    def settings(self, asked: Settings, prompt: object) -> Settings:
+        """With the model's defaults. ValueError for what it cannot do."""
+        ...
+
+    def describe(self, prompt: Any, negative: Any, settings: Settings) -> dict[str, object]:
+        """What a recipe keeps of prompt and settings, in the words of the call."""
+        ...
+
+    def count(self, prompt: Any) -> int:
+        """How many prompts or classes. ValueError for what the model cannot read."""
+        ...
+
+    def conditions(self, prompt: Any, negative: Any, settings: Settings) -> Conditions[C]: ...
+
+    def refuse(self, control: Control) -> str | None:
+        """Why a control cannot act on this model; None where it can."""
+        ...
+
+    # Sizes
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of an image where a call gives none."""
+        ...
+
+    @property
+    def token(self) -> int:
+        """Pixels of a token's side."""
+        ...
+
+    def cells_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Of an image's latent before any packing: (channels, rows, columns)."""
+        ...
+
+    # Latents
+
+    def encode(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents: the mode of each posterior, or a sample by its own generator."""
+        ...
+
+    def decode(self, latents: Tensor, layout: Layout) -> Tensor:
+        """Latents -> images (B, 3, H, W) in [-1, 1], float32."""
+        ...
+
+    def check_output(self, output_type: str) -> None:
+        """ValueError for a kind of output that a missing part makes impossible."""
+        ...
+
+    def check_latents(self, latents: Tensor, layout: Layout) -> Tensor:
+        """A caller's first noise, arranged. ValueError for another shape."""
+        ...
+
+    def first(self, noise: Tensor, path: Any) -> Tensor:
+        """Unit noise at the path's first level."""
+        ...
+
+    def arrange(self, cells: Tensor, layout: Layout) -> Tensor:
+        """(B, *cells_shape) -> the latents that the network reads."""
+        ...
+
+    # A run
+
+    def path(self, settings: Settings, layout: Layout) -> tuple[Sampler, Path]: ...
+
+    def draws_noise(self, settings: Settings) -> bool:
+        """Whether the sampler draws noise after the first."""
+        ...
+
+    @property
+    def inversion(self) -> tuple[InversionSolver, int] | None:
+        """The solver of an edit's inversion and its iterations where a call names none; None: no edits."""
+        ...
+
+    def step_at(self, t: float) -> Step:
+        """The only step of a run, at a noise level t in [0, 1]."""
+        ...
+
+    def sides(self, settings: Settings, controlled: bool) -> list[tuple[bool, bool]]:
+        """(positive, with controls) of each prediction that the guidance needs, the positive one first."""
+        ...
+
+    def run(self, condition: C, layout: Layout, settings: Settings, controls: Sequence[Control]) -> Run:
+        """What controls may know of a side."""
+        ...
+
+    def network(
+        self, conditions: Sequence[C], layout: Layout, settings: Settings, beside: Tensor | None = None
+    ) -> Network:
+        """The network for one side, or for all of them in one batch. What does not change from step to step is computed
+        here. beside: channels that an inpainting model reads with the latents."""
+        ...
+
+    def joins(self, settings: Settings, acts: frozenset[Act]) -> bool:
+        """Whether all sides may run in one batch beside controls of these acts."""
+        ...
+
+    def guide(self, outputs: Sequence[Tensor], step: Step, settings: Settings) -> Tensor:
+        """The guided prediction from those of all sides."""
+        ...
+
+
+class TextModel(Model[Text], Protocol):
+    """A family that reads prompts: it also encodes images, starts from them and, with an `inversion`, edits them."""
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether the model knows one size only."""
+        ...
+
+    def encode_together(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The same in one pass, with one generator for all."""
+        ...
+
+    def encode_text(self, prompt: object, clip_skip: int | None = None) -> Text: ...
+
+    def noised(self, x0: Tensor, noise: Tensor, path: Any, level: int) -> Tensor:
+        """Clean latents at a level of the path."""
+        ...
+
+    def noised_at(self, x0: Tensor, noise: Tensor, step: Step) -> Tensor:
+        """Clean latents at the level of a step."""
+        ...
+
+    def spread(self, mask: Tensor, layout: Layout) -> Tensor:
+        """(B, N) on the token grid -> a factor on latents."""
+        ...
+
+    def edit_path(self, steps: int, layout: Layout, solver: InversionSolver) -> EditPath:
+        """The levels of an edit. Of models with an `inversion`."""
+        ...
+
+    def edit_output(self, output: Tensor, x: Tensor, path: Any, time: float) -> Tensor:
+        """What the path walks by: velocity, or noise."""
+        ...
+
+
+def rows_for(text: Text, count: int, copies: int) -> Text:
+    """A row for each image: one text for all or one a prompt, repeated for the copies of each."""
+    if len(text.tokens) not in (1, count):
+        raise ValueError(f"{len(text.tokens)} negative prompts for {count} prompts. Give one, or as many as prompts.")
+    return text.each(lambda part: match_batch(part, count, "prompt").repeat_interleave(copies, 0))
+
+
+def common_sides(settings: Settings, controlled: bool) -> list[tuple[bool, bool]]:
+    """The positive side; the text alone, where the controls have a scale of their own; the negative side."""
+    sides = [(True, True)]
+    if settings.image_guidance_scale is not None and controlled:
+        sides.append((True, False))
+    if settings.scale != 1.0 or len(sides) > 1:
+        sides.append((False, False))
+    return sides
+
+
+def module_device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def module_dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

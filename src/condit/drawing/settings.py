@@ -1,0 +1,123 @@
+"""What a call is asked for: its optional arguments as one value, and the checks at the door."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
+from typing import Literal
+
+import torch
+
+from condit.drawing.references import MAX_SIDE
+
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The optional arguments of a call. None stands for the model's default, which `Model.settings` fills in.
+
+    Sizes are (height, width) in pixels. `copies` is num_images_per_prompt.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    timesteps: Sequence[int] | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    guidance_power: float | None = None
+    guidance_channels: int | Literal["all"] | None = None
+    guidance_in_one_call: bool | None = None
+    image_guidance_scale: float | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    strength: float | None = None
+    clip_skip: int | None = None
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    copies: int = 1
+
+    def filled(self, **defaults: object) -> Settings:
+        """With defaults where nothing was given."""
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return replace(self, **missing)  # type: ignore[arg-type]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        assert self.height is not None and self.width is not None
+        return self.height, self.width
+
+    @property
+    def steps(self) -> int:
+        assert self.num_inference_steps is not None
+        return self.num_inference_steps
+
+    @property
+    def scale(self) -> float:
+        """Of the guidance by the text or the class; 1 where nothing is guided."""
+        return 1.0 if self.guidance_scale is None else float(self.guidance_scale)
+
+
+# Every model reads these.
+COMMON = frozenset({"height", "width", "num_inference_steps", "copies"})
+
+
+def check_supported(name: str, settings: Settings, supported: frozenset[str]) -> None:
+    """ValueError for an argument that the model does not read."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value is not None and field.name not in COMMON | supported:
+            raise ValueError(f"{name} does not support {field.name}; found {value!r}. Leave it out.")
+
+
+def check_size(size: tuple[int, int], side: int) -> None:
+    """ValueError unless height and width are multiples of `side`, which is what the model's smallest part covers."""
+    if any(pixels % side or not 0 < pixels <= MAX_SIDE for pixels in size):
+        raise ValueError(f"height and width must be multiples of {side} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
+
+
+def check_counts(
+    steps: int, copies: int, output_type: str, *, fewest: int = 1, kinds: Sequence[str] = ("pil", "pt", "latent")
+) -> None:
+    """ValueError for a number of steps below `fewest` or above MAX_STEPS, of images, or an unknown kind of output."""
+    if not isinstance(steps, Integral) or not fewest <= steps <= MAX_STEPS:
+        raise ValueError(f"num_inference_steps must be {fewest} to {MAX_STEPS}; found {steps}.")
+    if not isinstance(copies, Integral) or copies < 1:
+        raise ValueError(f"num_images_per_prompt must be at least 1; found {copies}.")
+    if output_type not in kinds:
+        named = f"{', '.join(map(repr, kinds[:-1]))} or {kinds[-1]!r}"
+        raise ValueError(f"output_type must be {named}; found {output_type!r}.")
+
+
+def prompt_list(prompt: object) -> list[str]:
+    """One prompt or a list of them as a list; ValueError for anything else, and for an empty list."""
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
+    return [str(p) for p in prompts]
+
+
+def negative_prompts(negative: str | Sequence[str] | None, n: int) -> list[str]:
+    """n negative prompts from one, n or none."""
+    prompts = [negative or ""] * n if negative is None or isinstance(negative, str) else list(negative)
+    if len(prompts) != n:
+        raise ValueError(f"{len(prompts)} negative prompts for {n} prompts. Give one, or as many as prompts.")
+    return prompts
+
+
+def image_generators(
+    batch: int, seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> tuple[list[int | None], list[torch.Generator]]:
+    """A generator an image, and the seeds: image i has seed + i (None: a random start), or one that was given."""
+    if generator is not None and seed is not None:
+        raise ValueError("Give seed or generator, not both.")
+    if generator is not None:
+        generators = [generator] * batch if isinstance(generator, torch.Generator) else list(generator)
+        if len(generators) != batch:
+            raise ValueError(f"{len(generators)} generators for {batch} images.")
+        return [None] * batch, generators
+    first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would reseed everybody
+    return [first + i for i in range(batch)], [torch.Generator().manual_seed(first + i) for i in range(batch)]

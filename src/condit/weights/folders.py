@@ -1,0 +1,108 @@
+"""A model's folder on disk: its JSON files, and which of its files hold the weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from condit.weights.files import Json, own_fields, read_metadata, read_tensors
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a part
+_PLAIN = re.compile(r"[^.]+\.\w+")  # a name without a variant such as fp16
+_SHARD = re.compile(r"-\d+-of-\d+")
+_ENDINGS = ("safetensors", "bin", "pt", "pth", "npz")
+
+
+def read_json(path: Path) -> Json:
+    """FileNotFoundError without the file, ValueError if it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no {path.name} at {path.parent}: is it a folder in diffusers' layout?") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def optional_json(path: Path) -> Json:
+    """`read_json`, or {} without the file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def read_config(folder: Path) -> Json:
+    """config.json without the keys that say who wrote it, with tuples for lists."""
+    config = read_json(folder / "config.json")
+    return tuples({name: value for name, value in config.items() if not name.startswith("_") and name != "condit"})
+
+
+def tuples(fields: Mapping[str, object]) -> Json:
+    """JSON has lists where our configurations have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def own_config(path: str | Path, name: str, config: type) -> Json:
+    """The fields of the dataclass `config` that condit's `save_*` wrote into a file for a model of class `name`; {} for
+    other files. ValueError for a field that the dataclass does not have."""
+    fields = own_fields(read_metadata(path))
+    if fields.pop("class", None) != name:
+        return {}
+    unknown = sorted(fields.keys() - config.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(f"{path}: its config has {unknown[0]!r}, which {name} does not. Written by a later version?")
+    return tuples(fields)
+
+
+def network_folder(folder: Path) -> Path:
+    """The folder `transformer` of a pipeline's folder, or the folder itself without one."""
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
+
+
+def first_weight_file(path: Path) -> Path | None:
+    """A file itself; of a folder the first weight file of its network; None without one."""
+    if not path.is_dir():
+        return path
+    folder = network_folder(path)
+    return next((file for ending in _ENDINGS for file in sorted(folder.glob(f"*.{ending}"))), None)
+
+
+def only_weight_file(path: str | Path, what: str) -> Path:
+    """A file itself; of a folder its only safetensors file. ValueError for a folder with none or several; `what` names
+    such a folder in the message."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"{path} holds {len(files)} safetensors files; {what} holds one.")
+    return files[0]
+
+
+def weight_files(folder: Path, endings: tuple[str, ...] = _ENDINGS[:2]) -> list[Path]:
+    """The weights of a part, one file or several shards: by the first ending that there is, full precision before a
+    variant (fp16), diffusers' own name before others. FileNotFoundError without weights, ValueError for several
+    variants."""
+    for ending in endings:
+        files = sorted(folder.glob(f"*.{ending}"))
+        files = [file for file in files if file.name.startswith(Path(WEIGHTS).stem)] or files
+        plain = [file for file in files if _PLAIN.fullmatch(_SHARD.sub("", file.name))]
+        variants = {_SHARD.sub("", file.name).split(".")[1] for file in files if file not in plain}
+        if len(variants) > 1 and not plain:
+            names = ", ".join(sorted(variants))
+            raise ValueError(f"{folder} holds several variants: {names}. Leave one of them there.")
+        if files:
+            return plain or files
+    wanted = " or ".join(f"*.{ending}" for ending in endings)
+    raise FileNotFoundError(f"{folder} holds no weights: expected a {wanted} file.")
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a part."""
+    return {name: tensor for file in weight_files(folder) for name, tensor in read_tensors(file).items()}
+
+
+def floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """fp16 storage to fp32: the embedded models run in fp32 on CPUs."""
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
