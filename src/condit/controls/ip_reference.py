@@ -170,7 +170,11 @@ class WithLoRA(Wrapper):
         return sum_loras((self.update, super().lora()))
 
     def describe(self) -> dict:
-        scale = float(self.update.weight) if isinstance(self.update, PartialLoRA) and self.update.weight is not None else 1.0
+        scale = (
+            float(self.update.weight)
+            if isinstance(self.update, PartialLoRA) and self.update.weight is not None
+            else 1.0
+        )
         return {**self.inside[0].describe(), "lora_scale": scale}
 
 

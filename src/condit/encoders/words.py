@@ -56,9 +56,13 @@ def words_of(
             f"{type(tokenizer).__name__} has no character offsets, which map words to tokens. Load the fast tokenizer "
             "(tokenizer.json)."
         )
-    encodings = [tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True) for prompt in prompts]
+    encodings = [
+        tokenizer(prompt, truncation=True, max_length=limit, return_offsets_mapping=True) for prompt in prompts
+    ]
     length = padded or limit
-    return [align_words(p, e["input_ids"], e["offset_mapping"], length) for p, e in zip(prompts, encodings, strict=True)]
+    return [
+        align_words(p, e["input_ids"], e["offset_mapping"], length) for p, e in zip(prompts, encodings, strict=True)
+    ]
 
 
 def align_words(prompt: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], length: int) -> Words:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from condit.backbones.unet import UNetAttention, UNetBlock, UNetContext, UNet, UNetConfig
+from condit.backbones.unet import UNet, UNetAttention, UNetBlock, UNetConfig, UNetContext
 from condit.controls.control import Control, Run, Step
 from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference
 from condit.controls.deadiff_layers import Name, cross_shapes, layer_table

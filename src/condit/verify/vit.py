@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from condit.backbones.vit import ViTBlock, ViTContext, ViT, ViTConfig, resize_positions
+from condit.backbones.vit import ViT, ViTBlock, ViTConfig, ViTContext, resize_positions
 from condit.verify.check import Check, Differences, difference, layout_differences, part
 from condit.weights.vit import load_vit, read_vit
 from condit.weights.vit_layouts import State, to_layout
