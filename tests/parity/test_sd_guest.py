@@ -471,7 +471,7 @@ def test_other_pipelines_and_networks_are_refused_by_name(pairs):
     unet = copy.deepcopy(pair.theirs.unet)
     unet.register_to_config(class_embed_type="timestep")
     vars(odd)["unet"] = unet
-    with pytest.raises(ValueError, match="class_embed_type = 'timestep', which Stable Diffusion's has not"):
+    with pytest.raises(ValueError, match="class_embed_type = 'timestep', which Stable Diffusion's does not have"):
         attach(odd)
     with pytest.raises(ValueError, match=r"multiples of 2; found \(33, 32\)"):
         attach(pair.theirs, size=(33, 32))
