@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -37,7 +38,7 @@ def pipe(request) -> condit.Pipeline:
     return condit.load(request.param)
 
 
-def draw(pipe, controls=(), prompt="a red apple"):
+def draw(pipe: condit.Pipeline, controls: Sequence[condit.Control] = (), prompt: str | list[str] = "a red apple"):
     return pipe(prompt, controls=controls, seed=0, num_inference_steps=3, output_type="latent").images
 
 

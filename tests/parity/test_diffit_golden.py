@@ -1,5 +1,5 @@
 """DiffiT's latent model (arXiv:2312.02139) against golden/diffit: tensors written by the official release. What is
-compared, and how exactly: condit/verify/diffit.py.
+compared, and how exactly: lab/src/condit_lab/parity/diffit.py.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from condit.backbones.diffit import TMSA, DiffiTConfig
 from condit.verify.check import difference, part
-from condit.verify.diffit import CHECKS, TOLERANCE, load, told
 from condit.weights.diffit import save_diffit
+from condit_lab.parity.diffit import CHECKS, TOLERANCE, load, told
 
 GOLDEN = Path(__file__).parent / "golden" / "diffit"
 FIXTURES = ["latent_a", "latent_b_constant_guidance"]

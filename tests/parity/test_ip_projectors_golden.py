@@ -1,4 +1,4 @@
-"""IP-Adapter's projectors against the official modules; golden/ip_adapter holds what they computed."""
+"""IP-Adapter's projectors, recognised by their tensors; what they compute: condit/verify/ip_adapter.py."""
 
 from pathlib import Path
 
@@ -17,28 +17,23 @@ from condit.weights.ip_projectors import projector_of
 
 T = load_file(Path(__file__).parent / "golden" / "ip_adapter" / "projections.safetensors")
 CASES = {
-    "image_proj": (ImageProjection, ()),
-    "mlp_full": (FullProjection, ()),
-    "resampler": (Resampler, ()),
-    "resampler_posemb_meanpool": (Resampler, ()),
-    "faceid_mlp": (IdentityProjection, ()),
-    "faceid_plus": (IdentityPlusProjection, (None,)),
-    "faceid_plus_v2": (IdentityPlusProjection, (0.7,)),
+    "image_proj": ImageProjection,
+    "mlp_full": FullProjection,
+    "resampler": Resampler,
+    "resampler_posemb_meanpool": Resampler,
+    "faceid_mlp": IdentityProjection,
+    "faceid_plus": IdentityPlusProjection,
+    "faceid_plus_v2": IdentityPlusProjection,
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_projector_is_told_by_its_tensors_and_computes_the_official_tokens(case):
+def test_a_projector_is_recognised_by_its_tensors(case):
     prefix = f"{case}/weights/"
     weights = {name.removeprefix(prefix): t for name, t in T.items() if name.startswith(prefix)}
     projector = projector_of(weights, head_dim=8)  # the fixture's Perceivers; FaceID-Plus always has heads of 64
-    kind, more = CASES[case]
-    assert type(projector) is kind
+    assert type(projector) is CASES[case]
     assert all(torch.equal(t, weights[name]) for name, t in projector.state_dict().items())
-    inputs = [T[name] for name in (f"{case}/in0", f"{case}/in1") if name in T]
-    with torch.no_grad():
-        found = projector(*inputs, *more)
-    torch.testing.assert_close(found, T[f"{case}/out"], rtol=0, atol=1e-5)  # sums in another order
 
 
 def test_a_shortcut_tells_the_two_versions_of_faceid_plus_apart():

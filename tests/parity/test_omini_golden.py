@@ -1,5 +1,5 @@
 """OminiControl (arXiv:2411.15098, 2503.08280) against golden/ominicontrol, tensors written by the official code. What
-is compared, and how exactly: condit/verify/omini.py.
+is compared, and how exactly: lab/src/condit_lab/parity/omini.py.
 """
 
 from dataclasses import replace
@@ -11,7 +11,8 @@ import torch
 from condit.controls.control import Step
 from condit.controls.omini import OminiReference
 from condit.verify.check import difference
-from condit.verify.omini import CHECKS, TOLERANCE, Golden, first_step_cache, read
+from condit_lab.parity.omini import CHECKS, TOLERANCE, first_step_cache
+from condit_lab.parity.omini_golden import Golden, read
 
 FOLDER = Path(__file__).parent / "golden" / "ominicontrol"
 

@@ -1,5 +1,5 @@
 """ViT (arXiv:2010.11929) against golden/vit: tensors written by the authors' JAX model, timm 1.0.31, transformers 5.23;
-and against transformers on random models. What is compared, and how exactly: condit/verify/vit.py.
+and against transformers on random models. What is compared, and how exactly: lab/src/condit_lab/parity/vit.py.
 """
 
 from dataclasses import replace
@@ -10,8 +10,8 @@ import torch
 
 from condit.backbones.vit import FLAVOURS
 from condit.verify.check import difference
-from condit.verify.vit import CHECKS, TOLERANCE, build, images, read_authors
 from condit.weights.vit import load_vit, read_vit, save_vit
+from condit_lab.parity.vit import CHECKS, TOLERANCE, build, images, read_authors
 
 GOLDEN = Path(__file__).parent / "golden" / "vit"
 

@@ -4,18 +4,20 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from condit.backbones import diffit, dit, vit
+from condit.verify import fixtures
 from condit.verify.check import Check, Row, difference, layout_differences
 from condit.verify.files import nearest, verify_file
 from condit.verify.fixtures import (
-    CHECKS,
-    TITLES,
+    SYSTEMS,
     find_golden,
     lines,
     markdown,
@@ -95,9 +97,56 @@ def test_a_failing_row_names_everything_beyond_its_tolerance():
 def test_every_fixture_in_the_folder_is_compared_with():
     golden = find_golden()
     assert golden == ROOT / "tests" / "parity" / "golden"
-    for name, checks in CHECKS.items():
-        assert unknown(name, golden / name) == []
-        assert all(check.cases(golden / name) for check in checks)
+    assert {folder.name for folder in golden.iterdir()} == {system.folder for system in SYSTEMS.values()}
+    for name, system in SYSTEMS.items():
+        assert unknown(name, golden / system.folder) == []
+        assert all(check.cases(golden / system.folder) for check in system.checks)
+        for check in system.checks:  # nothing that a check compares is a mere input of it
+            cases = check.cases(golden / system.folder)
+            inputs = [case for case in cases if any(fnmatch(case, pattern) for pattern in system.inputs)]
+            assert not inputs or check.what in ("image encoder", "UNet without an adapter"), check.what
+
+
+@pytest.mark.parametrize("name", ["omini", "ip-adapter", "instantstyle", "deadiff", "dit4edit"])
+def test_a_recorded_value_that_is_wrong_or_that_nothing_computes_fails_its_row(tmp_path, name):
+    system = SYSTEMS[name]
+    golden = find_golden() / system.folder
+    check, file, tensor, more = SPOILT[name]
+    for given in golden.iterdir():
+        (tmp_path / given.name).symlink_to(given)
+    tensors = load_file(golden / file)
+    (tmp_path / file).unlink()
+    wrong = tensors | {tensor: tensors[tensor] + 1e-3 * tensors[tensor].abs().max()}
+    wrong |= {more: tensors[tensor]} if more else {}
+    save_file(wrong, tmp_path / file)
+    (row,) = [c.run(tmp_path) for c in system.checks if c.what == check]
+    assert {line.split(": ")[1] for line in row.exceeding()} == {tensor, more} - {""}
+
+
+# System -> a check, a file, a tensor of it; a name that no case computes, where names do not tell their settings.
+SPOILT = {
+    "omini": ("one prediction, 13 kinds of conditions", "forward.safetensors", "out/aligned", "out/more"),
+    "ip-adapter": (
+        "regions, two images, two adapters",
+        "sd15_regional_diffusers.safetensors",
+        "two_adapters",
+        "two_more",
+    ),
+    "instantstyle": (
+        "UNet with every preset at every strength",
+        "sd15_global_blocks.safetensors",
+        "style/scale_0.5",
+        "",
+    ),
+    "deadiff": ("UNet in every mode", "unet_io.safetensors", "out.both.w1.0", ""),
+    "dit4edit": ("merged and unmerged tokens", "token_merge.safetensors", "0.merged_value", "0.merged_more"),
+}
+
+
+def test_a_wheel_without_fixtures_says_where_they_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(fixtures, "__file__", str(tmp_path / "site-packages" / "condit" / "verify" / "fixtures.py"))
+    with pytest.raises(FileNotFoundError, match="an installed package does not carry. Run this in a checkout, or name"):
+        find_golden()
 
 
 def test_a_folder_may_hold_some_kinds_only_but_none_that_nobody_compares(tmp_path):
@@ -124,11 +173,13 @@ def test_the_table_of_the_parity_page_is_the_commands():
 
     golden = find_golden()
 
-    def unmeasured(name: str, check: Check) -> Row:
-        return Row(check.what, check.against, check.tolerance, {case: {} for case in check.cases(golden / name)})
+    def unmeasured(folder: Path, check: Check) -> Row:
+        return Row(check.what, check.against, check.tolerance, {case: {} for case in check.cases(folder)})
 
-    written = rows(markdown({name: [unmeasured(name, check) for check in checks] for name, checks in CHECKS.items()}))
-    assert [cells[:-1] for cells in rows(table)] == [cells[:-1] for cells in written]
+    written = rows(
+        markdown({n: [unmeasured(golden / s.folder, check) for check in s.checks] for n, s in SYSTEMS.items()})
+    )
+    assert [cells[:4] + cells[5:6] for cells in rows(table)] == [cells[:4] + cells[5:6] for cells in written]
     assert all(re.fullmatch(r"0|equal|\d\.\de-\d+", cells[-1]) for cells in rows(table)[2:])
 
 
@@ -137,7 +188,7 @@ def test_a_table_is_written_between_its_marks_or_not_at_all(tmp_path):
     page.write_text("before\n<!-- verify -->\nold\n<!-- /verify -->\nafter\n", encoding="utf-8")
     write_between_marks(page, table)
     assert page.read_text(encoding="utf-8") == f"before\n<!-- verify -->\n{table}<!-- /verify -->\nafter\n"
-    assert table.endswith(f"| {TITLES['dit']} | what | against | 1 | 1e-5 | 2.4e-6 |\n")
+    assert table.endswith("| DiT | what | against | 1 | 1 | 1e-5 | 2.4e-6 |\n")
     page.write_text("before\n<!-- verify -->\nold\n", encoding="utf-8")
     with pytest.raises(ValueError, match="no place for the table"):
         write_between_marks(page, table)

@@ -23,7 +23,7 @@ def load(
     components: str | Path | None = None,
     offload: Offload | None = None,
     quantize: Quantise | None = None,
-) -> Pipeline | ViTPipeline:
+) -> Any:  # a Pipeline or a ViTPipeline: what it is depends on the source
     """A pipeline by name ("tiny", "sd15", "dit-xl-2-256", ...), from a folder or from a single file; the tables in
     `condit.weights.load` list what there is. A ViT gives a `ViTPipeline`, everything else a `Pipeline`.
 

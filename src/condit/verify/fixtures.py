@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Protocol
 
 from condit.data.files import atomic_write
 from condit.verify.check import Check, Row
 
 
+class Comparisons(Protocol):
+    """A module of comparisons; INPUTS: patterns of files that they read and that record no result."""
+
+    CHECKS: tuple[Check, ...]
+    INPUTS: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class System:
-    """A paper's comparisons. module: the file of this package that holds them, imported when it is needed."""
+    """A paper's comparisons with its fixtures. They lie in the laboratory, as the fixtures do in a checkout."""
 
     title: str
-    module: str
+    name: str
     folder: str
 
     @cached_property
@@ -29,11 +37,15 @@ class System:
     @property
     def inputs(self) -> tuple[str, ...]:
         """Patterns of files that comparisons read and that record no result: weights, settings."""
-        return getattr(self._module, "INPUTS", ())
+        return self._module.INPUTS
 
-    @property
-    def _module(self):
-        return importlib.import_module(f"condit.verify.{self.module}")
+    @cached_property
+    def _module(self) -> Comparisons:
+        for entry in entry_points(group="condit.verify", name=self.name):
+            return entry.load()
+        raise FileNotFoundError(
+            "no comparisons: they are part of the laboratory of condit's source. In a checkout: pip install -e lab"
+        )
 
 
 SYSTEMS = {
@@ -41,7 +53,7 @@ SYSTEMS = {
     "dit": System("DiT", "dit", "dit"),
     "diffit": System("DiffiT", "diffit", "diffit"),
     "omini": System("OminiControl", "omini", "ominicontrol"),
-    "ip-adapter": System("IP-Adapter", "ip_adapter", "ip_adapter"),
+    "ip-adapter": System("IP-Adapter", "ip-adapter", "ip_adapter"),
     "instantstyle": System("InstantStyle", "instantstyle", "instantstyle"),
     "deadiff": System("DEADiff", "deadiff", "deadiff"),
     "dit4edit": System("DiT4Edit", "dit4edit", "dit4edit"),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -23,6 +23,7 @@ from condit.backbones.vit import ViTConfig
 from condit.data.files import atomic_write
 from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.gaussian import gaussian, training_loss
+from condit.drawing.classes import ClassModel
 from condit.drawing.classifier import ViTPipeline
 from condit.drawing.loading import load
 from condit.drawing.pipeline import Pipeline
@@ -156,10 +157,17 @@ def open_model(folder: str | Path, vae: str | Path) -> Pipeline | ViTPipeline:
     return found
 
 
+def class_names(model: Pipeline | ViTPipeline) -> list[str]:
+    """The names of all classes, in the order of their numbers."""
+    if isinstance(model, ViTPipeline):
+        return [model.label(i) for i in range(model.model.config.classes)]
+    classes = cast("ClassModel", model.model)
+    return [classes.label(i) for i in range(classes.classes)]
+
+
 def styles_of(model: Pipeline | ViTPipeline, world: IconWorld) -> list[str]:
     """The classes in the order of the model's numbers; ValueError if they are no styles."""
-    count = model.model.classes if isinstance(model, Pipeline) else model.model.config.classes
-    found, known = [model.label(i) for i in range(count)], {icon.style for icon in world.icons}
+    found, known = class_names(model), {icon.style for icon in world.icons}
     if strange := [name for name in found if name not in known]:
         raise ValueError(f"{model.name}: class {strange[0]!r} is no style of the icon world; train with label='style'.")
     return found
@@ -169,7 +177,7 @@ def tells_concepts(model: Pipeline | ViTPipeline, world: IconWorld) -> bool:
     """Whether a ViT's classes are the concepts of the world, in the order of training."""
     if isinstance(model, Pipeline):
         return False
-    found = [model.label(i) for i in range(model.model.config.classes)]
+    found = class_names(model)
     return found == [name for _, name in sorted(trained_concepts(world).items())]
 
 
@@ -232,7 +240,7 @@ def errors(model: Pipeline, world: IconWorld, held: Sequence[int], seed: int) ->
         # A large odd stride visits all noise levels in any run of icons.
         i = torch.tensor([(begin + n) * 617 % len(process) for n in range(len(rows))])
         noise = torch.randn(x0.shape, generator=generator)
-        labels = torch.tensor([model.model.index(world.icons[row].style) for row in rows])
+        labels = torch.tensor([cast("ClassModel", model.model).index(world.icons[row].style) for row in rows])
 
         def denoise(x: Tensor, t: Tensor, y: Tensor = labels) -> Tensor:
             return model.backbone(x, t, y)

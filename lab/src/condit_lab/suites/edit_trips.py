@@ -127,7 +127,7 @@ def merging_time(pipe: Pipeline, count: int, tell: Callable[[str], None]) -> lis
     the control that is the preset's; the picture is one colour, as its content takes no time."""
     if pipe.model.inversion == ("fixed_point", 2):
         return []  # the embedded MM-DiT has the tokens of one size only
-    side = int(MERGED_TOKENS**0.5) * pipe.pixels * pipe.patch
+    side = int(MERGED_TOKENS**0.5) * pipe.pixels
     inversion = pipe.invert(Image.new("RGB", (side, side), "gray"), "a cat", height=side, width=side, **ONE_STEP)
     cases = {"unified": [DiT4Edit()], "unified, merging 50 %": [DiT4Edit(), TokenMerging(0.5)]}
     spent: dict[str, list[float]] = {case: [] for case in cases}

@@ -148,3 +148,4 @@ CHECKS = (
     Check("5 steps of guided DDPM (relative)", _RELEASE, TOLERANCE, _LATENT, compare_trajectory),
     Check("names and shapes of DiffiT-XL/2, 256 and 512 px", _RELEASE, 0, "layout_*.json", compare_layout),
 )
+INPUTS: tuple[str, ...] = ()

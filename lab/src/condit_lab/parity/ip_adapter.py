@@ -24,11 +24,11 @@ from condit.controls.ip_projectors import ImageProjection, SD3Adapter
 from condit.nn.attention import split_heads
 from condit.nn.streams import Stream
 from condit.verify.check import Check, Differences, compare, difference, part
-from condit.verify.unets import CALL, TOKENS, TRAJECTORY, GoldenPipe, golden_pipe, unet_of
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.ip_files import read_layout
 from condit.weights.ip_load import sd3_adapter
 from condit.weights.ip_projectors import projector_of
+from condit_lab.parity.unets import CALL, TOKENS, TRAJECTORY, GoldenPipe, golden_pipe, unet_of
 
 
 @cache

@@ -310,3 +310,4 @@ CHECKS = (
     Check("position tables (float64)", _OFFICIAL, TABLE_TOLERANCE, "pos_embed*.safetensors", compare_positions),
     Check("names and shapes of DiT-XL/2, 256 and 512 px", _OFFICIAL, 0, "layout_*.json", compare_layout),
 )
+INPUTS: tuple[str, ...] = ()
