@@ -22,8 +22,8 @@ class Stream:
     tokens (B, N, C); ids (N, 3) or (B, N, 3), kept in float32; timestep (B,) in [0, 1], 0 = clean; guidance (B,);
     pooled (B, P). `sees`: its queries attend to itself only ("self", so a cache is exact), to text, image and itself
     ("main", the official default), or to every stream ("all"). `log_weight` is the logarithm of the strength: 0-d, or
-    (B or 1, N) for each token of the noisy image; see `row_weights`. `memory` receives the keys (after norm and rotation)
-    and values by site path.
+    (B or 1, N) for each token of the noisy image; see `row_weights`. `memory` receives the keys (after norm and
+    rotation) and values by site path.
     """
 
     tokens: Tensor
