@@ -24,7 +24,7 @@ from torch import Tensor
 from trials import Found, Question, cell, table
 
 from condit.cli.memory import keep_memory
-from condit.data.grouped import KINDS, Kind
+from condit.data.grouped import PAIR_KINDS, PairKind
 from condit.training.deadiff import DEADiffTask
 from condit.training.ip_adapter import IPAdapterTask
 from condit.training.loop import LoopConfig
@@ -49,11 +49,11 @@ class Trial:
     shares: Shares
 
     @property
-    def trained(self) -> tuple[Kind, ...]:
-        return tuple(kind for kind, share in zip(KINDS, self.shares, strict=True) if share)
+    def trained(self) -> tuple[PairKind, ...]:
+        return tuple(kind for kind, share in zip(PAIR_KINDS, self.shares, strict=True) if share)
 
     @property
-    def measured(self) -> tuple[Kind, ...]:
+    def measured(self) -> tuple[PairKind, ...]:
         """Kinds of held-out pairs. DEADiff's reconstruction shows both sets, which says nothing of either."""
         return ("style", "content") if self.how.startswith("deadiff") else ("style", "reconstruction")
 
@@ -75,12 +75,12 @@ class Compared:
     of drawn pictures, and trials that are subtracted, icon by icon."""
 
     question: Question
-    kinds: tuple[Kind, ...] | None
+    kinds: tuple[PairKind, ...] | None
     drawn: tuple[str, ...]
     less: tuple[tuple[str, str], ...]
     note: str = ""
 
-    def kinds_of(self, name: str) -> tuple[Kind, ...]:
+    def kinds_of(self, name: str) -> tuple[PairKind, ...]:
         return TRIALS[name].trained if self.kinds is None else self.kinds
 
 
@@ -134,7 +134,7 @@ _COMMAND = "python benchmarks/claims_ip.py --icons data/icons --claims docs/clai
 class Result:
     """Of a trial, icon by icon: errors with the right reference, another's, and none; measures of its pictures."""
 
-    errors: dict[Kind, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    errors: dict[PairKind, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     drawn: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -158,7 +158,7 @@ def hashes(task: IPAdapterTask | DEADiffTask) -> list[str]:
     return [task.parts.hash, describe_hash(MODELS["tiny"].path)]
 
 
-def found_of(result: Result, clusters: Sequence[str]) -> dict[Kind, Found]:
+def found_of(result: Result, clusters: Sequence[str]) -> dict[PairKind, Found]:
     return {kind: Found.of(*parts, clusters) for kind, parts in result.errors.items()}
 
 
@@ -199,7 +199,7 @@ def page(results: Mapping[str, Result], scene: Scene, command: str, given: argpa
     """Markdown: a table for each kind of pair, one of pictures, and the command."""
     parts = [f"`{command}`, {given.steps} steps of {given.batch}, seed {given.seed}, on {machine()}."]
     found = {name: found_of(result, scene.clusters) for name, result in results.items()}
-    for kind in KINDS:
+    for kind in PAIR_KINDS:
         rows = {name: f[kind] for name, f in found.items() if kind in f}
         parts += [f"**Held-out pairs: {kind}**", table(rows, "reference")] if rows else []
     drawn = {name: result.drawn for name, result in results.items() if result.drawn}

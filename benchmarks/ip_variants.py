@@ -14,7 +14,7 @@ from torch import Tensor
 from condit.controls.control import Control, Run
 from condit.controls.deadiff_layers import coarse_layers, cross_shapes
 from condit.controls.ip_reference import IPReference
-from condit.data.grouped import Kind
+from condit.data.grouped import PairKind
 from condit.drawing.pipeline import Pipeline
 from condit.nn.attention import Attend, Call
 from condit.training.deadiff import DEADiffTask
@@ -94,7 +94,7 @@ class Scene:
     shown: Sequence[Icon]  # the icons of the style references
     names: list[list[str]]
     images: Tensor
-    references: Mapping[Kind, Tensor]
+    references: Mapping[PairKind, Tensor]
     elsewhere: Tensor  # for each row another one whose references are wrong for it
 
     @classmethod
@@ -108,7 +108,7 @@ class Scene:
             [world.icons[i] for i in rows] for rows in ([c.icon for c in cells], [c.unseen for c in cells])
         )
         images = true_icons(world, cells)
-        references: dict[Kind, Tensor] = {
+        references: dict[PairKind, Tensor] = {
             "style": reference_icons(world, cells, "style"),
             "content": reference_icons(world, cells, "subject"),
             "reconstruction": images,
@@ -121,12 +121,12 @@ class Scene:
         return [icon.base for icon in self.wanted]
 
     def first(self, count: int) -> Scene:
-        some: dict[Kind, Tensor] = {kind: x[:count] for kind, x in self.references.items()}
+        some: dict[PairKind, Tensor] = {kind: x[:count] for kind, x in self.references.items()}
         wanted = self.wanted[:count]
         other = torch.tensor(elsewhere(wanted), dtype=torch.long)
         return Scene(wanted, self.shown[:count], self.names[:count], self.images[:count], some, other)
 
-    def batch(self, kind: Kind, rows: Tensor, references: Tensor | None = None) -> Paired:
+    def batch(self, kind: PairKind, rows: Tensor, references: Tensor | None = None) -> Paired:
         """Pairs of some rows, with the references of others if these are given. The caption leaves to the reference
         what it has: the style, or the concept."""
         icons = [self.wanted[i] for i in rows.tolist()]
@@ -161,7 +161,7 @@ def controls(task: IPAdapterTask | DEADiffTask, batch: Paired, kept: Tensor, x0:
 
 @torch.no_grad()
 def pair_errors(
-    task: IPAdapterTask | DEADiffTask, scene: Scene, kind: Kind, *, chunk: int = 64
+    task: IPAdapterTask | DEADiffTask, scene: Scene, kind: PairKind, *, chunk: int = 64
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Squared errors (N,) at LEVEL: with the right reference, another row's, and none."""
     generator, found = torch.Generator().manual_seed(0), ([], [], [])

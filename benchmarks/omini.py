@@ -25,7 +25,7 @@ from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
 from condit.cli.memory import keep_memory
 from condit.controls.control import Control, Run, Step, When
 from condit.controls.omini import OminiConfig, OminiControl, OminiReference, condition_stream
-from condit.nn.cost import STEPS, Mode, average, cache_bytes, operations, ratio
+from condit.nn.cost import STEPS, ConditionMode, average, cache_bytes, operations, ratio
 from condit.nn.streams import Stream, grid_ids
 
 SMALL = MMDiTConfig(
@@ -43,7 +43,7 @@ SMALL = MMDiTConfig(
 class Case:
     """`count` conditions of the image's token count over `scale` squared; strength gamma."""
 
-    mode: Mode
+    mode: ConditionMode
     count: int = 1
     scale: int = 1
     gamma: float = 1.0

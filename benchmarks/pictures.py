@@ -17,10 +17,10 @@ from PIL import Image
 import condit
 from condit.data import annotators
 from condit.data.images import save_image
-from condit.data.sheets import Cell, contact_sheet
+from condit.data.sheets import SheetCell, contact_sheet
 from condit_lab.icons.world import IconWorld, sample_path
 
-Line = list[Cell | Image.Image | None]
+Line = list[SheetCell | Image.Image | None]
 HIGH_CONTRAST, THREE_D, FLAT, MONO = (
     "fluent-emoji-high-contrast",
     "fluent-emoji-3d",
@@ -49,10 +49,10 @@ def drawn(pipe: Any, prompts: Sequence[str], controls: Sequence[Any], seed: int)
     return [pipe(prompt, controls=list(controls), seed=seed).images[0] for prompt in prompts]
 
 
-def unworded(pipe: Any, control: Callable[[Image.Image], Any], icons: Icons, seed: int) -> list[Cell]:
+def unworded(pipe: Any, control: Callable[[Image.Image], Any], icons: Icons, seed: int) -> list[SheetCell]:
     """Pictures of no words, from one noise, by references of their own."""
     of = [(FLAT, "automobile"), (HIGH_CONTRAST, "automobile"), (THREE_D, "tulip"), (FLAT, "crab")]
-    return [Cell(drawn(pipe, [""], [control(icons(*x))], seed)[0], f"{x[1]}, {x[0][13:]}") for x in of]
+    return [SheetCell(drawn(pipe, [""], [control(icons(*x))], seed)[0], f"{x[1]}, {x[0][13:]}") for x in of]
 
 
 def swept(
@@ -64,11 +64,11 @@ def swept(
     strengths: Sequence[float] = STRENGTHS,
 ) -> Line:
     """One prompt at several strengths."""
-    return [Cell(drawn(pipe, [prompt], [control(s)], seed)[0], f"{name} {s:g}") for s in strengths]
+    return [SheetCell(drawn(pipe, [prompt], [control(s)], seed)[0], f"{name} {s:g}") for s in strengths]
 
 
-def given(image: Image.Image, caption: str) -> Cell:
-    return Cell(image, caption, given=True)
+def given(image: Image.Image, caption: str) -> SheetCell:
+    return SheetCell(image, caption, is_input=True)
 
 
 def omini(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
@@ -85,7 +85,7 @@ def omini(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
         images = drawn(pipe, prompts, [adapter.control(picture)], seed)
         return [
             given(seen, name),
-            *(Cell(x, w.removeprefix(", ") or "no style word") for x, w in zip(images, words, strict=True)),
+            *(SheetCell(x, w.removeprefix(", ") or "no style word") for x, w in zip(images, words, strict=True)),
         ]
 
     rows: list[Line] = [
@@ -98,7 +98,7 @@ def omini(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
         [
             given(key, "style"),
             *map(
-                Cell,
+                SheetCell,
                 drawn(pipe, ["a red apple", "a penguin", "a rocket", "an umbrella"], [style.control(key)], seed),
                 ["a red apple", "a penguin", "a rocket", "an umbrella"],
             ),
@@ -121,7 +121,7 @@ def ip_adapter(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
     left.paste(255, (0, 0, key.width // 2, key.height))
     shares = [[1.0, 0.0], [0.7, 0.3], [0.3, 0.7], [0.0, 1.0]]
     mixed = [
-        Cell(
+        SheetCell(
             drawn(tiny, ["a penguin"], [style.control([[key, tulip]], combine="mean", weights=w)], seed)[0],
             f"{w[0]:g} : {w[1]:g}",
         )
@@ -163,9 +163,9 @@ def deadiff(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
     car = icons(FLAT, "automobile")
     unnamed = [f"this, {style} style" for style in ("noto", "fluent 3d", "twemoji", "fluent high contrast")]
 
-    def line(control: Any, words: Sequence[str], *pictures: Cell | None) -> Line:
+    def line(control: Any, words: Sequence[str], *pictures: SheetCell | None) -> Line:
         images = drawn(pipe, words, [control] if control is not None else [], seed)
-        return [*pictures, *(Cell(x, w or "no words") for x, w in zip(images, words, strict=True))]
+        return [*pictures, *(SheetCell(x, w or "no words") for x, w in zip(images, words, strict=True))]
 
     rows = [
         line(None, prompts, None, None),
@@ -204,7 +204,7 @@ def classes(runs: Path, seed: int) -> tuple[list[Line], list[str]]:
     for run in names:
         pipe = condit.load(runs / run / "export", vae="tiny")
         images = pipe(list(shown), num_inference_steps=100, guidance_scale=3.0, seed=seed).images
-        rows.append([Cell(x, name) for x, name in zip(images, shown, strict=True)])
+        rows.append([SheetCell(x, name) for x, name in zip(images, shown, strict=True)])
     return rows, [*names.values()]
 
 

@@ -71,6 +71,6 @@ def test_data_draw_makes_a_set_that_data_check_counts(tmp_path, capsys):
     told = "8 pairs; with references: none; groups: style 4, content 2\n"
     assert run(capsys, "data", "check", str(tmp_path / "set"))[:2] == (0, told)
     code, _, err = run(capsys, "data", "draw", *lists, "-o", str(tmp_path / "other"))
-    assert code == 1 and "14 styles a subject, of 2" in err
+    assert code == 1 and "per_subject must be 1 to 2, the number of styles; found 14" in err
     code, _, err = run(capsys, "data", "draw", "--subjects", "none.txt", *lists[2:], *small)
     assert code == 2 and "no list at none.txt" in err

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from condit.encoders.clip import make_clip, make_tokenizer
-from condit_lab.icons.world import Icon, IconWorld, family, unit, write_index
+from condit_lab.icons.world import Icon, IconWorld, family, hash_fraction, write_index
 from condit_lab.suites import rows, sets, tiny
 from condit_lab.suites.judge import Judge, is_for_judge
 from condit_lab.suites.rows import Row
@@ -85,7 +85,7 @@ class Pipe:
         if len(self.calls) == self.breaks_at:
             raise KeyboardInterrupt
         self.calls.append(prompts)
-        colours = [tuple(int(255 * unit(f"{p}/{seed + i}/{c}")) for c in "rgb") for i, p in enumerate(prompts)]
+        colours = [tuple(int(255 * hash_fraction(f"{p}/{seed + i}/{c}")) for c in "rgb") for i, p in enumerate(prompts)]
         images = []
         for colour in colours:
             picture = Image.new("RGB", (128, 128), "white")

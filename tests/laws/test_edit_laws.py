@@ -237,12 +237,12 @@ def test_equal_tokens_merge_without_a_trace(make_pipe, kind):
 
 def frame_of(network, kind: str, controls: tuple):
     if kind == "pixart":
-        from condit.backbones.pixart import Frame
+        from condit.backbones.pixart import PixArtContext
 
-        return Frame(torch.zeros(1, 6, 16), torch.zeros(1, 5, 16), None, None, controls)
-    from condit.backbones.dit import Frame
+        return PixArtContext(torch.zeros(1, 6, 16), torch.zeros(1, 5, 16), None, None, controls)
+    from condit.backbones.dit import DiTContext
 
-    return Frame(torch.zeros(1, 16), None, controls)
+    return DiTContext(torch.zeros(1, 16), None, controls)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Fill, When
 from condit.drawing.pipeline import Pipeline
 from condit.interop import Guest, attach
-from condit.interop.flux import Inputs, borrow, predict, residuals, run_of
+from condit.interop.flux import FluxInputs, borrow, predict, residuals, run_of
 from condit.weights.files import save_tensors
 
 CONFIG = MMDiTConfig(
@@ -372,11 +372,11 @@ def test_a_controlnet_and_a_control_add_up_under_true_guidance(dev, true_cfg_sca
     close(call(attach(host), controls=[Both()]), call(host), atol=1e-4)  # guidance times three
 
 
-def inputs_of(transformer: Any, **more: Any) -> Inputs:
+def inputs_of(transformer: Any, **more: Any) -> FluxInputs:
     g = torch.Generator().manual_seed(5)
     c = transformer.config
     ids = torch.stack([torch.zeros(6), torch.arange(6) // 3, torch.arange(6) % 3], -1)
-    return Inputs(
+    return FluxInputs(
         hidden_states=torch.randn(2, 6, c.in_channels, generator=g),
         encoder_hidden_states=torch.randn(2, 4, c.joint_attention_dim, generator=g),
         pooled_projections=torch.randn(2, c.pooled_projection_dim, generator=g),
@@ -498,7 +498,9 @@ def test_a_lora_of_diffusers_acts_on_text_and_image_and_never_on_a_condition(dev
     memories = []
     for guest in (styled, plain):
         control = omini(guest, independent=True).control(pictures(1))
-        run = run_of(guest.backbone, inputs_of(dev.theirs.transformer))
+        backbone = guest.backbone
+        assert isinstance(backbone, MMDiT)
+        run = run_of(backbone, inputs_of(dev.theirs.transformer))
         with torch.no_grad():
             memories.append(control.prepare(run).memory)
     for path, (k, v) in memories[0].items():
@@ -573,7 +575,7 @@ def test_a_guest_that_has_left_says_so(dev, omini, pictures):
     control = adapter.control(pictures(1))
     guest.detach()
     for call in (lambda: guest("snow"), lambda: adapter.control(pictures(1))):
-        with pytest.raises(ValueError, match="has left its pipeline"):
+        with pytest.raises(ValueError, match="is detached from its pipeline"):
             call()
     with dev.attach() as again:  # the control itself is a value and stays good
         assert torch.equal(draw(again, controls=[control]), draw(again, controls=[omini(again).control(pictures(1))]))
@@ -618,7 +620,7 @@ def test_controls_that_leave_cells_out_or_adapt_the_noisy_tokens_are_refused(dev
 def test_a_transformer_on_several_devices_is_refused_beside_controls(dev):
     transformer = copy.deepcopy(dev.theirs.transformer)
     transformer._parallel_config = object()
-    with pytest.raises(ValueError, match="spread over several devices"):
+    with pytest.raises(ValueError, match="split over devices"):
         draw(attach(host_of(dev, transformer=transformer)), controls=[Present()])
 
 

@@ -23,7 +23,7 @@ from condit.controls.style_lora import StyleLoRA
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.image import CLIPImage, TextTower
 from condit.interop import Guest, attach
-from condit.interop.unet import PIPELINES, Controlled, borrow
+from condit.interop.unet import PIPELINES, ControlledUNet, borrow
 from condit.nn.lora import LoRA, linear_shapes
 from condit.weights.files import save_tensors
 
@@ -220,7 +220,7 @@ def test_leaving_leaves_the_pipeline_as_it_was(pairs, pictures, kind):
     for name, parameter in pipe.unet.named_parameters():
         assert id(parameter) == weights[name][0] and torch.equal(parameter, weights[name][1])
     assert torch.equal(draw(pipe), before)
-    with pytest.raises(ValueError, match="has left its pipeline"):
+    with pytest.raises(ValueError, match="is detached from its pipeline"):
         guest("snow")
 
 
@@ -257,7 +257,7 @@ def test_a_calls_keys_and_values_end_with_it(pairs, pictures):
     gc.disable()
     try:
         draw(guest, controls=controls)
-        left = [found for found in gc.get_objects() if type(found) is Controlled]
+        left = [found for found in gc.get_objects() if type(found) is ControlledUNet]
     finally:
         gc.enable()
     assert left == []

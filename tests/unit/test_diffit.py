@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from condit.backbones.diffit import PRESETS, TMSA, DiffiT, DiffiTConfig, Frame, relative_bias, resize
+from condit.backbones.diffit import PRESETS, TMSA, DiffiT, DiffiTConfig, DiffiTContext, relative_bias, resize
 from condit.backbones.diffit_image import (
     IMAGE_PRESETS,
     DiffiTImage,
@@ -74,7 +74,7 @@ def test_tmsa_is_attention_of_tokens_and_time_projected_as_one():
     attn = TMSA(8, 6, 2, (2, 3), SITE)
     torch.nn.init.normal_(attn.relative_position_bias_table)
     xs, xt = torch.randn(2, 1, 6, 8), torch.randn(2, 6)
-    found, _ = attn(xs, Frame(xt, (2, 3)))
+    found, _ = attn(xs, DiffiTContext(xt, (2, 3)))
     joined = torch.cat([xs[:, 0], xt[:, None].expand(-1, 6, -1)], -1)
     weight = torch.cat([attn.qkv.weight, attn.qkv_temb.weight], 1)
     q, k, v = F.linear(joined, weight, attn.qkv.bias + attn.qkv_temb.bias).chunk(3, -1)
@@ -156,8 +156,8 @@ def test_a_fresh_network_puts_out_zero_but_its_blocks_are_not_the_identity():
     x, t, y = latents(8, 8)
     assert torch.equal(model(x, t, y), torch.zeros(2, 8, 8, 8))
     tokens = torch.randn(2, 1, 16, 16)
-    frame = Frame(model.embed(t, y), (4, 4))
-    assert (model.blocks[0](tokens, frame) - tokens).abs().max() > 0.1
+    context = DiffiTContext(model.embed(t, y), (4, 4))
+    assert (model.blocks[0](tokens, context) - tokens).abs().max() > 0.1
 
 
 def test_equal_generators_give_equal_weights():
@@ -199,7 +199,7 @@ def test_biases_formed_once_give_the_same_output(model):
 
 
 def test_biases_of_another_grid_are_told(model):
-    with pytest.raises(ValueError, match=r"biases are of 24 tokens; this latent has 16. Use biases\(\(4, 4\)\)"):
+    with pytest.raises(ValueError, match=r"biases are for 24 tokens; this latent has 16. Use biases\(\(4, 4\)\)"):
         model(*latents(8, 8), biases=model.biases((4, 6)))
 
 
@@ -379,12 +379,12 @@ def test_windows_are_read_row_by_row_and_put_back():
 
 def test_a_window_attends_to_itself_alone(image_model):
     block = image_model.encoder[0].blocks[0]
-    frame = Frame(torch.randn(2, 12), (4, 4))
+    context = DiffiTContext(torch.randn(2, 12), (4, 4))
     x = torch.randn(2, 4, 16, 8)
     y = x.clone()
     y[:, 3] += 1
     with torch.no_grad():
-        same = (block.block(x, frame) - block.block(y, frame)).abs().amax((0, 2, 3))
+        same = (block.block(x, context) - block.block(y, context)).abs().amax((0, 2, 3))
     assert same[:3].max() == 0 < same[3]
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from condit.backbones.dit import PRESETS, DiT, DiTConfig, Frame, sincos_positions
+from condit.backbones.dit import PRESETS, DiT, DiTConfig, DiTContext
+from condit.backbones.latent_transformer import sincos_positions
 from condit.controls.control import Control
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, linear_shapes
@@ -81,16 +82,16 @@ def test_every_preset_is_among_the_counted():
 
 def test_a_fresh_network_is_the_identity_and_puts_out_zero():
     model, (x, t, y) = DiT(TINY), inputs()
-    tokens, frame = torch.randn(3, 4, 16), Frame(model.embed(t, y))
-    assert torch.equal(model.blocks[0](tokens, frame), tokens)
+    tokens, context = torch.randn(3, 4, 16), DiTContext(model.embed(t, y))
+    assert torch.equal(model.blocks[0](tokens, context), tokens)
     assert model(x, t, y).abs().max() == 0
 
 
 @pytest.mark.parametrize("gates", [True, False])
 def test_without_zero_init_a_fresh_block_already_acts(gates):
     model, (_, t, y) = DiT(replace(TINY, zero_init=False, gates=gates)), inputs()
-    tokens, frame = torch.randn(3, 4, 16), Frame(model.embed(t, y))
-    assert (model.blocks[0](tokens, frame) - tokens).abs().max() > 1e-3
+    tokens, context = torch.randn(3, 4, 16), DiTContext(model.embed(t, y))
+    assert (model.blocks[0](tokens, context) - tokens).abs().max() > 1e-3
 
 
 def test_initial_weights_have_the_official_spread():
@@ -214,7 +215,7 @@ def test_without_dropout_there_is_no_null_class():
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
-        (torch.tensor([0, 6, 1]), "No class 6: this DiT has the labels 0 to 5"),
+        (torch.tensor([0, 6, 1]), "No class 6: this network has the labels 0 to 5"),
         (torch.tensor([0, -1, 1]), "No class -1"),
         (torch.tensor([0, 1]), "3 whole numbers"),
         (torch.tensor([0.0, 1.0, 2.0]), "float32"),
@@ -329,9 +330,9 @@ def test_a_control_sees_every_attention_call_with_all_tokens_as_image():
 
 def test_a_residual_is_added_behind_its_block():
     model, (_, t, y) = build(), inputs()
-    frame = Frame(model.embed(t, y), controls=(Addition(),))
+    context = DiTContext(model.embed(t, y), controls=(Addition(),))
     tokens = torch.randn(3, 4, 16)
-    first, second = (block(tokens, frame) - block(tokens, Frame(frame.embedding)) for block in model.blocks)
+    first, second = (block(tokens, context) - block(tokens, DiTContext(context.embedding)) for block in model.blocks)
     torch.testing.assert_close(first, torch.full_like(first, 0.5), rtol=0, atol=ROUNDING)
     assert second.abs().max() == 0
 

@@ -230,7 +230,7 @@ def test_settings_outside_the_schedule_are_told(fields, message):
     [
         (DiT4Edit(cross="replace"), "a big dog", "as many words: 'a cat' has 2, 'a big dog' 3"),
         (DiT4Edit(), "one two three", "no word in common"),
-        (DiT4Edit(reweight={"bird": 2}), "a dog", "'bird' is no word of 'a dog'; it has a, dog"),
+        (DiT4Edit(reweight={"bird": 2}), "a dog", "'bird' is not in the prompt 'a dog'. Its words are a, dog"),
     ],
 )
 def test_prompts_that_do_not_fit_the_edit_are_told(make_pipe, control, target, message):

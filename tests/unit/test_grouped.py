@@ -8,7 +8,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from condit.data.grouped import KINDS, GroupedPairs
+from condit.data.grouped import PAIR_KINDS, GroupedPairs
 from condit.data.images import load_image
 from condit.data.pairs import check, open_pairs
 
@@ -74,15 +74,15 @@ def test_references_that_a_row_names_are_drawn_and_never_its_own_file(make_folde
 def test_a_file_named_by_two_rows_is_not_paired_with_itself(make_folder):
     row = {"file_name": "0.png", "style_group": "s"}
     assert drawn(make_folder(row, row, {"file_name": "1.png", "style_group": "s"}), "style") == {(0, 1), (1, 0)}
-    with pytest.raises(ValueError, match="one picture twice"):
+    with pytest.raises(ValueError, match="the same image twice"):
         make_folder(row, row).draw(random.Random(0), "style")
 
 
 def test_a_set_without_a_kind_of_pair_says_what_is_missing(make_folder):
     one_style = [{"file_name": f"{i}.png", "content_group": "c", "style_group": "s"} for i in range(3)]
     with pytest.raises(ValueError, match="no content pair: two rows with the same content_group and different style"):
-        make_folder(*one_style).need(KINDS)
-    make_folder(*(grid(i) for i in range(6))).need(KINDS)
+        make_folder(*one_style).need(PAIR_KINDS)
+    make_folder(*(grid(i) for i in range(6))).need(PAIR_KINDS)
 
 
 def test_a_group_that_is_no_name_is_quoted(make_folder, tmp_path):

@@ -139,7 +139,7 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path, side):
 def test_a_truncated_image_is_a_clear_error(tmp_path, keep):
     path = tmp_path / "cut.png"
     path.write_bytes(png_bytes(Image.fromarray(noise(64, 64)))[:keep])
-    with pytest.raises(ValueError, match=r"cut.png is (broken|cut|empty|none)"):
+    with pytest.raises(ValueError, match=r"cut.png is (broken|empty|not)"):
         load_image(path)
 
 
@@ -151,7 +151,7 @@ def test_missing_files_folders_text_and_other_formats_are_clear_errors(tmp_path)
     with pytest.raises(ValueError, match="is a folder"):
         load_image(tmp_path)
     for name in ("text.png", "image.ppm"):
-        with pytest.raises(ValueError, match="none of PNG"):
+        with pytest.raises(ValueError, match="supported formats: PNG"):
             load_image(tmp_path / name)
     with pytest.raises(ValueError, match="larger than"):
         load_image(tmp_path / "image.ppm", max_bytes=10)
@@ -180,7 +180,7 @@ def test_a_png_carries_recipe_and_parameters(tmp_path):
 
 def test_an_image_without_a_recipe_says_so(tmp_path):
     plain = save_image(Image.new("RGB", (4, 4)), tmp_path / "a.png")
-    with pytest.raises(ValueError, match="carries no condit recipe"):
+    with pytest.raises(ValueError, match="has no condit recipe"):
         read_recipe(plain)
     info = PngImagePlugin.PngInfo()
     info.add_text("condit", "[1")

@@ -319,7 +319,7 @@ def test_masks_of_another_shape_are_told_before_sampling(pipe, file, pictures):
     control = adapter.control(pictures(1)[0], mask=torch.ones(32, 32))
     with pytest.raises(ValueError, match="a mask of 32 x 32 .* for a picture of 8 x 12 tokens"):
         pipe("a fox", controls=[control], seed=0)
-    with pytest.raises(ValueError, match="masks of several sizes"):
+    with pytest.raises(ValueError, match="masks must have the same size"):
         adapter.control(pictures(2), mask=[torch.ones(32, 48), torch.ones(16, 24)])
     with pytest.raises(ValueError, match="3 masks for 2 references of an image"):
         adapter.control([pictures(2)], combine="sum", mask=[torch.ones(32, 48)] * 3)
@@ -534,7 +534,7 @@ def test_words_that_cannot_be_subtracted_are_told(pipe, file, pictures, tmp_path
             style.control(picture, content=empty)
     with pytest.raises(ValueError, match="content= needs the text tower"):
         InstantStyle(adapter).control(picture, content="a dog")
-    with pytest.raises(ValueError, match="embeddings 14.*only in the space of its own twin"):
+    with pytest.raises(ValueError, match="embeddings 14.*only with the text tower of the same CLIP"):
         InstantStyle(adapter, Words(16, 14)).control(picture, content="a dog")
     with pytest.raises(ValueError, match="a content vector of width 9; the image embeddings have 12"):
         style.control(picture, content=torch.zeros(9))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from condit.nn.lora import Linear, LoRA, Part, linear_shapes, name_linears, together
+from condit.nn.lora import Linear, LoRA, PartialLoRA, linear_shapes, name_linears, sum_loras
 
 
 class Net(nn.Module):
@@ -68,7 +68,7 @@ def test_the_published_layout_is_read_back_with_and_without_prefix(prefix):
 
 
 def test_a_file_without_lora_is_told_by_what_it_holds():
-    with pytest.raises(ValueError, match="No LoRA found.*'image_proj.norm.weight'"):
+    with pytest.raises(ValueError, match="No LoRA in the file.*'image_proj.norm.weight'"):
         LoRA.from_tensors({"image_proj.norm.weight": torch.zeros(1)})
 
 
@@ -120,10 +120,10 @@ def test_parts_of_updates_add_up():
     lora, x, half = filled(), torch.randn(2, 3), torch.tensor(0.5)
     whole = lora.delta("to_q", x)
     assert whole is not None
-    both = together([Part(lora, half), None, Part(lora, half)])
+    both = sum_loras([PartialLoRA(lora, half), None, PartialLoRA(lora, half)])
     assert both is not None
     torch.testing.assert_close(both.delta("to_q", x), whole)
-    assert Part(lora, only=("inner.0",)).delta("to_q", x) is None
-    assert Part(lora, without=("to_q",)).delta("to_q", x) is None
+    assert PartialLoRA(lora, only=("inner.0",)).delta("to_q", x) is None
+    assert PartialLoRA(lora, without=("to_q",)).delta("to_q", x) is None
     assert both.delta("nowhere", x) is None
-    assert together([None]) is None and together([lora]) is lora
+    assert sum_loras([None]) is None and sum_loras([lora]) is lora

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from condit.backbones.mmdit import Frame, image_rows, score_bias
+from condit.backbones.joint_attention import MMDiTContext, image_rows, score_bias
 from condit.nn.streams import Stream, groups
 
 TEXT, IMAGE, CONDITION = 2, 3, 1
@@ -16,19 +16,19 @@ def stream(weight: Tensor) -> Stream:
     return Stream(empty, empty, empty, empty, sees="main", log_weight=weight)
 
 
-def frame(weight: Tensor, *, merged: bool) -> tuple[Frame, list[Tensor]]:
+def context(weight: Tensor, *, merged: bool) -> tuple[MMDiTContext, list[Tensor]]:
     """Text, image and a condition as in the double blocks, or text and image as one stream as in the single ones."""
     given = [None, stream(weight)] if merged else [None, None, stream(weight)]
     found = groups(None if merged else 0, 0 if merged else 1, given)
     lengths = [TEXT + IMAGE, CONDITION] if merged else [TEXT, IMAGE, CONDITION]
     keys = [torch.zeros(1, 2, n, 4) for n in lengths]
     image = (0, TEXT) if merged else (1, 0)
-    return Frame((), (), (), tuple(found), None if merged else 0, image, (), ()), keys
+    return MMDiTContext((), (), (), tuple(found), None if merged else 0, image, (), ()), keys
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_weight_a_token_stands_in_both_directions(merged):
-    given, keys = frame(REGION.log(), merged=merged)
+    given, keys = context(REGION.log(), merged=merged)
     main, own = (score_bias(group, keys, given) for group in given.groups)
     assert main is not None and own is not None
     each = torch.tensor([0.5, 0.5, 1.0, 0.5, 0.0])
@@ -39,7 +39,7 @@ def test_a_weight_a_token_stands_in_both_directions(merged):
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_one_weight_needs_one_row(merged):
-    given, keys = frame(torch.tensor(0.5).log(), merged=merged)
+    given, keys = context(torch.tensor(0.5).log(), merged=merged)
     main, own = (score_bias(group, keys, given) for group in given.groups)
     assert main is not None and own is not None
     torch.testing.assert_close(main.exp(), torch.tensor([1, 1, 1, 1, 1, 0.5])[None, None, None])
@@ -47,7 +47,7 @@ def test_one_weight_needs_one_row(merged):
 
 
 def test_rows_of_the_image_are_told_apart_from_text_and_condition():
-    given, _ = frame(torch.tensor(0.5).log(), merged=False)
+    given, _ = context(torch.tensor(0.5).log(), merged=False)
     x = torch.zeros(1, 0)
     apart = [Stream(x, x, x, x, log_weight=torch.tensor(0.5).log(), weight_text=False, sees="main")]
     text, image, own = groups(0, 1, [None, None, *apart])

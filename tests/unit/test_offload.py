@@ -11,7 +11,7 @@ from torch import nn
 
 from condit.drawing.pipeline import Pipeline
 from condit.nn.lora import Linear
-from condit.nn.offload import Visited, on_device, with_blocks
+from condit.nn.offload import OffloadedBlocks, on_device, with_blocks
 from condit.weights.quantise import Float8Linear, in_blocks, quantise
 
 GIVEN = {"seed": 0, "output_type": "pt"}
@@ -31,12 +31,14 @@ def test_a_copy_on_a_device_leaves_the_module_where_it_was_and_keeps_ties():
 
 def test_blocks_come_one_at_a_time_and_the_model_itself_is_not_changed(make_pipe):
     backbone = make_pipe().backbone
-    resting = with_blocks(backbone, Visited)
+    resting = with_blocks(backbone, OffloadedBlocks)
     resting.transformer_blocks.move("meta")
     first = next(iter(resting.transformer_blocks))
     assert first.ff.net[2].weight.device.type == "meta"
     assert all(p.device.type == "cpu" for p in resting.parameters())
-    assert type(backbone.transformer_blocks) is nn.ModuleList and isinstance(resting.transformer_blocks, Visited)
+    assert type(backbone.transformer_blocks) is nn.ModuleList and isinstance(
+        resting.transformer_blocks, OffloadedBlocks
+    )
     assert resting.sites == backbone.sites
 
 

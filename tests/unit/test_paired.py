@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from condit.data.grouped import KINDS
+from condit.data.grouped import PAIR_KINDS
 from condit.encoders.clip_patches import resize_antialiased
 from condit.encoders.text import Text
 from condit.training.paired import FolderSource, cropped
@@ -42,7 +42,7 @@ def test_every_partner_is_drawn(source):
 
 
 def test_a_batch_has_targets_references_and_captions_at_their_sizes(source):
-    for kind in KINDS:
+    for kind in PAIR_KINDS:
         batch = source.batch(random.Random(1), kind, 3)
         assert batch.images.shape == (3, 3, 64, 64) and batch.references.shape == (3, 3, 32, 32)
         assert len(batch.captions) == 3 and all(batch.captions) and batch.kind == kind

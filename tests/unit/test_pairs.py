@@ -70,7 +70,7 @@ BAD = {
     "text": ({"file_name": "p/t.png", "text": 3}, "text must be a string; found 3"),
     "missing": ({"file_name": "p/no.png"}, "no file 'p/no.png'"),
     "missing reference": (GOOD | {"style_file_names": ["p/a.png", "p/no.png"]}, "style_file_names: no file 'p/no.png'"),
-    "outside": ({"file_name": "../secret.png"}, "leads out of the folder"),
+    "outside": ({"file_name": "../secret.png"}, "is outside the folder"),
     "list": (GOOD | {"edges_file_name": ["p/e.png"]}, "edges_file_name must be one name"),
     "no list": (GOOD | {"style_file_names": "p/a.png"}, "style_file_names must be a list"),
 }
@@ -119,11 +119,11 @@ def test_bad_samples_of_a_tar_are_told_by_name(tmp_path):
     tar(tmp_path / "0.tar", {"a.png": png("t"), "b.txt": b"x", "c.png": png("t"), "c.json": b'{"words": 1}'})
     problems = check(tmp_path).problems
     assert "0.tar:a: no caption" in problems[0] and "0.tar:b: no target" in problems[1]
-    assert "0.tar:c: no caption can be read" in problems[2]
+    assert "0.tar:c: the caption cannot be read" in problems[2]
     with pytest.raises(ValueError, match="0.tar:a: no caption"):
         open_pairs(tmp_path)
     (tmp_path / "0.tar").write_bytes(b"no tar at all")
-    with pytest.raises(ValueError, match="no plain tar"):
+    with pytest.raises(ValueError, match="not a plain tar"):
         open_pairs(tmp_path)
 
 

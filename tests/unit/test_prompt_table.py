@@ -8,7 +8,7 @@ from PIL import Image
 from condit.data.grouped import GroupedPairs
 from condit.data.images import load_image
 from condit.data.pairs import check, open_pairs
-from condit.data.prompt_table import Row, draw_groups, prompt_table, read_words
+from condit.data.prompt_table import PromptRow, draw_groups, prompt_table, read_words
 
 SUBJECTS, STYLES = ["a fox", "a rocket", "snow"], ["oil painting", "line art", "3d render", "pixel art"]
 
@@ -32,7 +32,7 @@ def test_a_table_is_seeded_and_a_subject_keeps_its_styles_when_others_come():
     assert prompt_table(SUBJECTS[1:], STYLES, per_subject=2) == table[2:]
     others = [prompt_table(SUBJECTS, STYLES, per_subject=2, seed=seed) for seed in range(1, 4)]
     assert any(other != table for other in others)
-    assert prompt_table(["x"], ["y"], per_subject=1, template="{style} of {subject}") == [Row("x", "y", "y of x")]
+    assert prompt_table(["x"], ["y"], per_subject=1, template="{style} of {subject}") == [PromptRow("x", "y", "y of x")]
 
 
 def test_pairs_of_a_drawn_set_share_their_prompt_or_their_subject(tmp_path):
@@ -69,7 +69,7 @@ def test_a_run_that_stopped_goes_on_and_a_table_may_grow(tmp_path):
     assert [prompt for prompt, _, _ in painter.asked] == [row.prompt for row in table[2:]]
     before = [load_image(open_pairs(tmp_path)[i].image).getpixel((0, 0)) for i in range(12)]
     again = Painter()
-    draw_groups(tmp_path, [*table, Row("rain", "oil painting", "rain, oil painting")], again, images=2)
+    draw_groups(tmp_path, [*table, PromptRow("rain", "oil painting", "rain, oil painting")], again, images=2)
     assert [prompt for prompt, _, _ in again.asked] == ["rain, oil painting"]
     assert [load_image(open_pairs(tmp_path)[i].image).getpixel((0, 0)) for i in range(12)] == before
     assert len(file.read_text().splitlines()) == 14
@@ -83,14 +83,14 @@ def test_what_cannot_be_drawn_says_why(tmp_path):
         words.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_words(words)
-    with pytest.raises(ValueError, match="14 styles a subject, of 4"):
+    with pytest.raises(ValueError, match="per_subject must be 1 to 4, the number of styles; found 14"):
         prompt_table(SUBJECTS, STYLES)
-    with pytest.raises(ValueError, match="template must hold"):
+    with pytest.raises(ValueError, match="template must contain"):
         prompt_table(SUBJECTS, STYLES, per_subject=1, template="{subject}")
     table = prompt_table(SUBJECTS, STYLES, per_subject=1)
-    with pytest.raises(ValueError, match="a style pair takes two"):
+    with pytest.raises(ValueError, match="a style pair needs two"):
         draw_groups(tmp_path, table, Painter(), images=1)
     with pytest.raises(ValueError, match="no prompt"):
         draw_groups(tmp_path, [], Painter())
-    with pytest.raises(ValueError, match="4 pictures were asked for, 0 came for 'a fox"):
+    with pytest.raises(ValueError, match="generate returned 0 images for .a fox"):
         draw_groups(tmp_path, table, lambda prompt, seed, count: [])

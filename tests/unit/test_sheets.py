@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from condit.data.sheets import GIVEN, Cell, contact_sheet
+from condit.data.sheets import HIGHLIGHT, SheetCell, contact_sheet
 
 
 def colours(sheet: Image.Image) -> set:
@@ -12,9 +12,11 @@ def colours(sheet: Image.Image) -> set:
 
 def test_every_picture_is_on_the_sheet_and_inputs_are_framed():
     red, blue = Image.new("RGB", (32, 32), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
-    sheet = contact_sheet([[red, None], [None, Cell(blue, "reference", given=True)]], ["one", "two"], title="A title")
-    assert {(255, 0, 0), (0, 0, 255), GIVEN} <= colours(sheet)
-    assert GIVEN not in colours(contact_sheet([[red, blue]], ["one"]))
+    sheet = contact_sheet(
+        [[red, None], [None, SheetCell(blue, "reference", is_input=True)]], ["one", "two"], title="A title"
+    )
+    assert {(255, 0, 0), (0, 0, 255), HIGHLIGHT} <= colours(sheet)
+    assert HIGHLIGHT not in colours(contact_sheet([[red, blue]], ["one"]))
 
 
 def test_the_cell_size_sets_the_sheet_size():
@@ -26,7 +28,7 @@ def test_the_cell_size_sets_the_sheet_size():
 
 def test_long_words_stay_inside_their_column():
     plain = contact_sheet([[Image.new("RGB", (32, 32), "white")]], [""])
-    wordy = contact_sheet([[Cell(Image.new("RGB", (32, 32), "white"))]], ["word " * 200 + "w" * 300])
+    wordy = contact_sheet([[SheetCell(Image.new("RGB", (32, 32), "white"))]], ["word " * 200 + "w" * 300])
     assert wordy.size == plain.size
     column = (160, 0, *plain.size)
     assert wordy.crop(column).tobytes() == plain.crop(column).tobytes()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from condit.backbones.vit import FLAVOURS, PRESETS, Block, ViT, ViTConfig, resize_positions
+from condit.backbones.vit import FLAVOURS, PRESETS, ViT, ViTBlock, ViTConfig, resize_positions
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, linear_shapes
 
@@ -277,7 +277,7 @@ def test_controls_wrap_the_attention_of_the_site_they_name():
     assert {s.path for s in model.sites} <= {path for path, _ in model.named_modules()}
     found = model(pictures(), controls=[Mute("blocks.1.attn")])
     block = model.blocks[1]
-    assert isinstance(block, Block)
+    assert isinstance(block, ViTBlock)
     block.attn.proj.weight.zero_()
     equal(found, model(pictures()))
     assert torch.equal(found, model(pictures(), controls=[Mute("blocks.7.attn")]))
@@ -307,7 +307,7 @@ def test_initial_weights_are_the_authors():
     assert not model.cls_token.any() and not model.head.weight.any() and not model.head.bias.any()
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
     block = model.blocks[0]
-    assert isinstance(block, Block)
+    assert isinstance(block, ViTBlock)
     for weight in block.attn.qkv.weight.chunk(3):  # the bound of one D x D matrix, not of the fused one
         assert weight.abs().max().item() == pytest.approx(math.sqrt(6 / (192 + 192)), rel=1e-3)
     assert block.mlp.fc1.weight.abs().max().item() == pytest.approx(math.sqrt(6 / (192 + 768)), rel=1e-3)

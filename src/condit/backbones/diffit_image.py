@@ -1,6 +1,6 @@
 """DiffiT in pixels: the U-shape of residual blocks with TMSA (Hatamizadeh et al. 2023, arXiv:2312.02139, section 3.2).
 
-It follows the paper, as no official code of it exists. Attention and blocks are those of `diffit.py`.
+It follows the paper, as there is no official code of it. Attention and blocks are those of `diffit.py`.
 """
 
 from __future__ import annotations
@@ -8,23 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.backbones.diffit import TMSA, Block, Frame, initialise_blocks
-from condit.nn.attention import Site
+from condit.backbones.diffit import TMSA, DiffiTBlock, DiffiTContext, initialise_blocks
+from condit.backbones.latent_transformer import TimestepEmbedder
+from condit.nn.attention import BlockControl, Site
 from condit.nn.layers import dropout, recomputed
-from condit.nn.lora import Linear, LoRA, name_linears
+from condit.nn.lora import LoRA, name_linears
 
 
 @dataclass(frozen=True)
 class DiffiTImageConfig:
-    """The U-shape (section 3.2, Fig. 4). blocks: L_i a resolution, finest first; widths: channels a resolution.
+    """The U-shape (section 3.2, Fig. 4). blocks: L_i of each resolution, finest first; widths: channels of each.
 
-    What the paper leaves open is chosen here: head_dim, mlp_ratio, time_features, concatenated skips, affine norms.
+    The paper does not specify head_dim, mlp_ratio, time_features, concatenated skips and affine norms.
     """
 
     blocks: tuple[int, ...] = (4, 4, 4, 4)
@@ -84,21 +85,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
-class NoiseEmbedder(nn.Module):
-    """`noise_features`, Linear, SiLU, Linear: (B,) -> (B, Dt)."""
-
-    def __init__(self, features: int, dim: int):
-        super().__init__()
-        self.features, self.mlp = features, nn.ModuleList([Linear(features, dim), nn.SiLU(), Linear(dim, dim)])
-
-    def forward(self, c_noise: Tensor, lora: LoRA | None = None) -> Tensor:
-        first, activation, second = self.mlp
-        dtype = cast("Linear", first).weight.dtype
-        return second(activation(first(noise_features(c_noise, self.features).to(dtype), lora)), lora)
-
-
 class ResBlock(nn.Module):
-    """h = Conv3x3(Swish(GN(x))), then Block(h, xt) + x (Eq. 9-10), the block on windows that do not overlap."""
+    """h = Conv3x3(Swish(GN(x))), then DiffiTBlock(h, xt) + x on windows that do not overlap (Eq. 9-10)."""
 
     def __init__(self, c: DiffiTImageConfig, n_in: int, width: int, site: Site):
         super().__init__()
@@ -106,16 +94,16 @@ class ResBlock(nn.Module):
         self.norm, self.conv = group_norm(n_in), nn.Conv2d(n_in, width, 3, padding=1)
         self.shortcut = nn.Identity() if n_in == width else nn.Conv2d(n_in, width, 1)
         attn = TMSA(width, c.time_dim, width // c.head_dim, (c.window, c.window), site)
-        self.block = Block(attn, width, c.mlp_ratio, affine=c.norm_affine)
+        self.block = DiffiTBlock(attn, width, c.mlp_ratio, affine=c.norm_affine)
 
-    def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        h = dropout(self.conv(F.silu(self.norm(x))), frame.dropout, frame.generator)
-        h = self.block(to_windows(h, self.window), frame)
+    def forward(self, x: Tensor, context: DiffiTContext) -> Tensor:
+        h = dropout(self.conv(F.silu(self.norm(x))), context.dropout, context.generator)
+        h = self.block(to_windows(h, self.window), context)
         return from_windows(h, self.window, x.shape[2]) + self.shortcut(x)
 
 
-class Stage(nn.Module):
-    """One resolution on one side of the U: a change of resolution (none at the top), then residual blocks."""
+class DiffiTStage(nn.Module):
+    """One resolution on one side of the U: a change of resolution (identity at the top), then residual blocks."""
 
     def __init__(self, c: DiffiTImageConfig, resample: nn.Module, n_in: int, level: int, path: str, index: int):
         super().__init__()
@@ -126,15 +114,17 @@ class Stage(nn.Module):
             for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False))
         )
 
-    def forward(self, x: Tensor, frame: Frame, skip: Tensor | None = None, *, checkpointing: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, context: DiffiTContext, skip: Tensor | None = None, *, checkpointing: bool = False
+    ) -> Tensor:
         x = self.resample(x)
         if skip is not None:
             x = torch.cat([x, skip], 1)
         for block in self.blocks:
             if checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, x, frame, rate=frame.dropout, generator=frame.generator)
+                x = recomputed(block, x, context, rate=context.dropout, generator=context.generator)
             else:
-                x = block(x, frame)
+                x = block(x, context)
         return x
 
 
@@ -153,10 +143,10 @@ class DiffiTImage(nn.Module):
         super().__init__()
         c = self.config = config
         last = len(c.blocks) - 1
-        self.t_embedder = NoiseEmbedder(c.time_features, c.time_dim)
+        self.t_embedder = TimestepEmbedder(c.time_dim, c.time_features, noise_features)
         self.tokenizer = nn.Conv2d(c.in_channels, c.widths[0], 3, padding=1)
         self.encoder = nn.ModuleList(
-            Stage(
+            DiffiTStage(
                 c,
                 downsample(c.widths[i - 1]) if i else nn.Identity(),
                 c.widths[max(i - 1, 0)],
@@ -167,10 +157,10 @@ class DiffiTImage(nn.Module):
             for i in range(last + 1)
         )
         done = sum(c.blocks)
-        self.decoder = nn.ModuleList()  # coarse to fine: decoder.0 stands above the bottleneck
+        self.decoder = nn.ModuleList()  # coarse to fine: decoder.0 follows the bottleneck
         for j, i in enumerate(reversed(range(last))):
             below = c.widths[i + 1]
-            self.decoder.append(Stage(c, upsample(below), below + c.widths[i], i, f"decoder.{j}", done))
+            self.decoder.append(DiffiTStage(c, upsample(below), below + c.widths[i], i, f"decoder.{j}", done))
             done += c.blocks[i]
         self.head = nn.ModuleList([group_norm(c.widths[0]), nn.Conv2d(c.widths[0], c.in_channels, 3, padding=1)])
         name_linears(self)
@@ -178,21 +168,20 @@ class DiffiTImage(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """The paper tells none: blocks as in the latent model, convolutions torch's, and zero for the last one."""
+        """The paper specifies none: blocks as in the latent model, torch's for convolutions, zero for the last one."""
         initialise_blocks(self, generator)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
                 bound = 1 / math.sqrt(module.weight[0].numel())
-                nn.init.uniform_(module.bias, -bound, bound, generator=generator)  # type: ignore[arg-type]
+                nn.init.uniform_(cast("Tensor", module.bias), -bound, bound, generator=generator)
         for parameter in self.head[1].parameters():
             nn.init.zeros_(parameter)
 
     @property
     def sites(self) -> list[Site]:
         """Every attention layer in the order of execution."""
-        stages = cast("list[Any]", [*self.encoder, *self.decoder])
-        return [block.block.attn.site for stage in stages for block in stage.blocks]
+        return [module.site for module in self.modules() if isinstance(module, TMSA)]
 
     def forward(
         self,
@@ -200,12 +189,12 @@ class DiffiTImage(nn.Module):
         c_noise: Tensor,
         *,
         lora: LoRA | None = None,
-        controls: Sequence = (),
+        controls: Sequence[BlockControl] = (),
         generator: torch.Generator | None = None,
         checkpointing: bool = False,
     ) -> Tensor:
-        """(B, 3, H, W), c_noise (B,) = ln(sigma) / 4 -> (B, 3, H, W). `generator` draws the dropout of training, on the
-        device of the model. checkpointing: in training, keep the blocks' inputs only and compute each block twice."""
+        """(B, 3, H, W), c_noise (B,) = ln(sigma) / 4 -> (B, 3, H, W). `generator`, on the model's device, is for
+        dropout in training. checkpointing: in training, keep the blocks' inputs only and compute each block twice."""
         c = self.config
         if x.ndim != 4 or x.shape[1] != c.in_channels or x.shape[2] % c.stride or x.shape[3] % c.stride:
             raise ValueError(
@@ -213,14 +202,16 @@ class DiffiTImage(nn.Module):
                 f"{c.window} at the coarsest resolution); found {tuple(x.shape)}."
             )
         rate = c.dropout if self.training else 0.0
-        frame = Frame(self.t_embedder(c_noise, lora), (c.window, c.window), lora, tuple(controls), rate, generator)
+        context = DiffiTContext(
+            self.t_embedder(c_noise, lora), (c.window, c.window), lora, tuple(controls), rate, generator
+        )
         x = self.tokenizer(x)
         skips = []
         for stage in self.encoder:
-            x = stage(x, frame, checkpointing=checkpointing)
+            x = stage(x, context, checkpointing=checkpointing)
             skips.append(x)
         for stage, skip in zip(self.decoder, reversed(skips[:-1]), strict=True):
-            x = stage(x, frame, skip, checkpointing=checkpointing)
-        # No swish between norm and convolution: section 3.2 names these two only.
+            x = stage(x, context, skip, checkpointing=checkpointing)
+        # No swish between norm and convolution: section 3.2 has these two only.
         norm, conv = self.head
         return conv(norm(x))

@@ -1,8 +1,8 @@
 """PixArt: text-to-image diffusion transformers (PixArt-alpha, Chen et al. 2023, arXiv:2310.00426; PixArt-Sigma, Chen et
 al. 2024, arXiv:2403.04692).
 
-A DiT whose classes are words: behind its self-attention every block attends to the text, and all blocks share one
-modulation by the time. Parameter names are those of diffusers' `PixArtTransformer2DModel`.
+A DiT conditioned on text: every block attends to the text after its self-attention, and all blocks share one modulation
+by the time. Parameter names are those of diffusers' `PixArtTransformer2DModel`.
 """
 
 from __future__ import annotations
@@ -14,29 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.backbones.dit import token_grid, unpatchify
-from condit.backbones.mmdit import Embedder
-from condit.nn.attention import Call, Reduction, Site, attend, join_heads, reduction, split_heads
-from condit.nn.layers import FeedForward, modulated_norm, timestep_features
+from condit.backbones.latent_transformer import token_grid, unpatchify
+from condit.nn.attention import BlockControl, Call, Reduction, Site, attend, join_heads, reduction, split_heads
+from condit.nn.layers import Embedder, FeedForward, PatchEmbedder, modulated_norm, timestep_features
 from condit.nn.lora import Linear, LowRank, name_linears
 
-MASKED = -10_000.0  # what a padded text token's score gets, as in diffusers
+MASKED = -10_000.0  # added to the score of a padded text token, as in diffusers
 
 
 @dataclass(frozen=True)
 class PixArtConfig:
-    """Fields and defaults of diffusers' `PixArtTransformer2DModel`; None: as there, told by sample_size."""
+    """Fields and defaults of diffusers' `PixArtTransformer2DModel`; None: derived from sample_size, as there."""
 
     num_attention_heads: int = 16
     attention_head_dim: int = 72
     in_channels: int = 4
-    out_channels: int = 8  # noise, and the learned variance's interpolation value, which samplers of ODEs leave out
+    out_channels: int = 8  # noise, and the learned variance's interpolation value, which ODE samplers ignore
     num_layers: int = 28
-    sample_size: int = 128  # side of the latent whose positions training saw
+    sample_size: int = 128  # side of the latents in training
     patch_size: int = 2
     caption_channels: int = 4096
     interpolation_scale: float | None = None  # None: max(sample_size // 64, 1)
-    use_additional_conditions: bool | None = None  # None: True where sample_size is 128
+    use_additional_conditions: bool | None = None  # None: True if sample_size is 128
 
     def __post_init__(self):
         if self.sample_size % self.patch_size:
@@ -52,7 +51,7 @@ class PixArtConfig:
 
     @property
     def scale(self) -> float:
-        """Positions are divided by it."""
+        """The divisor of positions."""
         return max(self.sample_size // 64, 1) if self.interpolation_scale is None else self.interpolation_scale
 
     @property
@@ -61,15 +60,15 @@ class PixArtConfig:
         return self.sample_size == 128 if self.use_additional_conditions is None else self.use_additional_conditions
 
 
-# transformer/config.json of the repositories named; widths and depth: PixArt-alpha, section 3.1 (0.6 B).
+# transformer/config.json of each repository; widths and depth: PixArt-alpha, section 3.1 (0.6 B).
 PRESETS: dict[str, PixArtConfig] = {
     "pixart-alpha-256": PixArtConfig(sample_size=32),  # PixArt-alpha/PixArt-XL-2-256x256
     "pixart-alpha-512": PixArtConfig(sample_size=64),  # PixArt-alpha/PixArt-XL-2-512x512
     "pixart-alpha-1024": PixArtConfig(sample_size=128),  # PixArt-alpha/PixArt-XL-2-1024-MS
-    # PixArt-alpha/PixArt-Sigma-XL-2-512-MS and -1024-MS: keys without size embedders, 300 text tokens.
+    # PixArt-alpha/PixArt-Sigma-XL-2-512-MS and -1024-MS: no size embedders, 300 text tokens.
     "pixart-sigma-512": PixArtConfig(sample_size=64, use_additional_conditions=False),
     "pixart-sigma-1024": PixArtConfig(sample_size=128, use_additional_conditions=False),
-    # Ours, for icons: 64 tokens of 16 px at 128 px in the embedded latent (32 channels, patch 2), 4.9M parameters.
+    # The embedded model: 64 tokens of 16 px at 128 px in the embedded latent (32 channels, patch 2), 4.9M parameters.
     "pixart-tiny": PixArtConfig(
         num_attention_heads=4,
         attention_head_dim=64,
@@ -83,14 +82,14 @@ PRESETS: dict[str, PixArtConfig] = {
 
 
 def scaled_positions(grid: tuple[int, int], dim: int, *, base: int, scale: float, device: torch.device) -> Tensor:
-    """Sine-cosine table (rows * columns, dim) in float32, row-major; the first half of the channels tells the column.
+    """Sine-cosine table (rows * columns, dim) in float32, row-major; the first half of the channels encodes the column.
 
-    Positions on an axis of n cells are i * base / n / scale: a larger picture has finer steps over the same range.
+    Positions on an axis of n cells are i * base / n / scale: a larger image has finer steps over the same range.
     """
     omega = 10_000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
 
     def axis(count: int) -> Tensor:
-        # Positions in float32 as diffusers forms them; the angles in float64.
+        # Positions in float32 and angles in float64, as in diffusers.
         position = torch.arange(count, dtype=torch.float32, device=device) / (count / base) / scale
         angle = position.double()[:, None] * omega
         return torch.cat([angle.sin(), angle.cos()], -1).float()
@@ -100,18 +99,18 @@ def scaled_positions(grid: tuple[int, int], dim: int, *, base: int, scale: float
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What one forward holds fixed over its blocks: the modulation (B, 6, dim), the text and its bias."""
+class PixArtContext:
+    """The inputs that all blocks of one forward share: the modulation (B, 6, dim), the text and its bias."""
 
     modulation: Tensor
     text: Tensor
     bias: Tensor | None
     lora: LowRank | None
-    controls: tuple
+    controls: tuple[BlockControl, ...]
 
 
-class Attention(nn.Module):
-    """Queries of the picture over the keys of the picture itself or of the text."""
+class PixArtAttention(nn.Module):
+    """Attention of the image to itself ("self") or to the text ("cross")."""
 
     def __init__(self, c: PixArtConfig, site: Site):
         super().__init__()
@@ -119,10 +118,10 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (Linear(c.dim, c.dim) for _ in range(3))
         self.to_out = nn.ModuleList([Linear(c.dim, c.dim)])
 
-    def forward(self, x: Tensor, frame: Frame, merged: Reduction | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: PixArtContext, merged: Reduction | None = None) -> tuple[Tensor, Tensor]:
         """The output (B, N, dim), and the queries (B, H, N, d), both of tokens (B, N, dim)."""
-        cross, lora = self.site.kind == "cross", frame.lora
-        source = frame.text if cross else x
+        cross, lora = self.site.kind == "cross", context.lora
+        source = context.text if cross else x
         q, k, v = (
             split_heads(linear(y, lora), self.heads)
             for linear, y in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
@@ -132,52 +131,52 @@ class Attention(nn.Module):
             k,
             v,
             self.site,
-            bias=frame.bias if cross else None,
+            bias=context.bias if cross else None,
             image=slice(0, x.shape[1]),
-            plain=q if frame.controls else None,
+            plain=q if context.controls else None,
             keys=slice(k.shape[2], k.shape[2]) if cross else slice(0, x.shape[1]),
             merged=merged,
         )
-        return self.to_out[0](join_heads(attend(call, frame.controls)), lora), q
+        return self.to_out[0](join_heads(attend(call, context.controls)), lora), q
 
 
-class Block(nn.Module):
+class PixArtBlock(nn.Module):
     """x + g Attn(norm(x)), then + Cross(x, text), then + g MLP(norm(x)) (PixArt-alpha, Fig. 4)."""
 
     def __init__(self, c: PixArtConfig, i: int):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(6, c.dim) / c.dim**0.5)
-        self.attn1 = Attention(c, Site(f"transformer_blocks.{i}.attn1", "self", i))
-        self.attn2 = Attention(c, Site(f"transformer_blocks.{i}.attn2", "cross", i))
+        self.attn1 = PixArtAttention(c, Site(f"transformer_blocks.{i}.attn1", "self", i))
+        self.attn2 = PixArtAttention(c, Site(f"transformer_blocks.{i}.attn2", "cross", i))
         self.ff = FeedForward(c.dim)
 
-    def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        table = (self.scale_shift_table + frame.modulation).unsqueeze(2)  # adaLN-single (section 2.3): (B, 6, 1, dim)
+    def forward(self, x: Tensor, context: PixArtContext) -> Tensor:
+        table = (self.scale_shift_table + context.modulation).unsqueeze(2)  # adaLN-single (section 2.3): (B, 6, 1, dim)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
         h = modulated_norm(x, shift, scale)
-        merged = reduction(self.attn1.site, h, slice(0, x.shape[1]), frame.controls)
+        merged = reduction(self.attn1.site, h, slice(0, x.shape[1]), context.controls)
         if merged is None:
-            attended, query = self.attn1(h, frame)
+            attended, query = self.attn1(h, context)
         else:
-            attended, query = (merged.unmerge(y) for y in self.attn1(merged.merge(h), frame, merged))
+            attended, query = (merged.unmerge(y) for y in self.attn1(merged.merge(h), context, merged))
         x = x + gate * attended
-        # The text is read by the stream itself: no norm before, no gate behind.
-        x = x + self.attn2(x, frame)[0]
-        x = x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp), frame, merged)
-        for control in frame.controls:
+        # The attention to the text has neither a norm before it nor a gate after it.
+        x = x + self.attn2(x, context)[0]
+        x = x + gate_mlp * self.mlp(modulated_norm(x, shift_mlp, scale_mlp), context, merged)
+        for control in context.controls:
             addition = control.residual(self.attn1.site, query)
             if addition is not None:
                 x = x + addition
         return x
 
-    def mlp(self, h: Tensor, frame: Frame, merged: Reduction | None) -> Tensor:
+    def mlp(self, h: Tensor, context: PixArtContext, merged: Reduction | None) -> Tensor:
         if merged is None or not merged.mlp:
-            return self.ff(h, frame.lora)
-        return merged.unmerge(self.ff(merged.merge(h), frame.lora))
+            return self.ff(h, context.lora)
+        return merged.unmerge(self.ff(merged.merge(h), context.lora))
 
 
 class SizeEmbedding(nn.Module):
-    """The clock: MLP(t), and with size embedders beside it the embeddings of height, width and aspect ratio."""
+    """MLP(t), plus the embeddings of height, width and aspect ratio if the network has size embedders."""
 
     def __init__(self, c: PixArtConfig):
         super().__init__()
@@ -218,16 +217,15 @@ class CaptionProjection(nn.Module):
 
 
 class PixArt(nn.Module):
-    """Noise, and how much of it is variance, for a latent at a timestep, of a text."""
+    """Predicts noise, and the variance, of a latent at a timestep from a text."""
 
-    merges = True  # its blocks ask `reduction`
+    merges = True  # its blocks call `reduction`
 
     def __init__(self, config: PixArtConfig):
         super().__init__()
         c = self.config = config
-        self.pos_embed = nn.Module()
-        self.pos_embed.proj = nn.Conv2d(c.in_channels, c.dim, c.patch_size, c.patch_size)
-        self.transformer_blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
+        self.pos_embed = PatchEmbedder(c.in_channels, c.dim, c.patch_size)
+        self.transformer_blocks = nn.ModuleList(PixArtBlock(c, i) for i in range(c.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(2, c.dim) / c.dim**0.5)
         self.proj_out = Linear(c.dim, c.patch_size**2 * c.out_channels)
         self.adaln_single = AdaLNSingle(c)
@@ -237,10 +235,10 @@ class PixArt(nn.Module):
     @property
     def sites(self) -> list[Site]:
         """Every attention layer in the order of execution."""
-        return [site for block in self.transformer_blocks for site in (block.attn1.site, block.attn2.site)]  # type: ignore[union-attr]
+        return [module.site for module in self.modules() if isinstance(module, PixArtAttention)]
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
-        """Rows and columns of the tokens of a latent; ValueError if it does not fit."""
+        """Rows and columns of the tokens of a latent. ValueError for another shape."""
         return token_grid(x, self.config.in_channels, self.config.patch_size)
 
     def forward(
@@ -252,24 +250,24 @@ class PixArt(nn.Module):
         *,
         size: Tensor | None = None,
         lora: LowRank | None = None,
-        controls: Sequence = (),
+        controls: Sequence[BlockControl] = (),
     ) -> Tensor:
         """(B, out_channels, H, W) for a latent x (B, C, H, W) of any size, t (B,) in 0 ... 999, text (B, L, E).
 
-        text_mask (B, L): 1 where a token counts. size (B, 2): height and width in pixels, for networks with size
-        embedders (PixArt-alpha at 1024 px) and for them only.
+        text_mask (B, L): 1 for a token, 0 for padding. size (B, 2): height and width in pixels, only for networks with
+        size embedders (PixArt-alpha at 1024 px).
         """
         c, grid = self.config, self.grid_of(x)
         if (size is None) == c.sized:
-            found = "none" if size is None else "one"
             raise ValueError(
-                f"This PixArt {'needs' if c.sized else 'takes no'} size (B, 2) in pixels; {found} was given."
+                f"This PixArt {'needs' if c.sized else 'takes no'} size (B, 2) in pixels; "
+                f"{'none' if size is None else 'one'} was given."
             )
-        tokens = self.pos_embed.proj(x).flatten(2).mT  # type: ignore[operator]
+        tokens = self.pos_embed(x)
         table = scaled_positions(grid, c.dim, base=c.sample_size // c.patch_size, scale=c.scale, device=x.device)
         tokens = (tokens + table).to(tokens.dtype)
         clock = self.adaln_single.emb(t, size, x.dtype, lora)
-        frame = Frame(
+        context = PixArtContext(
             modulation=self.adaln_single.linear(F.silu(clock), lora).unflatten(-1, (6, -1)),
             text=self.caption_projection(text, lora),
             bias=None if text_mask is None else ((1 - text_mask.to(x.dtype)) * MASKED)[:, None, None],
@@ -277,6 +275,6 @@ class PixArt(nn.Module):
             controls=tuple(controls),
         )
         for block in self.transformer_blocks:
-            tokens = block(tokens, frame)
+            tokens = block(tokens, context)
         shift, scale = (self.scale_shift_table + clock[:, None]).unsqueeze(2).unbind(1)
         return unpatchify(self.proj_out(modulated_norm(tokens, shift, scale), lora), grid, c.patch_size)

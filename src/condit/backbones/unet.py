@@ -3,15 +3,16 @@ arXiv:2307.01952). Parameter names are those of diffusers' `UNet2DConditionModel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.nn.attention import Call, Site, attend, join_heads, split_heads
-from condit.nn.layers import timestep_features
+from condit.nn.attention import BlockControl, Call, Site, attend, join_heads, split_heads
+from condit.nn.layers import Embedder, UpProjection, timestep_features
 from condit.nn.lora import Linear, LowRank, Pointwise, name_linears
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]  # path of a cross-attention -> keys and values, each (B, H, L, D)
@@ -23,8 +24,8 @@ CROSS_DOWN, CROSS_UP, DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "
 class UNetConfig:
     """Fields and names of diffusers' `UNet2DConditionModel`; the defaults are Stable Diffusion 1.5.
 
-    attention_head_dim is, against its name, the number of heads, of all levels or of each; so it is published.
-    transformer_layers_per_block likewise. addition_embed_type "text_time": SDXL's pooled text and sizes.
+    attention_head_dim is, despite its name, the number of heads, of all levels or of each; this is how it is published.
+    So is transformer_layers_per_block. addition_embed_type "text_time": SDXL's pooled text and sizes.
     """
 
     in_channels: int = 4
@@ -46,24 +47,32 @@ class UNetConfig:
 
     def __post_init__(self):
         levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types", "transformer_layers_per_block", "attention_head_dim"):
-            value = getattr(self, name)
+        per_level = {
+            "down_block_types": self.down_block_types,
+            "up_block_types": self.up_block_types,
+            "transformer_layers_per_block": self.transformer_layers_per_block,
+            "attention_head_dim": self.attention_head_dim,
+        }
+        for name, value in per_level.items():
             if not isinstance(value, int) and len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} entries for {levels} levels (block_out_channels).")
         unknown = {*self.down_block_types, *self.up_block_types} - {CROSS_DOWN, CROSS_UP, DOWN, UP}
         if unknown:
-            raise ValueError(f"No block {sorted(unknown)[0]!r} in Stable Diffusion's UNet: {CROSS_DOWN}, {DOWN}, ...")
+            raise ValueError(
+                f"Block type {sorted(unknown)[0]!r} is not supported; "
+                f"expected {CROSS_DOWN}, {DOWN}, {CROSS_UP} or {UP}."
+            )
         if self.addition_embed_type not in (None, "text_time"):
             raise ValueError(f"addition_embed_type must be None or 'text_time'; found {self.addition_embed_type!r}.")
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Attention heads of each level, from the finest."""
+        """Attention heads of each level, finest first."""
         return self._each(self.attention_head_dim)
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Transformer blocks an attention, of each level from the finest, where it has attention."""
+        """Transformer blocks in each `Transformer` of a level, finest level first."""
         return self._each(self.transformer_layers_per_block)
 
     @property
@@ -95,7 +104,7 @@ PRESETS: dict[str, UNetConfig] = {
     ),
     "sdxl": _SDXL,  # stabilityai/stable-diffusion-xl-base-1.0, unet/config.json; 2.57 B, 1680 tensors
     "sdxl-inpainting": replace(_SDXL, in_channels=9),  # diffusers/stable-diffusion-xl-1.0-inpainting-0.1
-    # SDXL's blocks on 16 x 16 latents of 32 channels. Words reach it by attention alone, as in SD 1.5; docs/tiny.md
+    # SDXL's blocks on 16 x 16 latents of 32 channels. Text enters by attention alone, as in SD 1.5; docs/tiny.md
     "tiny-unet": replace(
         _SDXL,
         in_channels=32,
@@ -114,28 +123,17 @@ PRESETS: dict[str, UNetConfig] = {
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What one forward holds fixed over its blocks."""
+class UNetContext:
+    """The inputs that all blocks of one forward share; `clock` (B, time_dim) is the time embedding."""
 
-    clock: Tensor  # (B, time_dim)
+    clock: Tensor
     text: KeyValues
     lora: LowRank | None
-    controls: tuple
-
-
-class Embedding(nn.Module):
-    """Linear, SiLU, Linear."""
-
-    def __init__(self, n_in: int, dim: int):
-        super().__init__()
-        self.linear_1, self.linear_2 = Linear(n_in, dim), Linear(dim, dim)
-
-    def forward(self, x: Tensor, lora: LowRank | None = None) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x, lora)), lora)
+    controls: tuple[BlockControl, ...]
 
 
 class Resnet(nn.Module):
-    """Two convolutions around the clock; x (B, c_in, H, W) -> (B, c_out, H, W)."""
+    """Two convolutions, the time embedding added between them; x (B, c_in, H, W) -> (B, c_out, H, W)."""
 
     def __init__(self, c: UNetConfig, c_in: int, c_out: int):
         super().__init__()
@@ -146,15 +144,15 @@ class Resnet(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x: Tensor, frame: Frame) -> Tensor:
+    def forward(self, x: Tensor, context: UNetContext) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(F.silu(frame.clock), frame.lora)[:, :, None, None]
+        h = h + self.time_emb_proj(F.silu(context.clock), context.lora)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-class Attention(nn.Module):
-    """Queries from the picture; keys and values from the picture too ("self") or from the text ("cross")."""
+class UNetAttention(nn.Module):
+    """Attention of the image to itself ("self") or to the text ("cross")."""
 
     def __init__(self, dim: int, kv_dim: int, heads: int, site: Site):
         super().__init__()
@@ -167,11 +165,11 @@ class Attention(nn.Module):
         """Tokens (B, L, kv_dim) -> keys and values, each (B, H, L, D)."""
         return split_heads(self.to_k(tokens, lora), self.heads), split_heads(self.to_v(tokens, lora), self.heads)
 
-    def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        k, v = frame.text[self.site.path] if self.site.kind == "cross" else self.keys_values(x, frame.lora)
-        q = split_heads(self.to_q(x, frame.lora), self.heads)
+    def forward(self, x: Tensor, context: UNetContext) -> Tensor:
+        k, v = context.text[self.site.path] if self.site.kind == "cross" else self.keys_values(x, context.lora)
+        q = split_heads(self.to_q(x, context.lora), self.heads)
         call = Call(q, k, v, self.site, image=slice(0, q.shape[2]), plain=q)
-        return self.to_out[0](join_heads(attend(call, frame.controls)), frame.lora)
+        return self.to_out[0](join_heads(attend(call, context.controls)), context.lora)
 
 
 class GatedFeedForward(nn.Module):
@@ -180,33 +178,31 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        up = nn.Module()
-        up.proj = Linear(dim, 8 * dim)
-        self.net = nn.ModuleList([up, nn.Identity(), Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([UpProjection(dim, 8 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor, lora: LowRank | None) -> Tensor:
-        h, gate = self.net[0].proj(x, lora).chunk(2, -1)  # type: ignore[operator]
+        h, gate = self.net[0](x, lora).chunk(2, -1)
         return self.net[2](h * F.gelu(gate), lora)
 
 
-class Block(nn.Module):
-    """Attention among the tokens of the picture, attention to the text, feed-forward; each behind a LayerNorm."""
+class UNetBlock(nn.Module):
+    """Self-attention, attention to the text, feed-forward; a LayerNorm before each."""
 
     def __init__(self, dim: int, heads: int, text_dim: int, path: str):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
-        self.attn1 = Attention(dim, dim, heads, Site(f"{path}.attn1", "self", -1))  # numbered by the UNet
-        self.attn2 = Attention(dim, text_dim, heads, Site(f"{path}.attn2", "cross", -1))
+        self.attn1 = UNetAttention(dim, dim, heads, Site(f"{path}.attn1", "self", -1))  # numbered by the UNet
+        self.attn2 = UNetAttention(dim, text_dim, heads, Site(f"{path}.attn2", "cross", -1))
         self.ff = GatedFeedForward(dim)
 
-    def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        x = x + self.attn1(self.norm1(x), frame)
-        x = x + self.attn2(self.norm2(x), frame)
-        return x + self.ff(self.norm3(x), frame.lora)
+    def forward(self, x: Tensor, context: UNetContext) -> Tensor:
+        x = x + self.attn1(self.norm1(x), context)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x), context.lora)
 
 
 class Transformer(nn.Module):
-    """Blocks over the cells of a feature map as tokens, row-major; x (B, dim, H, W) -> the same shape."""
+    """Blocks on the cells of a feature map as tokens, row-major; x (B, dim, H, W) -> the same shape."""
 
     def __init__(self, c: UNetConfig, dim: int, depth: int, heads: int, path: str):
         super().__init__()
@@ -215,19 +211,41 @@ class Transformer(nn.Module):
         make = Linear if self.linear else Pointwise
         self.proj_in, self.proj_out = make(dim, dim), make(dim, dim)
         self.transformer_blocks = nn.ModuleList(
-            Block(dim, heads, c.cross_attention_dim, f"{path}.transformer_blocks.{i}") for i in range(depth)
+            UNetBlock(dim, heads, c.cross_attention_dim, f"{path}.transformer_blocks.{i}") for i in range(depth)
         )
 
-    def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2), frame.lora)
+    def forward(self, x: Tensor, context: UNetContext) -> Tensor:
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2), context.lora)
         for block in self.transformer_blocks:
-            h = block(h, frame)
-        return x + self.proj_out(h, frame.lora).transpose(1, 2).unflatten(2, x.shape[2:])
+            h = block(h, context)
+        return x + self.proj_out(h, context.lora).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """Half the resolution, by a strided convolution."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest cells to a resolution (height, width), then a convolution."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=list(size), mode="nearest"))
 
 
 class Level(nn.Module):
-    """The resnets of one resolution, each followed by a transformer where there is one, and the change of resolution
-    under diffusers' names `downsamplers.0.conv`, `upsamplers.0.conv`."""
+    """The resnets of one resolution, each followed by a transformer if the level has attention, and the change of
+    resolution: "down", "up" or "" for none."""
 
     def __init__(
         self, c: UNetConfig, widths: Sequence[int], dim: int, attentions: Sequence[Transformer], resample: str
@@ -235,50 +253,47 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(Resnet(c, width, dim) for width in widths)
         self.attentions = nn.ModuleList(attentions) if attentions else None
-        self.downsamplers = self.upsamplers = None
-        if resample:
-            scale = nn.Module()
-            scale.conv = nn.Conv2d(dim, dim, 3, stride=2 if resample == "down" else 1, padding=1)
-            setattr(self, f"{resample}samplers", nn.ModuleList([scale]))
+        self.downsamplers = nn.ModuleList([Downsample(dim)]) if resample == "down" else None
+        self.upsamplers = nn.ModuleList([Upsample(dim)]) if resample == "up" else None
 
-    def step(self, i: int, x: Tensor, frame: Frame) -> Tensor:
-        """Resnet and transformer number i."""
-        x = self.resnets[i](x, frame)
-        return x if self.attentions is None else self.attentions[i](x, frame)
+    def step(self, i: int, x: Tensor, context: UNetContext) -> Tensor:
+        """The i-th resnet and transformer."""
+        x = self.resnets[i](x, context)
+        return x if self.attentions is None else self.attentions[i](x, context)
 
-    def down(self, x: Tensor, frame: Frame) -> list[Tensor]:
-        """What the way up will see of this level, the last of which goes on down."""
-        found = []
+    def down(self, x: Tensor, context: UNetContext) -> list[Tensor]:
+        """The skips of this level; the last one is the input of the next level."""
+        skips = []
         for i in range(len(self.resnets)):
-            found.append(x := self.step(i, x, frame))
+            skips.append(x := self.step(i, x, context))
         if self.downsamplers is not None:
-            found.append(self.downsamplers[0].conv(x))  # type: ignore[operator]
-        return found
+            skips.append(self.downsamplers[0](x))
+        return skips
 
-    def middle(self, x: Tensor, frame: Frame) -> Tensor:
-        return self.resnets[1](self.step(0, x, frame), frame)
+    def middle(self, x: Tensor, context: UNetContext) -> Tensor:
+        return self.resnets[1](self.step(0, x, context), context)
 
-    def up(self, x: Tensor, skips: list[Tensor], frame: Frame) -> Tensor:
-        """Takes its part off the end of `skips`."""
+    def up(self, x: Tensor, skips: list[Tensor], context: UNetContext) -> Tensor:
+        """The way up, which removes the level's skips from the end of `skips`."""
         for i in range(len(self.resnets)):
-            x = self.step(i, torch.cat([x, skips.pop()], 1), frame)
+            x = self.step(i, torch.cat([x, skips.pop()], 1), context)
         if self.upsamplers is None:
             return x
-        # To the size of what comes next: twice this, or one less where the way down had rounded up.
-        return self.upsamplers[0].conv(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))  # type: ignore[operator]
+        # The size of the next skip is twice this one, or one less where the way down rounded up.
+        return self.upsamplers[0](x, skips[-1].shape[2:])
 
 
 class UNet(nn.Module):
-    """Stable Diffusion's network: latents, a time and a text -> the noise (or v) in the latents."""
+    """Stable Diffusion's network: predicts the noise, or v, of latents at a timestep from a text."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         c = self.config = config
         dims, levels = c.block_out_channels, len(c.block_out_channels)
         self.conv_in = nn.Conv2d(c.in_channels, dims[0], 3, padding=1)
-        self.time_embedding = Embedding(dims[0], c.time_dim)
+        self.time_embedding = Embedder(dims[0], c.time_dim)
         added = c.projection_class_embeddings_input_dim
-        self.add_embedding = Embedding(added, c.time_dim) if c.addition_embed_type and added else None
+        self.add_embedding = Embedder(added, c.time_dim) if c.addition_embed_type and added else None
 
         def transformers(path: str, level: int, n: int) -> list[Transformer]:
             shape = dims[level], c.depths[level], c.heads[level]
@@ -299,29 +314,32 @@ class UNet(nn.Module):
             n, last, before = n if c.up_block_types[i] == CROSS_UP else 0, i == levels - 1, dim
             attentions = transformers(f"up_blocks.{i}", levels - 1 - i, n)
             self.up_blocks.append(Level(c, widths, dim, attentions, "" if last else "up"))
-        # Made last, as in diffusers: published adapters number the middle's attention after that of the way up.
+        # Constructed last, as in diffusers: published adapters number the middle's attention after that of the way up.
         self.mid_block = Level(c, [dims[-1]] * 2, dims[-1], transformers("mid_block", levels - 1, 1), "")
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, dims[0], eps=c.norm_eps)
         self.conv_out = nn.Conv2d(dims[0], c.out_channels, 3, padding=1)
-        for i, block in enumerate(m for m in self.modules() if isinstance(m, Block)):
+        for i, block in enumerate(m for m in self.modules() if isinstance(m, UNetBlock)):
             block.attn1.site, block.attn2.site = replace(block.attn1.site, index=i), replace(block.attn2.site, index=i)
-        self._attentions = [m for m in self.modules() if isinstance(m, Attention)]  # in a list: no second registration
+        self._attentions = [
+            m for m in self.modules() if isinstance(m, UNetAttention)
+        ]  # in a list: no second registration
         name_linears(self)
 
     @property
     def sites(self) -> list[Site]:
-        """Every attention layer in the order of diffusers' `attn_processors`: down, up, middle. Place n is the number N
-        of `ip_adapter.N.to_k_ip.weight` in published adapters: the odd ones attend to the text."""
+        """Every attention layer in the order of diffusers' `attn_processors`: down, up, middle. The index is the number
+        N of `ip_adapter.N.to_k_ip.weight` in published adapters; odd ones attend to the text."""
         return [attention.site for attention in self._attentions]
 
     def text_keys_values(self, text: Tensor, lora: LowRank | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Text (B, L, cross_attention_dim) -> keys and values of every cross-attention. They hold for a whole run."""
+        """Text (B, L, cross_attention_dim) -> keys and values of every cross-attention, the same in all steps."""
         return {a.site.path: a.keys_values(text, lora) for a in self._attentions if a.site.kind == "cross"}
 
     def clock(
         self, t: Tensor, pooled: Tensor | None, sizes: Tensor | None, lora: LowRank | None, dtype: torch.dtype
     ) -> Tensor:
-        """MLP(t), and for SDXL + MLP(pooled text beside the sinusoids of the sizes); (B, time_dim)."""
+        """MLP(t), and for SDXL + MLP(pooled text and sinusoidal features of the sizes): (B, time_dim). ValueError if
+        SDXL's are missing."""
         clock = self.time_embedding(timestep_features(t, self.config.block_out_channels[0]).to(dtype), lora)
         if self.add_embedding is None:
             return clock
@@ -340,24 +358,24 @@ class UNet(nn.Module):
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
         lora: LowRank | None = None,
-        controls: Sequence = (),
+        controls: Sequence[BlockControl] = (),
         residuals: Sequence[Tensor] = (),
     ) -> Tensor:
         """Latents (B, in_channels, H, W), t (B,) in [0, 1000) -> (B, out_channels, H, W).
 
-        text: states (B, L, cross_attention_dim), or what `text_keys_values` made of them. SDXL: pooled text (B, P) and
-        sizes (B, 6) in pixels: height and width of the original, top and left of the crop, height and width aimed at.
-        residuals: of a ControlNet (arXiv:2302.05543), added to each of the skips, and the last behind the middle.
+        text: states (B, L, cross_attention_dim), or their `text_keys_values`. SDXL: pooled text (B, P) and sizes (B, 6)
+        in pixels: height and width of the original, top and left of the crop, height and width of the target.
+        residuals: those of a ControlNet (arXiv:2302.05543); the last adds to the middle, the others to the skips.
         """
         keys_values = self.text_keys_values(text, lora) if isinstance(text, Tensor) else text
-        frame = Frame(self.clock(t, pooled, sizes, lora, x.dtype), keys_values, lora, tuple(controls))
+        context = UNetContext(self.clock(t, pooled, sizes, lora, x.dtype), keys_values, lora, tuple(controls))
         skips = [self.conv_in(x)]
-        for level in self.down_blocks:
-            skips += level.down(skips[-1], frame)  # type: ignore[operator]
-        x = self.mid_block.middle(skips[-1], frame)
+        for level in cast("Iterable[Level]", self.down_blocks):
+            skips += level.down(skips[-1], context)
+        x = self.mid_block.middle(skips[-1], context)
         if residuals:
             x = x + residuals[-1]
             skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
-        for level in self.up_blocks:
-            x = level.up(x, skips, frame)  # type: ignore[operator]
+        for level in cast("Iterable[Level]", self.up_blocks):
+            x = level.up(x, skips, context)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

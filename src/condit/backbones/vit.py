@@ -1,8 +1,7 @@
 """ViT: an image is worth 16x16 words (Dosovitskiy et al. 2021, arXiv:2010.11929).
 
-The authors publish JAX arrays with transposed kernels, which no torch module can load as they are. Parameter names are
-therefore timm's: the torch publication of the same weights, whose block is also the one that DiT's authors import.
-The other layouts are read and written by `condit.weights.vit`.
+The authors publish JAX arrays with transposed kernels. Parameter names are those of timm, which publishes the same
+weights for torch and whose block DiT's authors import. `condit.weights.vit` reads and writes the other layouts.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.nn.attention import Around, Call, Site, attend, join_heads, split_heads
-from condit.nn.layers import dropout, recomputed
+from condit.nn.attention import BlockControl, Call, Site, attend, join_heads, split_heads
+from condit.nn.layers import PatchEmbedder, dropout, recomputed
 from condit.nn.lora import Linear, LoRA, name_linears
 
 Resize = Literal["linear_aligned", "bicubic_antialias", "bicubic"]
@@ -25,11 +24,11 @@ Resize = Literal["linear_aligned", "bicubic_antialias", "bicubic"]
 
 @dataclass(frozen=True)
 class Flavour:
-    """Where publications of the same weights compute differently. Exact instead of tanh moves logits by some 7e-4."""
+    """How publications of the same weights differ in computation. Exact and tanh differ by about 7e-4 in logits."""
 
     gelu: Literal["exact", "tanh", "quick"]
     eps: float  # of every LayerNorm
-    resize: Resize  # how the position table is brought to another grid
+    resize: Resize  # of the position table to another grid
 
 
 FLAVOURS: dict[str, Flavour] = {
@@ -41,22 +40,22 @@ FLAVOURS: dict[str, Flavour] = {
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Sizes of Table 1; the defaults are ViT-B/16 with an ImageNet-1k head. image_size: pixels or (height, width).
+    """Sizes (Table 1); the defaults are ViT-B/16 with an ImageNet-1k head. image_size: pixels or (height, width).
 
     classifier: "token" reads the class token, "gap" averages the patch tokens, "unpooled" keeps all tokens.
     """
 
     patch_size: int = 16
-    image_size: int | tuple[int, int] = 224  # the size for which the position table is made; any other resizes it
+    image_size: int | tuple[int, int] = 224  # the size of the position table; images of another size resize the table
     dim: int = 768
     depth: int = 12
     heads: int = 12
     mlp_dim: int = 3072
     classes: int = 1000  # 0: no head
-    representation_size: int | None = None  # width of tanh(Dense) before the head, in pre-training only
+    representation_size: int | None = None  # width of tanh(Dense) before the head, which only pre-training has
     classifier: Literal["token", "gap", "unpooled"] = "token"
     class_token: bool = True  # the authors' "gap" and "unpooled" have none, their "token_unpooled" has one
-    fc_norm: bool = False  # timm: the last LayerNorm stands behind the average instead of before it
+    fc_norm: bool = False  # timm: the last LayerNorm follows the average instead of preceding it
     dropout: float = 0.0  # after positions and every dense layer except q, k, v
     in_channels: int = 3
     flavour: Flavour = FLAVOURS["jax"]
@@ -81,7 +80,7 @@ class ViTConfig:
             )
         if self.fc_norm and self.classifier != "gap":
             raise ValueError(
-                f"fc_norm norms the average of the tokens; it needs classifier 'gap', not {self.classifier!r}."
+                f"fc_norm normalises the average of the tokens; it needs classifier 'gap', not {self.classifier!r}."
             )
 
 
@@ -111,7 +110,7 @@ PRESETS: dict[str, ViTConfig] = {
 
 @dataclass(frozen=True)
 class Features:
-    """Tokens for others to use: patches (B, rows * columns, dim) row by row, cls (B, dim) or None."""
+    """Tokens of a frozen encoder: patches (B, rows * columns, dim) row by row, cls (B, dim) or None."""
 
     patches: Tensor
     cls: Tensor | None
@@ -119,12 +118,12 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Frame:
-    """What one forward holds fixed over its blocks. `first`: row of the first patch token."""
+class ViTContext:
+    """The inputs that all blocks of one forward share. `first`: row of the first patch token."""
 
     first: int
     lora: LoRA | None = None
-    controls: tuple[Around, ...] = ()
+    controls: tuple[BlockControl, ...] = ()
     generator: torch.Generator | None = None
     dropout: float = 0.0
 
@@ -133,7 +132,7 @@ class Frame:
 
 
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], resize: Resize) -> Tensor:
-    """A position table (1, [1 +] rows * columns, dim) for another grid; a class token's row stays as it is."""
+    """A position table (1, [1 +] rows * columns, dim) for another grid; the class token's row does not change."""
     if old == new:
         return table
     prefix = table.shape[1] - math.prod(old)
@@ -146,18 +145,7 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], 
     return torch.cat([table[:, :prefix], grid.flatten(2).transpose(1, 2).to(table.dtype)], 1)
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches through one linear map, as a strided convolution; row by row."""
-
-    def __init__(self, c: ViTConfig):
-        super().__init__()
-        self.proj = nn.Conv2d(c.in_channels, c.dim, c.patch_size, c.patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
-class Attention(nn.Module):
+class ViTAttention(nn.Module):
     """Multi-head self-attention (Appendix A). Rows of `qkv` are q, then k, then v, each head by head."""
 
     def __init__(self, c: ViTConfig, site: Site):
@@ -165,13 +153,13 @@ class Attention(nn.Module):
         self.heads, self.site = c.heads, site
         self.qkv, self.proj = Linear(c.dim, 3 * c.dim), Linear(c.dim, c.dim)
 
-    def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x, frame.lora).chunk(3, -1))
-        call = Call(q, k, v, self.site, image=slice(frame.first, x.shape[1]), plain=q if frame.controls else None)
-        return self.proj(join_heads(attend(call, frame.controls)), frame.lora)
+    def forward(self, x: Tensor, context: ViTContext) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x, context.lora).chunk(3, -1))
+        call = Call(q, k, v, self.site, image=slice(context.first, x.shape[1]), plain=q if context.controls else None)
+        return self.proj(join_heads(attend(call, context.controls)), context.lora)
 
 
-class Mlp(nn.Module):
+class ViTMLP(nn.Module):
     """Linear, GELU, Linear."""
 
     def __init__(self, c: ViTConfig):
@@ -179,26 +167,26 @@ class Mlp(nn.Module):
         self.gelu = c.flavour.gelu
         self.fc1, self.fc2 = Linear(c.dim, c.mlp_dim), Linear(c.mlp_dim, c.dim)
 
-    def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        x = self.fc1(x, frame.lora)
+    def forward(self, x: Tensor, context: ViTContext) -> Tensor:
+        x = self.fc1(x, context.lora)
         if self.gelu == "quick":
             x = x * torch.sigmoid(1.702 * x)
         else:
             x = F.gelu(x, approximate="tanh" if self.gelu == "tanh" else "none")
-        return self.fc2(frame.drop(x), frame.lora)
+        return self.fc2(context.drop(x), context.lora)
 
 
-class Block(nn.Module):
+class ViTBlock(nn.Module):
     """One layer of the encoder, Eq. 2 and 3."""
 
     def __init__(self, c: ViTConfig, site: Site):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(c.dim, eps=c.flavour.eps) for _ in range(2))
-        self.attn, self.mlp = Attention(c, site), Mlp(c)
+        self.attn, self.mlp = ViTAttention(c, site), ViTMLP(c)
 
-    def forward(self, x: Tensor, frame: Frame) -> Tensor:
-        x = x + frame.drop(self.attn(self.norm1(x), frame))
-        return x + frame.drop(self.mlp(self.norm2(x), frame))
+    def forward(self, x: Tensor, context: ViTContext) -> Tensor:
+        x = x + context.drop(self.attn(self.norm1(x), context))
+        return x + context.drop(self.mlp(self.norm2(x), context))
 
 
 class PreLogits(nn.Module):
@@ -220,8 +208,8 @@ class ViT(nn.Module):
         c = self.config = config
         self.cls_token = nn.Parameter(torch.empty(1, 1, c.dim)) if c.class_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(c.grid) + c.class_token, c.dim))
-        self.patch_embed = PatchEmbed(c)
-        self.blocks = nn.ModuleList(Block(c, Site(f"blocks.{i}.attn", "self", i)) for i in range(c.depth))
+        self.patch_embed = PatchEmbedder(c.in_channels, c.dim, c.patch_size)
+        self.blocks = nn.ModuleList(ViTBlock(c, Site(f"blocks.{i}.attn", "self", i)) for i in range(c.depth))
         norm = nn.LayerNorm(c.dim, eps=c.flavour.eps)
         self.norm, self.fc_norm = (nn.Identity(), norm) if c.fc_norm else (norm, nn.Identity())
         self.pre_logits = None if c.representation_size is None else PreLogits(c.dim, c.representation_size)
@@ -232,7 +220,7 @@ class ViT(nn.Module):
     @property
     def sites(self) -> list[Site]:
         """Every attention layer in the order of execution."""
-        return [block.attn.site for block in cast("Iterable[Block]", self.blocks)]
+        return [block.attn.site for block in cast("Iterable[ViTBlock]", self.blocks)]
 
     def embed(self, images: Tensor) -> Tensor:
         """Patches, class token and positions, Eq. 1: (B, 3, H, W) -> (B, N, dim)."""
@@ -243,7 +231,7 @@ class ViT(nn.Module):
         return x + resize_positions(self.pos_embed, self.config.grid, grid, self.config.flavour.resize)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of the patch tokens of these images; ValueError if they do not fit the model."""
+        """Rows and columns of the patch tokens of these images. ValueError for an unsupported shape."""
         c = self.config
         if images.ndim != 4 or images.shape[1] != c.in_channels:
             raise ValueError(f"ViT takes images (B, {c.in_channels}, H, W); found shape {tuple(images.shape)}.")
@@ -252,18 +240,18 @@ class ViT(nn.Module):
             raise ValueError(
                 f"An image of {height} x {width} pixels does not divide into patches of {c.patch_size}. "
                 f"Resize it to multiples of {c.patch_size}, for example {c.grid[0] * c.patch_size} x "
-                f"{c.grid[1] * c.patch_size} as this model was trained."
+                f"{c.grid[1] * c.patch_size}, the size in training."
             )
         return height // c.patch_size, width // c.patch_size
 
-    def encode(self, images: Tensor, blocks: int, frame: Frame, *, checkpointing: bool = False) -> Tensor:
-        """Tokens (B, N, dim) after so many blocks, before the last norm."""
-        x = frame.drop(self.embed(images))
+    def encode(self, images: Tensor, blocks: int, context: ViTContext, *, checkpointing: bool = False) -> Tensor:
+        """Tokens (B, N, dim) after the first `blocks` blocks, before the last norm."""
+        x = context.drop(self.embed(images))
         for block in self.blocks[:blocks]:
             if checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, x, frame, rate=frame.dropout, generator=frame.generator)
+                x = recomputed(block, x, context, rate=context.dropout, generator=context.generator)
             else:
-                x = block(x, frame)
+                x = block(x, context)
         return x
 
     def features(
@@ -273,20 +261,20 @@ class ViT(nn.Module):
         blocks: int | None = None,
         norm: bool = True,
         lora: LoRA | None = None,
-        controls: Sequence[Around] = (),
+        controls: Sequence[BlockControl] = (),
     ) -> Features:
-        """Tokens after `blocks` blocks (None: all; 0: the embedding), through the last LayerNorm unless norm=False.
-        No dropout: this is for frozen encoders."""
+        """Tokens after `blocks` blocks (None: all; 0: the embedding), with the last LayerNorm unless norm=False. There
+        is no dropout, as in a frozen encoder. ValueError for more blocks than the model has."""
         depth = self.config.depth
         if blocks is not None and not 0 <= blocks <= depth:
             raise ValueError(f"blocks must be within 0..{depth}, the depth of this model; found {blocks}.")
         first = int(self.config.class_token)
-        x = self.encode(images, depth if blocks is None else blocks, Frame(first, lora, tuple(controls)))
+        x = self.encode(images, depth if blocks is None else blocks, ViTContext(first, lora, tuple(controls)))
         x = self.norm(x) if norm else x
         return Features(x[:, first:], x[:, 0] if first else None, self.grid_of(images))
 
     def represent(self, tokens: Tensor, lora: LoRA | None = None) -> Tensor:
-        """Pooling and representation layer on normed tokens (B, N, dim): what the head reads, Eq. 4."""
+        """The head's input from normalised tokens (B, N, dim): pooling and representation layer, Eq. 4."""
         c = self.config
         if c.classifier == "token":
             tokens = tokens[:, 0]
@@ -299,29 +287,29 @@ class ViT(nn.Module):
         images: Tensor,
         *,
         lora: LoRA | None = None,
-        controls: Sequence[Around] = (),
+        controls: Sequence[BlockControl] = (),
         generator: torch.Generator | None = None,
         checkpointing: bool = False,
     ) -> Tensor:
         """Logits (B, classes); without a head the representation (B, dim). "unpooled": the same for every token,
-        (B, N, ...). `generator` draws the dropout of training, on the device of the model. checkpointing: in training,
-        keep the inputs of the blocks only and compute each block twice."""
+        (B, N, ...). `generator`, on the model's device, is for dropout in training. checkpointing: in training, keep
+        the inputs of the blocks only and compute each block twice."""
         c = self.config
-        frame = Frame(int(c.class_token), lora, tuple(controls), generator, c.dropout if self.training else 0.0)
-        x = self.represent(self.norm(self.encode(images, c.depth, frame, checkpointing=checkpointing)), lora)
+        context = ViTContext(int(c.class_token), lora, tuple(controls), generator, c.dropout if self.training else 0.0)
+        x = self.represent(self.norm(self.encode(images, c.depth, context, checkpointing=checkpointing)), lora)
         return x if self.head is None else self.head(x, lora)
 
 
 @torch.no_grad()
 def initialise(model: ViT, generator: torch.Generator | None = None) -> None:
-    """The authors' initial weights (vit_jax/models_vit.py), among them a head of zeros."""
+    """The authors' initial weights (vit_jax/models_vit.py); the head is zero."""
     g = generator
     if model.cls_token is not None:
         nn.init.zeros_(model.cls_token)
     nn.init.normal_(model.pos_embed, std=0.02, generator=g)
     lecun_normal_(model.patch_embed.proj, g)
-    for block in cast("Iterable[Block]", model.blocks):
-        # Each of q, k, v is a map of its own: Xavier's bound on the fused matrix would be smaller by sqrt(2).
+    for block in cast("Iterable[ViTBlock]", model.blocks):
+        # q, k and v are three matrices: Xavier's bound on the fused matrix would be smaller by sqrt(2).
         for weight in (
             *block.attn.qkv.weight.chunk(3),
             block.attn.proj.weight,
@@ -341,8 +329,8 @@ def initialise(model: ViT, generator: torch.Generator | None = None) -> None:
 
 
 def lecun_normal_(layer: nn.Conv2d | nn.Linear, generator: torch.Generator | None) -> None:
-    """flax's default kernel: variance 1 / fan in, from a normal cut at two deviations; bias 0."""
-    std = layer.weight[0].numel() ** -0.5 / 0.87962566103423978  # the deviation of a unit normal cut at 2
+    """flax's default kernel: variance 1 / fan in, from a normal truncated at two deviations; bias 0."""
+    std = layer.weight[0].numel() ** -0.5 / 0.87962566103423978  # the deviation of a unit normal truncated at 2
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

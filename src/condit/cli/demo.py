@@ -14,7 +14,7 @@ from condit.cli.request import USES, Reference, Request, Studio
 from condit.data import annotators
 from condit.data.icon_sample import sample_icon
 from condit.data.images import load_image, save_image
-from condit.data.sheets import Cell, contact_sheet
+from condit.data.sheets import SheetCell, contact_sheet
 
 if TYPE_CHECKING:
     from condit.drawing.edit import Inversion
@@ -137,9 +137,11 @@ def draw_demo(folder: Path, *, seed: int = 0, tell: Callable[[str], None] = lamb
     paths = {given: write_reference(given, folder) for row in rows for given in row.given}
     studios = {model: Studio(model) for model in {"tiny", *(row.model for row in rows)}}
     calls: list[dict[str, object]] = []
-    cells: list[list[Cell | None]] = []
+    cells: list[list[SheetCell | None]] = []
     for number, row in enumerate(rows):
-        line: list[Cell | None] = [given_cell(given, paths[given]) for given in row.given] or [None]  # columns align
+        line: list[SheetCell | None] = [given_cell(given, paths[given]) for given in row.given] or [
+            None
+        ]  # columns align
         for column, request in enumerate(requests(row, paths, seed)):
             output = folder / "demo" / f"{number}-{column}.png"
             image, seconds = draw_one(studios[row.model], request, output)
@@ -147,7 +149,7 @@ def draw_demo(folder: Path, *, seed: int = 0, tell: Callable[[str], None] = lamb
             tell(f"{command}  # {seconds:.1f} s")
             calls.append({"command": command, "seconds": round(seconds, 2), "path": str(output)})
             caption = f"strength {request.references[0].strength:g}" if len(row.strengths) > 1 else request.prompt
-            line.append(Cell(image, IN_CHINESE.get(caption, caption)))
+            line.append(SheetCell(image, IN_CHINESE.get(caption, caption)))
         cells.append(line)
     tiny = studios["tiny"].pipe
     assert isinstance(tiny, condit.Pipeline)
@@ -209,11 +211,11 @@ def draw_changes(
     folder: Path,
     calls: list[dict[str, object]],
     tell: Callable[[str], None],
-) -> list[Cell | None]:
+) -> list[SheetCell | None]:
     """The picture inverted once and drawn again for each target, as `condit edit` does; adds to `calls`."""
     from condit.controls.dit4edit import PRESETS
 
-    cells: list[Cell | None] = []
+    cells: list[SheetCell | None] = []
     known: Inversion | None = None
     for column, target in enumerate(change.targets):
         start = time.perf_counter()
@@ -223,7 +225,7 @@ def draw_changes(
         seconds, command = time.perf_counter() - start, change.command(path, target, output)
         tell(f"{command}  # {seconds:.1f} s")
         calls.append({"command": command, "seconds": round(seconds, 2), "path": str(output)})
-        cells.append(Cell(result.images[0], target))
+        cells.append(SheetCell(result.images[0], target))
     return cells
 
 
@@ -233,7 +235,7 @@ def write_reference(given: Given, folder: Path) -> Path:
     return save_image(sample_icon(given.style, given.label), folder / "references" / name)
 
 
-def given_cell(given: Given, path: Path) -> Cell:
+def given_cell(given: Given, path: Path) -> SheetCell:
     """The reference as its adapter sees it: the lines for edges, gray for gray."""
     draw = {"edges": annotators.lines, "gray": annotators.gray}.get(given.use, load_image)
-    return Cell(draw(path), given.use, given=True)
+    return SheetCell(draw(path), given.use, is_input=True)

@@ -22,7 +22,7 @@ from condit.controls.ip_adapter import IPAdapter
 from condit.controls.ip_projectors import HEAD_DIM
 from condit.controls.ip_reference import WithLoRA
 from condit.controls.wrap import Together
-from condit.encoders.image import CLIPImage, Fit, TextTower, TinyWords
+from condit.encoders.image import CLIPImage, Fit, TextTower, TinyTextTower
 from condit.nn.attention import Site
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class InstantStyle:
     """An IP-Adapter used for style, and the text tower that names what to leave out."""
 
     adapter: IPAdapter
-    text: TextTower | TinyWords | None = None
+    text: TextTower | TinyTextTower | None = None
 
     @classmethod
     def load(

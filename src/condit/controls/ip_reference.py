@@ -26,7 +26,7 @@ from condit.controls.control import (
 from condit.controls.ip_input import IPConfig
 from condit.controls.wrap import Wrapper
 from condit.nn.attention import Attend, Call, Reduction, Site, join_heads, sdpa
-from condit.nn.lora import LowRank, Part, together
+from condit.nn.lora import LowRank, PartialLoRA, sum_loras
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]  # site path -> K', V', each (B, H, T, D)
 Strength = float | Mapping[str, float] | Tensor
@@ -167,10 +167,14 @@ class WithLoRA(Wrapper):
         return super().acts | frozenset[Act](("adapt",))
 
     def lora(self) -> LowRank | None:
-        return together((self.update, super().lora()))
+        return sum_loras((self.update, super().lora()))
 
     def describe(self) -> dict:
-        scale = float(self.update.weight) if isinstance(self.update, Part) and self.update.weight is not None else 1.0
+        scale = (
+            float(self.update.weight)
+            if isinstance(self.update, PartialLoRA) and self.update.weight is not None
+            else 1.0
+        )
         return {**self.inside[0].describe(), "lora_scale": scale}
 
 

@@ -20,7 +20,7 @@ from condit.controls.control import Control, Fill, Run, Step, When, check_shape,
 from condit.controls.omini_picture import Picture
 from condit.controls.omini_tasks import OminiConfig, Side, task_config
 from condit.nn.attention import Attend, Call
-from condit.nn.lora import LoRA, linear_shapes, together
+from condit.nn.lora import LoRA, linear_shapes, sum_loras
 from condit.nn.streams import Sees, Stream, row_weights
 
 if TYPE_CHECKING:
@@ -371,7 +371,7 @@ def condition_stream(
         timestep=clock,
         pooled=run.pooled.to(tokens.dtype),
         guidance=None if run.guidance is None else clock + 1,
-        lora=together((adapter.lora, run.leak)),
+        lora=sum_loras((adapter.lora, run.leak)),
         sees=sees or ("self" if adapter.config.independent else "main"),
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from condit.controls.control import Control, Step, When
 from condit.controls.omini import TARGETS
-from condit.nn.lora import LoRA, LowRank, Part, linear_shapes, together
+from condit.nn.lora import LoRA, LowRank, PartialLoRA, linear_shapes, sum_loras
 
 
 class StyleLoRA(nn.Module):
@@ -64,14 +64,14 @@ class StyleReference(Control):
     official: LoRA | None = None
     update: LowRank | None = None
 
-    def weighted(self, strength: float, **paths) -> Part:
-        return Part(self.adapter.lora, None if strength == 1 else torch.tensor(strength), **paths)
+    def weighted(self, strength: float, **paths) -> PartialLoRA:
+        return PartialLoRA(self.adapter.lora, None if strength == 1 else torch.tensor(strength), **paths)
 
     def at(self, step: Step) -> StyleReference | None:
         if self.official is not None:
             gated = self.adapter.gated
-            parts = Part(self.official, only=gated), self.weighted(self.strength, without=gated)
-            return replace(self, update=together(parts))
+            parts = PartialLoRA(self.official, only=gated), self.weighted(self.strength, without=gated)
+            return replace(self, update=sum_loras(parts))
         strength = self.strength * self.when.factor(step)
         return None if strength == 0 else replace(self, update=self.weighted(strength))
 

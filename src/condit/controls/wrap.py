@@ -14,7 +14,7 @@ from condit.controls.control import Act, Control, Fill, Pair, Run
 from condit.diffusion.steps import Step
 from condit.nn.attention import Attend, Call, Reduction, Site, reduction
 from condit.nn.attention import attend as run_controls
-from condit.nn.lora import LowRank, together
+from condit.nn.lora import LowRank, sum_loras
 from condit.nn.streams import Stream
 
 
@@ -66,10 +66,10 @@ class Wrapper(Control):
         return fills[0] if fills else None
 
     def lora(self) -> LowRank | None:
-        return together(control.lora() for control in self.inside)
+        return sum_loras(control.lora() for control in self.inside)
 
     def leak(self) -> LowRank | None:
-        return together(control.leak() for control in self.inside)
+        return sum_loras(control.leak() for control in self.inside)
 
     def residual(self, site: Site, query: Tensor) -> Tensor | None:
         total = None

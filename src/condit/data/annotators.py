@@ -1,4 +1,4 @@
-"""Conditions drawn from a picture without a learned model: edges, soft edges, gray, blur. Numpy or PIL in, PIL out."""
+"""Conditions computed from an image without a learned model: edges, soft edges, gray, blur. Most return PIL images."""
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -11,35 +11,35 @@ MID_GREY = 128
 def edges_array(pixels: np.ndarray, sigma: float = 1.0, low: float = 0.06, high: float = 0.15) -> np.ndarray:
     """Canny edges (Canny 1986) of uint8 (H, W, 3|4) -> uint8 (H, W), lines 255 on 0. Thresholds on gradients of 0..1.
 
-    With alpha, the picture stands on mid-grey and the outline of alpha is added: on white, white objects have no edge,
-    and on mid-grey grey ones have none."""
+    ValueError for another array. Alpha puts the image on mid-grey and adds its own outline: white objects have no edge
+    on white, grey ones none on mid-grey."""
     from skimage.feature import canny
 
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
         raise ValueError(f"expected uint8 (H, W, 3|4), found {pixels.dtype} {pixels.shape}")
     rgb, alpha = _split(pixels)
-    found = canny(_luma(rgb), sigma=sigma, low_threshold=low, high_threshold=high)
+    lines = canny(_luma(rgb), sigma=sigma, low_threshold=low, high_threshold=high)
     if alpha is not None:
         outline = canny(alpha, sigma=sigma, low_threshold=low, high_threshold=high)
-        found |= outline & ~_near(found)  # a second line beside the first would be noise
-    return found.astype(np.uint8) * 255
+        lines |= outline & ~_near(lines)  # a second line next to the first would be noise
+    return lines.astype(np.uint8) * 255
 
 
 def edges(image: ImageSource, sigma: float = 1.0, low: float = 0.06, high: float = 0.15) -> Image.Image:
-    """edges_array of any picture; white lines on black, three equal channels."""
-    return _three(edges_array(_pixels(image), sigma, low, high))
+    """`edges_array` of an image: white lines on black, three equal channels."""
+    return _rgb(edges_array(_pixels(image), sigma, low, high))
 
 
 def canny(image: ImageSource, low: int = 100, high: int = 200) -> Image.Image:
-    """canny_array of any picture on white; white lines on black, three equal channels."""
-    return _three(canny_array(np.asarray(load_image(image)), low, high))
+    """`canny_array` of an image on white: white lines on black, three equal channels."""
+    return _rgb(canny_array(np.asarray(load_image(image)), low, high))
 
 
 def canny_array(pixels: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
     """Edges as `cv2.Canny(pixels, low, high)` defines them, of uint8 (H, W, C) -> uint8 (H, W), 255 on 0.
 
-    Unlike `edges_array`: no smoothing, thresholds on |dx| + |dy| of 3 x 3 Sobel sums, and each pixel's strongest
-    channel, so that colours of one luma have an edge. The published OminiControl adapter knows these lines.
+    Unlike `edges_array`, it does not smooth, has thresholds on |dx| + |dy| of 3 x 3 Sobel sums, and uses each pixel's
+    strongest channel, so that colours of equal luma have an edge. The published OminiControl adapter needs these lines.
     """
     from skimage.measure import label
 
@@ -55,7 +55,7 @@ def canny_array(pixels: np.ndarray, low: int = 100, high: int = 200) -> np.ndarr
         """The size of the neighbour (y, x) of each pixel; 0 outside."""
         return around[1 + y : 1 + y + size.shape[0], 1 + x : 1 + x + size.shape[1]]
 
-    # Along the gradient, in eighths of a circle: tan 22.5 degrees in fixed point, as there.
+    # Non-maximum suppression along the gradient, in eighths of a circle: tan 22.5 degrees in fixed point, as in OpenCV.
     steep, flat = abs(dy) << 15, abs(dx) * 13573
     horizontal, vertical = steep < flat, steep > flat + (abs(dx) << 16)
     falling = (dx ^ dy) < 0
@@ -68,24 +68,24 @@ def canny_array(pixels: np.ndarray, low: int = 100, high: int = 200) -> np.ndarr
 
 
 def lines_array(edges: np.ndarray) -> np.ndarray:
-    """Edges (H, W), 255 on 0, as a pen draws them: 0 on 255, three pixels wide. Model and latent of icons know ink on
-    paper; thin light lines on black are unlike anything they have seen."""
+    """Edges (H, W), 255 on 0, as ink on paper: 0 on 255, three pixels wide. The embedded models are trained on icons,
+    which contain no thin light lines on black."""
     return np.where(_near(edges > MID_GREY), 0, 255).astype(np.uint8)
 
 
 def lines(image: ImageSource, sigma: float = 1.0, low: float = 0.06, high: float = 0.15) -> Image.Image:
-    """The edges of any picture, drawn with a pen."""
-    return _three(lines_array(edges_array(_pixels(image), sigma, low, high)))
+    """`lines_array` of the edges of an image."""
+    return _rgb(lines_array(edges_array(_pixels(image), sigma, low, high)))
 
 
 def soft_edges(image: ImageSource) -> Image.Image:
-    """The largest Sobel gradient over the channels, the strongest scaled to 255; close to what HED draws."""
+    """The largest Sobel gradient over the channels, its maximum scaled to 255; similar to HED."""
     from skimage.filters import sobel
 
     rgb, alpha = _split(_pixels(image))
     planes = [*np.moveaxis(rgb, 2, 0), *([] if alpha is None else [alpha])]
     strength = np.max([sobel(plane) for plane in planes], axis=0)
-    return _three((strength / max(float(strength.max()), 1e-6) * 255).round().astype(np.uint8))
+    return _rgb((strength / max(float(strength.max()), 1e-6) * 255).round().astype(np.uint8))
 
 
 def gray(image: ImageSource) -> Image.Image:
@@ -99,24 +99,24 @@ def blur(image: ImageSource, sigma: float = 6.0) -> Image.Image:
 
 
 def edge_map(image: ImageSource) -> Image.Image:
-    """A ready map as the edge controls read it: white lines on black. Dark lines on a light ground are turned round."""
+    """An existing edge map as white lines on black; dark lines on light are inverted."""
     lines = np.asarray(load_image(image).convert("L"))
-    return _three(255 - lines if lines.mean() > MID_GREY else lines)
+    return _rgb(255 - lines if lines.mean() > MID_GREY else lines)
 
 
 def line_map(image: ImageSource) -> Image.Image:
-    """A ready map, either way round, drawn with a pen."""
-    return _three(lines_array(np.asarray(edge_map(image))[:, :, 0]))
+    """`lines_array` of an existing edge map, inverted if necessary."""
+    return _rgb(lines_array(np.asarray(edge_map(image))[:, :, 0]))
 
 
 def _pixels(image: ImageSource) -> np.ndarray:
-    """uint8 (H, W, 4) where some pixel is transparent, else (H, W, 3)."""
+    """uint8 (H, W, 4) if a pixel is transparent, else (H, W, 3)."""
     pixels = np.asarray(load_image(image, mode="RGBA"))
     return pixels if pixels[:, :, 3].min() < 255 else pixels[:, :, :3]
 
 
 def _split(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Floats in 0..1: colours (H, W, 3), put on mid-grey where there is alpha, and alpha (H, W)."""
+    """Colours (H, W, 3) in 0..1, on mid-grey if there is alpha, and alpha (H, W) or None."""
     values = pixels.astype(np.float64) / 255
     if pixels.shape[2] == 3:
         return values, None
@@ -135,5 +135,5 @@ def _near(lines: np.ndarray) -> np.ndarray:
     return np.any([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
 
 
-def _three(plane: np.ndarray) -> Image.Image:
+def _rgb(plane: np.ndarray) -> Image.Image:
     return Image.fromarray(plane).convert("RGB")

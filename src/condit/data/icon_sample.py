@@ -1,4 +1,4 @@
-"""The sample of icons in the package: about a hundred concepts drawn in 11 styles, references for first steps."""
+"""The sample of icons in the package: about a hundred concepts in 11 styles, as references for first steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sample_path() -> Path:
 
 
 def sample_icon(style: str, label: str) -> Image.Image:
-    """The icon of a concept (its English label) in a style, RGBA. ValueError unless the sample holds it."""
+    """The icon of a concept (its English label) in a style, RGBA. ValueError if it is not in the sample."""
     with zipfile.ZipFile(sample_path()) as archive:
         rows = csv.DictReader(io.StringIO(archive.read("index.tsv").decode()), delimiter="\t", quoting=csv.QUOTE_NONE)
         for row in rows:

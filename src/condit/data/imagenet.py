@@ -1,7 +1,7 @@
-"""Names of classes: the 1000 of ImageNet-1k in their official order, and those of a model with classes of its own.
+"""Names of classes: the 1000 of ImageNet-1k in their official order, and those of a model with other classes.
 
-imagenet.tsv has a line a class: its WordNet id and the synonyms of that synset (Russakovsky et al. 2015,
-arXiv:1409.0575). Six labels are shared by two classes each; a word in brackets tells them apart: crane (bird).
+imagenet.tsv has one line for each class: its WordNet id and the synonyms of that synset (Russakovsky et al. 2015,
+arXiv:1409.0575). Six labels belong to two classes each; a word in brackets distinguishes them: crane (bird).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _FILE = Path(__file__).with_name("imagenet.tsv")
 
 @dataclass(frozen=True)
 class ClassNames:
-    """names[i]: what class i is called, its label first. ids[i]: its WordNet id, where there is one."""
+    """names[i]: the names of class i, its label first. ids[i]: its WordNet id, or ids is empty."""
 
     names: tuple[tuple[str, ...], ...]
     ids: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, labels: Iterable[str]) -> ClassNames:
-        """One label a class; the parts between its commas name the class too ("tench, Tinca tinca")."""
+        """One label for each class; the parts between its commas are names too ("tench, Tinca tinca")."""
         return cls(tuple((label, *(part.strip() for part in label.split(",") if "," in label)) for label in labels))
 
     def __len__(self) -> int:
@@ -37,15 +37,15 @@ class ClassNames:
     def index(self, name: str) -> int:
         """The class of a label, else of a synonym, an id or a number in digits; case and underscores do not matter.
 
-        ValueError, with near names, for a name of no class or of several."""
+        ValueError for an unknown name, with similar names, or for a name of more than one class."""
         key = _fold(name)
         for table in (self._labels, self._synonyms):
-            found = table.get(key, ())
-            if len(found) == 1:
-                return found[0]
-            if found:
-                several = " or ".join(f"{self.label(i)!r} ({i})" for i in found)
-                raise ValueError(f"{name!r} names {len(found)} classes: give {several}, by label or by number.")
+            classes = table.get(key, ())
+            if len(classes) == 1:
+                return classes[0]
+            if classes:
+                choices = " or ".join(f"{self.label(i)!r} ({i})" for i in classes)
+                raise ValueError(f"{name!r} names {len(classes)} classes: give {choices}, by label or by number.")
         if name.strip().isdecimal():
             if int(name) < len(self):
                 return int(name)
@@ -86,7 +86,7 @@ def imagenet() -> ClassNames:
     """The 1000 classes of ImageNet-1k as DiT, DiffiT and ViT number them: 207 is 'golden retriever'."""
     lines = [line.split("\t") for line in _FILE.read_text(encoding="utf-8").splitlines()]
     names = (tuple(text.split(", ")) for _, text in lines)
-    # The whole line is a name too: other libraries print it as the label.
+    # The whole line is a name too, as other libraries print it as the label.
     return ClassNames(
         tuple((*parts, ", ".join(part for part in parts if "(" not in part)) for parts in names),
         tuple(id for id, _ in lines),

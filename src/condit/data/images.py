@@ -1,4 +1,4 @@
-"""Pictures in and out: one safe way to read an image, one atomic way to write it with its recipe inside."""
+"""Reading images safely, and writing them atomically with their recipe."""
 
 import io
 import json
@@ -7,19 +7,19 @@ import urllib.request
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard, Union
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard, Union, cast
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from condit.data.files import atomic_write
 
-if TYPE_CHECKING:  # torch costs seconds, and a missing file should be told before them
+if TYPE_CHECKING:  # importing torch takes seconds; a missing file should raise before that
     from torch import Tensor
 
 ImageSource: TypeAlias = Union[str, Path, bytes, Image.Image, np.ndarray, "Tensor"]
-Mode = Literal["RGB", "RGBA"]
-Fit = Literal["squash", "crop", "pad"]
+ImageMode = Literal["RGB", "RGBA"]
+ImageFit = Literal["squash", "crop", "pad"]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
@@ -32,34 +32,34 @@ _URL_SECONDS = 20
 def load_image(
     source: ImageSource,
     *,
-    mode: Mode = "RGB",
+    mode: ImageMode = "RGB",
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     background: tuple[int, int, int] = WHITE,
     allow_url: bool = False,
 ) -> Image.Image:
-    """An RGB or RGBA picture of our own from a path, bytes, a PIL image, a numpy array or a torch tensor.
+    """A new RGB or RGBA image from a path, bytes, a PIL image, a numpy array or a torch tensor.
 
     Arrays: numpy (H, W) or (H, W, 1|3|4), torch (H, W) or (1|3|4, H, W); uint8 in 0..255, bool, or float in 0..1.
-    Files: PNG, JPEG, WebP, GIF, BMP, TIFF, the first frame. EXIF rotation is applied once, alpha put on `background`.
-    ValueError for what cannot or must not be read, FileNotFoundError for a missing file."""
+    Files: the first frame of PNG, JPEG, WebP, GIF, BMP, TIFF. EXIF rotation is applied once, alpha put on `background`.
+    ValueError for an unsupported or unsafe source, FileNotFoundError for a missing file."""
     image: Image.Image
     if isinstance(source, Image.Image):
-        name, image = "the given image", source
+        name, image = "the image", source
     elif _is_array(source):
-        name, image = "the given array", _from_array(source)
+        name, image = "the array", _from_array(source)
     else:
         data, name = _read_bytes(source, max_bytes, allow_url)
         image = _open(data, name)
     if image.width * image.height > max_pixels:
         raise ValueError(
-            f"{name} has {image.width} x {image.height} pixels; at most {max_pixels / 1e6:g} million are read. "
+            f"{name} has {image.width} x {image.height} pixels; the limit is {max_pixels / 1e6:g} million. "
             "Scale it down first"
         )
     try:
-        image = ImageOps.exif_transpose(image)  # decodes, turns, and drops the tag: a second call changes nothing
+        image = ImageOps.exif_transpose(image)  # decodes, rotates and drops the tag: a second call changes nothing
     except Exception as error:  # decoders raise many types on broken data
-        raise ValueError(f"{name} is broken or cut off: {error}") from error
+        raise ValueError(f"{name} is broken or truncated: {error}") from error
     image = _eight_bit(image, name)
     if mode == "RGBA":
         return image.convert("RGBA")
@@ -69,7 +69,7 @@ def load_image(
 def _read_bytes(source: object, max_bytes: int, allow_url: bool) -> tuple[bytes, str]:
     """The bytes of a path, a URL or a bytes object, never more than max_bytes, and a name for messages."""
     if isinstance(source, bytes | bytearray | memoryview):
-        data, name = bytes(source), "the given bytes"
+        data, name = bytes(source), "the image data"
     elif isinstance(source, str) and "://" in source[:12]:
         data, name = _fetch(source, max_bytes, allow_url), source
     elif isinstance(source, str | Path):
@@ -80,13 +80,13 @@ def _read_bytes(source: object, max_bytes: int, allow_url: bool) -> tuple[bytes,
         except FileNotFoundError:
             raise FileNotFoundError(f"no image at {name}") from None
         except IsADirectoryError:
-            raise ValueError(f"{name} is a folder, an image file is expected") from None
+            raise ValueError(f"{name} is a folder; expected an image file") from None
         except OSError as error:
             raise ValueError(f"cannot read {name}: {error.strerror or error}") from error
     else:
         raise ValueError(f"an image is a path, bytes, a PIL image or an array; found {type(source).__name__}")
     if len(data) > max_bytes:
-        raise ValueError(f"{name} is larger than {max_bytes / 1e6:g} MB, the most that is read")
+        raise ValueError(f"{name} is larger than the limit of {max_bytes / 1e6:g} MB")
     if not data:
         raise ValueError(f"{name} is empty")
     return data, name
@@ -94,9 +94,9 @@ def _read_bytes(source: object, max_bytes: int, allow_url: bool) -> tuple[bytes,
 
 def _fetch(url: str, max_bytes: int, allow_url: bool) -> bytes:
     if not allow_url:
-        raise ValueError(f"{url} is a URL; download it and name the file")
+        raise ValueError(f"{url} is a URL; download it and pass the file")
     if not url.lower().startswith(("http://", "https://")):
-        raise ValueError(f"{url}: only http and https are fetched")
+        raise ValueError(f"{url}: only http and https are supported")
     try:
         with urllib.request.urlopen(url, timeout=_URL_SECONDS) as answer:
             return answer.read(max_bytes + 1)
@@ -105,22 +105,22 @@ def _fetch(url: str, max_bytes: int, allow_url: bool) -> bytes:
 
 
 def _open(data: bytes, name: str) -> Image.Image:
-    """Reads the header only, so the size is known before anything is decoded."""
+    """Read the header only, so that the size is known before anything is decoded."""
     try:
         with warnings.catch_warnings():
-            # Between its two limits Pillow only warns; ours is lower and checked by the caller.
+            # Between its two limits Pillow only warns; the caller checks our own limit, which is lower.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} unpacks to too many pixels: {error}") from error
+        raise ValueError(f"{name} has too many pixels: {error}") from error
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is none of {', '.join(FORMATS)}") from None
+        raise ValueError(f"{name} is not an image of the supported formats: {', '.join(FORMATS)}") from None
     except Exception as error:  # as above: a header can be broken in many ways
-        raise ValueError(f"{name} is broken or cut off: {error}") from error
+        raise ValueError(f"{name} is broken or truncated: {error}") from error
 
 
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
-    """Pillow cuts 16-bit and float pictures off at 255 when it converts; scale them instead."""
+    """Scale 16-bit and float images to 8 bits, as Pillow's conversion clips them at 255."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode == "F":
@@ -132,13 +132,13 @@ def _is_array(source: object) -> TypeGuard["np.ndarray | Tensor"]:
     return isinstance(source, np.ndarray) or hasattr(source, "detach")  # a torch tensor, without importing torch
 
 
-def _from_array(source: "np.ndarray | Tensor", name: str = "the given array") -> Image.Image:
+def _from_array(source: "np.ndarray | Tensor", name: str = "the array") -> Image.Image:
     if isinstance(source, np.ndarray):
         array = source
     else:
         array = source.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
-        if array.ndim == 3:  # torch keeps channels first
+        if array.ndim == 3:  # torch has channels first
             array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
@@ -153,7 +153,7 @@ def _from_array(source: "np.ndarray | Tensor", name: str = "the given array") ->
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
             raise ValueError(
                 f"{name} has floats from {array.min():.3g} to {array.max():.3g}; expected 0..1. "
-                "A picture in -1..1 goes through condit.data.images.to_images first"
+                "Convert an image in -1..1 with condit.data.images.to_images first"
             )
         array = (array.astype(np.float64) * 255).round().astype(np.uint8)
     elif array.dtype != np.uint8:
@@ -167,29 +167,31 @@ def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Imag
 
 
 def load_masks(source: ImageSource | Sequence[ImageSource]) -> "Tensor":
-    """One mask, or a list of one for each image, in its own size: (n, H, W) in [0, 1], white = 1."""
+    """One mask, or a list with one for each image, at its own size: (n, H, W) in [0, 1], white = 1. ValueError for
+    masks of different sizes."""
     import torch
 
-    sources: Sequence[Any] = source if isinstance(source, list | tuple) else [source]
+    sources = cast("Sequence[ImageSource]", source if isinstance(source, list | tuple) else [source])
     pictures = [load_image(s).convert("L") for s in sources]
     if len({p.size for p in pictures}) != 1:
-        raise ValueError(f"masks of several sizes: {sorted({p.size for p in pictures})}. Give them one size.")
+        raise ValueError(f"masks must have the same size; found {sorted({p.size for p in pictures})}.")
     return torch.stack([torch.from_numpy(np.array(p, dtype=np.float32)) / 255 for p in pictures])
 
 
 def save_image(
     image: Image.Image, path: str | Path, *, recipe: Mapping[str, object] | None = None, parameters: str | None = None
 ) -> Path:
-    """Writes PNG, JPEG or WebP by the path's ending, whole or not at all. A PNG carries `recipe` as JSON under `condit`
-    and `parameters` as the text that A1111's tools read. Returns the path; OSError with a clear text on a full disk."""
-    kind = _SAVE_AS.get(Path(path).suffix.lower())
-    if kind is None:
-        raise ValueError(f"cannot tell the format of {path}; end it in {', '.join(_SAVE_AS)}")
-    if kind != "PNG" and (recipe is not None or parameters is not None):
-        raise ValueError(f"only a PNG carries its recipe, found {path}; end it in .png or leave the recipe out")
-    if kind == "JPEG" and image.mode not in ("RGB", "L"):
+    """Write PNG, JPEG or WebP, by the path's suffix, atomically. A PNG contains `recipe` as JSON under `condit` and
+    `parameters` as the text that A1111's tools read. Returns the path. ValueError for another suffix or a recipe for
+    another format, OSError with the reason if writing fails."""
+    file_format = _SAVE_AS.get(Path(path).suffix.lower())
+    if file_format is None:
+        raise ValueError(f"{path} has no supported suffix; end it in {', '.join(_SAVE_AS)}")
+    if file_format != "PNG" and (recipe is not None or parameters is not None):
+        raise ValueError(f"only a PNG can contain a recipe; end {path} in .png or leave the recipe out")
+    if file_format == "JPEG" and image.mode not in ("RGB", "L"):
         image = load_image(image)
-    info = PngImagePlugin.PngInfo() if kind == "PNG" else None
+    info = PngImagePlugin.PngInfo() if file_format == "PNG" else None
     if info is not None and parameters is not None:
         info.add_text("parameters", parameters)
     if info is not None and recipe is not None:
@@ -197,31 +199,31 @@ def save_image(
 
     def write(target: Path) -> None:
         if info is not None:
-            image.save(target, format=kind, pnginfo=info)
+            image.save(target, format=file_format, pnginfo=info)
         else:
-            image.save(target, format=kind, quality=95)
+            image.save(target, format=file_format, quality=95)
 
     return atomic_write(path, write)
 
 
 def read_recipe(path: str | Path) -> dict[str, object]:
-    """The recipe that save_image put into a PNG. ValueError if there is none or it is not ours."""
+    """The recipe that save_image stored in a PNG. ValueError for a file without a valid recipe."""
     data, name = _read_bytes(Path(path), MAX_BYTES, allow_url=False)
     text = _open(data, name).info.get("condit")
     if not isinstance(text, str):
-        raise ValueError(f"{name} carries no condit recipe; only PNGs drawn by condit, not re-saved elsewhere, do")
+        raise ValueError(f"{name} has no condit recipe; only PNGs that condit saved and no other program re-saved do")
     try:
         recipe = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{name} carries a broken condit recipe: {error}") from error
+        raise ValueError(f"{name} has a broken condit recipe: {error}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"{name} carries a condit recipe that is a {type(recipe).__name__}, expected an object")
+        raise ValueError(f"{name} has a condit recipe that is a {type(recipe).__name__}; expected an object")
     return recipe
 
 
-def to_tensor(image: ImageSource, size: int | tuple[int, int], *, fit: Fit = "squash") -> "Tensor":
-    """(3, H, W) fp32 in -1..1 at `size` (a side, or height and width). fit: squash ignores the aspect,
-    crop keeps the middle, pad adds white."""
+def to_tensor(image: ImageSource, size: int | tuple[int, int], *, fit: ImageFit = "squash") -> "Tensor":
+    """(3, H, W) fp32 in -1..1 at `size` (a side, or height and width). fit: squash ignores the aspect ratio, crop keeps
+    the centre, pad adds white. ValueError for another fit."""
     import torch
 
     height, width = (size, size) if isinstance(size, int) else size
@@ -235,20 +237,18 @@ def to_tensor(image: ImageSource, size: int | tuple[int, int], *, fit: Fit = "sq
         elif fit == "pad":
             picture = ImageOps.pad(picture, (width, height), sampling, color=WHITE)
         else:
-            raise ValueError(f"fit is squash, crop or pad; found {fit!r}")
+            raise ValueError(f"fit must be squash, crop or pad; found {fit!r}")
     array = np.array(picture, dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1).contiguous().div_(127.5).sub_(1)
 
 
 def to_images(tensor: "Tensor") -> list[Image.Image]:
-    """(B, 3, H, W) or (3, H, W) in -1..1, clamped -> RGB images. ValueError for NaN, which means a run went wrong."""
+    """(B, 3, H, W) or (3, H, W) in -1..1, clamped -> RGB images. ValueError for another shape, NaN or infinity."""
     batch = tensor.detach().float().cpu()
     batch = batch[None] if batch.ndim == 3 else batch
     if batch.ndim != 4 or batch.shape[1] != 3:
         raise ValueError(f"expected (B, 3, H, W) or (3, H, W), found {tuple(tensor.shape)}")
     if not bool(batch.isfinite().all()):
-        raise ValueError(
-            "the picture has NaN or infinite values; try another dtype (float32) or a lower guidance_scale"
-        )
+        raise ValueError("the image has NaN or infinite values; try another dtype (float32) or a lower guidance_scale")
     array = ((batch.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in array]

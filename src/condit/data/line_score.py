@@ -1,4 +1,4 @@
-"""How far two drawings have the same lines."""
+"""Agreement of the lines of two images."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def edge_f1(found: Tensor, given: Tensor, tolerance: int = 2) -> Tensor:
-    """F1 of edge pixels, bool (N, H, W) twice -> (N,): precision = found pixels with a given one within `tolerance`
-    pixels (Euclidean), recall = the other way round. Two empty maps agree."""
-    grown_given, grown_found = _grow(given, tolerance), _grow(found, tolerance)
-    precision = (found & grown_given).flatten(1).sum(1) / found.flatten(1).sum(1).clamp(min=1)
-    recall = (given & grown_found).flatten(1).sum(1) / given.flatten(1).sum(1).clamp(min=1)
-    both_empty = ~found.flatten(1).any(1) & ~given.flatten(1).any(1)
+def edge_f1(lines: Tensor, reference: Tensor, tolerance: int = 2) -> Tensor:
+    """F1 of edge pixels, bool (N, H, W) twice -> (N,). Precision is the share of `lines` within `tolerance` pixels
+    (Euclidean) of the reference, recall that of the reference within `tolerance` of `lines`. Two empty maps give 1."""
+    near_reference, near_lines = _grow(reference, tolerance), _grow(lines, tolerance)
+    precision = (lines & near_reference).flatten(1).sum(1) / lines.flatten(1).sum(1).clamp(min=1)
+    recall = (reference & near_lines).flatten(1).sum(1) / reference.flatten(1).sum(1).clamp(min=1)
+    both_empty = ~lines.flatten(1).any(1) & ~reference.flatten(1).any(1)
     f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-8)
     return torch.where(both_empty, torch.ones_like(f1), f1)
 

@@ -1,14 +1,15 @@
-"""Pairs to train on: a target, its caption and its references by role.
+"""Training pairs: a target, its caption and its references by role.
 
-Two layouts. A folder as `datasets.load_dataset("imagefolder")` reads it: `metadata.jsonl`, one row a target,
+There are two layouts. A folder as `datasets.load_dataset("imagefolder")` reads it has a `metadata.jsonl` with one row
+for each target,
 
     {"file_name": "t/1.png", "text": "...", "style_file_names": ["r/1a.png", "r/1b.png"], "edges_file_name": "e/1.png"}
 
-where every `ROLE_file_name` or `ROLE_file_names` is a role. Or WebDataset's tars: `KEY.png` is the target, `KEY.txt` or
+where every `ROLE_file_name` or `ROLE_file_names` is a role. In WebDataset's tars `KEY.png` is the target, `KEY.txt` or
 `KEY.json` (its "text") the caption, `KEY.ROLE.png` or `KEY.ROLE_0.png`, `KEY.ROLE_1.png`, ... the references.
 
-Where pictures are each other's references, rows name what they share instead: `"style_group": "prompt 17"`,
-`"content_group": "fox"`, in metadata.jsonl or `KEY.json` (data/grouped.py draws from them).
+If images are each other's references, rows name what they share instead: `"style_group": "prompt 17"`,
+`"content_group": "fox"`, in metadata.jsonl or `KEY.json` (see data/grouped.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from condit.data.files import hash_file
 from condit.data.images import ImageSource, load_image
@@ -34,22 +35,22 @@ _GROUP = re.compile(r"(.+)_group")
 
 @dataclass(frozen=True)
 class Pair:
-    """A target with its caption and its references by role, as sources that `load_image` reads."""
+    """A target, its caption and its references by role, as sources for `load_image`."""
 
     image: ImageSource
     text: str
     references: Mapping[str, tuple[ImageSource, ...]]
-    groups: Mapping[str, str] = field(default_factory=dict)  # what it shares with other targets: "style" -> a name
+    groups: Mapping[str, str] = field(default_factory=dict)  # its groups of targets: "style" -> a name
 
     def one(self, role: str) -> ImageSource:
-        """The first reference of a role; KeyError with the roles that there are."""
+        """The first reference of a role. KeyError lists the roles of this pair."""
         if not self.references.get(role):
             raise KeyError(f"no reference {role!r}; this pair has {', '.join(self.references) or 'none'}.")
         return self.references[role][0]
 
 
 class Pairs(Protocol):
-    """A set of pairs with random access: a batch is a pure function of its row numbers."""
+    """A set of pairs with random access, so that a batch depends on its row numbers only."""
 
     def __len__(self) -> int: ...
 
@@ -71,15 +72,15 @@ class FolderPairs:
 
 @dataclass(frozen=True)
 class TarPairs:
-    """Samples of WebDataset tars, each file opened where it is read: no order, no stream, so a run resumes exactly."""
+    """Samples of WebDataset tars with random access instead of a stream, so that a run resumes exactly."""
 
     samples: tuple[tuple[Path, Mapping[str, tuple[int, int]]], ...]  # extension -> (offset, size)
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def facts(self, index: int) -> tuple[tuple[str, ...], Mapping[str, str]]:
-        """Roles and groups of a sample, without its pictures."""
+    def roles_and_groups(self, index: int) -> tuple[tuple[str, ...], Mapping[str, str]]:
+        """Roles and groups of a sample, without its images."""
         tar, parts = self.samples[index]
         roles = tuple(dict.fromkeys(_role(e) for e in parts if "." in e))
         if "json" not in parts:
@@ -102,15 +103,15 @@ class TarPairs:
             for extension in sorted((e for e in parts if "." in e), key=_natural):
                 references.setdefault(_role(extension), []).append(read(extension))
             target = next(read(e) for e in PICTURES if e in parts)
-            told = json.loads(read("json")) if "json" in parts else {}
-            text = read("txt").decode() if "txt" in parts else told["text"]
-        return Pair(target, text, {role: tuple(found) for role, found in references.items()}, _groups(told))
+            metadata = json.loads(read("json")) if "json" in parts else {}
+            text = read("txt").decode() if "txt" in parts else metadata["text"]
+        return Pair(target, text, {role: tuple(images) for role, images in references.items()}, _groups(metadata))
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found: how many pairs, how many have each role, a line for each bad row, and how many groups of a
-    kind have two rows or more."""
+    """The result of `check`: the number of pairs, of pairs with each role, a line for each bad row, and the number of
+    groups of each kind with two rows or more."""
 
     pairs: int
     roles: Mapping[str, int]
@@ -119,7 +120,8 @@ class Report:
 
 
 def open_pairs(source: str | Path) -> Pairs:
-    """A folder with metadata.jsonl, a tar, or a folder of tars. ValueError quotes the first bad row."""
+    """The pairs of a folder with metadata.jsonl, of a tar, or of a folder of tars. ValueError quotes the first bad
+    row."""
     path = Path(source)
     if (path / METADATA).is_file():
         rows = []
@@ -139,7 +141,7 @@ def open_pairs(source: str | Path) -> Pairs:
 
 
 def fingerprint(source: str | Path) -> str:
-    """16 hex digits that change with the rows of a set: what is computed from them may be kept under this name."""
+    """16 hex digits that change with the rows of a set: a name for caches of results computed from it."""
     path = Path(source)
     if (path / METADATA).is_file():
         return hash_file(path / METADATA)
@@ -148,31 +150,31 @@ def fingerprint(source: str | Path) -> str:
 
 
 def check(source: str | Path, *, decode: bool = True) -> Report:
-    """Every row of a set: names, files, captions and, with `decode`, whether each picture can be read."""
+    """Check every row of a set: names, files, captions and, with `decode`, whether each image can be read."""
     path, problems, roles, count = Path(source), [], {}, 0
     sizes: Counter[tuple[str, str]] = Counter()
-    for place, found in _checked(path):
+    for place, pair in _checked(path):
         count += 1
-        if isinstance(found, str):
-            problems.append(f"{place}: {found}")
+        if isinstance(pair, str):
+            problems.append(f"{place}: {pair}")
             continue
-        for role in found.references:
+        for role in pair.references:
             roles[role] = roles.get(role, 0) + 1
-        sizes.update(found.groups.items())
-        named = [("target", found.image), *((role, x) for role, xs in found.references.items() for x in xs)]
+        sizes.update(pair.groups.items())
+        named = [("target", pair.image), *((role, x) for role, xs in pair.references.items() for x in xs)]
         for role, picture in named if decode else ():
             try:
                 load_image(picture)
             except (ValueError, FileNotFoundError) as error:
                 problems.append(f"{place}: {role}: {error}")
     if not count:
-        problems.append(f"{path} holds no pair")
+        problems.append(f"{path} has no pair")
     groups = Counter(kind for (kind, _), rows in sizes.items() if rows > 1)
     return Report(count, roles, tuple(problems), dict(groups))
 
 
 def _checked(path: Path) -> Iterator[tuple[str, Pair | str]]:
-    """Place, and the pair or what is wrong with it."""
+    """Place of every row, and its pair or the text of its problem."""
     if (path / METADATA).is_file():
         for place, row in _rows(path / METADATA):
             problem, pair = _folder_pair(path, row)
@@ -185,12 +187,12 @@ def _checked(path: Path) -> Iterator[tuple[str, Pair | str]]:
             continue
         try:
             yield place, TarPairs(((tar, parts),))[0]
-        except (ValueError, KeyError, TypeError) as error:  # a caption that is no text
-            yield place, f"no caption can be read: {error}"
+        except (ValueError, KeyError, TypeError) as error:  # a caption that is not text
+            yield place, f"the caption cannot be read: {error}"
 
 
-def _rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Place and content of every line that is not empty; a line that is no JSON comes as its text."""
+def _rows(file: Path) -> Iterator[tuple[str, object]]:
+    """Place and content of every line that is not empty; the text of a line that is not JSON."""
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -201,8 +203,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{file.name}:{number}", row
 
 
-def _folder_pair(folder: Path, row: Any) -> tuple[str, Pair | None]:
-    """What is wrong with a row, or its pair. Files must lie in the folder."""
+def _folder_pair(folder: Path, row: object) -> tuple[str, Pair | None]:
+    """The problem of a row, or "" and its pair. Files must be in the folder."""
     if not isinstance(row, dict):
         return "not a JSON object", None
     if not isinstance(row.get("file_name"), str):
@@ -211,12 +213,12 @@ def _folder_pair(folder: Path, row: Any) -> tuple[str, Pair | None]:
         return f"text must be a string; found {row['text']!r}", None
     root = folder.resolve()
 
-    def located(column: str, name: Any) -> Path:
+    def located(column: str, name: object) -> Path:
         if not isinstance(name, str):
             raise ValueError(f"{column} must hold file names; found {name!r}")
         path = (root / name).resolve()
         if not path.is_relative_to(root):
-            raise ValueError(f"{column}: {name!r} leads out of the folder")
+            raise ValueError(f"{column}: {name!r} is outside the folder")
         if not path.is_file():
             raise ValueError(f"{column}: no file {name!r}")
         return path
@@ -228,52 +230,54 @@ def _folder_pair(folder: Path, row: Any) -> tuple[str, Pair | None]:
             match = _ROLE.fullmatch(column)
             if match is None or value is None:
                 continue
-            several = column.endswith("s")
-            if several != isinstance(value, list):
-                kind = "a list of names" if several else "one name"
-                raise ValueError(f"{column} must be {kind}; found {value!r}")
-            found = tuple(located(column, name) for name in (value if several else [value]))
-            references[match[1]] = (*references.get(match[1], ()), *found)
+            is_list = column.endswith("s")
+            if is_list != isinstance(value, list):
+                expected = "a list of names" if is_list else "one name"
+                raise ValueError(f"{column} must be {expected}; found {value!r}")
+            files = tuple(located(column, name) for name in (value if is_list else [value]))
+            references[match[1]] = (*references.get(match[1], ()), *files)
         groups = _groups(row)
     except ValueError as error:
         return str(error), None
     return "", Pair(target, row.get("text", ""), references, groups)
 
 
-def _groups(row: Mapping[str, Any]) -> dict[str, str]:
-    """What a row shares with others, by role. ValueError for a name that is no text."""
-    found = {
-        match[1]: value for column, value in row.items() if (match := _GROUP.fullmatch(column)) and value is not None
-    }
-    for role, value in found.items():
+def _groups(row: Mapping[str, object]) -> dict[str, str]:
+    """The groups of a row by role. ValueError for a name that is not text."""
+    groups = {}
+    for column, value in row.items():
+        match = _GROUP.fullmatch(column)
+        if match is None or value is None:
+            continue
         if not isinstance(value, str) or not value:
-            raise ValueError(f"{role}_group must be a name; found {value!r}")
-    return found
+            raise ValueError(f"{column} must be a name; found {value!r}")
+        groups[match[1]] = value
+    return groups
 
 
 def _tars(path: Path) -> list[Path]:
-    found = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" and path.is_file() else []
-    if not found:
+    tars = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.suffix == ".tar" and path.is_file() else []
+    if not tars:
         raise ValueError(
-            f"{path} holds no pairs: expected a folder with {METADATA} (as datasets' imagefolder reads it), a .tar of "
-            "WebDataset's layout, or a folder of such."
+            f"{path} has no pairs: expected a folder with {METADATA} (as datasets' imagefolder reads it), a .tar in "
+            "WebDataset's layout, or a folder of such files."
         )
-    return found
+    return tars
 
 
 def _tar_samples(tars: Sequence[Path]) -> Iterator[tuple[str, Path, dict[str, tuple[int, int]]]]:
-    """Place, tar and the parts of each sample: files side by side whose names agree up to the first dot."""
+    """Place, tar and parts of each sample: files of a folder whose names agree up to the first dot."""
     for tar in tars:
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         try:
-            with tarfile.open(tar, "r:") as file:  # never unpacked, so a name can lead nowhere
+            with tarfile.open(tar, "r:") as file:  # never unpacked, so an unsafe path has no effect
                 for member in file:
                     folder, _, name = member.name.rpartition("/")
                     key, dot, extension = name.partition(".")
                     if member.isfile() and dot and key:
                         samples.setdefault(f"{folder}/{key}", {})[extension] = member.offset_data, member.size
         except tarfile.TarError as error:
-            raise ValueError(f"{tar} is no plain tar, or cut off: {error}. Fetch it again.") from error
+            raise ValueError(f"{tar} is not a plain tar, or truncated: {error}. Download it again.") from error
         for key, parts in samples.items():
             yield f"{tar.name}:{key.lstrip('/')}", tar, parts
 
@@ -284,7 +288,7 @@ def _bad_sample(parts: Mapping[str, tuple[int, int]]) -> str:
     if "txt" not in parts and "json" not in parts:
         return "no caption (.txt, or .json with its text)"
     wrong = [e for e in parts if "." in e and e.rpartition(".")[2] not in PICTURES]
-    return f".{wrong[0]} is no picture that is read" if wrong else ""
+    return f".{wrong[0]} is not a supported image" if wrong else ""
 
 
 def _role(extension: str) -> str:
@@ -292,10 +296,10 @@ def _role(extension: str) -> str:
     return re.sub(r"_\d+$", "", extension.rpartition(".")[0])
 
 
-def _natural(text: str) -> list:
+def _natural(text: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
-def _quoted(row: Any, limit: int = 200) -> str:
+def _quoted(row: object, limit: int = 200) -> str:
     text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
     return text if len(text) <= limit else text[:limit] + " ..."

@@ -1,37 +1,40 @@
-"""Contact sheets: rows of pictures with labels, for demos, training samples and reports."""
+"""Contact sheets: rows of images with labels, for demos, training samples and reports."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-INK, FAINT, GIVEN = (32, 32, 32), (222, 222, 222), (214, 120, 20)
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+INK, FAINT, HIGHLIGHT = (32, 32, 32), (222, 222, 222), (214, 120, 20)
 MARGIN, GAP, TEXT = 16, 10, 13
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A picture with a line below it; given=True frames it as an input rather than a result."""
+class SheetCell:
+    """An image with a caption below it; is_input=True frames it as an input rather than a result."""
 
     image: Image.Image
     caption: str = ""
-    given: bool = False
+    is_input: bool = False
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Cell | Image.Image | None]],
+    rows: Sequence[Sequence[SheetCell | Image.Image | None]],
     labels: Sequence[str],
     *,
     title: str = "",
     cell: int = 128,
     label_width: int = 150,
 ) -> Image.Image:
-    """Rows of cells, a label left of each row; None leaves a place empty. Pictures are scaled to fit `cell` pixels."""
+    """Rows of cells with a label left of each row; None leaves a cell empty. Images are scaled to fit `cell` pixels.
+    ValueError unless there is a row, and one label for each."""
     if len(labels) != len(rows) or not rows:
         raise ValueError(
             f"a sheet needs one label a row and at least one row; found {len(labels)} for {len(rows)} rows"
         )
-    grid = [[Cell(item) if isinstance(item, Image.Image) else item for item in row] for row in rows]
+    grid = [[SheetCell(item) if isinstance(item, Image.Image) else item for item in row] for row in rows]
     font, bold = ImageFont.load_default(TEXT), ImageFont.load_default(TEXT + 7)
     line = TEXT + 4
     heights = [cell + GAP + (line if any(item and item.caption for item in row) else 0) for row in grid]
@@ -52,20 +55,20 @@ def contact_sheet(
     return sheet
 
 
-def _paste(draw: ImageDraw.ImageDraw, sheet: Image.Image, item: Cell, corner: tuple[int, int], cell: int, font) -> None:
+def _paste(
+    draw: ImageDraw.ImageDraw, sheet: Image.Image, item: SheetCell, corner: tuple[int, int], cell: int, font: Font
+) -> None:
     x, y = corner
     scale = cell / max(item.image.size)
     size = (max(1, round(item.image.width * scale)), max(1, round(item.image.height * scale)))
     picture = item.image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     sheet.paste(picture, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
-    draw.rectangle(
-        (x - 1, y - 1, x + cell, y + cell), outline=GIVEN if item.given else FAINT, width=2 if item.given else 1
-    )
-    caption = _cut(draw, item.caption, font, cell)
-    draw.text((x + cell / 2, y + cell + 3), caption, GIVEN if item.given else INK, font=font, anchor="ma")
+    outline, ink, width = (HIGHLIGHT, HIGHLIGHT, 2) if item.is_input else (FAINT, INK, 1)
+    draw.rectangle((x - 1, y - 1, x + cell, y + cell), outline=outline, width=width)
+    draw.text((x + cell / 2, y + cell + 3), _cut(draw, item.caption, font, cell), ink, font=font, anchor="ma")
 
 
-def _cut(draw: ImageDraw.ImageDraw, text: str, font, width: float) -> str:
+def _cut(draw: ImageDraw.ImageDraw, text: str, font: Font, width: float) -> str:
     """The text, or as much of it as fits with an ellipsis."""
     if draw.textlength(text, font=font) <= width:
         return text
@@ -74,8 +77,8 @@ def _cut(draw: ImageDraw.ImageDraw, text: str, font, width: float) -> str:
     return text.rstrip() + "..."
 
 
-def _wrap(draw: ImageDraw.ImageDraw, text: str, font, width: float, most: int) -> list[str]:
-    """Lines of whole words that fit the width, `most` at the utmost; a longer word is cut."""
+def _wrap(draw: ImageDraw.ImageDraw, text: str, font: Font, width: float, limit: int) -> list[str]:
+    """At most `limit` lines of whole words that fit the width; a longer word is cut."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         current = ""
@@ -87,4 +90,4 @@ def _wrap(draw: ImageDraw.ImageDraw, text: str, font, width: float, most: int) -
             else:
                 current = longer
         lines.append(current)
-    return [_cut(draw, line, font, width) for line in lines[: max(most, 1)]]
+    return [_cut(draw, line, font, width) for line in lines[: max(limit, 1)]]

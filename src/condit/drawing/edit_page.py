@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from condit.controls.dit4edit import changed_words
-from condit.data.sheets import Cell, contact_sheet
+from condit.data.sheets import SheetCell, contact_sheet
 from condit.drawing.edit import EditResult
 from condit.encoders.words import Words
 
@@ -18,17 +18,17 @@ def edit_page(result: EditResult, source: str, target: str, *, number: int = 0) 
     """One sheet for picture `number` of a result with PIL images."""
     sides = zip((source, target), edited_words(result, number), (result.sources, result.images), strict=True)
     trip = f"round trip {result.psnr[number]:.1f} dB" if result.psnr else ""
-    first: list[Cell | None] = [
-        Cell(result.sources[number], "source", given=True),
-        *([] if result.round_trips is None else [Cell(result.round_trips[number], trip)]),
-        Cell(result.images[number], "edit"),
+    first: list[SheetCell | None] = [
+        SheetCell(result.sources[number], "source", is_input=True),
+        *([] if result.round_trips is None else [SheetCell(result.round_trips[number], trip)]),
+        SheetCell(result.images[number], "edit"),
     ]
     rows, labels = [first], [f"{source}\n-> {target}"]
     if result.maps is not None:
         for side, (prompt, words, pictures) in enumerate(sides):
             if words:
                 maps = result.maps[number, side]
-                cells = [Cell(shade(pictures[number], maps[:, list(t)].sum(-1), result.grid), w) for w, t in words]
+                cells = [SheetCell(shade(pictures[number], maps[:, list(t)].sum(-1), result.grid), w) for w, t in words]
                 rows.append(list(cells))
                 labels.append(f"attention in\n{prompt}")
     steps, solver = result.recipe["num_inference_steps"], result.recipe["solver"]

@@ -30,8 +30,8 @@ from condit.drawing.model import (
 from condit.drawing.settings import Settings, negative_prompts, prompt_list
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
-from condit.nn.lora import together
-from condit.nn.offload import Visited, on_device, with_blocks
+from condit.nn.lora import sum_loras
+from condit.nn.offload import OffloadedBlocks, on_device, with_blocks
 from condit.nn.streams import Stream, grid_ids
 from condit.weights.parts import Parts
 
@@ -52,7 +52,7 @@ class FlowModel:
         if offload not in (None, "encoders", "blocks"):
             raise ValueError(f"offload must be 'encoders', 'blocks' or None; found {offload!r}.")
         if offload == "blocks":
-            parts = replace(parts, backbone=with_blocks(parts.backbone, Visited))
+            parts = replace(parts, backbone=with_blocks(parts.backbone, OffloadedBlocks))
         self.parts, self.backbone, self.offload = parts, parts.backbone, offload
 
     # Devices
@@ -64,7 +64,7 @@ class FlowModel:
                 part.to(device)
         if self.offload == "blocks":
             for part in self.backbone.children():
-                part.move(device) if isinstance(part, Visited) else part.to(device)
+                part.move(device) if isinstance(part, OffloadedBlocks) else part.to(device)
         else:
             self.backbone.to(device)
 
@@ -231,7 +231,7 @@ class FlowModel:
             self.guidance(layout.batch, settings),
             self.backbone.config.in_channels,
             layout.cells,
-            together(c.leak() for c in controls),
+            sum_loras(c.leak() for c in controls),
             layout.memory,
             layout.edit,
         )
@@ -265,7 +265,7 @@ class FlowModel:
             tokens = x.to(dtype)
             if canvas is not None:
                 tokens = torch.cat([tokens, canvas], -1)
-            lora = together(control.lora() for control in controls)
+            lora = sum_loras(control.lora() for control in controls)
             image = Stream(tokens, ids, t.to(dtype), text.pooled, guidance, lora)
             streams = [stream for control in controls for stream in control.streams()]
             out = self.backbone(image, text.tokens, text_ids, conditions=streams, controls=controls)

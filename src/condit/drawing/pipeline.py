@@ -26,7 +26,7 @@ from condit.drawing.model import Layout, Model, Side, TextModel, module_device, 
 from condit.drawing.references import describe_source, find_fill, read_references
 from condit.drawing.repaint import Images, check_picture, repainted, share_changed, skipped, start_of
 from condit.drawing.settings import Settings, check_counts, check_size, check_supported, image_generators
-from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyWords
+from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyTextTower
 from condit.encoders.text import Text
 from condit.weights.catalog import AdapterFile
 from condit.weights.class_models import ClassParts, PixelParts
@@ -369,14 +369,14 @@ class Pipeline:
         """A CLIP image tower from its folder, where the model computes."""
         return load_image_encoder(folder).to(self.device)
 
-    def text_tower(self, folder: str | FilePath | None = None) -> TextTower | TinyWords | None:
+    def text_tower(self, folder: str | FilePath | None = None) -> TextTower | TinyTextTower | None:
         """A CLIP text tower with projection from its folder; None: the model's own, if it has one (SDXL's second, and
         the embedded UNet's)."""
         if folder is not None:
             return load_text_tower(folder).to(self.device)
         text = self.parts.text
         if isinstance(self.image, TinyImage):
-            return TinyWords(self.image, text.tokenizer)
+            return TinyTextTower(self.image, text.tokenizer)
         pairs = zip(getattr(text, "tokenizers", []), getattr(text, "encoders", []), strict=True)
         own = [(tokenizer, encoder) for tokenizer, encoder in pairs if hasattr(encoder, "text_projection")]
         return TextTower(own[-1][1], own[-1][0]) if own else None

@@ -31,7 +31,7 @@ from condit.drawing.model import (
 from condit.drawing.settings import Settings, prompt_list
 from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
-from condit.nn.lora import together
+from condit.nn.lora import sum_loras
 from condit.weights.latent_models import Frame, LatentParts
 
 SamplerName = Literal["ddim", "ddim-ldm", "dpm++", "dpm++-karras", "euler", "euler-karras", "euler-ancestral"]
@@ -275,7 +275,7 @@ class VPModel:
             if beside is not None:
                 x = torch.cat([x, beside.repeat(len(x) // len(beside), 1, 1, 1)], 1)
             times = torch.full((len(x),), step.time, device=x.device)
-            return network(x.to(dtype), times, together(control.lora() for control in controls), controls).float()
+            return network(x.to(dtype), times, sum_loras(control.lora() for control in controls), controls).float()
 
         return output
 

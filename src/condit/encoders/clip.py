@@ -1,7 +1,7 @@
-"""The embedded CLIP: an image tower and a text tower in one space, trained to tell concept and style apart.
+"""The embedded CLIP: an image tower and a text tower in one space that separates concept from style.
 
-`Clip` (Radford et al. 2021, arXiv:2103.00020) with a small configuration. Of the shared space the
-first `CONCEPT` dimensions are trained on what is drawn and the `STYLE` dimensions on how (docs/tiny.md).
+`Clip` (Radford et al. 2021, arXiv:2103.00020) with a small configuration. Training matches concepts in the `CONCEPT`
+dimensions of the shared space and styles in the `STYLE` dimensions (docs/tiny.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def make_clip(vocab_size: int) -> Clip:
 
 
 def make_tokenizer(corpus: Iterable[str], vocab_size: int = 5000) -> ClipTokenizer:
-    """WordPiece over lower-case words and single Chinese characters; unknown words fall into pieces."""
+    """WordPiece on lower-case words and single Chinese characters; unknown words are split into pieces."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -52,7 +52,7 @@ def make_tokenizer(corpus: Iterable[str], vocab_size: int = 5000) -> ClipTokeniz
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=letters, show_progress=False
     )
-    # A letter behind another one makes its piece "##x": without it an unknown word could not fall apart.
+    # A letter after another one makes the piece "##x", without which an unknown word could not be split.
     tokenizer.train_from_iterator(chain(corpus, (f"a{letter}" for letter in letters)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
@@ -66,7 +66,7 @@ def token_ids(tokenizer: ClipTokenizer, texts: list[str]) -> Tensor:
 
 
 def normalise(embeddings: Tensor) -> Tensor:
-    """Concept and style part brought to unit length each, (B, 256) -> (B, 256)."""
+    """Unit length for the concept part and for the style part, (B, 256) -> (B, 256)."""
     return torch.cat([F.normalize(embeddings[:, CONCEPT], dim=-1), F.normalize(embeddings[:, STYLE], dim=-1)], -1)
 
 
@@ -83,13 +83,13 @@ def embed_image(clip: Clip, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def style_statistics(hidden: Tensor, layers: tuple[int, ...] = (2, 4)) -> Tensor:
-    """Mean and deviation over the patches of two middle layers, (L + 1, B, 65, 192) -> (B, 768).
+    """Mean and standard deviation over the patches of two middle layers, (L + 1, B, 65, 192) -> (B, 768).
 
-    They say how something is drawn and, without positions, little of what (the idea of Gatys et al. 2016 on a ViT).
-    Each of the four vectors is brought to zero mean and unit variance, so that none drowns the others.
+    Without positions they describe style more than content (Gatys et al. 2016, here on a ViT). Each of the four vectors
+    is normalised to zero mean and unit variance, so that none dominates.
     """
-    found = []
+    statistics = []
     for layer in layers:
         patches = hidden[layer][:, 1:].float()
-        found += [F.layer_norm(x, x.shape[-1:]) for x in (patches.mean(1), patches.std(1))]
-    return torch.cat(found, -1)
+        statistics += [F.layer_norm(x, x.shape[-1:]) for x in (patches.mean(1), patches.std(1))]
+    return torch.cat(statistics, -1)

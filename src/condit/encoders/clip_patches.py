@@ -1,14 +1,13 @@
-"""CLIP's image tower without its last block: every token of a picture, for Q-Formers (BLIP-Diffusion,
-arXiv:2305.14720).
+"""CLIP's image tower without its last block: all tokens of an image, for Q-Formers (BLIP-Diffusion, arXiv:2305.14720).
 
-Preparation of pictures as DEADiff's released code has it, kornia 0.6.8's antialiased resize included.
+Images are prepared as in DEADiff's released code, with the antialiased resize of kornia 0.6.8.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +21,21 @@ if TYPE_CHECKING:
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class ClipPatches(nn.Module):
-    """Images -> tokens (B, 1 + patches, width), class token first, as they leave the last but one block, not normed.
+class TowerSizes(Protocol):
+    """Sizes in the configuration of a CLIP tower; only image towers have image_size and patch_size."""
 
-    `tower` is cut at `blocks`, which defaults to all but one. In a DEADiff file it comes with the last already gone.
-    mean, std: those of the pixels in [0, 1] with which it was trained.
+    hidden_size: int
+    projection_dim: int
+    num_hidden_layers: int
+    image_size: int
+    patch_size: int
+
+
+class ClipPatches(nn.Module):
+    """Images -> tokens (B, 1 + patches, width), class token first, after the last but one block, without a norm.
+
+    `tower` is used up to `blocks`, by default all but one; DEADiff's file has no last block. mean, std: of the training
+    pixels in [0, 1].
     """
 
     mean: Tensor
@@ -41,7 +50,7 @@ class ClipPatches(nn.Module):
         std: tuple[float, ...] = CLIP_STD,
     ):
         super().__init__()
-        config: Any = tower.config
+        config = cast("TowerSizes", tower.config)
         self.tower, self.blocks = tower, config.num_hidden_layers - 1 if blocks is None else blocks
         self.size: int = config.image_size
         self.features: int = config.hidden_size
@@ -50,8 +59,8 @@ class ClipPatches(nn.Module):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], heads: int | None = None) -> ClipPatches:
-        """A tower from its tensors in transformers' names, its last block already gone. Heads are of width 64 unless
-        told; patches and size are read off the tensors."""
+        """A tower without its last block from tensors in transformers' names, which also give patches and size. heads
+        None: heads of width 64."""
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
         width, _, patch, _ = tensors["embeddings.patch_embedding.weight"].shape
@@ -65,7 +74,7 @@ class ClipPatches(nn.Module):
             image_size=patch * math.isqrt(len(tensors["embeddings.position_embedding.weight"]) - 1),
         )
         tower = CLIPVisionModel(config)
-        # What follows the last block is never run here, and DEADiff's file does not have it.
+        # The layers after the last block are never run here, and DEADiff's file does not have them.
         unused = {n: v for n, v in tower.state_dict().items() if n.startswith("post_layernorm.")}
         tower.load_state_dict({n: v.float() for n, v in tensors.items()} | unused, strict=True)
         return cls(tower.eval().requires_grad_(False), blocks)
@@ -76,26 +85,26 @@ class ClipPatches(nn.Module):
         return self.tokens(self.prepare(images))
 
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 3, size, size), normalised."""
+        """Images (B, 3, H, W) in [-1, 1] -> pixels (B, 3, size, size), normalised."""
         images = resize_antialiased((images + 1) / 2, (self.size, self.size))
         return (images - self.mean) / self.std
 
     def tokens(self, pixels: Tensor) -> Tensor:
         """Prepared pixels -> tokens, in float32."""
         dtype = self.tower.embeddings.patch_embedding.weight.dtype
-        found = self.tower(pixels.to(dtype), output_hidden_states=True).hidden_states
-        return found[self.blocks].float()
+        states = self.tower(pixels.to(dtype), output_hidden_states=True).hidden_states
+        return states[self.blocks].float()
 
 
 def resize_antialiased(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic with aligned corners, (B, C, H, W) -> (B, C, *size). If either side shrinks, a Gaussian goes before, over
-    both axes: for a factor f of an axis sigma = (f - 1) / 2 and an odd width of about 4 sigma, borders reflected.
+    """Bicubic with aligned corners, (B, C, H, W) -> (B, C, *size). If either side shrinks, a Gaussian is applied first
+    along both axes: sigma = (f - 1) / 2 for the factor f of an axis, an odd width of about 4 sigma, reflected borders.
 
-    This is kornia 0.6.8's `resize(..., antialias=True)`; torch's own antialias gives other numbers.
+    This is kornia 0.6.8's `resize(..., antialias=True)`; torch's antialias gives other numbers.
     """
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    factors = [found / wanted for found, wanted in zip(images.shape[-2:], size, strict=True)]
+    factors = [before / after for before, after in zip(images.shape[-2:], size, strict=True)]
     if max(factors) > 1:
         for axis, factor in zip((-2, -1), factors, strict=True):
             images = _blur(images, max((factor - 1) / 2, 0.001), axis)

@@ -1,4 +1,4 @@
-"""Image encoders behind one call: images -> a feature for image prompts."""
+"""Image encoders: images -> features for image prompts. Text towers in the same space are here too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +15,29 @@ from torch import Tensor, nn
 
 from condit.encoders.clip import embed_image, embed_text, style_statistics, token_ids
 from condit.encoders.clip_model import Clip
-from condit.encoders.clip_patches import ClipPatches
+from condit.encoders.clip_patches import ClipPatches, TowerSizes
 from condit.encoders.clip_tokenizer import ClipTokenizer
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionModelWithProjection
+    from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
+
+
+class ImageEncoder(Protocol):
+    """Images (B, 3, H, W) in [-1, 1] -> features (B, features), for an adapter's image prompt."""
+
+    features: int
+
+    def __call__(self, images: Tensor) -> Tensor: ...
 
 
 class TinyImage(nn.Module):
-    """The embedded CLIP's image tower: its embedding (256) beside the statistics of two middle layers (768).
+    """The embedded CLIP's image tower: its embedding (256) and the statistics of two middle layers (768).
 
-    states: width of what `hidden` gives."""
+    states: width of the output of `hidden`."""
 
     features = 256 + 768
-    embedding = slice(0, 256)  # the part that shares a space with the text tower
-    gain = 11.3  # of that part: its two halves of unit length become entries of about unit variance
+    embedding = slice(0, 256)  # the part in the space of the text tower
+    gain = 11.3  # scales that part, whose halves have unit length, to about unit variance
 
     def __init__(self, clip: Clip):
         super().__init__()
@@ -45,11 +53,11 @@ class TinyImage(nn.Module):
 
     @torch.no_grad()
     def hidden(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> the states of the last layer but one (B, 65, 192), as of `CLIPImage`."""
+        """Images (B, 3, H, W) in [-1, 1] -> the states of the last layer but one (B, 65, 192), as in `CLIPImage`."""
         return self.clip.vision_model(self._sized(images)).hidden_states[-2].float()
 
     def zeros(self) -> Tensor:
-        """A picture of zeros, which is gray: no reference, behind a reader of hidden states."""
+        """An image of zeros, which is gray: the empty reference for adapters that read hidden states."""
         return torch.zeros(1, 3, self.size, self.size, device=self.clip.device)
 
     def _sized(self, images: Tensor) -> Tensor:
@@ -58,13 +66,13 @@ class TinyImage(nn.Module):
         return images.clamp(-1, 1)
 
     def patches(self) -> ClipPatches:
-        """The same tower read token by token, for Q-Formers; it takes pixels in [-1, 1] as they are."""
+        """All tokens of the same tower, for Q-Formers; pixels stay in [-1, 1]."""
         return ClipPatches(self.clip.vision_model, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
-class TinyWords(nn.Module):
-    """The embedded CLIP's text tower as the twin of its image tower: words -> vectors in the space of `TinyImage`'s
-    features. The statistics of middle layers have no words, so there they are 0."""
+class TinyTextTower(nn.Module):
+    """The embedded CLIP's text tower: phrases -> vectors in the space of `TinyImage`'s features. The part for the
+    statistics of middle layers is 0."""
 
     def __init__(self, image: TinyImage, tokenizer: ClipTokenizer):
         super().__init__()
@@ -78,14 +86,14 @@ class TinyWords(nn.Module):
         return F.pad(words * self.image.gain, (0, self.image.features - words.shape[-1]))
 
 
-# CLIP's image towers, for published adapters
+# CLIP's image towers of published adapters
 
 Fit = Literal["crop", "squash", "pad"]
 
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """Widths of a CLIP image tower: of its states, of the projected embedding; how many states; side in pixels."""
+    """Sizes of a CLIP image tower: width of its states and of its embeddings, number of tokens, side in pixels."""
 
     hidden: int
     projection: int
@@ -93,14 +101,13 @@ class EncoderSize:
     side: int
 
     def describe(self) -> str:
-        known = [
-            n for n, (hidden, projection) in TOWERS.items() if (hidden, projection) == (self.hidden, self.projection)
-        ]
-        name = f"CLIP {known[0]}" if known else "a CLIP"
+        """ "CLIP ViT-H/14 (hidden states 1280, image embeddings 1024)"."""
+        names = [name for name, widths in TOWERS.items() if widths == (self.hidden, self.projection)]
+        name = f"CLIP {names[0]}" if names else "a CLIP"
         return f"{name} (hidden states {self.hidden}, image embeddings {self.projection})"
 
 
-# name -> width of the hidden states, of the image embeddings
+# name -> width of the hidden states, width of the image embeddings
 TOWERS: dict[str, tuple[int, int]] = {
     "ViT-H/14": (1280, 1024),  # laion/CLIP-ViT-H-14-laion2B-s32B-b79K; h94/IP-Adapter models/image_encoder
     "ViT-bigG/14": (1664, 1280),  # laion/CLIP-ViT-bigG-14-laion2B-39B-b160k; sdxl_models/image_encoder
@@ -110,16 +117,17 @@ TOWERS: dict[str, tuple[int, int]] = {
 
 def encoders_of(width: int, what: Literal["hidden", "projection"]) -> str:
     """The known towers with this width: "ViT-H/14 (1024-d embeddings, 1280-d hidden states)"."""
-    place = 0 if what == "hidden" else 1
-    found = [n for n, widths in TOWERS.items() if widths[place] == width]
-    return ", ".join(f"{n} ({TOWERS[n][1]}-d embeddings, {TOWERS[n][0]}-d hidden states)" for n in found)
+    index = 0 if what == "hidden" else 1
+    names = [n for n, widths in TOWERS.items() if widths[index] == width]
+    return ", ".join(f"{n} ({TOWERS[n][1]}-d embeddings, {TOWERS[n][0]}-d hidden states)" for n in names)
 
 
 def vision_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of an image tower, or of a whole CLIP. ValueError for a folder without one, or of another model."""
+    """The settings in config.json of an image tower or of a whole CLIP. ValueError without one, or for another
+    model."""
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise ValueError(f"no config.json in {folder}; expected the folder of a CLIP image encoder.")
+        raise ValueError(f"{folder} has no config.json; expected the folder of a CLIP image encoder.")
     config = json.loads(file.read_text(encoding="utf-8"))
     inner = {**config.get("vision_config", config)}
     inner.setdefault("projection_dim", config.get("projection_dim", 512))
@@ -131,7 +139,7 @@ def vision_config(folder: str | Path) -> dict[str, Any]:
 
 
 def encoder_size(folder: str | Path) -> EncoderSize:
-    """Read off config.json, before any weight."""
+    """Sizes from config.json alone, before weights are read."""
     c = vision_config(folder)
     side, patch = c.get("image_size", 224), c.get("patch_size", 32)
     return EncoderSize(c.get("hidden_size", 768), c["projection_dim"], (side // patch) ** 2 + 1, side)
@@ -143,7 +151,7 @@ class CLIPImage(nn.Module):
     def __init__(self, model: CLIPVisionModelWithProjection):
         super().__init__()
         self.model = model
-        c: Any = model.config
+        c = cast("TowerSizes", model.config)
         self.size = EncoderSize(c.hidden_size, c.projection_dim, (c.image_size // c.patch_size) ** 2 + 1, c.image_size)
 
     @property
@@ -153,12 +161,12 @@ class CLIPImage(nn.Module):
 
     @property
     def states(self) -> int:
-        """Width of what `hidden` gives."""
+        """Width of the output of `hidden`."""
         return self.size.hidden
 
     def pixels(self, images: Sequence[Image.Image], fit: Fit = "crop") -> Tensor:
-        """RGB pictures -> (n, 3, S, S), normalised. crop: the shortest edge to S, bicubic, and the middle, as
-        published; squash: the whole picture; pad: the whole picture on black."""
+        """RGB images -> (n, 3, S, S), normalised. crop: the shortest edge to S, bicubic, then the centre, as published;
+        squash: the whole image; pad: the whole image on black. ValueError for another fit."""
         from transformers import CLIPImageProcessorPil
 
         s = self.size.side
@@ -172,29 +180,29 @@ class CLIPImage(nn.Module):
         return processor(list(images), return_tensors="pt")["pixel_values"]
 
     def zeros(self) -> Tensor:
-        """A picture of zeros after normalising, of CLIP's mean colour (1, 3, S, S): no reference, behind a reader of
-        hidden states."""
+        """Zeros after normalisation, an image of CLIP's mean colour (1, 3, S, S): the empty reference for adapters that
+        read hidden states."""
         return torch.zeros(1, 3, self.size.side, self.size.side)
 
     def black(self) -> Tensor:
-        """A black picture (1, 3, S, S): no reference for FLUX's adapters."""
+        """A black image (1, 3, S, S): the empty reference for FLUX's adapters."""
         return self.pixels([Image.new("RGB", (self.size.side, self.size.side))])
 
     @torch.no_grad()
     def embeds(self, pixels: Tensor) -> Tensor:
-        """(n, 3, S, S) -> projected embeddings (n, E), of their own length."""
+        """(n, 3, S, S) -> projected embeddings (n, E), not normalised."""
         return self.model(self._moved(pixels)).image_embeds
 
     @torch.no_grad()
     def hidden(self, pixels: Tensor) -> Tensor:
-        """(n, 3, S, S) -> the states of the last layer but one (n, L, H), without the final norm."""
+        """(n, 3, S, S) -> states of the last layer but one (n, L, H), without the final norm."""
         return self.model(self._moved(pixels), output_hidden_states=True).hidden_states[-2]
 
     def _moved(self, pixels: Tensor) -> Tensor:
         return pixels.to(self.model.device, self.model.dtype)
 
 
-# The twin of an image tower, whose words share its space: width of the states, of the projected embedding.
+# Text tower trained with each image tower of `TOWERS`: width of the states, width of the projected embeddings.
 TEXT_TWINS: dict[str, tuple[int, int]] = {
     "ViT-H/14": (1024, 1024),
     "ViT-bigG/14": (1280, 1280),  # SDXL's second text encoder
@@ -203,31 +211,32 @@ TEXT_TWINS: dict[str, tuple[int, int]] = {
 
 
 class TextTower(nn.Module):
-    """A CLIP text tower with projection: words -> vectors in the space of its image tower's embeddings."""
+    """A CLIP text tower with projection: phrases -> vectors in the space of its image tower's embeddings."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any):
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-        c: Any = model.config
+        self.model, self.tokenizer = cast("CLIPTextModelWithProjection", model), tokenizer
+        c = cast("TowerSizes", model.config)
         self.hidden, self.projection = c.hidden_size, c.projection_dim
 
     @torch.no_grad()
     def forward(self, phrases: Sequence[str]) -> Tensor:
-        """Phrases -> embeddings (n, E), of their own length; cut and padded, which changes nothing before the end."""
-        read = {"padding": "max_length", "max_length": self.tokenizer.model_max_length, "truncation": True}
-        batch = self.tokenizer(list(phrases), return_tensors="pt", **read)
-        return self.model(batch.input_ids.to(self.model.device)).text_embeds  # type: ignore[operator,arg-type]
+        """Phrases -> embeddings (n, E), not normalised. Phrases are truncated and padded; padding has no effect on the
+        tokens before it."""
+        limit = self.tokenizer.model_max_length
+        batch = self.tokenizer(
+            list(phrases), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        )
+        return self.model(batch["input_ids"].to(self.model.device)).text_embeds
 
     def check_twin(self, size: EncoderSize) -> None:
-        """ValueError unless it was trained together with an image tower of this size."""
-        known = [n for n, widths in TOWERS.items() if widths == (size.hidden, size.projection)]
-        wrong = self.projection != size.projection or any(
-            TEXT_TWINS[n] != (self.hidden, self.projection) for n in known
-        )
-        if wrong:
-            ours = [n for n, widths in TEXT_TWINS.items() if widths == (self.hidden, self.projection)]
-            name = f"CLIP {ours[0]}" if ours else "a CLIP"
+        """ValueError unless this text tower was trained with an image tower of this size."""
+        widths = self.hidden, self.projection
+        expected = [TEXT_TWINS[name] for name, tower in TOWERS.items() if tower == (size.hidden, size.projection)]
+        if self.projection != size.projection or any(twin != widths for twin in expected):
+            names = [name for name, twin in TEXT_TWINS.items() if twin == widths]
+            name = f"CLIP {names[0]}" if names else "a CLIP"
             raise ValueError(
                 f"The text tower is {name} (states {self.hidden}, embeddings {self.projection}); the adapter's image "
-                f"tower is {size.describe()}. Words can be subtracted only in the space of its own twin."
+                f"tower is {size.describe()}. Words can be subtracted only with the text tower of the same CLIP."
             )

@@ -1,8 +1,8 @@
-"""A Q-Former asked by a word: learned queries read an image and keep what the word names (BLIP-Diffusion, Li et al.
-2023, arXiv:2305.14720; as DEADiff uses it, arXiv:2403.06951).
+"""A Q-Former that a word instructs: learned queries extract from an image what the word names (BLIP-Diffusion, Li et
+al. 2023, arXiv:2305.14720; DEADiff, arXiv:2403.06951).
 
-The transformer is transformers' `InstructBlipQFormerModel` with cross-attention in every layer. It computes what the
-LAVIS class of the released code does: queries first, without positions, then the word; one LayerNorm over both.
+The transformer is transformers' `InstructBlipQFormerModel` with cross-attention in every layer. It computes the same as
+the LAVIS class of the released code: queries first, without positions, then the word; one LayerNorm over both.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# [CLS] word [SEP] in the vocabulary of BERT uncased. The released Q-Formers were never asked for another word.
+# [CLS] word [SEP] in the vocabulary of BERT uncased. The released Q-Formers were trained on these words only.
 BERT_WORDS: dict[str, tuple[int, ...]] = {"style": (101, 2806, 102), "content": (101, 4180, 102)}
 
 
 @dataclass(frozen=True)
 class QFormerConfig:
-    """Sizes; the defaults are those of the released checkpoint. image_width: width of the image tokens that it reads.
-    vocabulary: BERT's and one more, [DEC]."""
+    """Sizes; the defaults are those of the released checkpoint. image_width: width of the image tokens. vocabulary:
+    BERT's and one more, [DEC]."""
 
     queries: int = 16
     width: int = 768
@@ -34,17 +34,17 @@ class QFormerConfig:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], heads: int | None = None, source: object = "the file") -> QFormerConfig:
-        """Sizes read off the tensors of a `QFormer`; heads cannot be, and are of width 64 unless told. ValueError names
-        a tensor that is missing."""
+        """Sizes from the tensors of a `QFormer`, except for heads; None: heads of width 64. ValueError names a missing
+        tensor."""
         first = "qformer.encoder.layer.0"
-        needed = ["query_tokens", f"{first}.intermediate_query.dense.weight"]
-        needed += [f"{first}.crossattention.attention.key.weight"]
-        needed += [f"qformer.embeddings.{kind}_embeddings.weight" for kind in ("word", "position")]
-        missing = [name for name in needed if name not in tensors]
+        required = ["query_tokens", f"{first}.intermediate_query.dense.weight"]
+        required += [f"{first}.crossattention.attention.key.weight"]
+        required += [f"qformer.embeddings.{kind}_embeddings.weight" for kind in ("word", "position")]
+        missing = [name for name in required if name not in tensors]
         if missing:
             near = difflib.get_close_matches(missing[0], list(tensors), 3, cutoff=0.5)
             hint = f"; nearest: {', '.join(near)}" if near else ""
-            raise ValueError(f"{source}: no {missing[0]!r} among {len(tensors)} tensors of a Q-Former{hint}.")
+            raise ValueError(f"{source}: {missing[0]!r} is missing from {len(tensors)} tensors of a Q-Former{hint}.")
         width = tensors["query_tokens"].shape[-1]
         return cls(
             queries=tensors["query_tokens"].shape[1],
@@ -59,7 +59,7 @@ class QFormerConfig:
 
 
 class Projection(nn.Module):
-    """x + W2 quickgelu(W1 LN(x)), with dropout after W2: the norm stands before the MLP, the residual is not normed."""
+    """x + W2 quickgelu(W1 LN(x)), with dropout after W2; the norm acts on the MLP's input, not on the residual."""
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.1):
         super().__init__()
@@ -96,7 +96,7 @@ class QFormer(nn.Module):
         self.proj = Projection(c.width, 4 * c.width)
 
     def forward(self, image: Tensor, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Image tokens (B, N, image_width) as they leave the tower, word numbers (B, L), mask (B, L) with 0 = padding
+        """Image tokens (B, N, image_width) of the tower, token numbers of the word (B, L), mask (B, L) with 0 = padding
         -> (B, queries, width) in float32."""
         return self.proj(self.read(image, ids, mask)[:, : self.config.queries])
 
@@ -106,14 +106,13 @@ class QFormer(nn.Module):
         queries = self.query_tokens.expand(len(image), -1, -1)
         if mask is not None:
             mask = torch.cat([mask.new_ones(len(image), self.config.queries), mask], 1)
-        found = self.qformer(
-            input_ids=ids, attention_mask=mask, query_embeds=queries, encoder_hidden_states=image
-        )  # every image token is seen, so there is no mask for them
-        return found.last_hidden_state
+        # There is no mask of image tokens, as queries attend to all of them.
+        output = self.qformer(input_ids=ids, attention_mask=mask, query_embeds=queries, encoder_hidden_states=image)
+        return output.last_hidden_state
 
 
 def word_ids(word: str, batch: int, words: Mapping[str, Sequence[int]] = BERT_WORDS) -> Tensor:
-    """Token numbers (batch, L) of a word that the Q-Formers know. ValueError for another one."""
+    """Token numbers (batch, L) of a word on which the Q-Formers were trained. ValueError for another word."""
     if word not in words:
         raise ValueError(f"The Q-Formers were trained on {', '.join(map(repr, words))}; found {word!r}.")
     return torch.tensor([list(words[word])]).expand(batch, -1)

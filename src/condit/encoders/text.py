@@ -1,11 +1,11 @@
-"""Text encoders behind one call: prompts -> token states, pooled vector and, for the embedded model, a canvas."""
+"""Text encoders with one interface: prompts -> token states, pooled vector and, for the embedded model, a canvas."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,17 @@ from condit.encoders.clip_model import Clip
 from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.encoders.words import Words, words_of
 
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts: tokens (B, L, C), pooled (B, P), P = 0 where a model reads none; canvas (B, N, K) or None: a
-    coarse picture that the words call up, one row an image token, fed beside the noisy latent (as FLUX.1 Fill feeds its
-    mask); mask (B, L) or None: 1 where a token counts."""
+    """Encoded prompts: tokens (B, L, C); pooled (B, P), P = 0 for a model without pooled text; mask (B, L) or None: 1
+    for a token, 0 for padding; canvas (B, N, K) or None: a coarse image predicted from the text, one row for each image
+    token, which enters as more channels of the noisy latent (as the mask of FLUX.1 Fill does)."""
 
     tokens: Tensor
     pooled: Tensor
@@ -30,7 +33,7 @@ class Text:
     mask: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Text:
-        """The same change to every part that is there."""
+        """A text with `change` applied to every part that is not None."""
         canvas, mask = (None if part is None else change(part) for part in (self.canvas, self.mask))
         return Text(change(self.tokens), change(self.pooled), canvas, mask)
 
@@ -39,23 +42,15 @@ class Text:
         return self.each(lambda part: part[index])
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Text:
-        """On a device; tokens and pooled vector in `dtype`."""
+        """The text on a device, with tokens and pooled vector in `dtype`."""
         moved = self.each(lambda part: part.to(device))
         return replace(moved, tokens=moved.tokens.to(dtype), pooled=moved.pooled.to(dtype))
 
 
-class TextEncoder(Protocol):
-    """What the pipeline needs."""
-
-    def __call__(self, prompts: Sequence[str]) -> Text: ...
-
-    def words(self, prompts: Sequence[str]) -> list[Words]: ...
-
-
 class TinyText(nn.Module):
-    """The embedded CLIP's text tower, and the canvas: a linear map from its pooled vector to thumbnails of the icons.
+    """The embedded CLIP's text tower and the canvas: a linear map from its pooled vector to thumbnails of icons.
 
-    The map is solved by ridge regression over training captions before the transformer is trained (docs/tiny.md).
+    The map is a ridge regression on training captions, before the transformer is trained (docs/tiny.md).
     """
 
     def __init__(self, clip: Clip, tokenizer: ClipTokenizer, *, tokens: int = 64, channels: int = 16):
@@ -65,7 +60,7 @@ class TinyText(nn.Module):
         self.canvas = nn.Linear(clip.text_projection.out_features, tokens * channels)
 
     def forward(self, prompts: Sequence[str]) -> Text:
-        """Prompts -> states of all 24 tokens, pooled vector of unit variance, canvas. No gradient."""
+        """Prompts -> states of all 24 tokens, pooled vector of unit variance and canvas, without gradients."""
         with torch.no_grad():
             ids = token_ids(self.tokenizer, list(prompts)).to(self.canvas.weight.device)
             states, embedding = embed_text(self.clip, ids)
@@ -74,16 +69,16 @@ class TinyText(nn.Module):
         return Text(states, pooled, canvas)
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
-        """The prompts as words over the token states."""
+        """The words of each prompt and their tokens."""
         return self.tokenizer.words(prompts)
 
     def pooled(self, embedding: Tensor) -> Tensor:
-        """Unit-length parts -> entries of about unit variance."""
+        """An embedding whose halves have unit length, scaled to about unit variance."""
         return embedding * (embedding.shape[-1] / 2) ** 0.5
 
     @torch.no_grad()
     def fit_canvas(self, pooled: Tensor, thumbnails: Tensor, *, ridge: float = 1e-2) -> None:
-        """Ridge regression of thumbnails (n, tokens * channels) on pooled vectors (n, P)."""
+        """Fit the canvas by ridge regression of thumbnails (n, tokens * channels) on pooled vectors (n, P)."""
         mean_x, mean_y = pooled.mean(0), thumbnails.mean(0)
         x, y = (pooled - mean_x).double(), (thumbnails - mean_y).double()
         gram = x.T @ x / len(x) + ridge * torch.eye(x.shape[1], dtype=torch.float64)
@@ -92,9 +87,8 @@ class TinyText(nn.Module):
         self.canvas.bias.copy_(mean_y - weight @ mean_x)
 
 
-class TinyWords(nn.Module):
-    """The embedded CLIP's text tower for networks that read words alone, by cross-attention: token states and which of
-    them count."""
+class TinyTextStates(nn.Module):
+    """The embedded CLIP's text tower for networks that read text by cross-attention only: token states and mask."""
 
     def __init__(self, clip: Clip, tokenizer: ClipTokenizer):
         super().__init__()
@@ -107,39 +101,47 @@ class TinyWords(nn.Module):
         return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=ids.ne(self.tokenizer.pad_token_id).long())
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
-        """The prompts as words over the token states."""
+        """The words of each prompt and their tokens."""
         return self.tokenizer.words(prompts)
 
 
 class FluxText(nn.Module):
-    """FLUX.1's two text encoders: T5 token states (limit 512) and CLIP's pooled vector."""
+    """FLUX.1's two text encoders: T5's token states, at most `limit`, and CLIP's pooled vector."""
 
-    def __init__(self, clip, clip_tokenizer, t5, t5_tokenizer, *, limit: int = 512):
+    def __init__(
+        self,
+        clip: CLIPTextModel,
+        clip_tokenizer: PreTrainedTokenizerBase,
+        t5: T5EncoderModel,
+        t5_tokenizer: PreTrainedTokenizerBase,
+        *,
+        limit: int = 512,
+    ):
         super().__init__()
         self.clip, self.t5, self.limit = clip, t5, limit
         self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Text:
-        def ids(tokenizer, limit: int) -> Tensor:
+        def ids(tokenizer: PreTrainedTokenizerBase, limit: int) -> Tensor:
             return tokenizer(
                 list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-            ).input_ids
+            )["input_ids"]
 
         pooled = self.clip(ids(self.clip_tokenizer, 77).to(self.clip.device)).pooler_output
         tokens = self.t5(ids(self.t5_tokenizer, self.limit).to(self.t5.device))[0]
         return Text(tokens.to(pooled.device), pooled)
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
-        """The prompts as words over T5's token states."""
+        """The words of each prompt and their T5 tokens."""
         return words_of(self.t5_tokenizer, prompts, self.limit)
 
 
 class T5Text(nn.Module):
-    """PixArt's text: T5 token states and which of them count. Prompts are lower-cased and stripped, as diffusers does
-    where it does not clean captions."""
+    """PixArt's text encoder: T5's token states and mask. Prompts are lower-cased and stripped, as in diffusers without
+    cleaning of captions."""
 
-    def __init__(self, t5, tokenizer, *, limit: int):
+    def __init__(self, t5: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, *, limit: int):
         super().__init__()
         self.t5, self.tokenizer, self.limit = t5, tokenizer, limit
 
@@ -151,37 +153,45 @@ class T5Text(nn.Module):
         return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=batch.attention_mask)
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
-        """The prompts as words over the token states."""
+        """The words of each prompt and their tokens."""
         return words_of(self.tokenizer, [p.lower().strip() for p in prompts], self.limit)
 
 
 class ClipText(nn.Module):
-    """Stable Diffusion's text: the states of one CLIP text tower (SD 1.x and 2.x), or of SDXL's two side by side with
-    the pooled vector of the last.
+    """Stable Diffusion's text encoder: the states of one CLIP text tower (SD 1.x and 2.x), or of SDXL's two side by
+    side, with the pooled vector of the last.
 
-    tokenizers and encoders belong together in order. penultimate: the states before the last layer, without the final
-    norm, and a pooled vector (SDXL); else the last states behind the final norm, and none.
+    penultimate: the states before the last layer, without the final norm, and a pooled vector (SDXL); else the last
+    states after the final norm, without a pooled vector.
     """
 
-    def __init__(self, tokenizers: Sequence, encoders: Sequence[nn.Module], *, penultimate: bool):
+    def __init__(
+        self,
+        tokenizers: Sequence[PreTrainedTokenizerBase],
+        encoders: Sequence[nn.Module],
+        *,
+        penultimate: bool,
+    ):
         super().__init__()
         self.tokenizers, self.encoders, self.penultimate = list(tokenizers), nn.ModuleList(encoders), penultimate
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str], clip_skip: int | None = None) -> Text:
-        """Prompts -> states of all tokens, cut and padded to the tower's length. clip_skip: so many layers less."""
+        """Prompts -> states of all tokens, truncated and padded to the tower's length. clip_skip: the number of last
+        layers to leave out."""
         states, pooled = [], None
-        for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
+        encoders = cast("Sequence[CLIPTextModel | CLIPTextModelWithProjection]", self.encoders)
+        for tokenizer, encoder in zip(self.tokenizers, encoders, strict=True):
             read = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
             batch = tokenizer(list(prompts), return_tensors="pt", **read).to(encoder.device)
-            tell_cut(tokenizer, prompts)
+            log_truncation(tokenizer, prompts)
             mask = batch.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
             out = encoder(batch.input_ids, attention_mask=mask, output_hidden_states=True)
             hidden = out.hidden_states[-1 - (clip_skip or 0) - self.penultimate]
             if self.penultimate:
                 states.append(hidden)
             else:
-                tower: Any = getattr(encoder, "text_model", encoder)  # transformers 5 has it flat
+                tower = cast("CLIPTextModel", getattr(encoder, "text_model", encoder))  # flat in transformers 5
                 states.append(out.last_hidden_state if not clip_skip else tower.final_layer_norm(hidden))
             if self.penultimate and "text_embeds" in out:
                 pooled = out.text_embeds
@@ -189,16 +199,16 @@ class ClipText(nn.Module):
         return Text(tokens, tokens.new_zeros(len(tokens), 0) if pooled is None else pooled)
 
 
-def tell_cut(tokenizer, prompts: Sequence[str]) -> None:
-    """Log the prompts of which a tower reads only the beginning."""
+def log_truncation(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:
+    """Log a warning for every prompt that is longer than the tower's limit."""
     limit = tokenizer.model_max_length
     for prompt in prompts:
-        if len(prompt) > limit // 2 and len(tokenizer(prompt, verbose=False).input_ids) > limit:
-            log.warning("Of this prompt the text encoder reads the first %d tokens only: %r", limit, prompt)
+        if len(prompt) > limit // 2 and len(tokenizer(prompt, verbose=False)["input_ids"]) > limit:
+            log.warning("The text encoder reads only the first %d tokens of this prompt: %r", limit, prompt)
 
 
 def join_texts(texts: Sequence[Text]) -> Text:
-    """Texts of equally many tokens as one batch."""
+    """Texts with the same number of tokens as one batch."""
     if len(texts) == 1:
         return texts[0]
 

@@ -1,12 +1,12 @@
-"""Latents behind one small interface, that of diffusers' AutoencoderKL: `encode(x).latent_dist`, `decode(z).sample`.
+"""Autoencoders with the interface of diffusers' AutoencoderKL: `encode(x).latent_dist`, `decode(z).sample`, `config`.
 
 `PatchAutoencoder` is the embedded one: a linear code of 8 x 8 patches (their principal components) and a convolutional
-decoder for what the code leaves out. diffusers' AutoencoderKL satisfies the same `Autoencoder` protocol.
+decoder for the residual. The `Autoencoder` protocol also describes diffusers' AutoencoderKL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,16 +15,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Latents(Protocol):
-    """A posterior over latents."""
+class Posterior(Protocol):
+    """A distribution of latents (B, C, h, w)."""
 
     def mode(self) -> Tensor: ...
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor: ...
 
 
+class AutoencoderConfig(Protocol):
+    """The model reads latents as (z - shift_factor) * scaling_factor; shift_factor None means 0."""
+
+    @property
+    def scaling_factor(self) -> float: ...
+
+    @property
+    def shift_factor(self) -> float | None: ...
+
+
+class Autoencoder(Protocol):
+    """The parts of an autoencoder that pipelines and training use."""
+
+    @property
+    def config(self) -> AutoencoderConfig: ...
+
+    def encode(self, images: Tensor) -> EncoderOutput: ...
+
+    def decode(self, latents: Tensor) -> DecoderOutput: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
 @dataclass(frozen=True)
-class Exact:
+class ExactPosterior:
     """The posterior of a deterministic encoder: sample equals mode."""
 
     mean: Tensor
@@ -37,21 +60,21 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    latent_dist: Latents
+class EncoderOutput:
+    latent_dist: Posterior
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecoderOutput:
     sample: Tensor
 
 
 @dataclass(frozen=True)
 class PatchAutoencoderConfig:
-    """`scaling_factor` and `shift_factor` as in AutoencoderKL: the model sees (z - shift) * scaling.
+    """`scaling_factor` and `shift_factor` as in AutoencoderKL.
 
-    whiten: each component of the code is divided by its deviation to this power: 0 leaves the principal components as
-    they are, 1 gives all of them unit variance.
+    whiten: each component of the code is divided by its standard deviation to this power: 0 keeps the principal
+    components, 1 gives all of them unit variance.
     """
 
     patch: int = 8
@@ -88,7 +111,7 @@ class PatchAutoencoder(nn.Module):
         self.deviation: Tensor
         self.register_buffer("mean", torch.zeros(pixels))
         self.register_buffer("basis", torch.zeros(c.latent_channels, pixels))  # orthonormal rows
-        # Deviation of each principal component: the decoder reads them whitened.
+        # Standard deviation of each principal component: the decoder reads whitened components.
         self.register_buffer("deviation", torch.ones(c.latent_channels))
         self.conv_in = nn.Conv2d(c.latent_channels, c.width, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(c.width) for _ in range(c.depth))
@@ -107,44 +130,38 @@ class PatchAutoencoder(nn.Module):
         self.deviation.copy_(variances.flip(-1)[: self.config.latent_channels].clamp(min=1e-8).sqrt())
 
     def patches(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3 p p, H/p, W/p)."""
+        """(B, 3, H, W) -> (B, 3 p p, H/p, W/p). ValueError unless H and W are multiples of the patch."""
         if images.shape[-1] % self.config.patch or images.shape[-2] % self.config.patch:
             raise ValueError(
                 f"Image size {tuple(images.shape[-2:])} is not a multiple of {self.config.patch}. Resize it first."
             )
         return F.pixel_unshuffle(images, self.config.patch)
 
-    def encode(self, images: Tensor) -> Encoded:
-        """The linear code; exact, so `sample` equals `mode`."""
+    def encode(self, images: Tensor) -> EncoderOutput:
+        """The linear code of images (B, 3, H, W); `sample` equals `mode`."""
         x = self.patches(images) - self.mean[None, :, None, None]
-        return Encoded(Exact(torch.einsum("bphw,cp->bchw", x, self.basis) / self.spread(self.config.whiten)))
+        code = torch.einsum("bphw,cp->bchw", x, self.basis) / self.scales(self.config.whiten)
+        return EncoderOutput(ExactPosterior(code))
 
-    def spread(self, power: float) -> Tensor:
-        """The deviations to a power, (1, latent_channels, 1, 1)."""
+    def scales(self, power: float) -> Tensor:
+        """The standard deviations to a power, (1, latent_channels, 1, 1)."""
         return self.deviation[None, :, None, None] ** power
 
     def linear(self, latents: Tensor) -> Tensor:
-        """What the code alone says, without the decoder."""
+        """The reconstruction (B, 3, H, W) of the linear code alone, without the decoder."""
         return F.pixel_shuffle(self.patches_of(latents), self.config.patch)
 
     def patches_of(self, latents: Tensor) -> Tensor:
-        components = latents * self.spread(self.config.whiten)
+        """The patches (B, 3 p p, h, w) of the linear reconstruction."""
+        components = latents * self.scales(self.config.whiten)
         return torch.einsum("bchw,cp->bphw", components, self.basis) + self.mean[None, :, None, None]
 
-    def decode(self, latents: Tensor) -> Decoded:
-        """Linear reconstruction plus the decoder's residual."""
-        h = self.conv_in(latents / self.spread(1 - self.config.whiten))
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        """The linear reconstruction plus the decoder's residual: latents (B, C, h, w) -> images (B, 3, H, W)."""
+        h = self.conv_in(latents / self.scales(1 - self.config.whiten))
         for block in self.blocks:
             h = block(h)
-        return Decoded(F.pixel_shuffle(self.patches_of(latents) + self.conv_out(F.silu(h)), self.config.patch))
-
-
-class Autoencoder(Protocol):
-    """What the pipeline needs of a latent space. `config` holds scaling_factor and shift_factor."""
-
-    def encode(self, images: Tensor) -> Encoded: ...
-
-    def decode(self, latents: Tensor) -> Decoded: ...
+        return DecoderOutput(F.pixel_shuffle(self.patches_of(latents) + self.conv_out(F.silu(h)), self.config.patch))
 
 
 def pack(latents: Tensor) -> Tensor:
@@ -157,37 +174,41 @@ def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.pixel_shuffle(tokens.mT.unflatten(2, grid), 2)
 
 
-def scale_shift(vae) -> tuple[float, float]:
-    """The model sees (z - shift) * scale. 0.18215 and 0 in Stable Diffusion."""
-    return float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0)
+def scale_shift(vae: Autoencoder) -> tuple[float, float]:
+    """Scale and shift: the model reads (z - shift) * scale. 0.18215 and 0 in Stable Diffusion."""
+    return float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
 
 
-def decode_latents(vae, latents: Tensor) -> Tensor:
+def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:
     """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in float32, clamped to [-1, 1]."""
     scale, shift = scale_shift(vae)
     z = latents / scale + shift
     return vae.decode(z.to(next(vae.parameters()).dtype)).sample.float().clamp(-1, 1)
 
 
-def encode_latents(vae, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) in float32: of each the mode of its posterior, or a
-    sample by its own generator. One by one, so that a row does not depend on its batch."""
+def encode_latents(vae: Autoencoder, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) in float32: the mode of each posterior, or a sample
+    by the image's own generator. Images are encoded one by one, so that a row does not depend on its batch."""
     scale, shift = scale_shift(vae)
     images = images.to(next(vae.parameters()))
-    found = []
+    latents = []
     for i, image in enumerate(images):
         posterior = vae.encode(image[None]).latent_dist
-        found.append(posterior.mode() if generators is None else posterior.sample(generators[i]))
-    return (torch.cat(found).float() - shift) * scale
+        latents.append(posterior.mode() if generators is None else posterior.sample(generators[i]))
+    return (torch.cat(latents).float() - shift) * scale
 
 
-def encode_tokens(vae, images: Tensor, generator: torch.Generator | None = None, *, sample: bool = True) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] -> packed, scaled tokens. OminiControl samples the posterior; else its mode."""
+def encode_tokens(
+    vae: Autoencoder, images: Tensor, generator: torch.Generator | None = None, *, sample: bool = True
+) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> packed, scaled tokens of a sample of the posterior, as in OminiControl, or of
+    its mode."""
+    scale, shift = scale_shift(vae)
     posterior = vae.encode(images).latent_dist
     z = posterior.sample(generator) if sample else posterior.mode()
-    return pack((z - vae.config.shift_factor) * vae.config.scaling_factor)
+    return pack((z - shift) * scale)
 
 
-def decode_tokens(vae, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def decode_tokens(vae: Autoencoder, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Packed, scaled tokens -> images (B, 3, H, W), clamped to [-1, 1]."""
     return decode_latents(vae, unpack(tokens, grid))

@@ -1,23 +1,36 @@
-"""FLUX.1 in diffusers' pipelines: condit's MM-DiT over the linear layers and norms of its transformer."""
+"""FLUX.1 in diffusers' pipelines: condit's MM-DiT with the linear layers and norms of diffusers' transformer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Run, Step
-from condit.interop.lend import Family, Onloaded, StandIn, plain, refused_kwargs
+from condit.interop.lend import (
+    Arguments,
+    GuestPipeline,
+    NativePipeline,
+    Onloaded,
+    PipelineFamily,
+    StandIn,
+    native,
+    plain,
+    refuse_kwargs,
+)
 from condit.nn.attention import Site
 from condit.nn.layers import RMSNorm
 from condit.nn.lora import Linear, LoRA
 from condit.nn.streams import Stream
 
-# Their tokens are the noisy image and nothing else. Kontext's hold references too; Fill and Control stack channels.
+if TYPE_CHECKING:
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+# Pipelines whose image tokens are the noisy image only. Kontext's contain references; Fill and Control add channels.
 PIPELINES = (
     "FluxPipeline",
     "FluxImg2ImgPipeline",
@@ -29,7 +42,7 @@ PIPELINES = (
 
 
 @dataclass(frozen=True)
-class Inputs:
+class FluxInputs:
     """The arguments of diffusers' `FluxTransformer2DModel.forward` by name. timestep (B,) in [0, 1], 0 = clean."""
 
     hidden_states: Tensor
@@ -39,18 +52,18 @@ class Inputs:
     img_ids: Tensor
     txt_ids: Tensor
     guidance: Tensor | None = None
-    joint_attention_kwargs: Mapping[str, Any] | None = None
+    joint_attention_kwargs: Mapping[str, object] | None = None
     controlnet_block_samples: Sequence[Tensor] | None = None
     controlnet_single_block_samples: Sequence[Tensor] | None = None
     return_dict: bool = True
     controlnet_blocks_repeat: bool = False
 
     def __post_init__(self):
-        refused_kwargs("joint_attention_kwargs", self.joint_attention_kwargs)
+        refuse_kwargs("joint_attention_kwargs", self.joint_attention_kwargs)
 
 
-class Controlled(StandIn):
-    """Stands for a transformer and counts its predictions: first the prompt's, then, if there are two a step, the
+class ControlledTransformer(StandIn):
+    """Replaces a transformer and counts its predictions: in a step first the prompt's, then, if there are two, the
     negative prompt's."""
 
     def __init__(self, native: nn.Module, controls: tuple[Control, ...], predictions: int, steps: Callable[[], int]):
@@ -61,15 +74,15 @@ class Controlled(StandIn):
         self.backbone = borrow(native) if controls else None
         self.calls = 0
 
-    def forward(self, **given: Any) -> Any:
-        """As the transformer's. `prepare` runs at each side's first prediction, where its prompt is known."""
+    def forward(self, **kwargs: Any) -> Any:
+        """The transformer's forward. `prepare` runs at each side's first prediction, when its prompt is known."""
         index, side = divmod(self.calls, self.predictions)
         self.calls += 1
         if self.backbone is None:
-            return self.native(**given)
+            return self.native(**kwargs)
         if index >= self.steps():
-            raise RuntimeError(f"{self.calls} predictions in {self.steps()} steps: this diffusers is not understood.")
-        inputs = Inputs(**given)
+            raise RuntimeError(f"{self.calls} predictions in {self.steps()} steps: unsupported version of diffusers.")
+        inputs = FluxInputs(**kwargs)
         with Onloaded(self.native):
             if index == 0:
                 run = run_of(self.backbone, inputs)
@@ -78,11 +91,11 @@ class Controlled(StandIn):
             acting = [c for c in (control.at(step) for control in self.sides[side]) if c is not None]
             if acting:
                 return predict(self.backbone, inputs, acting)
-        return self.native(**given)
+        return self.native(**kwargs)
 
 
-def predict(backbone: MMDiT, inputs: Inputs, acting: Sequence[Control]) -> Any:
-    """A prediction by condit's MM-DiT, in diffusers' two forms."""
+def predict(backbone: MMDiT, inputs: FluxInputs, acting: Sequence[Control]) -> Transformer2DModelOutput | tuple[Tensor]:
+    """A prediction of condit's MM-DiT as diffusers' output, or as a tuple without return_dict."""
     ids = without_batch(inputs.img_ids)
     image = Stream(inputs.hidden_states, ids, inputs.timestep, inputs.pooled_projections, inputs.guidance)
     out = backbone(
@@ -90,7 +103,7 @@ def predict(backbone: MMDiT, inputs: Inputs, acting: Sequence[Control]) -> Any:
         inputs.encoder_hidden_states,
         without_batch(inputs.txt_ids),
         conditions=[stream for control in acting for stream in control.streams()],
-        controls=[*acting, Residuals(residuals(backbone, inputs))],
+        controls=[*acting, BlockResiduals(residuals(backbone, inputs))],
     )
     if not inputs.return_dict:
         return (out,)
@@ -99,18 +112,18 @@ def predict(backbone: MMDiT, inputs: Inputs, acting: Sequence[Control]) -> Any:
     return Transformer2DModelOutput(sample=out)
 
 
-def run_of(backbone: MMDiT, inputs: Inputs) -> Run:
-    """What controls may know of the call. The grid is read off the positions."""
+def run_of(backbone: MMDiT, inputs: FluxInputs) -> Run:
+    """The call as controls see it; positions give the grid. ValueError unless tokens fill the grid."""
     ids = without_batch(inputs.img_ids)
     grid = int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
     if grid[0] * grid[1] != len(ids):
-        raise ValueError(f"{len(ids)} image tokens on a grid of {grid[0]} x {grid[1]}: a full grid is expected.")
+        raise ValueError(f"{len(ids)} image tokens on a grid of {grid[0]} x {grid[1]}; expected a full grid.")
     batch, channels = len(inputs.hidden_states), backbone.config.in_channels
     return Run(backbone, batch, grid, inputs.pooled_projections, inputs.guidance, channels)
 
 
 def without_batch(ids: Tensor) -> Tensor:
-    """Positions (N, 3); older pipelines give (B, N, 3), the same for every image."""
+    """Positions (N, 3); older pipelines pass (B, N, 3), equal for all images."""
     return ids[0] if ids.ndim == 3 else ids
 
 
@@ -118,8 +131,8 @@ def without_batch(ids: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Residuals(Control):
-    """What a ControlNet adds after each block, (B, N, dim) by the path of the block's attention."""
+class BlockResiduals(Control):
+    """The residuals (B, N, dim) of a ControlNet after each block, by the path of the block's attention."""
 
     after: Mapping[str, Tensor]
 
@@ -127,10 +140,10 @@ class Residuals(Control):
         return self.after.get(site.path)
 
 
-def residuals(backbone: MMDiT, inputs: Inputs) -> dict[str, Tensor]:
-    """n samples over L blocks: each serves ceil(L / n) neighbours; or, repeated (XLabs), every n-th block."""
+def residuals(backbone: MMDiT, inputs: FluxInputs) -> dict[str, Tensor]:
+    """n samples for L blocks: each is for ceil(L / n) adjacent blocks; or, repeated (XLabs), for every n-th block."""
     split = backbone.config.num_layers
-    found = {}
+    by_path = {}
     for sites, samples, repeat in (
         (backbone.sites[:split], inputs.controlnet_block_samples, inputs.controlnet_blocks_repeat),
         (backbone.sites[split:], inputs.controlnet_single_block_samples, False),
@@ -139,15 +152,15 @@ def residuals(backbone: MMDiT, inputs: Inputs) -> dict[str, Tensor]:
             continue
         each = -(-len(sites) // len(samples))
         for i, site in enumerate(sites):
-            found[site.path] = samples[i % len(samples) if repeat else i // each]
-    return found
+            by_path[site.path] = samples[i % len(samples) if repeat else i // each]
+    return by_path
 
 
-# The transformer's layers, lent
+# The transformer's layers
 
 
-class Borrowed(Linear):
-    """A `Linear` that leaves the product to another model's layer: quantised, offloaded or with a LoRA of diffusers."""
+class BorrowedFluxLinear(Linear):
+    """A `Linear` that calls a layer of diffusers' transformer: quantised, offloaded or with a LoRA of diffusers."""
 
     def __init__(self, native: nn.Module, like: Linear):
         nn.Module.__init__(self)  # no weights of its own
@@ -160,73 +173,76 @@ class Borrowed(Linear):
     def forward(self, input: Tensor, lora: LoRA | None = None) -> Tensor:
         if lora is None:
             return self.native(input)
-        # A condition sees the base and its own LoRA: a style that diffusers loaded acts on text and noisy image only.
-        # The official code does so in the layers that it adapts; in the others such a style reaches conditions too.
+        # A condition uses the base layer and its own LoRA: a LoRA of diffusers acts on text and noisy image only. The
+        # official code does so in the layers that it adapts; in the others such a LoRA acts on conditions too.
         y = self.base(input)
         delta = lora.delta(self.path, input)
         return y if delta is None else y + delta
 
     @property
     def base(self) -> nn.Module:
-        """The layer inside peft's wrapper, if there is one."""
-        return self.native.get_base_layer() if hasattr(self.native, "get_base_layer") else self.native  # type: ignore[operator]
+        """The layer inside peft's wrapper, or the layer itself."""
+        if not hasattr(self.native, "get_base_layer"):
+            return self.native
+        return cast("Callable[[], nn.Module]", self.native.get_base_layer)()
 
 
 def borrow(transformer: nn.Module) -> MMDiT:
-    """condit's MM-DiT over the layers of diffusers' transformer, whose names are the same."""
+    """condit's MM-DiT with the layers of diffusers' transformer, whose names are the same."""
     transformer = plain(transformer)
     with torch.device("meta"):
         backbone = MMDiT(config_of(transformer))
     for path, module in list(backbone.named_modules()):
         if isinstance(module, Linear | RMSNorm):
             parent, _, name = path.rpartition(".")
-            native = transformer.get_submodule(path)
-            backbone.get_submodule(parent).add_module(
-                name, Borrowed(native, module) if isinstance(module, Linear) else native
-            )
+            layer = transformer.get_submodule(path)
+            borrowed = BorrowedFluxLinear(layer, module) if isinstance(module, Linear) else layer
+            backbone.get_submodule(parent).add_module(name, borrowed)
     return backbone.eval()
 
 
-def config_of(transformer: Any) -> MMDiTConfig:
-    """The configuration of diffusers' transformer as ours; the fields have the same names."""
-    given = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+def config_of(transformer: nn.Module) -> MMDiTConfig:
+    """condit's configuration of diffusers' transformer; the fields have the same names. ValueError for others."""
+    public = {k: v for k, v in native(transformer).config.items() if not k.startswith("_")}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in public.items()}
     unknown = sorted(fields.keys() - MMDiTConfig.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(f"The transformer's configuration has {unknown[0]!r}, which FLUX.1's does not. Another model?")
     return MMDiTConfig(**fields)
 
 
-# What a call is asked for
+# The arguments of a call
 
 
-def size_of(pipe: Any) -> tuple[int, int]:
+def size_of(pipe: NativePipeline) -> tuple[int, int]:
     side = pipe.default_sample_size * pipe.vae_scale_factor
     return side, side
 
 
-def stand_in(guest: Any, host: Any, controls: tuple[Control, ...], named: Mapping[str, Any]) -> Controlled:
+def stand_in(
+    guest: GuestPipeline, host: NativePipeline, controls: tuple[Control, ...], arguments: Arguments
+) -> ControlledTransformer:
     if controls:
-        size = drawn_size(guest.pipe, named, guest.pixels)
+        size = image_size(guest.pipe, arguments, guest.pixels)
         controls = tuple(control.sized(size, guest) for control in controls)
-    return Controlled(guest.network, controls, predictions_a_step(named), lambda: host.num_timesteps)
+    return ControlledTransformer(guest.network, controls, predictions_a_step(arguments), lambda: host.num_timesteps)
 
 
-def drawn_size(pipe: Any, named: Mapping[str, Any], pixels: int) -> tuple[int, int]:
-    """Height and width that a call draws, by diffusers' rule."""
+def image_size(pipe: NativePipeline, arguments: Arguments, pixels: int) -> tuple[int, int]:
+    """Height and width of the generated images, by diffusers' rule."""
     sides = zip(("height", "width"), size_of(pipe), strict=True)
-    height, width = ((named.get(name) or side) // pixels * pixels for name, side in sides)
+    height, width = (cast("int", arguments.get(name) or side) // pixels * pixels for name, side in sides)
     return height, width
 
 
-def predictions_a_step(named: Mapping[str, Any]) -> int:
+def predictions_a_step(arguments: Arguments) -> int:
     """2 with `true_cfg_scale` and a negative prompt, by diffusers' rule; else 1."""
     embedded = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
-    negative = named.get("negative_prompt") is not None or all(named.get(name) is not None for name in embedded)
-    return 2 if named.get("true_cfg_scale", 1.0) > 1 and negative else 1
+    negative = arguments.get("negative_prompt") is not None or all(arguments.get(name) is not None for name in embedded)
+    return 2 if cast("float", arguments.get("true_cfg_scale", 1.0)) > 1 and negative else 1
 
 
-def refusal(transformer: Any, control: Control) -> str | None:
+def refusal(transformer: nn.Module, control: Control) -> str | None:
     if control.fill() is None and "adapt" not in control.acts:
         return None
     return (
@@ -235,7 +251,7 @@ def refusal(transformer: Any, control: Control) -> str | None:
     )
 
 
-FLUX = Family(
+FLUX = PipelineFamily(
     pipelines=PIPELINES,
     part="transformer",
     model="FluxTransformer2DModel",

@@ -1,4 +1,4 @@
-"""A diffusers pipeline that takes condit's controls, as adapters see it."""
+"""A diffusers pipeline that takes condit's controls and has the interface that adapters need."""
 
 from __future__ import annotations
 
@@ -6,36 +6,38 @@ import copy
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from condit.backbones.mmdit import MMDiT
+from condit.backbones.unet import UNet
 from condit.controls.control import Control, check_controls
 from condit.controls.wrap import unwrapped
 from condit.data.images import ImageSource
 from condit.drawing.references import describe_source, read_references
-from condit.encoders.image import CLIPImage, TextTower
+from condit.encoders.image import CLIPImage, ImageEncoder, TextTower
 from condit.encoders.text import Text
 from condit.encoders.vae import encode_tokens
 from condit.interop.flux import FLUX
-from condit.interop.lend import Family, arguments, classes, plain
+from condit.interop.lend import NativePipeline, PipelineFamily, call_arguments, classes, native, plain
 from condit.interop.unet import STABLE_DIFFUSION
 from condit.weights.catalog import AdapterFile
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.lora_unet import adapter_for
 
-FAMILIES: tuple[Family, ...] = (FLUX, STABLE_DIFFUSION)
+FAMILIES: tuple[PipelineFamily, ...] = (FLUX, STABLE_DIFFUSION)
 PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
 
 
-def attach(pipe: Any, *, size: tuple[int, int] | None = None, image: Any = None) -> Guest:
+def attach(pipe: object, *, size: tuple[int, int] | None = None, image: ImageEncoder | None = None) -> Guest:
     """A `Guest` on one of diffusers' PIPELINES.
 
     size: (height, width) in pixels at which references are read, by default the pipeline's own (1024 x 1024 for
-    FLUX.1); give the size that an OminiControl was trained at. A condition that lies on the picture has the size that
-    the call draws. image: the image encoder of an IP-Adapter, images (B, 3, H, W) in [-1, 1] -> features (B, E), with E
-    as its `features`; one that comes beside the adapter's file needs none. ValueError for another pipeline.
+    FLUX.1); pass the size with which an OminiControl was trained. An aligned condition has the size of the generated
+    image. image: the image encoder of an IP-Adapter; adapters with an encoder in their folder need none. ValueError for
+    another pipeline, network or size.
     """
     family = next((family for family in FAMILIES if set(family.pipelines) & classes(pipe)), None)
     if family is None:
@@ -46,18 +48,20 @@ def attach(pipe: Any, *, size: tuple[int, int] | None = None, image: Any = None)
             f"The {family.part} of this {type(pipe).__name__} must be diffusers' {family.model}; found "
             f"{type(network).__name__}."
         )
-    guest = Guest(pipe, family, size or family.size(pipe), image)
+    pipeline = cast("NativePipeline", pipe)
+    guest = Guest(pipeline, family, size or family.size(pipeline), image)
     if any(s <= 0 or s % guest.pixels for s in guest.size):
         raise ValueError(f"size must be (height, width), multiples of {guest.pixels}; found {size}.")
     return guest
 
 
 class Guest:
-    """A diffusers pipeline that takes `controls`; to adapters it is what a condit pipeline is. It holds no state of a
-    call: two calls, two guests and the pipeline itself never see each other, though they share every weight."""
+    """A diffusers pipeline that takes `controls`, with the interface of a condit pipeline for adapters. It has no state
+    of a call: calls, guests and the pipeline itself are independent, though they share all weights."""
 
-    def __init__(self, pipe: Any, family: Family, size: tuple[int, int], image: Any):
-        self._pipe, self.family, self.size, self.image = pipe, family, size, image
+    def __init__(self, pipe: NativePipeline, family: PipelineFamily, size: tuple[int, int], image: ImageEncoder | None):
+        self._pipe: NativePipeline | None = pipe
+        self.family, self.size, self.image = family, size, image
         self.name = Path(pipe.name_or_path or type(pipe).__name__).name
         self.config = family.config_of(plain(self.network))
 
@@ -68,52 +72,55 @@ class Guest:
         self.detach()
 
     def detach(self) -> None:
-        """Let go of the pipeline, which is as it was. A call afterwards is a ValueError."""
+        """Release the pipeline, which is unchanged. A later call raises ValueError."""
         self._pipe = None
 
     @property
-    def pipe(self) -> Any:
+    def pipe(self) -> NativePipeline:
+        """diffusers' pipeline. ValueError after `detach`."""
         if self._pipe is None:
-            raise ValueError("This guest has left its pipeline. Use condit.interop.attach(pipe) again.")
+            raise ValueError("This guest is detached from its pipeline. Use condit.interop.attach(pipe) again.")
         return self._pipe
 
     @property
-    def network(self) -> Any:
-        """diffusers' own, perhaps compiled."""
+    def network(self) -> nn.Module:
+        """diffusers' network, perhaps compiled."""
         return getattr(self.pipe, self.family.part)
 
-    def __call__(self, *args: Any, controls: Sequence[Control] = (), **given: Any) -> Any:
-        """The pipeline's own call, with its arguments and its result, and `controls` of adapters loaded for this guest.
+    def __call__(self, *args: object, controls: Sequence[Control] = (), **kwargs: object) -> Any:
+        """The pipeline's call, with its arguments and its result, and `controls` of adapters loaded for this guest.
 
         n references serve n prompts. In the prediction for a negative prompt every control is its `negative()`.
-        ValueError for a control of another model, and beside group offloading or several devices.
+        ValueError for a control of another model, with group offloading, or on more than one device.
         """
         pipe = self.pipe
         refuse_strangers(controls, self)
         host = copy.copy(pipe)
-        # Here, before offloading brings the network in and sends the autoencoder away.
-        # A proxy: in a circle of references a call's keys and values would outlive it.
-        stand_in = self.family.stand_in(self, weakref.proxy(host), tuple(controls), arguments(pipe, args, given))
-        # Not by setattr: diffusers would write the stand-in's class into the configuration.
+        # This precedes offloading, which loads the network and unloads the autoencoder.
+        # A proxy, as in a circle of references a call's keys and values would outlive it.
+        proxy = cast("NativePipeline", weakref.proxy(host))
+        arguments = call_arguments(pipe, args, kwargs)
+        stand_in = self.family.stand_in(self, proxy, tuple(controls), arguments)
+        # diffusers' setattr would write the stand-in's class into the configuration.
         vars(host).update(
             {self.family.part: stand_in},
             scheduler=copy.deepcopy(pipe.scheduler),  # it counts its steps
-            maybe_free_model_hooks=pipe.maybe_free_model_hooks,  # offloading places its hooks on the pipeline's parts
+            maybe_free_model_hooks=pipe.maybe_free_model_hooks,  # offloading puts its hooks on the pipeline's parts
         )
-        return host(*args, **given)
+        return host(*args, **kwargs)
 
     @property
-    def backbone(self) -> Any:
-        """The network as condit's, without weights of its own; made anew, as its layers may have been replaced."""
+    def backbone(self) -> MMDiT | UNet:
+        """condit's network without weights of its own, constructed each time, as layers may have been replaced."""
         return self.family.borrow(self.network)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.network.dtype
+        return native(self.network).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline computes; under offloading its weights rest elsewhere."""
+        """The device on which the pipeline computes; offloaded weights are elsewhere."""
         return self.pipe._execution_device
 
     @property
@@ -121,10 +128,10 @@ class Guest:
         """Pixels of a token's side."""
         return self.family.cells * self.pipe.vae_scale_factor
 
-    # What adapters ask of a pipeline.
+    # The interface for adapters
 
     def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile:
-        """As `weights.lora_unet.adapter_for` reads it."""
+        """`weights.lora_unet.adapter_for` for this network."""
         return adapter_for(self.backbone, source, method, ignore_text=ignore_text)
 
     def read_images(
@@ -133,44 +140,47 @@ class Guest:
         annotator: str | None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """References as (n, 3, H, W) in [-1, 1] at `size` (None: the guest's), annotated if asked for."""
+        """References as (n, 3, H, W) in [-1, 1] at `size` (None: the guest's), after the annotator, if any."""
         return read_references(reference, annotator, size or self.size, self.pixels).to(self.device)
 
     @torch.no_grad()
     def encode_condition(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
-        """Images (n, 3, H, W) through the pipeline's autoencoder: packed tokens and their grid (rows, columns). They
-        are the mode of its posterior, or drawn from it by `generator`. FLUX.1 only."""
+        """Images (n, 3, H, W) -> packed tokens of the pipeline's autoencoder and their grid (rows, columns): the mode
+        of its posterior, or a sample by `generator`. FLUX.1 only."""
         images = images.to(self.pipe.vae.dtype)
         tokens = encode_tokens(self.pipe.vae, images, generator, sample=generator is not None).to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        """Prompts through the text encoders of a Stable Diffusion."""
-        how = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        tokens, _, *rest = self.pipe.encode_prompt(prompt=list(prompts), device=self.device, **how)
+        """The output of Stable Diffusion's text encoders."""
+        tokens, _, *rest = self.pipe.encode_prompt(
+            prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         return Text(tokens, rest[0] if rest else tokens.new_zeros(len(tokens), 0))
 
     def image_encoder(self, folder: str | Path) -> CLIPImage:
-        """A CLIP image tower from its folder, where the model computes."""
+        """A CLIP image tower from its folder, on the guest's device."""
         return load_image_encoder(folder).to(self.device)
 
     def text_tower(self, folder: str | Path | None = None) -> TextTower | None:
-        """A CLIP text tower with projection from its folder; None: the pipeline's own, if it has one (SDXL's)."""
+        """A CLIP text tower with projection from its folder; None: that of the pipeline, if it has one (SDXL)."""
         if folder is not None:
             return load_text_tower(folder).to(self.device)
-        own: Any = getattr(self.pipe, "text_encoder_2", None)
-        return TextTower(own, self.pipe.tokenizer_2) if hasattr(own, "text_projection") else None
+        tower: nn.Module | None = getattr(self.pipe, "text_encoder_2", None)
+        if tower is None or not hasattr(tower, "text_projection"):
+            return None
+        return TextTower(tower, self.pipe.tokenizer_2)
 
     def describe_source(self, reference: Any) -> list:
-        """What a recipe keeps of a reference."""
+        """The description of a reference for a recipe."""
         return describe_source(reference)
 
 
 def refuse_strangers(controls: Sequence[Control], guest: Guest) -> None:
-    """ValueError unless every control fits the guest's network, and its layers can be lent."""
+    """ValueError unless the guest's network supports every control, and its layers are available."""
     family, network = guest.family, plain(guest.network)
     for control in check_controls(controls):
         why = family.refusal(network, control)
@@ -190,11 +200,11 @@ def refuse_strangers(controls: Sequence[Control], guest: Guest) -> None:
     if not controls:
         return
     if getattr(network, "_parallel_config", None) is not None:
-        raise ValueError(f"This {family.part} is spread over several devices; controls need it on one.")
+        raise ValueError(f"This {family.part} is split over devices; controls need it on one device.")
     for module in network.modules():
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and registry.get_hook("group_offloading") is not None:
             raise ValueError(
-                "Group offloading brings layers in by blocks, which a control does not run. Use "
+                "Group offloading loads layers with diffusers' blocks, which do not run with controls. Use "
                 "enable_model_cpu_offload() or enable_sequential_cpu_offload()."
             )

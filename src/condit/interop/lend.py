@@ -1,41 +1,102 @@
-"""What both families of pipelines need: how a network's layers are lent, and what is asked of a pipeline."""
+"""The parts that guests on all pipelines share: protocols of diffusers' objects, and the stand-in for a network."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from condit.backbones.mmdit import MMDiT, MMDiTConfig
+from condit.backbones.unet import UNet, UNetConfig
 from condit.controls.control import Control
+from condit.encoders.vae import Autoencoder
+
+Arguments = Mapping[str, object]  # of a pipeline's call, by name
+
+
+class NativeNetwork(Protocol):
+    """The attributes of diffusers' networks that guests read."""
+
+    config: Mapping[str, Any]
+    dtype: torch.dtype
+    attn_processors: Mapping[str, object]
+    up_blocks: Sequence[nn.Module]
+
+
+class NativeAutoencoder(Autoencoder, Protocol):
+    """diffusers' AutoencoderKL."""
+
+    dtype: torch.dtype
+
+
+class Scheduler(Protocol):
+    """diffusers' schedulers; of their configuration, guests read num_train_timesteps."""
+
+    config: Mapping[str, Any]
+
+
+class NativePipeline(Protocol):
+    """The attributes of diffusers' pipelines that guests read; each family has a part of them."""
+
+    name_or_path: str | None
+    vae: NativeAutoencoder
+    vae_scale_factor: int
+    default_sample_size: int
+    unet: nn.Module
+    text_encoder_2: nn.Module | None
+    tokenizer_2: Any
+    scheduler: Scheduler
+    num_timesteps: int
+    do_classifier_free_guidance: bool
+    maybe_free_model_hooks: Callable[[], None]
+    _execution_device: torch.device
+
+    def __call__(self, *args: object, **arguments: object) -> Any: ...
+
+    def encode_prompt(self, **arguments: object) -> Sequence[Tensor]: ...
+
+
+class GuestPipeline(Protocol):
+    """The attributes of a `Guest` that families read."""
+
+    @property
+    def pipe(self) -> NativePipeline: ...
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    @property
+    def pixels(self) -> int: ...
 
 
 @dataclass(frozen=True)
-class Family:
-    """Pipelines around one kind of network.
+class PipelineFamily:
+    """diffusers' pipelines of one kind of network.
 
-    part: the network's name in a pipeline; model: its class in diffusers; cells: latent cells of a token's side;
-    size(pipe): (height, width) in pixels that it draws by default. config_of(network) -> ours; borrow(network) -> ours
-    over its layers. stand_in(guest, host, controls, named): what stands for the network in `host` during a call with
-    arguments `named`. refusal(network, control): why a control cannot act there, or None.
+    part: the network's attribute in a pipeline; model: its class in diffusers; cells: latent cells of a token's side;
+    size(pipe): the default (height, width) in pixels. config_of(network): condit's configuration of it;
+    borrow(network): condit's network with its layers. stand_in(guest, host, controls, arguments): the replacement of
+    the network in `host` during a call. refusal(network, control): why a control is not supported, or None.
     """
 
     pipelines: tuple[str, ...]
     part: str
     model: str
     cells: int
-    size: Callable[[Any], tuple[int, int]]
-    config_of: Callable[[Any], Any]
-    borrow: Callable[[nn.Module], Any]
-    stand_in: Callable[[Any, Any, tuple[Control, ...], Mapping[str, Any]], nn.Module]
-    refusal: Callable[[Any, Control], str | None]
+    size: Callable[[NativePipeline], tuple[int, int]]
+    config_of: Callable[[nn.Module], MMDiTConfig | UNetConfig]
+    borrow: Callable[[nn.Module], MMDiT | UNet]
+    stand_in: Callable[[GuestPipeline, NativePipeline, tuple[Control, ...], Arguments], nn.Module]
+    refusal: Callable[[nn.Module, Control], str | None]
 
 
 class StandIn(nn.Module):
-    """Stands for a network during one call of a pipeline, and has its attributes. A module, because diffusers looks
-    among modules for its device."""
+    """Replaces a network during one call of a pipeline and has its attributes. It is a module because diffusers
+    determines its device from modules."""
 
     def __init__(self, native: nn.Module):
         super().__init__()
@@ -49,11 +110,11 @@ class StandIn(nn.Module):
 
 
 class Onloaded:
-    """Runs the hook with which accelerate brings an offloaded module to its device, as the module's forward would."""
+    """Runs accelerate's hook, which moves an offloaded module to its device, as the module's forward would."""
 
     def __init__(self, module: nn.Module):
         self.module = plain(module)
-        self.hook: Any = getattr(self.module, "_hf_hook", None)
+        self.hook: Any = getattr(self.module, "_hf_hook", None)  # accelerate's ModelHook
 
     def __enter__(self) -> None:
         if self.hook is not None:
@@ -65,26 +126,31 @@ class Onloaded:
 
 
 def plain(module: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper, if there is one."""
+    """The module inside torch.compile's wrapper, or the module itself."""
     return getattr(module, "_orig_mod", module)
 
 
+def native(network: nn.Module) -> NativeNetwork:
+    """diffusers' network, without torch.compile's wrapper, with the types of its attributes."""
+    return cast("NativeNetwork", plain(network))
+
+
 def classes(value: object) -> set[str]:
-    """Names of the diffusers classes that `value` is of. By name: importing them all takes seconds."""
+    """Names of the diffusers classes of `value`. Importing all of them for isinstance would take seconds."""
     return {c.__name__ for c in type(value).__mro__ if c.__module__.startswith("diffusers.")}
 
 
-def arguments(pipe: Any, args: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the pipeline's call by name, with its defaults. TypeError for a strange one."""
-    call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **given)
+def call_arguments(pipe: NativePipeline, args: Sequence[object], kwargs: Arguments) -> Arguments:
+    """The arguments of the pipeline's call by name, with its defaults. TypeError for an unknown one."""
+    call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
     call.apply_defaults()
     return call.arguments
 
 
-def refused_kwargs(name: str, kwargs: Mapping[str, Any] | None) -> None:
-    """ValueError for arguments of diffusers' attention processors, which do not run beside controls."""
+def refuse_kwargs(name: str, kwargs: Mapping[str, object] | None) -> None:
+    """ValueError for arguments of diffusers' attention processors, which do not run with controls."""
     if kwargs:
         raise ValueError(
-            f"{name} {sorted(kwargs)} have no effect beside controls. For an image prompt use condit.IPAdapter; for "
+            f"{name} {sorted(kwargs)} have no effect with controls. For an image prompt use condit.IPAdapter; for "
             "the weight of a LoRA use pipe.set_adapters."
         )

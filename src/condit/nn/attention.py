@@ -1,4 +1,4 @@
-"""The one attention call, and the controls that may wrap it (docs/architecture.md, section 1)."""
+"""The one attention call and the protocols of the controls that act on it (docs/architecture.md, section 1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Site:
-    """Where an attention layer stands in its backbone. `path` is the module path in the published names."""
+    """An attention layer of a backbone. `path` is its module path in the published names."""
 
     path: str
     kind: Literal["self", "cross", "joint"]
@@ -23,8 +23,8 @@ class Site:
 
 
 class Reduction(Protocol):
-    """A layer on fewer tokens: `merge` before it, `unmerge` behind it, along dimension -2; `pick` takes of each group
-    one token's value, e.g. its position. `mlp`: whether the MLP runs on fewer tokens too."""
+    """Runs a layer on fewer tokens: `merge` before the layer and `unmerge` after it, both along dimension -2. `pick`
+    returns one token's value of each group, such as its position. `mlp`: whether the MLP runs on fewer tokens too."""
 
     mlp: bool
 
@@ -39,10 +39,10 @@ class Reduction(Protocol):
 class Call:
     """One attention call: q (B, H, Nq, D), k and v (B, H, Nk, D); bias broadcasts to (B, H, Nq, Nk), in the log domain.
 
-    `image` marks the rows of q that belong to the noisy image: an empty slice where the text attends apart from it,
-    None where a condition attends on its own. `plain` are the same queries before rotary positions, for side branches
-    without positions. `keys` are the columns of k that belong to the noisy image; before them stand the text's, from 0
-    to `keys.start`, and behind them those of conditions. `merged`: how rows stand for tokens, where tokens were merged.
+    `image` are the rows of q that belong to the noisy image: an empty slice if only text attends, None if only a
+    condition attends. `plain` are the same queries before rotary positions, for side branches without positions.
+    `keys` are the columns of k that belong to the noisy image: the text's columns, 0 to `keys.start`, come first, those
+    of conditions last. `merged` maps rows to tokens if tokens were merged.
     """
 
     q: Tensor
@@ -57,7 +57,7 @@ class Call:
     merged: Reduction | None = None
 
     def append_kv(self, k: Tensor, v: Tensor, log_weight: Tensor | None = None) -> Call:
-        """More keys in the same softmax; `log_weight`, 0-d or one a query (B or 1, 1, Nq, 1), adds to their scores."""
+        """Add keys to the same softmax; `log_weight`, 0-d or one a query (B or 1, 1, Nq, 1), adds to their scores."""
         bias = self.bias
         if bias is not None or log_weight is not None:
             left = bias if bias is not None else self.q.new_zeros(1, 1, 1, self.k.shape[2])
@@ -68,25 +68,31 @@ class Call:
 
 
 class Attend(Protocol):
-    """What a control receives to run the rest of the chain."""
+    """The function that a control calls to run the rest of the chain."""
 
     def __call__(self, call: Call) -> Tensor: ...
 
 
-class Around(Protocol):
+class AttentionControl(Protocol):
     """The part of a control that `attend` needs."""
 
     def around(self, call: Call, attend: Attend) -> Tensor: ...
 
 
-class Merging(Protocol):
+class MergingControl(Protocol):
     """The part of a control that `reduction` needs."""
 
     def merging(self, site: Site, tokens: Tensor, image: slice) -> Reduction | None: ...
 
 
+class BlockControl(AttentionControl, MergingControl, Protocol):
+    """The part of a control that the blocks of a backbone need."""
+
+    def residual(self, site: Site, query: Tensor) -> Tensor | None: ...
+
+
 def sdpa(call: Call) -> Tensor:
-    """Scaled dot-product attention, (B, H, Nq, D). With `edit_map` the probabilities pass through it."""
+    """Scaled dot-product attention, (B, H, Nq, D). `edit_map`, if present, transforms the probabilities."""
     # On CPUs the fused kernel's backward is slower than the plain form at the sequence lengths trained there.
     plain_backward = call.q.device.type == "cpu" and torch.is_grad_enabled() and call.v.requires_grad
     if call.edit_map is None and not plain_backward:
@@ -98,7 +104,7 @@ def sdpa(call: Call) -> Tensor:
     return (probabilities if call.edit_map is None else call.edit_map(probabilities)) @ call.v
 
 
-def attend(call: Call, controls: Sequence[Around] = (), last: Attend = sdpa) -> Tensor:
+def attend(call: Call, controls: Sequence[AttentionControl] = (), last: Attend = sdpa) -> Tensor:
     """Run one attention call through its controls, the first of which is the outermost; `last` is inside them all."""
     run = last
     for control in reversed(controls):
@@ -106,12 +112,12 @@ def attend(call: Call, controls: Sequence[Around] = (), last: Attend = sdpa) -> 
     return run(call)
 
 
-def reduction(site: Site, tokens: Tensor, image: slice, controls: Sequence[Merging]) -> Reduction | None:
-    """How the first control that merges tokens would merge the input (B, N, C) of the layer at `site`; None: not."""
+def reduction(site: Site, tokens: Tensor, image: slice, controls: Sequence[MergingControl]) -> Reduction | None:
+    """The reduction of the first control that merges tokens (B, N, C) at the input of `site`, None without one."""
     for control in controls:
-        found = control.merging(site, tokens, image)
-        if found is not None:
-            return found
+        merged = control.merging(site, tokens, image)
+        if merged is not None:
+            return merged
     return None
 
 

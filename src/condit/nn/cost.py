@@ -1,7 +1,7 @@
-"""What a prediction of FLUX's transformer costs, in closed form (OminiControl, arXiv:2411.15098; OminiControl2,
+"""The cost of a prediction of FLUX's transformer in closed form (OminiControl, arXiv:2411.15098; OminiControl2,
 arXiv:2503.08280).
 
-Per layer and token 24 D^2 operations of linears, and attention 4 D Lq Lk; so n tokens of text and image cost
+Linear layers take 24 D^2 operations per layer and token, attention takes 4 D Lq Lk; so n tokens of text and image cost
 n (6D + n) in units of 4 D. Norms, embeddings and low-rank updates (0.2 % at rank 4) are not counted.
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-Mode = Literal["none", "joint", "independent", "cached", "prefill"]
-STEPS = 28  # of a picture, over which a cache is written once
+ConditionMode = Literal["none", "joint", "independent", "cached", "prefill"]
+STEPS = 28  # of an image; the cache is written once in all of them
 
 
-def ratio(mode: Mode, dim: int, n: int, c: int, count: int = 1) -> float:
-    """Operations of a prediction with `count` conditions of c tokens, in those of one without. Conditions do not see
-    each other. joint: a condition sees text and image; independent: itself; cached: only its keys are seen, the lower
-    bound. prefill: the conditions alone, in the same unit."""
+def ratio(mode: ConditionMode, dim: int, n: int, c: int, count: int = 1) -> float:
+    """Operations of a prediction with `count` conditions of c tokens, divided by those of one without conditions.
+
+    Conditions do not attend to each other. joint: a condition attends to text and image; independent: to itself;
+    cached: only its keys are read, the lower bound; prefill: the pass of the conditions alone, in the same unit."""
     each = {
         "none": 0,
         "joint": c * (6 * dim + 2 * n + c),
@@ -28,21 +29,21 @@ def ratio(mode: Mode, dim: int, n: int, c: int, count: int = 1) -> float:
 
 
 def average(dim: int, n: int, c: int, count: int = 1, steps: int = STEPS) -> float:
-    """The mean step of a picture whose first step, or prefill, writes the cache."""
+    """The mean of `ratio` over the steps of an image whose first step, or prefill, writes the cache."""
     return ratio("cached", dim, n, c, count) + ratio("prefill", dim, n, c, count) / steps
 
 
 def operations(dim: int, layers: int, n: int) -> int:
-    """Of one prediction without conditions."""
+    """Operations of one prediction without conditions."""
     return 4 * dim * layers * n * (6 * dim + n)
 
 
 def cache_bytes(dim: int, layers: int, tokens: int, size: int) -> int:
-    """Keys and values of every layer; size: bytes of a number."""
+    """Bytes of the keys and values of every layer; size: bytes of a number."""
     return 2 * dim * layers * tokens * size
 
 
 def activation_bytes(dim: int, tokens: int, size: int) -> int:
-    """The most that a block holds at once, without gradients, roughly: a single block's input, norm, queries, keys and
+    """Roughly the peak memory of a block in bytes, without gradients: a single block's input, norm, queries, keys and
     values, the MLP's four widths before and after its GELU, and both joined (19 widths), and a rotation in float32."""
     return tokens * dim * (19 * size + 4 * 4)

@@ -1,10 +1,9 @@
-"""Small layers that several backbones share: rotary positions, timestep features, adaptive norms."""
+"""Small layers that backbones share: patches, rotary positions, timestep features, adaptive norms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """x with a share `rate` of its numbers zero and the others larger; drawn on x's device. F.dropout knows the global
-    generator only."""
+    """Dropout that takes a generator, on x's device; F.dropout uses the global one only."""
     if rate == 0:
         return x
     keep = torch.empty_like(x).bernoulli_(1 - rate, generator=generator)
@@ -26,32 +24,33 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
 
 
 def recomputed(
-    block: Callable[..., Tensor], x: Tensor, *rest: Any, rate: float = 0.0, generator: torch.Generator | None = None
+    block: Callable[..., Tensor], x: Tensor, *rest: object, rate: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
-    """block(x, *rest), of which the backward pass is left x alone: it computes the block again, with the same dropout
-    of `rate` from `generator` (None: the global one). Behind it the generator stands anywhere."""
+    """block(x, *rest), which keeps x alone for the backward pass and computes the block there again, with the same
+    dropout of `rate` from `generator` (None: the global one). The backward pass leaves the generator in another
+    state."""
     if generator is None or rate == 0:
         return checkpoint(block, x, *rest, use_reentrant=False, preserve_rng_state=rate > 0)
     state = generator.get_state()
 
-    def again(*given: Any) -> Tensor:
+    def run(*inputs: object) -> Tensor:
         generator.set_state(state)
-        return block(*given)
+        return block(*inputs)
 
-    return checkpoint(again, x, *rest, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(run, x, *rest, use_reentrant=False, preserve_rng_state=False)
 
 
 def rope_frequencies(ids: Tensor, axes: Sequence[int], theta: float = 10_000.0) -> Rope:
-    """cos and sin of the rotary angles, each (..., N, sum(axes) / 2) float32, for ids (..., N, len(axes)).
+    """Cosine and sine of the rotary angles, each (..., N, sum(axes) / 2) float32, for ids (..., N, len(axes)).
 
-    Angles are formed in float64 as FLUX does; one value serves a channel pair.
+    Angles are computed in float64 as in FLUX; one value serves a pair of channels.
     """
     angles = []
     for axis, dim in enumerate(axes):
         omega = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
         angles.append(ids[..., axis, None].double() * omega)
     angle = torch.cat(angles, -1)
-    if angle.ndim == 3:  # per-sample ids: a place for the heads
+    if angle.ndim == 3:  # ids of each sample: add a dimension for the heads
         angle = angle[:, None]
     return angle.cos().float(), angle.sin().float()
 
@@ -70,6 +69,29 @@ def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
+class PatchEmbedder(nn.Module):
+    """Non-overlapping patches through one linear map, as a strided convolution: (B, C, H, W) -> (B, N, dim), row by
+    row."""
+
+    def __init__(self, channels: int, dim: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, Linear under diffusers' names: (B, n_in) -> (B, dim)."""
+
+    def __init__(self, n_in: int, dim: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = Linear(n_in, dim), Linear(dim, dim)
+
+    def forward(self, x: Tensor, lora: LowRank | None = None) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x, lora)), lora)
+
+
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm in the dtype of its input: under autocast the float32 weight would force an unfused path."""
 
@@ -78,7 +100,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class AdaNorm(nn.Module):
-    """LayerNorm whose shift, scale (and gates) come from an embedding (B, dim): `linear(silu(embedding))` in chunks."""
+    """LayerNorm with shift, scale (and gates) from an embedding (B, dim): `linear(silu(embedding))` in chunks."""
 
     def __init__(self, dim: int, chunks: int):
         super().__init__()
@@ -89,13 +111,25 @@ class AdaNorm(nn.Module):
         return self.linear(F.silu(embedding), lora)[:, None].chunk(self.chunks, -1)
 
     def forward(self, x: Tensor, embedding: Tensor, lora: LowRank | None = None) -> tuple[Tensor, ...]:
+        """The norm of x (B, N, dim), and the gates."""
         shift, scale, *gates = self.modulation(embedding, lora)
         return modulated_norm(x, shift, scale), *gates
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Affine-free LayerNorm (eps 1e-6), then scale and shift; x (B, N, C), shift and scale (B, 1, C)."""
+    """LayerNorm without weights (eps 1e-6), then scale and shift; x (B, N, C), shift and scale (B, 1, C)."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class UpProjection(nn.Module):
+    """A linear layer under diffusers' name `proj`."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.proj = Linear(dim, hidden)
+
+    def forward(self, x: Tensor, lora: LowRank | None = None) -> Tensor:
+        return self.proj(x, lora)
 
 
 class FeedForward(nn.Module):
@@ -103,10 +137,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, ratio: int = 4):
         super().__init__()
-        up = nn.Module()
-        up.proj = Linear(dim, ratio * dim)
-        self.net = nn.ModuleList([up, nn.Identity(), Linear(ratio * dim, dim)])
+        self.net = nn.ModuleList([UpProjection(dim, ratio * dim), nn.Identity(), Linear(ratio * dim, dim)])
 
     def forward(self, x: Tensor, lora: LowRank | None = None) -> Tensor:
-        up = cast("Linear", self.net[0].proj)
-        return self.net[2](F.gelu(up(x, lora), approximate="tanh"), lora)
+        return self.net[2](F.gelu(self.net[0](x, lora), approximate="tanh"), lora)

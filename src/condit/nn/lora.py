@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 
 class LowRank(Protocol):
-    """What a linear asks of the LoRA of its tokens."""
+    """The update of a linear layer's output for tokens x (..., in), or None where there is none."""
 
     def delta(self, path: str, x: Tensor) -> Tensor | None: ...
 
 
 class LoRA(nn.Module):
-    """Low-rank updates by the path of the `Linear` they belong to; the backbone is never touched.
+    """Low-rank updates by the path of their `Linear`: y = x W^T + scale * x A^T B^T, scale = alpha / rank (1 without
+    alpha). The backbone does not change.
 
-    `shapes` maps a path to (out, in). y = x W^T + scale * x A^T B^T with scale = alpha / rank (alpha absent: 1). Rank
-    and alpha are numbers, or numbers by path.
+    `shapes` maps a path to (out, in). Rank and alpha are numbers, or numbers by path.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class LoRA(nn.Module):
         ranks = {p: rank if isinstance(rank, int) else rank[p] for p in shapes}
         alphas = {p: alpha.get(p) if isinstance(alpha, Mapping) else alpha for p in shapes}
         self.scales = {p: (alphas[p] or r) / r for p, r in ranks.items()}
-        # ParameterDict keys may not hold dots.
+        # Keys of a ParameterDict must not contain dots.
         self.keys = {path: path.replace(".", "/") for path in shapes}
         self.a = nn.ParameterDict(
             {self.keys[p]: nn.Parameter(torch.randn(ranks[p], i) / ranks[p]) for p, (_, i) in shapes.items()}
@@ -44,7 +44,7 @@ class LoRA(nn.Module):
 
     @property
     def rank(self) -> int:
-        """The largest of the ranks."""
+        """The largest rank."""
         return max(len(a) for a in self.a.values())
 
     def delta(self, path: str, x: Tensor) -> Tensor | None:
@@ -52,14 +52,14 @@ class LoRA(nn.Module):
         key = self.keys.get(path)
         if key is None:
             return None
-        # In training float32 weights serve a base of bfloat16.
+        # In training, the base model may be bfloat16 and these weights float32.
         a, b = self.a[key].to(x.dtype), self.b[key].to(x.dtype)
         return (x @ a.mT @ b.mT) * self.scales[path]
 
     def tensors(self) -> dict[str, Tensor]:
         """The published layout: `transformer.PATH.lora_A.weight` (rank, in) and `.lora_B.weight` (out, rank).
 
-        B holds the scale, so that whoever reads it, alpha or no alpha, computes the same update.
+        B is multiplied by the scale, so every reader computes the same update, with alpha or without.
         """
         out = {}
         for path, key in self.keys.items():
@@ -70,8 +70,8 @@ class LoRA(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], alpha: float | None = None) -> LoRA:
-        """Read the layout of `tensors()`, with or without `.alpha` beside a pair: ranks and targets are those of the
-        shapes. `alpha`, if given, is that of every path."""
+        """Read the layout of `tensors()`, with or without an `.alpha` for each pair; shapes give ranks and targets.
+        `alpha` overrides those of the file. ValueError for no pair, an A without B, or shapes that do not match."""
         paths = sorted(
             name.removeprefix("transformer.").removesuffix(".lora_A.weight")
             for name in tensors
@@ -79,14 +79,14 @@ class LoRA(nn.Module):
         )
         if not paths:
             first = next(iter(tensors), "nothing")
-            raise ValueError(f"No LoRA found: expected names '*.lora_A.weight', found {first!r} and the like.")
+            raise ValueError(f"No LoRA in the file: expected names '*.lora_A.weight'; its first name is {first!r}.")
         prefix = "transformer." if f"transformer.{paths[0]}.lora_A.weight" in tensors else ""
         pairs = {}
         for path in paths:
             a, b = tensors[f"{prefix}{path}.lora_A.weight"], tensors.get(f"{prefix}{path}.lora_B.weight")
             if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-                found = "no lora_B" if b is None else f"A {tuple(a.shape)} and B {tuple(b.shape)}"
-                raise ValueError(f"{path}: expected A (rank, in) and B (out, rank); found {found}.")
+                actual = "no lora_B" if b is None else f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+                raise ValueError(f"{path}: expected A (rank, in) and B (out, rank); found {actual}.")
             pairs[path] = a, b
         alphas = {p: float(tensors[f"{prefix}{p}.alpha"]) for p in paths if f"{prefix}{p}.alpha" in tensors}
         shapes = {p: (b.shape[0], a.shape[1]) for p, (a, b) in pairs.items()}
@@ -99,7 +99,7 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def resized(self, rank: int) -> LoRA:
-        """The nearest LoRA of at most this rank: of each update the largest singular values (Eckart and Young 1936)."""
+        """The nearest LoRA of at most this rank, by the largest singular values of each update (Eckart, Young 1936)."""
         tensors = {}
         for path, key in self.keys.items():
             u, s, v = torch.linalg.svd(self.b[key] @ self.a[key] * self.scales[path], full_matrices=False)
@@ -109,15 +109,15 @@ class LoRA(nn.Module):
         return LoRA.from_tensors(tensors)
 
     def unfitting(self, model: nn.Module) -> dict[str, tuple[tuple[int, int], tuple[int, int] | None]]:
-        """Paths of this LoRA that the model lacks or has in another shape: (shape here, shape there)."""
-        there = linear_shapes(model, tuple(self.keys))
-        here = {path: (len(self.b[key]), self.a[key].shape[1]) for path, key in self.keys.items()}
-        return {path: (shape, there.get(path)) for path, shape in here.items() if there.get(path) != shape}
+        """Paths that the model lacks or has in another shape -> (shape of this LoRA, shape of the model or None)."""
+        expected = linear_shapes(model, tuple(self.keys))
+        shapes = {path: (len(self.b[key]), self.a[key].shape[1]) for path, key in self.keys.items()}
+        return {path: (shape, expected.get(path)) for path, shape in shapes.items() if expected.get(path) != shape}
 
 
 @dataclass(frozen=True)
-class Part:
-    """A LoRA on some paths only, or all but those, times a weight (0-d; None: 1)."""
+class PartialLoRA:
+    """A LoRA restricted to the paths in `only`, or to all but those in `without`, times a weight (0-d; None: 1)."""
 
     lora: LowRank
     weight: Tensor | None = None
@@ -132,8 +132,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """Several low-rank updates at once."""
+class LoRASum:
+    """The sum of low-rank updates."""
 
     parts: tuple[LowRank, ...]
 
@@ -146,14 +146,14 @@ class Sum:
         return total
 
 
-def together(parts: Iterable[LowRank | None]) -> LowRank | None:
-    """All that are given as one."""
-    given = tuple(part for part in parts if part is not None)
-    return given[0] if len(given) == 1 else Sum(given) if given else None
+def sum_loras(updates: Iterable[LowRank | None]) -> LowRank | None:
+    """The sum of all updates that are not None; None if there are none."""
+    parts = tuple(update for update in updates if update is not None)
+    return parts[0] if len(parts) == 1 else LoRASum(parts) if parts else None
 
 
 class Linear(nn.Linear):
-    """A linear layer that takes the LoRA of the tokens it is given. `path` is set once by `name_linears`."""
+    """A linear layer that takes the LoRA of its tokens as an argument. `name_linears` sets `path`."""
 
     path = ""
 
@@ -179,7 +179,7 @@ class Pointwise(nn.Conv2d):
 
 
 def name_linears(model: nn.Module) -> None:
-    """Tell every `Linear` and `Pointwise` its own module path, the name under which a LoRA knows it."""
+    """Set the `path` of every `Linear` and `Pointwise` to its module path, by which a LoRA names it."""
     for path, module in model.named_modules():
         if isinstance(module, Linear | Pointwise):
             module.path = path
@@ -187,9 +187,9 @@ def name_linears(model: nn.Module) -> None:
 
 def linear_shapes(model: nn.Module, suffixes: Iterable[str]) -> dict[str, tuple[int, int]]:
     """(out, in) of every layer that takes a LoRA and whose path ends with one of `suffixes` (whole path parts)."""
-    wanted = tuple(suffixes)
+    endings = tuple(suffixes)
     return {
         path: (module.out_features, module.in_features)
         for path, module in model.named_modules()
-        if isinstance(module, Linear | Pointwise) and any(path == s or path.endswith("." + s) for s in wanted)
+        if isinstance(module, Linear | Pointwise) and any(path == s or path.endswith("." + s) for s in endings)
     }

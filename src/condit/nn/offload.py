@@ -1,8 +1,8 @@
-"""Less memory for the same arithmetic: modules that rest on the CPU and are copied to a device for their turn, blocks
-that are computed twice.
+"""Less memory for the same arithmetic: modules that stay on the CPU and are copied to the device while they run, and
+blocks that are computed twice.
 
-What rests is never changed: a turn works on a copy of the module's structure whose tensors lie on the device, and drops
-it. So two calls in two threads do not see each other, and nothing is copied back.
+The module on the CPU never changes: a run uses a copy of its structure with tensors on the device and drops it. So
+calls in two threads are independent, and nothing is copied back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,34 +20,35 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def on_device(module: M, device: torch.device | str) -> M:
-    """The module with its parameters and buffers on `device`; where they lie there already, they are shared."""
-    return _copied(module, torch.device(device), {}, {})
+    """A copy of the module with its parameters and buffers on `device`; tensors that are there already are shared."""
+    return cast("M", _copied(module, torch.device(device), {}, {}))
 
 
-def _copied(module: M, device: torch.device, modules: dict[int, nn.Module], tensors: dict[int, Tensor]) -> M:
+def _copied(
+    module: nn.Module, device: torch.device, modules: dict[int, nn.Module], tensors: dict[int, Tensor]
+) -> nn.Module:
     if id(module) in modules:
-        return modules[id(module)]  # type: ignore[return-value]
-    found = modules[id(module)] = copy.copy(module)
+        return modules[id(module)]
+    copied = modules[id(module)] = copy.copy(module)
 
     def moved(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or tensor.device == device:
             return tensor
         if id(tensor) not in tensors:  # tied weights stay tied
-            there = tensor.detach().to(device)
-            tensors[id(tensor)] = (
-                nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
-            )
+            data = tensor.detach().to(device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            tensors[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
         return tensors[id(tensor)]
 
-    state = vars(found)
+    state = vars(copied)
     state["_parameters"] = {name: moved(p) for name, p in module._parameters.items()}
     state["_buffers"] = {name: moved(b) for name, b in module._buffers.items()}
     state["_modules"] = {name: m and _copied(m, device, modules, tensors) for name, m in module._modules.items()}
-    return found  # type: ignore[return-value]
+    return copied
 
 
-class Visited(nn.ModuleList):
-    """Blocks that rest where they are; iterating gives each on `device`, one at a time."""
+class OffloadedBlocks(nn.ModuleList):
+    """Blocks that stay where they are; iteration yields a copy of each on `device`, one at a time."""
 
     device: torch.device | str = "cpu"
 
@@ -56,12 +57,12 @@ class Visited(nn.ModuleList):
             yield on_device(block, self.device)
 
     def move(self, device: torch.device | str) -> None:
-        """Where the blocks have their turn."""
+        """Set the device on which the blocks run."""
         self.device = device
 
 
-class Checkpointed(nn.ModuleList):
-    """Blocks whose insides are computed again in the backward pass instead of being kept (Chen et al. 2016,
+class CheckpointedBlocks(nn.ModuleList):
+    """Blocks whose activations are computed again in the backward pass instead of being kept (Chen et al. 2016,
     arXiv:1604.06174)."""
 
     def __iter__(self) -> Iterator[Callable]:  # type: ignore[override]
@@ -69,9 +70,11 @@ class Checkpointed(nn.ModuleList):
             yield partial(checkpoint, block, use_reentrant=False)
 
 
-def with_blocks(module: M, kind: type[nn.ModuleList]) -> M:
-    """The module with each list of its blocks as `kind`; the blocks are shared, and the module is not changed."""
-    found = copy.copy(module)
-    children = {n: kind(m._modules.values()) if isinstance(m, nn.ModuleList) else m for n, m in module._modules.items()}  # type: ignore[arg-type]
-    vars(found)["_modules"] = children
-    return found
+def with_blocks(module: M, list_type: type[nn.ModuleList]) -> M:
+    """A copy of the module with each list of its blocks as a `list_type`; both share the blocks."""
+    copied = copy.copy(module)
+    vars(copied)["_modules"] = {
+        name: list_type(nn.ModuleList.__iter__(child)) if isinstance(child, nn.ModuleList) else child
+        for name, child in module._modules.items()
+    }
+    return copied

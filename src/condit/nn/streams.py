@@ -1,4 +1,4 @@
-"""Streams: tokens that share one clock, one position grid and one LoRA (OminiControl, arXiv:2411.15098, section 3)."""
+"""Streams: tokens that share a timestep, a position grid and a LoRA (OminiControl, arXiv:2411.15098, section 3)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Stream:
     """One branch of a joint sequence.
 
     tokens (B, N, C); ids (N, 3) or (B, N, 3), kept in float32; timestep (B,) in [0, 1], 0 = clean; guidance (B,);
-    pooled (B, P). `sees`: what its queries attend to: only itself ("self", a cache is then exact), text, image and
-    itself ("main", the official default), or every stream ("all"). `log_weight` is log of the strength: 0-d, or
-    (B or 1, N) for each token of the noisy image; see `row_weights`. `memory`: where a pass leaves the stream's keys
-    (after norm and rotation) and values by site path.
+    pooled (B, P). `sees`: its queries attend to itself only ("self", so a cache is exact), to text, image and itself
+    ("main", the official default), or to every stream ("all"). `log_weight` is the logarithm of the strength: 0-d, or
+    (B or 1, N) for each token of the noisy image; see `row_weights`. `memory` receives the keys (after norm and
+    rotation) and values by site path.
     """
 
     tokens: Tensor
@@ -34,13 +34,15 @@ class Stream:
     lora: LowRank | None = None
     sees: Sees = "all"
     log_weight: Tensor | None = None
-    weight_text: bool = True  # the strength also acts between condition and text (official code) or not (paper, Eq. 5)
+    weight_text: bool = (
+        True  # whether the strength acts between condition and text: official code yes, paper's Eq. 5 no
+    )
     memory: dict[str, tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Adjacent streams that share one softmax call: rows attend to cols; weights[j] adds to the scores of cols[j]."""
+    """Adjacent streams in one softmax call: `rows` attend to `cols`; weights[j] adds to the scores of cols[j]."""
 
     rows: tuple[int, ...]
     cols: tuple[int, ...]
@@ -48,9 +50,9 @@ class Group:
 
 
 def row_weights(log_weight: Tensor, length: int, image: slice, *, weight_text: bool = True) -> Tensor:
-    """The log weight of each of `length` main rows, (B or 1, length), of which `image` are the noisy image's.
+    """Log weights (B or 1, length) of the main rows, of which `image` belong to the noisy image.
 
-    Text has no place in the picture: it takes the mean weight of the image's tokens, or 0 without `weight_text`.
+    Text has no position in the image, so its weight is the mean over the image's tokens, or 0 without `weight_text`.
     """
     count = image.stop - image.start
     if log_weight.ndim == 0:
@@ -72,8 +74,8 @@ def grid_ids(
 ) -> Tensor:
     """Positions (H W, 3) of a token grid, row-major, axis 0 always 0. id' = scale * id + (scale - 1) / 2 + delta.
 
-    `delta` is in tokens of the image, applied after `scale` (the trainer's order; OminiControl, section 3.2.2).
-    "official-inference": id' = scale * (id + delta) + (scale - 1) / 2, so that delta counts in tokens of the condition.
+    `delta` is in tokens of the image and applied after `scale`, as in the trainer (OminiControl, section 3.2.2).
+    "official-inference": id' = scale * (id + delta) + (scale - 1) / 2, so `delta` is in tokens of the condition.
     """
     if order not in ("scale-first", "official-inference"):
         raise ValueError(f"order must be 'scale-first' or 'official-inference'; found {order!r}.")
@@ -90,13 +92,13 @@ def grid_ids(
 def groups(
     text: int | None, image: int | None, streams: Sequence[Stream | None], *, apart: bool = False
 ) -> list[Group]:
-    """Who attends to whom. `text` and `image` are the indices of the main streams (None where absent).
+    """Which streams attend to which. `text` and `image` are the indices of the main streams (None if absent).
 
     The strength of a condition acts both ways: on its keys for the main rows, and on the main keys for its own rows.
-    `apart` keeps conditions out of the main rows' call, so that keys which a control appends there stay unseen by them.
+    `apart` keeps conditions out of the main rows' call, so they do not attend to keys that a control appends there.
     """
     main = [i for i in (text, image) if i is not None]
-    found: list[Group] = []
+    result: list[Group] = []
     for i, stream in enumerate(streams):
         cols, weights = [], []
         for j, other in enumerate(streams):
@@ -114,10 +116,10 @@ def groups(
             between_text = text is not None and text in (i, j)
             weighted = crosses and condition is not None and (condition.weight_text or not between_text)
             weights.append(condition.log_weight if weighted and condition is not None else None)
-        last = found[-1] if found else None
+        last = result[-1] if result else None
         same = last and last.cols == tuple(cols) and all(a is b for a, b in zip(last.weights, weights, strict=True))
         if last and same and not (apart and (i in main) != (last.rows[-1] in main)):
-            found[-1] = Group((*last.rows, i), last.cols, last.weights)
+            result[-1] = Group((*last.rows, i), last.cols, last.weights)
         else:
-            found.append(Group((i,), tuple(cols), tuple(weights)))
-    return found
+            result.append(Group((i,), tuple(cols), tuple(weights)))
+    return result

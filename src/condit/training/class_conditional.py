@@ -22,7 +22,7 @@ from condit.backbones import diffit, dit
 from condit.backbones.diffit import DiffiT, DiffiTConfig
 from condit.backbones.dit import DiT, DiTConfig
 from condit.data.images import to_images
-from condit.data.sheets import Cell, contact_sheet
+from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.gaussian import Loss, Prediction, gaussian, training_loss
 from condit.diffusion.gaussian_samplers import ddim
 from condit.diffusion.guidance import class_guidance
@@ -202,11 +202,11 @@ class ClassConditionalTask(Task):
         """Up to eight classes, three pictures of each, and a real one below."""
         count = min(8, len(self.classes)) or 8
         shown = [i * len(self.classes) // count for i in range(count)]
-        rows: list[list[Cell | Image.Image | None]] = [list(self.draw(shown, seed=seed)) for seed in range(3)]
+        rows: list[list[SheetCell | Image.Image | None]] = [list(self.draw(shown, seed=seed)) for seed in range(3)]
         firsts = [self.latents.labels.tolist().index(label) for label in shown]
         real = to_images(decode_latents(self.vae, self.latents.mean(firsts).to(self.device)))
         names = [self.classes[label] if self.classes else "" for label in shown]
-        rows.append([Cell(image, name, given=True) for image, name in zip(real, names, strict=True)])
+        rows.append([SheetCell(image, name, is_input=True) for image, name in zip(real, names, strict=True)])
         return contact_sheet(rows, labels=["seed 0", "seed 1", "seed 2", "real"])
 
     def export(self, folder: Path, card: dict) -> None:

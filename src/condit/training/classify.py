@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from condit.backbones.vit import PRESETS, ViT, ViTConfig
 from condit.data.images import to_images
-from condit.data.sheets import Cell, contact_sheet
+from condit.data.sheets import SheetCell, contact_sheet
 from condit.training.labelled import Label, Pictures, check_sizes, height_width, id2label, open_labelled
 from condit.training.loop import Task
 from condit.weights.files import load_strict
@@ -127,8 +127,8 @@ class ClassifyTask(Task):
         images, labels = (self.held_images, self.held_labels) if held else (self.images, self.labels)
         chosen = random.Random(0).sample(range(len(images)), min(16, len(images)))
         guesses = self.logits(images[chosen]).argmax(1).tolist()
-        cells: list[Cell | Image.Image | None] = [
-            Cell(image, self.classes[guess], given=guess != int(labels[i]))
+        cells: list[SheetCell | Image.Image | None] = [
+            SheetCell(image, self.classes[guess], is_input=guess != int(labels[i]))
             for image, guess, i in zip(to_images(to_float(images[chosen])), guesses, chosen, strict=True)
         ]
         rows = [cells[:8], cells[8:]] if len(cells) > 8 else [cells]

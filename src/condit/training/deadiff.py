@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference
 from condit.controls.deadiff_layers import Name, coarse_layers, cross_shapes
-from condit.data.grouped import KINDS, Kind
+from condit.data.grouped import PAIR_KINDS, PairKind
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
 from condit.drawing.pipeline import Pipeline
@@ -32,7 +32,7 @@ from condit.weights.clip_towers import load_image_encoder
 from condit.weights.files import load_strict, own_fields, read_metadata, read_tensors
 
 # What a batch of each kind shows the network.
-SHOWN: dict[Kind, tuple[Name, ...]] = {
+SHOWN: dict[PairKind, tuple[Name, ...]] = {
     "style": ("style",),
     "content": ("content",),
     "reconstruction": ("style", "content"),
@@ -87,8 +87,8 @@ class DEADiffTask(Task):
             load_adapter(self.adapter, Path(init))
         for reader in (self.adapter.style, self.adapter.content):
             reader.ln_vision.requires_grad_(False)
-        self.shares, self.drop, self.caption_drop = list(shares), dict(zip(KINDS, drop, strict=True)), caption_drop
-        wanted: list[Kind] = [kind for kind, share in zip(KINDS, shares, strict=True) if share]
+        self.shares, self.drop, self.caption_drop = list(shares), dict(zip(PAIR_KINDS, drop, strict=True)), caption_drop
+        wanted: list[PairKind] = [kind for kind, share in zip(PAIR_KINDS, shares, strict=True) if share]
         self.source = open_source(icons, pairs, wanted, ("train",), self.size, self.tower.size)
         self.held_out = None
         if icons is not None or held_out is not None:
@@ -99,7 +99,7 @@ class DEADiffTask(Task):
         return [self.unet]
 
     def batch(self, rng: random.Random, size: int) -> Paired:
-        kind = rng.choices(KINDS, weights=self.shares)[0]
+        kind = rng.choices(PAIR_KINDS, weights=self.shares)[0]
         found = self.source.batch(rng, kind, size)
         # In reconstruction the reference says all, so no words are given.
         told = ["" if kind == "reconstruction" or rng.random() < self.caption_drop else c for c in found.captions]
@@ -116,7 +116,7 @@ class DEADiffTask(Task):
         loss = self.errors(x0, noise, t, text, tokens).mean()
         return loss, {f"loss_{batch.kind}": float(loss.detach())}
 
-    def shown(self, kind: Kind, image: Tensor, kept: Tensor | None = None) -> dict[Name, Tensor]:
+    def shown(self, kind: PairKind, image: Tensor, kept: Tensor | None = None) -> dict[Name, Tensor]:
         """The answers (B, T, width) that a batch of a kind shows the network; zeros for rows that are not `kept`."""
         rows = 1 if kept is None else kept[:, None, None]
         return {name: self.adapter.ask(name, image) * rows for name in SHOWN[kind]}
@@ -153,7 +153,7 @@ class DEADiffTask(Task):
                 found[f"{kind}_wrong_reference_{share}"] = round(100 * (wrong / right - 1), 1)
         return found
 
-    def examples(self, kind: Kind, count: int) -> Paired:
+    def examples(self, kind: PairKind, count: int) -> Paired:
         """The same held-out pairs at every look."""
         assert self.held_out is not None
         found = self.held_out.batch(random.Random(0), kind, count)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from condit.controls.control import Control
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import HEAD_DIM, ImageProjection, Resampler
-from condit.data.grouped import KINDS, Kind
+from condit.data.grouped import PAIR_KINDS, PairKind
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
 from condit.drawing.pipeline import Pipeline
@@ -84,7 +84,7 @@ class IPAdapterTask(Task):
         if init is not None:
             load_strict(self.ip, floats(read_tensors(Path(init) / ADAPTER)), source=init)
         self.shares, self.drop, self.noise_offset = list(shares), list(drop), noise_offset
-        self.kinds: list[Kind] = [kind for kind, share in zip(KINDS, shares, strict=True) if share]
+        self.kinds: list[PairKind] = [kind for kind, share in zip(PAIR_KINDS, shares, strict=True) if share]
         side = self.encoder.size.side if isinstance(self.encoder, CLIPImage) else self.parts.size[0]
         self.source = open_source(icons, pairs, self.kinds, ("train",), self.parts.size, side)
         self.held_out = None
@@ -95,7 +95,7 @@ class IPAdapterTask(Task):
         return [self.unet]
 
     def batch(self, rng: random.Random, size: int) -> Shown:
-        kind = rng.choices(KINDS, weights=self.shares)[0]
+        kind = rng.choices(PAIR_KINDS, weights=self.shares)[0]
         found, kept = self.source.batch(rng, kind, size), []
         image, text, _ = self.drop
         for i in range(size):
@@ -144,7 +144,7 @@ class IPAdapterTask(Task):
                 found[f"{kind}_no_reference_{share}"] = round(100 * (without / right - 1), 1)
         return found
 
-    def examples(self, kind: Kind, count: int) -> Paired:
+    def examples(self, kind: PairKind, count: int) -> Paired:
         """The same held-out pairs at every look."""
         assert self.held_out is not None
         return self.held_out.batch(random.Random(0), kind, count)

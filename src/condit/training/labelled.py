@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from condit.data.files import unit
+from condit.data.files import hash_fraction
 from condit.data.images import load_image, to_tensor
 from condit.training.plugins import icon_world
 
@@ -116,7 +116,7 @@ def split(folder: Path, files: list[tuple[Path, int]]) -> tuple[list[tuple[Path,
     """(training, held out); every class keeps at least one picture in training."""
 
     def place(item: tuple[Path, int]) -> float:
-        return unit(f"held out/{item[0].relative_to(folder).as_posix()}")
+        return hash_fraction(f"held out/{item[0].relative_to(folder).as_posix()}")
 
     last = {number: max((item for item in files if item[1] == number), key=place) for _, number in files}
     held = [place(item) < HELD_OUT_SHARE and item != last[item[1]] for item in files]

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from condit.data.files import atomic_write
-from condit.encoders.vae import scale_shift
+from condit.encoders.vae import Autoencoder, scale_shift
 from condit.training.labelled import Pictures
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def fill(found: np.ndarray, vae: nn.Module, pictures: Pictures) -> None:
 
 def key_of(vae: nn.Module, pictures: Pictures, flip: bool) -> str:
     """Another name for other pictures, another autoencoder, or other views."""
-    digest = hashlib.sha256(f"{pictures.key}/{flip}/{scale_shift(vae)}".encode())
+    digest = hashlib.sha256(f"{pictures.key}/{flip}/{scale_shift(cast('Autoencoder', vae))}".encode())
     for name, value in vae.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().data)

@@ -36,7 +36,7 @@ from condit.diffusion.steps import Step
 from condit.drawing.pipeline import Pipeline
 from condit.drawing.references import ANNOTATORS
 from condit.encoders.vae import decode_tokens
-from condit.nn.offload import Checkpointed, with_blocks
+from condit.nn.offload import CheckpointedBlocks, with_blocks
 from condit.nn.streams import Stream, grid_ids
 from condit.training import omini_data as data
 from condit.training.export import export_adapter
@@ -142,7 +142,9 @@ class OminiTask(Task):
         for spec in self.specs:
             config = spec.config(independent=independent, rank=rank, alpha=alpha)
             adapters.setdefault(spec.adapter, OminiControl.new(transformer, config))
-        self.model = OminiModel(with_blocks(transformer, Checkpointed) if checkpointing else transformer, adapters)
+        self.model = OminiModel(
+            with_blocks(transformer, CheckpointedBlocks) if checkpointing else transformer, adapters
+        )
         self.vae, self.text = parts.vae, parts.text
         self.text.limit = text_tokens
         self.cache: Path | None = None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condit.data.grouped import GroupedPairs, Kind
+from condit.data.grouped import GroupedPairs, PairKind
 from condit.data.images import load_image, to_tensor
 from condit.data.pairs import open_pairs
 from condit.encoders.clip_patches import resize_antialiased
@@ -26,7 +26,7 @@ class Paired:
     """Targets (B, 3, H, W) and references (B, 3, S, S) in [-1, 1], the targets' captions, and what they share. frames:
     what the targets were cut from; None: they are whole."""
 
-    kind: Kind
+    kind: PairKind
     images: Tensor
     references: Tensor
     captions: list[str]
@@ -36,7 +36,7 @@ class Paired:
 class PairSource(Protocol):
     """Where batches come from: a pure function of `rng`."""
 
-    def batch(self, rng: random.Random, kind: Kind, size: int) -> Paired: ...
+    def batch(self, rng: random.Random, kind: PairKind, size: int) -> Paired: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FolderSource:
     def open(cls, source: str | Path, size: tuple[int, int], reference_size: int) -> FolderSource:
         return cls(GroupedPairs(open_pairs(source)), size, reference_size)
 
-    def batch(self, rng: random.Random, kind: Kind, size: int) -> Paired:
+    def batch(self, rng: random.Random, kind: PairKind, size: int) -> Paired:
         drawn = [self.pairs.draw(rng, kind) for _ in range(size)]
         pictures = [load_image(target.image) for target, _ in drawn]
         images = torch.stack([to_tensor(picture, self.size, fit="crop") for picture in pictures])
@@ -83,7 +83,7 @@ def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
 def open_source(
     icons: str | None,
     pairs: str | None,
-    kinds: Sequence[Kind],
+    kinds: Sequence[PairKind],
     splits: tuple[str, ...],
     size: tuple[int, int],
     reference_size: int,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from condit.backbones.diffit_image import IMAGE_PRESETS, DiffiTImage, DiffiTImageConfig
 from condit.data.images import to_images
-from condit.data.sheets import Cell, contact_sheet
+from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.edm import EDM, edm_loss, edm_path, heun, precondition, training_sigmas
 from condit.diffusion.steps import by_timestep
 from condit.training.classify import in_memory, to_float
@@ -114,9 +114,9 @@ class PixelTask(Task):
 
     def sheet(self) -> Image.Image:
         """Two rows of eight that it draws, one of real ones."""
-        rows: list[list[Cell | Image.Image | None]] = [list(self.draw(8, seed=seed)) for seed in range(2)]
+        rows: list[list[SheetCell | Image.Image | None]] = [list(self.draw(8, seed=seed)) for seed in range(2)]
         real = to_images(to_float(self.images[:8]))
-        rows.append([Cell(image, "", given=True) for image in real])
+        rows.append([SheetCell(image, "", is_input=True) for image in real])
         return contact_sheet(rows, labels=["seed 0", "seed 1", "real"])
 
     def export(self, folder: Path, card: dict) -> None:

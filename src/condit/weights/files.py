@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from condit.data.files import atomic_write, beside, fsync_path, hash_file, write_error
+from condit.data.files import atomic_write, fsync_path, hash_file, temporary_path, write_error
 
 __all__ = [
     "Json",
@@ -166,7 +166,7 @@ def save_folder(folder: str | Path) -> Iterator[Path]:
     """Yields an empty folder to fill; at the end it is synced, marked COMPLETE and replaces `folder`. A crash, an
     exception or a full disk leaves the old folder unchanged; open_folder reads either."""
     target = Path(folder).resolve()
-    temporary = beside(target)
+    temporary = temporary_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()

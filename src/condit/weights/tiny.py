@@ -14,7 +14,7 @@ from condit.diffusion.vp import Process
 from condit.encoders.clip_model import Clip, ClipConfig
 from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.encoders.image import TinyImage
-from condit.encoders.text import TinyText, TinyWords
+from condit.encoders.text import TinyText, TinyTextStates
 from condit.encoders.vae import PatchAutoencoder
 from condit.weights.catalog import MODELS, describe_hash
 from condit.weights.files import Json, load_strict, read_tensors
@@ -87,7 +87,7 @@ def load_tiny_pixart(folder: Path, dtype: torch.dtype, name: str) -> LatentParts
 
 
 def latent_parts(
-    network: UNet | PixArt, words: TinyWords, vae: PatchAutoencoder, process: Process, name: str
+    network: UNet | PixArt, words: TinyTextStates, vae: PatchAutoencoder, process: Process, name: str
 ) -> LatentParts:
     """What a pipeline generates with, in training too."""
     side = network.config.sample_size * vae.config.patch
@@ -117,7 +117,7 @@ def _load_latent_parts(network: UNet | PixArt, folder: Path, dtype: torch.dtype,
         known = ", ".join(SOLVERS)
         raise ValueError(f"{folder}: unsupported scheduler {scheduler.get('_class_name')!r}; supported are {known}.")
     tiny = MODELS["tiny"].path
-    words, vae = TinyWords(*load_clip(tiny / "clip")), load_latent(tiny / "vae")
+    words, vae = TinyTextStates(*load_clip(tiny / "clip")), load_latent(tiny / "vae")
     for module in (network, words, vae):
         module.to(dtype).eval().requires_grad_(False)
     parts = latent_parts(network, words, vae, Process.from_config(scheduler), name)

@@ -32,9 +32,9 @@ from condit_lab.icons.world import (
     Icon,
     IconWorld,
     family,
+    hash_fraction,
     split_of,
     style_of,
-    unit,
     write_index,
 )
 
@@ -127,7 +127,7 @@ def ui_index(tarballs: Mapping[str, Path]) -> tuple[list[Icon], dict[str, dict[s
         tarball = tarballs[f"{prefix}-{variants[0]}"]
         for concept, by_variant in ui_concepts(names(f"{prefix}-{variants[0]}", tarball), variants).items():
             label = concept.replace("-", " ")
-            split = "concept" if unit(f"ui/{concept}") < HELD_OUT_SHARE else "train"
+            split = "concept" if hash_fraction(f"ui/{concept}") < HELD_OUT_SHARE else "train"
             concepts[concept] = {
                 "base": concept,
                 "label_en": label,

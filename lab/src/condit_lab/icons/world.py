@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from condit.data.files import unit
+from condit.data.files import hash_fraction
 from condit.data.icon_sample import sample_path
 from condit_lab.icons.captions import caption, plain_caption
 from condit_lab.icons.styles import STYLES, UI_STYLES, Style, family, style_of
@@ -44,7 +44,7 @@ __all__ = [
     "sample_path",
     "split_of",
     "style_of",
-    "unit",
+    "hash_fraction",
 ]
 
 SIZE = 128
@@ -117,14 +117,14 @@ def split_of(base: str, style: str, families: Collection[str]) -> str:
 
     Held out are one whole style, 8 % of the concepts, and 8 % of the (concept, family) cells as long as three other
     families still draw the concept."""
-    held_concept = unit(f"concept/{base}") < HELD_OUT_SHARE
+    held_concept = hash_fraction(f"concept/{base}") < HELD_OUT_SHARE
     if style == HELD_OUT_STYLE:
         return "style+concept" if held_concept else "style"
     if held_concept:
         return "concept"
     own = family(style)
     others = set(families) - {own, family(HELD_OUT_STYLE)}
-    return "combo" if unit(f"combo/{base}/{own}") < HELD_OUT_SHARE and len(others) >= 3 else "train"
+    return "combo" if hash_fraction(f"combo/{base}/{own}") < HELD_OUT_SHARE and len(others) >= 3 else "train"
 
 
 def read_index(text: str) -> list[Icon]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from condit.backbones.unet import Attention, Block, Frame, UNet, UNetConfig
+from condit.backbones.unet import UNet, UNetAttention, UNetBlock, UNetConfig, UNetContext
 from condit.controls.control import Control, Run, Step
 from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference
 from condit.controls.deadiff_layers import Name, cross_shapes, layer_table
@@ -107,7 +107,7 @@ def compare_attention(folder: Path, name: str) -> Differences:
     (width, context), site = t["w.to_k.weight"].shape, Site("attn2", "cross", 0)
     # The file does not tell its heads: of 8 in the public set, of 6 elsewhere.
     maps, heads = part(t, "w."), width // 8 if width % 8 == 0 and width % 6 else width // 6
-    layer = Attention(width, context, heads, site)
+    layer = UNetAttention(width, context, heads, site)
     layer.load_state_dict({k: x for k, x in maps.items() if not k.startswith("i_")}, strict=True)
     text = {site.path: layer.keys_values(t["text"], None)}
     for key in (k for k in t if k.startswith("out.")):
@@ -115,15 +115,15 @@ def compare_attention(folder: Path, name: str) -> Differences:
         tokens = torch.zeros_like(t["image"]) if kind == "zeros" else t["image"]
         strength = float(kind[1:]) if kind.startswith("w") else 1.0
         controls = () if kind == "none" else (control_at(site, maps, tokens, strength),)
-        found[key] = layer(t["x"], Frame(t["x"], text, None, controls))
+        found[key] = layer(t["x"], UNetContext(t["x"], text, None, controls))
     weights = part(t, "block.")
-    block = Block(width, heads, context, "block")
+    block = UNetBlock(width, heads, context, "block")
     block.load_state_dict({k: x for k, x in weights.items() if ".i_to_" not in k}, strict=True)
     text = {block.attn2.site.path: block.attn2.keys_values(t["text"], None)}
     for key in (k for k in t if k.startswith("block_out.w")):
         strength = float(key.removeprefix("block_out.w"))
         control = control_at(block.attn2.site, part(weights, "attn2."), t["image"], strength)
-        found[key] = block(t["x"], Frame(t["x"], text, None, (control,)))
+        found[key] = block(t["x"], UNetContext(t["x"], text, None, (control,)))
     return compare(found, {k: x for k, x in t.items() if k.startswith(("out.", "block_out."))}, relative=True)
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from condit.backbones.diffit import PRESETS, Block, DiffiT, Frame
+from condit.backbones.diffit import PRESETS, DiffiT, DiffiTBlock, DiffiTContext
 from condit.diffusion.gaussian import Variance, gaussian, training_loss
 from condit.diffusion.gaussian_samplers import ancestral
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
@@ -50,14 +50,14 @@ def compare_activations(golden: Path, name: str) -> Differences:
     """Patches, condition token, the attention of block 0, every block, final layer, output."""
     model, t = load(golden, name)
     x, grid = t["input.x"], model.config.grid
-    frame = Frame(model.embed(t["input.t"], t["input.y"]), grid)
-    found = {"patch_tokens": model.x_embedder(x), "cond": frame.time}
+    context = DiffiTContext(model.embed(t["input.t"], t["input.y"]), grid)
+    found = {"patch_tokens": model.x_embedder(x), "cond": context.time}
     tokens = (found["patch_tokens"] + model.positions(grid))[:, None]
     first = model.blocks[0]
-    assert isinstance(first, Block)
-    found["block.0.attn"] = first.attn(first.norm1(tokens), frame)[0][:, 0]
+    assert isinstance(first, DiffiTBlock)
+    found["block.0.attn"] = first.attn(first.norm1(tokens), context)[0][:, 0]
     for i, block in enumerate(model.blocks):
-        tokens = block(tokens, frame)
+        tokens = block(tokens, context)
         found[f"block.{i}"] = tokens[:, 0]
     found["final_tokens"] = model.final_layer(tokens[:, 0])
     left = {what for what in t if what.startswith("act.")} - {f"act.{what}" for what in found}

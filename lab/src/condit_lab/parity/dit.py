@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from condit.backbones.dit import PRESETS, Block, DiT, DiTConfig, Frame, sincos_positions, unpatchify
+from condit.backbones.dit import PRESETS, DiT, DiTBlock, DiTConfig, DiTContext
+from condit.backbones.latent_transformer import sincos_positions, unpatchify
 from condit.diffusion import gaussian as g
 from condit.diffusion import gaussian_samplers as samplers
 from condit.diffusion.guidance import class_guidance, guide_channels
@@ -68,7 +69,7 @@ def compare_model(golden: Path, name: str) -> Differences:
 
 
 def activations(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:
-    frame = Frame(model.embed(t, y))
+    context = DiTContext(model.embed(t, y))
     found = {
         "act.patch_tokens": model.x_embedder(x),
         "act.t_sinusoid": timestep_features(t),
@@ -77,15 +78,15 @@ def activations(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor
     }
     tokens = found["act.patch_tokens"] + model.positions(model.config.grid)
     first = model.blocks[0]
-    assert isinstance(first, Block)
-    shift, scale, gate, shift_mlp, scale_mlp, _ = first.adaLN_modulation(frame)
-    attended = first.attn(modulated_norm(tokens, shift, scale), frame)[0]
+    assert isinstance(first, DiTBlock)
+    shift, scale, gate, shift_mlp, scale_mlp, _ = first.adaLN_modulation(context)
+    attended = first.attn(modulated_norm(tokens, shift, scale), context)[0]
     between = tokens + gate * attended
     found["act.block.0.attn"] = attended
     found["act.block.0.mlp"] = first.mlp(modulated_norm(between, shift_mlp, scale_mlp))
     for i, block in enumerate(model.blocks):
-        tokens = found[f"act.block.{i}"] = block(tokens, frame)
-    found["act.final_tokens"] = model.final_layer(tokens, frame)
+        tokens = found[f"act.block.{i}"] = block(tokens, context)
+    found["act.final_tokens"] = model.final_layer(tokens, context)
     # The blocks walked here are the forward's.
     assert torch.equal(
         unpatchify(found["act.final_tokens"], model.config.grid, model.config.patch_size), model(x, t, y)

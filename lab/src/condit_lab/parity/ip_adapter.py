@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
-from condit.backbones.unet import Frame
+from condit.backbones.unet import UNetContext
 from condit.controls.control import Control, Run, Step, region_levels
 from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
 from condit.controls.ip_projectors import ImageProjection, SD3Adapter
@@ -114,7 +114,7 @@ def compare_calls(folder: Path, name: str) -> Differences:
         found[key] = pipe.predict(given, control)  # v1's processors write the softmax out
     (acting,) = pipe.at_work(reference(folder, tag, variant, 0.5), len(given["sample"]))
     text = pipe.backbone.text_keys_values(given["text_embeds"])
-    frame = Frame(torch.zeros(len(given["sample"]), 1), text, None, (acting,))
+    frame = UNetContext(torch.zeros(len(given["sample"]), 1), text, None, (acting,))
     for path in layers_of(recorded):
         layer = f"layer/{path}"
         found[f"{layer}/out_scale_0.5"] = pipe.backbone.get_submodule(path)(recorded[f"{layer}/hidden_in"], frame)

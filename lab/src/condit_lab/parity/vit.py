@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from condit.backbones.vit import Block, Frame, ViT, ViTConfig, resize_positions
+from condit.backbones.vit import ViT, ViTBlock, ViTConfig, ViTContext, resize_positions
 from condit.verify.check import Check, Differences, difference, layout_differences, part
 from condit.weights.vit import load_vit, read_vit
 from condit.weights.vit_layouts import State, to_layout
@@ -93,14 +93,14 @@ def authors_activations(model: ViT, t: dict[str, Tensor]) -> Differences:
         f = model.features(images(t), blocks=blocks, norm=norm)
         return f.patches if f.cls is None else torch.cat([f.cls[:, None], f.patches], 1)
 
-    x, frame, block = tokens(0), Frame(0), model.blocks[0]
-    assert isinstance(block, Block)
-    attended = block.attn(block.norm1(x), frame)
+    x, context, block = tokens(0), ViTContext(0), model.blocks[0]
+    assert isinstance(block, ViTBlock)
+    attended = block.attn(block.norm1(x), context)
     found = {
         "patch_grid_nhwc": model.patch_embed(images(t)).unflatten(1, model.config.grid),
         "tokens_with_pos": x,
         "block.0.attn": attended,
-        "block.0.mlp": block.mlp(block.norm2(x + attended), frame),
+        "block.0.mlp": block.mlp(block.norm2(x + attended), context),
         **{f"block.{i}": tokens(i + 1) for i in range(model.config.depth)},
         "encoder_output": tokens(None, norm=True),
     }

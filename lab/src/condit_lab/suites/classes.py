@@ -21,7 +21,7 @@ from torch import Tensor
 from condit.backbones.dit import DiTConfig
 from condit.backbones.vit import ViTConfig
 from condit.data.files import atomic_write
-from condit.data.sheets import Cell, contact_sheet
+from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.gaussian import gaussian, training_loss
 from condit.drawing.classes import ClassModel
 from condit.drawing.classifier import ViTPipeline
@@ -117,7 +117,7 @@ def evaluate_classes(
         value, low, high = kernel_distance(embed(clip, images), real)
         figures.append(Figure(name, DISTANCE, Interval(1000 * value, 1000 * low, 1000 * high, len(images))))
         tell(f"{name}: {DISTANCE} {1000 * value:.2f}")
-        sheet.append([Cell(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in images[: len(styles)]])
+        sheet.append([SheetCell(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in images[: len(styles)]])
     for name, model in concepts.items():
         figures += concept_figures(name, model, world, tell)
     if told:

@@ -28,9 +28,9 @@ from condit.controls.dit4edit import DiT4Edit
 from condit.controls.token_merging import TokenMerging
 from condit.data.files import atomic_write
 from condit.data.images import save_image, to_images
-from condit.data.sheets import Cell, contact_sheet
+from condit.data.sheets import SheetCell, contact_sheet
 from condit.encoders.clip import CONCEPT, embed_image, embed_text, token_ids
-from condit_lab.icons.world import GROUPS, TRAIN_LICENCES, Icon, IconWorld, plain_caption, sample_path, unit
+from condit_lab.icons.world import GROUPS, TRAIN_LICENCES, Icon, IconWorld, hash_fraction, plain_caption, sample_path
 from condit_lab.suites.edit_rows import Row, differences, interval
 from condit_lab.suites.edit_trips import merging_time, photographs, round_trips, show_trips
 from condit_lab.suites.judge import Judge, frame, load_judge, to_input
@@ -77,7 +77,7 @@ def choose_jobs(world: IconWorld, task: str, count: int, seed: int = 0) -> list[
     usable = [i for i, x in enumerate(icons) if x.group in GROUPS and x.licence in TRAIN_LICENCES]
     held_out = [i for i in usable if icons[i].split != "train"]
     start = held_out if len(held_out) >= count else usable
-    start = sorted(start, key=lambda i: unit(f"edit/{task}/{seed}/{icons[i].style}/{icons[i].hex}"))
+    start = sorted(start, key=lambda i: hash_fraction(f"edit/{task}/{seed}/{icons[i].style}/{icons[i].hex}"))
     jobs = []
     for i in start:
         icon, rng = icons[i], random.Random(f"{task}/{seed}/{icons[i].style}/{icons[i].hex}")
@@ -314,9 +314,9 @@ def show(world: IconWorld, jobs: Sequence[Job], drawn: Mapping[str, Tensor], mos
         truth = to_images(pictures(world, [job.truth]).float() / 127.5 - 1)[0]
         rows.append(
             [
-                Cell(pictures_of["latent"], "source", given=True),
-                *(Cell(image, name) for name, image in pictures_of.items() if name != "latent"),
-                Cell(truth, "true icon", given=True),
+                SheetCell(pictures_of["latent"], "source", is_input=True),
+                *(SheetCell(image, name) for name, image in pictures_of.items() if name != "latent"),
+                SheetCell(truth, "true icon", is_input=True),
             ]
         )
     return contact_sheet(rows, [f"{j.source_prompt} -> {j.target_prompt}" for j in jobs[:most]])

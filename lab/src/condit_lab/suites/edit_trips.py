@@ -13,7 +13,7 @@ from torch import Tensor
 
 from condit.controls.dit4edit import DiT4Edit
 from condit.controls.token_merging import TokenMerging
-from condit.data.sheets import Cell, contact_sheet
+from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.inversion import Solver
 from condit.drawing.pipeline import Pipeline
 from condit_lab.suites.edit_rows import Row, differences, interval
@@ -107,7 +107,7 @@ def show_trips(pipe: Pipeline, images: list[Image.Image], prompts: list[str], st
         shown.setdefault("latent", pipe.decode(found.trajectory[-1], found.size))
         shown[f"{solver}, {steps} steps"] = pipe.decode(found.again, found.size)
     rows = [
-        [Cell(image, "given", given=True), *(Cell(pictures[i], case) for case, pictures in shown.items())]
+        [SheetCell(image, "given", is_input=True), *(SheetCell(pictures[i], case) for case, pictures in shown.items())]
         for i, image in enumerate(images)
     ]
     return contact_sheet(rows, prompts)

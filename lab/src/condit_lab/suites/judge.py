@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from condit.data.files import atomic_write
 from condit.weights.files import load_strict, read_metadata, read_tensors, save_tensors
-from condit_lab.icons.world import Icon, IconWorld, on_white, unit
+from condit_lab.icons.world import Icon, IconWorld, hash_fraction, on_white
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def is_for_judge(icon: Icon) -> bool:
     """Whether the judge learned from this icon: the training split, and half the concepts of the never-trained style.
     The suite draws its references and targets of that style from the other half."""
     if icon.split == "style":
-        return unit(f"judge/{icon.base}") < _NEVER_TRAINED_SHARE
+        return hash_fraction(f"judge/{icon.base}") < _NEVER_TRAINED_SHARE
     return icon.split == "train"
 
 

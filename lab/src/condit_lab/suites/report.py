@@ -16,7 +16,7 @@ from torch import Tensor
 
 from condit.data.files import atomic_write
 from condit.data.images import save_image
-from condit.data.sheets import Cell as Picture
+from condit.data.sheets import SheetCell as Picture
 from condit.data.sheets import contact_sheet
 from condit_lab.icons.world import IconWorld
 from condit_lab.suites import measures
@@ -174,7 +174,7 @@ def _trio(scene: Scene, name: str, spec: Spec, world: IconWorld, i: int) -> list
     real = Picture(_image(scene.images["real"][i]), "true")
     if spec.reference is None:
         return [result, real]
-    given = [Picture(picture, "shown", given=True) for picture in shown(world, cell, spec.reference)[:1]]
+    given = [Picture(picture, "shown", is_input=True) for picture in shown(world, cell, spec.reference)[:1]]
     return [*given, result, real]
 
 

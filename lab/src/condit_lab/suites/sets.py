@@ -30,9 +30,9 @@ from condit_lab.icons.world import (
     Icon,
     IconWorld,
     family,
+    hash_fraction,
     on_white,
     plain_caption,
-    unit,
 )
 from condit_lab.suites.judge import is_for_judge
 
@@ -106,7 +106,7 @@ def choose_cells(world: IconWorld, split: Split, count: int, seed: int = 0) -> l
     # Icons of the never-trained style that the judge learned from are neither targets nor references.
     usable = [i for i in usable if icons[i].style != HELD_OUT_STYLE or not is_for_judge(icons[i])]
     targets = [i for i in usable if icons[i].split == split]
-    targets.sort(key=lambda i: unit(f"evaluate/{seed}/{icons[i].style}/{icons[i].hex}"))
+    targets.sort(key=lambda i: hash_fraction(f"evaluate/{seed}/{icons[i].style}/{icons[i].hex}"))
     by_style, by_base = _lists(usable, lambda i: icons[i].style), _lists(usable, lambda i: icons[i].base)
     cells: list[Cell] = []
     for turn in range(count if split == "style" else 1):

@@ -21,7 +21,7 @@ from condit.controls.control import Control
 from condit.controls.instantstyle import preset
 from condit.controls.ip_adapter import IPReference
 from condit.encoders.clip import CONCEPT
-from condit.encoders.image import TinyWords
+from condit.encoders.image import TinyTextTower
 from condit_lab.icons.world import Icon, IconWorld, plain_caption
 from condit_lab.suites.adain import AdaIN
 from condit_lab.suites.sets import Cell, pictures, shown
@@ -134,7 +134,7 @@ def subtracted(
     pipe = stage.pipe
     part = part or pipe.image.embedding
     features = pipe.image(pipe.read_images(list(given.references), None)).clone()
-    words = TinyWords(pipe.image, pipe.parts.text.tokenizer)([icon.label for icon in given.icons])
+    words = TinyTextTower(pipe.image, pipe.parts.text.tokenizer)([icon.label for icon in given.icons])
     # Only where the feature is a CLIP embedding: the statistics of middle layers have no twin in the text tower.
     features[:, part] -= strength * words[:, part].to(features)
     return [stage.adapters[adapter].reference(features.to(pipe.dtype), 1.0)]

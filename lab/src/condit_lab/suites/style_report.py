@@ -13,7 +13,7 @@ from torch import Tensor
 
 from condit.data.files import atomic_write
 from condit.data.images import save_image
-from condit.data.sheets import Cell as Picture
+from condit.data.sheets import SheetCell as Picture
 from condit.data.sheets import contact_sheet
 from condit_lab.suites import style_rows as tables
 from condit_lab.suites import style_rulers as rulers
@@ -103,7 +103,7 @@ def overview(
 ) -> Image.Image:
     """The first cells, a method a row at its strength with the most style."""
     count = min(OVERVIEW, len(given.wanted))
-    rows = [[Picture(_image(given.references[i]), given.icons[i].label, given=True) for i in range(count)]]
+    rows = [[Picture(_image(given.references[i]), given.icons[i].label, is_input=True) for i in range(count)]]
     labels = ["shown"]
     for entry in result["methods"]:
         if result["shows"][entry["name"]] != "style" or entry["name"] == "copy":
@@ -135,7 +135,7 @@ def cases(
             row: list[Picture | Image.Image | None] = []
             for i in chosen[start : start + ACROSS]:
                 row += [
-                    Picture(_image(given.references[i]), given.icons[i].label, given=True),
+                    Picture(_image(given.references[i]), given.icons[i].label, is_input=True),
                     Picture(_image(blank[i]), "no control"),
                     Picture(_image(drawn[i]), given.wanted[i].label),
                     Picture(_image(given.true[i]), "true"),

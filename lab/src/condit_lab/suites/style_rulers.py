@@ -12,7 +12,7 @@ from torch import Tensor
 
 from condit.encoders.clip import CONCEPT, STYLE, embed_image, embed_text, token_ids
 from condit_lab.icons.styles import style_of
-from condit_lab.icons.world import GROUPS, TRAIN_LICENCES, Icon, IconWorld, family, unit
+from condit_lab.icons.world import GROUPS, TRAIN_LICENCES, Icon, IconWorld, family, hash_fraction
 from condit_lab.suites import measures
 from condit_lab.suites import style_measures as own
 from condit_lab.suites.judge import Judge, is_for_judge
@@ -124,7 +124,7 @@ def make_ruler(world: IconWorld, pipe: Any, judge: Judge | None = None) -> Ruler
     """pipe: whose CLIP measures concepts (the embedded model's)."""
     bench = make_bench(world, pipe, judge)
     trained = [i for i, icon in enumerate(world.icons) if icon.split == "train" and usable(icon)]
-    trained.sort(key=lambda i: unit(f"bank/{world.icons[i].style}/{world.icons[i].hex}"))
+    trained.sort(key=lambda i: hash_fraction(f"bank/{world.icons[i].style}/{world.icons[i].hex}"))
     features = bench.judge.features(pictures(world, trained[:BANK]))
     scale = own.Scale.of(features)
     bank = scale(features)
@@ -191,7 +191,7 @@ def check_rulers(ruler: Ruler, world: IconWorld) -> list[dict[str, Any]]:
     from: area under the ROC for pairs of one style (other concepts) against pairs of two styles, and for pairs of one
     concept (by other vendors) against pairs of two concepts. 0.5 is blind."""
     chosen = [i for i, icon in enumerate(world.icons) if icon.split == "concept" and usable(icon)]
-    chosen.sort(key=lambda i: unit(f"ruler/{world.icons[i].style}/{world.icons[i].hex}"))
+    chosen.sort(key=lambda i: hash_fraction(f"ruler/{world.icons[i].style}/{world.icons[i].hex}"))
     chosen = [i for i in chosen if not is_for_judge(world.icons[i])][:RULER_ICONS]
     icons = [world.icons[i] for i in chosen]
     if len(icons) < 8:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from condit.backbones.pixart import PRESETS, PixArt
 from condit.diffusion.vp import Process
 from condit.drawing.pipeline import Pipeline
-from condit.encoders.text import Text, TinyWords
+from condit.encoders.text import Text, TinyTextStates
 from condit.training.denoising import errors, latents_of
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors, save_tensors
@@ -55,7 +55,7 @@ class PixArtTask(Task):
         super().__init__()
         self.data = CaptionedIcons.open(icons, procedural_share=procedural_share)
         self.teacher = Teacher(model, PROCESS, taught_from)
-        self.words, self.vae = TinyWords(*load_clip(Path(model) / "clip")), load_latent(Path(model) / "vae")
+        self.words, self.vae = TinyTextStates(*load_clip(Path(model) / "clip")), load_latent(Path(model) / "vae")
         self.requires_grad_(False)
         self.transformer = PixArt(PRESETS[preset])
         start(self.transformer)

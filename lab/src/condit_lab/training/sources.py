@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from condit.data.grouped import KINDS, Kind
+from condit.data.grouped import PAIR_KINDS, PairKind
 from condit.data.images import to_tensor
 from condit.training.labelled import Label, Labelled, Pictures
 from condit.training.paired import Paired, resized
@@ -66,16 +66,16 @@ class IconSource:
             by_style[icon.style].add(icon.base)
             by_base[icon.base].add(icon.style)
         rows = range(len(icons))
-        self.rows: dict[Kind, list[int]] = {
+        self.rows: dict[PairKind, list[int]] = {
             "style": [i for i in rows if len(by_style[icons.icons[i].style]) > 1],
             "content": [i for i in rows if len(by_base[icons.icons[i].base]) > 1],
             "reconstruction": list(rows),
         }
-        for kind in KINDS:
+        for kind in PAIR_KINDS:
             if not self.rows[kind]:
                 raise ValueError(f"These icons have no {kind} pair. Take more styles or concepts.")
 
-    def batch(self, rng: random.Random, kind: Kind, size: int) -> Paired:
+    def batch(self, rng: random.Random, kind: PairKind, size: int) -> Paired:
         chosen = [rng.choice(self.rows[kind]) for _ in range(size)]
         others = [self.partner(rng, kind, i) for i in chosen]
         captions = [self.caption(rng, kind, i) for i in chosen]
@@ -85,7 +85,7 @@ class IconSource:
     def sizes(self, chosen: list[int], others: list[int]):
         return (chosen, self.size), (others, (self.reference_size, self.reference_size))
 
-    def partner(self, rng: random.Random, kind: Kind, i: int) -> int:
+    def partner(self, rng: random.Random, kind: PairKind, i: int) -> int:
         """The reference of icon i; itself for reconstruction alone."""
         if kind == "reconstruction":
             return i
@@ -94,7 +94,7 @@ class IconSource:
         apart = "base" if kind == "style" else "style"
         return rng.choice([j for j in same if getattr(icons.icons[j], apart) != getattr(one, apart)])
 
-    def caption(self, rng: random.Random, kind: Kind, i: int) -> str:
+    def caption(self, rng: random.Random, kind: PairKind, i: int) -> str:
         if kind == "style":
             return self.icons.caption(rng, i, p_empty=0.0, p_no_style=0.9, p_tags=0.1)
         if kind == "content" and rng.random() < self.nameless:

@@ -17,7 +17,7 @@ from condit.backbones.unet import PRESETS, Resnet, Transformer, UNet
 from condit.controls.control import Control
 from condit.diffusion.vp import Process
 from condit.drawing.pipeline import Pipeline
-from condit.encoders.text import TinyWords
+from condit.encoders.text import TinyTextStates
 from condit.nn.attention import Attend, Call
 from condit.training.denoising import errors, latents_of
 from condit.training.loop import Task
@@ -61,7 +61,7 @@ class UNetTask(Task):
         super().__init__()
         self.data = CaptionedIcons.open(icons, ui, ui_share=ui_share, procedural_share=procedural_share)
         self.vae = load_latent(Path(model) / "vae").requires_grad_(False)
-        self.text = TinyWords(*load_clip(Path(model) / "clip")).requires_grad_(False)
+        self.text = TinyTextStates(*load_clip(Path(model) / "clip")).requires_grad_(False)
         self.teacher = Teacher(model, PROCESS, taught_from)
         self.unet = UNet(PRESETS[preset])
         start(self.unet)

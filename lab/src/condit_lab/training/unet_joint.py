@@ -23,7 +23,7 @@ from condit.controls.deadiff import DEADiffReference
 from condit.controls.deadiff_layers import SETS, Name
 from condit.controls.ip_adapter import IPAdapter
 from condit.controls.ip_reference import IPReference
-from condit.data.grouped import KINDS, Kind
+from condit.data.grouped import PAIR_KINDS, PairKind
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
 from condit.diffusion.objectives import drop
@@ -136,7 +136,7 @@ class UNetJointTask(UNetTask):
 
     def shown_pairs(self, rng: random.Random, source: IconSource, size: int, *, learning: bool) -> list[Paired]:
         """Of each of DEADiff's tasks; no words in reconstruction."""
-        style, content, own = (source.batch(rng, kind, size) for kind in KINDS)
+        style, content, own = (source.batch(rng, kind, size) for kind in PAIR_KINDS)
         if learning:
             for row in range(size):
                 if rng.random() < OWN:
@@ -209,7 +209,7 @@ class UNetJointTask(UNetTask):
             found |= {f"deadiff_{task.kind}_": (task, partial(self.answers, task.kind)) for task in tasks}
         return found
 
-    def answers(self, kind: Kind, images: Tensor) -> DEADiffReference:
+    def answers(self, kind: PairKind, images: Tensor) -> DEADiffReference:
         assert self.deadiff is not None
         tokens: dict[Name, Tensor] = {name: self.deadiff.ask(name, self.tower(images)) for name in SHOWN[kind]}
         return self.deadiff.reference(tokens).prepare(run_of(self.parts, images.new_zeros(len(images), 0, 16, 16)))
