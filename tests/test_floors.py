@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "condit"
 
 FLOORS = {
     "cli": 8,
-    **dict.fromkeys(["training", "evaluation"], 7),
+    **dict.fromkeys(["training", "verify"], 7),
     "interop": 6,
     "drawing": 5,
     "weights": 4,
@@ -119,7 +119,7 @@ def test_modules_import_lower_floors_only():
     ],
 )
 def test_a_planted_breach_is_found(tmp_path, file, line):
-    for known in ("nn", "backbones", "controls", "controls/sub", "weights", "evaluation", "data"):
+    for known in ("nn", "backbones", "controls", "controls/sub", "weights", "verify", "data"):
         (tmp_path / known).mkdir(parents=True)
     (tmp_path / "drawing/pipeline.py").touch()
     planted = tmp_path / file

@@ -1,5 +1,5 @@
 """DiffiT's latent model (arXiv:2312.02139) against golden/diffit: tensors written by the official release. What is
-compared, and how exactly: condit/evaluation/verify/diffit.py.
+compared, and how exactly: condit/verify/diffit.py.
 """
 
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from condit.backbones.diffit import TMSA, DiffiTConfig
-from condit.evaluation.verify.check import difference, part
-from condit.evaluation.verify.diffit import CHECKS, TOLERANCE, load, told
+from condit.verify.check import difference, part
+from condit.verify.diffit import CHECKS, TOLERANCE, load, told
 from condit.weights.diffit import save_diffit
 
 GOLDEN = Path(__file__).parent / "golden" / "diffit"

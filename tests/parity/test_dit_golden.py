@@ -1,12 +1,12 @@
 """DiT (arXiv:2212.09748) against golden/dit, tensors written by the official code on tiny random networks. What is
-compared, and how exactly: condit/evaluation/verify/dit.py.
+compared, and how exactly: condit/verify/dit.py.
 """
 
 from pathlib import Path
 
 import pytest
 
-from condit.evaluation.verify.dit import CHECKS
+from condit.verify.dit import CHECKS
 
 GOLDEN = Path(__file__).parent / "golden" / "dit"
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Fill, Run, Step, When
-from condit.controls.omini import OminiConfig, OminiControl, OminiReference, Recorder, condition_stream
+from condit.controls.omini import OminiConfig, OminiControl, OminiReference, condition_stream
 from condit.controls.omini_fill import from_official_mask
 from condit.controls.omini_official import official_guidance
 from condit.data.images import to_tensor
@@ -23,7 +23,7 @@ from condit.diffusion.objectives import add_noise, flow_loss
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import Text
 from condit.encoders.vae import encode_tokens, pack
-from condit.nn.attention import Attend, Call
+from condit.verify.check import difference
 from condit.nn.lora import LoRA
 from condit.nn.streams import Sees, Stream, grid_ids
 from condit.weights.load import Parts
@@ -216,24 +216,35 @@ def test_a_cache_belongs_to_its_pooled_prompt(model):
     assert (other - CACHE["out/read_pass"]).abs().max() > 1
 
 
-class CutConditions(Recorder):
-    """Keeps the condition keys of the calls of the main rows."""
+def at_steps(controls: list[OminiReference], model: MMDiT) -> list[Tensor]:
+    """Predictions of the first and of a later step."""
+    run_ = Run(model, 2, GRID, FORWARD["pooled"], FORWARD["guidance"], CONFIG["transformer"]["in_channels"])
+    prepared, found = [c.prepare(run_) for c in controls], []
+    for i, now in enumerate((NOW, NEXT)):
+        acting = tuple(c for c in (c.at(Step(i, 2, 1 - i / 2)) for c in prepared) if c is not None)
+        streams = [stream for c in acting for stream in c.streams()]
+        assert bool(streams) == (i == 0)  # a cached step runs no condition
+        found.append(run(model, *streams, image=now, controls=acting))
+    return found
 
-    def around(self, call: Call, attend: Attend) -> Tensor:
-        if call.image is not None:
-            begin = TEXT_TOKENS + GRID[0] * GRID[1]
-            self.memory[call.site.path] = (call.k[:, :, begin:], call.v[:, :, begin:])
-        return attend(call)
+
+def test_the_cache_of_the_first_step_is_the_official_one_of_joint_conditions(model):
+    """Written and read by the official code under its default mask, where it is an approximation."""
+    controls = [reference(FORWARD[t], FORWARD[f"ids/{ids}"], adapter, first_step=True) for t, ids, adapter in (A, B)]
+    first, later = at_steps(controls, model)
+    equal(first, run(model, condition(*A), condition(*B)))
+    equal(later, CACHE["out/read_pass_not_independent"])
 
 
-def test_a_cache_of_joint_conditions_is_only_the_official_approximation(model):
-    recorder = CutConditions({})
-    run(model, condition(*A), condition(*B), controls=(recorder,))
-    found = run(model, image=NEXT, controls=(replace(cached(model)[0], memory=recorder.memory),))
-    full = run(model, condition(*A), condition(*B), image=NEXT)
-    equal(found, CACHE["out/read_pass_not_independent"])
-    equal(full, CACHE["out/full_recompute_not_independent"])
-    assert (found - full).abs().max() > 0.1
+def test_what_a_cache_of_a_joint_adapter_costs(model):
+    """The table of docs/papers/ominicontrol.md: the cache of the first step is nearer than that of the condition
+    alone, which is what the official generate(kv_cache=True) makes of any adapter."""
+    exact = CACHE["out/full_recompute_not_independent"]
+    equal(run(model, condition(*A), condition(*B), image=NEXT), exact)
+    first = CACHE["out/read_pass_not_independent"]
+    alone = run(model, image=NEXT, controls=tuple(cached(model)))
+    equal(alone, CACHE["out/read_pass"])
+    assert 0.1 < difference(first, exact) < 0.5 * difference(alone, exact)
 
 
 # The autoencoder and the whole loop
@@ -282,6 +293,32 @@ def test_a_control_of_a_picture_equals_the_official_condition(model, vae, case, 
     control = adapter.control(TRAJECTORY[picture].numpy(), generator=generator)
     equal(control.tokens, TRAJECTORY[f"{case}/encoded_0/tokens"])
     assert torch.equal(control.ids, ids)
+
+
+class Reseeding(Pipeline):
+    """Seeds every encoding as the fixture does: 1234 + k for the k-th picture or black picture."""
+
+    count = 0
+
+    def encode_condition(self, images: Tensor, generator: torch.Generator | None = None):
+        again = torch.Generator().manual_seed(1234 + self.count)
+        self.count += 1
+        return super().encode_condition(images, again)
+
+
+@pytest.mark.parametrize(
+    ("case", "pictures"),
+    [("image_guidance_1.5", ["image_a"]), ("image_guidance_1.5_two_kv", ["image_a", "image_b"])],
+)
+def test_the_black_pictures_of_image_guidance_equal_the_official_ones(model, vae, case, pictures):
+    """Encoded right after their picture, with noise of their own."""
+    pipe = Reseeding(golden_pipe(model, vae).parts)
+    for i, picture in enumerate(pictures):
+        control = bound(pipe, "canny").control(TRAJECTORY[picture].numpy())
+        equal(control.tokens, TRAJECTORY[f"{case}/encoded_{2 * i}/tokens"])
+        equal(control.black, TRAJECTORY[f"{case}/encoded_{2 * i + 1}/tokens"])
+        assert torch.equal(control.negative().tokens, control.black)
+        assert torch.equal(control.negative().ids, control.ids)
 
 
 class FixedText(nn.Module):
@@ -381,10 +418,9 @@ def draw(pipe: Pipeline, case: str, controls: list[Control]) -> tuple[Tensor, Te
 @pytest.mark.parametrize("case", TRAJECTORY_CASES)
 def test_four_steps_of_the_pipeline_equal_the_official_generate(model, vae, case):
     steps, final = draw(golden_pipe(model, vae), case, TRAJECTORY_CASES[case])
-    # Four steps add up their roundings.
-    equal(steps, TRAJECTORY[f"{case}/trajectory"], atol=2e-5)
+    equal(steps, TRAJECTORY[f"{case}/trajectory"])
     if f"{case}/final" in TRAJECTORY:
-        equal(final, TRAJECTORY[f"{case}/final"], atol=2e-5)
+        equal(final, TRAJECTORY[f"{case}/final"])
 
 
 def test_our_image_guidance_differs_from_the_officials_where_it_lacks_the_mask(model, vae):
@@ -392,6 +428,18 @@ def test_our_image_guidance_differs_from_the_officials_where_it_lacks_the_mask(m
     case = "image_guidance_1.5_two_kv"
     found, _ = draw(golden_pipe(model, vae), case, list(clean_guidance()))
     assert (found - TRAJECTORY[f"{case}/trajectory"]).abs().max() > 1e-3
+
+
+def test_caches_of_a_joint_adapter_over_four_steps(model, vae):
+    """The official generate(kv_cache=True) takes text and image from the sight of a condition, whatever its adapter was
+    trained for; so does cached="independent". Both caches against the run without one: the page's table."""
+    pipe, exact, final = golden_pipe(model, vae), TRAJECTORY["two/final"], {}
+    for field in ("independent", "first_step"):
+        controls: list[Control] = [replace(c, **{field: True}) for c in TRAJECTORY_CASES["two"]]
+        assert not any(c.adapter.config.independent for c in TRAJECTORY_CASES["two"])
+        _, final[field] = draw(pipe, "two", controls)
+    equal(final["independent"], TRAJECTORY["two_kv/final"])
+    assert 0.05 < difference(final["first_step"], exact) < 0.5 * difference(final["independent"], exact)
 
 
 # Training

@@ -1,5 +1,5 @@
 """ViT (arXiv:2010.11929) against golden/vit: tensors written by the authors' JAX model, timm 1.0.31, transformers 5.23;
-and against transformers on random models. What is compared, and how exactly: condit/evaluation/verify/vit.py.
+and against transformers on random models. What is compared, and how exactly: condit/verify/vit.py.
 """
 
 from dataclasses import replace
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from condit.backbones.vit import FLAVOURS
-from condit.evaluation.verify.check import difference
-from condit.evaluation.verify.vit import CHECKS, TOLERANCE, build, images, read_authors
+from condit.verify.check import difference
+from condit.verify.vit import CHECKS, TOLERANCE, build, images, read_authors
 from condit.weights.vit import load_vit, read_vit, save_vit
 
 GOLDEN = Path(__file__).parent / "golden" / "vit"

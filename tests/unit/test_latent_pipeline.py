@@ -159,6 +159,22 @@ def test_the_callback_sees_every_step_and_may_change_the_latents(pipes):
     assert not found.any()
 
 
+def test_the_steps_may_be_those_of_the_released_code_or_a_list(pipes):
+    """Released: 8 steps for 7 from 995 on; diffusers' rule has 7, from 853."""
+    pipe, seen = pipes("sd15"), []
+    how = {"guidance_scale": 1.0, "callback_on_step_end": lambda its, i, t, state: seen.append((i, t))}
+    plain = draw(pipe, sampler="ddim", num_inference_steps=7, **how)
+    assert its_times(seen) == [853, 711, 569, 427, 285, 143, 1]
+    seen.clear()
+    released = draw(pipe, sampler="ddim-ldm", num_inference_steps=7, **how)
+    times = its_times(seen)
+    assert times == [995, 853, 711, 569, 427, 285, 143, 1]
+    assert torch.equal(released, draw(pipe, sampler="ddim", timesteps=[int(t) for t in times], **how))
+    assert (released - plain).abs().max() > 0.01
+    recipe = pipe("snow", timesteps=[999, 1], seed=0).recipe
+    assert (recipe["timesteps"], recipe["num_inference_steps"]) == ([999, 1], 2)
+
+
 def its_times(seen: list[tuple[int, float]]) -> list[float]:
     assert [i for i, _ in seen] == list(range(len(seen)))
     return [t for _, t in seen]
@@ -203,6 +219,8 @@ BLACK = np.zeros((32, 48), np.uint8)
         ("sd15", {"prompt": []}, "prompt must be"),
         ("sd15", {"height": 33}, "multiples of 4"),
         ("sd15", {"num_inference_steps": 0}, "1 to 1000"),
+        ("sd15", {"num_inference_steps": 3, "timesteps": [9, 1]}, "num_inference_steps is 3, but timesteps has 2"),
+        ("sd15", {"timesteps": [1, 9]}, "falling list"),
         ("sd15", {"output_type": "np"}, "output_type"),
         ("sd15", {"sampler": "plms"}, "sampler must be one of"),
         ("sd15", {"eta": 0.5, "sampler": "dpm++"}, "eta is the noise"),

@@ -23,7 +23,7 @@ def frame(weight: Tensor, *, merged: bool) -> tuple[Frame, list[Tensor]]:
     lengths = [TEXT + IMAGE, CONDITION] if merged else [TEXT, IMAGE, CONDITION]
     keys = [torch.zeros(1, 2, n, 4) for n in lengths]
     image = (0, TEXT) if merged else (1, 0)
-    return Frame((), (), (), tuple(found), None if merged else 0, image, ()), keys
+    return Frame((), (), (), tuple(found), None if merged else 0, image, (), ()), keys
 
 
 @pytest.mark.parametrize("merged", [False, True])

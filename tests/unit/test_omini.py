@@ -220,20 +220,60 @@ def test_a_jointly_trained_adapter_refuses_a_cache_and_says_why(pipe, make_omini
     adapter = make_omini(pipe)
     with pytest.raises(ValueError, match="trained jointly: its condition attends to text and image"):
         adapter.control(pictures(1)).prefill("a fox")
-    with pytest.raises(ValueError, match="trained jointly.*cached='approximate'"):
+    with pytest.raises(ValueError, match="trained jointly.*cached='first-step'.*cached='independent'"):
         adapter.control(pictures(1), cached=True)
+    with pytest.raises(ValueError, match="trained jointly"):
+        adapter.control(pictures(1), cached="first-step").prefill("a fox")
 
 
-def test_the_approximation_must_be_asked_for_and_is_one(pipe, make_omini, pictures):
+@pytest.mark.parametrize("cached", ["first-step", "independent"])
+def test_an_approximation_must_be_asked_for_and_is_one(pipe, make_omini, pictures, cached):
     adapter = make_omini(pipe)
-    rough = adapter.control(pictures(1), cached="approximate")
-    assert rough.prepare(run_of(pipe)).streams() == () and rough.describe()["cached"] == "approximate"
+    rough = adapter.control(pictures(1), cached=cached)
+    assert rough.describe()["cached"] == cached
     assert (latents(pipe, [rough]) - latents(pipe, [adapter.control(pictures(1))])).abs().max() > 1e-3
+
+
+def test_a_condition_seen_as_independent_needs_no_first_step(pipe, make_omini, pictures):
+    adapter = make_omini(pipe)
+    rough, older = (adapter.control(pictures(1), cached=name) for name in ("independent", "approximate"))
+    assert rough.prepare(run_of(pipe)).streams() == ()
     assert torch.equal(latents(pipe, [rough.prefill("a fox")]), latents(pipe, [rough]))
+    assert torch.equal(latents(pipe, [older]), latents(pipe, [rough]))
+
+
+def test_the_cache_of_the_first_step_joins_once_and_begins_anew_in_every_call(pipe, make_omini, pictures):
+    adapter = make_omini(pipe)
+    rough, joint = adapter.control(pictures(1), cached="first-step"), adapter.control(pictures(1))
+    one = latents(pipe, [rough], num_inference_steps=1)
+    assert torch.equal(one, latents(pipe, [joint], num_inference_steps=1))  # its only step is the first
+    found = latents(pipe, [rough])
+    assert torch.equal(found, latents(pipe, [rough]))
+    late = [replace(c, when=When(0.5, 1)) for c in (rough, joint)]
+    half = [latents(pipe, [c], num_inference_steps=2) for c in late]
+    assert torch.equal(*half)  # the first step in which it acts
+    assert not torch.equal(found, latents(pipe, [rough], seed=5))
+
+
+def test_a_row_of_a_batch_equals_its_single_run_with_the_cache_of_the_first_step(pipe, make_omini, pictures):
+    adapter, prompts = make_omini(pipe), ["a fox", "snow"]
+    both = latents(pipe, [adapter.control(pictures(2), cached="first-step")], prompts)
+    for i, (picture, prompt) in enumerate(zip(pictures(2), prompts, strict=True)):
+        alone = latents(pipe, [adapter.control(picture, cached="first-step")], prompt, seed=i)
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=0, atol=1e-4)
+
+
+def test_an_independent_adapter_is_as_exact_with_either_cache(pipe, make_omini, pictures):
+    adapter = make_omini(pipe, independent=True)
+    exact = latents(pipe, [adapter.control(pictures(1))])
+    for cached in ("first-step", "independent"):
+        assert torch.equal(latents(pipe, [adapter.control(pictures(1), cached=cached)]), exact)
 
 
 def test_an_unknown_kind_of_cache_is_refused(pipe, make_omini, pictures):
-    with pytest.raises(ValueError, match="cached must be True, False, None or 'approximate'; found 'yes'"):
+    with pytest.raises(
+        ValueError, match="cached must be True, False, None, 'first-step' or 'independent'; found 'yes'"
+    ):
         make_omini(pipe).control(pictures(1), cached="yes")
 
 

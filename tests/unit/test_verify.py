@@ -1,4 +1,4 @@
-"""evaluation/verify: what is measured is told as it is, and files are known for what they are."""
+"""verify: what is measured is told as it is, and files are known for what they are."""
 
 import math
 import re
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from condit.backbones import diffit, dit, vit
-from condit.evaluation.verify.check import Check, Row, difference, layout_differences
-from condit.evaluation.verify.files import nearest, verify_file
-from condit.evaluation.verify.fixtures import (
+from condit.verify.check import Check, Row, difference, layout_differences
+from condit.verify.files import nearest, verify_file
+from condit.verify.fixtures import (
     CHECKS,
     TITLES,
     find_golden,

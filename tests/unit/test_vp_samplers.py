@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condit.diffusion.gaussian_samplers import image_noise
-from condit.diffusion.vp import Process, add_noise, make_path
+from condit.diffusion.vp import Process, add_noise, make_path, with_sampler
 from condit.diffusion.vp_samplers import ddim_step, dpm_step, estimate, sample
 
 diffusers: Any = importlib.import_module("diffusers")  # its names are made when they are asked for
@@ -55,9 +55,14 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in (7, 8)]
 
 
-def diffusers_run(solver: str, config: dict, steps: int, eta: float = 0.0) -> tuple[Tensor, Tensor]:
+def diffusers_run(
+    solver: str, config: dict, steps: int, eta: float = 0.0, timesteps: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
     scheduler = THEIRS[solver](**config)
-    scheduler.set_timesteps(steps)
+    if timesteps is None:
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler.set_timesteps(timesteps=timesteps)
     x, drawn, how = NOISE * scheduler.init_noise_sigma, generators(), {}
     if solver == "ddim":
         how = {"eta": eta, "generator": drawn}
@@ -69,9 +74,11 @@ def diffusers_run(solver: str, config: dict, steps: int, eta: float = 0.0) -> tu
     return x, scheduler.timesteps
 
 
-def our_run(solver, config: dict, steps: int, eta: float = 0.0) -> tuple[Tensor, Tensor]:
+def our_run(
+    solver, config: dict, steps: int, eta: float = 0.0, timesteps: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
     process = Process.from_config(config)
-    path = make_path(process, solver, steps)
+    path = make_path(process, solver, steps, timesteps=timesteps)
     noise = image_noise(generators())
     x = sample(solver, process, lambda x, t, i: network(x, t), NOISE * path.start, path, eta=eta, noise=noise)
     return x, path.timesteps
@@ -85,6 +92,67 @@ def test_solver_equals_diffusers(solver: str, config: dict, steps: int, predicti
     found, our_times = our_run(solver, config, steps)
     torch.testing.assert_close(our_times.float(), times.float(), rtol=0, atol=1e-3)
     torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)  # theirs are coefficients in float32, ours in 64
+
+
+CUSTOM = [999, 850, 700, 431, 100, 7]
+
+
+@pytest.mark.parametrize(
+    ("solver", "config"), [("dpm++", SD), ("euler", SD), ("euler", {**SD, "timestep_spacing": "leading"})]
+)
+def test_given_timesteps_equal_diffusers(solver: str, config: dict):
+    wanted, times = diffusers_run(solver, config, 0, timesteps=CUSTOM)
+    found, our_times = our_run(solver, config, 0, timesteps=CUSTOM)
+    assert our_times.tolist() == times.tolist() == CUSTOM
+    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
+
+
+def ldm_ddim(timesteps: list[int]) -> Tensor:
+    """DDIM with eta 0 in float64: a step ends at the level of the next, the last one at level 0 of the training."""
+    levels = Process().alphas_cumprod.double()
+    x = NOISE.double()
+    for t, after in zip(timesteps, [*timesteps[1:], 0], strict=True):
+        eps, a, b = network(x, t), levels[t], levels[after]
+        x = b.sqrt() * (x - (1 - a).sqrt() * eps) / a.sqrt() + (1 - b).sqrt() * eps
+    return x.float()
+
+
+@pytest.mark.parametrize(
+    ("steps", "timesteps"),
+    [(7, [995, 853, 711, 569, 427, 285, 143, 1]), (5, [801, 601, 401, 201, 1]), (1, [1]), (30, range(991, 0, -33))],
+)
+def test_the_released_spacing_takes_the_released_steps(steps: int, timesteps):
+    """c = 1000 // steps, every c up to 1000, plus 1: more steps than asked for where steps does not divide 1000."""
+    solver, process = with_sampler(Process(set_alpha_to_one=True), "ddim-ldm")
+    path = make_path(process, solver, steps)  # type: ignore[arg-type]
+    assert path.timesteps.tolist() == list(timesteps)
+    x = sample("ddim", process, lambda x, t, i: network(x, t), NOISE, path)
+    torch.testing.assert_close(x, ldm_ddim(list(timesteps)), rtol=2e-5, atol=2e-5)
+    given = make_path(Process(), "ddim", 0, timesteps=list(timesteps))
+    assert all(torch.equal(a, b) for a, b in zip(vars(path).values(), vars(given).values(), strict=True) if a is not b)
+
+
+def test_where_steps_divide_the_training_both_spacings_are_one():
+    _, released = with_sampler(Process(), "ddim-ldm")
+    for steps in (5, 8, 50):
+        ours, theirs = make_path(Process(), "ddim", steps), make_path(released, "ddim", steps)
+        assert torch.equal(ours.timesteps, theirs.timesteps) and torch.equal(ours.after, theirs.after)
+
+
+@pytest.mark.parametrize(
+    ("solver", "process", "steps", "timesteps", "message"),
+    [
+        ("ddim", Process(), 0, [1, 5], "falling list"),
+        ("ddim", Process(), 0, [], "falling list"),
+        ("ddim", Process(), 0, [1000, 5], "falling list of numbers from 999 to 0"),
+        ("euler", Process(use_karras_sigmas=True), 0, [900, 5], "Karras sigmas choose their own"),
+        ("euler", Process(timestep_spacing="ldm"), 7, None, "'ldm' is that of DDIM"),
+        ("ddim", Process(timestep_spacing="ldm"), 3, None, "has no 3 steps: they would begin at 1000 of 1000"),
+    ],
+)
+def test_impossible_timesteps_are_refused(solver, process: Process, steps: int, timesteps, message: str):
+    with pytest.raises(ValueError, match=message):
+        make_path(process, solver, steps, timesteps=timesteps)
 
 
 @pytest.mark.parametrize("eta", [0.4, 1.0])

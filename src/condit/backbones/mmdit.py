@@ -83,6 +83,7 @@ class Frame:
     text: int | None  # index of the text stream
     image: tuple[int, int] | None  # (stream index, first row within it) of the noisy image
     controls: tuple
+    memories: tuple[dict[str, tuple[Tensor, Tensor]] | None, ...]  # of each stream, for its keys and values
     merged: Reduction | None = None
 
     @property
@@ -196,6 +197,9 @@ class JointAttention(nn.Module):
             ),
             strict=True,
         )
+        for memory, keys, values in zip(frame.memories, k, v, strict=True):
+            if memory is not None:
+                memory[self.site.path] = keys, values
         out: list[Tensor] = []
         for group in frame.groups:
             lengths = [q[i].shape[2] for i in group.rows]
@@ -390,6 +394,7 @@ class MMDiT(nn.Module):
             text=0,
             image=(1, 0),
             controls=tuple(controls),
+            memories=(None, None, *(s.memory for s in conditions)),
         )
         xs = [self.context_embedder(text, image.lora), x, *(e[0] for e in embedded)]
         for block in self.transformer_blocks:
@@ -419,6 +424,7 @@ class MMDiT(nn.Module):
             text=None,
             image=None,
             controls=tuple(controls),
+            memories=(condition.memory,),
         )
         xs = [x]
         for block in chain(self.transformer_blocks, self.single_transformer_blocks):
@@ -435,6 +441,7 @@ def merge_main(frame: Frame, text_length: int, streams: Sequence[Stream | None])
         frame,
         loras=frame.loras[1:],
         embeddings=frame.embeddings[1:],
+        memories=frame.memories[1:],
         ropes=(rope, *frame.ropes[2:]),
         groups=tuple(groups(None, 0, streams[1:], apart=bool(frame.controls))),
         text=None,

@@ -63,7 +63,7 @@ def verify(
     if file is not None:
         verify_file(backbone, file, heads, as_json=as_json)
         return
-    from condit.evaluation.verify import fixtures
+    from condit.verify import fixtures
 
     folder = fixtures.find_golden(golden)
     with waiting("comparing"):
@@ -84,9 +84,9 @@ def verify(
 def verify_file(backbone: str, source: str, heads: int | None, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from condit.evaluation.verify.files import verify_file as run
-    from condit.evaluation.verify.fixtures import TITLES, lines
-    from condit.evaluation.verify.fixtures import as_json as row_as_json
+    from condit.verify.files import verify_file as run
+    from condit.verify.fixtures import TITLES, lines
+    from condit.verify.fixtures import as_json as row_as_json
 
     with waiting(f"reading {source}"):
         report = run(backbone, source, heads=heads)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,11 @@ TARGETS = (
 
 JOINT = (
     "This adapter was trained jointly: its condition attends to text and image, so its keys and values change with "
-    "every step and a cache only approximates them. Draw without a cache, or accept the approximation with "
-    "control(..., cached='approximate')."
+    "every step and a cache only approximates them. Leave cached= out, or accept an approximation: "
+    "control(..., cached='first-step') or control(..., cached='independent')."
 )
+# Caches of a jointly trained adapter: keys and values of the first step, or of the condition on its own.
+Cached = Literal["first-step", "independent", "approximate"]  # "approximate" is the older name of "independent"
 
 
 def omini_targets(backbone: nn.Module) -> dict[str, tuple[int, int]]:
@@ -116,7 +118,7 @@ class OminiControl(nn.Module):
         mask: ImageSource | Sequence[ImageSource] | None = None,
         fill: ImageSource | None = None,
         text_bias: bool = True,
-        cached: bool | Literal["approximate"] | None = None,
+        cached: bool | Cached | None = None,
         delta: tuple[float, float] | Side | None = None,
         size: tuple[int, int] | None = None,
         annotate: bool = True,
@@ -127,16 +129,18 @@ class OminiControl(nn.Module):
         strength: the factor gamma of section 3.2.3, >= 0, 1 as trained. text_bias: it acts between condition and text
         too (the official code) or not (Eq. 5). mask: where in the picture the condition acts, white = acts. fill: token
         integration (OminiControl2): white is drawn, the rest of the reference is kept and is the condition. cached:
-        None, where the adapter is independent; False, the condition runs in every step; "approximate", also for a
-        jointly trained adapter. size: height and width at which the reference is read; None: those that the call draws
-        where the condition lies on the picture (delta 0), else the model's. annotate=False: the reference already is
-        the condition image (an edge map, say). generator: draws the tokens from the autoencoder's posterior, then those
-        of the black picture, as the official code does; None: their mode.
+        None: a cache if the adapter was trained independently; False: the condition runs in every step. Two
+        approximations for a jointly trained adapter: "first-step" keeps the keys and values of the first step;
+        "independent" runs the condition without text and image, as the official generate(kv_cache=True) does. size:
+        height and width at which the reference is read; None: those that the call draws where the condition lies on the
+        picture (delta 0), else the model's. annotate=False: the reference already is the condition image (an edge map,
+        say). generator: draws the tokens from the autoencoder's posterior, then those of the black picture, as the
+        official code does; None: their mode.
         """
         if strength < 0:
             raise ValueError(f"OminiControl's strength is a factor on attention, >= 0; found {strength}.")
-        if cached not in (None, True, False, "approximate"):
-            raise ValueError(f"cached must be True, False, None or 'approximate'; found {cached!r}.")
+        if cached not in (None, True, False, *get_args(Cached)):
+            raise ValueError(f"cached must be True, False, None, 'first-step' or 'independent'; found {cached!r}.")
         if cached is True and not self.config.independent:
             raise ValueError(JOINT)
         pipe, c = self.bound(), self.config if delta is None else replace(self.config, delta=delta)
@@ -170,8 +174,9 @@ class OminiControl(nn.Module):
             picture=picture if size is None and picture.follows else None,
             size=at,
             on_picture=picture.follows,
-            independent=True if cached == "approximate" else None,
+            independent=True if cached in ("independent", "approximate") else None,
             cached=cached is not False,
+            first_step=cached == "first-step",
             settings=settings,
         )
 
@@ -208,10 +213,11 @@ class ConditionCache:
 class OminiReference(Control):
     """Condition tokens (n, N, C) and positions. A prepared one holds its stream, or its cached keys and values.
 
-    independent: None, as the adapter says; True on a jointly trained one makes the official approximation. cached: an
-    independent condition runs once, not in every step. text_bias: the strength acts between condition and text too.
-    mask (n or 1, H, W): where in the picture it acts. given: the picture whose known cells these tokens are. picture:
-    what it was encoded from at `size`, for another size, if it lies on the drawing.
+    independent: None, as the adapter says; True on a jointly trained one takes text and image from its sight. cached:
+    an independent condition runs once, not in every step. first_step: a joint one runs in its first step only, and its
+    keys and values of that step serve the others. text_bias: the strength acts between condition and text too. mask (n
+    or 1, H, W): where in the picture it acts. given: the picture whose known cells these tokens are. picture: what it
+    was encoded from at `size`, for another size, if it lies on the drawing.
     """
 
     tokens: Tensor
@@ -230,6 +236,7 @@ class OminiReference(Control):
     empty: bool = False  # its tokens are those of the black picture
     independent: bool | None = None
     cached: bool = True
+    first_step: bool = False
     cache: ConditionCache | None = None
     settings: dict = field(default_factory=dict)  # for the recipe
     # Of a run:
@@ -272,6 +279,9 @@ class OminiReference(Control):
         stream = condition_stream(self.adapter, tokens, self.ids, run, sees="self" if self.alone else "main")
         if self.alone and self.cached:
             return replace(ready, memory=keys_values(stream, run.backbone))
+        if self.first_step and not self.alone:
+            memory: dict[str, tuple[Tensor, Tensor]] = {}
+            return replace(ready, stream=replace(stream, memory=memory), memory=memory)
         return replace(ready, stream=stream)
 
     def in_region(self, mask: Tensor, run: Run) -> OminiReference:
@@ -309,8 +319,11 @@ class OminiReference(Control):
         weight = None if strength == 1 else torch.tensor(math.log(strength), device=self.tokens.device)
         if self.log_region is not None:
             weight = self.log_region if weight is None else self.log_region + weight
-        stream = self.stream and replace(self.stream, log_weight=weight, weight_text=self.text_bias)
-        return replace(self, log_weight=weight, stream=stream)
+        stream, memory = self.stream, self.memory
+        if stream is not None and memory is not None:  # its first step fills the memory, the others read it
+            stream, memory = (None, memory) if memory else (stream, None)
+        stream = stream and replace(stream, log_weight=weight, weight_text=self.text_bias)
+        return replace(self, log_weight=weight, stream=stream, memory=memory)
 
     def streams(self) -> tuple[Stream, ...]:
         return () if self.stream is None else (self.stream,)
@@ -365,17 +378,6 @@ def condition_stream(
 
 def keys_values(stream: Stream, backbone: Prefillable) -> dict[str, tuple[Tensor, Tensor]]:
     """What an independent condition shows to the main rows, by site path."""
-    recorder = Recorder({})
-    backbone.prefill(stream, (recorder,))
-    return recorder.memory
-
-
-@dataclass(frozen=True)
-class Recorder(Control):
-    """Keeps the keys and values of every attention call it sees, keys after norm and rotation."""
-
-    memory: dict[str, tuple[Tensor, Tensor]]
-
-    def around(self, call: Call, attend: Attend) -> Tensor:
-        self.memory[call.site.path] = (call.k, call.v)
-        return attend(call)
+    memory: dict[str, tuple[Tensor, Tensor]] = {}
+    backbone.prefill(replace(stream, memory=memory), ())
+    return memory

@@ -26,7 +26,7 @@ class Targets(Control):
         if inner.streams():
             raise ValueError(
                 f"{name} joins the sequence, so it would act on the source of an edit too. Use an adapter that was "
-                "trained independently, or control(..., cached='approximate')."
+                "trained independently, or control(..., cached='independent')."
             )
         if inner.lora() is not None or inner.fill() is not None:
             raise ValueError(f"{name} changes source and target alike, so it cannot stand beside an edit.")

@@ -8,8 +8,8 @@ diffusers' schedulers, to the rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from condit.diffusion.gaussian import beta_schedule
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
-Spacing = Literal["leading", "trailing", "linspace"]
+Spacing = Literal["leading", "trailing", "linspace", "ldm"]
 Solver = Literal["ddim", "dpm++", "euler", "euler-ancestral"]
 
 # What a scheduler's file may ask for and is not built here: field -> the values that leave the process as it is.
@@ -45,9 +45,9 @@ _AS_BUILT: dict[str, tuple] = {
 class Process:
     """Fields of diffusers' scheduler_config.json; the defaults are Stable Diffusion's, betas and offset.
 
-    timestep_spacing None: that of the solver (leading for DDIM, linspace for the others). set_alpha_to_one is DDIM's
-    end: the picture itself, or level 0 of the training. final_sigmas_type, lower_order_final, euler_at_final are those
-    of DPM-Solver++.
+    timestep_spacing None: that of the solver (leading for DDIM, linspace for the others); "ldm", for DDIM only, is that
+    of the first latent diffusion code (see `spaced`). set_alpha_to_one is DDIM's end: the picture itself, or level 0 of
+    the training. final_sigmas_type, lower_order_final, euler_at_final are those of DPM-Solver++.
     """
 
     num_train_timesteps: int = 1000
@@ -104,6 +104,16 @@ class Process:
         return zero_terminal_snr(levels) if self.rescale_betas_zero_snr else levels
 
 
+def with_sampler(process: Process, sampler: str) -> tuple[str, Process]:
+    """The solver of a sampler's name, and the process with the levels that the name asks for: "-karras" sigmas, or the
+    timesteps and the end of the released samplers of latent diffusion, "ddim-ldm"."""
+    if sampler == "ddim-ldm":
+        return "ddim", replace(process, timestep_spacing="ldm", set_alpha_to_one=False)
+    if sampler.endswith("-karras"):
+        return sampler.removesuffix("-karras"), replace(process, use_karras_sigmas=True)
+    return sampler, process
+
+
 def zero_terminal_snr(levels: Tensor) -> Tensor:
     """Levels stretched so that the last is (nearly) noise alone (Lin et al. 2023, arXiv:2305.08891, Alg. 1)."""
     root = levels.sqrt()
@@ -129,18 +139,23 @@ class Path:
         return Path(self.timesteps[begin:], self.level[begin:], self.after[begin:], self.start)
 
 
-def make_path(process: Process, solver: Solver, steps: int) -> Path:
-    """The steps of a solver over a process, from noise to picture."""
+def make_path(process: Process, solver: Solver, steps: int, *, timesteps: Sequence[int] | None = None) -> Path:
+    """The steps of a solver over a process, from noise to picture. timesteps: these, falling, instead of `steps` that
+    are spaced by the process."""
+    if timesteps is not None:
+        check_timesteps(process, timesteps)
+        steps = len(timesteps)
     if not 1 <= steps <= process.num_train_timesteps:
         raise ValueError(f"num_inference_steps must be 1 to {process.num_train_timesteps}; found {steps}.")
     levels = process.alphas_cumprod.double()
     if solver == "ddim":
-        times = spaced(process, process.timestep_spacing or "leading", steps).round()
-        before = times.long() - process.num_train_timesteps // steps
-        end = levels.new_tensor(1.0) if process.set_alpha_to_one else levels[0]
-        return Path(times, levels[times.long()], torch.where(before < 0, end, levels[before.clamp(min=0)]))
+        return ddim_path(process, levels, steps, timesteps)
     spacing = process.timestep_spacing or "linspace"
-    if solver == "dpm++":
+    if spacing == "ldm":
+        raise ValueError(f"timestep_spacing 'ldm' is that of DDIM; found the solver {solver!r}.")
+    if timesteps is not None:
+        times = torch.tensor(timesteps, dtype=torch.float64)
+    elif solver == "dpm++":
         # One level more than steps are spread, of which the last is left out.
         times = spaced(process, spacing, steps + (spacing != "trailing")).round()[:steps]
     else:
@@ -159,9 +174,50 @@ def make_path(process: Process, solver: Solver, steps: int) -> Path:
     return Path(times, level[:-1], level[1:], start)
 
 
+def step_count(steps: int | None, timesteps: Sequence[int] | None, default: int) -> int:
+    """How many steps are asked for. Raises ValueError if a number and a list disagree."""
+    if timesteps is None:
+        return default if steps is None else steps
+    if steps not in (None, len(timesteps)):
+        raise ValueError(f"num_inference_steps is {steps}, but timesteps has {len(timesteps)}: leave one of them out.")
+    return len(timesteps)
+
+
+def check_timesteps(process: Process, timesteps: Sequence[int]) -> None:
+    """Raises ValueError unless they are a falling list of the process's timesteps."""
+    last = process.num_train_timesteps - 1
+    falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    if not len(timesteps) or not falling or timesteps[-1] < 0 or timesteps[0] > last:
+        raise ValueError(f"timesteps must be a falling list of numbers from {last} to 0; found {list(timesteps)}.")
+    if process.use_karras_sigmas:
+        raise ValueError("Karras sigmas choose their own timesteps: leave timesteps= out, or use another sampler.")
+
+
+def ddim_path(process: Process, levels: Tensor, steps: int, timesteps: Sequence[int] | None) -> Path:
+    """DDIM's steps. Spaced by diffusers' rules a step goes T // steps back; otherwise it ends where the next begins."""
+    end = levels.new_tensor(1.0) if process.set_alpha_to_one else levels[0]
+    if timesteps is not None or process.timestep_spacing == "ldm":
+        times = spaced(process, "ldm", steps) if timesteps is None else torch.tensor(timesteps, dtype=torch.float64)
+        level = levels[times.long()]
+        return Path(times, level, torch.cat([level[1:], end[None]]))
+    times = spaced(process, process.timestep_spacing or "leading", steps).round()
+    before = times.long() - process.num_train_timesteps // steps
+    return Path(times, levels[times.long()], torch.where(before < 0, end, levels[before.clamp(min=0)]))
+
+
 def spaced(process: Process, spacing: Spacing, steps: int) -> Tensor:
-    """Timesteps (steps,), falling, float64 (Lin et al. 2023, arXiv:2305.08891, Table 2)."""
+    """Timesteps (steps,), falling, float64 (Lin et al. 2023, arXiv:2305.08891, Table 2).
+
+    "ldm" is the rule of the released samplers of latent diffusion, DEADiff's among them: every T // steps up to T, plus
+    one. If steps does not divide T these are more than `steps` (7 of 1000: 995, 853, ..., 1, which are 8).
+    """
     total, n = process.num_train_timesteps, torch.arange(steps, dtype=torch.float64)
+    if spacing == "ldm":
+        times = torch.arange(0, total, total // steps, dtype=torch.float64).flip(0) + 1
+        if times[0] >= total:
+            # The released code reads beyond its table here and fails.
+            raise ValueError(f"The spacing 'ldm' has no {steps} steps: they would begin at {times[0]:g} of {total}.")
+        return times
     if spacing == "linspace":
         return (n * ((total - 1) / max(steps - 1, 1))).flip(0)
     if spacing == "leading":

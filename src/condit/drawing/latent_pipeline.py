@@ -7,7 +7,7 @@ it does not depend on the batch it was drawn in. The latents of every solver hav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,7 +20,7 @@ from condit.controls.sides import sides
 from condit.data.images import to_images
 from condit.diffusion.gaussian_samplers import image_noise
 from condit.diffusion.guidance import guide, guide_text_image, rescale
-from condit.diffusion.vp import Process, Solver, make_path
+from condit.diffusion.vp import Process, Solver, make_path, step_count, with_sampler
 from condit.diffusion.vp_samplers import sample
 from condit.drawing import edit as editing
 from condit.drawing.image_to_image import Images, check_picture, repainted, skipped, start_of
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from condit.drawing.edit import Editor
 
 Prompt = str | Sequence[str] | Text
-Sampler = Literal["ddim", "dpm++", "dpm++-karras", "euler", "euler-karras", "euler-ancestral"]
+Sampler = Literal["ddim", "ddim-ldm", "dpm++", "dpm++-karras", "euler", "euler-karras", "euler-ancestral"]
 Callback = Callable[["LatentPipeline", int, float, dict], dict | None]
 
 
@@ -114,6 +114,7 @@ class LatentPipeline:
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | None = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
         image_guidance_scale: float | None = None,
@@ -137,10 +138,12 @@ class LatentPipeline:
         (None: 0.8, with a mask 1); mask_image: repaint where it is white. guidance_scale 1 makes one prediction a step,
         not two; guidance_in_one_call False makes them one after the other, in half the memory. image_guidance_scale, if
         given, guides the controls apart from the text: none + s_T (text - none) + s_I (text and controls - text).
-        sampler None: the model's own. eta: DDIM's noise, 0 to 1. latents: the first noise (B, C, h, w), of unit
-        variance. original_size, crops_coords_top_left, target_size: what SDXL is told, in pixels.
+        sampler None: the model's own; "ddim-ldm": DDIM with the steps of the released Stable Diffusion and DEADiff.
+        timesteps: the steps themselves, falling, instead of their number. eta: DDIM's noise, 0 to 1. latents: the first
+        noise (B, C, h, w), of unit variance. original_size, crops_coords_top_left, target_size: what SDXL is told, in
+        pixels.
         """
-        steps = self.parts.steps if num_inference_steps is None else num_inference_steps
+        steps = step_count(num_inference_steps, timesteps, self.parts.steps)
         scale = self.parts.guidance if guidance_scale is None else guidance_scale
         size = height or self.parts.size[0], width or self.parts.size[1]
         count = _count(prompt)
@@ -149,8 +152,8 @@ class LatentPipeline:
             strength = 0.8 if image is not None and mask_image is None else 1.0
         check_picture(self, image, mask_image, strength)
         solver, process = self.solver(sampler, eta)
-        path = make_path(process, solver, steps)
-        path = path.since(skipped(steps, strength))
+        path = make_path(process, solver, steps, timesteps=timesteps)
+        path = path.since(skipped(len(path), strength))
         batch = count * num_images_per_prompt
         texts = self.texts(prompt, negative_prompt, count, num_images_per_prompt, clip_skip)
         branches = self.branches(texts, tuple(controls), batch, size, scale, image_guidance_scale)
@@ -184,6 +187,7 @@ class LatentPipeline:
             "prompt": _words(prompt),
             "negative_prompt": _words(negative_prompt),
             "num_inference_steps": steps,
+            "timesteps": None if timesteps is None else list(timesteps),
             "sampler": sampler or solver + ("-karras" if process.use_karras_sigmas else ""),
             "eta": eta,
             "guidance_scale": scale,
@@ -230,12 +234,11 @@ class LatentPipeline:
         if sampler is None and self.parts.solver is None:
             raise ValueError(f"The scheduler of {self.name} is none of ours: give sampler=, one of {_SAMPLERS}.")
         name = sampler or self.parts.solver or ""
-        found, karras = name.removesuffix("-karras"), name.endswith("-karras")
+        found, process = with_sampler(self.parts.process, name)
         if (sampler is not None and sampler not in _SAMPLERS) or found not in get_args(Solver):
             raise ValueError(f"sampler must be one of {_SAMPLERS}; found {sampler!r}.")
         if not 0 <= eta <= 1 or (eta and found != "ddim"):
             raise ValueError(f"eta is the noise of sampler='ddim', 0 to 1; found {eta} with {found!r}.")
-        process = replace(self.parts.process, use_karras_sigmas=True) if karras else self.parts.process
         return found, process  # type: ignore[return-value]
 
     def negatives(self, negative: str | Sequence[str] | None, n: int) -> list[str]:

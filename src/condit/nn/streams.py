@@ -22,7 +22,8 @@ class Stream:
     tokens (B, N, C); ids (N, 3) or (B, N, 3), kept in float32; timestep (B,) in [0, 1], 0 = clean; guidance (B,);
     pooled (B, P). `sees`: what its queries attend to: only itself ("self", a cache is then exact), text, image and
     itself ("main", the official default), or every stream ("all"). `log_weight` is log of the strength: 0-d, or
-    (B or 1, N) for each token of the noisy image; see `row_weights`.
+    (B or 1, N) for each token of the noisy image; see `row_weights`. `memory`: where a pass leaves the stream's keys
+    (after norm and rotation) and values by site path.
     """
 
     tokens: Tensor
@@ -34,6 +35,7 @@ class Stream:
     sees: Sees = "all"
     log_weight: Tensor | None = None
     weight_text: bool = True  # the strength also acts between condition and text (official code) or not (paper, Eq. 5)
+    memory: dict[str, tuple[Tensor, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -73,12 +73,13 @@ class Row:
                 yield f"{case}: {name}", math.inf if math.isnan(value) else value
 
 
-def difference(found: Tensor, expected: Tensor, *, relative: bool = False) -> float:
-    """The largest one, or its part of the largest expected value; inf for another shape."""
+def difference(found: Tensor, expected: Tensor, *, relative: bool = False, whole: Tensor | None = None) -> float:
+    """The largest one, or its part of the largest expected value; inf for another shape. whole: what `expected` was
+    clipped from, whose values count too."""
     if found.shape != expected.shape:
         return math.inf
     found, expected = found.detach().double(), expected.detach().double()
-    largest = expected.abs().max().item() if relative else 1.0
+    largest = max(x.abs().max().item() for x in (expected, whole) if x is not None) if relative else 1.0
     return (found - expected).abs().max().item() / (largest or 1.0)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from condit.backbones import diffit, diffit_image, dit, vit
-from condit.evaluation.verify.check import Differences, Row, difference
+from condit.verify.check import Differences, Row, difference
 from condit.weights.catalog import MODELS
 from condit.weights.class_models import PUBLISHED, names_in, recognise, weight_file
 from condit.weights.diffit import file_of, load_diffit, load_diffit_image, own_config

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from condit.data.files import atomic_write
-from condit.evaluation.verify import diffit, dit, vit
-from condit.evaluation.verify.check import Check, Row
+from condit.verify import diffit, dit, vit
+from condit.verify.check import Check, Row
 
 CHECKS: dict[str, tuple[Check, ...]] = {"vit": vit.CHECKS, "dit": dit.CHECKS, "diffit": diffit.CHECKS}
 TITLES = {"vit": "ViT", "dit": "DiT", "diffit": "DiffiT"}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from condit.backbones.vit import Block, Frame, ViT, ViTConfig, resize_positions
-from condit.evaluation.verify.check import Check, Differences, difference, layout_differences, part
+from condit.verify.check import Check, Differences, difference, layout_differences, part
 from condit.weights.vit import load_vit, read_vit
 from condit.weights.vit_layouts import State, to_layout
 

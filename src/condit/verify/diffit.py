@@ -18,7 +18,7 @@ from condit.backbones.diffit import PRESETS, Block, DiffiT, Frame
 from condit.diffusion.gaussian import Variance, gaussian, training_loss
 from condit.diffusion.gaussian_samplers import ancestral
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
-from condit.evaluation.verify.check import Check, Differences, difference, layout_differences, part
+from condit.verify.check import Check, Differences, difference, layout_differences, part
 from condit.weights.diffit import INDEX, diffit_of, relative_position_index
 
 TOLERANCE = 1e-5  # the fused kernel sums in another order: 1e-6 measured on outputs up to 2
