@@ -15,7 +15,7 @@ PAPERS = sorted((ROOT / "docs" / "papers").glob("*.md"))
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "README.zh.md"]
 LINE = re.compile(r"^(?:python|pytest|condit) ", re.M)
 COMMAND = re.compile(rf"`(?:(?:python|pytest|condit)\s|benchmarks/)[^`]*`|{LINE.pattern}", re.M)
-FOLDERS = ("src", "lab", "tests", "benchmarks", "recipes", "docs")
+FOLDERS = ("src", "lab", "tests", "benchmarks", "recipes", "docs", "examples")
 PATHS = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
 TESTS = {
     name
@@ -76,6 +76,21 @@ def snippets(page: Path) -> list[str]:
 def test_every_python_snippet_of_a_page_parses(page):
     for snippet in snippets(page):
         ast.parse(snippet)
+
+
+def test_what_a_page_quotes_of_a_file_stands_there():
+    quotes = [
+        (page.name, file, [line.strip() for line in quote.splitlines()])
+        for page in PAGES
+        for file, quote in re.findall(
+            r"^<!-- from (\S+) -->\n```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S
+        )
+    ]
+    files = {
+        file: [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()] for _, file, _ in quotes
+    }
+    wrong = [q for q in quotes if q[2] not in (files[q[1]][i : i + len(q[2])] for i in range(len(files[q[1]])))]
+    assert quotes and wrong == []
 
 
 def test_the_control_of_the_chinese_page_acts_and_does_nothing_at_factor_one(make_pipe, monkeypatch):
