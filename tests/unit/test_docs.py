@@ -1,17 +1,21 @@
 """The documentation names what is there: files, tests and pages; papers in the house's order, figures with commands."""
 
+import ast
 import re
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 PAPERS = sorted((ROOT / "docs" / "papers").glob("*.md"))
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "README.zh.md"]
 LINE = re.compile(r"^(?:python|pytest|condit) ", re.M)
 COMMAND = re.compile(rf"`(?:(?:python|pytest|condit)\s|benchmarks/)[^`]*`|{LINE.pattern}", re.M)
-FOLDERS = ("src", "tests", "benchmarks", "recipes", "docs")
+FOLDERS = ("src", "lab", "tests", "benchmarks", "recipes", "docs", "examples")
 PATHS = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
 TESTS = {
     name
@@ -48,6 +52,58 @@ def test_every_test_that_a_page_names_is_there(page):
 def test_every_page_that_a_page_links_is_there(page):
     links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text_of(page))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, by GitHub's rule."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_every_heading_that_a_page_links_is_there(page):
+    links = re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", text_of(page))
+    targets = [(page.parent / file if file else page, anchor) for file, anchor in links]
+    assert [f"{file.name}#{anchor}" for file, anchor in targets if anchor not in anchors(file)] == []
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@each_page
+def test_every_python_snippet_of_a_page_parses(page):
+    for snippet in snippets(page):
+        ast.parse(snippet)
+
+
+def test_what_a_page_quotes_of_a_file_stands_there():
+    quotes = [
+        (page.name, file, [line.strip() for line in quote.splitlines()])
+        for page in PAGES
+        for file, quote in re.findall(
+            r"^<!-- from (\S+) -->\n```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S
+        )
+    ]
+    files = {
+        file: [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()] for _, file, _ in quotes
+    }
+    wrong = [q for q in quotes if q[2] not in (files[q[1]][i : i + len(q[2])] for i in range(len(files[q[1]])))]
+    assert quotes and wrong == []
+
+
+def test_the_control_of_the_chinese_page_acts_and_does_nothing_at_factor_one(make_pipe, monkeypatch):
+    module = types.ModuleType("sharpen")
+    monkeypatch.setitem(sys.modules, "sharpen", module)  # where dataclasses look up annotations
+    exec(snippets(ROOT / "docs" / "zh" / "write-a-control.md")[0], vars(module))
+    pipe = make_pipe()
+
+    def generate(*controls) -> torch.Tensor:
+        return pipe("a fox", controls=controls, seed=0, output_type="latent").images
+
+    assert torch.equal(generate(module.Sharpen(1.0)), generate())
+    assert not torch.equal(generate(module.Sharpen(1.5)), generate())
 
 
 def sections(page: Path) -> dict[str, str]:

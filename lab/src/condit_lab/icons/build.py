@@ -288,4 +288,4 @@ def _check_rasteriser() -> None:
     try:
         import resvg_py  # noqa: F401
     except ImportError as error:
-        raise ImportError("building the icon world needs resvg-py and fonttools: pip install 'condit[data]'") from error
+        raise ImportError("building the icon world needs resvg-py and fonttools: pip install -e lab") from error

@@ -136,7 +136,7 @@ def _font(tarball: Path):
     try:
         from fontTools.ttLib import TTFont
     except ImportError as error:
-        raise ImportError("style 'noto-mono' is a font: pip install 'condit[data]' (or fonttools)") from error
+        raise ImportError("style 'noto-mono' is a font: pip install -e lab (or fonttools)") from error
     # The .woff is zlib: unlike .woff2 it needs no brotli.
     return TTFont(io.BytesIO(_read(tarball, "package/files/noto-emoji-emoji-400-normal.woff")))
 
