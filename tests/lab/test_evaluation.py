@@ -96,7 +96,7 @@ class Pipe:
     def encode_condition(self, images):
         return images, (8, 8)
 
-    def decode(self, tokens, grid, output_type):
+    def decode(self, tokens, size=None, output_type="pil"):
         assert output_type == "pt"
         return tokens
 

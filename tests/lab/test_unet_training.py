@@ -11,7 +11,7 @@ from condit.backbones.unet import PRESETS, Transformer
 from condit.data.images import to_images
 from condit.drawing.pipeline import Pipeline
 from condit.training.loop import Loop, LoopConfig
-from condit.training.run import tasks
+from condit.training.plugins import added_tasks
 from condit.weights.catalog import TINY
 from condit.weights.tiny import UNET_INDEX
 from condit_lab.icons.world import sample_path
@@ -152,7 +152,7 @@ def test_words_reach_it_by_their_states_alone(make_task):
 
 
 def test_a_recipe_finds_the_task_and_the_index_its_loader():
-    assert tasks()["text-to-image-unet"] is UNetTask
+    assert added_tasks()["text-to-image-unet"].load() is UNetTask
     assert UNET_INDEX["_class_name"].startswith("IconUNet")
 
 

@@ -64,8 +64,9 @@ class Model(Protocol, Generic[C]):
 
     @property
     def parts(self) -> Any: ...
-    @property
-    def backbone(self) -> Any: ...
+
+    backbone: Any  # the network, which a caller may replace by a compiled one
+
     @property
     def reads(self) -> Literal["prompt", "class", "nothing"]: ...
     @property

@@ -14,7 +14,7 @@ from pathlib import Path as FilePath
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from condit.controls.control import Apart, Control, check_controls
 from condit.controls.wrap import sides as joined_sides
@@ -59,7 +59,7 @@ class Pipeline:
 
     def __init__(self, parts: Parts | LatentParts | ClassParts | PixelParts, *, offload: Offload | None = None):
         self.model: Model = make_model(parts, offload)
-        self.parts, self.backbone, self.offload = self.model.parts, self.model.backbone, offload
+        self.parts, self.offload = self.model.parts, offload
         self.name: str = parts.name
         self.image = getattr(parts, "image", None)  # the image encoder, of models that bring one
 
@@ -69,6 +69,15 @@ class Pipeline:
         if self.model.reads != "prompt":
             raise ValueError(f"{self.name} reads no prompts, so this is not supported. Use tiny, FLUX.1, PixArt, ...")
         return cast("TextModel", self.model)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network; it may be replaced, by `torch.compile` for instance."""
+        return self.model.backbone
+
+    @backbone.setter
+    def backbone(self, backbone: nn.Module) -> None:
+        self.model.backbone = backbone
 
     @property
     def size(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file
@@ -79,12 +80,12 @@ class Golden:
         return model.eval().requires_grad_(False)
 
     @cached_property
-    def vae(self) -> nn.Module:
+    def vae(self) -> Autoencoder:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         vae = AutoencoderKL(**self.config["vae"])
         vae.load_state_dict(self.tensors("vae"), strict=True)
-        return vae.eval().requires_grad_(False)
+        return cast("Autoencoder", vae.eval().requires_grad_(False))
 
     def pipe(self, kind: type[Pipeline] = Pipeline) -> Pipeline:
         t = self.trajectory
