@@ -301,7 +301,7 @@ def test_an_aligned_condition_has_the_size_that_the_call_draws(make_pipe, make_o
 def test_at_another_size_the_empty_reference_is_black_and_posterior_draws_repeat(make_pipe, make_omini, pictures):
     pipe = make_pipe(canvas=False)
     adapter = make_omini(pipe)
-    control = adapter.control(pictures(1), generator=torch.Generator().manual_seed(3))
+    control = adapter.control(pictures(1)).sampled(torch.Generator().manual_seed(3))
     at = control.sized((48, 64), pipe)
     assert len(at.ids) == 48 and torch.equal(control.sized((48, 64), pipe).tokens, at.tokens)
     black = adapter.control(-np.zeros((8, 8, 3), np.uint8), size=(48, 64))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from condit.encoders.words import Words
 from condit.nn.attention import Attend, Call, Reduction, Site
 from condit.nn.lora import LowRank
 from condit.nn.streams import Stream
+
+if TYPE_CHECKING:
+    from condit.controls.host import Host
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Control:
         classes = [vars(kind) for kind in type(self).__mro__ if kind not in (Control, object)]
         return frozenset(act for act, method in ACTS.items() if any(method in names for names in classes))
 
-    def sized(self, size: tuple[int, int], pipe: Any) -> Control:
+    def sized(self, size: tuple[int, int], pipe: Host) -> Control:
         """First in a call of `pipe`, which draws (height, width) in pixels: the control for that size."""
         return self
 

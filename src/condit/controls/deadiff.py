@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from condit.controls.deadiff_layers import (
     log_regions,
     plant,
 )
+from condit.controls.host import Host
+from condit.controls.ip_input import References, grouped
 from condit.data.images import load_image, load_masks
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.image import TinyImage
@@ -39,6 +41,7 @@ from condit.encoders.qformer import BERT_WORDS, QFormer, QFormerConfig, word_ids
 from condit.nn.attention import Attend, Call, Site, split_heads
 
 if TYPE_CHECKING:
+    from condit.backbones.unet import UNet
     from condit.data.images import ImageSource
 
 Combine = Literal["mean", "concat"]
@@ -74,7 +77,7 @@ class DEADiff(nn.Module):
         maps: Mapping[str, tuple[int, int]],
         *,
         tower: ClipPatches | None = None,
-        pipe: Any = None,
+        pipe: Host | None = None,
     ):
         """maps: path of each cross-attention layer -> width of the tokens, width of its keys."""
         super().__init__()
@@ -83,17 +86,19 @@ class DEADiff(nn.Module):
         self.paths = tuple(maps)
         for path, shape in maps.items():
             plant(self.unet, path, ImageMaps(*shape))
-        self._tower, self._pipe = [tower], [pipe]  # in lists: their weights are not ours
+        # In lists: their weights are not ours.
+        self._tower: list[ClipPatches | None] = [tower]
+        self._pipe: list[Host | None] = [pipe]
 
     @classmethod
     def new(
         cls,
-        backbone,
+        backbone: UNet,
         qformer: QFormerConfig,
         tower: ClipPatches,
         *,
         config: DEADiffConfig | None = None,
-        pipe: Any = None,
+        pipe: Host | None = None,
     ) -> DEADiff:
         """An untrained adapter for a UNet: W_k', W_v' start as the text's W_k, W_v, both Q-Formers at random (those of
         BLIP-Diffusion's release in the paper)."""
@@ -108,7 +113,7 @@ class DEADiff(nn.Module):
         return adapter
 
     @classmethod
-    def load(cls, source, pipe, *, image_encoder: str | Path | ClipPatches | None = None) -> DEADiff:
+    def load(cls, source: str | Path, pipe: Host, *, image_encoder: str | Path | ClipPatches | None = None) -> DEADiff:
         """From the published `.ckpt`, or from a name ("tiny-unet/deadiff"), file or folder of ours. image_encoder: the
         folder of CLIP ViT-L/14, where neither the file nor the model has a tower of its own."""
         file = pipe.adapter_file(source, "DEADiff")
@@ -154,15 +159,14 @@ class DEADiff(nn.Module):
         return self._tower[0]
 
     def maps(self, path: str) -> ImageMaps:
-        return self.unet.get_submodule(path)  # type: ignore[return-value]
+        return cast("ImageMaps", self.unet.get_submodule(path))
 
     @torch.no_grad()
-    def start_from_text(self, backbone) -> None:
+    def start_from_text(self, backbone: UNet) -> None:
         """W_k', W_v' as copies of the text's: where training starts, and never after it."""
         for path in self.paths:
-            layer = backbone.get_submodule(path)
-            self.maps(path).image_k.weight.copy_(layer.to_k.weight)
-            self.maps(path).image_v.weight.copy_(layer.to_v.weight)
+            self.maps(path).image_k.weight.copy_(backbone.get_parameter(f"{path}.to_k.weight"))
+            self.maps(path).image_v.weight.copy_(backbone.get_parameter(f"{path}.to_v.weight"))
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v.detach() for k, v in self.state_dict().items()}
@@ -200,7 +204,6 @@ class DEADiff(nn.Module):
         empty: Empty = "zeros",
         content_layers: Sequence[int] | None = None,
         where: Where | None = None,
-        **fields: Any,
     ) -> DEADiffReference:
         """A control from tokens (B, T, width) of one set or both; the other is zeros, or `empty="absent"`."""
         if not tokens:
@@ -216,12 +219,12 @@ class DEADiff(nn.Module):
         each: dict[Name, float] = {name: (strength or {}).get(name, 1.0) for name in SETS}
         kv = self.keys_values(tokens, table)
         taken: dict[str, Name] = {path: table[path] for path in kv}
-        return DEADiffReference(kv=kv, table=taken, adapter=self, strength=each, **fields)
+        return DEADiffReference(kv=kv, table=taken, adapter=self, strength=each)
 
     def control(
         self,
-        style: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
-        content: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        style: References | None = None,
+        content: References | None = None,
         *,
         strength: float = 1.0,
         content_strength: float | None = None,
@@ -248,9 +251,11 @@ class DEADiff(nn.Module):
         pipe = self._pipe[0]
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use DEADiff.load(name, pipe).")
-        given: dict[Name, Any] = {name: r for name, r in zip(SETS, (style, content), strict=True) if r is not None}
+        given: dict[Name, References] = {
+            name: r for name, r in zip(SETS, (style, content), strict=True) if r is not None
+        }
         with torch.no_grad():
-            weighed = [name for name, r in given.items() if several(r)] or list(given)
+            weighed = [n for n, r in given.items() if len(grouped(r, f"{n} references")[0]) > 1] or list(given)
             tokens: dict[Name, Tensor] = {
                 n: self.combined(n, r, combine, weights if n in weighed else None) for n, r in given.items()
             }
@@ -258,33 +263,33 @@ class DEADiff(nn.Module):
             if content_prompt is not None:
                 prompts = [content_prompt] if isinstance(content_prompt, str) else list(content_prompt)
                 text = pipe.encode_text(prompts).tokens
-            return self.reference(
+            reference = self.reference(
                 tokens,
                 strength={"style": strength, "content": strength if content_strength is None else content_strength},
                 empty=empty,
                 content_layers=content_layers,
                 where=None if where is None else Where.of(where),
-                weighed=acts,
-                when=When.of(when),
-                content_text=text,
-                mask=None if mask is None else load_masks(mask).to(pipe.device),
-                source={name: pipe.describe_source(r) for name, r in given.items()},
-                told={
-                    "empty": empty,
-                    "combine": combine,
-                    "weights": None if weights is None else list(weights),
-                    "content_layers": None if content_layers is None else list(content_layers),
-                    "content_prompt": content_prompt,
-                    "where": None if where is None else list(Where.of(where).patterns),
-                },
             )
+        return replace(
+            reference,
+            weighed=acts,
+            when=When.of(when),
+            content_text=text,
+            mask=None if mask is None else load_masks(mask).to(pipe.device),
+            source={name: pipe.describe_source(r) for name, r in given.items()},
+            arguments={
+                "empty": empty,
+                "combine": combine,
+                "weights": None if weights is None else list(weights),
+                "content_layers": None if content_layers is None else list(content_layers),
+                "content_prompt": content_prompt,
+                "where": None if where is None else list(Where.of(where).patterns),
+            },
+        )
 
-    def combined(self, name: Name, reference: Any, combine: Combine, weights: Sequence[float] | None) -> Tensor:
+    def combined(self, name: Name, reference: References, combine: Combine, weights: Sequence[float] | None) -> Tensor:
         """Tokens of n references, (n, T, width), or (n, R T, width) for R of each image side by side."""
-        rows = reference if isinstance(reference, list | tuple) else [reference]
-        groups = [list(row) if isinstance(row, list | tuple) else [row] for row in rows]
-        if not groups or not groups[0] or len({len(group) for group in groups}) != 1:
-            raise ValueError(f"Every image needs equally many {name} references; found {[len(g) for g in groups]}.")
+        groups = grouped(reference, f"{name} references")
         images = torch.stack([self.read(source) for group in groups for source in group])
         tokens = self.tokens(name, images.to(next(self.parameters()).device)).unflatten(0, (len(groups), -1))
         if combine == "concat":
@@ -318,7 +323,7 @@ class DEADiffReference(Control):
     content_text: Tensor | None = None
     mask: Tensor | None = None
     source: dict[str, list] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)  # of the arguments that made it, what nothing else keeps
+    arguments: dict[str, object] = field(default_factory=dict)  # for the recipe
     weight: dict[Name, Tensor] | None = None
     text: dict[str, tuple[Tensor, Tensor]] | None = None  # text keys and values of the content layers
     regions: dict[int, Tensor] | None = None  # number of queries -> log region (B, 1, N, 1)
@@ -335,7 +340,7 @@ class DEADiffReference(Control):
             regions = log_regions(mask, run.grid)  # told of another shape even where it leaves nothing out
             kv = kv if mask.any() else {}  # nowhere: absent, to the bit
         if self.content_text is not None:
-            all_text = run.backbone.text_keys_values(self.content_text)  # type: ignore[attr-defined]
+            all_text = cast("UNet", run.backbone).text_keys_values(self.content_text)
             content = [path for path, name in self.table.items() if name == "content"]
             text = {p: tuple(match_batch(x, run.batch, "content_prompt") for x in all_text[p]) for p in content}
         whole = mask is None or bool((mask == 1).all())
@@ -378,14 +383,8 @@ class DEADiffReference(Control):
             "when": [self.when.start, self.when.end],
             "masked": self.mask is not None,
             "reference": self.source,
-            **self.told,
+            **self.arguments,
         }
-
-
-def several(reference: Any) -> bool:
-    """Whether it gives an image more than one reference."""
-    rows = reference if isinstance(reference, list | tuple) else [reference]
-    return any(isinstance(row, list | tuple) and len(row) > 1 for row in rows)
 
 
 def check_choices(acts: str, empty: str, combine: str, strength: float, content_strength: float | None) -> None:

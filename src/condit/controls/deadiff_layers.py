@@ -67,7 +67,9 @@ def cross_shapes(backbone: Any, name: str = "this model") -> dict[str, tuple[int
     return {path: (linear.in_features, linear.out_features) for path, linear in keys.items()}
 
 
-def check_maps(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], source: Any, model: str) -> None:
+def check_maps(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], source: object, model: str
+) -> None:
     """ValueError unless the file's K', V' maps are those of this model's layers."""
     found = {
         n[5 : -len(".image_k.weight")]: tuple(v.shape) for n, v in tensors.items() if n.endswith(".image_k.weight")

@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from condit.controls.control import Control, When, Where
+from condit.controls.host import Host
 from condit.controls.ip_adapter import IPAdapter
+from condit.controls.ip_input import References
 from condit.controls.ip_projectors import HEAD_DIM
 from condit.controls.ip_reference import WithLoRA
 from condit.controls.wrap import Together
@@ -80,7 +82,7 @@ class InstantStyle:
     def load(
         cls,
         source: str | Path,
-        pipe: Any,
+        pipe: Host,
         *,
         preset: str = "all",
         image_encoder: CLIPImage | str | Path | None = None,
@@ -95,11 +97,11 @@ class InstantStyle:
 
     def control(
         self,
-        reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        reference: References | None = None,
         *,
         preset: str = "style",
-        style: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
-        layout: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        style: References | None = None,
+        layout: References | None = None,
         strength: float = 1.0,
         layout_strength: float | None = None,
         content: Content | None = None,
@@ -160,7 +162,7 @@ class InstantStyle:
             return self._fitting(words)
         phrases = [words] if isinstance(words, str) else list(words)
         if phrases and all(isinstance(p, list | tuple) for p in phrases):
-            return torch.stack([self.content(each, join) for each in phrases])  # type: ignore[arg-type]
+            return torch.stack([self.content(each, join) for each in cast("list[Content]", phrases)])
         if not phrases or not all(isinstance(p, str) and p.strip() for p in phrases):
             raise ValueError(f"content must be words for what the reference shows; found {words!r}. Leave it out.")
         if join not in ("sum", "mean"):
@@ -302,16 +304,17 @@ class BlockScore:
     n: int
 
 
-Measure = Callable[[Sequence[Any], Any], Sequence[float]]
+T = TypeVar("T")  # an image
+Measure = Callable[[Sequence[T], "ImageSource"], Sequence[float]]
 
 
 def probe(
-    draw: Callable[[Sequence[Control]], Sequence[Any]],
+    draw: Callable[[Sequence[Control]], Sequence[T]],
     adapter: IPAdapter,
     references: Sequence[ImageSource],
     *,
-    style: Measure,
-    leakage: Measure,
+    style: Measure[T],
+    leakage: Measure[T],
     blocks: Sequence[str] | None = None,
     strength: float = 1.0,
 ) -> list[BlockScore]:

@@ -11,21 +11,23 @@ call gives; `ip_projectors.py`; `instantstyle.py`: which blocks. Published files
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.controls.control import Control, MaskMode, When, Where, check_reach, one_of
+from condit.controls.host import Host
 from condit.controls.ip_input import (
     Combine,
     Features,
     Given,
     IPConfig,
+    References,
     check_prefixes,
     combined,
     each_token,
@@ -47,29 +49,15 @@ from condit.controls.ip_reference import (
 )
 from condit.controls.wrap import Together
 from condit.data.images import load_image
-from condit.encoders.image import CLIPImage, Fit
+from condit.encoders.image import CLIPImage, Fit, TinyImage
 from condit.nn.attention import Site, split_heads
 from condit.nn.lora import LoRA, Part
 
 if TYPE_CHECKING:
+    from condit.backbones.unet import UNet
     from condit.data.images import ImageSource
 
 __all__ = ["IPAdapter", "IPConfig", "IPReference"]
-
-
-@dataclass(frozen=True)
-class IPParts:
-    """What a file holds for a model: its tensors under the names of an adapter that has K', V' of `layers`, and of
-    `absent` none; FaceID's LoRA, numbered by the paths of all attention layers."""
-
-    config: IPConfig
-    layers: Sequence[Layer]
-    tensors: Mapping[str, Tensor]
-    projector: nn.Module | None = None
-    absent: Sequence[Layer] = ()
-    encoder: CLIPImage | None = None
-    lora: LoRA | None = None
-    attentions: tuple[str, ...] = ()
 
 
 class IPAdapter(nn.Module):
@@ -80,7 +68,7 @@ class IPAdapter(nn.Module):
         config: IPConfig,
         sites: Sequence[Site | Layer],
         width: int = 0,
-        pipe=None,
+        pipe: Host | None = None,
         *,
         projector: nn.Module | None = None,
         absent: Sequence[Layer] = (),
@@ -98,10 +86,15 @@ class IPAdapter(nn.Module):
         self.ip_adapter = nn.ModuleDict({str(x.number): KeyValue(config.dim, x.width, bias=bias) for x in self.layers})
         self.lora: LoRA | None = None  # FaceID's
         self.attentions: tuple[str, ...] = ()  # paths of all attention layers, which number that LoRA
-        self._pipe = [pipe]  # in a list: the pipeline's weights are not ours
+        self._pipe: list[Host | None] = [pipe]  # in a list: the pipeline's weights are not ours
         self._encoder: list[CLIPImage | None] = [None]
-        for pair in self.ip_adapter.values():
-            nn.init.zeros_(pair.to_v_ip.weight)  # type: ignore[union-attr,arg-type]
+        for pair in self.pairs:
+            nn.init.zeros_(pair.to_v_ip.weight)
+
+    @property
+    def pairs(self) -> list[KeyValue]:
+        """K' and V' of each of `layers`."""
+        return cast("list[KeyValue]", list(self.ip_adapter.values()))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -112,28 +105,32 @@ class IPAdapter(nn.Module):
 
     @classmethod
     def new(
-        cls, pipe, config: IPConfig, *, projector: nn.Module | None = None, where: Where | str | tuple | None = None
+        cls,
+        pipe: Host | nn.Module,
+        config: IPConfig,
+        *,
+        projector: nn.Module | None = None,
+        where: Where | str | tuple | None = None,
     ) -> IPAdapter:
         """An adapter to train on a UNet: K', V' are copies of the text's K, V of their layers (section 3.2.2). where:
         only for these layers. pipe: a pipeline, or a UNet."""
-        backbone, chosen = getattr(pipe, "backbone", pipe), Where.of(where)
+        chosen, bound = Where.of(where), None if isinstance(pipe, nn.Module) else pipe
+        backbone = cast("UNet", pipe if bound is None else bound.backbone)
         layers = layers_of(backbone, backbone.sites, "cross")
         kept = [layer for layer in layers if any_site(chosen, layer.path)]
         absent = [layer for layer in layers if layer not in kept]
-        bound = None if pipe is backbone else pipe
         adapter = cls(replace(config, form="cross"), kept, pipe=bound, projector=projector, absent=absent)
         with torch.no_grad():
-            for layer, pair in zip(kept, adapter.ip_adapter.values(), strict=True):
-                attention = backbone.get_submodule(layer.path)
-                pair.to_k_ip.weight.copy_(attention.to_k.weight)  # type: ignore[union-attr,operator]
-                pair.to_v_ip.weight.copy_(attention.to_v.weight)  # type: ignore[union-attr,operator]
+            for layer, pair in zip(kept, adapter.pairs, strict=True):
+                pair.to_k_ip.weight.copy_(backbone.get_parameter(f"{layer.path}.to_k.weight"))
+                pair.to_v_ip.weight.copy_(backbone.get_parameter(f"{layer.path}.to_v.weight"))
         return adapter
 
     @classmethod
     def load(
         cls,
-        source,
-        pipe,
+        source: str | Path,
+        pipe: Host,
         *,
         image_encoder: CLIPImage | str | Path | None = None,
         where: Where | str | tuple[str, ...] | None = None,
@@ -147,7 +144,7 @@ class IPAdapter(nn.Module):
         for another encoder.
         """
         file = pipe.adapter_file(source, "IPAdapter")
-        parts: IPParts = file.ip_parts(source, pipe, image_encoder, Where.of(where), head_dim)
+        parts = file.ip_parts(source, pipe, image_encoder, Where.of(where), head_dim)
         with torch.device("meta"):
             adapter = cls(parts.config, parts.layers, pipe=pipe, projector=parts.projector, absent=parts.absent)
         file.load_into(adapter, parts.tensors, assign=True)
@@ -182,16 +179,17 @@ class IPAdapter(nn.Module):
     @property
     def face_width(self) -> int:
         """Of a face's vector; 0 for an adapter that reads none."""
-        return self.image_proj.proj[0].in_features if "identity" in self.config.feature else 0  # type: ignore[union-attr,index]
+        if "identity" not in self.config.feature:
+            return 0
+        return cast("nn.Linear", self.image_proj.get_submodule("proj.0")).in_features
 
     def project(self, tokens: Tensor, where: Where | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Tokens (B, T, C) -> site path -> K', V', each (B, H, T, D). Once a run, not once a step."""
         found = {}
-        for layer, pair in zip(self.layers, self.ip_adapter.values(), strict=True):
+        for layer, pair in zip(self.layers, self.pairs, strict=True):
             if where is not None and not any_site(where, layer.path):
                 continue
-            k = split_heads(pair.to_k_ip(tokens), layer.heads)  # type: ignore[operator]
-            v = split_heads(pair.to_v_ip(tokens), layer.heads)  # type: ignore[operator]
+            k, v = (split_heads(linear(tokens), layer.heads) for linear in (pair.to_k_ip, pair.to_v_ip))
             found[layer.path] = (F.rms_norm(k, k.shape[-1:], eps=1e-5) if self.config.form == "joint" else k, v)
         return found
 
@@ -210,11 +208,6 @@ class IPAdapter(nn.Module):
         against: Where | None = None,
         shortcut: float | None = None,
         one_graph: bool = False,
-        when: When | None = None,
-        mask: Tensor | None = None,
-        mask_mode: MaskMode = "area",
-        scaling: Scaling = "V only",
-        source: Sequence[dict] = (),
     ) -> IPReference:
         """A control from features of B references, or (B, R, ...) for R side by side; zeros stand for no reference.
 
@@ -244,24 +237,19 @@ class IPAdapter(nn.Module):
             adapter=self,
             strength=strength,
             where=Where() if one_graph else where,
-            when=when or When(),
-            mask=mask,
-            mask_mode=mask_mode,
-            scaling=scaling,
-            source=list(source),
         )
 
     def filled(self, pairs: KeyValues) -> dict[str, tuple[Tensor, Tensor]]:
         """K', V' at every site an adapter may have, zeros where none act: one compiled graph then serves every choice
         of blocks. V' = 0 adds exactly nothing."""
         some = next(iter(pairs.values()))[0]
-        found = {}
+        all_pairs = {}
         for layer in sorted((*self.layers, *self.absent), key=lambda x: x.number):
             shape = len(some), some.shape[2], layer.width
             # Two tensors: one in two places would be another graph.
-            zeros = tuple(split_heads(some.new_zeros(shape), layer.heads) for _ in range(2))
-            found[layer.path] = pairs.get(layer.path, zeros)  # type: ignore[assignment]
-        return found
+            k, v = (split_heads(some.new_zeros(shape), layer.heads) for _ in range(2))
+            all_pairs[layer.path] = pairs.get(layer.path, (k, v))
+        return all_pairs
 
     # From pictures to a control
 
@@ -269,9 +257,8 @@ class IPAdapter(nn.Module):
         """What the projector reads of pictures: (n, E) or (n, L, H). Not FaceID's vectors: those come from outside."""
         encoder = self._encoder[0]
         if encoder is None:
-            pipe = self._bound()
-            images = pipe.read_images(list(sources), None)
-            return pipe.image.hidden(images) if self._states else pipe.image(images)
+            images, own = self._bound().read_images(list(sources), None), self._own_encoder()
+            return own.hidden(images) if self._states else own(images)
         pixels = encoder.pixels([load_image(source) for source in sources], fit)
         return encoder.hidden(pixels) if self._states else encoder.embeds(pixels)
 
@@ -289,16 +276,19 @@ class IPAdapter(nn.Module):
         return torch.zeros_like(features[:1])
 
     def _hidden_of_zeros(self, like: Tensor) -> Tensor:
-        encoder = self._encoder[0]
-        if encoder is None and self._pipe[0] is not None:
-            encoder = self._pipe[0].image
-        if encoder is None:
-            raise ValueError(f"{self.name} has no image encoder, which makes the features of no reference.")
+        encoder = self._encoder[0] or self._own_encoder()
         return encoder.hidden(encoder.zeros()).to(like)
+
+    def _own_encoder(self) -> CLIPImage | TinyImage:
+        """The image encoder of the pipeline's model."""
+        encoder = None if self._pipe[0] is None else self._pipe[0].image
+        if encoder is None:
+            raise ValueError(f"{self.name} has no image encoder. Load it with image_encoder=, or give embeds=.")
+        return encoder
 
     def control(
         self,
-        reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        reference: References | None = None,
         *,
         strength: float | Sequence[float] | Mapping[str, float] = 1.0,
         where: Where | str | tuple[str, ...] | None = None,
@@ -349,7 +339,7 @@ class IPAdapter(nn.Module):
             parts = combined(features, chosen, weights)
             source = [] if reference is None else self._bound().describe_source(reference)
             masks = given_masks(mask, len(parts), like.device)
-            found = [
+            references = [
                 self.reference(
                     part,
                     times(strength, weight),
@@ -359,20 +349,17 @@ class IPAdapter(nn.Module):
                     against=None if against is None else Where.of(against),
                     shortcut=shortcut,
                     one_graph=one_graph,
-                    mask=m,
-                    source=source,
-                    when=When.of(when),
-                    scaling=scaling,
-                    mask_mode=mask_mode,
                 )
-                for (part, weight), m in zip(parts, masks, strict=True)
+                for part, weight in parts
             ]
-        made: Control = found[0] if len(found) == 1 else Together(tuple(found))
+        schedule, more = When.of(when), {"source": source, "scaling": scaling, "mask_mode": mask_mode}
+        acting = [replace(r, when=schedule, mask=m, **more) for r, m in zip(references, masks, strict=True)]
+        made: Control = acting[0] if len(acting) == 1 else Together(tuple(acting))
         if self.lora is None:
             return made
         return WithLoRA(made, self, Part(self.lora, None if lora_scale == 1 else torch.tensor(lora_scale)))
 
-    def _bound(self):
+    def _bound(self) -> Host:
         pipe = self._pipe[0]
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use IPAdapter.load(name, pipe).")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from condit.data.images import load_masks
+from condit.data.images import ImageSource, load_masks
 
-if TYPE_CHECKING:
-    from condit.data.images import ImageSource
-
+# One image, n for n images of a call, or n lists of R.
+References = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]]
 Combine = Literal["mean", "concat", "add", "subtract", "sum"]
 Form = Literal["joint", "cross", "residual"]
 Feature = Literal["embeds", "hidden", "identity", "identity+hidden"]
@@ -102,12 +101,14 @@ def made_elsewhere(embeds: Tensor, config: IPConfig, name: str) -> Tensor:
     return embeds[:, None] if embeds.ndim == one else embeds
 
 
-def given_masks(mask: Any, count: int, device: torch.device) -> list[Tensor | None]:
+def given_masks(
+    mask: ImageSource | Sequence[ImageSource | None] | None, count: int, device: torch.device
+) -> list[Tensor | None]:
     """A mask (n or 1, H, W) in [0, 1] for each of `count` references of an image."""
     if mask is None:
         return [None] * count
     if count == 1 or not isinstance(mask, list | tuple):
-        return [load_masks(mask).to(device)] * count
+        return [load_masks(cast("ImageSource", mask)).to(device)] * count
     if len(mask) != count:
         raise ValueError(f"{len(mask)} masks for {count} references of an image. Give one, or one of each.")
     return [None if m is None else load_masks(m).to(device) for m in mask]
@@ -123,12 +124,12 @@ def check_prefixes(strength: object, paths: Sequence[str]) -> None:
 # Several references of one image
 
 
-def grouped(reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]]) -> list[list]:
+def grouped(reference: References, what: str = "references") -> list[list]:
     """One reference, n of them, or n lists of R: n lists of R. ValueError for lists of different lengths."""
     outer = list(reference) if isinstance(reference, list | tuple) else [reference]
     groups = [list(r) if isinstance(r, list | tuple) else [r] for r in outer]
     if len({len(g) for g in groups}) != 1 or not groups[0]:
-        raise ValueError(f"Every image needs equally many references; found {[len(g) for g in groups]}.")
+        raise ValueError(f"Every image needs equally many {what}; found {[len(g) for g in groups]}.")
     return groups
 
 
@@ -181,19 +182,19 @@ def times(
     """The strength of one reference of several: a number, numbers by prefix, or (n,). ValueError for what is none."""
     if isinstance(strength, Mapping):
         return {path: float(numbers(value)) * weight for path, value in strength.items()}
-    found = numbers(strength)
-    return float(strength) * weight if found.ndim == 0 else found * weight  # type: ignore[arg-type]
+    values = numbers(strength)
+    return float(cast("float", strength)) * weight if values.ndim == 0 else values * weight
 
 
 def numbers(strength: object) -> Tensor:
     """A strength as a tensor of no dimension, or one an image."""
     try:
-        found = torch.as_tensor(strength, dtype=torch.float32)
+        values = torch.as_tensor(strength, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    if found.ndim > 1 or not found.numel() or not found.isfinite().all():
+        values = torch.empty(0)
+    if values.ndim > 1 or not values.numel() or not values.isfinite().all():
         raise ValueError(
             "strength must be a finite number, one an image, or numbers by prefix of the layers' paths; found "
             f"{strength!r}."
         )
-    return found
+    return values

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.controls.ip_input import Form
+from condit.controls.ip_input import Form, IPConfig
+from condit.encoders.image import CLIPImage
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
 from condit.nn.layers import RMSNorm, timestep_features
+from condit.nn.lora import LoRA
 
 HEAD_DIM = 64  # of every published Perceiver; no tensor tells it
 
@@ -99,13 +101,11 @@ class Perceiver(nn.Module):
 
     def read(self, latents: Tensor, x: Tensor) -> Tensor:
         """x (B, L, dim) is projected already."""
-        for attention, mlp in self.layers:  # type: ignore[misc]
+        for block in self.layers:
+            attention, mlp = cast("nn.ModuleList", block)
             latents = latents + attention(x, latents)
             latents = latents + mlp(latents)
         return self.norm_out(self.proj_out(latents))
-
-    def forward(self, latents: Tensor, features: Tensor) -> Tensor:
-        return self.read(latents, self.proj_in(features))
 
 
 class Resampler(Perceiver):
@@ -137,7 +137,7 @@ class Resampler(Perceiver):
             nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim * pooled)) if pooled else None
         )
 
-    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, features: Tensor) -> Tensor:
         if self.pos_emb is not None:
             features = features + self.pos_emb.weight[: features.shape[1]]
         x, latents = self.proj_in(features), self.latents.expand(len(features), -1, -1)
@@ -161,7 +161,7 @@ class IdentityPlusProjection(nn.Module):
 
     def forward(self, identity: Tensor, features: Tensor, shortcut: float | None = None) -> Tensor:
         own = self.norm(self.proj(identity).unflatten(-1, (self.tokens, -1)))
-        read = self.perceiver_resampler(own, features)
+        read = self.perceiver_resampler.read(own, self.perceiver_resampler.proj_in(features))
         return read if shortcut is None else own + shortcut * read
 
 
@@ -173,23 +173,20 @@ class TimeBlock(nn.Module):
         self.heads = heads
         self.ln0, self.ln1, self.adaln_norm = (nn.LayerNorm(dim) for _ in range(3))
         self.adaln_proj = nn.Linear(dim, 4 * dim)
-        self.attn = nn.Module()
-        self.attn.to_q = nn.Linear(dim, inner, bias=False)
-        self.attn.to_kv = nn.Linear(dim, 2 * inner, bias=False)
-        self.attn.to_out = nn.ModuleList([nn.Linear(inner, dim, bias=False)])
-        up = nn.Module()
-        up.proj = nn.Linear(dim, hidden, bias=False)
-        self.ff = nn.Module()
-        self.ff.net = nn.ModuleList([up, nn.Identity(), nn.Linear(hidden, dim, bias=False)])
+        to_q, to_kv = nn.Linear(dim, inner, bias=False), nn.Linear(dim, 2 * inner, bias=False)
+        to_out = nn.ModuleList([nn.Linear(inner, dim, bias=False)])
+        self.attn = nn.ModuleDict({"to_q": to_q, "to_kv": to_kv, "to_out": to_out})
+        up = nn.ModuleDict({"proj": nn.Linear(dim, hidden, bias=False)})
+        self.ff = nn.ModuleDict({"net": nn.ModuleList([up, nn.Identity(), nn.Linear(hidden, dim, bias=False)])})
 
     def forward(self, x: Tensor, latents: Tensor, clock: Tensor) -> Tensor:
         shift, scale, shift_mlp, scale_mlp = self.adaln_proj(F.silu(clock))[:, None].chunk(4, -1)
         h = self.ln1(latents) * (1 + scale) + shift
-        q, kv = self.attn.to_q(h), self.attn.to_kv(torch.cat([self.ln0(x), h], 1))  # type: ignore[operator]
-        latents = latents + self.attn.to_out[0](perceive(q, kv, self.heads))  # type: ignore[index]
+        q, kv = self.attn["to_q"](h), self.attn["to_kv"](torch.cat([self.ln0(x), h], 1))
+        latents = latents + self.attn.get_submodule("to_out.0")(perceive(q, kv, self.heads))
         h = self.adaln_norm(latents) * (1 + scale_mlp) + shift_mlp
-        net: Any = self.ff.net
-        return latents + net[2](F.gelu(net[0].proj(h)))
+        up, down = (self.ff.get_submodule(path) for path in ("net.0.proj", "net.2"))
+        return latents + down(F.gelu(up(h)))
 
 
 class TimeResampler(nn.Module):
@@ -213,20 +210,19 @@ class TimeResampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(1, queries, dim) / dim**0.5)
         self.proj_in, self.proj_out, self.norm_out = nn.Linear(features, dim), nn.Linear(dim, out), nn.LayerNorm(out)
         self.layers = nn.ModuleList(TimeBlock(dim, inner, heads, hidden) for _ in range(depth))
-        self.time_embedding = nn.Module()
-        self.time_embedding.linear_1, self.time_embedding.linear_2 = nn.Linear(t, dim), nn.Linear(dim, dim)
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(t, dim), "linear_2": nn.Linear(dim, dim)})
         self.time_dim = t
 
     def forward(self, features: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = self.time_embedding.linear_1, self.time_embedding.linear_2
-        clock = second(F.silu(first(timestep_features(t, self.time_dim).to(features.dtype))))  # type: ignore[operator]
+        first, second = self.time_embedding["linear_1"], self.time_embedding["linear_2"]
+        clock = second(F.silu(first(timestep_features(t, self.time_dim).to(features.dtype))))
         x, latents = self.proj_in(features) + clock[:, None], self.latents.expand(len(features), -1, -1)
         for block in self.layers:
             latents = block(x, latents, clock)
         return self.norm_out(self.proj_out(latents)), clock
 
 
-# K', V' of a layer
+# K', V' of a layer, and what a file holds of an adapter
 
 
 class KeyValue(nn.Module):
@@ -246,6 +242,21 @@ class Layer:
     path: str
     width: int
     heads: int
+
+
+@dataclass(frozen=True)
+class IPParts:
+    """An adapter as its file holds it: tensors under the names of a module with K', V' of `layers` and none of
+    `absent`; FaceID's LoRA, numbered by the paths of all attention layers."""
+
+    config: IPConfig
+    layers: Sequence[Layer]
+    tensors: Mapping[str, Tensor]
+    projector: nn.Module | None = None
+    absent: Sequence[Layer] = ()
+    encoder: CLIPImage | None = None
+    lora: LoRA | None = None
+    attentions: tuple[str, ...] = ()
 
 
 def layers_of(backbone: nn.Module, sites: Sequence[Site], form: Form) -> list[Layer]:
@@ -274,14 +285,13 @@ class ImageBranch(nn.Module):
         """dim: of the tokens; width: of the layer; clock: of the projector's time embedding."""
         super().__init__()
         self.heads = heads
-        self.norm_ip = nn.Module()
-        self.norm_ip.linear = nn.Linear(clock, 2 * dim)
+        self.norm_ip = nn.ModuleDict({"linear": nn.Linear(clock, 2 * dim)})
         self.to_k_ip, self.to_v_ip = (nn.Linear(dim, width, bias=False) for _ in range(2))
         self.norm_q, self.norm_k, self.norm_ip_k = (RMSNorm(width // heads, eps=1e-6) for _ in range(3))
 
     def keys_values(self, tokens: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, T, C) and clock (B, dim) of a step -> k', v', each (B, H, T, D)."""
-        shift, scale = self.norm_ip.linear(F.silu(clock))[:, None].chunk(2, -1)  # type: ignore[operator]
+        shift, scale = self.norm_ip["linear"](F.silu(clock))[:, None].chunk(2, -1)
         h = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
         return self.norm_ip_k(split_heads(self.to_k_ip(h), self.heads)), split_heads(self.to_v_ip(h), self.heads)
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.controls.control import Control, Fill, Run, Step, When, check_shape, match_batch, region_mask
+from condit.controls.host import Host
 from condit.controls.omini_picture import Picture
 from condit.controls.omini_tasks import OminiConfig, Side, task_config
 from condit.nn.attention import Attend, Call
@@ -58,10 +60,10 @@ def omini_targets(backbone: nn.Module) -> dict[str, tuple[int, int]]:
 class OminiControl(nn.Module):
     """An adapter: one LoRA, and how its condition is placed. `control(reference)` makes a control."""
 
-    def __init__(self, lora: LoRA, config: OminiConfig, pipe=None):
+    def __init__(self, lora: LoRA, config: OminiConfig, pipe: Host | None = None):
         super().__init__()
         self.lora, self.config, self.name, self.hash = lora, config, "", ""
-        self._pipe = [pipe]  # in a list: the pipeline's weights are not ours
+        self._pipe: list[Host | None] = [pipe]  # in a list: the pipeline's weights are not ours
 
     @classmethod
     def new(cls, backbone: nn.Module, config: OminiConfig) -> OminiControl:
@@ -74,7 +76,7 @@ class OminiControl(nn.Module):
         return cls(LoRA(omini_targets(backbone), config.rank, config.alpha), config)
 
     @classmethod
-    def load(cls, source, pipe, task: str | OminiConfig | None = None) -> OminiControl:
+    def load(cls, source: str | Path, pipe: Host, task: str | OminiConfig | None = None) -> OminiControl:
         """From a name ("tiny/subject"), a file or a folder. Rank and targets are inferred from the tensors.
 
         task: how it was trained, a row of TASKS or a configuration, for a file that does not say so itself.
@@ -103,7 +105,7 @@ class OminiControl(nn.Module):
         """What `load` needs beside the tensors."""
         return {"method": "OminiControl", **asdict(self.config), "alpha": None}  # the tensors hold it
 
-    def bound(self):
+    def bound(self) -> Host:
         """The pipeline that encodes the references."""
         if self._pipe[0] is None:
             raise ValueError("This adapter is not bound to a pipeline. Use OminiControl.load(name, pipe).")
@@ -122,7 +124,6 @@ class OminiControl(nn.Module):
         delta: tuple[float, float] | Side | None = None,
         size: tuple[int, int] | None = None,
         annotate: bool = True,
-        generator: torch.Generator | None = None,
     ) -> OminiReference:
         """A control from one reference, or from n references for n images.
 
@@ -134,8 +135,7 @@ class OminiControl(nn.Module):
         "independent" runs the condition without text and image, as the official generate(kv_cache=True) does. size:
         height and width at which the reference is read; None: those that the call draws where the condition lies on the
         picture (delta 0), else the model's. annotate=False: the reference already is the condition image (an edge map,
-        say). generator: draws the tokens from the autoencoder's posterior, then those of the black picture, as the
-        official code does; None: their mode.
+        say).
         """
         if strength < 0:
             raise ValueError(f"OminiControl's strength is a factor on attention, >= 0; found {strength}.")
@@ -149,9 +149,8 @@ class OminiControl(nn.Module):
                 "fill keeps cells of the picture where they stand, so it needs an adapter with delta (0, 0), scale 1 "
                 f"and no annotator; found delta {c.delta}, scale {c.scale}, annotator {c.annotator!r}."
             )
-        picture = Picture.of(reference, c, annotate=annotate, fill=fill).drawn_by(generator)
-        at = size or pipe.size
-        encoded = picture.encoded(pipe, at, generator)
+        picture, at = Picture.of(reference, c, annotate=annotate, fill=fill), size or pipe.size
+        encoded = picture.encoded(pipe, at)
         settings: dict = {} if text_bias else {"text_bias": False}
         settings |= {} if cached is None else {"cached": cached}
         settings |= {} if delta is None else {"delta": delta if isinstance(delta, str) else list(delta)}
@@ -171,9 +170,9 @@ class OminiControl(nn.Module):
             text_bias=text_bias,
             mask=None if mask is None else (pipe.read_images(mask, None, None)[:, 0] + 1) / 2,
             given=encoded.given,
-            picture=picture if size is None and picture.follows else None,
+            picture=picture,
             size=at,
-            on_picture=picture.follows,
+            resizes=size is None and picture.follows,
             independent=True if cached in ("independent", "approximate") else None,
             cached=cached is not False,
             first_step=cached == "first-step",
@@ -217,7 +216,7 @@ class OminiReference(Control):
     an independent condition runs once, not in every step. first_step: a joint one runs in its first step only, and its
     keys and values of that step serve the others. text_bias: the strength acts between condition and text too. mask (n
     or 1, H, W): where in the picture it acts. given: the picture whose known cells these tokens are. picture: what it
-    was encoded from at `size`, for another size, if it lies on the drawing.
+    was encoded from at `size`; resizes: a call of another size encodes it again.
     """
 
     tokens: Tensor
@@ -232,7 +231,7 @@ class OminiReference(Control):
     given: Fill | None = None
     picture: Picture | None = None
     size: tuple[int, int] | None = None
-    on_picture: bool = False  # delta 0
+    resizes: bool = False
     empty: bool = False  # its tokens are those of the black picture
     independent: bool | None = None
     cached: bool = True
@@ -250,21 +249,32 @@ class OminiReference(Control):
         """Whether it attends to itself only."""
         return self.adapter.config.independent if self.independent is None else self.independent
 
-    def sized(self, size: tuple[int, int], pipe: Any) -> OminiReference:
+    def sized(self, size: tuple[int, int], pipe: Host) -> OminiReference:
         if self.cache is not None or size == self.size:
             return self
-        if self.picture is None:
+        if self.picture is None or not self.resizes:
             self.check_extent(size, pipe)
             return self
-        new = self.picture.encoded(pipe, size, self.picture.again())
-        tokens = new.black if self.empty else new.tokens
-        return replace(self, tokens=tokens, black=new.black, ids=new.ids, given=new.given, size=size)
+        return self.encoded(self.picture, size, pipe)
 
-    def check_extent(self, size: tuple[int, int], pipe: Any) -> None:
+    def sampled(self, generator: torch.Generator) -> OminiReference:
+        """The same with tokens sampled from the autoencoder's posterior, then those of the black image, as the official
+        code does; `control` takes the mode. Of a control that `OminiControl.control` made."""
+        assert self.picture is not None and self.size is not None
+        return self.encoded(self.picture.sampled_by(generator), self.size, self.adapter.bound())
+
+    def encoded(self, picture: Picture, size: tuple[int, int], pipe: Host) -> OminiReference:
+        """The same from the tokens of `picture` at a size."""
+        new = picture.encoded(pipe, size)
+        tokens = new.black if self.empty else new.tokens
+        return replace(self, tokens=tokens, black=new.black, ids=new.ids, given=new.given, picture=picture, size=size)
+
+    def check_extent(self, size: tuple[int, int], pipe: Host) -> None:
         """ValueError for a condition that lies on the picture, at a size of its own, and reaches beyond its cells."""
         rows, columns = size[0] // pipe.pixels, size[1] // pipe.pixels
         last = self.ids[:, 1:].amax(0).tolist()
-        if self.on_picture and (last[0] > rows - 0.5 or last[1] > columns - 0.5):
+        aligned = self.picture is not None and self.picture.follows
+        if aligned and (last[0] > rows - 0.5 or last[1] > columns - 0.5):
             raise ValueError(
                 f"This condition lies on the picture (delta 0) and reaches position ({last[0]:g}, {last[1]:g}), but "
                 f"the call draws {rows} x {columns} cells. Leave size= out, so that it has the size of the call, or "

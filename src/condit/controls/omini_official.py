@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from condit.controls.control import Control, Run, Step, When, match_batch
+from condit.controls.host import Host
 from condit.controls.omini import OminiControl, OminiReference, condition_stream
 from condit.controls.wrap import Wrapper
 from condit.nn.attention import Attend, Call
@@ -41,7 +42,7 @@ class WithBlack(Wrapper):
     inner: Control
     black: tuple[OminiReference, ...]
 
-    def sized(self, size: tuple[int, int], pipe: Any) -> Control:
+    def sized(self, size: tuple[int, int], pipe: Host) -> Control:
         return replace(self, inner=self.inner.sized(size, pipe), black=tuple(b.sized(size, pipe) for b in self.black))
 
     def negative(self) -> Control | None:

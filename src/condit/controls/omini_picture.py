@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from condit.controls.control import Fill
+from condit.controls.host import Host
 from condit.controls.omini_tasks import OminiConfig, condition_ids
 from condit.data.images import load_image
 
@@ -51,8 +52,8 @@ class Picture:
         annotate: bool,
         fill: ImageSource | None = None,
     ) -> Picture:
-        sources: list[Any] = list(reference) if isinstance(reference, list | tuple) else [reference]
-        images = tuple(load_image(source, mode="RGBA") for source in sources)
+        sources = reference if isinstance(reference, list | tuple) else [reference]
+        images = tuple(load_image(cast("ImageSource", source), mode="RGBA") for source in sources)
         return cls(images, config, annotate, None if fill is None else load_image(fill))
 
     @property
@@ -60,9 +61,9 @@ class Picture:
         """Whether it lies on the drawing, so that it must have its size."""
         return not isinstance(self.config.delta, str) and tuple(self.config.delta) == (0, 0)
 
-    def encoded(self, pipe, size: tuple[int, int], generator: torch.Generator | None = None) -> Encoded:
+    def encoded(self, pipe: Host, size: tuple[int, int]) -> Encoded:
         """Through a pipeline's autoencoder, as for a drawing of `size` (height, width)."""
-        c = self.config
+        c, generator = self.config, self.generator()
         small = size if c.scale == 1 else compact(size, c.scale, pipe.pixels)
         images = pipe.read_images(list(self.images), c.annotator if self.annotate else None, small)
         tokens, grid = pipe.encode_condition(images, generator)
@@ -75,12 +76,12 @@ class Picture:
         known = ~given.drawn.flatten()
         return Encoded(tokens[:, known], black[:, known], ids[known], given)
 
-    def drawn_by(self, generator: torch.Generator | None) -> Picture:
-        """With the state of a generator as it is before it draws."""
-        return self if generator is None else replace(self, noise=(generator.device, generator.get_state()))
+    def sampled_by(self, generator: torch.Generator) -> Picture:
+        """With the state that a generator has now."""
+        return replace(self, noise=(generator.device, generator.get_state()))
 
-    def again(self) -> torch.Generator | None:
-        """A generator that draws as the first one did."""
+    def generator(self) -> torch.Generator | None:
+        """A generator in that state."""
         if self.noise is None:
             return None
         generator = torch.Generator(self.noise[0])

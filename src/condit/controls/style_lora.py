@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from condit.controls.control import Control, Step, When
+from condit.controls.host import Host
 from condit.controls.omini import TARGETS
 from condit.nn.lora import LoRA, LowRank, Part, linear_shapes, together
 
@@ -26,11 +28,10 @@ class StyleLoRA(nn.Module):
         self.lora, self.gated, self.name, self.hash = lora, gated, "", ""
 
     @classmethod
-    def load(cls, source, pipe, *, ignore_text: bool = False) -> StyleLoRA:
+    def load(cls, source: str | Path, pipe: Host, *, ignore_text: bool = False) -> StyleLoRA:
         """From a file or a folder in the layout of diffusers, peft or kohya, told by its tensors. ignore_text: take the
         UNet's part of a file that adapts the text encoder too, which alone is another LoRA."""
-        how = {"ignore_text": True} if ignore_text else {}
-        file = pipe.adapter_file(source, "OminiControl", **how)
+        file = pipe.adapter_file(source, "OminiControl", ignore_text=ignore_text)
         lora = LoRA.from_tensors(file.tensors).requires_grad_(False).to(pipe.device, pipe.dtype)
         for path, (found, expected) in lora.unfitting(pipe.backbone).items():
             raise ValueError(

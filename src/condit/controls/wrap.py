@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from condit.nn.attention import Attend, Call, Reduction, Site, reduction
 from condit.nn.attention import attend as run_controls
 from condit.nn.lora import LowRank, together
 from condit.nn.streams import Stream
+
+if TYPE_CHECKING:
+    from condit.controls.host import Host
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Wrapper(Control):
     def acts(self) -> frozenset[Act]:
         return frozenset().union(*(control.acts for control in self.inside))
 
-    def sized(self, size: tuple[int, int], pipe: Any) -> Control:
+    def sized(self, size: tuple[int, int], pipe: Host) -> Control:
         return self.holding(control.sized(size, pipe) for control in self.inside) or self
 
     def prepare(self, run: Run) -> Control:
@@ -214,7 +217,7 @@ class Sides(Wrapper):
         return [slice(i * n, (i + 1) * n) for i in range(len(self.inner))]
 
 
-def stacked(parts: Sequence[Tensor | None], neutral: Any) -> Tensor | None:
+def stacked(parts: Sequence[Tensor | None], neutral: Callable[[Tensor], Tensor]) -> Tensor | None:
     """Equal parts of a batch as one; `neutral` makes those that are None from another. None if all are."""
     given = next((part for part in parts if part is not None), None)
     return None if given is None else torch.cat([neutral(given) if part is None else part for part in parts])

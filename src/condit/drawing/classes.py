@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -141,7 +141,8 @@ class ClassModel:
         if isinstance(label, str) and self.labels is not None:
             return self.labels.index(label)
         try:
-            index = int(label) if isinstance(label, str) and label.isdecimal() else operator.index(label)  # type: ignore[arg-type]
+            value = int(label) if isinstance(label, str) and label.isdecimal() else label
+            index = operator.index(cast("SupportsIndex", value))
         except TypeError:
             index = -1
         if not 0 <= index < self.classes or isinstance(label, bool):

@@ -25,7 +25,8 @@ from condit.drawing.edit_request import (
     same,
     source_prompts,
 )
-from condit.drawing.model import Layout, Side, TextModel
+from condit.drawing.model import Conditions, Layout, Side, TextModel
+from condit.drawing.repaint import Images
 from condit.drawing.settings import Settings, check_size
 
 
@@ -38,13 +39,11 @@ class Editable(Protocol):
     def text_model(self) -> TextModel: ...
     @property
     def backbone(self) -> nn.Module: ...
-    @property
-    def parts(self) -> Any: ...
 
-    def read_images(self, reference: Any, annotator: str | None, size: tuple[int, int] | None = None) -> Tensor: ...
+    def read_images(self, reference: Images, annotator: str | None, size: tuple[int, int] | None = None) -> Tensor: ...
     def sized(self, controls: Sequence[Control], size: tuple[int, int]) -> tuple[Control, ...]: ...
     def sides(
-        self, conditions: Callable[[bool], Any], controls: Sequence[Control], layout: Layout, settings: Settings
+        self, conditions: Conditions, controls: Sequence[Control], layout: Layout, settings: Settings
     ) -> list[Side]: ...
     def predictor(self, sides: Sequence[Side], layout: Layout, settings: Settings) -> Predict: ...
 
@@ -205,7 +204,7 @@ def edit(
         check_steps(num_inference_steps, times if iterations is None else iterations)
         inversion, prompts = None, EditPrompts.of(image, source, target)
         size = size_of(pipe, as_list(image), height, width)
-    n, words = len(prompts.targets), pipe.parts.text.words
+    n, words = len(prompts.targets), model.parts.text.words
     if mask is not None and len(as_list(mask)) not in (1, n):
         raise ValueError(f"{len(as_list(mask))} masks for {n} edits. Give one, or one an edit.")
     pair = Pair(tuple(words(prompts.sources)), tuple(words(prompts.targets)))
@@ -251,7 +250,7 @@ def edit(
         **method.describe(),
         "size": list(size),
         "controls": [control.describe() for control in acting],
-        "hash": pipe.parts.hash,
+        "hash": model.parts.hash,
     }
     shown = decoded(model, edited, originals, inversion, layout)
     return results(shown, inversion, output_type, recipe, records=records, words=pair, grid=layout.grid)

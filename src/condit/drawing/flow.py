@@ -92,7 +92,7 @@ class FlowModel:
         count = self.count(prompt)
         return {
             "prompt": prompts,
-            "negative_prompt": None if isinstance(negative, Text) else negative_prompts(negative, count),  # type: ignore[arg-type]
+            "negative_prompt": None if isinstance(negative, Text) else negative_prompts(negative, count),
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.scale,
             "image_guidance_scale": settings.image_guidance_scale,
@@ -111,7 +111,7 @@ class FlowModel:
                 f"{self.parts.name} has its guidance inside the model, with no unconditional prediction: a negative "
                 "prompt has no effect. Leave it out."
             )
-        other = negative if isinstance(negative, Text) else negative_prompts(negative, count)  # type: ignore[arg-type]
+        other = negative if isinstance(negative, Text) else negative_prompts(negative, count)
 
         def condition(positive: bool) -> Text:
             text = self.encode_text(prompt if positive else other, None)

@@ -21,6 +21,7 @@ from condit.drawing.settings import Settings
 from condit.encoders.text import Text
 
 C = TypeVar("C")
+C_co = TypeVar("C_co", covariant=True)
 
 
 class Network(Protocol):
@@ -53,10 +54,10 @@ class Layout:
     memory: dict = field(default_factory=dict)
 
 
-class Conditions(Protocol[C]):
+class Conditions(Protocol[C_co]):
     """condition(positive): a row for each image of the batch, encoded when first called for."""
 
-    def __call__(self, positive: bool, /) -> C: ...
+    def __call__(self, positive: bool, /) -> C_co: ...
 
 
 class Model(Protocol, Generic[C]):
@@ -95,15 +96,15 @@ class Model(Protocol, Generic[C]):
         """With the model's defaults. ValueError for what it cannot do."""
         ...
 
-    def describe(self, prompt: Any, negative: Any, settings: Settings) -> dict[str, object]:
+    def describe(self, prompt: object, negative: object, settings: Settings) -> dict[str, object]:
         """What a recipe keeps of prompt and settings, in the words of the call."""
         ...
 
-    def count(self, prompt: Any) -> int:
+    def count(self, prompt: object) -> int:
         """How many prompts or classes. ValueError for what the model cannot read."""
         ...
 
-    def conditions(self, prompt: Any, negative: Any, settings: Settings) -> Conditions[C]: ...
+    def conditions(self, prompt: object, negative: object, settings: Settings) -> Conditions[C]: ...
 
     def refuse(self, control: Control) -> str | None:
         """Why a control cannot act on this model; None where it can."""

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from condit.controls.control import Apart, Control, check_controls
+from condit.controls.ip_input import References
 from condit.controls.wrap import sides as joined_sides
 from condit.data.imagenet import ClassNames
-from condit.data.images import ImageSource, to_images
+from condit.data.images import to_images
 from condit.diffusion.steps import Noise, PartPath, Predict, Step, draw
 from condit.drawing import edit as editing
-from condit.drawing.model import Layout, Model, Side, TextModel, module_device, module_dtype
+from condit.drawing.model import Conditions, Layout, Model, Side, TextModel, module_device, module_dtype
 from condit.drawing.references import describe_source, find_fill, read_references
 from condit.drawing.repaint import Images, check_picture, repainted, share_changed, skipped, start_of
 from condit.drawing.settings import Settings, check_counts, check_size, check_supported, image_generators
@@ -61,7 +62,7 @@ class Pipeline:
         self.model: Model = make_model(parts, offload)
         self.parts, self.backbone, self.offload = self.model.parts, self.model.backbone, offload
         self.name: str = parts.name
-        self.image = getattr(parts, "image", None)  # the image encoder, of models that bring one
+        self.image: CLIPImage | TinyImage | None = getattr(parts, "image", None)
 
     @property
     def text_model(self) -> TextModel:
@@ -266,7 +267,7 @@ class Pipeline:
 
     def sides(
         self,
-        conditions: Callable[[bool], Any],
+        conditions: Conditions,
         controls: Sequence[Control],
         layout: Layout,
         settings: Settings,
@@ -381,7 +382,7 @@ class Pipeline:
         own = [(tokenizer, encoder) for tokenizer, encoder in pairs if hasattr(encoder, "text_projection")]
         return TextTower(own[-1][1], own[-1][0]) if own else None
 
-    def describe_source(self, reference: ImageSource | Sequence[ImageSource]) -> list:
+    def describe_source(self, reference: References) -> list:
         """What a recipe keeps of a reference."""
         return describe_source(reference)
 

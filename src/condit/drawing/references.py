@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from condit.controls.control import Control, Fill
+from condit.controls.ip_input import References
 from condit.data import annotators
 from condit.data.depth import depth
 from condit.data.images import ImageSource, load_image, to_tensor
@@ -47,20 +48,20 @@ def read_references(
     that are no multiples of `pixels`, a token's."""
     if any(side % pixels or not 0 < side <= MAX_SIDE for side in size):
         raise ValueError(f"size must be multiples of {pixels} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
-    sources: list[Any] = list(reference) if isinstance(reference, list | tuple) else [reference]
-    found = []
+    sources = reference if isinstance(reference, list | tuple) else [reference]
+    images = []
     for source in sources:
-        image: Image.Image = load_image(source, mode="RGBA" if annotator in ("edges", "lines") else "RGB")
+        image = load_image(cast("ImageSource", source), mode="RGBA" if annotator in ("edges", "lines") else "RGB")
         if annotator is not None:
             image = ANNOTATORS[annotator](image.resize((size[1], size[0]), Image.Resampling.LANCZOS))
-        found.append(to_tensor(image, size))
-    return torch.stack(found)
+        images.append(to_tensor(image, size))
+    return torch.stack(images)
 
 
-def describe_source(reference: Any) -> list:
+def describe_source(reference: References) -> list:
     """Of each reference its path, if it has one, and a short hash of its content."""
     if isinstance(reference, list | tuple):
         return [entry for item in reference for entry in describe_source(item)]
-    content = load_image(reference).tobytes()
+    content = load_image(cast("ImageSource", reference)).tobytes()
     entry = {"sha256": hashlib.sha256(content).hexdigest()[:16]}
     return [{"path": str(reference), **entry} if isinstance(reference, str | Path) else entry]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -40,10 +40,10 @@ class Settings:
     target_size: tuple[int, int] | None = None
     copies: int = 1
 
-    def filled(self, **defaults: object) -> Settings:
+    def filled(self, **defaults: Any) -> Settings:
         """With defaults where nothing was given."""
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return replace(self, **missing)  # type: ignore[arg-type]
+        return replace(self, **missing)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -100,9 +100,11 @@ def prompt_list(prompt: object) -> list[str]:
     return [str(p) for p in prompts]
 
 
-def negative_prompts(negative: str | Sequence[str] | None, n: int) -> list[str]:
+def negative_prompts(negative: object, n: int) -> list[str]:
     """n negative prompts from one, n or none."""
-    prompts = [negative or ""] * n if negative is None or isinstance(negative, str) else list(negative)
+    if negative is None or isinstance(negative, str):
+        return [negative or ""] * n
+    prompts = list(cast("Sequence[str]", negative))
     if len(prompts) != n:
         raise ValueError(f"{len(prompts)} negative prompts for {n} prompts. Give one, or as many as prompts.")
     return prompts

@@ -99,7 +99,7 @@ class VPModel:
             raise ValueError(f"sampler must be one of {SAMPLERS}; found {sampler!r}.")
         if settings.eta is None or not 0 <= settings.eta <= 1 or (settings.eta and solver != "ddim"):
             raise ValueError(f"eta is the noise of sampler='ddim', 0 to 1; found {settings.eta} with {solver!r}.")
-        return solver, process  # type: ignore[return-value]
+        return cast("Solver", solver), process
 
     def describe(self, prompt: object, negative: object, settings: Settings) -> dict[str, object]:
         solver, process = self.solver(settings)
@@ -257,8 +257,8 @@ class VPModel:
 
     def run(self, condition: Text, layout: Layout, settings: Settings, controls: Sequence[Control]) -> Run:
         pooled, channels = condition.pooled, self.channels
-        given = {"memory": layout.memory, "edit": layout.edit}
-        return Run(self.backbone, layout.batch, layout.grid, pooled, None, channels, **given)  # type: ignore[arg-type]
+        batch, grid, memory, pair = layout.batch, layout.grid, layout.memory, layout.edit
+        return Run(self.backbone, batch, grid, pooled, None, channels, memory=memory, edit=pair)
 
     def joins(self, settings: Settings, acts: frozenset[Act]) -> bool:
         return bool(settings.guidance_in_one_call) and not acts & {"merge", "adapt"}

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from condit.controls.control import Where
-from condit.controls.ip_adapter import IPParts
+from condit.controls.host import Host
 from condit.controls.ip_input import IPConfig
-from condit.controls.ip_projectors import ImageBranch, Layer, SD3Adapter, TimeResampler, layers_of
+from condit.controls.ip_projectors import ImageBranch, IPParts, Layer, SD3Adapter, TimeResampler, layers_of
 from condit.encoders.image import CLIPImage, encoder_size
 from condit.weights.ip_files import IPFile, face_lora, fit_layers, form_of, read_layout
 from condit.weights.ip_projectors import Needs, needs_of, projector_of
@@ -21,7 +21,7 @@ def ip_parts(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     source: object,
-    pipe: Any,
+    pipe: Host,
     image_encoder: CLIPImage | str | Path | None,
     where: Where,
     head_dim: int,
@@ -35,7 +35,7 @@ def ip_parts(
     return own_parts(tensors, config, source, pipe)
 
 
-def own_parts(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: object, pipe: Any) -> IPParts:
+def own_parts(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: object, pipe: Host) -> IPParts:
     """Our adapters for an MM-DiT (docs/tiny.md)."""
     if "ip_adapter.1.to_k_ip.weight" in tensors and "ip_adapter.0.to_k_ip.weight" not in tensors:
         raise ValueError(
@@ -73,7 +73,12 @@ def own_parts(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source
 
 
 def published_parts(
-    tensors: Mapping[str, Tensor], source: object, pipe: Any, image_encoder: Any, where: Where, head_dim: int
+    tensors: Mapping[str, Tensor],
+    source: object,
+    pipe: Host,
+    image_encoder: CLIPImage | str | Path | None,
+    where: Where,
+    head_dim: int,
 ) -> IPParts:
     """A published file for a UNet or FLUX."""
     layout, backbone = read_layout(tensors, source), pipe.backbone
@@ -102,7 +107,7 @@ def published_parts(
     return IPParts(config, present, named, projector, absent, encoder, lora, attentions)
 
 
-def find_encoder(pipe: Any, given: Any, source: object, needs: Needs) -> CLIPImage | None:
+def find_encoder(pipe: Host, given: CLIPImage | str | Path | None, source: object, needs: Needs) -> CLIPImage | None:
     """The image encoder: given, the pipeline's, or beside the file. Its size is checked before its weights are read."""
     if isinstance(given, CLIPImage):
         needs.refuse(given.size, source, "the image encoder given")
