@@ -1,7 +1,7 @@
-"""What a pipeline needs of a model: one implementation a family (flow.py, vp.py, classes.py, pixels.py).
+"""The model of a pipeline: one implementation for each family (flow.py, vp.py, classes.py, pixels.py).
 
-C is what a family is conditioned on: encoded text, or class numbers. Latents (B, ...) are float32 and of unit variance
-at full noise; each family has its own shape of them.
+C is the condition of a family: encoded text, or class numbers. Latents (B, ...) are float32 with unit variance at full
+noise; each family has its own shape of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ C_co = TypeVar("C_co", covariant=True)
 
 
 class Network(Protocol):
-    """A network that knows its text or classes: the raw prediction for x (B, ...) at a step, in float32."""
+    """A network with its text or classes: the raw prediction for x (B, ...) at a step, in float32."""
 
     def __call__(self, x: Tensor, step: Step, controls: Sequence[Control]) -> Tensor: ...
 
@@ -44,7 +44,7 @@ Sampler = Callable[..., Tensor]
 @dataclass(frozen=True)
 class Layout:
     """The images of a run: their number, their size in pixels, and the grid of tokens. cells: the numbers of those
-    tokens that are generated; None: all. memory: what the controls of a call share over the sides of guidance."""
+    tokens that are generated; None: all. memory: what the controls of a call share across the sides of guidance."""
 
     batch: int
     size: tuple[int, int]
@@ -55,7 +55,7 @@ class Layout:
 
 
 class Conditions(Protocol[C_co]):
-    """condition(positive): a row for each image of the batch, encoded when first called for."""
+    """condition(positive): a row for each image of the batch, encoded at the first call."""
 
     def __call__(self, positive: bool, /) -> C_co: ...
 
@@ -71,86 +71,69 @@ class Model(Protocol, Generic[C]):
     def reads(self) -> Literal["prompt", "class", "nothing"]: ...
     @property
     def supports(self) -> frozenset[str]:
-        """Fields of `Settings` that the family reads, beside the common ones."""
-        ...
+        """Fields of `Settings` that the family supports, besides the common ones."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Values of output_type."""
-        ...
 
     @property
     def fewest_steps(self) -> int: ...
     @property
     def repaints(self) -> bool:
         """Whether it is an inpainting model, which reads the mask and the image around it with the latents."""
-        ...
 
     def to(self, device: str | torch.device) -> None:
         """Move every part, in place."""
-        ...
 
     # Values of a call
 
-    def settings(self, asked: Settings, prompt: object) -> Settings:
-        """With the model's defaults. ValueError for what it cannot do."""
-        ...
+    def settings(self, requested: Settings, prompt: object) -> Settings:
+        """With the model's defaults. Raises ValueError for unsupported values."""
 
     def describe(self, prompt: object, negative: object, settings: Settings) -> dict[str, object]:
-        """What a recipe keeps of prompt and settings, in the words of the call."""
-        ...
+        """Prompt and settings of a recipe, under the names of the call's arguments."""
 
     def count(self, prompt: object) -> int:
-        """How many prompts or classes. ValueError for what the model cannot read."""
-        ...
+        """The number of prompts or classes. Raises ValueError for what the model cannot read."""
 
     def conditions(self, prompt: object, negative: object, settings: Settings) -> Conditions[C]: ...
 
     def refuse(self, control: Control) -> str | None:
-        """Why a control cannot act on this model; None where it can."""
-        ...
+        """The reason why a control cannot act on this model; None if it can."""
 
     # Sizes
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels of an image where a call gives none."""
-        ...
 
     @property
     def token(self) -> int:
         """Pixels of a token's side."""
-        ...
 
     def cells_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """Of an image's latent before any packing: (channels, rows, columns)."""
-        ...
 
     # Latents
 
     def encode(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents: the mode of each posterior, or a sample by its own generator."""
-        ...
 
     def decode(self, latents: Tensor, layout: Layout) -> Tensor:
         """Latents -> images (B, 3, H, W) in [-1, 1], float32."""
-        ...
 
     def check_output(self, output_type: str) -> None:
-        """ValueError for a kind of output that a missing part makes impossible."""
-        ...
+        """Raises ValueError for an output that needs a missing part."""
 
     def check_latents(self, latents: Tensor, layout: Layout) -> Tensor:
-        """A caller's first noise, arranged. ValueError for another shape."""
-        ...
+        """A caller's first noise, arranged. Raises ValueError for another shape."""
 
     def first(self, noise: Tensor, path: Any) -> Tensor:
         """Unit noise at the path's first level."""
-        ...
 
     def arrange(self, cells: Tensor, layout: Layout) -> Tensor:
         """(B, *cells_shape) -> the latents that the network reads."""
-        ...
 
     # A run
 
@@ -158,39 +141,31 @@ class Model(Protocol, Generic[C]):
 
     def draws_noise(self, settings: Settings) -> bool:
         """Whether the sampler draws noise after the first."""
-        ...
 
     @property
     def inversion(self) -> tuple[InversionSolver, int] | None:
-        """The solver of an edit's inversion and its iterations where a call names none; None: no edits."""
-        ...
+        """The default solver of an edit's inversion and its iterations; None: no edits."""
 
     def step_at(self, t: float) -> Step:
         """The only step of a run, at a noise level t in [0, 1]."""
-        ...
 
     def sides(self, settings: Settings, controlled: bool) -> list[tuple[bool, bool]]:
         """(positive, with controls) of each prediction that the guidance needs, the positive one first."""
-        ...
 
     def run(self, condition: C, layout: Layout, settings: Settings, controls: Sequence[Control]) -> Run:
-        """What controls may know of a side."""
-        ...
+        """The `Run` of a side, for its controls."""
 
     def network(
-        self, conditions: Sequence[C], layout: Layout, settings: Settings, beside: Tensor | None = None
+        self, conditions: Sequence[C], layout: Layout, settings: Settings, extra: Tensor | None = None
     ) -> Network:
-        """The network for one side, or for all of them in one batch. What does not change from step to step is computed
-        here. beside: channels that an inpainting model reads with the latents."""
-        ...
+        """The network for one side, or for all of them in one batch. Whatever does not depend on the step is computed
+        here. extra: channels that an inpainting model reads with the latents."""
 
     def joins(self, settings: Settings, acts: frozenset[Act]) -> bool:
-        """Whether all sides may run in one batch beside controls of these acts."""
-        ...
+        """Whether all sides may run in one batch with controls of these acts."""
 
     def guide(self, outputs: Sequence[Tensor], step: Step, settings: Settings) -> Tensor:
         """The guided prediction from those of all sides."""
-        ...
 
 
 class TextModel(Model[Text], Protocol):
@@ -198,34 +173,27 @@ class TextModel(Model[Text], Protocol):
 
     @property
     def fixed_size(self) -> bool:
-        """Whether the model knows one size only."""
-        ...
+        """Whether the model supports one size only."""
 
     def encode_together(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        """The same in one pass, with one generator for all."""
-        ...
+        """`encode` in one pass, with one generator for all."""
 
     def encode_text(self, prompt: object, clip_skip: int | None = None) -> Text: ...
 
     def noised(self, x0: Tensor, noise: Tensor, path: Any, level: int) -> Tensor:
         """Clean latents at a level of the path."""
-        ...
 
     def noised_at(self, x0: Tensor, noise: Tensor, step: Step) -> Tensor:
         """Clean latents at the level of a step."""
-        ...
 
     def spread(self, mask: Tensor, layout: Layout) -> Tensor:
         """(B, N) on the token grid -> a factor on latents."""
-        ...
 
     def edit_path(self, steps: int, layout: Layout, solver: InversionSolver) -> EditPath:
         """The levels of an edit. Of models with an `inversion`."""
-        ...
 
     def edit_output(self, output: Tensor, x: Tensor, path: Any, time: float) -> Tensor:
-        """What the path walks by: velocity, or noise."""
-        ...
+        """The velocity or noise that the path uses."""
 
 
 def rows_for(text: Text, count: int, copies: int) -> Text:
@@ -243,6 +211,18 @@ def common_sides(settings: Settings, controlled: bool) -> list[tuple[bool, bool]
     if settings.scale != 1.0 or len(sides) > 1:
         sides.append((False, False))
     return sides
+
+
+def check_shape(latents: Tensor, shape: tuple[int, ...], what: str = "noise") -> Tensor:
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents must be {what} of shape {shape}; found {tuple(latents.shape)}.")
+    return latents
+
+
+def latent_cell(vae) -> int:
+    """Pixels of a latent cell's side."""
+    config = vae.config
+    return config.patch if hasattr(config, "patch") else 2 ** (len(config.block_out_channels) - 1)
 
 
 def module_device(module: nn.Module) -> torch.device:

@@ -1,4 +1,4 @@
-"""What a call is asked for: its optional arguments as one value, and the checks at the door."""
+"""The optional arguments of a call as one value, and their checks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Settings:
     copies: int = 1
 
     def filled(self, **defaults: Any) -> Settings:
-        """With defaults where nothing was given."""
+        """With defaults for what is None."""
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return replace(self, **missing)
 
@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def scale(self) -> float:
-        """Of the guidance by the text or the class; 1 where nothing is guided."""
+        """Scale of the guidance by text or class; 1: no guidance."""
         return 1.0 if self.guidance_scale is None else float(self.guidance_scale)
 
 
@@ -74,7 +74,7 @@ def check_supported(name: str, settings: Settings, supported: frozenset[str]) ->
 
 
 def check_size(size: tuple[int, int], side: int) -> None:
-    """ValueError unless height and width are multiples of `side`, which is what the model's smallest part covers."""
+    """Raises ValueError unless height and width are multiples of `side`, the model's smallest unit in pixels."""
     if any(pixels % side or not 0 < pixels <= MAX_SIDE for pixels in size):
         raise ValueError(f"height and width must be multiples of {side} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
 
@@ -113,7 +113,7 @@ def negative_prompts(negative: object, n: int) -> list[str]:
 def image_generators(
     batch: int, seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> tuple[list[int | None], list[torch.Generator]]:
-    """A generator an image, and the seeds: image i has seed + i (None: a random start), or one that was given."""
+    """Seeds and generators, one for each image: image i has seed + i (seed None: a random one)."""
     if generator is not None and seed is not None:
         raise ValueError("Give seed or generator, not both.")
     if generator is not None:
@@ -121,5 +121,5 @@ def image_generators(
         if len(generators) != batch:
             raise ValueError(f"{len(generators)} generators for {batch} images.")
         return [None] * batch, generators
-    first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would reseed everybody
+    first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would change the global seed
     return [first + i for i in range(batch)], [torch.Generator().manual_seed(first + i) for i in range(batch)]
