@@ -286,7 +286,7 @@ def test_one_mask_for_each_reference(world, references):
 def test_blocks_that_are_not_there_are_told(world, references):
     xl = world.pipe.backbone.config.addition_embed_type is not None
     # Two levels: SDXL's layout block is not among them; SD 1.5 has no layout preset at all.
-    message = "names none of the .* layers" if xl else "No preset 'layout' for sd15: all, style, style.layout"
+    message = "matches none of the .* layers" if xl else "No preset 'layout' for sd15: all, style, style.layout"
     with pytest.raises(ValueError, match=message):
         InstantStyle(world.whole).control(references[0], preset="layout")
     with pytest.raises(ValueError, match="strength names 'mid_blok', where no layer is"):

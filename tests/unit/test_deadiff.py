@@ -514,7 +514,7 @@ def test_a_control_of_another_model_is_told(adapter, pictures):
     fewer = Bench(
         make_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"))
     )
-    with pytest.raises(ValueError, match="no layer 'down_blocks.0.*made for another one"):
+    with pytest.raises(ValueError, match="no layer 'down_blocks.0.*made for another model"):
         fewer.draw([adapter.control(pictures[0])])
 
 
@@ -567,8 +567,8 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(bench, adapter, tmp_
     ("how", "message"),
     [
         ({}, "No reference: give style=, content= or both"),
-        ({"style": []}, "Every image needs equally many style references; found"),
-        ({"content": [[]]}, "Every image needs equally many content references"),
+        ({"style": []}, "Every image needs the same number of style references; found"),
+        ({"content": [[]]}, "Every image needs the same number of content references"),
         ({"style": 0, "strength": -1.0, "acts": "attention"}, "cannot be negative"),
         ({"style": 0, "acts": "keys"}, "acts must be one of 'keys-values'"),
         ({"style": 0, "empty": "none"}, "empty must be one of 'zeros', 'absent'"),
@@ -577,7 +577,7 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(bench, adapter, tmp_
         ({"style": "nowhere.png"}, "no image at nowhere.png"),
         ({"style": 0, "strength": [0.3, 1.0]}, "strength is one number for all images of a control"),
         ({"style": 0, "content_strength": float("nan")}, "strength is one number"),
-        ({"style": 0, "where": "up_blocks.1"}, r"names none of the .* layers.*'up_blocks.1.\*'"),
+        ({"style": 0, "where": "up_blocks.1"}, r"matches none of the .* layers.*'up_blocks.1.\*'"),
     ],
 )
 def test_a_control_that_cannot_be_made_says_why(adapter, pictures, how, message):

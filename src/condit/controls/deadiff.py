@@ -1,8 +1,8 @@
-"""DEADiff: style and content of a reference, told apart (Qi et al. 2024, arXiv:2403.06951).
+"""DEADiff: style and content of a reference, separately (Qi et al. 2024, arXiv:2403.06951).
 
-Two Q-Formers read the reference, one asked for its "style", one for its "content". Their tokens c_i join the text c_t
+Two Q-Formers read the reference, with the words "style" and "content". Their tokens c_i join the text c_t
 in one softmax, style in the fine cross-attention layers of the UNet and content in the coarse ones:
-out = softmax(q [W_k c_t; m W_k' c_i]^T / sqrt(d)) [W_v c_t; m W_v' c_i]. A set that is not given is zeros, not absent.
+out = softmax(q [W_k c_t; m W_k' c_i]^T / sqrt(d)) [W_v c_t; m W_v' c_i]. A missing set is zeros, not absent.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ NEGATIVE_PROMPT = (
 @dataclass(frozen=True)
 class DEADiffConfig:
     """content_layers: which cross-attention layers, in forward order, take content; the others take style. words: token
-    numbers of the words that the Q-Formers are asked."""
+    numbers of the words that the Q-Formers read."""
 
     content_layers: tuple[int, ...] = CONTENT_LAYERS
     words: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: dict(BERT_WORDS))
@@ -67,7 +67,7 @@ class DEADiffConfig:
 
 class DEADiff(nn.Module):
     """An adapter: `style.*` and `content.*` (Q-Former and projection), `unet.PATH.image_k`, `.image_v` of every cross-
-    attention layer. The frozen image tower stands beside it and is not saved with it."""
+    attention layer. The frozen image tower is not saved with it."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class DEADiff(nn.Module):
         self.paths = tuple(maps)
         for path, shape in maps.items():
             plant(self.unet, path, ImageMaps(*shape))
-        # In lists: their weights are not ours.
+        # In lists, so that their weights are not registered here.
         self._tower: list[ClipPatches | None] = [tower]
         self._pipe: list[Host | None] = [pipe]
 
@@ -120,36 +120,36 @@ class DEADiff(nn.Module):
         tensors = {n: v for n, v in file.tensors.items() if not n.startswith("tower.")}
         shapes = cross_shapes(pipe.backbone, pipe.name)
         check_maps(tensors, shapes, source, pipe.name)
-        tower = {n.removeprefix("tower."): v for n, v in file.tensors.items() if n.startswith("tower.")}
-        beside = ClipPatches.of(tower, heads=file.config.get("tower_heads")) if tower else image_encoder
-        if beside is None and isinstance(pipe.image, TinyImage):
-            beside = pipe.image.patches()
-        if beside is None:
+        own = {n.removeprefix("tower."): v for n, v in file.tensors.items() if n.startswith("tower.")}
+        tower = ClipPatches.of(own, heads=file.config.get("tower_heads")) if own else image_encoder
+        if tower is None and isinstance(pipe.image, TinyImage):
+            tower = pipe.image.patches()
+        if tower is None:
             raise ValueError(f"{source} has no image tower. Give image_encoder=, the folder of CLIP ViT-L/14.")
-        if not isinstance(beside, ClipPatches):
-            beside = ClipPatches(pipe.image_encoder(beside).model.vision_model)
+        if not isinstance(tower, ClipPatches):
+            tower = ClipPatches(pipe.image_encoder(tower).model.vision_model)
         readers, text_width = [], next(iter(shapes.values()))[0]
         for name in SETS:
             own = {n.removeprefix(f"{name}."): v for n, v in tensors.items() if n.startswith(f"{name}.")}
             sizes = QFormerConfig.of(own, heads=file.config.get("heads"), source=f"{source}, {name}")
             if sizes.width != text_width:
                 raise ValueError(
-                    f"{source}: the {name} Q-Former gives tokens of width {sizes.width}; the text of {pipe.name}, "
+                    f"{source}: the {name} Q-Former has tokens of width {sizes.width}; the text of {pipe.name}, "
                     f"which they join, has width {text_width}. Was it made for another model?"
                 )
             readers.append(QFormer(sizes))
-        if readers[0].config.image_width != beside.features:
+        if readers[0].config.image_width != tower.features:
             raise ValueError(
                 f"{source} reads image tokens of width {readers[0].config.image_width}; the image encoder gives "
-                f"{beside.features}. DEADiff's is CLIP ViT-L/14 (1024)."
+                f"{tower.features}. DEADiff's is CLIP ViT-L/14 (1024)."
             )
         words = {word: tuple(ids) for word, ids in file.config.get("words", BERT_WORDS).items()}
         config = DEADiffConfig(tuple(file.config.get("content_layers", CONTENT_LAYERS)), words)
         layer_table(pipe.backbone.sites, config.content_layers)
-        adapter = cls(config, readers[0], readers[1], shapes, tower=beside, pipe=pipe)
+        adapter = cls(config, readers[0], readers[1], shapes, tower=tower, pipe=pipe)
         file.load_into(adapter, {n: v.float() for n, v in tensors.items()})
         adapter.name, adapter.hash = file.name, file.hash
-        beside.eval().requires_grad_(False).to(pipe.device)
+        tower.eval().requires_grad_(False).to(pipe.device)
         return adapter.eval().requires_grad_(False).to(pipe.device)
 
     @property
@@ -172,13 +172,13 @@ class DEADiff(nn.Module):
         return {k: v.detach() for k, v in self.state_dict().items()}
 
     def metadata(self) -> dict:
-        """What `load` needs beside the tensors."""
+        """The configuration that `load` reads from the file."""
         words = {word: list(ids) for word, ids in self.config.words.items()}
         layers, heads = list(self.config.content_layers), self.style.config.heads
         return {"method": "DEADiff", "content_layers": layers, "heads": heads, "words": words}
 
     def ask(self, name: Name, image: Tensor) -> Tensor:
-        """What one Q-Former answers to its word: tower tokens (B, N, W) -> (B, T, width)."""
+        """One Q-Former with its word: tower tokens (B, N, W) -> (B, T, width)."""
         ids = word_ids(name, len(image), self.config.words).to(image.device)
         return getattr(self, name)(image, ids)
 
@@ -188,13 +188,13 @@ class DEADiff(nn.Module):
 
     def keys_values(self, tokens: Mapping[Name, Tensor], table: Mapping[str, Name]) -> dict[str, tuple[Tensor, Tensor]]:
         """Tokens (B, T, width) of each set -> path of each layer that takes one -> K', V', each (B, T, dim)."""
-        found = {}
+        pairs = {}
         for path, name in table.items():
             if name in tokens:
                 maps = self.maps(path)
                 c = tokens[name].to(maps.image_k.weight.dtype)
-                found[path] = (maps.image_k(c), maps.image_v(c))
-        return found
+                pairs[path] = (maps.image_k(c), maps.image_v(c))
+        return pairs
 
     def reference(
         self,
@@ -208,9 +208,9 @@ class DEADiff(nn.Module):
         """A control from tokens (B, T, width) of one set or both; the other is zeros, or `empty="absent"`."""
         if not tokens:
             raise ValueError("No reference: give style=, content= or both.")
-        given, c = next(iter(tokens.values())), self.style.config
+        like, c = next(iter(tokens.values())), self.style.config
         if empty == "zeros":
-            tokens = {**{name: given.new_zeros(1, c.queries, c.width) for name in SETS}, **tokens}
+            tokens = {**{name: like.new_zeros(1, c.queries, c.width) for name in SETS}, **tokens}
         sites = [Site(path, "cross", i) for i, path in enumerate(self.paths)]
         table = layer_table(sites, self.config.content_layers if content_layers is None else content_layers)
         if where is not None:
@@ -238,26 +238,26 @@ class DEADiff(nn.Module):
         when: When | tuple[float, float] | None = None,
         mask: ImageSource | Sequence[ImageSource] | None = None,
     ) -> DEADiffReference:
-        """A control from a reference for style, for content, or one for each: one image, n for n images, or n lists of
-        several. Several of one image are averaged as tokens by `weights`, which sum to 1 (as released), or stand side
-        by side in the softmax ("concat"). A set with one reference an image takes no weights.
+        """A control from references for style, for content, or for each: one image, n for n images, or n lists of R.
+        The tokens of R references are averaged by `weights`, which sum to 1 (as released), or concatenated in the
+        softmax ("concat"). A set with one reference for each image takes no weights.
 
-        strength: m, of both sets unless content_strength is given. With acts="keys-values" (as released) m = 0 leaves
+        strength: m, of both sets unless content_strength is set. With acts="keys-values" (as released) m = 0 leaves
         empty tokens in the softmax; with "attention" m weighs the attention to them, and 0 is the base model. empty:
-        what stands for the set that is not given. content_prompt: another prompt for the content layers. mask: where in
-        the picture it acts, white = acts.
+        what replaces a missing set. content_prompt: another prompt for the content layers. mask: where in
+        the image it acts, white = acts.
         """
         check_choices(acts, empty, combine, strength, content_strength)
         pipe = self._pipe[0]
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use DEADiff.load(name, pipe).")
-        given: dict[Name, References] = {
+        sources: dict[Name, References] = {
             name: r for name, r in zip(SETS, (style, content), strict=True) if r is not None
         }
         with torch.no_grad():
-            weighed = [n for n, r in given.items() if len(grouped(r, f"{n} references")[0]) > 1] or list(given)
+            weighed = [n for n, r in sources.items() if len(grouped(r, f"{n} references")[0]) > 1] or list(sources)
             tokens: dict[Name, Tensor] = {
-                n: self.combined(n, r, combine, weights if n in weighed else None) for n, r in given.items()
+                n: self.combined(n, r, combine, weights if n in weighed else None) for n, r in sources.items()
             }
             text = None
             if content_prompt is not None:
@@ -276,7 +276,7 @@ class DEADiff(nn.Module):
             when=When.of(when),
             content_text=text,
             mask=None if mask is None else load_masks(mask).to(pipe.device),
-            source={name: pipe.describe_source(r) for name, r in given.items()},
+            source={name: pipe.describe_source(r) for name, r in sources.items()},
             arguments={
                 "empty": empty,
                 "combine": combine,
@@ -294,7 +294,7 @@ class DEADiff(nn.Module):
         tokens = self.tokens(name, images.to(next(self.parameters()).device)).unflatten(0, (len(groups), -1))
         if combine == "concat":
             if weights is not None:
-                raise ValueError('weights are for combine="mean"; side by side every reference has its own keys.')
+                raise ValueError('weights are for combine="mean"; with "concat" every reference has its own keys.')
             return tokens.flatten(1, 2)
         count = tokens.shape[1]
         shares = [1 / count] * count if weights is None else list(weights)
@@ -303,10 +303,10 @@ class DEADiff(nn.Module):
         return torch.einsum("nrtc,r->ntc", tokens, tokens.new_tensor(shares))
 
     def read(self, source: ImageSource) -> Tensor:
-        """A picture as the released script reads it: (3, size, size) in [-1, 1], squashed by Pillow's bicubic."""
+        """An image as the released script reads it: (3, size, size) in [-1, 1], resized by Pillow's bicubic."""
         side = self.tower.size
-        picture = load_image(source).resize((side, side), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        image = load_image(source).resize((side, side), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -337,8 +337,8 @@ class DEADiffReference(Control):
         }
         text = regions = None
         if mask is not None:
-            regions = log_regions(mask, run.grid)  # told of another shape even where it leaves nothing out
-            kv = kv if mask.any() else {}  # nowhere: absent, to the bit
+            regions = log_regions(mask, run.grid)  # raises for another aspect ratio even if the mask is 1 everywhere
+            kv = kv if mask.any() else {}  # acts nowhere: bit-equal to its absence
         if self.content_text is not None:
             all_text = cast("UNet", run.backbone).text_keys_values(self.content_text)
             content = [path for path, name in self.table.items() if name == "content"]
@@ -391,9 +391,9 @@ def check_choices(acts: str, empty: str, combine: str, strength: float, content_
     one_of("acts", acts, get_args(Acts))
     one_of("empty", empty, get_args(Empty))
     one_of("combine", combine, get_args(Combine))
-    given = [strength, strength if content_strength is None else content_strength]
-    for value in given:
+    strengths = [strength, strength if content_strength is None else content_strength]
+    for value in strengths:
         if not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"strength is one number for all images of a control; found {value!r}.")
-    if acts == "attention" and min(given) < 0:
+    if acts == "attention" and min(strengths) < 0:
         raise ValueError('A weight of the attention cannot be negative. Use strength >= 0, or acts="keys-values".')

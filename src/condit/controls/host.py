@@ -32,13 +32,11 @@ class AdapterFile(Protocol):
         self, module: nn.Module, tensors: Mapping[str, Tensor] | None = None, *, assign: bool = False
     ) -> None:
         """All tensors of the file, or these, into all of a module. Raises ValueError where they differ."""
-        ...
 
     def ip_parts(
         self, source: str | Path, pipe: Host, image_encoder: CLIPImage | str | Path | None, where: Any, head_dim: int
     ) -> IPParts:
         """The file as parts of an IP-Adapter, fitted to the pipeline's network."""
-        ...
 
 
 class Host(Protocol):
@@ -49,7 +47,6 @@ class Host(Protocol):
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels at which references are read by default."""
-        ...
 
     @property
     def device(self) -> torch.device: ...
@@ -58,36 +55,27 @@ class Host(Protocol):
     @property
     def pixels(self) -> int:
         """Pixels of a token's side."""
-        ...
 
     @property
     def backbone(self) -> Any:
         """The network, an nn.Module with `sites` and `config`; its type is that of the family."""
-        ...
 
     @property
     def image(self) -> CLIPImage | TinyImage | None:
         """The image encoder of a model that has its own."""
-        ...
 
     def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile:
         """An adapter by name, file or folder, for the class `method`. Raises ValueError for another class's file."""
-        ...
 
     def read_images(
-        self,
-        reference: ImageSource | Sequence[ImageSource],
-        annotator: str | None,
-        size: tuple[int, int] | None = None,
+        self, reference: ImageSource | Sequence[ImageSource], annotator: str | None, size: tuple[int, int] | None = None
     ) -> Tensor:
         """References as (n, 3, H, W) in [-1, 1] at `size` (height, width)."""
-        ...
 
     def encode_condition(
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
         """Images (n, 3, H, W) -> packed tokens (n, N, C) and their grid (rows, columns)."""
-        ...
 
     def encode_text(self, prompts: Sequence[str], /) -> Text: ...
     def image_encoder(self, folder: str | Path) -> CLIPImage: ...

@@ -4,8 +4,8 @@
 
 q and z_t are the frozen layer's; K', V' are made from the reference alone. On UNets every attention to the text gets
 them, as published. On an MM-DiT the image rows do, with q before rotary positions and K' normalised; XLabs' FLUX files
-add behind each double block instead. Here: the adapter. `ip_reference.py`: what acts in a run; `ip_input.py`: what a
-call gives; `ip_projectors.py`; `instantstyle.py`: which blocks. Published files are read in `weights/`.
+add after each double block instead. This file has the adapter, `ip_reference.py` the control, `ip_input.py` the inputs
+of a call, `ip_projectors.py` the modules, `instantstyle.py` the choice of blocks. `weights/` reads published files.
 """
 
 from __future__ import annotations
@@ -25,28 +25,20 @@ from condit.controls.host import Host
 from condit.controls.ip_input import (
     Combine,
     Features,
-    Given,
     IPConfig,
+    ReferenceInputs,
     References,
     check_prefixes,
     combined,
     each_token,
-    given_features,
-    given_masks,
     grouped,
+    read_features,
+    reference_masks,
     times,
     zeros_of,
 )
 from condit.controls.ip_projectors import HEAD_DIM, ImageProjection, KeyValue, Layer, layers_of
-from condit.controls.ip_reference import (
-    IPReference,
-    KeyValues,
-    Scaling,
-    Strength,
-    WithLoRA,
-    any_site,
-    strength_at,
-)
+from condit.controls.ip_reference import IPReference, KeyValues, Scaling, Strength, WithLoRA, any_site, strength_at
 from condit.controls.wrap import Together
 from condit.data.images import load_image
 from condit.encoders.image import CLIPImage, Fit, TinyImage
@@ -73,8 +65,8 @@ class IPAdapter(nn.Module):
         projector: nn.Module | None = None,
         absent: Sequence[Layer] = (),
     ):
-        """sites: the layers that get K', V'; width: of each, where they do not say. absent: those that get none, though
-        an adapter may have them there. V' starts at zero, so that step 0 of training is the base model."""
+        """sites: the layers with K', V'; width: of each, if they do not say. absent: layers that may have K', V' but do
+        not. V' starts at zero, so that training starts at the base model."""
         super().__init__()
         self.config, self.name, self.hash = config, "", ""
         self.layers = tuple(
@@ -113,7 +105,7 @@ class IPAdapter(nn.Module):
         where: Where | str | tuple | None = None,
     ) -> IPAdapter:
         """An adapter to train on a UNet: K', V' are copies of the text's K, V of their layers (section 3.2.2). where:
-        only for these layers. pipe: a pipeline, or a UNet."""
+        these layers only. pipe: a pipeline, or a UNet."""
         chosen, bound = Where.of(where), None if isinstance(pipe, nn.Module) else pipe
         backbone = cast("UNet", pipe if bound is None else bound.backbone)
         layers = layers_of(backbone, backbone.sites, "cross")
@@ -136,13 +128,12 @@ class IPAdapter(nn.Module):
         where: Where | str | tuple[str, ...] | None = None,
         head_dim: int = HEAD_DIM,
     ) -> IPAdapter:
-        """From a name ("tiny/style"), a published file or a folder; what it is and its sizes are read off the tensors.
+        """From a name ("tiny/style"), a published file or a folder; its kind and sizes are inferred from the tensors.
 
-        image_encoder: an encoder or its folder; None: the pipeline's, or the folder `image_encoder` beside the file.
-        It is checked before its weights are read. where: load K', V' of these layers only; the others are inactive.
-        head_dim: of a "plus" projector's heads, 64 in every published file. ValueError for a file of another base or
-        for another encoder.
-        """
+        image_encoder: an encoder or its folder; None: the pipeline's, or the folder `image_encoder` next to the file.
+        Its size is checked before its weights are read. where: load K', V' of these layers only; the others are
+        inactive. head_dim: of a "plus" projector's heads, 64 in every published file. Raises ValueError for a file of
+        another base model or encoder."""
         file = pipe.adapter_file(source, "IPAdapter")
         parts = file.ip_parts(source, pipe, image_encoder, Where.of(where), head_dim)
         with torch.device("meta"):
@@ -153,18 +144,18 @@ class IPAdapter(nn.Module):
         return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Under the published names, FaceID's LoRA too."""
-        found = {k: v.detach() for k, v in self.state_dict().items() if not k.startswith("lora.")}
-        return found if self.lora is None else found | face_tensors(self.lora, self.attentions)
+        """The tensors under the published names, with FaceID's LoRA."""
+        own = {k: v.detach() for k, v in self.state_dict().items() if not k.startswith("lora.")}
+        return own if self.lora is None else own | face_tensors(self.lora, self.attentions)
 
     def metadata(self) -> dict:
-        """What `load` needs beside the tensors."""
+        """The configuration that `load` reads from the file."""
         return {"method": "IPAdapter", **asdict(self.config)}
 
     # From features to keys and values
 
     def tokens(self, features: Features, shortcut: float | None = None) -> Tensor:
-        """Features of B images, or (B, R, ...) of R images each to stand side by side -> tokens (B, T or R T, C)."""
+        """Features of B images, or (B, R, ...) of R images each, concatenated -> tokens (B, T or R T, C)."""
         first, flat = features if isinstance(features, tuple) else (features,), 3 if self._states else 2
         many = first[-1].ndim > flat
         rows = [x.flatten(0, 1) if many else x for x in first]
@@ -184,14 +175,14 @@ class IPAdapter(nn.Module):
         return cast("nn.Linear", self.image_proj.get_submodule("proj.0")).in_features
 
     def project(self, tokens: Tensor, where: Where | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Tokens (B, T, C) -> site path -> K', V', each (B, H, T, D). Once a run, not once a step."""
-        found = {}
+        """Tokens (B, T, C) -> site path -> K', V', each (B, H, T, D). Computed once a run."""
+        pairs = {}
         for layer, pair in zip(self.layers, self.pairs, strict=True):
             if where is not None and not any_site(where, layer.path):
                 continue
             k, v = (split_heads(linear(tokens), layer.heads) for linear in (pair.to_k_ip, pair.to_v_ip))
-            found[layer.path] = (F.rms_norm(k, k.shape[-1:], eps=1e-5) if self.config.form == "joint" else k, v)
-        return found
+            pairs[layer.path] = (F.rms_norm(k, k.shape[-1:], eps=1e-5) if self.config.form == "joint" else k, v)
+        return pairs
 
     def keys_values(self, features: Features, where: Where | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """`project` of the tokens of features (B, E), or (B, R, E) for R references concatenated."""
@@ -209,10 +200,10 @@ class IPAdapter(nn.Module):
         shortcut: float | None = None,
         one_graph: bool = False,
     ) -> IPReference:
-        """A control from features of B references, or (B, R, ...) for R side by side; zeros stand for no reference.
+        """A control from features of B references, or (B, R, ...) for R concatenated ones.
 
-        empty: the features of no reference, where that is not zeros. weights: of each of R side by side, on V'. For the
-        other arguments see `control`.
+        empty: the features of no reference; None: zeros. weights: of each of the R references, on V'. For the other
+        arguments see `control`.
         """
         where = where or Where()
         acts = where
@@ -224,24 +215,18 @@ class IPAdapter(nn.Module):
             kv = {path: (k, v * each_token(weights, v)) for path, (k, v) in kv.items()}
         nothing = zeros_of(features) if empty is None else empty
         none = self.project(self.tokens(nothing, shortcut), acts)
-        if against is not None:  # the reference acts on the other side of guidance, which pushes away from it
+        if against is not None:  # the reference acts on the negative side, so that guidance leads away from it
             turned = {path for path in kv if any_site(against, path)}
             none = {path: kv[path] if path in turned else pair for path, pair in none.items()}
             kv = {path: pair for path, pair in kv.items() if path not in turned}
         if one_graph:
             kv, none = (self.filled(pairs) for pairs in (kv, none))
             strength = {"": strength} if isinstance(strength, float | int) else strength
-        return IPReference(
-            kv=kv,
-            empty=none,
-            adapter=self,
-            strength=strength,
-            where=Where() if one_graph else where,
-        )
+        return IPReference(kv=kv, empty=none, adapter=self, strength=strength, where=Where() if one_graph else where)
 
     def filled(self, pairs: KeyValues) -> dict[str, tuple[Tensor, Tensor]]:
-        """K', V' at every site an adapter may have, zeros where none act: one compiled graph then serves every choice
-        of blocks. V' = 0 adds exactly nothing."""
+        """K', V' at every site, zeros where none act, so that every choice of blocks compiles to one graph. V' = 0
+        adds exactly 0."""
         some = next(iter(pairs.values()))[0]
         all_pairs = {}
         for layer in sorted((*self.layers, *self.absent), key=lambda x: x.number):
@@ -251,10 +236,11 @@ class IPAdapter(nn.Module):
             all_pairs[layer.path] = pairs.get(layer.path, (k, v))
         return all_pairs
 
-    # From pictures to a control
+    # From images to a control
 
     def features(self, sources: Sequence[ImageSource], fit: Fit = "crop") -> Tensor:
-        """What the projector reads of pictures: (n, E) or (n, L, H). Not FaceID's vectors: those come from outside."""
+        """Features of images for the projector: (n, E) or (n, L, H). FaceID's vectors come from a face model
+        instead."""
         encoder = self._encoder[0]
         if encoder is None:
             images, own = self._bound().read_images(list(sources), None), self._own_encoder()
@@ -263,8 +249,8 @@ class IPAdapter(nn.Module):
         return encoder.hidden(pixels) if self._states else encoder.embeds(pixels)
 
     def nothing(self, features: Features) -> Features:
-        """The features of no reference (spec of the official code): zeros; behind a reader of hidden states those of a
-        mean-coloured picture (zeros after normalising); FLUX's of a black one."""
+        """The features of no reference, as in the official code: zeros; for hidden states those of a mean-coloured
+        image (zeros after normalising); for FLUX those of a black one."""
         encoder = self._encoder[0]
         if isinstance(features, tuple):
             face = features[0]
@@ -307,19 +293,20 @@ class IPAdapter(nn.Module):
         lora_scale: float = 1.0,
         one_graph: bool = False,
     ) -> Control:
-        """A control from one reference, from n references for n images, or from n lists of several references each.
+        """A control from one reference, from n references for n images, or from n lists of R references.
 
-        strength: lambda, any real number; one an image; or by prefix of the layers' paths ("up_blocks.0.attentions.1"),
-        where what is not named is off. where: the layers at which it acts. when: the part of the schedule. mask: where
-        in the picture it acts, white = acts; with combine="sum" a list has one for each of the references of an image.
+        strength: lambda, any real number; one for each image; or by prefix of the layers' paths
+        ("up_blocks.0.attentions.1"), 0 elsewhere. where: the layers at which it acts. when: the part of the schedule.
+        mask: where in the image it acts, white = acts; with combine="sum" a list has one for each of the references of
+        an image.
 
-        Several references of one image: "mean" or "add" of their features; "subtract": the first minus the mean of the
-        others; "concat": side by side in one softmax; "sum": an attention each, added. weights: of each of them.
+        combine, for R references of an image: "mean" or "add" of their features; "subtract": the first minus the mean
+        of the others; "concat": one softmax over all tokens; "sum": one attention for each, summed. weights: (R,).
 
-        embeds (n, ...) or (n, R, ...): features made elsewhere, in place of pictures. identity (n, E) or (n, R, E):
+        embeds (n, ...) or (n, R, ...): features to use instead of images. identity (n, E) or (n, R, E):
         FaceID's faces; shortcut: None for FaceID-Plus, a number (usually 1) for v2; lora_scale: of FaceID's LoRA.
         content (E,) or (n, E): subtracted from the features (InstantStyle). against: layers at which the reference acts
-        on the negative side instead. scaling: how lambda acts. fit: of the picture to the encoder's square. one_graph:
+        on the negative side instead. scaling: how lambda acts. fit: of the image to the encoder's square. one_graph:
         every choice of blocks compiles to the same graph, at the cost of acting everywhere.
         """
         chosen = combine or self.config.combine
@@ -327,18 +314,18 @@ class IPAdapter(nn.Module):
         one_of("scaling", scaling, get_args(Scaling))
         one_of("mask_mode", mask_mode, get_args(MaskMode))
         if lora_scale != 1 and self.lora is None:
-            raise ValueError(f"lora_scale= is of FaceID's LoRA; {self.name or 'this adapter'} has none. Leave it out.")
+            raise ValueError(f"lora_scale= is for FaceID's LoRA; {self.name or 'this adapter'} has none. Leave it out.")
         check_reach(Where.of(where), self.sites)
         check_prefixes(strength, [layer.path for layer in (*self.layers, *self.absent)])
         groups = None if reference is None else grouped(reference)
         with torch.no_grad():
-            given = Given(groups, embeds, identity, content, shortcut)
+            inputs = ReferenceInputs(groups, embeds, identity, content, shortcut)
             like, face = next(self.parameters()), self.face_width
             name, read = self.name or "this adapter", partial(self.features, fit=fit)
-            features = given_features(given, self.config, name, read, like, face)
+            features = read_features(inputs, self.config, name, read, like, face)
             parts = combined(features, chosen, weights)
             source = [] if reference is None else self._bound().describe_source(reference)
-            masks = given_masks(mask, len(parts), like.device)
+            masks = reference_masks(mask, len(parts), like.device)
             references = [
                 self.reference(
                     part,
@@ -369,9 +356,9 @@ class IPAdapter(nn.Module):
 def face_tensors(lora: LoRA, paths: Sequence[str]) -> dict[str, Tensor]:
     """FaceID's LoRA in the published names: N the place among all attention layers `paths`."""
     number = {path: i for i, path in enumerate(paths)}
-    found = {}
+    tensors = {}
     for path, key in lora.keys.items():
         layer, part = path.removesuffix(".0").rsplit(".", 1)
         prefix = f"ip_adapter.{number[layer]}.{part}_lora"
-        found[f"{prefix}.down.weight"], found[f"{prefix}.up.weight"] = lora.a[key].detach(), lora.b[key].detach()
-    return found
+        tensors[f"{prefix}.down.weight"], tensors[f"{prefix}.up.weight"] = lora.a[key].detach(), lora.b[key].detach()
+    return tensors

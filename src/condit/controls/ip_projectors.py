@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from condit.controls.ip_input import Form, IPConfig
 from condit.encoders.image import CLIPImage
-from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
-from condit.nn.layers import RMSNorm, timestep_features
+from condit.nn.attention import Site, join_heads, split_heads
+from condit.nn.layers import timestep_features
 from condit.nn.lora import LoRA
 
-HEAD_DIM = 64  # of every published Perceiver; no tensor tells it
+HEAD_DIM = 64  # of every published Perceiver; no tensor has its size
 
 
 class ImageProjection(nn.Module):
@@ -74,8 +74,8 @@ class PerceiverAttention(nn.Module):
 
 
 def perceive(q: Tensor, kv: Tensor, heads: int) -> Tensor:
-    """Attention (B, Q, inner) with fused keys and values (B, N, 2 inner). Queries and keys are scaled apart and the
-    softmax is in float32, as published."""
+    """Attention (B, Q, inner) with fused keys and values (B, N, 2 inner). Queries and keys are scaled separately
+    and the softmax is in float32, as published."""
     query, key, value = (split_heads(x, heads) for x in (q, *kv.chunk(2, -1)))
     scale = query.shape[-1] ** -0.25
     scores = (query * scale) @ (key * scale).mT
@@ -89,7 +89,7 @@ def feed_forward(dim: int, inner: int) -> nn.Sequential:
 
 
 class Perceiver(nn.Module):
-    """Given latents (B, Q, dim) read features (B, L, E) -> (B, Q, C). FaceID-Plus gives its own latents."""
+    """Latents (B, Q, dim) read features (B, L, E) -> (B, Q, C). In FaceID-Plus the latents are a face's tokens."""
 
     def __init__(self, features: int, dim: int, out: int, *, inner: int, heads: int, depth: int, hidden: int):
         super().__init__()
@@ -100,7 +100,7 @@ class Perceiver(nn.Module):
         )
 
     def read(self, latents: Tensor, x: Tensor) -> Tensor:
-        """x (B, L, dim) is projected already."""
+        """x (B, L, dim) are projected features."""
         for block in self.layers:
             attention, mlp = cast("nn.ModuleList", block)
             latents = latents + attention(x, latents)
@@ -111,8 +111,8 @@ class Perceiver(nn.Module):
 class Resampler(Perceiver):
     """The "plus" files: learned latents read the encoder's tokens (B, L, E) -> (B, Q, C).
 
-    positions: rows of a learned position table, 0 without one. pooled: how many latents more are made from the mean
-    of the features; they stand in front.
+    positions: rows of a learned position table, 0 without one. pooled: the number of further latents
+    that are made from the mean of the features; they come first.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class TimeBlock(nn.Module):
 
 class TimeResampler(nn.Module):
     """InstantX's SD3.5 projector: features (B, L, E) at a time (B,) in [0, 1000] -> tokens (B, Q, C) and the clock
-    (B, dim) that the layers read. Both depend on the step, so they are made once a step, not once a run."""
+    (B, dim) that the layers read. Both depend on the step, so they are computed at each step, not once a run."""
 
     def __init__(
         self,
@@ -267,49 +267,8 @@ def layers_of(backbone: nn.Module, sites: Sequence[Site], form: Form) -> list[La
         "residual": [(i, s) for i, s in enumerate(sites) if not s.path.startswith("single_")],
         "joint": list(enumerate(sites)),
     }[form]
-    found = []
+    layers = []
     for number, site in chosen:
         attention: Any = backbone.get_submodule(site.path)
-        found.append(Layer(number, site.path, attention.to_q.out_features, attention.heads))
-    return found
-
-
-# SD 3.5 (InstantX, SD3.5-Large-IP-Adapter) at the level of one joint attention; condit has no SD 3 backbone
-
-
-class ImageBranch(nn.Module):
-    """lambda * softmax(q [k, k']^T / sqrt(d)) [v, v'] for one joint attention: q, k, v are the image's own, before
-    their norms, under norms of the branch; k', v' are those of the reference's tokens."""
-
-    def __init__(self, dim: int, heads: int, width: int, clock: int):
-        """dim: of the tokens; width: of the layer; clock: of the projector's time embedding."""
-        super().__init__()
-        self.heads = heads
-        self.norm_ip = nn.ModuleDict({"linear": nn.Linear(clock, 2 * dim)})
-        self.to_k_ip, self.to_v_ip = (nn.Linear(dim, width, bias=False) for _ in range(2))
-        self.norm_q, self.norm_k, self.norm_ip_k = (RMSNorm(width // heads, eps=1e-6) for _ in range(3))
-
-    def keys_values(self, tokens: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, C) and clock (B, dim) of a step -> k', v', each (B, H, T, D)."""
-        shift, scale = self.norm_ip["linear"](F.silu(clock))[:, None].chunk(2, -1)
-        h = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
-        return self.norm_ip_k(split_heads(self.to_k_ip(h), self.heads)), split_heads(self.to_v_ip(h), self.heads)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, added: tuple[Tensor, Tensor], strength: Tensor) -> Tensor:
-        """q, k, v (B, H, N, D) of the image -> what is added to its attention (B, N, H D)."""
-        k_ip, v_ip = added
-        call = Call(self.norm_q(q), torch.cat([self.norm_k(k), k_ip], 2), torch.cat([v, v_ip], 2), Site("", "joint", 0))
-        return join_heads(sdpa(call)) * strength.to(v)
-
-
-class SD3Adapter(nn.Module):
-    """Projector and the branches of all layers, under diffusers' names `image_proj.*`, `ip_adapter.N.*`."""
-
-    def __init__(self, projector: TimeResampler, branches: Mapping[int, ImageBranch]):
-        super().__init__()
-        self.image_proj = projector
-        self.ip_adapter = nn.ModuleDict({str(number): branch for number, branch in branches.items()})
-
-    def tokens(self, features: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, L, E), time (B,) in [0, 1000] -> tokens (B, T, C) and clock (B, dim) of that step."""
-        return self.image_proj(features, t)
+        layers.append(Layer(number, site.path, attention.to_q.out_features, attention.heads))
+    return layers

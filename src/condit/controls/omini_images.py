@@ -1,5 +1,5 @@
-"""The images of OminiControl's conditions: decoded once, encoded at the size of a call; and which cells of one are
-known (token integration of OminiControl2, arXiv:2503.08280)."""
+"""The images of OminiControl's conditions: decoded once, encoded at the size of a call; and their
+known cells (token integration of OminiControl2, arXiv:2503.08280)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens (n, N, C) of the references, those of a black picture (1, N, C), positions (N, 3); `given`: the picture of
-    which only the tokens of known cells are left."""
+    """Tokens (n, N, C) of the references, those of a black image (1, N, C), positions (N, 3); `whole`: the whole
+    image, if the tokens are those of its known cells."""
 
     tokens: Tensor
     black: Tensor
     ids: Tensor
-    given: Fill | None = None
+    whole: Fill | None = None
 
 
 @dataclass(frozen=True)
-class Picture:
-    """References as decoded, and how they are read. noise: the state of a generator that draws from the autoencoder's
+class Originals:
+    """Decoded references and how they are encoded. noise: the state of a generator for samples of the autoencoder's
     posterior, the same for every size; None: its mode."""
 
     images: tuple[Image.Image, ...]
@@ -51,32 +51,32 @@ class Picture:
         *,
         annotate: bool,
         fill: ImageSource | None = None,
-    ) -> Picture:
+    ) -> Originals:
         sources = reference if isinstance(reference, list | tuple) else [reference]
         images = tuple(load_image(cast("ImageSource", source), mode="RGBA") for source in sources)
         return cls(images, config, annotate, None if fill is None else load_image(fill))
 
     @property
     def follows(self) -> bool:
-        """Whether it lies on the drawing, so that it must have its size."""
+        """Whether it is aligned with the generated image, so that it needs the same size."""
         return not isinstance(self.config.delta, str) and tuple(self.config.delta) == (0, 0)
 
     def encoded(self, pipe: Host, size: tuple[int, int]) -> Encoded:
-        """Through a pipeline's autoencoder, as for a drawing of `size` (height, width)."""
+        """Encoded by a pipeline's autoencoder for an image of `size` (height, width)."""
         c, generator = self.config, self.generator()
         small = size if c.scale == 1 else compact(size, c.scale, pipe.pixels)
         images = pipe.read_images(list(self.images), c.annotator if self.annotate else None, small)
         tokens, grid = pipe.encode_condition(images, generator)
-        # The unconditional pass sees a black picture, encoded like any other (spec of the official image guidance).
+        # The unconditional pass sees a black image, as in the official image guidance.
         black, _ = pipe.encode_condition(torch.full_like(images[:1], -1.0), generator)
         ids = condition_ids(c, grid)
         if self.fill is None:
             return Encoded(tokens, black, ids)
-        given = Fill(tokens, drawn_cells(self.fill, grid, pipe.pixels))
-        known = ~given.drawn.flatten()
-        return Encoded(tokens[:, known], black[:, known], ids[known], given)
+        whole = Fill(tokens, generated_cells(self.fill, grid, pipe.pixels))
+        known = ~whole.generated.flatten()
+        return Encoded(tokens[:, known], black[:, known], ids[known], whole)
 
-    def sampled_by(self, generator: torch.Generator) -> Picture:
+    def sampled_by(self, generator: torch.Generator) -> Originals:
         """With the state that a generator has now."""
         return replace(self, noise=(generator.device, generator.get_state()))
 
@@ -91,7 +91,7 @@ class Picture:
 
 def compact(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, int]:
     """The size of a compact condition (OminiControl2): sides divided by `scale`, multiples of a token, so that
-    positions spread by `scale` cover the picture again."""
+    positions spread by `scale` cover the image again."""
     height, width = (max(round(side / scale / multiple), 1) * multiple for side in size)
     return height, width
 
@@ -100,50 +100,49 @@ def compact(size: tuple[int, int], scale: float, multiple: int) -> tuple[int, in
 # true positions: together as many tokens as the image has. Masks are (rows, columns) of tokens, True = generated.
 
 
-def drawn_cells(mask: ImageSource, grid: tuple[int, int], pixels: int) -> Tensor:
-    """Which cells (rows, columns) are drawn: those with a white pixel, for a cell is known whole or not at all.
-
-    A mask of one pixel a cell is taken as it is. ValueError if nothing is drawn, or nothing known.
+def generated_cells(mask: ImageSource, grid: tuple[int, int], pixels: int) -> Tensor:
+    """The cells (rows, columns) to generate: those with a white pixel. A mask may have one pixel for each cell.
+    Raises ValueError unless it has both kinds.
     """
     size = grid[1] * pixels, grid[0] * pixels
     white = np.asarray(load_image(mask).convert("L").resize(size, Image.Resampling.NEAREST)) > 127
-    drawn = torch.from_numpy(white).unflatten(1, (grid[1], pixels)).unflatten(0, (grid[0], pixels)).any(3).any(1)
-    if drawn.all() or not drawn.any():
+    cells = torch.from_numpy(white).unflatten(1, (grid[1], pixels)).unflatten(0, (grid[0], pixels)).any(3).any(1)
+    if cells.all() or not cells.any():
         raise ValueError(
-            f"The mask draws {'every cell' if drawn.all() else 'no cell'} of the {grid[0]} x {grid[1]}. White is "
-            "drawn, black is kept; there must be both."
+            f"The mask has white in {'every cell' if cells.all() else 'no cell'} of the {grid[0]} x {grid[1]}. White "
+            "is generated, black is kept: the mask needs both."
         )
-    return drawn
+    return cells
 
 
 def hide(image: ImageSource, mask: ImageSource) -> Image.Image:
-    """The picture with the white part of the mask black: the condition of the published fill adapter, which draws the
-    whole picture anew. Image and mask are put together at the picture's size."""
-    picture = load_image(image)
-    hidden = load_image(mask).convert("L").resize(picture.size, Image.Resampling.NEAREST)
+    """The image, black where the mask is white: the condition of the published fill adapter, which generates the whole
+    image. The mask is resized to the image."""
+    shown = load_image(image)
+    hidden = load_image(mask).convert("L").resize(shown.size, Image.Resampling.NEAREST)
     hidden = hidden.point([255 * (value > 127) for value in range(256)])
-    return Image.composite(Image.new("RGB", picture.size), picture, hidden)
+    return Image.composite(Image.new("RGB", shown.size), shown, hidden)
 
 
 def from_official_mask(mask: Tensor) -> Tensor:
-    """The official inference's mask of the condition (columns, rows), True = known -> drawn cells (rows, columns).
+    """The official inference's mask of the condition (columns, rows), True = known -> generated cells (rows, columns).
 
     Its `generate` and `Condition` transpose a mask before they flatten it; its trainer does not.
     """
     return ~mask.bool().mT
 
 
-def sample_drawn_cells(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """A training mask: a random rectangle of cells, in half of the cases all but it. Never all cells and never none.
+def sample_generated_cells(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """A training mask: a random rectangle of cells, or in half of the cases its complement; never all cells or none.
 
-    The official trainer lets a rectangle over the whole grid pass, which leaves no noisy token: a loss of NaN.
+    The official trainer may choose the whole grid, which leaves no noisy token and gives a loss of NaN.
     """
     if grid[0] * grid[1] < 2:
-        raise ValueError(f"A grid of {grid[0]} x {grid[1]} has no cell to keep beside one to draw.")
+        raise ValueError(f"A grid of {grid[0]} x {grid[1]} is too small to keep one cell and generate another.")
     while True:
         (top, bottom), (left, right) = (torch.randint(n, (2,), generator=generator).sort()[0].tolist() for n in grid)
-        drawn = torch.zeros(grid, dtype=torch.bool)
-        drawn[top : bottom + 1, left : right + 1] = True
-        if not drawn.all():
+        cells = torch.zeros(grid, dtype=torch.bool)
+        cells[top : bottom + 1, left : right + 1] = True
+        if not cells.all():
             break
-    return ~drawn if bool(torch.rand((), generator=generator) < 0.5) else drawn
+    return ~cells if bool(torch.rand((), generator=generator) < 0.5) else cells

@@ -11,9 +11,9 @@ from torch import Tensor
 from condit.controls.control import Where
 from condit.controls.host import Host
 from condit.controls.ip_input import IPConfig
-from condit.controls.ip_projectors import ImageBranch, IPParts, Layer, SD3Adapter, TimeResampler, layers_of
+from condit.controls.ip_projectors import IPParts, Layer, TimeResampler, layers_of
 from condit.encoders.image import CLIPImage, encoder_size
-from condit.weights.ip_files import IPFile, face_lora, fit_layers, form_of, read_layout
+from condit.weights.ip_files import face_lora, fit_layers, form_of, read_layout
 from condit.weights.ip_projectors import Needs, needs_of, projector_of
 
 
@@ -124,16 +124,3 @@ def find_encoder(pipe: Host, given: CLIPImage | str | Path | None, source: objec
         return needs.refuse(None, source, pipe.name)
     needs.refuse(encoder_size(folder), source, folder)
     return pipe.image_encoder(folder)
-
-
-def sd3_adapter(file: IPFile, head_dim: int, projector_head_dim: int = 64) -> SD3Adapter:
-    """From `read_layout`, InstantX's spelling or diffusers'. head_dim: of the backbone's heads."""
-    projector = projector_of(file.projector, projector_head_dim)
-    if not isinstance(projector, TimeResampler):
-        raise ValueError(f"SD 3.5's adapters have a time-conditioned projector; found {type(projector).__name__}.")
-    branches = {}
-    for number, parts in file.layers.items():
-        (width, dim), clock = parts["to_k_ip.weight"].shape, parts["norm_ip.linear.weight"].shape[1]
-        branches[number] = ImageBranch(dim, width // head_dim, width, clock)
-        branches[number].load_state_dict(parts, strict=True)
-    return SD3Adapter(projector, branches)

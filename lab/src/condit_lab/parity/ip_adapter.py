@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import torch
 from PIL import Image
@@ -19,15 +20,16 @@ from torch import Tensor
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.backbones.unet import Frame
 from condit.controls.control import Control, Run, Step, region_levels
+from condit.controls.host import Host
 from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
-from condit.controls.ip_projectors import ImageProjection, SD3Adapter
+from condit.controls.ip_projectors import ImageProjection
 from condit.nn.attention import split_heads
 from condit.nn.streams import Stream
 from condit.verify.check import Check, Differences, compare, difference, part
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.ip_files import read_layout
-from condit.weights.ip_load import sd3_adapter
 from condit.weights.ip_projectors import projector_of
+from condit_lab.parity.sd3 import SD3Adapter, sd3_adapter
 from condit_lab.parity.unets import CALL, TOKENS, TRAJECTORY, GoldenPipe, golden_pipe, unet_of
 
 
