@@ -6,6 +6,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from condit.backbones.unet import UNet, UNetConfig
 from condit.controls.control import Control, Run, Step, When
 from condit.controls.deadiff import DEADiff, DEADiffConfig
 from condit.controls.deadiff_layers import CONTENT_LAYERS, coarse_layers, cross_shapes, layer_table
+from condit.controls.host import Host
 from condit.data.images import load_image, to_tensor
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import QFormer, QFormerConfig, word_ids
@@ -502,12 +504,12 @@ def test_an_adapter_of_another_base_is_told(bench, adapter, tmp_path):
     with pytest.raises(
         ValueError, match=r"K' of .*attn2 is \(8, 64\); bench needs \(8, 128\). DEADiff was made for Stable"
     ):
-        DEADiff.load(file, wide, image_encoder=adapter.tower)
+        DEADiff.load(file, cast("Host", wide), image_encoder=adapter.tower)
     fewer = Bench(
         make_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"))
     )
     with pytest.raises(ValueError, match=r"image K', V' of 16 layers; bench has 14 .*first difference: down_blocks.0"):
-        DEADiff.load(file, fewer, image_encoder=adapter.tower)
+        DEADiff.load(file, cast("Host", fewer), image_encoder=adapter.tower)
 
 
 def test_a_control_of_another_model_is_told(adapter, pictures):

@@ -59,8 +59,8 @@ def plant(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def cross_shapes(backbone: UNet, name: str = "this model") -> dict[str, tuple[int, int]]:
-    """Path of each cross-attention layer -> width of the text that it reads, width of its keys. ValueError for a model
-    without any."""
+    """Path of each cross-attention layer -> width of the text that it reads, width of its keys. Raises ValueError for a
+    model without any."""
     paths = [site.path for site in backbone.sites if site.kind == "cross"]
     if not paths:
         raise ValueError(
@@ -73,7 +73,7 @@ def cross_shapes(backbone: UNet, name: str = "this model") -> dict[str, tuple[in
 def check_maps(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], source: object, model: str
 ) -> None:
-    """ValueError unless the file's K', V' maps are those of this model's layers."""
+    """Raises ValueError unless the file's K', V' maps are those of this model's layers."""
     own = {n[5 : -len(".image_k.weight")]: tuple(v.shape) for n, v in tensors.items() if n.endswith(".image_k.weight")}
     if not own:
         near = sorted(n for n in tensors if "to_k" in n or "image" in n)[:3]

@@ -266,7 +266,7 @@ def with_source(call: Call, form: str, gate: Tensor | None) -> Call:
 
 
 def make_table(edit: DiT4Edit, pair: Pair, device: torch.device) -> Table:
-    """The tables of every pair of prompts; ValueError where the prompts do not fit the kind of edit."""
+    """The tables of every pair of prompts. Raises ValueError where the prompts do not fit the kind of edit."""
     rows = [one_table(edit, s, t) for s, t in zip(pair.source, pair.target, strict=True)]
     maps, weights, factors, until, edited = zip(*rows, strict=True)
     tensors = (torch.stack(part).to(device) for part in (maps, weights, factors))

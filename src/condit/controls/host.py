@@ -28,15 +28,15 @@ class AdapterFile(Protocol):
     @property
     def hash(self) -> str: ...
 
+    # All tensors of the file, or these, into all of a module. Raises ValueError where they differ.
     def load_into(
         self, module: nn.Module, tensors: Mapping[str, Tensor] | None = None, *, assign: bool = False
-    ) -> None:
-        """All tensors of the file, or these, into all of a module. Raises ValueError where they differ."""
+    ) -> None: ...
 
+    # The file as parts of an IP-Adapter, fitted to the pipeline's network.
     def ip_parts(
         self, source: str | Path, pipe: Host, image_encoder: CLIPImage | str | Path | None, where: Any, head_dim: int
-    ) -> IPParts:
-        """The file as parts of an IP-Adapter, fitted to the pipeline's network."""
+    ) -> IPParts: ...
 
 
 class Host(Protocol):
@@ -44,38 +44,38 @@ class Host(Protocol):
 
     @property
     def name(self) -> str: ...
+    # Height and width in pixels at which references are read by default.
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels at which references are read by default."""
+    def size(self) -> tuple[int, int]: ...
 
     @property
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    # Pixels of a token's side.
     @property
-    def pixels(self) -> int:
-        """Pixels of a token's side."""
+    def pixels(self) -> int: ...
 
+    # The network, an nn.Module with `sites` and `config`; its type is that of the family.
     @property
-    def backbone(self) -> Any:
-        """The network, an nn.Module with `sites` and `config`; its type is that of the family."""
+    def backbone(self) -> Any: ...
 
+    # The image encoder of a model that has its own.
     @property
-    def image(self) -> CLIPImage | TinyImage | None:
-        """The image encoder of a model that has its own."""
+    def image(self) -> CLIPImage | TinyImage | None: ...
 
-    def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile:
-        """An adapter by name, file or folder, for the class `method`. Raises ValueError for another class's file."""
+    # An adapter by name, file or folder, for the class `method`. Raises ValueError for another class's file.
+    def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile: ...
 
+    # References as (n, 3, H, W) in [-1, 1] at `size` (height, width).
     def read_images(
         self, reference: ImageSource | Sequence[ImageSource], annotator: str | None, size: tuple[int, int] | None = None
-    ) -> Tensor:
-        """References as (n, 3, H, W) in [-1, 1] at `size` (height, width)."""
+    ) -> Tensor: ...
 
+    # Images (n, 3, H, W) -> packed tokens (n, N, C) and their grid (rows, columns).
     def encode_condition(
         self, images: Tensor, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, tuple[int, int]]:
-        """Images (n, 3, H, W) -> packed tokens (n, N, C) and their grid (rows, columns)."""
+    ) -> tuple[Tensor, tuple[int, int]]: ...
 
     def encode_text(self, prompts: Sequence[str], /) -> Text: ...
     def image_encoder(self, folder: str | Path) -> CLIPImage: ...

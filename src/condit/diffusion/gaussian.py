@@ -249,7 +249,7 @@ def reverse(process: Gaussian, output: Tensor, x: Tensor, i: Tensor, *, clip: bo
 
 
 def check_output(process: Gaussian, output: Tensor, x: Tensor) -> None:
-    """ValueError unless a network's output has the channels that the process's kind of variance needs."""
+    """Raises ValueError unless a network's output has the channels that the process's kind of variance needs."""
     channels = x.shape[1] * (2 if process.learns_variance else 1)
     if output.shape != (x.shape[0], channels, *x.shape[2:]):
         raise ValueError(

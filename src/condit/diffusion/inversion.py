@@ -33,11 +33,11 @@ class Path(Protocol):
 
     def time(self, level: int) -> float: ...
 
-    def step(self, index: int) -> Step:
-        """The step of a sampler that begins at a level."""
+    # The step of a sampler that begins at a level.
+    def step(self, index: int) -> Step: ...
 
-    def at(self, time: float) -> Step:
-        """A step of its own at any time."""
+    # A step of its own at any time.
+    def at(self, time: float) -> Step: ...
 
     def kept(self, x: Tensor, output: Tensor, level: int) -> Tensor: ...
 

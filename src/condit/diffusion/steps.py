@@ -42,8 +42,8 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 class Path(Protocol):
     """The noise levels of a run, the noisiest first."""
 
-    def __len__(self) -> int:
-        """The number of steps."""
+    # The number of steps.
+    def __len__(self) -> int: ...
 
     def step(self, index: int) -> Step: ...
 
@@ -51,8 +51,8 @@ class Path(Protocol):
 class PartPath(Path, Protocol):
     """A path that image-to-image generation may enter after its first steps."""
 
-    def since(self, begin: int) -> Self:
-        """The steps from number `begin` on."""
+    # The steps from number `begin` on.
+    def since(self, begin: int) -> Self: ...
 
 
 def finish_step(on_step: OnStep | None, index: int, x: Tensor, x0: Tensor) -> Tensor:

@@ -318,7 +318,7 @@ def editable(pipe: Editable) -> tuple[Solver, int]:
 
 def fitted_size(images: Sequence[ImageSource], size: tuple[int, int], multiple: int, fixed: bool) -> tuple[int, int]:
     """Height and width at which images are edited: the model's area in the first image's shape, in whole tokens; a
-    `fixed` model's own size. ValueError for images of more than one shape."""
+    `fixed` model's own size. Raises ValueError for images of more than one shape."""
     if fixed:
         return size
     area, sizes = size[0] * size[1], set()

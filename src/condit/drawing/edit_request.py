@@ -68,7 +68,8 @@ class EditPrompts:
 
     @classmethod
     def of(cls, pictures: object, source: str | Sequence[str] | None, target: str | Sequence[str]) -> EditPrompts:
-        """Of n images (or prompts in their place) and n targets, or one of either. ValueError for other numbers."""
+        """Of n images (or prompts in their place) and n targets, or one of either. Raises ValueError for other
+        numbers."""
         if source is None:
             raise ValueError("An edit needs the source prompt, a description of the image such as 'a cat'.")
         sources, targets = source_prompts(source, len(as_list(pictures))), prompts_of("target", target)
@@ -95,8 +96,8 @@ def check_inversion(
     steps: int | None,
     solver: str | None,
 ) -> None:
-    """ValueError unless the inversion is one of these prompts, by the model of this name, at this size, in these steps
-    and by this solver; None: as it is."""
+    """Raises ValueError unless the inversion is one of these prompts, by the model of this name, at this size, in these
+    steps and by this solver; None: as it is."""
     if source is not None and tuple(as_list(source)) not in (inversion.source, inversion.source[:1]):
         raise ValueError(
             f"This inversion was made for {inversion.source[0]!r}, not {as_list(source)[0]!r}: words and noise "

@@ -30,7 +30,7 @@ def load(
     vae: for DiT and DiffiT, an autoencoder, its folder, or "tiny" for the embedded one; None: the folder `vae` next to
     the weights. components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None:
     the file's own. offload: see `Pipeline`. quantize: see `condit.weights.quantise`; the weights of FLUX's blocks then
-    take one byte each. ValueError for an option that the model does not take."""
+    take one byte each. Raises ValueError for an option that the model does not take."""
     model = identify(source)
     check_options(model, offload=offload)
     parts = load_parts(model, dtype=dtype, device=device, vae=vae, components=components, quantize=quantize)

@@ -133,7 +133,7 @@ class Pipeline:
         label: Label | Sequence[Label] | Tensor = None,
     ) -> Result:
         """Generate images. Arguments as in diffusers; `seed` is short for generators: image i has seed + i, and its
-        noise is drawn on the CPU. ValueError for an argument that the model does not support.
+        noise is drawn on the CPU. Raises ValueError for an argument that the model does not support.
 
         prompt: words, or encoded `Text`; for DiT and DiffiT a class by name or number, None for no class. image: start
         from it, changed by `strength` in (0, 1] (None: 0.8, with a mask 1); mask_image: repaint where it is white.

@@ -66,7 +66,7 @@ COMMON = frozenset({"height", "width", "num_inference_steps", "copies"})
 
 
 def check_supported(name: str, settings: Settings, supported: frozenset[str]) -> None:
-    """ValueError for an argument that the model does not read."""
+    """Raises ValueError for an argument that the model does not read."""
     for field in fields(settings):
         value = getattr(settings, field.name)
         if value is not None and field.name not in COMMON | supported:
@@ -82,7 +82,8 @@ def check_size(size: tuple[int, int], side: int) -> None:
 def check_counts(
     steps: int, copies: int, output_type: str, *, fewest: int = 1, kinds: Sequence[str] = ("pil", "pt", "latent")
 ) -> None:
-    """ValueError for a number of steps below `fewest` or above MAX_STEPS, of images, or an unknown kind of output."""
+    """Raises ValueError for a number of steps below `fewest` or above MAX_STEPS, of images, or an unknown kind of
+    output."""
     if not isinstance(steps, Integral) or not fewest <= steps <= MAX_STEPS:
         raise ValueError(f"num_inference_steps must be {fewest} to {MAX_STEPS}; found {steps}.")
     if not isinstance(copies, Integral) or copies < 1:
@@ -93,7 +94,7 @@ def check_counts(
 
 
 def prompt_list(prompt: object) -> list[str]:
-    """One prompt or a list of them as a list; ValueError for anything else, and for an empty list."""
+    """One prompt or a list of them as a list. Raises ValueError for anything else, and for an empty list."""
     prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
