@@ -234,11 +234,11 @@ def test_the_ways_to_combine_are_what_they_say(world, references, name):
 def test_combinations_that_cannot_be_are_told(world, references):
     with pytest.raises(ValueError, match="combine must be one of .* found 'max'"):
         world.whole.control(references, combine="max")
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match="at least two"):
         world.whole.control(references[0], combine="subtract")
     with pytest.raises(ValueError, match="3 weights for 2 references"):
         world.whole.control([references[:2]], combine="sum", weights=[1, 1, 1])
-    with pytest.raises(ValueError, match="Give a reference picture"):
+    with pytest.raises(ValueError, match="Give a reference image"):
         world.whole.control()
 
 

@@ -606,5 +606,5 @@ def test_qformers_of_another_width_than_the_text_are_refused(bench, adapter, tmp
     narrow = replace(QFORMER, width=WIDTH // 2)
     made = DEADiff(adapter.config, QFormer(QFORMER), QFormer(narrow), cross_shapes(bench.backbone))
     file = save_tensors(tmp_path / "narrow.safetensors", made.tensors(), made.metadata())
-    with pytest.raises(ValueError, match=f"content Q-Former gives tokens of width {WIDTH // 2}; the text of bench"):
+    with pytest.raises(ValueError, match=f"content Q-Former has tokens of width {WIDTH // 2}; the text of bench"):
         DEADiff.load(file, bench, image_encoder=adapter.tower)

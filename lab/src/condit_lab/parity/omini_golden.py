@@ -150,11 +150,11 @@ class Golden:
         *,
         independent: bool = False,
         black: Tensor | None = None,
-        given: Fill | None = None,
+        whole: Fill | None = None,
     ) -> OminiReference:
         control = OminiControl(self.loras[adapter], OminiConfig(independent=independent))
         black = tokens if black is None else black
-        return OminiReference(tokens, black, ids, control, 1.0, When(), whole=given)
+        return OminiReference(tokens, black, ids, control, 1.0, When(), whole=whole)
 
     def references(self, *, independent: bool) -> list[OminiReference]:
         """Those of the file of caches."""
