@@ -289,7 +289,7 @@ def test_blocks_that_are_not_there_are_told(world, references):
     message = "matches none of the .* layers" if xl else "No preset 'layout' for sd15: all, style, style.layout"
     with pytest.raises(ValueError, match=message):
         InstantStyle(world.whole).control(references[0], preset="layout")
-    with pytest.raises(ValueError, match="strength names 'mid_blok', where no layer is"):
+    with pytest.raises(ValueError, match="strength names 'mid_blok', which matches no layer"):
         world.whole.control(references[0], strength={"mid_blok": 1.0})
 
 
