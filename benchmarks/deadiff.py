@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from condit.backbones.unet import UNet, UNetConfig
 from condit.cli.memory import keep_memory
 from condit.controls.control import Run, Step
-from condit.controls.deadiff import DEADiff, DEADiffReference
+from condit.controls.deadiff import Acts, DEADiff, DEADiffReference
+from condit.controls.deadiff_layers import Name
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import BERT_WORDS, QFormerConfig
 
@@ -63,13 +64,14 @@ def setting(*, full: bool, device: str, cells: int) -> Setting:
     return Setting(unet, adapter, x, torch.tensor([500.0], device=device), text, tokens, picture)
 
 
-def acting(s: Setting, **how) -> DEADiffReference:
+def acting(s: Setting, strength: dict[Name, float] | None = None, weighed: Acts = "keys-values") -> DEADiffReference:
     """A control of style and content, at a step."""
     cells = s.x.shape[-1]
     run = Run(s.unet, 1, (cells, cells), s.x, None, 4)  # type: ignore[arg-type]
-    found = s.adapter.reference(s.tokens, **how).prepare(run).at(Step(0, 50, 1.0))
-    assert found is not None
-    return found
+    reference = replace(s.adapter.reference(s.tokens, strength=strength), weighed=weighed)
+    control = reference.prepare(run).at(Step(0, 50, 1.0))
+    assert control is not None
+    return control
 
 
 def variants(s: Setting) -> dict[str, Callable[[], Tensor]]:

@@ -482,7 +482,7 @@ def test_mistakes_with_pixels_are_told(tmp_path, pets):
         PixelTask(folder=pets, sizes={"widht": 3})
     pipe = condit.load(step(PixelTask(folder=pets, size=16, sizes=PIXELS), tmp_path))
     for match, more in (
-        ("knows no class 'fox'", {"label": "fox"}),
+        ("has no class 'fox'", {"label": "fox"}),
         ("multiples of 8", {"height": 20}),
         ("2 to", {"num_inference_steps": 1}),
         ("output_type must be 'pil' or 'pt'", {"output_type": "latent"}),

@@ -141,7 +141,7 @@ def test_references_that_do_not_fit_the_batch_are_counted_in_the_error(world, na
 
 def test_a_mask_of_another_shape_is_told_before_sampling(world):
     for mask in (LEFT_HALF[:, :32], np.full((32, 32), 255, np.uint8), np.zeros((32, 32), np.uint8)):
-        with pytest.raises(ValueError, match="a mask of 32 x 32 .* for a picture of 8 x 12 tokens"):
+        with pytest.raises(ValueError, match="a mask of 32 x 32 .* for an image of 8 x 12 tokens"):
             world.draw([world.control("both", mask=mask)])
     with pytest.raises(ValueError, match="masks must have the same size"):
         world.control("both", mask=[LEFT_HALF, np.full((16, 16), 255, np.uint8)])

@@ -280,8 +280,8 @@ def test_known_cells_come_back_as_encoded_and_the_others_are_drawn(world, refere
 @every_fill
 def test_what_stood_in_the_drawn_cells_does_not_matter(world, references, name):
     control = getattr(world, name).control(references[0], fill=DRAWN)
-    other = control.given.tokens + DRAWN.flatten()[:, None]
-    same = replace(control, given=replace(control.given, tokens=other))
+    other = control.whole.tokens + DRAWN.flatten()[:, None]
+    same = replace(control, whole=replace(control.whole, tokens=other))
     assert torch.equal(world.draw([same]), world.draw([control]))
 
 

@@ -76,7 +76,7 @@ def test_a_reference_each_for_style_and_layout_acts_in_its_blocks_with_the_weigh
         "down_blocks.2.attentions.1",
     }
     part = style_of(FOLDER, "sdxl", "global", "style")
-    with pytest.raises(ValueError, match="preset 'layout' acts at .* of which no K', V' were loaded"):
+    with pytest.raises(ValueError, match="preset 'layout' acts at .* whose K', V' were not loaded"):
         part.control(one, preset="layout")
     with pytest.raises(ValueError, match="one reference, or style= and layout="):
         style.control()

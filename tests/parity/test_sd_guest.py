@@ -416,7 +416,7 @@ def test_what_a_unet_does_not_take_is_told_before_drawing(pairs, pictures, make_
     assert isinstance(omini.adapter, OminiControl) and isinstance(omini.adapter.config, OminiConfig)
     with pytest.raises(ValueError, match="joins tokens to the sequence, and a UNet has none"):
         draw(guest, controls=[omini])
-    with pytest.raises(ValueError, match="controls are made by adapter.control"):
+    with pytest.raises(ValueError, match="controls must be made by adapter.control"):
         draw(guest, controls=["style"])
     foreign = pairs("sdxl").controls(pairs("sdxl").ours, "global", pictures(1)[0])
     with pytest.raises(ValueError, match="loaded for sdxl, whose unet is not like that of"):

@@ -249,7 +249,7 @@ def test_an_unconditional_model_draws_and_knows_no_class(config, tmp_path):
     config = replace(config, num_classes=0, learn_sigma=False)
     model = condit.load(write(tmp_path, config, names=None))
     assert draw(model, None, num_images_per_prompt=2).shape == (2, 4, 4, 4)
-    with pytest.raises(ValueError, match="is unconditional, it knows no class 1"):
+    with pytest.raises(ValueError, match="is unconditional and has no class 1"):
         draw(model, 1)
     with pytest.raises(ValueError, match="without a null class"):
         draw(model, None, guidance_scale=4.0)
@@ -545,7 +545,7 @@ def test_a_headless_vit_gives_features_only(tmp_path, pictures):
 def test_wrong_arguments_of_a_classifier_are_told(vit, pictures):
     with pytest.raises(ValueError, match="top_k must be at least 1; found 0"):
         vit.classify(pictures(1), top_k=0)
-    with pytest.raises(ValueError, match="No picture in the list"):
+    with pytest.raises(ValueError, match="No image in the list"):
         vit.classify([])
 
 

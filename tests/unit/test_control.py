@@ -80,7 +80,7 @@ def test_a_control_that_overrides_nothing_changes_nothing():
 def test_controls_stand_in_a_list_and_what_is_none_is_told():
     one = Control()
     assert check_controls([one]) == (one,) and check_controls(()) == ()
-    with pytest.raises(ValueError, match=r"write controls=\[...\]; found Control"):
+    with pytest.raises(ValueError, match=r"controls=\[...\]; found Control"):
         check_controls(one)  # type: ignore[arg-type]
     for wrong, found in (("tiny/style", "str"), ([one, "swap"], "str"), ([torch.nn.Linear(1, 1)], "Linear")):
         with pytest.raises(ValueError, match=rf"made by adapter.control\(...\); found {found}"):

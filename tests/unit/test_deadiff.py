@@ -6,6 +6,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from condit.backbones.unet import UNet, UNetConfig
 from condit.controls.control import Control, Run, Step, When
 from condit.controls.deadiff import DEADiff, DEADiffConfig
 from condit.controls.deadiff_layers import CONTENT_LAYERS, coarse_layers, cross_shapes, layer_table
+from condit.controls.host import Host
 from condit.data.images import load_image, to_tensor
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import QFormer, QFormerConfig, word_ids
@@ -502,19 +504,19 @@ def test_an_adapter_of_another_base_is_told(bench, adapter, tmp_path):
     with pytest.raises(
         ValueError, match=r"K' of .*attn2 is \(8, 64\); bench needs \(8, 128\). DEADiff was made for Stable"
     ):
-        DEADiff.load(file, wide, image_encoder=adapter.tower)
+        DEADiff.load(file, cast("Host", wide), image_encoder=adapter.tower)
     fewer = Bench(
         make_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"))
     )
     with pytest.raises(ValueError, match=r"image K', V' of 16 layers; bench has 14 .*first difference: down_blocks.0"):
-        DEADiff.load(file, fewer, image_encoder=adapter.tower)
+        DEADiff.load(file, cast("Host", fewer), image_encoder=adapter.tower)
 
 
 def test_a_control_of_another_model_is_told(adapter, pictures):
     fewer = Bench(
         make_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"))
     )
-    with pytest.raises(ValueError, match="no layer 'down_blocks.0.*made for another one"):
+    with pytest.raises(ValueError, match="no layer 'down_blocks.0.*made for another model"):
         fewer.draw([adapter.control(pictures[0])])
 
 
@@ -567,8 +569,8 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(bench, adapter, tmp_
     ("how", "message"),
     [
         ({}, "No reference: give style=, content= or both"),
-        ({"style": []}, "Every image needs equally many style references; found"),
-        ({"content": [[]]}, "Every image needs equally many content references"),
+        ({"style": []}, "Every image needs the same number of style references; found"),
+        ({"content": [[]]}, "Every image needs the same number of content references"),
         ({"style": 0, "strength": -1.0, "acts": "attention"}, "cannot be negative"),
         ({"style": 0, "acts": "keys"}, "acts must be one of 'keys-values'"),
         ({"style": 0, "empty": "none"}, "empty must be one of 'zeros', 'absent'"),
@@ -577,7 +579,7 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(bench, adapter, tmp_
         ({"style": "nowhere.png"}, "no image at nowhere.png"),
         ({"style": 0, "strength": [0.3, 1.0]}, "strength is one number for all images of a control"),
         ({"style": 0, "content_strength": float("nan")}, "strength is one number"),
-        ({"style": 0, "where": "up_blocks.1"}, r"names none of the .* layers.*'up_blocks.1.\*'"),
+        ({"style": 0, "where": "up_blocks.1"}, r"matches none of the .* layers.*'up_blocks.1.\*'"),
     ],
 )
 def test_a_control_that_cannot_be_made_says_why(adapter, pictures, how, message):
@@ -604,5 +606,5 @@ def test_qformers_of_another_width_than_the_text_are_refused(bench, adapter, tmp
     narrow = replace(QFORMER, width=WIDTH // 2)
     made = DEADiff(adapter.config, QFormer(QFORMER), QFormer(narrow), cross_shapes(bench.backbone))
     file = save_tensors(tmp_path / "narrow.safetensors", made.tensors(), made.metadata())
-    with pytest.raises(ValueError, match=f"content Q-Former gives tokens of width {WIDTH // 2}; the text of bench"):
+    with pytest.raises(ValueError, match=f"content Q-Former has tokens of width {WIDTH // 2}; the text of bench"):
         DEADiff.load(file, bench, image_encoder=adapter.tower)

@@ -243,8 +243,8 @@ def test_prompts_that_do_not_fit_the_edit_are_told(make_pipe, control, target, m
     ("control", "target", "message"),
     [
         (PRESETS["add"], "one two three", "no word in common"),
-        (DiT4Edit(self_layers=(0.0, 0.3)), "a dog", "self_layers, 0.0 to 0.3, holds none of the model's 2 layers"),
-        (DiT4Edit(blend=Blend(layers=(0.6, 0.9))), "a dog", "blend.layers, 0.6 to 0.9, holds none"),
+        (DiT4Edit(self_layers=(0.0, 0.3)), "a dog", "self_layers, 0.0 to 0.3, contains none of the model's 2 layers"),
+        (DiT4Edit(blend=Blend(layers=(0.6, 0.9))), "a dog", "blend.layers, 0.6 to 0.9, contains none"),
     ],
 )
 def test_words_and_layers_are_told_before_the_picture_is_inverted(make_pipe, control, target, message):
@@ -270,7 +270,7 @@ def test_words_that_differ_behind_what_the_encoder_reads_are_told():
         return replace(words, tokens=tuple(t if t and t[-1] < 3 else () for t in words.tokens))
 
     far = [cut(said(f"a big fluffy {word}")) for word in ("cat", "dog")]
-    with pytest.raises(ValueError, match="'cat' and the other words that differ stand behind the 5 tokens"):
+    with pytest.raises(ValueError, match="'cat' and the other words that differ come after the 5 tokens"):
         acting_on(DiT4Edit(), *far)
     near = [cut(said(f"a big {size} {word}")) for size, word in (("old", "cat"), ("new", "dog"))]
     acting_on(DiT4Edit(), *near)  # one of them is read
@@ -326,17 +326,17 @@ def test_pictures_of_odd_sizes_are_fitted_and_wrong_ones_told(make_pipe):
     ("given", "message"),
     [
         ({"source": None}, "needs the source prompt"),
-        ({"target": ["a", "b", "c"], "image": [np.zeros((32, 48, 3), np.uint8)] * 2}, "2 pictures and 3 target"),
-        ({"source": ["a", "b"]}, "1 pictures and 2 source prompts"),
+        ({"target": ["a", "b", "c"], "image": [np.zeros((32, 48, 3), np.uint8)] * 2}, "2 images and 3 target"),
+        ({"source": ["a", "b"]}, "1 images and 2 source prompts"),
         ({"controls": [DiT4Edit(), DiT4Edit()]}, "2 DiT4Edit controls"),
         ({"solver": "dpmpp2m"}, "a flow takes"),
         ({"num_inference_steps": 0}, "at least 1; found 0"),
         ({"num_inference_steps": 2.5}, "whole number, at least 1; found 2.5"),
         ({"iterations": -1}, "iterations must be a whole number, at least 0; found -1"),
         ({"output_type": "jpg"}, "output_type"),
-        ({"target": None}, "target is a prompt or a list of them; found None"),
-        ({"source": 3}, "source is a prompt"),
-        ({"controls": DiT4Edit()}, r"write controls=\[...\]; found DiT4Edit"),
+        ({"target": None}, "target must be a prompt or a list of prompts; found None"),
+        ({"source": 3}, "source must be a prompt"),
+        ({"controls": DiT4Edit()}, r"controls=\[...\]; found DiT4Edit"),
         ({"controls": ["swap"]}, "made by adapter.control.*found str"),
         ({"mask": [np.zeros((32, 48), np.uint8)] * 3, "target": ["a dog", "a fox"]}, "3 masks for 2 edits"),
     ],

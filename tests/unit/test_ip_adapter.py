@@ -83,7 +83,7 @@ def test_a_mask_limits_the_tokens(pipe, adapter, pictures):
     columns = changed[:, :, 5:].abs().amax((0, 1, 3)).view(4, 6).amax(0)
     assert (columns[:3] > 1e-3).all() and not columns[3:].any()
     square = adapter.control(pictures(1), mask=torch.ones(32, 32))
-    with pytest.raises(ValueError, match="a mask of 32 x 32 .* for a picture of 4 x 6 tokens: the shapes differ"):
+    with pytest.raises(ValueError, match="a mask of 32 x 32 .* for an image of 4 x 6 tokens: the shapes differ"):
         pipe("a fox", controls=[square], seed=0)
 
 
@@ -135,13 +135,13 @@ def test_features_made_elsewhere_act_as_their_picture_and_those_of_another_encod
     for wrong in (both[0], both[:, :5], both[None, None]):
         with pytest.raises(ValueError, match=r"embeds must be \(n, 12\) or \(n, R, 12\)"):
             adapter.control(embeds=wrong)
-    with pytest.raises(ValueError, match="found both"):
+    with pytest.raises(ValueError, match="not both"):
         adapter.control(picture, embeds=both[:1])
 
 
 def test_unequal_numbers_of_references_and_unknown_combinations_are_refused(adapter, pictures):
     one, two = pictures(2)
-    with pytest.raises(ValueError, match=r"equally many references; found \[2, 1\]"):
+    with pytest.raises(ValueError, match=r"the same number of references; found \[2, 1\]"):
         adapter.control([[one, two], [one]])
     with pytest.raises(ValueError, match="found 'max'"):
         adapter.control(one, combine="max")

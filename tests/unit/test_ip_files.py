@@ -188,7 +188,7 @@ def test_faceids_lora_is_read_acts_and_is_saved(pipe, file, tmp_path):
     apart = adapter.control(identity=faces).inner.kv[path]  # type: ignore[attr-defined]
     for found, each in zip(side_by_side.kv[path], apart, strict=True):
         torch.testing.assert_close(found, torch.cat([each[:1], each[1:]], 2), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="is FaceID: give identity="):
+    with pytest.raises(ValueError, match="is a FaceID adapter: give identity="):
         adapter.control(embeds=torch.zeros(1, 12))
     with pytest.raises(ValueError, match=r"identity must be \(n, 8\) or \(n, R, 8\); found \(1, 9\)"):
         adapter.control(identity=torch.zeros(1, 9))
@@ -317,7 +317,7 @@ def test_a_missing_layer_among_its_neighbours_is_told(xl, tmp_path):
 def test_masks_of_another_shape_are_told_before_sampling(pipe, file, pictures):
     adapter = IPAdapter.load(file, pipe)
     control = adapter.control(pictures(1)[0], mask=torch.ones(32, 32))
-    with pytest.raises(ValueError, match="a mask of 32 x 32 .* for a picture of 8 x 12 tokens"):
+    with pytest.raises(ValueError, match="a mask of 32 x 32 .* for an image of 8 x 12 tokens"):
         pipe("a fox", controls=[control], seed=0)
     with pytest.raises(ValueError, match="masks must have the same size"):
         adapter.control(pictures(2), mask=[torch.ones(32, 48), torch.ones(16, 24)])
@@ -486,7 +486,7 @@ def test_faceid_plus_reads_a_face_and_a_picture(make_latent, tmp_path, pictures,
     path = adapter.sites[0]
     torch.testing.assert_close(control.kv[path], expected[path], rtol=0, atol=1e-5)  # type: ignore[attr-defined]
     torch.testing.assert_close(control.empty[path], empty[path], rtol=0, atol=1e-5)  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="FaceID-Plus: give the reference picture too"):
+    with pytest.raises(ValueError, match="FaceID-Plus adapter: give the reference image too"):
         adapter.control(identity=face)
 
 
@@ -543,7 +543,7 @@ def test_words_that_cannot_be_subtracted_are_told(pipe, file, pictures, tmp_path
     tensors = {n: t for n, t in published(pipe).items() if "image_proj" not in n}
     plus = {f"image_proj.{n}": torch.randn(t.shape) / 8 for n, t in resampler(20, 12, 16, 1).items()}
     save_file(tensors | plus, file.parent / "plus.safetensors")
-    with pytest.raises(ValueError, match="reads hidden features, from which no words can be subtracted"):
+    with pytest.raises(ValueError, match="reads hidden features, from which words cannot be subtracted"):
         InstantStyle(IPAdapter.load(file.parent / "plus.safetensors", pipe), Words(16, 12)).control(
             picture, content="x"
         )

@@ -21,7 +21,7 @@ def adapter(pipe) -> IPAdapter:
     return IPAdapter.new(pipe, IPConfig(12, 3, 12)).requires_grad_(False)
 
 
-STRENGTH = "strength must be a finite number, one an image, or numbers by prefix"
+STRENGTH = "strength must be a finite number, one for each image, or numbers by prefix"
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ STRENGTH = "strength must be a finite number, one an image, or numbers by prefix
         ({"weights": [1, -1]}, "divides by the sum of weights, which is 0"),
         ({"when": 0.5}, r"when must be condit.When, or a pair \(start, end\)"),
         ({"when": (0.6, 0.4)}, "0 <= start < end <= 1"),
-        ({"where": "up_blocks.1"}, r"names none of .* The layers of a module are 'up_blocks.1.\*'"),
-        ({"shortcut": 1.0}, "shortcut= is of FaceID-Plus v2"),
-        ({"lora_scale": 0.5}, "lora_scale= is of FaceID's LoRA"),
+        ({"where": "up_blocks.1"}, r"matches none of .* The layers of a module are 'up_blocks.1.\*'"),
+        ({"shortcut": 1.0}, "shortcut= is for FaceID-Plus v2"),
+        ({"lora_scale": 0.5}, "lora_scale= is for FaceID's LoRA"),
         ({"content": torch.zeros(3, 12)}, "content for 3 images, references for 1"),
     ],
 )
@@ -61,7 +61,7 @@ def test_a_control_of_another_model_is_told(adapter, pictures, make_latent, make
     control = adapter.control(pictures(1)[0])
     assert isinstance(control, IPReference)
     for other in (make_latent("sdxl"), make_pipe()):
-        with pytest.raises(ValueError, match="has no layer 'down_blocks.0.*made for another one"):
+        with pytest.raises(ValueError, match="has no layer 'down_blocks.0.*made for another model"):
             other("a fox", controls=[control], seed=0)
 
 
@@ -69,7 +69,7 @@ def test_controls_that_are_none_are_told(pipe, adapter, pictures, make_pipe):
     control = adapter.control(pictures(1)[0])
     for drawing in (pipe, make_pipe()):
         for given, message in (
-            (control, r"write controls=\[...\]; found IPReference"),
+            (control, r"controls=\[...\]; found IPReference"),
             ([adapter], "made by adapter.control.*found IPAdapter"),
             (["ref.png"], "made by adapter.control.*found str"),
         ):

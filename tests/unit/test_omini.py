@@ -301,7 +301,7 @@ def test_an_aligned_condition_has_the_size_that_the_call_draws(make_pipe, make_o
 def test_at_another_size_the_empty_reference_is_black_and_posterior_draws_repeat(make_pipe, make_omini, pictures):
     pipe = make_pipe(canvas=False)
     adapter = make_omini(pipe)
-    control = adapter.control(pictures(1), generator=torch.Generator().manual_seed(3))
+    control = adapter.control(pictures(1)).sampled(torch.Generator().manual_seed(3))
     at = control.sized((48, 64), pipe)
     assert len(at.ids) == 48 and torch.equal(control.sized((48, 64), pipe).tokens, at.tokens)
     black = adapter.control(-np.zeros((8, 8, 3), np.uint8), size=(48, 64))
@@ -320,26 +320,26 @@ def test_a_picture_to_fill_follows_the_call_too(make_pipe, make_omini, pictures)
     pipe = make_pipe(canvas=False)
     control = make_omini(pipe).control(pictures(1), fill=LEFT)
     assert latents(pipe, [control], height=64, width=96).shape == (1, 96, 16)
-    assert int(control.sized((64, 96), pipe).given.drawn.sum()) == 48
+    assert int(control.sized((64, 96), pipe).whole.generated.sum()) == 48
 
 
 def test_a_picture_to_fill_must_have_the_size_of_the_call(make_pipe, make_omini, pictures):
     pipe = make_pipe(canvas=False)
     control = make_omini(pipe).control(pictures(1), fill=LEFT, size=(16, 48))
-    with pytest.raises(ValueError, match="picture to fill has 2 x 6 cells, this call draws 4 x 6"):
+    with pytest.raises(ValueError, match="image to fill has 2 x 6 cells, this call generates 4 x 6"):
         latents(pipe, [control])
     assert latents(pipe, [control], height=16).shape == (1, 12, 16)
 
 
 def test_two_pictures_cannot_be_filled_at_once(pipe, make_omini, pictures):
     control = make_omini(pipe).control(pictures(1), fill=LEFT)
-    with pytest.raises(ValueError, match="2 controls give a part of the picture; at most one can"):
+    with pytest.raises(ValueError, match="2 controls fill a part of the image; at most one can"):
         latents(pipe, [control, control])
 
 
 @pytest.mark.parametrize("config", [{"delta": (0, -6)}, {"scale": 2}, {"annotator": "gray"}])
 def test_only_an_adapter_of_the_picture_itself_can_fill(pipe, make_omini, pictures, config):
-    with pytest.raises(ValueError, match="fill keeps cells of the picture where they stand"):
+    with pytest.raises(ValueError, match="fill keeps cells of the image in place"):
         make_omini(pipe, **config).control(pictures(1), fill=LEFT)
 
 
@@ -347,7 +347,7 @@ def test_the_empty_reference_of_a_part_is_black_in_the_same_cells(pipe, make_omi
     control = make_omini(pipe).control(pictures(1), fill=LEFT)
     black, _ = pipe.encode_condition(-torch.ones(1, 3, 32, 48))
     negative = control.negative()
-    assert torch.equal(negative.tokens, black[:, ~control.given.drawn.flatten()])
+    assert torch.equal(negative.tokens, black[:, ~control.whole.generated.flatten()])
     assert torch.equal(negative.ids, control.ids) and control.describe()["fill"][0]["sha256"]
 
 
@@ -356,7 +356,7 @@ def test_the_empty_reference_of_a_part_is_black_in_the_same_cells(pipe, make_omi
 
 @pytest.mark.parametrize("how", [{"strength": 0.5}, {"when": When(0, 0.5)}, {"mask": LEFT}])
 def test_the_official_guidance_knows_no_strength_schedule_or_mask(pipe, make_omini, pictures, how):
-    with pytest.raises(ValueError, match="knows neither strength, schedule nor mask"):
+    with pytest.raises(ValueError, match="supports neither strength, schedule nor mask"):
         official_guidance([make_omini(pipe).control(pictures(1), **how)])
 
 
@@ -444,7 +444,7 @@ def test_a_condition_on_the_picture_that_leaves_its_grid_is_refused(make_pipe, m
     pipe = make_pipe(canvas=False)
     control = make_omini(pipe, scale=scale).control(pictures(1), size=(48, 96))
     assert latents(pipe, [control], height=48, width=96).isfinite().all()
-    with pytest.raises(ValueError, match=r"reaches position \(.*the call draws 4 x 6 cells. Leave size= out"):
+    with pytest.raises(ValueError, match=r"reaches position \(.*the call generates 4 x 6 cells. Leave size= out"):
         latents(pipe, [control])
     beside = make_omini(pipe, delta=(0, -6)).control(pictures(1), size=(48, 96))
     assert latents(pipe, [beside]).isfinite().all()  # nothing to lie on

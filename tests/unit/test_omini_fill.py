@@ -1,29 +1,29 @@
-"""controls/omini_picture.py: which cells of a picture are drawn."""
+"""controls/omini_images.py: which cells of a picture are drawn."""
 
 import numpy as np
 import pytest
 import torch
 
 from condit.controls.control import Fill
-from condit.controls.omini_picture import drawn_cells, from_official_mask, hide, sample_drawn_cells
+from condit.controls.omini_images import from_official_mask, generated_cells, hide, sample_generated_cells
 
 
 def test_one_white_pixel_makes_its_cell_drawn():
     mask = np.zeros((32, 48), np.uint8)
     mask[9, 40] = 255
-    drawn = drawn_cells(mask, (4, 6), 8)
+    drawn = generated_cells(mask, (4, 6), 8)
     assert drawn.nonzero().tolist() == [[1, 5]]
 
 
 def test_a_mask_of_one_pixel_a_cell_is_taken_as_it_is():
     given = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) > 0.5
-    assert torch.equal(drawn_cells(given, (4, 6), 8), given)
+    assert torch.equal(generated_cells(given, (4, 6), 8), given)
 
 
-@pytest.mark.parametrize(("value", "message"), [(0, "draws no cell of the 4 x 6"), (255, "draws every cell")])
+@pytest.mark.parametrize(("value", "message"), [(0, "white in no cell of the 4 x 6"), (255, "white in every cell")])
 def test_a_mask_that_leaves_nothing_to_do_is_refused(value, message):
     with pytest.raises(ValueError, match=message):
-        drawn_cells(np.full((32, 48), value, np.uint8), (4, 6), 8)
+        generated_cells(np.full((32, 48), value, np.uint8), (4, 6), 8)
 
 
 def test_the_hidden_part_of_a_picture_is_black_and_the_rest_as_it_was():
@@ -48,14 +48,14 @@ def test_a_sampled_mask_leaves_something_to_draw_and_something_to_know(grid):
     """The official sampler lets a rectangle over everything pass: no noisy token, a loss of NaN."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        drawn = sample_drawn_cells(grid, generator)
+        drawn = sample_generated_cells(grid, generator)
         assert drawn.shape == grid and 0 < int(drawn.sum()) < drawn.numel()
 
 
 def test_half_of_the_sampled_masks_draw_a_rectangle_and_half_all_but_one():
     generator, inside = torch.Generator().manual_seed(0), 0
     for _ in range(400):
-        drawn = sample_drawn_cells((5, 7), generator)
+        drawn = sample_generated_cells((5, 7), generator)
         rectangles = [is_rectangle(drawn), is_rectangle(~drawn)]
         assert any(rectangles)
         inside += rectangles[0] and not rectangles[1]
@@ -68,13 +68,13 @@ def is_rectangle(cells: torch.Tensor) -> bool:
 
 
 def test_the_same_generator_samples_the_same_mask():
-    first, second = (sample_drawn_cells((9, 9), torch.Generator().manual_seed(3)) for _ in range(2))
+    first, second = (sample_generated_cells((9, 9), torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, second)
 
 
 def test_one_cell_cannot_be_split():
-    with pytest.raises(ValueError, match="1 x 1 has no cell to keep"):
-        sample_drawn_cells((1, 1), torch.Generator())
+    with pytest.raises(ValueError, match="1 x 1 is too small to keep one cell"):
+        sample_generated_cells((1, 1), torch.Generator())
 
 
 def test_a_picture_is_completed_row_by_row_and_the_given_tokens_stay_as_they_were():

@@ -230,7 +230,7 @@ def test_an_x_prediction_is_turned_into_a_velocity(make_pipe):
         ({"seed": 0, "generator": torch.Generator()}, "Give seed or generator, not both"),
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images"),
         ({"controls": "tiny/style"}, "made by adapter.control"),
-        ({"latents": torch.zeros(1, 16, 4, 6)}, r"packed tokens \(1, 24, 16\); found \(1, 16, 4, 6\)"),
+        ({"latents": torch.zeros(1, 16, 4, 6)}, r"packed tokens of shape \(1, 24, 16\); found \(1, 16, 4, 6\)"),
     ],
 )
 def test_a_wrong_argument_is_told_before_anything_is_drawn(pipe, given, message):

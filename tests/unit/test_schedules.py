@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from condit.diffusion.schedules import flow_sigmas, flux_mu, logit_normal, shift_of_mean
+from condit.diffusion.schedules import flow_sigmas, flux_mu, logit_normal
 
 
 def diffusers_sigmas(steps: int, *, shift: float, mu: float | None) -> torch.Tensor:
@@ -60,9 +60,3 @@ def test_training_times_lie_around_the_shifted_middle_and_repeat():
     assert torch.equal(draw(), draw())
     assert (draw() > 0).all() and (draw() < 1).all()
     assert float(draw().median()) == pytest.approx(1 / (1 + math.exp(-1)), abs=0.02)  # 4000 draws
-
-
-def test_the_sampler_is_centred_where_training_looks():
-    """The shift moves sigma = 1/2 onto sigmoid(mean), the median of the training times."""
-    shift = shift_of_mean(0.7)
-    assert shift * 0.5 / (1 + (shift - 1) * 0.5) == pytest.approx(1 / (1 + math.exp(-0.7)))

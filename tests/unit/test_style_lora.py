@@ -134,7 +134,7 @@ def test_the_official_form_ignores_alpha_inside_the_gate(pipe, make_omini, pictu
 
 
 def test_the_official_form_knows_no_schedule(style):
-    with pytest.raises(ValueError, match="knows no schedule"):
+    with pytest.raises(ValueError, match="has no schedule"):
         style.control(official=True, when=When(0, 0.5))
 
 

@@ -284,7 +284,7 @@ def test_several_wrap_as_the_call_does_and_the_rest_adds_up():
     assert both.residual(SITE, call.q).unique().tolist() == [2] and both.streams() == (STREAM, STREAM)
     bounded: Any = Wrapper((control_that("region"),) * 2).region()
     assert bounded.unique().tolist() == [0.25]
-    with pytest.raises(ValueError, match="2 controls give a part of the image"):
+    with pytest.raises(ValueError, match="2 controls fill a part of the image"):
         Wrapper((control_that("fill"),) * 2).fill()
 
 

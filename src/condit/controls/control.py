@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from condit.encoders.words import Words
 from condit.nn.attention import Attend, Call, Reduction, Site
 from condit.nn.lora import LowRank
 from condit.nn.streams import Stream
+
+if TYPE_CHECKING:
+    from condit.controls.host import Host
 
 
 @dataclass(frozen=True)
@@ -63,23 +66,23 @@ class Where:
 
     @classmethod
     def of(cls, value: Where | str | tuple[str, ...] | None) -> Where:
-        """None = everywhere; a pattern or several."""
+        """None = everywhere; one pattern or a tuple of them."""
         if isinstance(value, Where):
             return value
         return cls() if value is None else cls((value,) if isinstance(value, str) else tuple(value))
 
 
 class Apart(Protocol):
-    """A prediction apart from the run, for a reference of a control: latents x0 (B, ...) and standard normal noise of
-    the same shape, brought to the level of a step, under the text of this side of the guidance. `controls` may record
-    the keys and values of the layers; nothing else of it enters the run."""
+    """A separate prediction for a control's reference: latents x0 (B, ...) with standard normal noise of the same shape
+    at the level of a step, under the text of this side of the guidance. `controls` may record the keys and values of
+    the layers; nothing else affects the run."""
 
     def __call__(self, x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The prompts of an edit as words over the tokens that the picture attends to, one pair a picture."""
+    """The prompts of an edit as words over the tokens that the image attends to, one pair an image."""
 
     source: tuple[Words, ...]
     target: tuple[Words, ...]
@@ -90,8 +93,8 @@ class Run:
     """What a control may need to know of one pipeline call: the backbone, the batch, the token grid, the text.
 
     pooled (B, P); guidance (B,) or None; grid = (rows, columns) of image tokens; in_channels of the backbone; cells
-    (M,) are the numbers of the cells that are drawn, None for all of them; leak: see `Control.leak`. memory: what
-    controls share over the sides of guidance, ends with the call. edit: what is edited into what, in `Pipeline.edit`,
+    (M,) are the numbers of the generated cells, None for all; leak: see `Control.leak`. memory: what
+    controls share across the sides of guidance during one call. edit: the prompts of `Pipeline.edit`,
     where rows of the batch are source 0, target 0, source 1, ... apart: runs the network on a reference.
     """
 
@@ -110,23 +113,24 @@ class Run:
 
 @dataclass(frozen=True)
 class Fill:
-    """A picture that is drawn in part: tokens (n, N, C) of all its cells, row-major; drawn (rows, columns), bool.
+    """An image that is generated in part: tokens (n, N, C) of all its cells, row-major; generated (rows, columns),
+    bool.
 
-    The sequence then holds the drawn cells only, and the others come back as given.
+    The sequence then holds the generated cells only; the others keep their content.
     """
 
     tokens: Tensor
-    drawn: Tensor
+    generated: Tensor
 
     @property
     def cells(self) -> Tensor:
-        """Numbers (M,) of the drawn cells."""
-        return self.drawn.flatten().nonzero()[:, 0]
+        """Numbers (M,) of the generated cells."""
+        return self.generated.flatten().nonzero()[:, 0]
 
-    def complete(self, drawn: Tensor) -> Tensor:
-        """All cells (B, N, C) from the drawn ones (B, M, C)."""
-        whole = match_batch(self.tokens, len(drawn), "fill").to(drawn).clone()
-        whole[:, self.cells] = drawn
+    def complete(self, generated: Tensor) -> Tensor:
+        """All cells (B, N, C) from the generated ones (B, M, C)."""
+        whole = match_batch(self.tokens, len(generated), "fill").to(generated).clone()
+        whole[:, self.cells] = generated
         return whole
 
 
@@ -153,8 +157,8 @@ class Control:
         classes = [vars(kind) for kind in type(self).__mro__ if kind not in (Control, object)]
         return frozenset(act for act, method in ACTS.items() if any(method in names for names in classes))
 
-    def sized(self, size: tuple[int, int], pipe: Any) -> Control:
-        """First in a call of `pipe`, which draws (height, width) in pixels: the control for that size."""
+    def sized(self, size: tuple[int, int], pipe: Host) -> Control:
+        """First in a call of `pipe`, which generates (height, width) in pixels: the control for that size."""
         return self
 
     def prepare(self, run: Run) -> Control:
@@ -174,7 +178,7 @@ class Control:
         return ()
 
     def fill(self) -> Fill | None:
-        """Omit: the cells that need not be drawn, and what they hold. At most one control of a call."""
+        """Omit: the cells that need not be generated, and what they hold. At most one control of a call."""
         return None
 
     def lora(self) -> LowRank | None:
@@ -182,7 +186,7 @@ class Control:
         return None
 
     def leak(self) -> LowRank | None:
-        """An update that this control also puts on the conditions of others, as official code may; usually none."""
+        """An update that this control also applies to the conditions of other controls, as official code may."""
         return None
 
     def residual(self, site: Site, query: Tensor) -> Tensor | None:
@@ -190,78 +194,78 @@ class Control:
         return None
 
     def merging(self, site: Site, tokens: Tensor, image: slice) -> Reduction | None:
-        """Merge: how the layer at `site` runs on fewer tokens; tokens (B, N, C) are its input behind the norm, `image`
-        the noisy image's rows of them. None: on all of them."""
+        """Merge: how the layer at `site` runs on fewer tokens; tokens (B, N, C) are its input after the norm, `image`
+        the rows of the noisy image. None: on all of them."""
         return None
 
     def region(self) -> Tensor | None:
-        """Bound: where the target of an edit may differ from its source behind this step, (B, N) in [0, 1] on the token
+        """Bound: where the target of an edit may differ from its source after this step, (B, N) in [0, 1] on the token
         grid; None: everywhere."""
         return None
 
     def edit(self, pair: Pair, backbone: nn.Module) -> Control:
         """Edit: the control for an edit's batch of source 0, target 0, source 1, ..., before anything is computed.
-        Raises ValueError where words or layers do not fit. Controls without this act serve the targets only."""
+        Raises ValueError where words or layers do not fit. Controls without this act change the targets only."""
         return self
 
     def differs(self) -> bool:
-        """In an edit: whether it makes the target differ from its source though the words are the same."""
+        """In an edit: whether the target differs from its source even if the prompts are equal."""
         return True
 
     def recording(self) -> Control | None:
-        """In an edit: the same, keeping the attention to the words as the record "maps"; None if it cannot."""
+        """In an edit: the same control, recording the attention to the words as "maps"; None if it cannot."""
         return None
 
     def records(self) -> dict[str, Tensor]:
-        """After an edit: what it recorded for the result, by name."""
+        """After an edit: the tensors that it recorded, by name."""
         return {}
 
     def negative(self) -> Control | None:
-        """The same with an empty reference, for guidance; None leaves it out of the unconditional pass."""
+        """The same control with an empty reference, for guidance; None: absent in the unconditional pass."""
         return None
 
     def describe(self) -> dict:
-        """What a recipe keeps of it: enough to make it again."""
+        """The entry of a recipe, from which the control can be made again."""
         return {"method": type(self).__name__}
 
 
-# At the door of a call
+# Checks of a call
 
 
 def check_controls(controls: Sequence[Control]) -> tuple[Control, ...]:
-    """The controls of a call. ValueError for one that stands alone, or for what is none."""
+    """The controls of a call. Raises ValueError unless given a list of controls."""
     if not isinstance(controls, Iterable):
-        raise ValueError(f"controls is a list: write controls=[...]; found {type(controls).__name__}.")
+        raise ValueError(f"controls must be a list, controls=[...]; found {type(controls).__name__}.")
     for control in controls:
         if not isinstance(control, Control):
-            raise ValueError(f"controls are made by adapter.control(...); found {type(control).__name__}.")
+            raise ValueError(f"controls must be made by adapter.control(...); found {type(control).__name__}.")
     return tuple(controls)
 
 
 def check_layers(run: Run, paths: Iterable[str]) -> None:
-    """ValueError unless the model of this call has all of these layers: elsewhere a control would act nowhere."""
+    """Raises ValueError unless the model of this call has all of these layers; without them a control has no effect."""
     here = {site.path for site in getattr(run.backbone, "sites", ())}
     unknown = next((path for path in paths if path not in here), None)
     if unknown is not None:
         raise ValueError(
-            f"This call's model has no layer {unknown!r}: the control was made for another one. Load its adapter with "
-            "the pipeline that draws."
+            f"The model of this call has no layer {unknown!r}: the control was made for another model. Load "
+            "its adapter with the pipeline of this call."
         )
 
 
 def check_reach(where: Where, paths: Sequence[str]) -> None:
-    """ValueError for a `where` that is in none of an adapter's layers: misspelt, it would act nowhere."""
+    """Raises ValueError for a `where` that matches none of an adapter's layers, such as a misspelt one."""
     if any(Site(path, "cross", 0) in where for path in paths):
         return
     module = next((p for p in where.patterns if any(path.startswith(f"{p}.") for path in paths)), None)
     raise ValueError(
-        f"where={where.patterns} names none of the {len(paths)} layers of this adapter, such as {paths[0]!r}."
+        f"where={where.patterns} matches none of the {len(paths)} layers of this adapter, such as {paths[0]!r}."
         + (f" The layers of a module are '{module}.*'." if module else "")
     )
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:
-    """ValueError unless an argument is one of the words that there are."""
+    """Raises ValueError unless an argument is one of the known values."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {value!r}.")
 
@@ -281,30 +285,30 @@ MaskMode = Literal["area", "bilinear", "bicubic"]
 
 
 def region_mask(mask: Tensor, grid: tuple[int, int], cells: Tensor | None = None, mode: MaskMode = "area") -> Tensor:
-    """Pixel mask (B or 1, H, W) in [0, 1] -> (B or 1, 1, N, 1) on the token grid; `cells`: only theirs. mode: by area;
-    "bilinear" is ComfyUI's; "bicubic" is diffusers', which may leave [0, 1]."""
+    """Pixel mask (B or 1, H, W) in [0, 1] -> (B or 1, 1, N, 1) on the token grid, or on `cells` of it. mode: "bilinear"
+    is ComfyUI's; "bicubic" is diffusers' and may leave [0, 1]."""
     small = torch.nn.functional.interpolate(mask[:, None].float(), size=grid, mode=mode).flatten(2)
     return (small if cells is None else small[..., cells.to(small.device)])[..., None]
 
 
 def check_shape(mask: Tensor, grid: tuple[int, int]) -> None:
-    """ValueError for a mask of another shape than the picture's: stretched, it would act elsewhere."""
+    """Raises ValueError for a mask whose aspect ratio differs from the image's: it would be stretched."""
     (height, width), (rows, columns) = mask.shape[-2:], grid
-    if abs(height * columns - width * rows) > max(rows, columns):  # one pixel of rounding is let pass
+    if abs(height * columns - width * rows) > max(rows, columns):  # one pixel of rounding is allowed
         raise ValueError(
-            f"a mask of {height} x {width} (height x width) for a picture of {rows} x {columns} tokens: the "
-            "shapes differ. Crop or pad the mask to the picture's shape."
+            f"a mask of {height} x {width} (height x width) for an image of {rows} x {columns} tokens: the "
+            "shapes differ. Crop or pad the mask to the image's shape."
         )
 
 
 def region_levels(mask: Tensor, grid: tuple[int, int], mode: MaskMode = "area") -> dict[int, Tensor]:
     """A pixel mask on every token grid of a UNet over `grid`: N -> (B or 1, 1, N, 1). Strides of 2 round up, so that 65
-    rows become 33, and N tells the level. ValueError for a mask of another shape than the picture's."""
+    rows become 33, and N identifies the level. Raises ValueError for another aspect ratio than the image's."""
     check_shape(mask, grid)
     rows, columns = grid
-    found = {}
+    levels = {}
     while True:
-        found[rows * columns] = region_mask(mask, (rows, columns), mode=mode)
+        levels[rows * columns] = region_mask(mask, (rows, columns), mode=mode)
         if rows * columns == 1:
-            return found
+            return levels
         rows, columns = -(-rows // 2), -(-columns // 2)

@@ -1,8 +1,8 @@
-"""DEADiff: style and content of a reference, told apart (Qi et al. 2024, arXiv:2403.06951).
+"""DEADiff: style and content of a reference, separately (Qi et al. 2024, arXiv:2403.06951).
 
-Two Q-Formers read the reference, one asked for its "style", one for its "content". Their tokens c_i join the text c_t
+Two Q-Formers read the reference, with the words "style" and "content". Their tokens c_i join the text c_t
 in one softmax, style in the fine cross-attention layers of the UNet and content in the coarse ones:
-out = softmax(q [W_k c_t; m W_k' c_i]^T / sqrt(d)) [W_v c_t; m W_v' c_i]. A set that is not given is zeros, not absent.
+out = softmax(q [W_k c_t; m W_k' c_i]^T / sqrt(d)) [W_v c_t; m W_v' c_i]. A missing set is zeros, not absent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from condit.controls.deadiff_layers import (
     log_regions,
     plant,
 )
+from condit.controls.host import Host
+from condit.controls.ip_input import References, grouped
 from condit.data.images import load_image, load_masks
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.image import TinyImage
@@ -39,6 +41,7 @@ from condit.encoders.qformer import BERT_WORDS, QFormer, QFormerConfig, word_ids
 from condit.nn.attention import Attend, Call, Site, split_heads
 
 if TYPE_CHECKING:
+    from condit.backbones.unet import UNet
     from condit.data.images import ImageSource
 
 Combine = Literal["mean", "concat"]
@@ -56,7 +59,7 @@ NEGATIVE_PROMPT = (
 @dataclass(frozen=True)
 class DEADiffConfig:
     """content_layers: which cross-attention layers, in forward order, take content; the others take style. words: token
-    numbers of the words that the Q-Formers are asked."""
+    numbers of the words that the Q-Formers read."""
 
     content_layers: tuple[int, ...] = CONTENT_LAYERS
     words: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: dict(BERT_WORDS))
@@ -64,7 +67,7 @@ class DEADiffConfig:
 
 class DEADiff(nn.Module):
     """An adapter: `style.*` and `content.*` (Q-Former and projection), `unet.PATH.image_k`, `.image_v` of every cross-
-    attention layer. The frozen image tower stands beside it and is not saved with it."""
+    attention layer. The frozen image tower is not saved with it."""
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class DEADiff(nn.Module):
         maps: Mapping[str, tuple[int, int]],
         *,
         tower: ClipPatches | None = None,
-        pipe: Any = None,
+        pipe: Host | None = None,
     ):
         """maps: path of each cross-attention layer -> width of the tokens, width of its keys."""
         super().__init__()
@@ -83,17 +86,19 @@ class DEADiff(nn.Module):
         self.paths = tuple(maps)
         for path, shape in maps.items():
             plant(self.unet, path, ImageMaps(*shape))
-        self._tower, self._pipe = [tower], [pipe]  # in lists: their weights are not ours
+        # In lists, so that their weights are not registered here.
+        self._tower: list[ClipPatches | None] = [tower]
+        self._pipe: list[Host | None] = [pipe]
 
     @classmethod
     def new(
         cls,
-        backbone,
+        backbone: UNet,
         qformer: QFormerConfig,
         tower: ClipPatches,
         *,
         config: DEADiffConfig | None = None,
-        pipe: Any = None,
+        pipe: Host | None = None,
     ) -> DEADiff:
         """An untrained adapter for a UNet: W_k', W_v' start as the text's W_k, W_v, both Q-Formers at random (those of
         BLIP-Diffusion's release in the paper)."""
@@ -108,43 +113,43 @@ class DEADiff(nn.Module):
         return adapter
 
     @classmethod
-    def load(cls, source, pipe, *, image_encoder: str | Path | ClipPatches | None = None) -> DEADiff:
+    def load(cls, source: str | Path, pipe: Host, *, image_encoder: str | Path | ClipPatches | None = None) -> DEADiff:
         """From the published `.ckpt`, or from a name ("tiny-unet/deadiff"), file or folder of ours. image_encoder: the
         folder of CLIP ViT-L/14, where neither the file nor the model has a tower of its own."""
         file = pipe.adapter_file(source, "DEADiff")
         tensors = {n: v for n, v in file.tensors.items() if not n.startswith("tower.")}
         shapes = cross_shapes(pipe.backbone, pipe.name)
         check_maps(tensors, shapes, source, pipe.name)
-        tower = {n.removeprefix("tower."): v for n, v in file.tensors.items() if n.startswith("tower.")}
-        beside = ClipPatches.of(tower, heads=file.config.get("tower_heads")) if tower else image_encoder
-        if beside is None and isinstance(pipe.image, TinyImage):
-            beside = pipe.image.patches()
-        if beside is None:
+        own = {n.removeprefix("tower."): v for n, v in file.tensors.items() if n.startswith("tower.")}
+        tower = ClipPatches.of(own, heads=file.config.get("tower_heads")) if own else image_encoder
+        if tower is None and isinstance(pipe.image, TinyImage):
+            tower = pipe.image.patches()
+        if tower is None:
             raise ValueError(f"{source} has no image tower. Give image_encoder=, the folder of CLIP ViT-L/14.")
-        if not isinstance(beside, ClipPatches):
-            beside = ClipPatches(pipe.image_encoder(beside).model.vision_model)
+        if not isinstance(tower, ClipPatches):
+            tower = ClipPatches(pipe.image_encoder(tower).model.vision_model)
         readers, text_width = [], next(iter(shapes.values()))[0]
         for name in SETS:
             own = {n.removeprefix(f"{name}."): v for n, v in tensors.items() if n.startswith(f"{name}.")}
             sizes = QFormerConfig.of(own, heads=file.config.get("heads"), source=f"{source}, {name}")
             if sizes.width != text_width:
                 raise ValueError(
-                    f"{source}: the {name} Q-Former gives tokens of width {sizes.width}; the text of {pipe.name}, "
+                    f"{source}: the {name} Q-Former has tokens of width {sizes.width}; the text of {pipe.name}, "
                     f"which they join, has width {text_width}. Was it made for another model?"
                 )
             readers.append(QFormer(sizes))
-        if readers[0].config.image_width != beside.features:
+        if readers[0].config.image_width != tower.features:
             raise ValueError(
                 f"{source} reads image tokens of width {readers[0].config.image_width}; the image encoder gives "
-                f"{beside.features}. DEADiff's is CLIP ViT-L/14 (1024)."
+                f"{tower.features}. DEADiff's is CLIP ViT-L/14 (1024)."
             )
         words = {word: tuple(ids) for word, ids in file.config.get("words", BERT_WORDS).items()}
         config = DEADiffConfig(tuple(file.config.get("content_layers", CONTENT_LAYERS)), words)
         layer_table(pipe.backbone.sites, config.content_layers)
-        adapter = cls(config, readers[0], readers[1], shapes, tower=beside, pipe=pipe)
+        adapter = cls(config, readers[0], readers[1], shapes, tower=tower, pipe=pipe)
         file.load_into(adapter, {n: v.float() for n, v in tensors.items()})
         adapter.name, adapter.hash = file.name, file.hash
-        beside.eval().requires_grad_(False).to(pipe.device)
+        tower.eval().requires_grad_(False).to(pipe.device)
         return adapter.eval().requires_grad_(False).to(pipe.device)
 
     @property
@@ -154,27 +159,26 @@ class DEADiff(nn.Module):
         return self._tower[0]
 
     def maps(self, path: str) -> ImageMaps:
-        return self.unet.get_submodule(path)  # type: ignore[return-value]
+        return cast("ImageMaps", self.unet.get_submodule(path))
 
     @torch.no_grad()
-    def start_from_text(self, backbone) -> None:
+    def start_from_text(self, backbone: UNet) -> None:
         """W_k', W_v' as copies of the text's: where training starts, and never after it."""
         for path in self.paths:
-            layer = backbone.get_submodule(path)
-            self.maps(path).image_k.weight.copy_(layer.to_k.weight)
-            self.maps(path).image_v.weight.copy_(layer.to_v.weight)
+            self.maps(path).image_k.weight.copy_(backbone.get_parameter(f"{path}.to_k.weight"))
+            self.maps(path).image_v.weight.copy_(backbone.get_parameter(f"{path}.to_v.weight"))
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v.detach() for k, v in self.state_dict().items()}
 
     def metadata(self) -> dict:
-        """What `load` needs beside the tensors."""
+        """The configuration that `load` reads from the file."""
         words = {word: list(ids) for word, ids in self.config.words.items()}
         layers, heads = list(self.config.content_layers), self.style.config.heads
         return {"method": "DEADiff", "content_layers": layers, "heads": heads, "words": words}
 
     def ask(self, name: Name, image: Tensor) -> Tensor:
-        """What one Q-Former answers to its word: tower tokens (B, N, W) -> (B, T, width)."""
+        """One Q-Former with its word: tower tokens (B, N, W) -> (B, T, width)."""
         ids = word_ids(name, len(image), self.config.words).to(image.device)
         return getattr(self, name)(image, ids)
 
@@ -184,13 +188,13 @@ class DEADiff(nn.Module):
 
     def keys_values(self, tokens: Mapping[Name, Tensor], table: Mapping[str, Name]) -> dict[str, tuple[Tensor, Tensor]]:
         """Tokens (B, T, width) of each set -> path of each layer that takes one -> K', V', each (B, T, dim)."""
-        found = {}
+        pairs = {}
         for path, name in table.items():
             if name in tokens:
                 maps = self.maps(path)
                 c = tokens[name].to(maps.image_k.weight.dtype)
-                found[path] = (maps.image_k(c), maps.image_v(c))
-        return found
+                pairs[path] = (maps.image_k(c), maps.image_v(c))
+        return pairs
 
     def reference(
         self,
@@ -200,14 +204,13 @@ class DEADiff(nn.Module):
         empty: Empty = "zeros",
         content_layers: Sequence[int] | None = None,
         where: Where | None = None,
-        **fields: Any,
     ) -> DEADiffReference:
         """A control from tokens (B, T, width) of one set or both; the other is zeros, or `empty="absent"`."""
         if not tokens:
             raise ValueError("No reference: give style=, content= or both.")
-        given, c = next(iter(tokens.values())), self.style.config
+        like, c = next(iter(tokens.values())), self.style.config
         if empty == "zeros":
-            tokens = {**{name: given.new_zeros(1, c.queries, c.width) for name in SETS}, **tokens}
+            tokens = {**{name: like.new_zeros(1, c.queries, c.width) for name in SETS}, **tokens}
         sites = [Site(path, "cross", i) for i, path in enumerate(self.paths)]
         table = layer_table(sites, self.config.content_layers if content_layers is None else content_layers)
         if where is not None:
@@ -216,12 +219,12 @@ class DEADiff(nn.Module):
         each: dict[Name, float] = {name: (strength or {}).get(name, 1.0) for name in SETS}
         kv = self.keys_values(tokens, table)
         taken: dict[str, Name] = {path: table[path] for path in kv}
-        return DEADiffReference(kv=kv, table=taken, adapter=self, strength=each, **fields)
+        return DEADiffReference(kv=kv, table=taken, adapter=self, strength=each)
 
     def control(
         self,
-        style: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
-        content: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        style: References | None = None,
+        content: References | None = None,
         *,
         strength: float = 1.0,
         content_strength: float | None = None,
@@ -235,61 +238,63 @@ class DEADiff(nn.Module):
         when: When | tuple[float, float] | None = None,
         mask: ImageSource | Sequence[ImageSource] | None = None,
     ) -> DEADiffReference:
-        """A control from a reference for style, for content, or one for each: one image, n for n images, or n lists of
-        several. Several of one image are averaged as tokens by `weights`, which sum to 1 (as released), or stand side
-        by side in the softmax ("concat"). A set with one reference an image takes no weights.
+        """A control from references for style, for content, or for each: one image, n for n images, or n lists of R.
+        The tokens of R references are averaged by `weights`, which sum to 1 (as released), or concatenated in the
+        softmax ("concat"). A set with one reference for each image takes no weights.
 
-        strength: m, of both sets unless content_strength is given. With acts="keys-values" (as released) m = 0 leaves
+        strength: m, of both sets unless content_strength is set. With acts="keys-values" (as released) m = 0 leaves
         empty tokens in the softmax; with "attention" m weighs the attention to them, and 0 is the base model. empty:
-        what stands for the set that is not given. content_prompt: another prompt for the content layers. mask: where in
-        the picture it acts, white = acts.
+        what replaces a missing set. content_prompt: another prompt for the content layers. mask: where in
+        the image it acts, white = acts.
         """
         check_choices(acts, empty, combine, strength, content_strength)
         pipe = self._pipe[0]
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use DEADiff.load(name, pipe).")
-        given: dict[Name, Any] = {name: r for name, r in zip(SETS, (style, content), strict=True) if r is not None}
+        sources: dict[Name, References] = {
+            name: r for name, r in zip(SETS, (style, content), strict=True) if r is not None
+        }
         with torch.no_grad():
-            weighed = [name for name, r in given.items() if several(r)] or list(given)
+            weighed = [n for n, r in sources.items() if len(grouped(r, f"{n} references")[0]) > 1] or list(sources)
             tokens: dict[Name, Tensor] = {
-                n: self.combined(n, r, combine, weights if n in weighed else None) for n, r in given.items()
+                n: self.combined(n, r, combine, weights if n in weighed else None) for n, r in sources.items()
             }
             text = None
             if content_prompt is not None:
                 prompts = [content_prompt] if isinstance(content_prompt, str) else list(content_prompt)
                 text = pipe.encode_text(prompts).tokens
-            return self.reference(
+            reference = self.reference(
                 tokens,
                 strength={"style": strength, "content": strength if content_strength is None else content_strength},
                 empty=empty,
                 content_layers=content_layers,
                 where=None if where is None else Where.of(where),
-                weighed=acts,
-                when=When.of(when),
-                content_text=text,
-                mask=None if mask is None else load_masks(mask).to(pipe.device),
-                source={name: pipe.describe_source(r) for name, r in given.items()},
-                told={
-                    "empty": empty,
-                    "combine": combine,
-                    "weights": None if weights is None else list(weights),
-                    "content_layers": None if content_layers is None else list(content_layers),
-                    "content_prompt": content_prompt,
-                    "where": None if where is None else list(Where.of(where).patterns),
-                },
             )
+        return replace(
+            reference,
+            weighed=acts,
+            when=When.of(when),
+            content_text=text,
+            mask=None if mask is None else load_masks(mask).to(pipe.device),
+            source={name: pipe.describe_source(r) for name, r in sources.items()},
+            arguments={
+                "empty": empty,
+                "combine": combine,
+                "weights": None if weights is None else list(weights),
+                "content_layers": None if content_layers is None else list(content_layers),
+                "content_prompt": content_prompt,
+                "where": None if where is None else list(Where.of(where).patterns),
+            },
+        )
 
-    def combined(self, name: Name, reference: Any, combine: Combine, weights: Sequence[float] | None) -> Tensor:
+    def combined(self, name: Name, reference: References, combine: Combine, weights: Sequence[float] | None) -> Tensor:
         """Tokens of n references, (n, T, width), or (n, R T, width) for R of each image side by side."""
-        rows = reference if isinstance(reference, list | tuple) else [reference]
-        groups = [list(row) if isinstance(row, list | tuple) else [row] for row in rows]
-        if not groups or not groups[0] or len({len(group) for group in groups}) != 1:
-            raise ValueError(f"Every image needs equally many {name} references; found {[len(g) for g in groups]}.")
+        groups = grouped(reference, f"{name} references")
         images = torch.stack([self.read(source) for group in groups for source in group])
         tokens = self.tokens(name, images.to(next(self.parameters()).device)).unflatten(0, (len(groups), -1))
         if combine == "concat":
             if weights is not None:
-                raise ValueError('weights are for combine="mean"; side by side every reference has its own keys.')
+                raise ValueError('weights are for combine="mean"; with "concat" every reference has its own keys.')
             return tokens.flatten(1, 2)
         count = tokens.shape[1]
         shares = [1 / count] * count if weights is None else list(weights)
@@ -298,10 +303,10 @@ class DEADiff(nn.Module):
         return torch.einsum("nrtc,r->ntc", tokens, tokens.new_tensor(shares))
 
     def read(self, source: ImageSource) -> Tensor:
-        """A picture as the released script reads it: (3, size, size) in [-1, 1], squashed by Pillow's bicubic."""
+        """An image as the released script reads it: (3, size, size) in [-1, 1], resized by Pillow's bicubic."""
         side = self.tower.size
-        picture = load_image(source).resize((side, side), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        image = load_image(source).resize((side, side), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -318,7 +323,7 @@ class DEADiffReference(Control):
     content_text: Tensor | None = None
     mask: Tensor | None = None
     source: dict[str, list] = field(default_factory=dict)
-    told: dict[str, Any] = field(default_factory=dict)  # of the arguments that made it, what nothing else keeps
+    arguments: dict[str, object] = field(default_factory=dict)  # for the recipe
     weight: dict[Name, Tensor] | None = None
     text: dict[str, tuple[Tensor, Tensor]] | None = None  # text keys and values of the content layers
     regions: dict[int, Tensor] | None = None  # number of queries -> log region (B, 1, N, 1)
@@ -332,10 +337,10 @@ class DEADiffReference(Control):
         }
         text = regions = None
         if mask is not None:
-            regions = log_regions(mask, run.grid)  # told of another shape even where it leaves nothing out
-            kv = kv if mask.any() else {}  # nowhere: absent, to the bit
+            regions = log_regions(mask, run.grid)  # raises for another aspect ratio even if the mask is 1 everywhere
+            kv = kv if mask.any() else {}  # acts nowhere: bit-equal to its absence
         if self.content_text is not None:
-            all_text = run.backbone.text_keys_values(self.content_text)  # type: ignore[attr-defined]
+            all_text = cast("UNet", run.backbone).text_keys_values(self.content_text)
             content = [path for path, name in self.table.items() if name == "content"]
             text = {p: tuple(match_batch(x, run.batch, "content_prompt") for x in all_text[p]) for p in content}
         whole = mask is None or bool((mask == 1).all())
@@ -378,23 +383,17 @@ class DEADiffReference(Control):
             "when": [self.when.start, self.when.end],
             "masked": self.mask is not None,
             "reference": self.source,
-            **self.told,
+            **self.arguments,
         }
-
-
-def several(reference: Any) -> bool:
-    """Whether it gives an image more than one reference."""
-    rows = reference if isinstance(reference, list | tuple) else [reference]
-    return any(isinstance(row, list | tuple) and len(row) > 1 for row in rows)
 
 
 def check_choices(acts: str, empty: str, combine: str, strength: float, content_strength: float | None) -> None:
     one_of("acts", acts, get_args(Acts))
     one_of("empty", empty, get_args(Empty))
     one_of("combine", combine, get_args(Combine))
-    given = [strength, strength if content_strength is None else content_strength]
-    for value in given:
+    strengths = [strength, strength if content_strength is None else content_strength]
+    for value in strengths:
         if not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"strength is one number for all images of a control; found {value!r}.")
-    if acts == "attention" and min(given) < 0:
+    if acts == "attention" and min(strengths) < 0:
         raise ValueError('A weight of the attention cannot be negative. Use strength >= 0, or acts="keys-values".')

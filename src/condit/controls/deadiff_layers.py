@@ -1,15 +1,18 @@
-"""The cross-attention layers of a UNet as DEADiff (arXiv:2403.06951) uses them: which takes which tokens, the image
-maps of each, a region of the picture at each resolution."""
+"""The cross-attention layers of a UNet in DEADiff (arXiv:2403.06951): the tokens that each reads, its image maps, and
+masks at each resolution."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from torch import Tensor, nn
 
 from condit.controls.control import region_levels
 from condit.nn.attention import Site
+
+if TYPE_CHECKING:
+    from condit.backbones.unet import UNet
 
 Name = Literal["style", "content"]
 SETS: tuple[Name, Name] = ("style", "content")
@@ -23,7 +26,7 @@ def layer_table(sites: Sequence[Site], content_layers: Sequence[int] = CONTENT_L
         raise ValueError(f"content_layers are numbers of layers, such as {CONTENT_LAYERS}; found {content_layers!r}.")
     depth = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     cross = [site.path for site in sites if site.kind == "cross"]
-    # A UNet may count its middle last (diffusers does).
+    # A UNet may list its middle block last, as diffusers does.
     forward = sorted(cross, key=lambda path: depth.get(path.split(".")[0], 0))
     wrong = [i for i in content_layers if not 0 <= i < len(forward)]
     if wrong:
@@ -46,7 +49,7 @@ class ImageMaps(nn.Module):
 
 
 def plant(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Register a module under a dotted path, with empty modules on the way."""
+    """Register a module under a dotted path, with empty modules in between."""
     *way, last = path.split(".")
     for part in way:
         if not hasattr(root, part):
@@ -55,37 +58,37 @@ def plant(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(last, module)
 
 
-def cross_shapes(backbone: Any, name: str = "this model") -> dict[str, tuple[int, int]]:
-    """Path of each cross-attention layer -> width of the text that it reads, width of its keys. ValueError for a model
-    without any."""
+def cross_shapes(backbone: UNet, name: str = "this model") -> dict[str, tuple[int, int]]:
+    """Path of each cross-attention layer -> width of the text that it reads, width of its keys. Raises ValueError for a
+    model without any."""
     paths = [site.path for site in backbone.sites if site.kind == "cross"]
     if not paths:
         raise ValueError(
             f"DEADiff needs layers of cross-attention to the text; {name} has none. For an MM-DiT use condit.IPAdapter."
         )
-    keys = {path: backbone.get_submodule(path).to_k for path in paths}
+    keys = {path: cast("nn.Linear", backbone.get_submodule(f"{path}.to_k")) for path in paths}
     return {path: (linear.in_features, linear.out_features) for path, linear in keys.items()}
 
 
-def check_maps(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], source: Any, model: str) -> None:
-    """ValueError unless the file's K', V' maps are those of this model's layers."""
-    found = {
-        n[5 : -len(".image_k.weight")]: tuple(v.shape) for n, v in tensors.items() if n.endswith(".image_k.weight")
-    }
-    if not found:
+def check_maps(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], source: object, model: str
+) -> None:
+    """Raises ValueError unless the file's K', V' maps are those of this model's layers."""
+    own = {n[5 : -len(".image_k.weight")]: tuple(v.shape) for n, v in tensors.items() if n.endswith(".image_k.weight")}
+    if not own:
         near = sorted(n for n in tensors if "to_k" in n or "image" in n)[:3]
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise ValueError(f"{source} has no image K', V' (unet.PATH.attn2.image_k.weight){hint}.")
-    if found.keys() != shapes.keys():
-        missing = sorted(shapes.keys() - found.keys())[:1] or sorted(found.keys() - shapes.keys())[:1]
+    if own.keys() != shapes.keys():
+        missing = sorted(shapes.keys() - own.keys())[:1] or sorted(own.keys() - shapes.keys())[:1]
         raise ValueError(
-            f"{source} has image K', V' of {len(found)} layers; {model} has {len(shapes)} cross-attention layers "
+            f"{source} has image K', V' of {len(own)} layers; {model} has {len(shapes)} cross-attention layers "
             f"(first difference: {missing[0]}). Was it made for another model?"
         )
     for path, (width, dim) in shapes.items():
-        if found[path] != (dim, width):
+        if own[path] != (dim, width):
             raise ValueError(
-                f"{source}: K' of {path} is {found[path]}; {model} needs {(dim, width)}. DEADiff was made for Stable "
+                f"{source}: K' of {path} is {own[path]}; {model} needs {(dim, width)}. DEADiff was made for Stable "
                 "Diffusion 1.5 and its fine-tunes (text width 768)."
             )
 

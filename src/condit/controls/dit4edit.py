@@ -1,9 +1,9 @@
 """DiT4Edit: unified attention control for image editing with diffusion transformers (Feng et al. 2024,
-arXiv:2411.03286). The paper published no code; where it leaves a rule open, docs/papers/dit4edit.md says what is ours.
+arXiv:2411.03286). The paper published no code; docs/papers/dit4edit.md lists the choices that it leaves open.
 
-Source and target are drawn side by side. The target's cross-attention takes the source's maps for the words that both
-prompts share (section 4.2, after prompt-to-prompt); its self-attention takes the source's keys and values, or its map.
-"""
+Source and target are generated side by side. The target's cross-attention takes the source's maps for the words that
+both prompts share (section 4.2, after prompt-to-prompt); its self-attention takes the source's keys and values, or its
+map."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Blend:
 
 @dataclass(frozen=True)
 class Table:
-    """How the maps of a batch are exchanged: R (B, L, L), weights and factors (B, L); until: for each picture, which
-    tokens' exchange ends at another share of the steps; edited: the places of edited words (B, 2, L)."""
+    """How the maps of a batch are exchanged: R (B, L, L), weights and factors (B, L); until: for each image, the
+    tokens whose exchange ends at another share of the steps; edited: the places of edited words (B, 2, L)."""
 
     map: Tensor
     weight: Tensor
@@ -60,8 +60,8 @@ class DiT4Edit(Control):
     the counts are equal; None: off. cross_until: the share of steps it lasts, word_until the same for single words of
     the target. reweight: factors on the maps of target words. self_form: "kv", the target's queries look up the
     source's keys and values (changes of shape), or "map", it takes the source's map (rigid edits); None: off.
-    self_steps, self_layers: where, as shares of steps and layers; a share that is less than one step holds none, so
-    at few steps a short window does nothing. record: keep the maps for a result page.
+    self_steps, self_layers: where, as shares of steps and layers; a share below one step contains none, so
+    a short window has no effect at few steps. record: keep the maps for a result page.
     """
 
     cross: Cross | None = "auto"
@@ -108,7 +108,7 @@ class DiT4Edit(Control):
     def prepare(self, run: Run) -> DiT4Edit:
         if run.edit is None:
             raise ValueError(
-                "DiT4Edit changes one picture into another: use pipe.edit(image, source, target, controls=...)."
+                "DiT4Edit changes one image into another: use pipe.edit(image, source, target, controls=...)."
             )
         count = self.count_layers(run.backbone)
         memory = run.memory.setdefault("DiT4Edit", {}) if self.conditional else {}
@@ -116,7 +116,7 @@ class DiT4Edit(Control):
         return replace(self, table=table, count=count, grid=run.grid, memory=memory)
 
     def edit(self, pair: Pair, backbone: nn.Module) -> DiT4Edit:
-        """Raises ValueError where prompts or layers do not fit: what `prepare` would say, before an inversion."""
+        """Raises ValueError where prompts or layers do not fit, before an inversion."""
         self.count_layers(backbone)
         make_table(self, pair, torch.device("cpu"))
         return self
@@ -131,13 +131,13 @@ class DiT4Edit(Control):
         return dict(self.memory)
 
     def count_layers(self, backbone: object) -> int:
-        """How many layers attend to the picture; ValueError for a window that holds none of them."""
+        """The number of layers that attend to the image. Raises ValueError for a window without any of them."""
         count = sum(site.kind != "cross" for site in getattr(backbone, "sites", ()))
         windows = {} if self.self_form is None else {"self_layers": self.self_layers}
         windows |= {} if self.blend is None else {"blend.layers": self.blend.layers}
         for name, (start, end) in windows.items():
             if int(start * count) == int(end * count):
-                raise ValueError(f"{name}, {start} to {end}, holds none of the model's {count} layers. Widen it.")
+                raise ValueError(f"{name}, {start} to {end}, contains none of the model's {count} layers. Widen it.")
         return count
 
     def at(self, step: Step) -> DiT4Edit | None:
@@ -149,7 +149,7 @@ class DiT4Edit(Control):
             for until in self.table.until
         ]
         gate = torch.stack(gates)[:, None, None]
-        # Maps are written out only where something reads them: the fused kernel does not show them.
+        # Maps are computed only where something reads them, as the fused kernel does not return them.
         recording = self.record or self.blend is not None
         maps = recording or bool(gate.any()) or bool((self.table.factor != 1).any())
         blending = self.blend is not None and step.index + 1 > int(self.blend.start * step.count)
@@ -207,7 +207,7 @@ class DiT4Edit(Control):
         return 1 - mask if self.blend.keep else mask
 
     def negative(self) -> DiT4Edit | None:
-        """Without words there is nothing to exchange but the picture's keys and values, as in prompt-to-prompt."""
+        """Without words only the image's keys and values are exchanged, as in prompt-to-prompt."""
         return None if self.self_form is None else replace(self, conditional=False, blend=None, record=False)
 
     def describe(self) -> dict:
@@ -239,12 +239,12 @@ def in_window(step: int, steps: int, window: Window) -> bool:
 
 
 def in_layers(site: Site, count: int, window: Window) -> bool:
-    """The same over the layers of a backbone; `count` of them attend to the picture."""
+    """The same over the layers of a backbone; `count` of them attend to the image."""
     return int(window[0] * count) <= site.index < int(window[1] * count)
 
 
 def with_source(call: Call, form: str, gate: Tensor | None) -> Call:
-    """Targets attend with the source's keys and values ("kv") or its queries and keys ("map"), of the picture alone."""
+    """Targets attend with the source's keys and values ("kv") or its queries and keys ("map"), of the image alone."""
     assert call.keys is not None and call.image is not None
 
     def from_source(x: Tensor, part: slice) -> Tensor:
@@ -266,11 +266,11 @@ def with_source(call: Call, form: str, gate: Tensor | None) -> Call:
 
 
 def make_table(edit: DiT4Edit, pair: Pair, device: torch.device) -> Table:
-    """The tables of every pair of prompts; ValueError where the prompts do not fit the kind of edit."""
+    """The tables of every pair of prompts. Raises ValueError where the prompts do not fit the kind of edit."""
     rows = [one_table(edit, s, t) for s, t in zip(pair.source, pair.target, strict=True)]
     maps, weights, factors, until, edited = zip(*rows, strict=True)
-    given = (torch.stack(part).to(device) for part in (maps, weights, factors))
-    return Table(*given, until=until, edited=torch.stack(edited).to(device))
+    tensors = (torch.stack(part).to(device) for part in (maps, weights, factors))
+    return Table(*tensors, until=until, edited=torch.stack(edited).to(device))
 
 
 def one_table(edit: DiT4Edit, source: Words, target: Words):
@@ -286,9 +286,9 @@ def one_table(edit: DiT4Edit, source: Words, target: Words):
     elif kind == "refine":
         if not {w.lower() for w in source.words} & {w.lower() for w in target.words}:
             raise ValueError(
-                f"{source.prompt!r} and {target.prompt!r} have no word in common, so nothing tells which words change. "
-                "Say as much of both as can be kept ('a cat on grass', 'a dog on grass'), use as many words in both, "
-                "or leave the words alone with cross=None (condit edit --type none)."
+                f"{source.prompt!r} and {target.prompt!r} have no word in common, so the changed words are unknown. "
+                "Describe what stays the same in both ('a cat on grass', 'a dog on grass'), use equally many words, "
+                "or turn the exchange off with cross=None (condit edit --type none)."
             )
         table, weight = refinement_table(source, target)
     # Padding of the two prompts differs: the target keeps its own.
@@ -314,12 +314,12 @@ def changed_words(source: Words, target: Words) -> tuple[list[int], list[int]]:
 
 
 def check_in_reach(source: Words, target: Words) -> None:
-    """ValueError where all the words that differ stand behind what the encoder reads: it would see equal prompts."""
+    """Raises ValueError where the encoder reads none of the words that differ, so that both prompts are equal to it."""
     sides = zip((source, target), changed_words(source, target), strict=True)
     changed = [(words.words[i], words.tokens[i]) for words, numbers in sides for i in numbers]
     if changed and not any(tokens for _, tokens in changed):
         raise ValueError(
-            f"{changed[0][0]!r} and the other words that differ stand behind the {target.length} tokens that the "
+            f"{changed[0][0]!r} and the other words that differ come after the {target.length} tokens that the "
             "encoder reads, so both prompts are the same to the model. Shorten them."
         )
 
@@ -333,19 +333,19 @@ def edited_places(blend: Blend | None, source: Words, target: Words) -> Tensor:
             places[row, [t for n in numbers for t in words.tokens[n]]] = 1
         return places
     for word in named:
-        found = 0
+        count = 0
         for row, words in ((0, source), (1, target)):
             try:
                 places[row, list(words.places(word))] = 1
-                found += 1
+                count += 1
             except ValueError:
                 continue
-        if not found:
+        if not count:
             raise ValueError(f"The blend's word {word!r} is in neither {source.prompt!r} nor {target.prompt!r}.")
     return places
 
 
-# By edit type; which values are the paper's and which ours, and how they did on icons: docs/papers/dit4edit.md.
+# By edit type. docs/papers/dit4edit.md has the source of each value and its results on icons.
 PRESETS: dict[str, DiT4Edit] = {
     "swap": DiT4Edit(blend=Blend()),
     "attribute": DiT4Edit(cross_until=0.6, self_steps=(0.0, 0.8)),

@@ -1,6 +1,6 @@
 """Attention maps of two prompts, exchanged word by word: prompt-to-prompt (Hertz et al. 2022, arXiv:2208.01626).
 
-Maps are (..., N image tokens, L text tokens) behind the softmax. Each way of editing is a table R (L source, L target)
+Maps are (..., N image tokens, L text tokens) after the softmax. Each way of editing is a table R (L source, L target)
 and a weight a (L target): M* = a (M_source R) + (1 - a) M_target.
 """
 
@@ -18,8 +18,8 @@ from condit.encoders.words import Words
 def replacement_table(source: Words, target: Words, *, tail: str = "official") -> Tensor:
     """R (L, L) for prompts of equally many words: pieces of a changed word share those of the word in its place.
 
-    Behind the last changed word the official code goes on with column j from row j, which is wrong where the pieces
-    before differ in number; tail="aligned" goes on where each prompt stands. ValueError for unequal counts of words.
+    After the last changed word the official code continues with column j from row j, which is wrong if the numbers of
+    pieces before it differ; tail="aligned" continues at each prompt's position. Raises ValueError for unequal counts.
     """
     if len(source.words) != len(target.words):
         raise ValueError(
@@ -52,8 +52,8 @@ def replacement_table(source: Words, target: Words, *, tail: str = "official") -
 def refinement_index(source: Sequence[int], target: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
     """For each target token the source token that it is aligned with (L,), -1 for a new one; and a (L,), 0 for new.
 
-    Global alignment (Needleman & Wunsch 1970) of token numbers: match 1, mismatch -1, gap 0. Behind the target's end
-    tokens keep their own place.
+    Global alignment (Needleman & Wunsch 1970) of token numbers: match 1, mismatch -1, gap 0. After the target's end
+    tokens keep their own position.
     """
     rows, columns = len(source), len(target)
     score = [[0] * (columns + 1) for _ in range(rows + 1)]
@@ -107,13 +107,13 @@ def word_steps(steps: int, fraction: float, words: Mapping[tuple[int, ...], floa
 def blend_mask(
     maps: Tensor, grid: tuple[int, int], *, threshold: float = 0.3, size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Where words of either prompt stand, (B, h, w) of 0 and 1: maps (B, K, N) of K prompts over the token grid.
+    """The region of words of either prompt, (B, h, w) of 0 and 1: maps (B, K, N) of K prompts over the token grid.
 
-    3 x 3 maximum, nearest resize to `size` (None: the grid), a share of the picture's own maximum above `threshold`,
+    3 x 3 maximum, nearest resize to `size` (None: the grid), a share of the image's own maximum above `threshold`,
     union over the prompts. A prompt whose map is zero everywhere counts for nothing.
     """
-    found = F.max_pool2d(maps.unflatten(-1, grid), 3, 1, 1)
+    pooled = F.max_pool2d(maps.unflatten(-1, grid), 3, 1, 1)
     if size is not None and size != grid:
-        found = F.interpolate(found, size=size)
-    largest = found.amax((-2, -1), keepdim=True)
-    return ((found / largest.clamp(min=1e-12)) > threshold).any(1).float()
+        pooled = F.interpolate(pooled, size=size)
+    largest = pooled.amax((-2, -1), keepdim=True)
+    return ((pooled / largest.clamp(min=1e-12)) > threshold).any(1).float()

@@ -1,8 +1,8 @@
-"""InstantStyle: style without content by where an image prompt acts, and what is taken from it (Wang et al. 2024,
-arXiv:2404.02733). It adds no weights to an IP-Adapter.
+"""InstantStyle: style without content, by the blocks in which an image prompt acts and by subtraction (Wang et al.
+2024, arXiv:2404.02733). It adds no weights to an IP-Adapter.
 
-Two switches: the image branch acts in some blocks only, and words for the reference's content are subtracted from its
-embedding before the projector. A third door here: `block_weights`, the weight types of ComfyUI_IPAdapter_plus.
+The image branch acts in some blocks only, and words for the reference's content are subtracted from its embedding
+before the projector. Also here: `block_weights`, the weight types of ComfyUI_IPAdapter_plus.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from condit.controls.control import Control, When, Where
+from condit.controls.host import Host
 from condit.controls.ip_adapter import IPAdapter
+from condit.controls.ip_input import References
 from condit.controls.ip_projectors import HEAD_DIM
 from condit.controls.ip_reference import WithLoRA
 from condit.controls.wrap import Together
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 Join = Literal["sum", "mean"]
 Content = str | Sequence[str] | Sequence[Sequence[str]] | Tensor
 
-# Prefixes of the blocks that act. They belong to the trained weights, not to the shape: Playground v2.5 has SDXL's and
-# does not behave so.
+# Prefixes of the blocks that act. They depend on the trained weights, not on the architecture: Playground v2.5 has
+# SDXL's architecture and behaves differently.
 PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
     "sdxl": {
         "all": (),
@@ -41,19 +43,15 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
         "style+layout": ("up_blocks.0.attentions.1", "down_blocks.2.attentions.1"),
     },
     # The official demo's; "experimental" in its own words. It runs with "all" and words subtracted.
-    "sd15": {
-        "all": (),
-        "style": ("up_blocks.1",),
-        "style+layout": ("down_blocks.2", "mid_block", "up_blocks.1"),
-    },
+    "sd15": {"all": (), "style": ("up_blocks.1",), "style+layout": ("down_blocks.2", "mid_block", "up_blocks.1")},
 }
 
 
 def family(backbone: Any) -> str:
-    """ "sdxl" or "sd15". ValueError for what has no known blocks."""
+    """ "sdxl" or "sd15". Raises ValueError for other models."""
     if not any(site.kind == "cross" for site in backbone.sites) or not hasattr(backbone.config, "down_block_types"):
         raise ValueError(
-            f"No preset for {type(backbone).__name__}: InstantStyle's blocks were found for SDXL, and some for SD 1.5. "
+            f"No preset for {type(backbone).__name__}: InstantStyle's blocks are known for SDXL and SD 1.5. "
             "Rank its blocks with condit.controls.instantstyle.probe, and pass where= to IPAdapter.control."
         )
     # By its blocks, which the presets name: SDXL has no attention at the finest level, SD 1.x has.
@@ -61,7 +59,7 @@ def family(backbone: Any) -> str:
 
 
 def preset(name: str, backbone: Any) -> Where:
-    """The layers of a preset. ValueError with the names there are."""
+    """The layers of a preset. Raises ValueError for an unknown one."""
     table = PRESETS[family(backbone)]
     if name not in table:
         raise ValueError(f"No preset {name!r} for {family(backbone)}: {', '.join(table)}.")
@@ -71,7 +69,7 @@ def preset(name: str, backbone: Any) -> Where:
 
 @dataclass(frozen=True)
 class InstantStyle:
-    """An IP-Adapter used for style, and the text tower that names what to leave out."""
+    """An IP-Adapter used for style, and the text tower for the content to subtract."""
 
     adapter: IPAdapter
     text: TextTower | TinyTextTower | None = None
@@ -80,14 +78,14 @@ class InstantStyle:
     def load(
         cls,
         source: str | Path,
-        pipe: Any,
+        pipe: Host,
         *,
         preset: str = "all",
         image_encoder: CLIPImage | str | Path | None = None,
         text_encoder: TextTower | str | Path | None = None,
         head_dim: int = HEAD_DIM,
     ) -> InstantStyle:
-        """A published IP-Adapter. preset: hold K', V' of its blocks only ("style": 15 % of SDXL's). text_encoder: the
+        """A published IP-Adapter. preset: load K', V' of its blocks only ("style": 15 % of SDXL's). text_encoder: the
         twin of the image encoder, or its folder; None: the pipeline's own, where it has one (SDXL's second)."""
         where = _preset(preset, pipe.backbone)
         adapter = IPAdapter.load(source, pipe, image_encoder=image_encoder, where=where, head_dim=head_dim)
@@ -95,11 +93,11 @@ class InstantStyle:
 
     def control(
         self,
-        reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        reference: References | None = None,
         *,
         preset: str = "style",
-        style: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
-        layout: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        style: References | None = None,
+        layout: References | None = None,
         strength: float = 1.0,
         layout_strength: float | None = None,
         content: Content | None = None,
@@ -112,11 +110,10 @@ class InstantStyle:
     ) -> Control:
         """A control from one reference in the blocks of a preset, or from `style` and `layout`, each in its own.
 
-        strength: lambda in the blocks; layout_strength: of the layout, None: the same. content: words for what is to be
-        left out of the (style) reference: one phrase, several, a list of them for each image, or their embedding (E,)
-        or (n, E); content_scale times their `join` is subtracted. It is no percentage: image and text embeddings differ
-        in length. one_graph: see IPAdapter.control.
-        """
+        strength: lambda in the blocks; layout_strength: of the layout, None: the same. content: words for the content
+        to subtract from the (style) reference: a phrase, a list of them, a list for each image, or their embedding (E,)
+        or (n, E); content_scale times their `join` is subtracted. It is not a percentage: image and text embeddings
+        differ in length. one_graph: see IPAdapter.control."""
         backbone = self.adapter._bound().backbone
         if (reference is None) == (style is None and layout is None):
             raise ValueError("Give one reference, or style= and layout=.")
@@ -125,9 +122,9 @@ class InstantStyle:
         pairs += [(layout, "layout", strength if layout_strength is None else layout_strength, None)]
         if reference is not None:
             pairs = [(reference, preset, strength, taken)]
-        found = [
+        controls = [
             self.adapter.control(
-                given,
+                source,
                 strength=value,
                 where=self.held(_preset(name, backbone), name),
                 when=when,
@@ -136,56 +133,56 @@ class InstantStyle:
                 fit=fit,
                 one_graph=one_graph,
             )
-            for given, name, value, words in pairs
-            if given is not None
+            for source, name, value, words in pairs
+            if source is not None
         ]
-        return found[0] if len(found) == 1 else together(found)
+        return controls[0] if len(controls) == 1 else together(controls)
 
     def held(self, where: Where, name: str) -> Where:
-        """ValueError where the adapter was loaded without the blocks of this preset."""
-        wanted = [x.path for x in (*self.adapter.layers, *self.adapter.absent) if Site(x.path, "cross", 0) in where]
-        missing = sorted(set(wanted) - set(self.adapter.sites))
+        """Raises ValueError if the adapter was loaded without the blocks of this preset."""
+        needed = [x.path for x in (*self.adapter.layers, *self.adapter.absent) if Site(x.path, "cross", 0) in where]
+        missing = sorted(set(needed) - set(self.adapter.sites))
         if missing:
-            raise ValueError(f"preset {name!r} acts at {missing[0]}, of which no K', V' were loaded. Load more blocks.")
+            raise ValueError(f"preset {name!r} acts at {missing[0]}, whose K', V' were not loaded. Load more blocks.")
         return where
 
     def content(self, words: Content, join: Join = "sum") -> Tensor:
         """Words -> a vector (E,), or one an image (n, E), in the space of the image embeddings."""
         if self.adapter.config.feature != "embeds":
             raise ValueError(
-                f"{self.adapter.name or 'This adapter'} reads {self.adapter.config.feature} features, from which no "
-                "words can be subtracted. Use a global adapter, or leave content= out."
+                f"{self.adapter.name or 'This adapter'} reads {self.adapter.config.feature} features, from which "
+                "words cannot be subtracted. Use a global adapter, or leave content= out."
             )
         if isinstance(words, Tensor):
             return self._fitting(words)
         phrases = [words] if isinstance(words, str) else list(words)
         if phrases and all(isinstance(p, list | tuple) for p in phrases):
-            return torch.stack([self.content(each, join) for each in phrases])  # type: ignore[arg-type]
+            return torch.stack([self.content(each, join) for each in cast("list[Content]", phrases)])
         if not phrases or not all(isinstance(p, str) and p.strip() for p in phrases):
             raise ValueError(f"content must be words for what the reference shows; found {words!r}. Leave it out.")
         if join not in ("sum", "mean"):
             raise ValueError(f"join must be 'sum' or 'mean'; found {join!r}.")
         if self.text is None:
             raise ValueError(
-                "content= needs the text tower that is the twin of the image encoder: text_encoder= in "
+                "content= needs the text tower of the image encoder's CLIP: text_encoder= in "
                 "InstantStyle.load (for SD 1.5 that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K; its own is another CLIP)."
             )
         encoder = self.adapter._encoder[0]
         if encoder is not None and isinstance(self.text, TextTower):
             self.text.check_twin(encoder.size)
-        found = self.text(phrases)
-        return self._fitting(found.sum(0) if join == "sum" else found.mean(0))
+        vectors = self.text(phrases)
+        return self._fitting(vectors.sum(0) if join == "sum" else vectors.mean(0))
 
     def _fitting(self, vector: Tensor) -> Tensor:
         if vector.ndim not in (1, 2) or vector.shape[-1] != self.adapter.config.features:
             raise ValueError(
                 f"a content vector of width {vector.shape[-1]}; the image embeddings have "
-                f"{self.adapter.config.features}. It must come from the text tower that is the image encoder's twin."
+                f"{self.adapter.config.features}. It must come from the text tower of the image encoder's CLIP."
             )
         return vector
 
 
-_preset = preset  # where an argument has this name
+_preset = preset  # for functions with an argument of this name
 
 
 def together(controls: Sequence[Control]) -> Control:
@@ -213,8 +210,8 @@ class BlockWeights:
 def modules_of(sites: Sequence[Site]) -> list[str]:
     """The attention modules of a UNet in the order of execution: down, middle, up. Their places are ComfyUI's indices:
     6 is SDXL's style, 3 its layout."""
-    found = list(dict.fromkeys(s.path.split(".transformer_blocks.")[0] for s in sites if s.kind == "cross"))
-    return sorted(found, key=lambda path: ("down", "mid_", "up_b").index(path[:4]))  # sorted keeps the order within
+    modules = list(dict.fromkeys(s.path.split(".transformer_blocks.")[0] for s in sites if s.kind == "cross"))
+    return sorted(modules, key=lambda path: ("down", "mid_", "up_b").index(path[:4]))  # sorted keeps the order within
 
 
 EASES: dict[str, Callable[[float], float]] = {  # of t/n, the place among n modules
@@ -242,9 +239,9 @@ def block_weights(
 ) -> BlockWeights:
     """A weight type by its name in ComfyUI, for SDXL's 11 or SD 1.5's 16 attention modules.
 
-    composition: the weight of the layout in "style and composition"; boost: of the part that is pushed away in the
-    "precise" ones (None: `weight`). There the reference acts on the negative side, so that guidance leads away from its
-    layout, or from its style.
+    composition: the weight of the layout in "style and composition"; boost: of the negative part in the "precise"
+    ones (None: `weight`): there the reference acts on the negative side, so that guidance leads away from its layout or
+    style.
     """
     modules = modules_of(sites)
     n = len(modules)
@@ -286,13 +283,13 @@ def block_weights(
     return BlockWeights({modules[t]: w for t, w in by_place.items()}, away)
 
 
-# Which blocks carry style, for any backbone
+# The blocks that carry style, for any backbone
 
 
 @dataclass(frozen=True)
 class BlockScore:
-    """What one block does alone: the rise of style and of leakage over no reference, each with the half width of a 95 %
-    interval over n pictures."""
+    """The effect of one block: the increase of style and of leakage over no reference, each with the half width of a 95
+    % interval over n images."""
 
     block: str
     style: float
@@ -302,41 +299,42 @@ class BlockScore:
     n: int
 
 
-Measure = Callable[[Sequence[Any], Any], Sequence[float]]
+T = TypeVar("T")  # an image
+Measure = Callable[[Sequence[T], "ImageSource"], Sequence[float]]
 
 
 def probe(
-    draw: Callable[[Sequence[Control]], Sequence[Any]],
+    generate: Callable[[Sequence[Control]], Sequence[T]],
     adapter: IPAdapter,
     references: Sequence[ImageSource],
     *,
-    style: Measure,
-    leakage: Measure,
+    style: Measure[T],
+    leakage: Measure[T],
     blocks: Sequence[str] | None = None,
     strength: float = 1.0,
 ) -> list[BlockScore]:
-    """Blocks from the one with most style over least leakage, each acting alone.
+    """Scores of blocks that act alone, the most style over leakage first.
 
-    draw(controls) -> pictures of the same prompts and seeds each time. style and leakage(pictures, reference) -> one
-    number a picture: how near in style, and how much of the reference's content is in it. blocks: prefixes of paths;
+    generate(controls) -> images of the same prompts and seeds each time. style and leakage(images, reference) -> one
+    number an image: how near in style, and how much of the reference's content is in it. blocks: prefixes of paths;
     None: every attention module of the adapter.
     """
     if blocks is None:
         blocks = list(dict.fromkeys(path.split(".transformer_blocks.")[0] for path in adapter.sites))
     if not references or not blocks:
         raise ValueError(f"{len(references)} references and {len(blocks)} blocks: at least one of each is needed.")
-    plain = draw([])
+    plain = generate([])
     before = [(list(style(plain, r)), list(leakage(plain, r))) for r in references]
-    found = []
+    scores = []
     for block in blocks:
         gains: list[float] = []
         leaks: list[float] = []
         for reference, (style_before, leak_before) in zip(references, before, strict=True):
-            pictures = draw([adapter.control(reference, strength=strength, where=(block, f"{block}.*"))])
-            gains += [a - b for a, b in zip(style(pictures, reference), style_before, strict=True)]
-            leaks += [a - b for a, b in zip(leakage(pictures, reference), leak_before, strict=True)]
-        found.append(BlockScore(block, *interval(gains), *interval(leaks), len(gains)))
-    return sorted(found, key=lambda score: score.leakage - score.style)
+            images = generate([adapter.control(reference, strength=strength, where=(block, f"{block}.*"))])
+            gains += [a - b for a, b in zip(style(images, reference), style_before, strict=True)]
+            leaks += [a - b for a, b in zip(leakage(images, reference), leak_before, strict=True)]
+        scores.append(BlockScore(block, *interval(gains), *interval(leaks), len(gains)))
+    return sorted(scores, key=lambda score: score.leakage - score.style)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -4,72 +4,52 @@
 
 q and z_t are the frozen layer's; K', V' are made from the reference alone. On UNets every attention to the text gets
 them, as published. On an MM-DiT the image rows do, with q before rotary positions and K' normalised; XLabs' FLUX files
-add behind each double block instead. Here: the adapter. `ip_reference.py`: what acts in a run; `ip_input.py`: what a
-call gives; `ip_projectors.py`; `instantstyle.py`: which blocks. Published files are read in `weights/`.
+add after each double block instead. This file has the adapter, `ip_reference.py` the control, `ip_input.py` the inputs
+of a call, `ip_projectors.py` the modules, `instantstyle.py` the choice of blocks. `weights/` reads published files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.controls.control import Control, MaskMode, When, Where, check_reach, one_of
+from condit.controls.host import Host
 from condit.controls.ip_input import (
     Combine,
     Features,
-    Given,
     IPConfig,
+    ReferenceInputs,
+    References,
     check_prefixes,
     combined,
     each_token,
-    given_features,
-    given_masks,
     grouped,
+    read_features,
+    reference_masks,
     times,
     zeros_of,
 )
 from condit.controls.ip_projectors import HEAD_DIM, ImageProjection, KeyValue, Layer, layers_of
-from condit.controls.ip_reference import (
-    IPReference,
-    KeyValues,
-    Scaling,
-    Strength,
-    WithLoRA,
-    any_site,
-    strength_at,
-)
+from condit.controls.ip_reference import IPReference, KeyValues, Scaling, Strength, WithLoRA, any_site, strength_at
 from condit.controls.wrap import Together
 from condit.data.images import load_image
-from condit.encoders.image import CLIPImage, Fit
+from condit.encoders.image import CLIPImage, Fit, TinyImage
 from condit.nn.attention import Site, split_heads
 from condit.nn.lora import LoRA, PartialLoRA
 
 if TYPE_CHECKING:
+    from condit.backbones.unet import UNet
     from condit.data.images import ImageSource
 
 __all__ = ["IPAdapter", "IPConfig", "IPReference"]
-
-
-@dataclass(frozen=True)
-class IPParts:
-    """What a file holds for a model: its tensors under the names of an adapter that has K', V' of `layers`, and of
-    `absent` none; FaceID's LoRA, numbered by the paths of all attention layers."""
-
-    config: IPConfig
-    layers: Sequence[Layer]
-    tensors: Mapping[str, Tensor]
-    projector: nn.Module | None = None
-    absent: Sequence[Layer] = ()
-    encoder: CLIPImage | None = None
-    lora: LoRA | None = None
-    attentions: tuple[str, ...] = ()
 
 
 class IPAdapter(nn.Module):
@@ -80,13 +60,13 @@ class IPAdapter(nn.Module):
         config: IPConfig,
         sites: Sequence[Site | Layer],
         width: int = 0,
-        pipe=None,
+        pipe: Host | None = None,
         *,
         projector: nn.Module | None = None,
         absent: Sequence[Layer] = (),
     ):
-        """sites: the layers that get K', V'; width: of each, where they do not say. absent: those that get none, though
-        an adapter may have them there. V' starts at zero, so that step 0 of training is the base model."""
+        """sites: the layers with K', V'; width: of each, if they do not say. absent: layers that may have K', V' but do
+        not. V' starts at zero, so that training starts at the base model."""
         super().__init__()
         self.config, self.name, self.hash = config, "", ""
         self.layers = tuple(
@@ -98,10 +78,15 @@ class IPAdapter(nn.Module):
         self.ip_adapter = nn.ModuleDict({str(x.number): KeyValue(config.dim, x.width, bias=bias) for x in self.layers})
         self.lora: LoRA | None = None  # FaceID's
         self.attentions: tuple[str, ...] = ()  # paths of all attention layers, which number that LoRA
-        self._pipe = [pipe]  # in a list: the pipeline's weights are not ours
+        self._pipe: list[Host | None] = [pipe]  # in a list: the pipeline's weights are not ours
         self._encoder: list[CLIPImage | None] = [None]
-        for pair in self.ip_adapter.values():
-            nn.init.zeros_(pair.to_v_ip.weight)  # type: ignore[union-attr,arg-type]
+        for pair in self.pairs:
+            nn.init.zeros_(pair.to_v_ip.weight)
+
+    @property
+    def pairs(self) -> list[KeyValue]:
+        """K' and V' of each of `layers`."""
+        return cast("list[KeyValue]", list(self.ip_adapter.values()))
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -112,42 +97,45 @@ class IPAdapter(nn.Module):
 
     @classmethod
     def new(
-        cls, pipe, config: IPConfig, *, projector: nn.Module | None = None, where: Where | str | tuple | None = None
+        cls,
+        pipe: Host | nn.Module,
+        config: IPConfig,
+        *,
+        projector: nn.Module | None = None,
+        where: Where | str | tuple | None = None,
     ) -> IPAdapter:
         """An adapter to train on a UNet: K', V' are copies of the text's K, V of their layers (section 3.2.2). where:
-        only for these layers. pipe: a pipeline, or a UNet."""
-        backbone, chosen = getattr(pipe, "backbone", pipe), Where.of(where)
+        these layers only. pipe: a pipeline, or a UNet."""
+        chosen, bound = Where.of(where), None if isinstance(pipe, nn.Module) else pipe
+        backbone = cast("UNet", pipe if bound is None else bound.backbone)
         layers = layers_of(backbone, backbone.sites, "cross")
         kept = [layer for layer in layers if any_site(chosen, layer.path)]
         absent = [layer for layer in layers if layer not in kept]
-        bound = None if pipe is backbone else pipe
         adapter = cls(replace(config, form="cross"), kept, pipe=bound, projector=projector, absent=absent)
         with torch.no_grad():
-            for layer, pair in zip(kept, adapter.ip_adapter.values(), strict=True):
-                attention = backbone.get_submodule(layer.path)
-                pair.to_k_ip.weight.copy_(attention.to_k.weight)  # type: ignore[union-attr,operator]
-                pair.to_v_ip.weight.copy_(attention.to_v.weight)  # type: ignore[union-attr,operator]
+            for layer, pair in zip(kept, adapter.pairs, strict=True):
+                pair.to_k_ip.weight.copy_(backbone.get_parameter(f"{layer.path}.to_k.weight"))
+                pair.to_v_ip.weight.copy_(backbone.get_parameter(f"{layer.path}.to_v.weight"))
         return adapter
 
     @classmethod
     def load(
         cls,
-        source,
-        pipe,
+        source: str | Path,
+        pipe: Host,
         *,
         image_encoder: CLIPImage | str | Path | None = None,
         where: Where | str | tuple[str, ...] | None = None,
         head_dim: int = HEAD_DIM,
     ) -> IPAdapter:
-        """From a name ("tiny/style"), a published file or a folder; what it is and its sizes are read off the tensors.
+        """From a name ("tiny/style"), a published file or a folder; its kind and sizes are inferred from the tensors.
 
-        image_encoder: an encoder or its folder; None: the pipeline's, or the folder `image_encoder` beside the file.
-        It is checked before its weights are read. where: load K', V' of these layers only; the others are inactive.
-        head_dim: of a "plus" projector's heads, 64 in every published file. ValueError for a file of another base or
-        for another encoder.
-        """
+        image_encoder: an encoder or its folder; None: the pipeline's, or the folder `image_encoder` next to the file.
+        Its size is checked before its weights are read. where: load K', V' of these layers only; the others are
+        inactive. head_dim: of a "plus" projector's heads, 64 in every published file. Raises ValueError for a file of
+        another base model or encoder."""
         file = pipe.adapter_file(source, "IPAdapter")
-        parts: IPParts = file.ip_parts(source, pipe, image_encoder, Where.of(where), head_dim)
+        parts = file.ip_parts(source, pipe, image_encoder, Where.of(where), head_dim)
         with torch.device("meta"):
             adapter = cls(parts.config, parts.layers, pipe=pipe, projector=parts.projector, absent=parts.absent)
         file.load_into(adapter, parts.tensors, assign=True)
@@ -156,18 +144,18 @@ class IPAdapter(nn.Module):
         return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Under the published names, FaceID's LoRA too."""
-        found = {k: v.detach() for k, v in self.state_dict().items() if not k.startswith("lora.")}
-        return found if self.lora is None else found | face_tensors(self.lora, self.attentions)
+        """The tensors under the published names, with FaceID's LoRA."""
+        own = {k: v.detach() for k, v in self.state_dict().items() if not k.startswith("lora.")}
+        return own if self.lora is None else own | face_tensors(self.lora, self.attentions)
 
     def metadata(self) -> dict:
-        """What `load` needs beside the tensors."""
+        """The configuration that `load` reads from the file."""
         return {"method": "IPAdapter", **asdict(self.config)}
 
     # From features to keys and values
 
     def tokens(self, features: Features, shortcut: float | None = None) -> Tensor:
-        """Features of B images, or (B, R, ...) of R images each to stand side by side -> tokens (B, T or R T, C)."""
+        """Features of B images, or (B, R, ...) of R images each, concatenated -> tokens (B, T or R T, C)."""
         first, flat = features if isinstance(features, tuple) else (features,), 3 if self._states else 2
         many = first[-1].ndim > flat
         rows = [x.flatten(0, 1) if many else x for x in first]
@@ -182,18 +170,19 @@ class IPAdapter(nn.Module):
     @property
     def face_width(self) -> int:
         """Of a face's vector; 0 for an adapter that reads none."""
-        return self.image_proj.proj[0].in_features if "identity" in self.config.feature else 0  # type: ignore[union-attr,index]
+        if "identity" not in self.config.feature:
+            return 0
+        return cast("nn.Linear", self.image_proj.get_submodule("proj.0")).in_features
 
     def project(self, tokens: Tensor, where: Where | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Tokens (B, T, C) -> site path -> K', V', each (B, H, T, D). Once a run, not once a step."""
-        found = {}
-        for layer, pair in zip(self.layers, self.ip_adapter.values(), strict=True):
+        """Tokens (B, T, C) -> site path -> K', V', each (B, H, T, D). Computed once a run."""
+        pairs = {}
+        for layer, pair in zip(self.layers, self.pairs, strict=True):
             if where is not None and not any_site(where, layer.path):
                 continue
-            k = split_heads(pair.to_k_ip(tokens), layer.heads)  # type: ignore[operator]
-            v = split_heads(pair.to_v_ip(tokens), layer.heads)  # type: ignore[operator]
-            found[layer.path] = (F.rms_norm(k, k.shape[-1:], eps=1e-5) if self.config.form == "joint" else k, v)
-        return found
+            k, v = (split_heads(linear(tokens), layer.heads) for linear in (pair.to_k_ip, pair.to_v_ip))
+            pairs[layer.path] = (F.rms_norm(k, k.shape[-1:], eps=1e-5) if self.config.form == "joint" else k, v)
+        return pairs
 
     def keys_values(self, features: Features, where: Where | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """`project` of the tokens of features (B, E), or (B, R, E) for R references concatenated."""
@@ -210,16 +199,11 @@ class IPAdapter(nn.Module):
         against: Where | None = None,
         shortcut: float | None = None,
         one_graph: bool = False,
-        when: When | None = None,
-        mask: Tensor | None = None,
-        mask_mode: MaskMode = "area",
-        scaling: Scaling = "V only",
-        source: Sequence[dict] = (),
     ) -> IPReference:
-        """A control from features of B references, or (B, R, ...) for R side by side; zeros stand for no reference.
+        """A control from features of B references, or (B, R, ...) for R concatenated ones.
 
-        empty: the features of no reference, where that is not zeros. weights: of each of R side by side, on V'. For the
-        other arguments see `control`.
+        empty: the features of no reference; None: zeros. weights: of each of the R references, on V'. For the other
+        arguments see `control`.
         """
         where = where or Where()
         acts = where
@@ -231,53 +215,42 @@ class IPAdapter(nn.Module):
             kv = {path: (k, v * each_token(weights, v)) for path, (k, v) in kv.items()}
         nothing = zeros_of(features) if empty is None else empty
         none = self.project(self.tokens(nothing, shortcut), acts)
-        if against is not None:  # the reference acts on the other side of guidance, which pushes away from it
+        if against is not None:  # the reference acts on the negative side, so that guidance leads away from it
             turned = {path for path in kv if any_site(against, path)}
             none = {path: kv[path] if path in turned else pair for path, pair in none.items()}
             kv = {path: pair for path, pair in kv.items() if path not in turned}
         if one_graph:
             kv, none = (self.filled(pairs) for pairs in (kv, none))
             strength = {"": strength} if isinstance(strength, float | int) else strength
-        return IPReference(
-            kv=kv,
-            empty=none,
-            adapter=self,
-            strength=strength,
-            where=Where() if one_graph else where,
-            when=when or When(),
-            mask=mask,
-            mask_mode=mask_mode,
-            scaling=scaling,
-            source=list(source),
-        )
+        return IPReference(kv=kv, empty=none, adapter=self, strength=strength, where=Where() if one_graph else where)
 
     def filled(self, pairs: KeyValues) -> dict[str, tuple[Tensor, Tensor]]:
-        """K', V' at every site an adapter may have, zeros where none act: one compiled graph then serves every choice
-        of blocks. V' = 0 adds exactly nothing."""
+        """K', V' at every site, zeros where none act, so that every choice of blocks compiles to one graph. V' = 0
+        adds exactly 0."""
         some = next(iter(pairs.values()))[0]
-        found = {}
+        all_pairs = {}
         for layer in sorted((*self.layers, *self.absent), key=lambda x: x.number):
             shape = len(some), some.shape[2], layer.width
             # Two tensors: one in two places would be another graph.
-            zeros = tuple(split_heads(some.new_zeros(shape), layer.heads) for _ in range(2))
-            found[layer.path] = pairs.get(layer.path, zeros)  # type: ignore[assignment]
-        return found
+            k, v = (split_heads(some.new_zeros(shape), layer.heads) for _ in range(2))
+            all_pairs[layer.path] = pairs.get(layer.path, (k, v))
+        return all_pairs
 
-    # From pictures to a control
+    # From images to a control
 
     def features(self, sources: Sequence[ImageSource], fit: Fit = "crop") -> Tensor:
-        """What the projector reads of pictures: (n, E) or (n, L, H). Not FaceID's vectors: those come from outside."""
+        """Features of images for the projector: (n, E) or (n, L, H). FaceID's vectors come from a face model
+        instead."""
         encoder = self._encoder[0]
         if encoder is None:
-            pipe = self._bound()
-            images = pipe.read_images(list(sources), None)
-            return pipe.image.hidden(images) if self._states else pipe.image(images)
+            images, own = self._bound().read_images(list(sources), None), self._own_encoder()
+            return own.hidden(images) if self._states else own(images)
         pixels = encoder.pixels([load_image(source) for source in sources], fit)
         return encoder.hidden(pixels) if self._states else encoder.embeds(pixels)
 
     def nothing(self, features: Features) -> Features:
-        """The features of no reference (spec of the official code): zeros; behind a reader of hidden states those of a
-        mean-coloured picture (zeros after normalising); FLUX's of a black one."""
+        """The features of no reference, as in the official code: zeros; for hidden states those of a mean-coloured
+        image (zeros after normalising); for FLUX those of a black one."""
         encoder = self._encoder[0]
         if isinstance(features, tuple):
             face = features[0]
@@ -289,16 +262,19 @@ class IPAdapter(nn.Module):
         return torch.zeros_like(features[:1])
 
     def _hidden_of_zeros(self, like: Tensor) -> Tensor:
-        encoder = self._encoder[0]
-        if encoder is None and self._pipe[0] is not None:
-            encoder = self._pipe[0].image
-        if encoder is None:
-            raise ValueError(f"{self.name} has no image encoder, which makes the features of no reference.")
+        encoder = self._encoder[0] or self._own_encoder()
         return encoder.hidden(encoder.zeros()).to(like)
+
+    def _own_encoder(self) -> CLIPImage | TinyImage:
+        """The image encoder of the pipeline's model."""
+        encoder = None if self._pipe[0] is None else self._pipe[0].image
+        if encoder is None:
+            raise ValueError(f"{self.name} has no image encoder. Load it with image_encoder=, or give embeds=.")
+        return encoder
 
     def control(
         self,
-        reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None = None,
+        reference: References | None = None,
         *,
         strength: float | Sequence[float] | Mapping[str, float] = 1.0,
         where: Where | str | tuple[str, ...] | None = None,
@@ -317,19 +293,20 @@ class IPAdapter(nn.Module):
         lora_scale: float = 1.0,
         one_graph: bool = False,
     ) -> Control:
-        """A control from one reference, from n references for n images, or from n lists of several references each.
+        """A control from one reference, from n references for n images, or from n lists of R references.
 
-        strength: lambda, any real number; one an image; or by prefix of the layers' paths ("up_blocks.0.attentions.1"),
-        where what is not named is off. where: the layers at which it acts. when: the part of the schedule. mask: where
-        in the picture it acts, white = acts; with combine="sum" a list has one for each of the references of an image.
+        strength: lambda, any real number; one for each image; or by prefix of the layers' paths
+        ("up_blocks.0.attentions.1"), 0 elsewhere. where: the layers at which it acts. when: the part of the schedule.
+        mask: where in the image it acts, white = acts; with combine="sum" a list has one for each of the references of
+        an image.
 
-        Several references of one image: "mean" or "add" of their features; "subtract": the first minus the mean of the
-        others; "concat": side by side in one softmax; "sum": an attention each, added. weights: of each of them.
+        combine, for R references of an image: "mean" or "add" of their features; "subtract": the first minus the mean
+        of the others; "concat": one softmax over all tokens; "sum": one attention for each, summed. weights: (R,).
 
-        embeds (n, ...) or (n, R, ...): features made elsewhere, in place of pictures. identity (n, E) or (n, R, E):
+        embeds (n, ...) or (n, R, ...): features to use instead of images. identity (n, E) or (n, R, E):
         FaceID's faces; shortcut: None for FaceID-Plus, a number (usually 1) for v2; lora_scale: of FaceID's LoRA.
         content (E,) or (n, E): subtracted from the features (InstantStyle). against: layers at which the reference acts
-        on the negative side instead. scaling: how lambda acts. fit: of the picture to the encoder's square. one_graph:
+        on the negative side instead. scaling: how lambda acts. fit: of the image to the encoder's square. one_graph:
         every choice of blocks compiles to the same graph, at the cost of acting everywhere.
         """
         chosen = combine or self.config.combine
@@ -337,19 +314,19 @@ class IPAdapter(nn.Module):
         one_of("scaling", scaling, get_args(Scaling))
         one_of("mask_mode", mask_mode, get_args(MaskMode))
         if lora_scale != 1 and self.lora is None:
-            raise ValueError(f"lora_scale= is of FaceID's LoRA; {self.name or 'this adapter'} has none. Leave it out.")
+            raise ValueError(f"lora_scale= is for FaceID's LoRA; {self.name or 'this adapter'} has none. Leave it out.")
         check_reach(Where.of(where), self.sites)
         check_prefixes(strength, [layer.path for layer in (*self.layers, *self.absent)])
         groups = None if reference is None else grouped(reference)
         with torch.no_grad():
-            given = Given(groups, embeds, identity, content, shortcut)
+            inputs = ReferenceInputs(groups, embeds, identity, content, shortcut)
             like, face = next(self.parameters()), self.face_width
             name, read = self.name or "this adapter", partial(self.features, fit=fit)
-            features = given_features(given, self.config, name, read, like, face)
+            features = read_features(inputs, self.config, name, read, like, face)
             parts = combined(features, chosen, weights)
             source = [] if reference is None else self._bound().describe_source(reference)
-            masks = given_masks(mask, len(parts), like.device)
-            found = [
+            masks = reference_masks(mask, len(parts), like.device)
+            references = [
                 self.reference(
                     part,
                     times(strength, weight),
@@ -359,20 +336,17 @@ class IPAdapter(nn.Module):
                     against=None if against is None else Where.of(against),
                     shortcut=shortcut,
                     one_graph=one_graph,
-                    mask=m,
-                    source=source,
-                    when=When.of(when),
-                    scaling=scaling,
-                    mask_mode=mask_mode,
                 )
-                for (part, weight), m in zip(parts, masks, strict=True)
+                for part, weight in parts
             ]
-        made: Control = found[0] if len(found) == 1 else Together(tuple(found))
+        schedule, more = When.of(when), {"source": source, "scaling": scaling, "mask_mode": mask_mode}
+        acting = [replace(r, when=schedule, mask=m, **more) for r, m in zip(references, masks, strict=True)]
+        made: Control = acting[0] if len(acting) == 1 else Together(tuple(acting))
         if self.lora is None:
             return made
         return WithLoRA(made, self, PartialLoRA(self.lora, None if lora_scale == 1 else torch.tensor(lora_scale)))
 
-    def _bound(self):
+    def _bound(self) -> Host:
         pipe = self._pipe[0]
         if pipe is None:
             raise ValueError("This adapter is not bound to a pipeline. Use IPAdapter.load(name, pipe).")
@@ -382,9 +356,9 @@ class IPAdapter(nn.Module):
 def face_tensors(lora: LoRA, paths: Sequence[str]) -> dict[str, Tensor]:
     """FaceID's LoRA in the published names: N the place among all attention layers `paths`."""
     number = {path: i for i, path in enumerate(paths)}
-    found = {}
+    tensors = {}
     for path, key in lora.keys.items():
         layer, part = path.removesuffix(".0").rsplit(".", 1)
         prefix = f"ip_adapter.{number[layer]}.{part}_lora"
-        found[f"{prefix}.down.weight"], found[f"{prefix}.up.weight"] = lora.a[key].detach(), lora.b[key].detach()
-    return found
+        tensors[f"{prefix}.down.weight"], tensors[f"{prefix}.up.weight"] = lora.a[key].detach(), lora.b[key].detach()
+    return tensors

@@ -1,19 +1,18 @@
-"""What a call gives an IP-Adapter: references as features, masks, strengths; and how several references become one."""
+"""References of an IP-Adapter as a call names them: features, masks, strengths, and the combination of references."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from condit.data.images import load_masks
+from condit.data.images import ImageSource, load_masks
 
-if TYPE_CHECKING:
-    from condit.data.images import ImageSource
-
+# One image, n for n images of a call, or n lists of R.
+References = ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]]
 Combine = Literal["mean", "concat", "add", "subtract", "sum"]
 Form = Literal["joint", "cross", "residual"]
 Feature = Literal["embeds", "hidden", "identity", "identity+hidden"]
@@ -24,8 +23,8 @@ Features = Tensor | tuple[Tensor, Tensor]
 @dataclass(frozen=True)
 class IPConfig:
     """features: width of the image encoder's output; tokens: image tokens T; dim: width of the tokens; heads: of the
-    layers, where a backbone does not say; combine: of several references, by default; form: where the branch is added;
-    feature: what is read."""
+    layers, if the backbone does not say; combine: the default for R references; form: where the branch is added;
+    feature: what the projector reads."""
 
     features: int
     tokens: int = 4
@@ -37,8 +36,8 @@ class IPConfig:
 
 
 @dataclass(frozen=True)
-class Given:
-    """References of a call: n groups of R images, or embeds= in their place; identity= (n, E) or (n, R, E) of faces;
+class ReferenceInputs:
+    """References of a call: n groups of R images, or embeds= instead; identity= (n, E) or (n, R, E) of faces;
     content= to subtract; shortcut= of FaceID-Plus v2."""
 
     groups: list[list] | None
@@ -48,87 +47,92 @@ class Given:
     shortcut: float | None = None
 
 
-def given_features(
-    given: Given, config: IPConfig, name: str, read: Callable[[list], Tensor], like: Tensor, face: int
+def read_features(
+    inputs: ReferenceInputs, config: IPConfig, name: str, read: Callable[[list], Tensor], like: Tensor, face: int
 ) -> Features:
     """The features of n images with R references each, (n, R, ...), as `like`. read(group) -> those of R images; face:
-    width of a face's vector. ValueError for what is missing, or is for another kind of adapter."""
-    groups, embeds, identity, content, reads = given.groups, given.embeds, given.identity, given.content, config.feature
-    if given.shortcut is not None and reads != "identity+hidden":
-        raise ValueError(f"shortcut= is of FaceID-Plus v2; {name} is none. Leave it out.")
-    pictures = None if embeds is None or reads == "identity" else made_elsewhere(embeds, config, name).to(like)
+    width of a face's vector. Raises ValueError for missing inputs and for those of another kind of adapter."""
+    groups, embeds, identity, content = inputs.groups, inputs.embeds, inputs.identity, inputs.content
+    reads = config.feature
+    if inputs.shortcut is not None and reads != "identity+hidden":
+        raise ValueError(f"shortcut= is for FaceID-Plus v2; {name} does not support it. Leave it out.")
+    features = None if embeds is None or reads == "identity" else external_features(embeds, config, name).to(like)
     if groups is not None and embeds is not None:
-        raise ValueError("Give a reference picture or embeds=, its features; found both.")
+        raise ValueError("Give a reference image or embeds=, not both.")
     if groups is not None:
-        pictures = torch.stack([read(group) for group in groups]).to(like)
+        features = torch.stack([read(group) for group in groups]).to(like)
     if content is not None:
-        if reads != "embeds" or pictures is None:
+        if reads != "embeds" or features is None:
             raise ValueError(
-                f"{name} reads {reads} features, from which no words can be subtracted: "
+                f"{name} reads {reads} features, from which words cannot be subtracted: "
                 "words share a space with CLIP's pooled image embedding only. Use a global adapter."
             )
         taken = content.to(like).reshape(-1, 1, content.shape[-1])
-        if len(taken) not in (1, len(pictures)):
-            raise ValueError(f"content for {len(taken)} images, references for {len(pictures)}. Give one, or as many.")
-        pictures = pictures - taken
+        if len(taken) not in (1, len(features)):
+            raise ValueError(f"content for {len(taken)} images, references for {len(features)}. Give one, or as many.")
+        features = features - taken
     if reads in ("identity", "identity+hidden"):
         if identity is None:
-            raise ValueError(f"{name} is FaceID: give identity= (n, E), a face's vector.")
+            raise ValueError(f"{name} is a FaceID adapter: give identity= (n, E), the face's vector.")
         if identity.ndim not in (2, 3) or identity.shape[-1] != face:
             raise ValueError(f"identity must be (n, {face}) or (n, R, {face}); found {tuple(identity.shape)}.")
         faces = (identity[:, None] if identity.ndim == 2 else identity).to(like)
         if reads == "identity":
             return faces
-        if pictures is None:
-            raise ValueError(f"{name} is FaceID-Plus: give the reference picture too.")
-        return faces, pictures
+        if features is None:
+            raise ValueError(f"{name} is a FaceID-Plus adapter: give the reference image too.")
+        return faces, features
     if identity is not None:
-        raise ValueError(f"{name} reads no identity=; it is no FaceID.")
-    if pictures is None:
-        raise ValueError("Give a reference picture, or embeds=.")
-    return pictures
+        raise ValueError(f"{name} does not support identity=, which is for FaceID.")
+    if features is None:
+        raise ValueError("Give a reference image, or embeds=.")
+    return features
 
 
-def made_elsewhere(embeds: Tensor, config: IPConfig, name: str) -> Tensor:
-    """Features (n, ...) or (n, R, ...) as (n, R, ...). ValueError for those of another encoder."""
+def external_features(embeds: Tensor, config: IPConfig, name: str) -> Tensor:
+    """Features (n, ...) or (n, R, ...) as (n, R, ...). Raises ValueError for features of another encoder."""
     states = config.feature in ("hidden", "identity+hidden")
     one, width = 3 if states else 2, config.features
     if embeds.ndim not in (one, one + 1) or embeds.shape[-1] != width:
-        several = "L, " if states else ""
+        length = "L, " if states else ""
         raise ValueError(
-            f"embeds must be (n, {several}{width}) or (n, R, {several}{width}), as the image encoder of "
+            f"embeds must be (n, {length}{width}) or (n, R, {length}{width}), as the image encoder of "
             f"{name} gives them; found {tuple(embeds.shape)}."
         )
     return embeds[:, None] if embeds.ndim == one else embeds
 
 
-def given_masks(mask: Any, count: int, device: torch.device) -> list[Tensor | None]:
+def reference_masks(
+    mask: ImageSource | Sequence[ImageSource | None] | None, count: int, device: torch.device
+) -> list[Tensor | None]:
     """A mask (n or 1, H, W) in [0, 1] for each of `count` references of an image."""
     if mask is None:
         return [None] * count
     if count == 1 or not isinstance(mask, list | tuple):
-        return [load_masks(mask).to(device)] * count
+        return [load_masks(cast("ImageSource", mask)).to(device)] * count
     if len(mask) != count:
         raise ValueError(f"{len(mask)} masks for {count} references of an image. Give one, or one of each.")
     return [None if m is None else load_masks(m).to(device) for m in mask]
 
 
 def check_prefixes(strength: object, paths: Sequence[str]) -> None:
-    """ValueError for a prefix that names no layer: misspelt, it would act nowhere."""
+    """Raises ValueError for a prefix that matches no layer, such as a misspelt one."""
     for prefix in strength if isinstance(strength, Mapping) else ():
         if not any(prefix == "" or path == prefix or path.startswith(f"{prefix}.") for path in paths):
-            raise ValueError(f"strength names {prefix!r}, where no layer is. The layers are such as {paths[0]!r}.")
+            raise ValueError(
+                f"strength names {prefix!r}, which matches no layer. An example of a layer is {paths[0]!r}."
+            )
 
 
-# Several references of one image
+# R references of one image
 
 
-def grouped(reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]]) -> list[list]:
-    """One reference, n of them, or n lists of R: n lists of R. ValueError for lists of different lengths."""
+def grouped(reference: References, what: str = "references") -> list[list]:
+    """One reference, n of them, or n lists of R -> n lists of R. Raises ValueError for lists of different lengths."""
     outer = list(reference) if isinstance(reference, list | tuple) else [reference]
     groups = [list(r) if isinstance(r, list | tuple) else [r] for r in outer]
     if len({len(g) for g in groups}) != 1 or not groups[0]:
-        raise ValueError(f"Every image needs equally many references; found {[len(g) for g in groups]}.")
+        raise ValueError(f"Every image needs the same number of {what}; found {[len(g) for g in groups]}.")
     return groups
 
 
@@ -142,10 +146,12 @@ def combined(features: Features, how: Combine, weights: Sequence[float] | None =
     if how == "concat":
         return [(features, 1.0)]
     if how == "sum":
-        given = [1.0] * count if weights is None else list(weights)
-        return [(each(features, lambda x, r=r: x[:, r]), w) for r, w in enumerate(given)]
+        factors = [1.0] * count if weights is None else list(weights)
+        return [(each(features, lambda x, r=r: x[:, r]), w) for r, w in enumerate(factors)]
     if how == "subtract" and count < 2:
-        raise ValueError("combine='subtract' takes the others from the first reference: give two or more an image.")
+        raise ValueError(
+            "combine='subtract' subtracts the others from the first reference: give at least two for each image."
+        )
 
     def one(x: Tensor) -> Tensor:
         if weights is not None:
@@ -171,29 +177,29 @@ def zeros_of(features: Features) -> Features:
 
 
 def each_token(weights: Sequence[float], v: Tensor) -> Tensor:
-    """Weights of R references over the tokens of V' (B, H, R T, D), which stand reference by reference."""
+    """Weights of R references over the tokens of V' (B, H, R T, D), ordered by reference."""
     return torch.tensor(weights).to(v).repeat_interleave(v.shape[2] // len(weights))[:, None]
 
 
 def times(
     strength: float | Sequence[float] | Mapping[str, float], weight: float
 ) -> float | Mapping[str, float] | Tensor:
-    """The strength of one reference of several: a number, numbers by prefix, or (n,). ValueError for what is none."""
+    """The strength of one of R references: a number, numbers by prefix, or (n,). Raises ValueError for other values."""
     if isinstance(strength, Mapping):
         return {path: float(numbers(value)) * weight for path, value in strength.items()}
-    found = numbers(strength)
-    return float(strength) * weight if found.ndim == 0 else found * weight  # type: ignore[arg-type]
+    values = numbers(strength)
+    return float(cast("float", strength)) * weight if values.ndim == 0 else values * weight
 
 
 def numbers(strength: object) -> Tensor:
-    """A strength as a tensor of no dimension, or one an image."""
+    """A strength as a 0-d tensor, or (n,), one for each image."""
     try:
-        found = torch.as_tensor(strength, dtype=torch.float32)
+        values = torch.as_tensor(strength, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError):
-        found = torch.empty(0)
-    if found.ndim > 1 or not found.numel() or not found.isfinite().all():
+        values = torch.empty(0)
+    if values.ndim > 1 or not values.numel() or not values.isfinite().all():
         raise ValueError(
-            "strength must be a finite number, one an image, or numbers by prefix of the layers' paths; found "
+            "strength must be a finite number, one for each image, or numbers by prefix of the layers' paths; found "
             f"{strength!r}."
         )
-    return found
+    return values

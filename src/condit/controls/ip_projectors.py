@@ -5,17 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.controls.ip_input import Form
-from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
-from condit.nn.layers import RMSNorm, timestep_features
+from condit.controls.ip_input import Form, IPConfig
+from condit.encoders.image import CLIPImage
+from condit.nn.attention import Site, join_heads, split_heads
+from condit.nn.layers import timestep_features
+from condit.nn.lora import LoRA
 
-HEAD_DIM = 64  # of every published Perceiver; no tensor tells it
+HEAD_DIM = 64  # of every published Perceiver; no tensor has its size
 
 
 class ImageProjection(nn.Module):
@@ -72,8 +74,8 @@ class PerceiverAttention(nn.Module):
 
 
 def perceive(q: Tensor, kv: Tensor, heads: int) -> Tensor:
-    """Attention (B, Q, inner) with fused keys and values (B, N, 2 inner). Queries and keys are scaled apart and the
-    softmax is in float32, as published."""
+    """Attention (B, Q, inner) with fused keys and values (B, N, 2 inner). Queries and keys are scaled separately
+    and the softmax is in float32, as published."""
     query, key, value = (split_heads(x, heads) for x in (q, *kv.chunk(2, -1)))
     scale = query.shape[-1] ** -0.25
     scores = (query * scale) @ (key * scale).mT
@@ -87,7 +89,7 @@ def feed_forward(dim: int, inner: int) -> nn.Sequential:
 
 
 class Perceiver(nn.Module):
-    """Given latents (B, Q, dim) read features (B, L, E) -> (B, Q, C). FaceID-Plus gives its own latents."""
+    """Latents (B, Q, dim) read features (B, L, E) -> (B, Q, C). In FaceID-Plus the latents are a face's tokens."""
 
     def __init__(self, features: int, dim: int, out: int, *, inner: int, heads: int, depth: int, hidden: int):
         super().__init__()
@@ -98,21 +100,19 @@ class Perceiver(nn.Module):
         )
 
     def read(self, latents: Tensor, x: Tensor) -> Tensor:
-        """x (B, L, dim) is projected already."""
-        for attention, mlp in self.layers:  # type: ignore[misc]
+        """x (B, L, dim) are projected features."""
+        for block in self.layers:
+            attention, mlp = cast("nn.ModuleList", block)
             latents = latents + attention(x, latents)
             latents = latents + mlp(latents)
         return self.norm_out(self.proj_out(latents))
-
-    def forward(self, latents: Tensor, features: Tensor) -> Tensor:
-        return self.read(latents, self.proj_in(features))
 
 
 class Resampler(Perceiver):
     """The "plus" files: learned latents read the encoder's tokens (B, L, E) -> (B, Q, C).
 
-    positions: rows of a learned position table, 0 without one. pooled: how many latents more are made from the mean
-    of the features; they stand in front.
+    positions: rows of a learned position table, 0 without one. pooled: the number of further latents
+    that are made from the mean of the features; they come first.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Resampler(Perceiver):
             nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim * pooled)) if pooled else None
         )
 
-    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, features: Tensor) -> Tensor:
         if self.pos_emb is not None:
             features = features + self.pos_emb.weight[: features.shape[1]]
         x, latents = self.proj_in(features), self.latents.expand(len(features), -1, -1)
@@ -161,7 +161,7 @@ class IdentityPlusProjection(nn.Module):
 
     def forward(self, identity: Tensor, features: Tensor, shortcut: float | None = None) -> Tensor:
         own = self.norm(self.proj(identity).unflatten(-1, (self.tokens, -1)))
-        read = self.perceiver_resampler(own, features)
+        read = self.perceiver_resampler.read(own, self.perceiver_resampler.proj_in(features))
         return read if shortcut is None else own + shortcut * read
 
 
@@ -173,28 +173,25 @@ class TimeBlock(nn.Module):
         self.heads = heads
         self.ln0, self.ln1, self.adaln_norm = (nn.LayerNorm(dim) for _ in range(3))
         self.adaln_proj = nn.Linear(dim, 4 * dim)
-        self.attn = nn.Module()
-        self.attn.to_q = nn.Linear(dim, inner, bias=False)
-        self.attn.to_kv = nn.Linear(dim, 2 * inner, bias=False)
-        self.attn.to_out = nn.ModuleList([nn.Linear(inner, dim, bias=False)])
-        up = nn.Module()
-        up.proj = nn.Linear(dim, hidden, bias=False)
-        self.ff = nn.Module()
-        self.ff.net = nn.ModuleList([up, nn.Identity(), nn.Linear(hidden, dim, bias=False)])
+        to_q, to_kv = nn.Linear(dim, inner, bias=False), nn.Linear(dim, 2 * inner, bias=False)
+        to_out = nn.ModuleList([nn.Linear(inner, dim, bias=False)])
+        self.attn = nn.ModuleDict({"to_q": to_q, "to_kv": to_kv, "to_out": to_out})
+        up = nn.ModuleDict({"proj": nn.Linear(dim, hidden, bias=False)})
+        self.ff = nn.ModuleDict({"net": nn.ModuleList([up, nn.Identity(), nn.Linear(hidden, dim, bias=False)])})
 
     def forward(self, x: Tensor, latents: Tensor, clock: Tensor) -> Tensor:
         shift, scale, shift_mlp, scale_mlp = self.adaln_proj(F.silu(clock))[:, None].chunk(4, -1)
         h = self.ln1(latents) * (1 + scale) + shift
-        q, kv = self.attn.to_q(h), self.attn.to_kv(torch.cat([self.ln0(x), h], 1))  # type: ignore[operator]
-        latents = latents + self.attn.to_out[0](perceive(q, kv, self.heads))  # type: ignore[index]
+        q, kv = self.attn["to_q"](h), self.attn["to_kv"](torch.cat([self.ln0(x), h], 1))
+        latents = latents + self.attn.get_submodule("to_out.0")(perceive(q, kv, self.heads))
         h = self.adaln_norm(latents) * (1 + scale_mlp) + shift_mlp
-        net: Any = self.ff.net
-        return latents + net[2](F.gelu(net[0].proj(h)))
+        up, down = (self.ff.get_submodule(path) for path in ("net.0.proj", "net.2"))
+        return latents + down(F.gelu(up(h)))
 
 
 class TimeResampler(nn.Module):
     """InstantX's SD3.5 projector: features (B, L, E) at a time (B,) in [0, 1000] -> tokens (B, Q, C) and the clock
-    (B, dim) that the layers read. Both depend on the step, so they are made once a step, not once a run."""
+    (B, dim) that the layers read. Both depend on the step, so they are computed at each step, not once a run."""
 
     def __init__(
         self,
@@ -213,20 +210,19 @@ class TimeResampler(nn.Module):
         self.latents = nn.Parameter(torch.randn(1, queries, dim) / dim**0.5)
         self.proj_in, self.proj_out, self.norm_out = nn.Linear(features, dim), nn.Linear(dim, out), nn.LayerNorm(out)
         self.layers = nn.ModuleList(TimeBlock(dim, inner, heads, hidden) for _ in range(depth))
-        self.time_embedding = nn.Module()
-        self.time_embedding.linear_1, self.time_embedding.linear_2 = nn.Linear(t, dim), nn.Linear(dim, dim)
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(t, dim), "linear_2": nn.Linear(dim, dim)})
         self.time_dim = t
 
     def forward(self, features: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = self.time_embedding.linear_1, self.time_embedding.linear_2
-        clock = second(F.silu(first(timestep_features(t, self.time_dim).to(features.dtype))))  # type: ignore[operator]
+        first, second = self.time_embedding["linear_1"], self.time_embedding["linear_2"]
+        clock = second(F.silu(first(timestep_features(t, self.time_dim).to(features.dtype))))
         x, latents = self.proj_in(features) + clock[:, None], self.latents.expand(len(features), -1, -1)
         for block in self.layers:
             latents = block(x, latents, clock)
         return self.norm_out(self.proj_out(latents)), clock
 
 
-# K', V' of a layer
+# K', V' of a layer, and what a file holds of an adapter
 
 
 class KeyValue(nn.Module):
@@ -248,6 +244,21 @@ class Layer:
     heads: int
 
 
+@dataclass(frozen=True)
+class IPParts:
+    """An adapter as its file holds it: tensors under the names of a module with K', V' of `layers` and none of
+    `absent`; FaceID's LoRA, numbered by the paths of all attention layers."""
+
+    config: IPConfig
+    layers: Sequence[Layer]
+    tensors: Mapping[str, Tensor]
+    projector: nn.Module | None = None
+    absent: Sequence[Layer] = ()
+    encoder: CLIPImage | None = None
+    lora: LoRA | None = None
+    attentions: tuple[str, ...] = ()
+
+
 def layers_of(backbone: nn.Module, sites: Sequence[Site], form: Form) -> list[Layer]:
     """Every layer of a backbone that an adapter of this form may have K', V' for, with the published number: on UNets
     the place among all attention layers (odd: those to the text), on FLUX that of the double block."""
@@ -256,50 +267,8 @@ def layers_of(backbone: nn.Module, sites: Sequence[Site], form: Form) -> list[La
         "residual": [(i, s) for i, s in enumerate(sites) if not s.path.startswith("single_")],
         "joint": list(enumerate(sites)),
     }[form]
-    found = []
+    layers = []
     for number, site in chosen:
         attention: Any = backbone.get_submodule(site.path)
-        found.append(Layer(number, site.path, attention.to_q.out_features, attention.heads))
-    return found
-
-
-# SD 3.5 (InstantX, SD3.5-Large-IP-Adapter) at the level of one joint attention; condit has no SD 3 backbone
-
-
-class ImageBranch(nn.Module):
-    """lambda * softmax(q [k, k']^T / sqrt(d)) [v, v'] for one joint attention: q, k, v are the image's own, before
-    their norms, under norms of the branch; k', v' are those of the reference's tokens."""
-
-    def __init__(self, dim: int, heads: int, width: int, clock: int):
-        """dim: of the tokens; width: of the layer; clock: of the projector's time embedding."""
-        super().__init__()
-        self.heads = heads
-        self.norm_ip = nn.Module()
-        self.norm_ip.linear = nn.Linear(clock, 2 * dim)
-        self.to_k_ip, self.to_v_ip = (nn.Linear(dim, width, bias=False) for _ in range(2))
-        self.norm_q, self.norm_k, self.norm_ip_k = (RMSNorm(width // heads, eps=1e-6) for _ in range(3))
-
-    def keys_values(self, tokens: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, C) and clock (B, dim) of a step -> k', v', each (B, H, T, D)."""
-        shift, scale = self.norm_ip.linear(F.silu(clock))[:, None].chunk(2, -1)  # type: ignore[operator]
-        h = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
-        return self.norm_ip_k(split_heads(self.to_k_ip(h), self.heads)), split_heads(self.to_v_ip(h), self.heads)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, added: tuple[Tensor, Tensor], strength: Tensor) -> Tensor:
-        """q, k, v (B, H, N, D) of the image -> what is added to its attention (B, N, H D)."""
-        k_ip, v_ip = added
-        call = Call(self.norm_q(q), torch.cat([self.norm_k(k), k_ip], 2), torch.cat([v, v_ip], 2), Site("", "joint", 0))
-        return join_heads(sdpa(call)) * strength.to(v)
-
-
-class SD3Adapter(nn.Module):
-    """Projector and the branches of all layers, under diffusers' names `image_proj.*`, `ip_adapter.N.*`."""
-
-    def __init__(self, projector: TimeResampler, branches: Mapping[int, ImageBranch]):
-        super().__init__()
-        self.image_proj = projector
-        self.ip_adapter = nn.ModuleDict({str(number): branch for number, branch in branches.items()})
-
-    def tokens(self, features: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, L, E), time (B,) in [0, 1000] -> tokens (B, T, C) and clock (B, dim) of that step."""
-        return self.image_proj(features, t)
+        layers.append(Layer(number, site.path, attention.to_q.out_features, attention.heads))
+    return layers

@@ -1,4 +1,4 @@
-"""IP-Adapter in a run: K', V' of a reference and how strongly they act, where and when (arXiv:2308.06721, Eq. 5)."""
+"""IP-Adapter in a run: K', V' of a reference and how strongly, where and when they act (arXiv:2308.06721, Eq. 5)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Scaling = Literal["V only", "K+V", "K+V w/ C penalty", "K+mean(V) w/ C penalty"]
 
 
 class Adapter(Protocol):
-    """What a reference needs of the adapter that made it."""
+    """The adapter of a reference."""
 
     config: IPConfig
     name: str
@@ -46,7 +46,7 @@ class Adapter(Protocol):
 class IPReference(Control):
     """K', V' of a reference at every site; `empty` are those of no reference.
 
-    strength: lambda; by prefix of the site's path, where what is not named is off; or (n,), one an image. `weight`
+    strength: lambda; by prefix of the site's path, 0 elsewhere; or (n,), one an image. `weight`
     (0-d, by path, or (B, 1, 1, 1)) and `area` are set for a run, the latter the mask on the token grid: (B, 1, N, 1),
     or by N where N differs by level.
     """
@@ -128,13 +128,13 @@ class IPReference(Control):
         return side if area is None else side * area.to(side)
 
     def residual(self, site: Site, query: Tensor) -> Tensor | None:
-        """XLabs' form for FLUX: added behind a double block, ungated and without an output projection."""
+        """XLabs' form for FLUX: added after a double block, ungated and without an output projection."""
         if self.adapter.config.form != "residual" or site.path not in self.kv:
             return None
         return join_heads(self.side(query, site))
 
     def within(self, area: Tensor) -> IPReference:
-        """Acting by `area`, which broadcasts to (B, H, N, D): 0 = not at all, 1 = at full strength."""
+        """The same, weighted by `area`, which broadcasts to (B, H, N, D): 0 = off, 1 = full strength."""
         return replace(self, area=area)
 
     def negative(self) -> IPReference:
@@ -157,7 +157,7 @@ class IPReference(Control):
 
 @dataclass(frozen=True)
 class WithLoRA(Wrapper):
-    """FaceID: references and the LoRA of their file, which acts on both sides of guidance, as if merged."""
+    """FaceID: references and the LoRA of their file, which acts on both sides of guidance, as a merged LoRA does."""
 
     adapter: Adapter
     update: LowRank | None
@@ -191,8 +191,8 @@ def scaled(k: Tensor, v: Tensor, weight: Tensor, how: Scaling) -> tuple[Tensor, 
 
 def strength_at(strengths: Mapping[str, float], path: str) -> float:
     """The strength of the longest prefix, of whole path parts, that the path has; 0 for a path that has none."""
-    found = [p for p in strengths if p == "" or path == p or path.startswith(p + ".")]
-    return strengths[max(found, key=len)] if found else 0.0
+    prefixes = [p for p in strengths if p == "" or path == p or path.startswith(p + ".")]
+    return strengths[max(prefixes, key=len)] if prefixes else 0.0
 
 
 def any_site(where: Where, path: str) -> bool:

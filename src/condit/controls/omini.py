@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.controls.control import Control, Fill, Run, Step, When, check_shape, match_batch, region_mask
-from condit.controls.omini_picture import Picture
+from condit.controls.host import Host
+from condit.controls.omini_images import Originals
 from condit.controls.omini_tasks import OminiConfig, Side, task_config
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, linear_shapes, sum_loras
@@ -26,7 +28,7 @@ from condit.nn.streams import Sees, Stream, row_weights
 if TYPE_CHECKING:
     from condit.data.images import ImageSource
 
-# Targets of the official configurations. Feed-forward inputs, text weights and the heads stay as they are.
+# Targets of the official configurations, without feed-forward inputs, text weights and heads.
 TARGETS = (
     "x_embedder",
     "norm1.linear",
@@ -43,7 +45,7 @@ TARGETS = (
 
 JOINT = (
     "This adapter was trained jointly: its condition attends to text and image, so its keys and values change with "
-    "every step and a cache only approximates them. Leave cached= out, or accept an approximation: "
+    "every step and a cache only approximates them. Leave cached= out, or choose an approximation: "
     "control(..., cached='first-step') or control(..., cached='independent')."
 )
 # Caches of a jointly trained adapter: keys and values of the first step, or of the condition on its own.
@@ -58,14 +60,14 @@ def omini_targets(backbone: nn.Module) -> dict[str, tuple[int, int]]:
 class OminiControl(nn.Module):
     """An adapter: one LoRA, and how its condition is placed. `control(reference)` makes a control."""
 
-    def __init__(self, lora: LoRA, config: OminiConfig, pipe=None):
+    def __init__(self, lora: LoRA, config: OminiConfig, pipe: Host | None = None):
         super().__init__()
         self.lora, self.config, self.name, self.hash = lora, config, "", ""
-        self._pipe = [pipe]  # in a list: the pipeline's weights are not ours
+        self._pipe: list[Host | None] = [pipe]  # in a list, so that the pipeline's weights are not registered here
 
     @classmethod
     def new(cls, backbone: nn.Module, config: OminiConfig) -> OminiControl:
-        """A fresh adapter for training; its output is that of the plain linears until trained."""
+        """An untrained adapter, whose update is zero."""
         if not hasattr(backbone, "prefill"):
             raise ValueError(
                 f"OminiControl needs a backbone with streams; {type(backbone).__name__} has none. Use an MM-DiT "
@@ -74,10 +76,10 @@ class OminiControl(nn.Module):
         return cls(LoRA(omini_targets(backbone), config.rank, config.alpha), config)
 
     @classmethod
-    def load(cls, source, pipe, task: str | OminiConfig | None = None) -> OminiControl:
+    def load(cls, source: str | Path, pipe: Host, task: str | OminiConfig | None = None) -> OminiControl:
         """From a name ("tiny/subject"), a file or a folder. Rank and targets are inferred from the tensors.
 
-        task: how it was trained, a row of TASKS or a configuration, for a file that does not say so itself.
+        task: a row of TASKS or a configuration, for a file without one.
         """
         file = pipe.adapter_file(source, "OminiControl")
         known = {k: v for k, v in file.config.items() if k in OminiConfig.__dataclass_fields__}
@@ -87,9 +89,9 @@ class OminiControl(nn.Module):
         lora = LoRA.from_tensors(file.tensors, config.alpha)
         lora = lora.requires_grad_(False).to(pipe.device, pipe.dtype)
         adapter = cls(lora, replace(config, rank=lora.rank), pipe)
-        for path, (found, expected) in lora.unfitting(pipe.backbone).items():
+        for path, (shape, expected) in lora.unfitting(pipe.backbone).items():
             raise ValueError(
-                f"{source}: this LoRA adapts {path!r} of shape {found}; {pipe.name} has {expected or 'none'}. Was it "
+                f"{source}: this LoRA adapts {path!r} of shape {shape}; {pipe.name} has {expected or 'none'}. Was it "
                 "made for another model?"
             )
         adapter.name, adapter.hash = file.name, file.hash
@@ -100,10 +102,10 @@ class OminiControl(nn.Module):
         return self.lora.tensors()
 
     def metadata(self) -> dict:
-        """What `load` needs beside the tensors."""
+        """The configuration that `load` reads from the file."""
         return {"method": "OminiControl", **asdict(self.config), "alpha": None}  # the tensors hold it
 
-    def bound(self):
+    def bound(self) -> Host:
         """The pipeline that encodes the references."""
         if self._pipe[0] is None:
             raise ValueError("This adapter is not bound to a pipeline. Use OminiControl.load(name, pipe).")
@@ -122,20 +124,17 @@ class OminiControl(nn.Module):
         delta: tuple[float, float] | Side | None = None,
         size: tuple[int, int] | None = None,
         annotate: bool = True,
-        generator: torch.Generator | None = None,
     ) -> OminiReference:
         """A control from one reference, or from n references for n images.
 
         strength: the factor gamma of section 3.2.3, >= 0, 1 as trained. text_bias: it acts between condition and text
-        too (the official code) or not (Eq. 5). mask: where in the picture the condition acts, white = acts. fill: token
-        integration (OminiControl2): white is drawn, the rest of the reference is kept and is the condition. cached:
+        too (the official code) or not (Eq. 5). mask: where in the image the condition acts, white = acts. fill: token
+        integration (OminiControl2): white is generated, the rest of the reference is kept as the condition. cached:
         None: a cache if the adapter was trained independently; False: the condition runs in every step. Two
         approximations for a jointly trained adapter: "first-step" keeps the keys and values of the first step;
         "independent" runs the condition without text and image, as the official generate(kv_cache=True) does. size:
-        height and width at which the reference is read; None: those that the call draws where the condition lies on the
-        picture (delta 0), else the model's. annotate=False: the reference already is the condition image (an edge map,
-        say). generator: draws the tokens from the autoencoder's posterior, then those of the black picture, as the
-        official code does; None: their mode.
+        height and width at which the reference is read; None: those of the call for aligned conditions (delta 0), else
+        the model's. annotate=False: the reference already is the condition image, such as an edge map.
         """
         if strength < 0:
             raise ValueError(f"OminiControl's strength is a factor on attention, >= 0; found {strength}.")
@@ -146,12 +145,11 @@ class OminiControl(nn.Module):
         pipe, c = self.bound(), self.config if delta is None else replace(self.config, delta=delta)
         if fill is not None and (c.scale != 1 or tuple(c.delta) != (0, 0) or (annotate and c.annotator)):
             raise ValueError(
-                "fill keeps cells of the picture where they stand, so it needs an adapter with delta (0, 0), scale 1 "
+                "fill keeps cells of the image in place, so it needs an adapter with delta (0, 0), scale 1 "
                 f"and no annotator; found delta {c.delta}, scale {c.scale}, annotator {c.annotator!r}."
             )
-        picture = Picture.of(reference, c, annotate=annotate, fill=fill).drawn_by(generator)
-        at = size or pipe.size
-        encoded = picture.encoded(pipe, at, generator)
+        originals, at = Originals.of(reference, c, annotate=annotate, fill=fill), size or pipe.size
+        encoded = originals.encoded(pipe, at)
         settings: dict = {} if text_bias else {"text_bias": False}
         settings |= {} if cached is None else {"cached": cached}
         settings |= {} if delta is None else {"delta": delta if isinstance(delta, str) else list(delta)}
@@ -170,10 +168,10 @@ class OminiControl(nn.Module):
             source=pipe.describe_source(reference),
             text_bias=text_bias,
             mask=None if mask is None else (pipe.read_images(mask, None, None)[:, 0] + 1) / 2,
-            given=encoded.given,
-            picture=picture if size is None and picture.follows else None,
+            whole=encoded.whole,
+            originals=originals,
             size=at,
-            on_picture=picture.follows,
+            resizes=size is None and originals.follows,
             independent=True if cached in ("independent", "approximate") else None,
             cached=cached is not False,
             first_step=cached == "first-step",
@@ -185,18 +183,17 @@ class OminiControl(nn.Module):
 class ConditionCache:
     """Keys and values (n, H, N, D) of an independent condition by site path, made with pooled text (n, P).
 
-    They depend on the condition, its positions, the adapter and the pooled text; on neither noise, time, guidance, seed
-    nor the size of the picture.
+    They depend on the condition, its positions, the adapter and the pooled text only.
     """
 
     keys_values: dict[str, tuple[Tensor, Tensor]]
     pooled: Tensor
 
     def rows(self, run: Run) -> dict[str, tuple[Tensor, Tensor]]:
-        """Those of a run; ValueError if they were made for another prompt."""
+        """Those of a run. Raises ValueError if they were made for another prompt."""
         kept = match_batch(self.pooled, run.batch, "The cache of a condition").to(run.pooled)
         apart = (kept - run.pooled).float().norm(dim=-1) / run.pooled.float().norm(dim=-1)
-        # A batch of another size sums in another order, so equal prompts need not be equal to the bit.
+        # A batch of another size sums in another order, so equal prompts may differ in the last bits.
         if bool((apart > max(1e-4, 2 * torch.finfo(run.pooled.dtype).eps)).any()):
             raise ValueError(
                 "This condition was prefilled for another prompt: its keys and values depend on the prompt's pooled "
@@ -211,14 +208,13 @@ class ConditionCache:
 
 @dataclass(frozen=True)
 class OminiReference(Control):
-    """Condition tokens (n, N, C) and positions. A prepared one holds its stream, or its cached keys and values.
+    """Condition tokens (n, N, C) and positions. After `prepare` it holds a stream, or cached keys and values.
 
-    independent: None, as the adapter says; True on a jointly trained one takes text and image from its sight. cached:
-    an independent condition runs once, not in every step. first_step: a joint one runs in its first step only, and its
+    independent: None: as the adapter was trained; True: the condition does not attend to text and image. cached: an
+    independent condition runs once, not in every step. first_step: a joint one runs in its first step only, and its
     keys and values of that step serve the others. text_bias: the strength acts between condition and text too. mask (n
-    or 1, H, W): where in the picture it acts. given: the picture whose known cells these tokens are. picture: what it
-    was encoded from at `size`, for another size, if it lies on the drawing.
-    """
+    or 1, H, W): where in the image it acts. whole: the whole image of which these tokens are the known cells.
+    originals: the references, encoded at `size`; resizes: a call of another size encodes them again."""
 
     tokens: Tensor
     black: Tensor
@@ -229,11 +225,11 @@ class OminiReference(Control):
     source: list[dict] = field(default_factory=list)
     text_bias: bool = True
     mask: Tensor | None = None
-    given: Fill | None = None
-    picture: Picture | None = None
+    whole: Fill | None = None
+    originals: Originals | None = None
     size: tuple[int, int] | None = None
-    on_picture: bool = False  # delta 0
-    empty: bool = False  # its tokens are those of the black picture
+    resizes: bool = False
+    empty: bool = False  # its tokens are those of the black image
     independent: bool | None = None
     cached: bool = True
     first_step: bool = False
@@ -250,25 +246,38 @@ class OminiReference(Control):
         """Whether it attends to itself only."""
         return self.adapter.config.independent if self.independent is None else self.independent
 
-    def sized(self, size: tuple[int, int], pipe: Any) -> OminiReference:
+    def sized(self, size: tuple[int, int], pipe: Host) -> OminiReference:
         if self.cache is not None or size == self.size:
             return self
-        if self.picture is None:
+        if self.originals is None or not self.resizes:
             self.check_extent(size, pipe)
             return self
-        new = self.picture.encoded(pipe, size, self.picture.again())
-        tokens = new.black if self.empty else new.tokens
-        return replace(self, tokens=tokens, black=new.black, ids=new.ids, given=new.given, size=size)
+        return self.encoded(self.originals, size, pipe)
 
-    def check_extent(self, size: tuple[int, int], pipe: Any) -> None:
-        """ValueError for a condition that lies on the picture, at a size of its own, and reaches beyond its cells."""
+    def sampled(self, generator: torch.Generator) -> OminiReference:
+        """The same with tokens sampled from the autoencoder's posterior, then those of the black image, as the official
+        code does; `control` takes the mode. Of a control that `OminiControl.control` made."""
+        assert self.originals is not None and self.size is not None
+        return self.encoded(self.originals.sampled_by(generator), self.size, self.adapter.bound())
+
+    def encoded(self, originals: Originals, size: tuple[int, int], pipe: Host) -> OminiReference:
+        """The same from the tokens of `originals` at a size."""
+        new = originals.encoded(pipe, size)
+        tokens = new.black if self.empty else new.tokens
+        return replace(
+            self, tokens=tokens, black=new.black, ids=new.ids, whole=new.whole, originals=originals, size=size
+        )
+
+    def check_extent(self, size: tuple[int, int], pipe: Host) -> None:
+        """Raises ValueError for an aligned condition of a fixed size that reaches beyond the image."""
         rows, columns = size[0] // pipe.pixels, size[1] // pipe.pixels
         last = self.ids[:, 1:].amax(0).tolist()
-        if self.on_picture and (last[0] > rows - 0.5 or last[1] > columns - 0.5):
+        aligned = self.originals is not None and self.originals.follows
+        if aligned and (last[0] > rows - 0.5 or last[1] > columns - 0.5):
             raise ValueError(
-                f"This condition lies on the picture (delta 0) and reaches position ({last[0]:g}, {last[1]:g}), but "
-                f"the call draws {rows} x {columns} cells. Leave size= out, so that it has the size of the call, or "
-                "draw larger."
+                f"This condition is aligned with the image (delta 0) and reaches position ({last[0]:g}, {last[1]:g}), "
+                f"but the call generates {rows} x {columns} cells. Leave size= out, so that the condition has the size "
+                "of the call, or generate a larger image."
             )
 
     def prepare(self, run: Run) -> OminiReference:
@@ -285,8 +294,8 @@ class OminiReference(Control):
         return replace(ready, stream=stream)
 
     def in_region(self, mask: Tensor, run: Run) -> OminiReference:
-        """With the log of the mask on the token grid, (B, N); a mask of 1 everywhere needs none. ValueError for a mask
-        of another shape than the picture's."""
+        """With the log of the mask on the token grid, (B, N); a mask of 1 everywhere needs none. Raises
+        ValueError for a mask of another aspect ratio."""
         check_shape(mask, run.grid)
         region = match_batch(region_mask(mask, run.grid, run.cells)[:, 0, :, 0], run.batch, "mask")
         if not region.any():
@@ -294,9 +303,8 @@ class OminiReference(Control):
         return self if bool((region == 1).all()) else replace(self, log_region=region.log())
 
     def prefill(self, prompt: str | Sequence[str]) -> OminiReference:
-        """The same with its keys and values made once, for this prompt or these: it serves any seed, number of steps,
-        guidance and size (it keeps its own), and refuses another prompt. The unconditional side of guidance makes its
-        own each call."""
+        """The same with keys and values computed now for these prompts. It serves any seed, number of steps, guidance
+        and image size, and raises ValueError in a call with other prompts. The unconditional side computes its own."""
         if not self.alone:
             raise ValueError(JOINT)
         pipe = self.adapter.bound()
@@ -315,12 +323,12 @@ class OminiReference(Control):
         strength = self.strength * self.when.factor(step)
         if strength == 0:
             return None  # log(0) is minus infinity: the condition is not seen at all
-        # Strength 1 stays without a bias, bit-equal to a model that knows of none.
+        # Strength 1 has no bias, so that it is bit-equal to a model without strengths.
         weight = None if strength == 1 else torch.tensor(math.log(strength), device=self.tokens.device)
         if self.log_region is not None:
             weight = self.log_region if weight is None else self.log_region + weight
         stream, memory = self.stream, self.memory
-        if stream is not None and memory is not None:  # its first step fills the memory, the others read it
+        if stream is not None and memory is not None:  # the first step fills the memory, the others read it
             stream, memory = (None, memory) if memory else (stream, None)
         stream = stream and replace(stream, log_weight=weight, weight_text=self.text_bias)
         return replace(self, log_weight=weight, stream=stream, memory=memory)
@@ -341,7 +349,7 @@ class OminiReference(Control):
         return attend(call.append_kv(k, v, weight))
 
     def fill(self) -> Fill | None:
-        return self.given
+        return self.whole
 
     def negative(self) -> OminiReference:
         return replace(self, tokens=self.black, empty=True, cache=None)
@@ -383,7 +391,7 @@ class Prefillable(Protocol):
 
 
 def keys_values(stream: Stream, backbone: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """What an independent condition shows to the main rows, by site path."""
+    """Keys and values of an independent condition, by site path."""
     memory: dict[str, tuple[Tensor, Tensor]] = {}
     cast("Prefillable", backbone).prefill(replace(stream, memory=memory), ())
     return memory

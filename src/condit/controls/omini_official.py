@@ -1,19 +1,19 @@
-"""Image guidance of OminiControl as the official code computes it, for reproducing its pictures; not the default.
+"""Image guidance of OminiControl as the official code computes it, to reproduce its images; not the default.
 
-There the pass without the condition has no mask between branches: black conditions see text, image and one another.
-With its cache, their keys and values are those of step 0, though they depend on its noise. By default condit masks that
-pass like the other one (Pipeline, `image_guidance_scale`); with one joint condition both are the same.
-"""
+In its pass without the condition no mask separates branches: black conditions attend to text, image and one another.
+Its cache keeps their keys and values of step 0, which depend on noise. By default condit masks both passes alike
+(Pipeline, `image_guidance_scale`); with one joint condition both are the same."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from condit.controls.control import Control, Run, Step, When, match_batch
+from condit.controls.host import Host
 from condit.controls.omini import OminiControl, OminiReference, condition_stream
 from condit.controls.wrap import Wrapper
 from condit.nn.attention import Attend, Call
@@ -23,13 +23,15 @@ from condit.nn.streams import Stream
 def official_guidance(controls: Sequence[OminiReference]) -> list[Control]:
     """The same conditions, of which the first brings the official unconditional pass of all of them.
 
-    They must be all conditions of the call: keys that another joint control adds cannot be told from theirs.
+    They must be all conditions of the call, as keys of other joint controls cannot be distinguished from theirs.
     """
     for control in controls:
         if control.when != When() or control.strength != 1 or control.mask is not None:
-            raise ValueError("The official image guidance knows neither strength, schedule nor mask. Leave them out.")
+            raise ValueError(
+                "The official image guidance supports neither strength, schedule nor mask. Leave them out."
+            )
     if len({control.alone and control.cached for control in controls}) != 1:
-        raise ValueError("The official code caches all conditions of a call, or none. Give one kind.")
+        raise ValueError("The official code caches all conditions of a call, or none. Use one kind.")
     black = tuple(control.negative() for control in controls)
     return [WithBlack(control, black if i == 0 else ()) for i, control in enumerate(controls)]
 
@@ -41,7 +43,7 @@ class WithBlack(Wrapper):
     inner: Control
     black: tuple[OminiReference, ...]
 
-    def sized(self, size: tuple[int, int], pipe: Any) -> Control:
+    def sized(self, size: tuple[int, int], pipe: Host) -> Control:
         return replace(self, inner=self.inner.sized(size, pipe), black=tuple(b.sized(size, pipe) for b in self.black))
 
     def negative(self) -> Control | None:

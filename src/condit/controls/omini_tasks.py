@@ -1,4 +1,4 @@
-"""How OminiControl adapters were trained, and where their conditions stand: the tasks of the papers as a table."""
+"""The tasks of OminiControl adapters as a table: how they were trained and where their conditions are placed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class OminiConfig:
 
     delta: in image tokens (rows, columns), (0, 0) for aligned tasks; "left" and "right" are one width of the condition.
     scale: of compact conditions, and its `order` with delta. independent: conditions attend to themselves only, so that
-    a cache is exact. annotator: what makes the condition image from a picture.
+    a cache is exact. annotator: computes the condition from an image.
     """
 
     task: str = "custom"
@@ -40,19 +40,19 @@ class OminiConfig:
             raise ValueError(f"scale spreads the positions of a condition and must be above 0; found {self.scale}.")
 
 
-# The published files carry no settings: these are theirs, all trained jointly. Beside each, what the condition is.
+# Settings of the published files, which carry none. All were trained jointly. Comments describe the condition.
 TASKS: dict[str, OminiConfig] = {
     "canny": OminiConfig("canny", annotator="canny"),  # experimental/canny (FLUX.1-dev); cv2.Canny(100, 200) of RGB
     "depth": OminiConfig("depth", annotator="depth"),  # experimental/depth; a map by Depth-Anything small as RGB
     "coloring": OminiConfig("coloring", annotator="gray"),  # experimental/coloring; luma
     # experimental/deblurring; trained on radius 1 to 10. The second generation's demos take 5, the first's 10.
     "deblurring": OminiConfig("deblurring", annotator="blur-5"),
-    # experimental/fill; the picture with the hidden part black (omini_picture.hide), or token integration (`fill=`).
+    # experimental/fill; the image with the hidden part black (omini_images.hide), or token integration (`fill=`).
     "fill": OminiConfig("fill"),
-    "depth_pred": OminiConfig("depth_pred"),  # a photo; draws its depth map. First generation: prompt "[depth] ..."
+    "depth_pred": OminiConfig("depth_pred"),  # a photo; generates its depth map. First generation: prompt "[depth] ..."
     "subject": OminiConfig("subject", "left"),  # omini/subject_1024_beta, and everything trained by the released code
     "subject-512": OminiConfig("subject-512", "right"),  # omini/subject_512, experimental/subject (schnell): (0, 32)
-    "sr": OminiConfig("sr", "left"),  # the small picture
+    "sr": OminiConfig("sr", "left"),  # the small image
     "art": OminiConfig("art", "left"),  # OminiControlArt; a photo, long side 512. image_guidance_scale=1.5, no prompt
     "cartoon": OminiConfig("cartoon", (0, -16)),  # saquiboye/oye-cartoon; a photo of a character
 }

@@ -1,18 +1,20 @@
 """LoRA as a control: a style or character on the text and image tokens (Hu et al. 2021, arXiv:2106.09685).
 
-Nothing is merged. A style LoRA acts on its tokens only; the conditions of OminiControl keep to their own. The official
-OminiControl code lets a style leak: it silences other adapters only in the layers that OminiControl itself adapts.
+Nothing is merged. A style LoRA acts on text and image, not on OminiControl's conditions. The official OminiControl code
+lets a style leak: it disables other adapters only in the layers that OminiControl itself adapts.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from condit.controls.control import Control, Step, When
+from condit.controls.host import Host
 from condit.controls.omini import TARGETS
 from condit.nn.lora import LoRA, LowRank, PartialLoRA, linear_shapes, sum_loras
 
@@ -21,20 +23,19 @@ class StyleLoRA(nn.Module):
     """A LoRA of FLUX's transformer or Stable Diffusion's UNet. `control(strength)` makes a control."""
 
     def __init__(self, lora: LoRA, gated: frozenset[str]):
-        """gated: the paths at which the official OminiControl code silences it for conditions."""
+        """gated: the paths at which the official OminiControl code disables it for conditions."""
         super().__init__()
         self.lora, self.gated, self.name, self.hash = lora, gated, "", ""
 
     @classmethod
-    def load(cls, source, pipe, *, ignore_text: bool = False) -> StyleLoRA:
-        """From a file or a folder in the layout of diffusers, peft or kohya, told by its tensors. ignore_text: take the
-        UNet's part of a file that adapts the text encoder too, which alone is another LoRA."""
-        how = {"ignore_text": True} if ignore_text else {}
-        file = pipe.adapter_file(source, "OminiControl", **how)
+    def load(cls, source: str | Path, pipe: Host, *, ignore_text: bool = False) -> StyleLoRA:
+        """From a file or a folder in the layout of diffusers, peft or kohya. ignore_text: drop the tensors for text
+        encoders, which changes the LoRA."""
+        file = pipe.adapter_file(source, "OminiControl", ignore_text=ignore_text)
         lora = LoRA.from_tensors(file.tensors).requires_grad_(False).to(pipe.device, pipe.dtype)
-        for path, (found, expected) in lora.unfitting(pipe.backbone).items():
+        for path, (shape, expected) in lora.unfitting(pipe.backbone).items():
             raise ValueError(
-                f"{source}: this LoRA adapts {path!r} of shape {found}; {pipe.name} has {expected or 'none'}. Was it "
+                f"{source}: this LoRA adapts {path!r} of shape {shape}; {pipe.name} has {expected or 'none'}. Was it "
                 "made for another model?"
             )
         adapter = cls(lora, frozenset(linear_shapes(pipe.backbone, TARGETS)))
@@ -45,10 +46,10 @@ class StyleLoRA(nn.Module):
         self, strength: float = 1.0, *, when: When | tuple[float, float] | None = None, official: bool = False
     ) -> StyleReference:
         """strength: a factor on the update, any real number. official: as OminiControl's second generation computes it
-        beside conditions. In the layers that OminiControl adapts, factor 1 without alpha, for text and image; in all
-        others, alpha and strength, for the conditions too."""
+        together with conditions. In the layers that OminiControl adapts, factor 1 without alpha, for text and image; in
+        all others, alpha and strength, for the conditions too."""
         if official and when is not None:
-            raise ValueError("The official code knows no schedule. Leave when= or official= out.")
+            raise ValueError("The official code has no schedule. Leave when= or official= out.")
         unit = copy.copy(self.lora)
         unit.scales = dict.fromkeys(unit.scales, 1.0)
         return StyleReference(self, strength, When.of(when), unit if official else None)
@@ -82,7 +83,7 @@ class StyleReference(Control):
         return self.weighted(self.strength, without=self.adapter.gated) if self.official is not None else None
 
     def negative(self) -> StyleReference:
-        return self  # a style is there with and without the prompt, as if merged
+        return self  # a style acts with and without the prompt, as a merged one does
 
     def describe(self) -> dict:
         return {

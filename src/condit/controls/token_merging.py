@@ -1,5 +1,5 @@
-"""Patches merging of DiT4Edit (Feng et al. 2024, arXiv:2411.03286, section 4.3): similar tokens of a picture become one
-before a layer and are parted behind it. The matching is token merging for Stable Diffusion (Bolya & Hoffman 2023,
+"""Patches merging of DiT4Edit (Feng et al. 2024, arXiv:2411.03286, section 4.3): similar tokens of an image are merged
+before a layer and unmerged after it. The matching is token merging for Stable Diffusion (Bolya & Hoffman 2023,
 arXiv:2303.17604) with the first corner of every 2 x 2 cell as destination.
 """
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from condit.controls.control import Control, Pair, Run, Step, When, Where
 from condit.nn.attention import Site
 
-MINIMUM_TOKENS = 1024  # below, matching costs what merging saves
+MINIMUM_TOKENS = 1024  # below it, matching costs as much as merging saves
 
 
 @dataclass(frozen=True)
 class Matching:
-    """Which of N tokens become one: token i goes to row rows[b, i] of M; counts (B, M, 1) tokens meet in a row, and the
-    one that they go to is picks[b, m]. What stands before the last N tokens of a sequence (text) stays as it is."""
+    """The merging of N tokens into M: token i goes to row rows[b, i]; counts (B, M, 1) are the tokens of each row, and
+    picks[b, m] is its destination. Tokens before the last N of a sequence (text) are unchanged."""
 
     rows: Tensor
     picks: Tensor
@@ -31,7 +31,7 @@ class Matching:
         return x[..., :extra, :], x[..., extra:, :]
 
     def merge(self, x: Tensor) -> Tensor:
-        """(B, ..., N, C) -> (B, ..., M, C): means. One row that stands for all tokens stays one."""
+        """(B, ..., N, C) -> (B, ..., M, C): means. A single row, which broadcasts, is unchanged."""
         if x.shape[-2] == 1:
             return x
         before, x = self.parts(x, self.rows.shape[1])
@@ -59,7 +59,7 @@ class Matching:
 
 
 def place(index: Tensor, x: Tensor) -> Tensor:
-    """(B, K) -> (B, ..., K, C) as gather and scatter along -2 of x (B, ..., N, C) want it."""
+    """(B, K) -> (B, ..., K, C) as gather and scatter along -2 of x (B, ..., N, C) need it."""
     index = index.reshape(len(index), *[1] * (x.ndim - 3), index.shape[1], 1)
     return index.expand(*x.shape[:-2], index.shape[-2], x.shape[-1])
 
@@ -74,8 +74,8 @@ Order = tuple[Tensor, Tensor]
 def corner_order(grid: tuple[int, int], cell: tuple[int, int] = (2, 2)) -> Order:
     """Numbers of the sources and of the destinations: the first corner of every whole cell.
 
-    Rows and columns that fill no cell are all sources. Among themselves both stand as tomesd's sort leaves them
-    (tomesd/merge.py, argsort of -1 and 0): it decides ties of similarity and nothing else.
+    Rows and columns that fill no cell are all sources. Their order is that of tomesd's sort
+    (tomesd/merge.py, argsort of -1 and 0); it only decides ties of similarity.
     """
     rows, columns = grid
     whole = rows // cell[0] * cell[0], columns // cell[1] * cell[1]
@@ -93,12 +93,12 @@ def match(metric: Tensor, order: Order, ratio: float) -> Matching:
     then destinations.
     """
     n, (source, destination) = metric.shape[1], order
-    wanted = min(int(n * ratio), len(source))
+    count = min(int(n * ratio), len(source))
     unit = metric / metric.norm(dim=-1, keepdim=True)
     nearest, at = (unit[:, source] @ unit[:, destination].mT).max(-1)
     edge = nearest.argsort(dim=-1, descending=True, stable=True)
-    joining, staying = edge[:, :wanted], edge[:, wanted:]
-    batch, kept = len(metric), len(source) - wanted
+    joining, staying = edge[:, :count], edge[:, count:]
+    batch, kept = len(metric), len(source) - count
     ends = torch.arange(kept, kept + len(destination), device=metric.device).expand(batch, -1)
     rows = torch.empty(batch, n, dtype=torch.long, device=metric.device)
     rows = rows.scatter(1, source[staying], torch.arange(kept, device=metric.device).expand(batch, -1))
@@ -111,11 +111,11 @@ def match(metric: Tensor, order: Order, ratio: float) -> Matching:
 
 @dataclass(frozen=True)
 class TokenMerging(Control):
-    """Self-attention, and with `mlp` the MLP, on 1 - ratio of the picture's tokens.
+    """Self-attention, and with `mlp` the MLP, on 1 - ratio of the image's tokens.
 
     ratio: in [0, 0.75], as three of four tokens of a cell are sources; 0 is plain, bit for bit. `when.curve` is a
-    factor on it by step; a new number of tokens recompiles. every: steps that one match serves. minimum: pictures with
-    fewer tokens stay as they are. In an edit the source's match serves the target too; both sides of guidance share it.
+    factor on it by step; a new number of tokens recompiles. every: steps that one match serves. minimum: images with
+    fewer tokens are not merged. In an edit the target uses the source's match; both sides of guidance share it.
     """
 
     ratio: float = 0.5
@@ -148,7 +148,7 @@ class TokenMerging(Control):
     def prepare(self, run: Run) -> TokenMerging:
         if run.cells is not None:
             raise ValueError(
-                "TokenMerging needs the whole grid of tokens; this call draws a part (fill). Leave one out."
+                "TokenMerging needs the whole grid of tokens; this call generates a part (fill). Leave one out."
             )
         if run.backbone is not None and not getattr(run.backbone, "merges", False):
             raise ValueError(
@@ -156,7 +156,7 @@ class TokenMerging(Control):
                 f"{type(run.backbone).__name__}. Leave it out."
             )
         memory = run.memory.setdefault("TokenMerging", {})
-        sites = getattr(run.backbone, "sites", ())  # told once: a compiled forward cannot match patterns
+        sites = getattr(run.backbone, "sites", ())  # matched once: a compiled forward cannot match patterns
         paths = None if self.where == Where() else frozenset(s.path for s in sites if s in self.where)
         source, destination = (x.to(run.pooled.device) for x in corner_order(run.grid))
         return replace(
@@ -166,7 +166,7 @@ class TokenMerging(Control):
     def at(self, step: Step) -> TokenMerging | None:
         ratio = self.ratio * self.when.factor(step)
         if self.grid is None:
-            raise ValueError("TokenMerging acts in a pipeline call, or prepared with a Run; it knows no grid yet.")
+            raise ValueError("TokenMerging acts in a pipeline call, or after prepare(run): its grid is not known yet.")
         n = self.grid[0] * self.grid[1]
         if int(n * ratio) == 0 or n < self.minimum:
             return None
@@ -185,13 +185,13 @@ class TokenMerging(Control):
             return self.memory[key]
         metric = tokens[:, image]
         if not self.paired:
-            found = match(metric, self.order, self.ratio)
+            matching = match(metric, self.order, self.ratio)
         else:
-            found = match(metric[0::2], self.order, self.ratio)
-            rows, picks, counts = (x.repeat_interleave(2, 0) for x in (found.rows, found.picks, found.counts))
-            found = Matching(rows, picks, counts)
-        self.memory[key] = found = replace(found, mlp=self.mlp)
-        return found
+            matching = match(metric[0::2], self.order, self.ratio)
+            rows, picks, counts = (x.repeat_interleave(2, 0) for x in (matching.rows, matching.picks, matching.counts))
+            matching = Matching(rows, picks, counts)
+        self.memory[key] = matching = replace(matching, mlp=self.mlp)
+        return matching
 
     def negative(self) -> TokenMerging:
         return replace(self, follows=True)

@@ -1,11 +1,11 @@
-"""Controls made of other controls: one base that passes on every act and hook, and wrappers that any paper may use."""
+"""Controls made of other controls: a base class that forwards every act, and wrappers for any paper."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,15 @@ from condit.nn.attention import attend as run_controls
 from condit.nn.lora import LowRank, sum_loras
 from condit.nn.streams import Stream
 
+if TYPE_CHECKING:
+    from condit.controls.host import Host
+
 
 @dataclass(frozen=True)
 class Wrapper(Control):
     """A control made of another one, or of a tuple of them that act as one; the first wraps the attention outermost.
 
-    Every method passes on what the inner controls do. A subclass overrides what it changes, and `acts` if it adds an
-    act of its own.
+    Every method forwards to the inner controls. A subclass overrides what it changes, and `acts` if it adds an act.
     """
 
     inner: Control | tuple[Control, ...]
@@ -34,7 +36,7 @@ class Wrapper(Control):
         return self.inner if isinstance(self.inner, tuple) else (self.inner,)
 
     def holding(self, inside: Iterable[Control | None]) -> Self | None:
-        """The same of other inner controls, without those that are None. None if nothing is left."""
+        """The same wrapper around other inner controls, without those that are None. None if none remain."""
         left = tuple(control for control in inside if control is not None)
         if not left:
             return None
@@ -44,7 +46,7 @@ class Wrapper(Control):
     def acts(self) -> frozenset[Act]:
         return frozenset().union(*(control.acts for control in self.inside))
 
-    def sized(self, size: tuple[int, int], pipe: Any) -> Control:
+    def sized(self, size: tuple[int, int], pipe: Host) -> Control:
         return self.holding(control.sized(size, pipe) for control in self.inside) or self
 
     def prepare(self, run: Run) -> Control:
@@ -62,7 +64,7 @@ class Wrapper(Control):
     def fill(self) -> Fill | None:
         fills = [fill for fill in (control.fill() for control in self.inside) if fill is not None]
         if len(fills) > 1:
-            raise ValueError(f"{len(fills)} controls give a part of the image; at most one can.")
+            raise ValueError(f"{len(fills)} controls fill a part of the image; at most one can.")
         return fills[0] if fills else None
 
     def lora(self) -> LowRank | None:
@@ -118,7 +120,7 @@ def unwrapped(control: Control) -> Iterable[Control]:
 
 @dataclass(frozen=True)
 class Together(Wrapper):
-    """Several references of one adapter as one control: their additions are summed in the given order."""
+    """References of one adapter as one control: their additions are summed in order."""
 
     inner: tuple[Control, ...]
 
@@ -139,7 +141,7 @@ class Together(Wrapper):
 class Targets(Wrapper):
     """The inner control on the odd rows of an edit's batch, its targets; the sources stay as they are.
 
-    ValueError for controls that cannot be kept from the sources: conditions that join the sequence, style LoRAs.
+    Raises ValueError for controls that would also change the sources: conditions in the sequence, style LoRAs.
     """
 
     inner: Control
@@ -184,7 +186,8 @@ def only_targets(plain: Tensor, acted: Tensor) -> Tensor:
 class Sides(Wrapper):
     """A batch of equal parts of rows, in order: each inner control acts on its own part only.
 
-    ValueError for acts that cannot differ between rows: one LoRA serves the batch, merging changes its tokens.
+    Raises ValueError for acts that cannot differ between rows: a LoRA applies to the whole batch, and merging changes
+    its tokens.
     """
 
     inner: tuple[Control, ...]
@@ -214,10 +217,10 @@ class Sides(Wrapper):
         return [slice(i * n, (i + 1) * n) for i in range(len(self.inner))]
 
 
-def stacked(parts: Sequence[Tensor | None], neutral: Any) -> Tensor | None:
-    """Equal parts of a batch as one; `neutral` makes those that are None from another. None if all are."""
-    given = next((part for part in parts if part is not None), None)
-    return None if given is None else torch.cat([neutral(given) if part is None else part for part in parts])
+def stacked(parts: Sequence[Tensor | None], neutral: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """Equal parts of a batch as one; `neutral` replaces those that are None. None if all are."""
+    present = next((part for part in parts if part is not None), None)
+    return None if present is None else torch.cat([neutral(present) if part is None else part for part in parts])
 
 
 def rows(call: Call, index: slice) -> Call:
@@ -231,5 +234,5 @@ def rows(call: Call, index: slice) -> Call:
 
 
 def sides(parts: Sequence[Sequence[Control]]) -> list[Control]:
-    """The controls of a batch of parts, none where no part has one."""
+    """The controls of a batch of parts; [] if no part has one."""
     return [Sides(tuple(Wrapper(tuple(part)) for part in parts))] if any(parts) else []

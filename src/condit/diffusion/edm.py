@@ -1,7 +1,7 @@
 """EDM: preconditioning, loss and deterministic sampler for pixels (Karras et al. 2022, arXiv:2206.00364), as DiffiT's
 image-space model uses them (arXiv:2312.02139, appendix I.1).
 
-Noise is told by its deviation sigma: x = x0 + sigma n. A denoiser D(x, sigma) estimates x0.
+Noise has the deviation sigma: x = x0 + sigma n. A denoiser D(x, sigma) estimates x0.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def heun(
 ) -> Tensor:
     """Heun's second-order steps of dx/dsigma = (x - D(x, sigma)) / sigma, Alg. 1 without churn; Euler to sigma 0.
 
-    predict is the denoiser D, which estimates x0. x (B, C, H, W) stands at sigmas[0], so it is noise times that. 2
+    predict is the denoiser D, which estimates x0. x (B, C, H, W) is noise times sigmas[0]. 2
     steps - 1 predictions. Raises ValueError for eta, which this sampler does not have.
     """
     if eta:

@@ -2,7 +2,7 @@
 
 The process is that of DDPM (Ho et al. 2020, arXiv:2006.11239) with the learned variances and the hybrid loss of Nichol
 & Dhariwal 2021 (arXiv:2102.09672) and the sampler of DDIM (Song et al. 2020, arXiv:2010.02502). Time has two names: `i`
-counts the steps of a (respaced) process from its clean end; `t = process.timesteps[i]` is what the network is told.
+counts the steps of a (respaced) process from its clean end; `t = process.timesteps[i]` is the network's input.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def respaced_timesteps(steps: int, respacing: str | Sequence[int] | None) -> tup
     if respacing is None or respacing == "":
         return tuple(range(steps))
     if isinstance(respacing, str) and respacing.startswith("ddim"):
-        wanted = _whole(respacing.removeprefix("ddim"), respacing)
+        count = _whole(respacing.removeprefix("ddim"), respacing)
         for stride in range(1, steps + 1):
-            if len(range(0, steps, stride)) == wanted:
+            if len(range(0, steps, stride)) == count:
                 return tuple(range(0, steps, stride))
-        raise ValueError(f"No whole stride over {steps} timesteps gives {wanted} of them ({respacing!r}).")
+        raise ValueError(f"No whole stride over {steps} timesteps gives {count} of them ({respacing!r}).")
     counts = [_whole(part, respacing) for part in (respacing.split(",") if isinstance(respacing, str) else respacing)]
     kept: list[int] = []
     begin = 0
@@ -82,7 +82,7 @@ def respaced_timesteps(steps: int, respacing: str | Sequence[int] | None) -> tup
             raise ValueError(f"Section {section + 1} of {respacing!r} has {size} timesteps; {count} cannot be kept.")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
-        for _ in range(count):  # summed up, not multiplied: the official rounding depends on it
+        for _ in range(count):  # summed, not multiplied: the official rounding depends on it
             kept.append(begin + round(position))
             position += stride
         begin += size
@@ -98,12 +98,11 @@ def _whole(text: str | int, respacing: object) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """A process of N steps: betas (N,) float64 and the timestep (N,) int64 that the network is told at each.
+    """A process of N steps: betas (N,) float64 and the timestep (N,) int64 that is the network's input at each.
 
-    predicts: what the network's first C channels are. variance: "learned" (C more channels interpolate between the two
-    bounds, and beyond them), "bounded" (the same, kept between them), or one of the bounds: "large" (beta) or "small"
-    (that of the posterior). All tables stay in float64.
-    """
+    predicts: what the network's first C channels are. variance: "learned" (C further channels interpolate between the
+    two bounds, or extrapolate), "bounded" (the same, kept between them), or one of the bounds: "large" (beta) or
+    "small" (that of the posterior). All tables stay in float64."""
 
     betas: Tensor
     timesteps: Tensor
@@ -154,7 +153,7 @@ class Gaussian:
 
     @cached_property
     def large_variance(self) -> Tensor:
-        """beta, with the posterior's entry 1 first: beta_0 would be no bound of the step to the image."""
+        """beta, with the posterior's entry 1 first: beta_0 is not a bound of the last step."""
         return torch.cat([self.posterior_variance[1:2], self.betas[1:]])
 
     @cached_property
@@ -174,7 +173,7 @@ def gaussian(
     predicts: Prediction = "noise",
     variance: Variance = "learned",
 ) -> Gaussian:
-    """DiT's process. Training: as it stands; sampling: respacing="250" (ancestral) or "ddim50" and the like."""
+    """DiT's process. Training: the defaults; sampling: respacing="250" (ancestral) or "ddim50" and the like."""
     for name, value, known in (
         ("predicts", predicts, get_args(Prediction)),
         ("variance", variance, get_args(Variance)),
@@ -194,7 +193,7 @@ def gaussian(
 def at(table: Tensor, i: Tensor, x: Tensor) -> Tensor:
     """Entries i (B,) of a table in float32 on x's device, shaped to broadcast against x (B, ...).
 
-    i may stand on the CPU, which has float64 everywhere, or on x's device.
+    i may be on the CPU, which always has float64, or on x's device.
     """
     return table.to(i.device)[i].float().to(x.device).reshape(-1, *[1] * (x.ndim - 1))
 
@@ -250,7 +249,7 @@ def reverse(process: Gaussian, output: Tensor, x: Tensor, i: Tensor, *, clip: bo
 
 
 def check_output(process: Gaussian, output: Tensor, x: Tensor) -> None:
-    """ValueError unless a network's output has the channels that the process's kind of variance needs."""
+    """Raises ValueError unless a network's output has the channels that the process's kind of variance needs."""
     channels = x.shape[1] * (2 if process.learns_variance else 1)
     if output.shape != (x.shape[0], channels, *x.shape[2:]):
         raise ValueError(
@@ -264,7 +263,7 @@ def check_output(process: Gaussian, output: Tensor, x: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Loss:
-    """Of each image, (B,) float32. `loss` is what is trained; mse and vb are its parts, None where it has no such."""
+    """Of each image, (B,) float32. `loss` is what is trained; mse and vb are its parts, None if there are none."""
 
     loss: Tensor
     mse: Tensor | None = None
@@ -297,9 +296,9 @@ def training_loss(
 
 def variational_bound(process: Gaussian, output: Tensor, x0: Tensor, x: Tensor, i: Tensor) -> Tensor:
     """One term of the bound, (B,), in bits per dimension: KL(q || p), at i = 0 the decoder's -log p(x0 | x)."""
-    true, found = posterior(process, x0, x, i), reverse(process, output, x, i)
-    kl = _mean(kl_normal(true.mean, true.log_variance, found.mean, found.log_variance))
-    nll = _mean(decoder_nll(x0, found.mean, 0.5 * found.log_variance))
+    true, predicted = posterior(process, x0, x, i), reverse(process, output, x, i)
+    kl = _mean(kl_normal(true.mean, true.log_variance, predicted.mean, predicted.log_variance))
+    nll = _mean(decoder_nll(x0, predicted.mean, 0.5 * predicted.log_variance))
     return torch.where(i.to(x.device) == 0, nll, kl) / math.log(2)
 
 
@@ -321,7 +320,7 @@ def kl_normal(mean: Tensor, log_variance: Tensor, other_mean: Tensor, other_log_
 def decoder_nll(x0: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """-log of a normal's mass in the bin of 8-bit pixels around x0, elementwise, in nats; bins at +-1 are open.
 
-    Latents are no pixels, but the official training bins them so.
+    The official training does this for latents too.
     """
     inverse = (-log_scale).exp()
     upper = _approximate_cdf(inverse * (x0 - mean + 1 / 255))
@@ -331,7 +330,7 @@ def decoder_nll(x0: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def _approximate_cdf(z: Tensor) -> Tensor:
-    """The standard normal's, by tanh; the exact one would be another loss than the official one."""
+    """The standard normal's, by tanh; the official loss uses this approximation."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 

@@ -1,7 +1,7 @@
 """Samplers of Gaussian diffusion: ancestral (DDPM, Ho et al. 2020, arXiv:2006.11239), DDIM and its inverse (Song et al.
 2020, arXiv:2010.02502), on the processes of `diffusion/gaussian.py`.
 
-Networks that are to be trained through a sampler are rare: callers put torch.no_grad() around.
+Callers use torch.no_grad(), as networks are rarely trained through a sampler.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def ddim_step(
     x0, direction = _estimates(process, output, x, i, clip)
     alpha_bar, before = at(process.alphas_cumprod, i, x), at(process.alphas_cumprod_prev, i, x)
     sigma = eta * ((1 - before) / (1 - alpha_bar)).sqrt() * (1 - alpha_bar / before).sqrt()
-    found = before.sqrt() * x0 + (1 - before - sigma**2).sqrt() * direction
+    moved = before.sqrt() * x0 + (1 - before - sigma**2).sqrt() * direction
     if noise is not None:
-        found = found + _not_last(i, x) * sigma * noise
+        moved = moved + _not_last(i, x) * sigma * noise
     elif eta:
         raise ValueError(f"DDIM with eta {eta} adds noise: give noise, for instance image_noise(generators).")
-    return Sample(found, x0)
+    return Sample(moved, x0)
 
 
 def ddim_reverse_step(process: Gaussian, output: Tensor, x: Tensor, i: Tensor, *, clip: bool = False) -> Sample:

@@ -1,4 +1,4 @@
-"""Guidance: how the predictions with and without conditions are combined."""
+"""Guidance: combinations of the predictions with and without conditions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def guide_text_image(both: Tensor, text: Tensor, none: Tensor, text_scale: float
 
 
 def rescale(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
-    """The guided prediction with, by `share`, the deviation of the conditional one, against washed-out pictures (Lin et
+    """The guided prediction with, by `share`, the deviation of the conditional one, against washed-out images (Lin et
     al. 2023, arXiv:2305.08891, section 3.4; the paper has 0.7)."""
     dims = list(range(1, guided.ndim))
     factor = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
@@ -57,9 +57,9 @@ def class_guidance(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """denoise(x, t) from network(x, t, y): classes `labels` (B,) against the null class, in one doubled batch.
 
-    Guided are `channels` of the latent's channels, None: all of them; the variance stays the class's own. Three of four
-    is an accident of the official code that the published figures rest on: scale 1 + s on three does what 1 + 0.75 s
-    does on four (arXiv:2212.09748, appendix A). scale: a number, or of the timesteps, (B,) -> (B,), as DiffiT's.
+    Guides `channels` of the latent's channels, None: all; the variance stays that of the class. Three of four is an
+    accident of the official code on which the published figures depend: scale 1 + s on three does what 1 + 0.75 s does
+    on four (arXiv:2212.09748, appendix A). scale: a number, or of the timesteps, (B,) -> (B,), as DiffiT's.
     """
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:

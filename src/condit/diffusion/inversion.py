@@ -1,10 +1,10 @@
-"""Inversion: from a picture to the noise that leads back to it, and edits along that way.
+"""Inversion: from an image to noise whose sampling reproduces it, and edits along that path.
 
 DDIM inversion (Dhariwal & Nichol 2021, arXiv:2105.05233, appendix F), DPM-Solver++ 2M backwards (Lu et al. 2022,
 arXiv:2211.01095, Alg. 2), exact inversion of 2M (Hong et al. 2023, arXiv:2311.18387), rectified flow backwards, and the
 stored trajectory of DiT4Edit here (in the manner of Ju et al. 2023, arXiv:2310.01506).
 
-A *path* is a row of noise levels 0 ... S, level 0 the noisiest and level S the picture. Samplers walk it down (to
+A *path* is a sequence of noise levels 0 ... S, level 0 the noisiest and level S the image. Samplers walk it down (to
 larger numbers), inversion walks it up. `network(x, t)` predicts noise on a `NoisePath`, velocity on a `FlowPath`.
 """
 
@@ -33,24 +33,22 @@ class Path(Protocol):
 
     def time(self, level: int) -> float: ...
 
-    def step(self, index: int) -> Step:
-        """The step of a sampler that begins at a level."""
-        ...
+    # The step of a sampler that begins at a level.
+    def step(self, index: int) -> Step: ...
 
-    def at(self, time: float) -> Step:
-        """A step of its own at any time."""
-        ...
+    # A step of its own at any time.
+    def at(self, time: float) -> Step: ...
 
-    def kept(self, x: Tensor, found: Tensor, level: int) -> Tensor: ...
+    def kept(self, x: Tensor, output: Tensor, level: int) -> Tensor: ...
 
-    def move(self, x: Tensor, found: Tensor, start: int, end: int, earlier: Earlier | None = None) -> Tensor: ...
+    def move(self, x: Tensor, output: Tensor, start: int, end: int, earlier: Earlier | None = None) -> Tensor: ...
 
     def multistep(self, start: int, end: int) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a multistep solver remembers: the clean estimate at a level that it has passed."""
+    """What a multistep solver stores: the clean estimate at an earlier level."""
 
     kept: Tensor
     level: int
@@ -88,10 +86,10 @@ class NoisePath:
         zero = ending and self.to_zero and level == self.steps
         return torch.zeros(()) if zero else self.ratios[level]
 
-    def kept(self, x: Tensor, found: Tensor, level: int) -> Tensor:
+    def kept(self, x: Tensor, output: Tensor, level: int) -> Tensor:
         """The clean estimate D = (x - sigma eps) / alpha."""
         alpha, sigma = alpha_sigma(self.ratio(level))
-        return (x - sigma * found) / alpha
+        return (x - sigma * output) / alpha
 
     def multistep(self, start: int, end: int) -> bool:
         """Whether 2M takes its second-order step from start to end; the first step never does.
@@ -101,20 +99,20 @@ class NoisePath:
         last = end in (0, self.steps)
         return self.order == 2 and not (last and (self.steps < 15 or (self.to_zero and end == self.steps)))
 
-    def move(self, x: Tensor, found: Tensor, start: int, end: int, earlier: Earlier | None = None) -> Tensor:
-        """x at `end` from noise prediction `found` at `start`: DDIM; 2M's first step, or with `earlier` its second.
+    def move(self, x: Tensor, output: Tensor, start: int, end: int, earlier: Earlier | None = None) -> Tensor:
+        """x at `end` from noise prediction `output` at `start`: DDIM; 2M's first step, or with `earlier` its second.
 
         With l = log(alpha / sigma), h = l_end - l_start, r = (l_start - l_earlier) / h:
         x_end = sigma_end / sigma_start x - alpha_end (e^-h - 1) (D + (D - D_earlier) / (2 r)).
         """
         ratio, ratio_end = self.ratio(start), self.ratio(end, ending=end > start)
         if self.order == 1:
-            return first_order(x, found, ratio, ratio_end)
+            return first_order(x, output, ratio, ratio_end)
         (_, s), (a_end, s_end) = alpha_sigma(ratio), alpha_sigma(ratio_end)
         h = log_snr(ratio_end) - log_snr(ratio)
         # Terms and float32 as in diffusers: near t = 0 large terms cancel, so that `vp_samplers.dpm_step`, which is
         # exact, differs by 2e-5 on the way up.
-        weight, clean = a_end * (torch.exp(-h) - 1.0), self.kept(x, found, start)
+        weight, clean = a_end * (torch.exp(-h) - 1.0), self.kept(x, output, start)
         moved = (s_end / s) * x - weight * clean
         if earlier is None:
             return moved
@@ -165,7 +163,7 @@ def dpm_path(cumprod: Tensor, steps: int, *, order: int = 2, to_zero: bool = Tru
 
 
 def ddim_path(cumprod: Tensor, steps: int) -> NoisePath:
-    """Levels of diffusers' DDIM pair ("leading" spacing, offset 0): 900, 800, ..., 0 for ten steps; the picture has the
+    """Levels of diffusers' DDIM pair ("leading" spacing, offset 0): 900, 800, ..., 0 for ten steps; the image has the
     last one's level too.
 
     It never reaches t = 999, so its round trip is easier than on `dpm_path`. Invert it with solver "entered".
@@ -182,14 +180,14 @@ def check_steps(steps: int, most: int) -> None:
 
 def walk(network: Network, x: Tensor, path: Path) -> Tensor:
     """Sample: from level 0 down to level S. Returns all levels, (S + 1, ...)."""
-    found, earlier = [x], None
+    levels, earlier = [x], None
     for level in range(path.steps):
         out = network(x, path.time(level))
         use = earlier if path.multistep(level, level + 1) else None
         following = path.move(x, out, level, level + 1, use)
         earlier, x = Earlier(path.kept(x, out, level), level), following
-        found.append(x)
-    return torch.stack(found)
+        levels.append(x)
+    return torch.stack(levels)
 
 
 def invert(
@@ -202,21 +200,20 @@ def invert(
     fine: int = 5,
     rho: float = 1.0,
 ) -> Tensor:
-    """From the picture up to the noise. Returns all levels (S + 1, ...), the noisiest first, the last of them x0.
+    """From the image up to the noise. Returns all levels (S + 1, ...), the noisiest first, the last of them x0.
 
-    "first_order": explicit, the network is asked at the level left. "dpmpp2m": 2M with the levels already passed, as
-    diffusers' `DPMSolverMultistepInverseScheduler`. "entered": asked once, at the level entered, as diffusers' DDIM
-    inversion. "fixed_point": x <- step(x0, network(x)), `iterations` times behind an explicit estimate. "exact2m":
-    `exact_step`, with `fine` steps of DDIM a level and `iterations` corrections by `rho`.
-    Network calls a level: 1, 1, 1, 1 + iterations, 2 fine + 1 + iterations.
-    """
+    "first_order": explicit, one network call at the level before the step. "dpmpp2m": 2M with the levels already
+    passed, as diffusers' `DPMSolverMultistepInverseScheduler`. "entered": one call at the level after it, as diffusers'
+    DDIM inversion. "fixed_point": x <- step(x0, network(x)), `iterations` times after an explicit estimate. "exact2m":
+    `exact_step`, with `fine` steps of DDIM a level and `iterations` corrections by `rho`. Network calls a level: 1, 1,
+    1, 1 + iterations, 2 fine + 1 + iterations."""
     if isinstance(path, FlowPath) and solver in ("dpmpp2m", "exact2m"):
         raise ValueError(
             f"{solver!r} inverts a diffusion of noise; a flow takes 'first_order', 'entered' or 'fixed_point'."
         )
     if solver not in ("first_order", "dpmpp2m", "entered", "fixed_point", "exact2m"):
         raise ValueError(f"No solver {solver!r}: first_order, dpmpp2m, entered, fixed_point or exact2m.")
-    x, found, earlier = x0, [x0], None
+    x, levels, earlier = x0, [x0], None
     for level in range(path.steps, 0, -1):
         if solver == "exact2m":
             assert isinstance(path, NoisePath)
@@ -231,8 +228,8 @@ def invert(
             for _ in range(iterations if solver == "fixed_point" else 0):
                 following = path.move(x, network(following, path.time(level - 1)), level, level - 1)
             x = following
-        found.append(x)
-    return torch.stack(found[::-1])
+        levels.append(x)
+    return torch.stack(levels[::-1])
 
 
 def exact_step(
@@ -240,8 +237,8 @@ def exact_step(
 ) -> Tensor:
     """The x at level - 1 from which 2M steps to `x` at `level` (Hong et al. 2023, section 4).
 
-    The step down also uses D at level - 2, not known yet: fine DDIM upwards estimates it. Then x <- x - rho (F(x) -
-    x_level) with F the step down, and a smaller rho in rows that it would lead away.
+    The step down also uses D at level - 2, which fine DDIM steps upwards estimate. Then x <- x - rho (F(x) -
+    x_level) with F the step down, and a smaller rho in rows whose residual grows.
     """
     guess = fine_ddim(network, x, path, path.time(level), path.time(level - 1), fine)
     earlier = None
@@ -276,8 +273,8 @@ def fine_ddim(network: Network, x: Tensor, path: NoisePath, start: float, end: f
 
 
 def round_trip_error(trajectory: Tensor, again: Tensor) -> tuple[Tensor, Tensor]:
-    """How far `walk` from a trajectory's noise ends from its picture: root mean square (B,), and that as PSNR in dB
-    with the picture's range as peak (B,)."""
+    """The error of `walk` from a trajectory's noise: root mean square (B,), and PSNR in dB
+    with the image's range as peak (B,)."""
     x0, back = trajectory[-1].flatten(1).float(), again[-1].flatten(1).float()
     error = (back - x0).square().mean(1)
     peak = x0.amax(1) - x0.amin(1)
@@ -298,7 +295,7 @@ def edit_along(
     predict(x, level) sees sources and targets in turn, (2 B, ...): source 0, target 0, source 1, ... The source is set
     back to the trajectory in every step. `anchored`: the target gets the same correction, so it moves by the difference
     of the two predictions, and where both are equal the target is the source, bit for bit. mask(level): where the
-    target may differ after this step, (B, ...) in [0, 1], or None; it is put on the solver's memory too.
+    target may differ after this step, (B, ...) in [0, 1], or None; it applies to the solver's memory too.
     """
     target, earlier = trajectory[0], None
     for level in range(path.steps):

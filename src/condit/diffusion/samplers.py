@@ -38,7 +38,7 @@ class FlowPath:
         return Step(0, 1, time, time)
 
     def kept(self, x: Tensor, output: Tensor, level: int) -> Tensor:
-        """What a multistep solver remembers: the velocity."""
+        """What a multistep solver stores: the velocity."""
         return output
 
     def move(self, x: Tensor, output: Tensor, start: int, end: int, earlier: object = None) -> Tensor:
@@ -60,9 +60,9 @@ def euler(
 ) -> Tensor:
     """Euler steps of the flow dx/dt = v, from the path's first level to its last.
 
-    eta: the share of a step's noise that is drawn anew instead of kept from the prediction: 0 is the ordinary
-    differential equation, 1 diffusers' `stochastic_sampling`. All have the same marginals; new noise lets a small
-    network correct what it has generated. Raises ValueError unless 0 <= eta <= 1, and where `noise` is missing.
+    eta: the share of a step's noise that is new instead of kept from the prediction: 0 is the ordinary
+    differential equation, 1 diffusers' `stochastic_sampling`. All have the same marginals; with new noise a small
+    network can correct earlier steps. Raises ValueError unless 0 <= eta <= 1, and where `noise` is missing.
     """
     if not 0 <= eta <= 1 or (eta and noise is None):
         raise ValueError(f"eta must be 0 to 1, and above 0 it needs noise=; found eta {eta}, noise {noise}.")

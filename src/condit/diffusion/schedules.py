@@ -1,4 +1,4 @@
-"""Noise levels: where a sampler stands and where training looks."""
+"""Noise levels of samplers and of training."""
 
 from __future__ import annotations
 
@@ -45,8 +45,3 @@ class DynamicShift:
 def logit_normal(n: int, *, mean: float = 0.0, std: float = 1.0, generator: torch.Generator) -> Tensor:
     """Training times t = sigmoid(N(mean, std)), (n,) float32. FLUX-like: mean 0; larger mean: more noise."""
     return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
-
-
-def shift_of_mean(mean: float) -> float:
-    """The sampler's shift that centres its levels where `logit_normal(mean)` centres training: exp(mean)."""
-    return math.exp(mean)

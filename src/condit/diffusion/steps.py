@@ -1,4 +1,4 @@
-"""What all samplers share: the steps that they walk, the noise that they draw, and one signature.
+"""What all samplers share: steps, noise and one signature.
 
     sampler(predict, x, path, *, eta=0.0, noise=None, on_step=None) -> x at the path's end
 
@@ -42,23 +42,21 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor | None]
 class Path(Protocol):
     """The noise levels of a run, the noisiest first."""
 
-    def __len__(self) -> int:
-        """The number of steps."""
-        ...
+    # The number of steps.
+    def __len__(self) -> int: ...
 
     def step(self, index: int) -> Step: ...
 
 
 class PartPath(Path, Protocol):
-    """A path that an image may enter half-way."""
+    """A path that image-to-image generation may enter after its first steps."""
 
-    def since(self, begin: int) -> Self:
-        """The steps from number `begin` on."""
-        ...
+    # The steps from number `begin` on.
+    def since(self, begin: int) -> Self: ...
 
 
 def finish_step(on_step: OnStep | None, index: int, x: Tensor, x0: Tensor) -> Tensor:
-    """x after a step, or what `on_step` puts in its place."""
+    """x after a step, or what `on_step` returns instead."""
     replaced = None if on_step is None else on_step(index, x, x0)
     return x if replaced is None else replaced
 

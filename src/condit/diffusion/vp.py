@@ -1,6 +1,6 @@
 """The discrete variance-preserving process of Stable Diffusion and PixArt, and the levels that a sampler visits.
 
-A level is alpha_bar, the share of the picture's variance that is left: x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
+A level is alpha_bar, the share of the image's variance that is left: x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
 (Ho et al. 2020, arXiv:2006.11239, Eq. 4). Samplers that are written for x0 + sigma eps (Karras et al. 2022,
 arXiv:2206.00364) run on the same x here, as sigma^2 = (1 - alpha_bar) / alpha_bar. Timesteps and levels are those of
 diffusers' schedulers, to the rounding.
@@ -23,7 +23,7 @@ Prediction = Literal["epsilon", "v_prediction", "sample"]
 Spacing = Literal["leading", "trailing", "linspace", "ldm"]
 Solver = Literal["ddim", "dpm++", "euler", "euler-ancestral"]
 
-# What a scheduler's file may ask for and is not built here: field -> the values that leave the process as it is.
+# Fields of a scheduler's file that are not supported -> the values that do not change the process.
 _AS_BUILT: dict[str, tuple] = {
     "trained_betas": (None,),
     "thresholding": (False,),
@@ -47,7 +47,7 @@ class Process:
     """Fields of diffusers' scheduler_config.json; the defaults are Stable Diffusion's, betas and offset.
 
     timestep_spacing None: that of the solver (leading for DDIM, linspace for the others); "ldm", for DDIM only, is that
-    of the first latent diffusion code (see `spaced`). set_alpha_to_one is DDIM's end: the picture itself, or level 0 of
+    of the first latent diffusion code (see `spaced`). set_alpha_to_one is DDIM's end: the image itself, or level 0 of
     the training. final_sigmas_type, lower_order_final, euler_at_final are those of DPM-Solver++.
     """
 
@@ -73,19 +73,19 @@ class Process:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Process:
-        """From the content of a scheduler_config.json; what it leaves out is diffusers' default."""
+        """From the content of a scheduler_config.json; missing fields have diffusers' defaults."""
         for name, known in _AS_BUILT.items():
             if name in config and config[name] not in known:
-                raise ValueError(f"The scheduler has {name} = {config[name]!r}; known here: {known[0]!r}.")
-        theirs = {
+                raise ValueError(f"The scheduler has {name} = {config[name]!r}; supported: {known[0]!r}.")
+        defaults = {
             "beta_start": 0.0001,
             "beta_end": 0.02,
             "beta_schedule": "linear",
             "steps_offset": 0,
             "set_alpha_to_one": config.get("_class_name") != "PNDMScheduler",
         }
-        given = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        return cls(**{**theirs, **given})
+        values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        return cls(**{**defaults, **values})
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
@@ -153,7 +153,7 @@ class VPPath:
 
 
 def make_path(process: Process, solver: Solver, steps: int, *, timesteps: Sequence[int] | None = None) -> VPPath:
-    """The steps of a solver over a process, from noise to picture. timesteps: these, falling, instead of `steps` that
+    """The steps of a solver over a process, from noise to image. timesteps: these, falling, instead of `steps` that
     are spaced by the process."""
     if timesteps is not None:
         check_timesteps(process, timesteps)
@@ -169,7 +169,7 @@ def make_path(process: Process, solver: Solver, steps: int, *, timesteps: Sequen
     if timesteps is not None:
         times = torch.tensor(timesteps, dtype=torch.float64)
     elif solver == "dpm++":
-        # One level more than steps are spread, of which the last is left out.
+        # One level more than steps is spaced; the last is left out.
         times = spaced(process, spacing, steps + (spacing != "trailing")).round()[:steps]
     else:
         times = spaced(process, spacing, steps).float().double()
@@ -188,7 +188,7 @@ def make_path(process: Process, solver: Solver, steps: int, *, timesteps: Sequen
 
 
 def step_count(steps: int | None, timesteps: Sequence[int] | None, default: int) -> int:
-    """How many steps are asked for. Raises ValueError if a number and a list disagree."""
+    """The number of steps. Raises ValueError if a number and a list disagree."""
     if timesteps is None:
         return default if steps is None else steps
     if steps not in (None, len(timesteps)):
@@ -254,13 +254,13 @@ def karras(highest: float, lowest: float, steps: int, *, rho: float = 7.0) -> Te
 
 def times_of(sigmas: Tensor, table: Tensor) -> Tensor:
     """The places of sigmas in a rising table (T,), in between by their logarithms."""
-    logs, wanted = table.log(), sigmas.clamp(min=1e-10).log()
-    low = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, len(table) - 2)
-    return low + ((wanted - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
+    logs, places = table.log(), sigmas.clamp(min=1e-10).log()
+    low = (torch.searchsorted(logs, places, right=True) - 1).clamp(0, len(table) - 2)
+    return low + ((places - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
 
 
 def add_noise(x0: Tensor, noise: Tensor, level: Tensor | float) -> Tensor:
-    """x at a level, for pictures (B, ...)."""
+    """x at a level, for images (B, ...)."""
     level = float(level)
     return level**0.5 * x0 + (1 - level) ** 0.5 * noise
 

@@ -3,7 +3,7 @@
 
 Euler and ancestral Euler (Karras et al. 2022, arXiv:2206.00364) are DDIM at their own levels: for x0 + sigma eps with
 eps held fixed over a step both go along the same line, and the ancestral noise is that of eta = 1. Steps are functions
-that can be called alone; they go either way, towards the picture or towards noise.
+of their own and go in either direction, to the image or to noise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from condit.diffusion.vp import Prediction, VPPath
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the network's output says at x: the picture x0 and the noise eps, both (B, ...)."""
+    """The network's estimates at x: the image x0 and the noise eps, both (B, ...)."""
 
     x0: Tensor
     eps: Tensor
@@ -27,7 +27,7 @@ class Estimate:
 
 def estimate(output: Tensor, x: Tensor, level: float, prediction: Prediction) -> Estimate:
     """From a network that predicts the noise, v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022,
-    arXiv:2202.00512), or the picture."""
+    arXiv:2202.00512), or the image."""
     a, s = level**0.5, (1 - level) ** 0.5
     if prediction == "epsilon":
         return Estimate((x - s * output) / a, output)
@@ -36,10 +36,12 @@ def estimate(output: Tensor, x: Tensor, level: float, prediction: Prediction) ->
     return Estimate(output, (x - a * output) / s)
 
 
-def ddim_step(found: Estimate, level: float, after: float, *, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
+def ddim_step(
+    estimated: Estimate, level: float, after: float, *, eta: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
     """x at level `after` (Eq. 12). eta 0: no noise is added; eta 1: as much as DDPM adds."""
     deviation = eta * ((1 - after) / (1 - level) * (1 - level / after)) ** 0.5 if eta else 0.0
-    x = after**0.5 * found.x0 + max(1 - after - deviation**2, 0.0) ** 0.5 * found.eps
+    x = after**0.5 * estimated.x0 + max(1 - after - deviation**2, 0.0) ** 0.5 * estimated.eps
     if not eta:
         return x
     if noise is None:
@@ -48,7 +50,7 @@ def ddim_step(found: Estimate, level: float, after: float, *, eta: float = 0.0, 
 
 
 def log_snr(level: float) -> float:
-    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)); infinite for the picture itself."""
+    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)); infinite for the image itself."""
     return math.inf if level >= 1 else 0.5 * math.log(level / (1 - level))
 
 

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Literal, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,16 @@ from condit.diffusion.gaussian import Gaussian, gaussian
 from condit.diffusion.gaussian_samplers import ancestral, ddim
 from condit.diffusion.guidance import guide_channels, power_cosine_scale
 from condit.diffusion.steps import Path, Step
-from condit.drawing.model import Conditions, Layout, Network, Sampler, module_device, module_dtype
+from condit.drawing.model import (
+    Conditions,
+    Layout,
+    Network,
+    Sampler,
+    check_shape,
+    latent_cell,
+    module_device,
+    module_dtype,
+)
 from condit.drawing.settings import Settings
 from condit.encoders.vae import decode_latents, encode_latents
 from condit.weights.class_models import ClassParts
@@ -26,8 +35,8 @@ SAMPLERS = {"ancestral": ancestral, "ddim": ddim}
 
 
 class ClassModel:
-    """See `condit.drawing.model.Model`. A condition is a tensor (B,) of class numbers, in which the null class stands
-    last; None on an unconditional model."""
+    """See `condit.drawing.model.Model`. A condition is a tensor (B,) of class numbers, in which the null class is
+    last; None for an unconditional model."""
 
     reads: Literal["prompt", "class", "nothing"] = "class"
     supports = frozenset({"guidance_scale", "guidance_power", "guidance_channels", "sampler", "eta"})
@@ -45,7 +54,7 @@ class ClassModel:
 
     @property
     def classes(self) -> int:
-        """How many classes the model knows; 0 for an unconditional one."""
+        """The number of classes; 0 for an unconditional model."""
         return self.backbone.config.num_classes or 0
 
     @property
@@ -55,19 +64,19 @@ class ClassModel:
 
     # Values of a call
 
-    def settings(self, asked: Settings, prompt: object) -> Settings:
+    def settings(self, requested: Settings, prompt: object) -> Settings:
         """guidance_scale, guidance_power: as published for this model; power p > 0 is DiffiT's schedule, which lets the
-        scale rise from 1, and 0 a constant scale. guidance_channels None: 3 of 4, which the published figures rest on,
-        and all of any other number. eta: the noise of "ddim", from 0 to 1, as much as "ancestral" adds."""
+        scale rise from 1, and 0 a constant scale. guidance_channels None: 3 of 4, as in the published figures,
+        and all for other numbers of channels. eta: the noise of "ddim", from 0 to 1, as much as "ancestral" adds."""
         parts = self.parts
-        if asked.guidance_scale not in (None, 1) and not self.guidable:
+        if requested.guidance_scale not in (None, 1) and not self.guidable:
             raise ValueError(
                 f"{parts.name} was trained without a null class, so nothing can be guided. Leave guidance_scale out."
             )
         channels, guided = self.backbone.config.in_channels, self.guidable
         if guided and all(index is None for index in self.indices(prompt)):
-            asked, guided = replace(asked, guidance_scale=1.0), False  # both predictions would be the same
-        settings = asked.filled(
+            requested, guided = replace(requested, guidance_scale=1.0), False  # both predictions would be the same
+        settings = requested.filled(
             num_inference_steps=250,
             guidance_scale=parts.guidance if guided else 1.0,
             guidance_power=parts.power,
@@ -130,18 +139,19 @@ class ClassModel:
         return [self.index(item) for item in labels]
 
     def index(self, label: object) -> int | None:
-        """The number of a class given by name or number; ValueError if the model does not know it."""
+        """The number of a class by name or number. Raises ValueError for an unknown class."""
         name = self.parts.name
         if label is None:
             if self.classes and not self.guidable:
                 raise ValueError(f"{name} was trained with classes only: give one of its {self.classes} labels.")
             return None
         if not self.classes:
-            raise ValueError(f"{name} is unconditional, it knows no class {label!r}. Leave the label out.")
+            raise ValueError(f"{name} is unconditional and has no class {label!r}. Leave the label out.")
         if isinstance(label, str) and self.labels is not None:
             return self.labels.index(label)
         try:
-            index = int(label) if isinstance(label, str) and label.isdecimal() else operator.index(label)  # type: ignore[arg-type]
+            value = int(label) if isinstance(label, str) and label.isdecimal() else label
+            index = operator.index(cast("SupportsIndex", value))
         except TypeError:
             index = -1
         if not 0 <= index < self.classes or isinstance(label, bool):
@@ -153,7 +163,7 @@ class ClassModel:
         return index
 
     def label(self, index: int) -> str:
-        """The name of a class; its number where it has none."""
+        """The name of a class, or its number if it has none."""
         return str(index) if self.labels is None else self.labels.label(index)
 
     def refuse(self, control: Control) -> str | None:
@@ -172,11 +182,8 @@ class ClassModel:
 
     @property
     def cell(self) -> int:
-        """Pixels of a latent cell's side; 8, as all published ones have, without an autoencoder."""
-        if self.parts.vae is None:
-            return 8
-        config = self.parts.vae.config
-        return config.patch if hasattr(config, "patch") else 2 ** (len(config.block_out_channels) - 1)
+        """Pixels of a latent cell's side; 8, as in all published ones, without an autoencoder."""
+        return 8 if self.parts.vae is None else latent_cell(self.parts.vae)
 
     @property
     def token(self) -> int:
@@ -205,10 +212,7 @@ class ClassModel:
         return cells
 
     def check_latents(self, latents: Tensor, layout: Layout) -> Tensor:
-        expected = (layout.batch, *self.cells_shape(layout.size))
-        if tuple(latents.shape) != expected:
-            raise ValueError(f"latents must be noise of shape {expected}; found {tuple(latents.shape)}.")
-        return latents
+        return check_shape(latents, (layout.batch, *self.cells_shape(layout.size)))
 
     def first(self, noise: Tensor, path: Path) -> Tensor:
         return noise
@@ -218,8 +222,8 @@ class ClassModel:
     def process(self, steps: int) -> Gaussian:
         """The training's process with its timesteps spread evenly over so many, as the official samplers do.
 
-        A small network that predicts x0 misses it at little noise by more than those steps' noise, so there it learns
-        variances far above both bounds, which a process of fewer steps multiplies: they are kept between them."""
+        The error of a small network that predicts x0 exceeds the noise of the last steps, so there it learns variances
+        far above both bounds, and more so in a process of fewer steps: they are clamped to the bounds."""
         learned = "bounded" if self.parts.predicts == "x0" else "learned"
         variance = learned if self.backbone.config.learn_sigma else "large"
         return gaussian(respacing=str(steps), predicts=self.parts.predicts, variance=variance)
@@ -244,9 +248,9 @@ class ClassModel:
         return not acts  # with controls the halves run one after the other
 
     def network(
-        self, conditions: Sequence[Tensor | None], layout: Layout, settings: Settings, beside: Tensor | None = None
+        self, conditions: Sequence[Tensor | None], layout: Layout, settings: Settings, extra: Tensor | None = None
     ) -> Network:
-        """The backbone with what holds for all steps: its classes and, on DiffiT, its biases."""
+        """The backbone with its classes and, for DiffiT, its biases, which do not depend on the step."""
         known = [labels for labels in conditions if labels is not None]
         labels, dtype = torch.cat(known) if known else None, module_dtype(self.backbone)
         backbone: Callable[..., Tensor] = self.backbone
@@ -260,9 +264,7 @@ class ClassModel:
         return output
 
     def guide(self, outputs: Sequence[Tensor], step: Step, settings: Settings) -> Tensor:
-        """Guided are the first channels of the latent; the variance stays the class's own. Three of four is an accident
-        of the official code that the published figures rest on: scale 1 + s on three does what 1 + 0.75 s does on four
-        (arXiv:2212.09748, appendix A)."""
+        """Guides the first channels of the latent, usually three (see `guidance.class_guidance`)."""
         channels = self.backbone.config.in_channels
         guided = channels if settings.guidance_channels == "all" else int(settings.guidance_channels or channels)
         scale: float | Tensor = settings.scale

@@ -1,4 +1,4 @@
-"""What is in a picture, by ViT (arXiv:2010.11929): its class among those that the model knows, or tokens for others."""
+"""Image classification by ViT (arXiv:2010.11929), and its features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from condit.weights.class_models import ClassifierParts, Preprocess
 
 @dataclass(frozen=True)
 class Prediction:
-    """A class of a picture and how probable the model finds it."""
+    """A class of an image and its probability."""
 
     label: str
     index: int
@@ -49,9 +49,9 @@ class ViTPipeline:
 
     @torch.no_grad()
     def classify(self, images: ImageSource | Sequence[ImageSource], *, top_k: int = 5) -> list[list[Prediction]]:
-        """For every picture its `top_k` most probable classes, the first first; a single picture is a list of one."""
+        """For every image its `top_k` most probable classes, in order; a single image is a list of one."""
         if not self.model.config.classes or self.model.config.classifier == "unpooled":
-            raise ValueError(f"{self.name} has no head that tells one class a picture. Use features().")
+            raise ValueError(f"{self.name} has no head for one class per image. Use features().")
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1; found {top_k}.")
         probabilities = self.model(self.preprocess(images)).float().softmax(-1).cpu()
@@ -73,16 +73,16 @@ class ViTPipeline:
     def preprocess(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
         """(B, 3, H, W) at the model's size, as its publisher evaluates, on the model's device."""
         if self.model.config.in_channels != 3:
-            raise ValueError(f"{self.name} takes {self.model.config.in_channels} channels; pictures have 3.")
+            raise ValueError(f"{self.name} needs {self.model.config.in_channels} channels; images have 3.")
         sources = cast("list[ImageSource]", list(images) if isinstance(images, list | tuple) else [images])
         if not sources:
-            raise ValueError("No picture in the list; give at least one.")
+            raise ValueError("No image in the list; give at least one.")
         batch = torch.stack([prepare(load_image(source), self.parts.preprocess) for source in sources])
         return batch.to(self.device, self.dtype)
 
 
 def prepare(image: Image.Image, how: Preprocess) -> Tensor:
-    """An RGB picture as (3, H, W) float32, normalised."""
+    """An RGB image as (3, H, W) float32, normalised."""
     height, width = how.size
     if how.crop is not None:
         image = _middle(image, how)

@@ -1,4 +1,5 @@
-"""Editing: invert an image once, then generate targets beside it (DiT4Edit, arXiv:2411.03286; controls/dit4edit.py)."""
+"""Editing: invert an image once, then generate targets together with it (DiT4Edit, arXiv:2411.03286;
+controls/dit4edit.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from condit.controls.control import Control, Pair, region_mask
 from condit.data.images import ImageSource, load_image, to_images
 from condit.diffusion.inversion import Network, Path, Solver, edit_along, round_trip_error, walk
 from condit.diffusion.inversion import invert as to_noise
-from condit.diffusion.steps import Predict, Step
+from condit.diffusion.steps import Predict, Step, image_noise
 from condit.drawing.edit_request import (
     EditPrompts,
     Inversion,
@@ -25,26 +26,22 @@ from condit.drawing.edit_request import (
     same,
     source_prompts,
 )
-from condit.drawing.model import Layout, Side, TextModel
-from condit.drawing.settings import Settings, check_size
+from condit.drawing.model import Conditions, Layout, Side, TextModel
+from condit.drawing.repaint import Reader
+from condit.drawing.settings import Settings, check_size, negative_prompts
 
 
-class Editable(Protocol):
-    """What an edit needs of a pipeline; `edit` and `invert` below are its methods."""
+class Editable(Reader, Protocol):
+    """The pipeline of an edit; `edit` and `invert` below are its methods."""
 
     @property
     def name(self) -> str: ...
     @property
-    def text_model(self) -> TextModel: ...
-    @property
     def backbone(self) -> nn.Module: ...
-    @property
-    def parts(self) -> Any: ...
 
-    def read_images(self, reference: Any, annotator: str | None, size: tuple[int, int] | None = None) -> Tensor: ...
     def sized(self, controls: Sequence[Control], size: tuple[int, int]) -> tuple[Control, ...]: ...
     def sides(
-        self, conditions: Callable[[bool], Any], controls: Sequence[Control], layout: Layout, settings: Settings
+        self, conditions: Conditions, controls: Sequence[Control], layout: Layout, settings: Settings
     ) -> list[Side]: ...
     def predictor(self, sides: Sequence[Side], layout: Layout, settings: Settings) -> Predict: ...
 
@@ -80,7 +77,7 @@ class EditResult:
 class EditRun:
     """What a method of editing works with.
 
-    source: latents (B, ...) of the images. predict(x, level): what the path walks by (velocity or noise, guided), for
+    source: latents (B, ...) of the images. predict(x, level): the guided velocity or noise that the path uses, for
     sources and targets in turn, (2 B, ...): source 0, target 0, source 1, ... mask(level): where the target may differ
     after a step, a factor on latents, or None. noise(): standard normal numbers of the source's shape. inversion: None
     where the method needs none.
@@ -107,7 +104,7 @@ class EditMethod(Protocol):
 
 @dataclass(frozen=True)
 class Inverted:
-    """Sample the target beside its source, which follows the stored trajectory of its inversion (DiT4Edit here).
+    """Sample the target together with its source, which follows the stored trajectory of its inversion (DiT4Edit here).
 
     anchored: the target is corrected as the source is, so that the source's prompt gives the source back bit for bit;
     False: it starts from the same noise and follows its own predictions.
@@ -138,8 +135,8 @@ def invert(
     solver: Solver | None = None,
     iterations: int | None = None,
 ) -> Inversion:
-    """An image's way to noise under its prompt, for any number of edits; its round-trip error is in it. One prompt an
-    image, or one for all. solver, iterations: as for `edit`."""
+    """An image's trajectory to noise under its prompt, for any number of edits, with its round-trip error. One prompt
+    for each image, or one for all. solver, iterations: as for `edit`."""
     images, model = as_list(image), pipe.text_model
     prompts = source_prompts(source, len(images))
     chosen, times = editable(pipe)
@@ -149,7 +146,7 @@ def invert(
     layout = Layout(len(images), size, grid_of(model, size))
     settings = edit_settings(pipe, layout.size, num_inference_steps, 1.0)
     path = model.edit_path(settings.steps, layout, solver)
-    # Guidance is left out: an input of 1 where the model has it inside, the text's prediction alone elsewhere.
+    # No guidance: scale 1 as the network's input, or the text's prediction alone.
     sides = pipe.sides(model.conditions(prompts, None, settings), (), layout, settings)
     network = at_time(model, pipe.predictor(sides, layout, settings), path)
     x0 = model.encode(pipe.read_images(images, None, layout.size))
@@ -183,16 +180,16 @@ def edit(
     seed: int = 0,
     output_type: Literal["pil", "pt", "latent"] = "pil",
 ) -> EditResult:
-    """Change what `source` says of an image into what `target` says: controls=[DiT4Edit(...)]; other controls act on
-    the target. n images and n targets make n edits; one of either serves all of the other.
+    """Change an image described by `source` into one described by `target`: controls=[DiT4Edit(...)]; other controls
+    act on the target. n images and n targets make n edits; either may be one for all.
 
     image: images, or an `Inversion` of them (`invert`, or `result.inversion`), which saves inverting again. mask: white
-    where the image may change, one for all or one an edit. height, width: None: the image's shape in whole tokens, of
-    the model's area at most; a model of one size ('tiny') squashes the image to it. solver, iterations: of inversion
-    (condit.diffusion.inversion.invert); None: "fixed_point" with 2 where the model's paths are flows, "dpmpp2m" with 3
-    on PixArt, where "dpmpp2m" and "exact2m" also edit at second order. method: None: `Inverted(anchored)`. maps: record
-    the attention to the words. seed: of a method that draws noise; edit i has seed + i. ValueError on a UNet.
-    """
+    where the image may change, one for all or one for each edit. height, width: None: the image's shape in whole
+    tokens, of the model's area at most; a model of one size ('tiny') resizes the image to it. solver, iterations: of
+    inversion (condit.diffusion.inversion.invert); None: "fixed_point" with 2 where the model's paths are flows,
+    "dpmpp2m" with 3 on PixArt, where "dpmpp2m" and "exact2m" also edit at second order. method: None:
+    `Inverted(anchored)`. maps: record the attention to the words. seed: for methods with noise; edit i has seed + i.
+    ValueError on a UNet."""
     if output_type not in ("pil", "pt", "latent"):
         raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
     method, model = method or Inverted(anchored), pipe.text_model
@@ -205,17 +202,19 @@ def edit(
         check_steps(num_inference_steps, times if iterations is None else iterations)
         inversion, prompts = None, EditPrompts.of(image, source, target)
         size = size_of(pipe, as_list(image), height, width)
-    n, words = len(prompts.targets), pipe.parts.text.words
+    n, words = len(prompts.targets), model.parts.text.words
     if mask is not None and len(as_list(mask)) not in (1, n):
-        raise ValueError(f"{len(as_list(mask))} masks for {n} edits. Give one, or one an edit.")
+        raise ValueError(f"{len(as_list(mask))} masks for {n} edits. Give one, or one for each edit.")
     pair = Pair(tuple(words(prompts.sources)), tuple(words(prompts.targets)))
     acting = pipe.sized(edit_controls(controls, pair, pipe.backbone, maps), size)
     layout = Layout(2 * n, size, grid_of(model, size), edit=pair)
     settings = edit_settings(pipe, size, num_inference_steps, guidance_scale)
     both = [prompt for two in zip(prompts.sources, prompts.targets, strict=True) for prompt in two]
-    negative = None if negative_prompt is None else [text for text in negatives(negative_prompt, n) for _ in (0, 1)]
+    negative = (
+        None if negative_prompt is None else [text for text in negative_prompts(negative_prompt, n) for _ in (0, 1)]
+    )
     conditions = model.conditions(both, negative, settings)
-    # The run. What is wrong with words or controls was raised before the minutes that an inversion may take.
+    # The run. Words and controls were checked before the inversion, which may take minutes.
     if inversion is None and method.inverts:
         how = {"num_inference_steps": num_inference_steps, "solver": solver, "iterations": iterations}
         inversion = invert(pipe, as_list(image), prompts.pictures, height=size[0], width=size[1], **how)
@@ -238,7 +237,7 @@ def edit(
         return model.spread(torch.stack(torch.broadcast_tensors(*regions)).prod(0), layout) if regions else None
 
     originals, latents = latents, latents.expand(n, *latents.shape[1:])
-    noise = partial(noise_like, latents, [torch.Generator().manual_seed(seed + i) for i in range(n)])
+    noise = partial(image_noise([torch.Generator().manual_seed(seed + i) for i in range(n)]), latents)
     edited = method(EditRun(latents, path, partial(kept_equal, predict, still), where, noise, inversion))
     records = {name: record for control in sides[0].controls for name, record in control.records().items()}
     recipe = {
@@ -251,7 +250,7 @@ def edit(
         **method.describe(),
         "size": list(size),
         "controls": [control.describe() for control in acting],
-        "hash": pipe.parts.hash,
+        "hash": model.parts.hash,
     }
     shown = decoded(model, edited, originals, inversion, layout)
     return results(shown, inversion, output_type, recipe, records=records, words=pair, grid=layout.grid)
@@ -261,7 +260,7 @@ def edit(
 
 
 def at_level(model: TextModel, predict: Predict, path: Path) -> Callable[[Tensor, int], Tensor]:
-    """What the path walks by at a level: velocity, or noise."""
+    """The velocity or noise that the path uses at a level."""
     return lambda x, level: model.edit_output(predict(x, path.step(level)), x, path, path.time(level))
 
 
@@ -271,7 +270,7 @@ def at_time(model: TextModel, predict: Predict, path: Path) -> Network:
 
 
 def kept_equal(predict: Callable[[Tensor, int], Tensor], still: Tensor, x: Tensor, level: int) -> Tensor:
-    """Equal inputs give equal outputs where nothing tells a target from its source (`still`, (B,) bool): a kernel may
+    """Equal inputs give equal outputs where a target must equal its source (`still`, (B,) bool), although a kernel may
     round two rows of a batch differently."""
     before, after = (y.unflatten(0, (-1, 2)) for y in (x, predict(x, level)))
     equal = still.to(x.device) & (before[:, 0] == before[:, 1]).flatten(1).all(1)
@@ -280,30 +279,18 @@ def kept_equal(predict: Callable[[Tensor, int], Tensor], still: Tensor, x: Tenso
 
 
 def regions_at(controls: Sequence[Control], step: Step) -> list[Tensor]:
-    """Where the controls of a step let the target differ from its source."""
+    """The regions in which the controls of a step let the target differ from its source."""
     acting = [control.at(step) for control in controls]
     return [m for m in (control.region() for control in acting if control is not None) if m is not None]
-
-
-def noise_like(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal numbers of x's shape; row i from generator i."""
-    return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device)
-
-
-def negatives(negative: str | Sequence[str], n: int) -> list[str]:
-    texts = [negative] * n if isinstance(negative, str) else list(negative)
-    if len(texts) != n:
-        raise ValueError(f"{len(texts)} negative prompts for {n} edits. Give one, or one an edit.")
-    return texts
 
 
 def edit_settings(pipe: Editable, size: tuple[int, int], steps: int | None, scale: float | None) -> Settings:
     """The model's own settings at a size."""
     height, width = size
-    asked = Settings(height=height, width=width, num_inference_steps=steps, guidance_scale=scale)
+    requested = Settings(height=height, width=width, num_inference_steps=steps, guidance_scale=scale)
     supported = pipe.text_model.supports
-    asked = asked.filled(guidance_in_one_call=False) if "guidance_in_one_call" in supported else asked
-    return pipe.text_model.settings(asked, "edit")
+    requested = requested.filled(guidance_in_one_call=False) if "guidance_in_one_call" in supported else requested
+    return pipe.text_model.settings(requested, "edit")
 
 
 def grid_of(model: TextModel, size: tuple[int, int]) -> tuple[int, int]:
@@ -311,7 +298,7 @@ def grid_of(model: TextModel, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def size_of(pipe: Editable, images: Sequence[ImageSource], height: int | None, width: int | None) -> tuple[int, int]:
-    """The size at which images are edited: what a call gives, else the first image's shape."""
+    """The size at which images are edited: that of the call, else the first image's shape."""
     model = pipe.text_model
     fixed = model.fixed_size or None not in (height, width)
     fitted = fitted_size(images, model.size, model.token, fixed=fixed)
@@ -321,7 +308,7 @@ def size_of(pipe: Editable, images: Sequence[ImageSource], height: int | None, w
 
 
 def editable(pipe: Editable) -> tuple[Solver, int]:
-    """The solver of an inversion and its iterations where a call names none. ValueError for models without edits."""
+    """The default solver of an inversion and its iterations. Raises ValueError for models without edits."""
     if pipe.text_model.inversion is None:
         raise ValueError(
             f"{pipe.name} supports no edits: editing needs a transformer with prompts, as PixArt, 'tiny' or FLUX.1."
@@ -331,7 +318,7 @@ def editable(pipe: Editable) -> tuple[Solver, int]:
 
 def fitted_size(images: Sequence[ImageSource], size: tuple[int, int], multiple: int, fixed: bool) -> tuple[int, int]:
     """Height and width at which images are edited: the model's area in the first image's shape, in whole tokens; a
-    `fixed` model's own size. ValueError for images of more than one shape."""
+    `fixed` model's own size. Raises ValueError for images of more than one shape."""
     if fixed:
         return size
     area, sizes = size[0] * size[1], set()
@@ -365,7 +352,7 @@ def results(
     words: Pair,
     grid: tuple[int, int],
 ) -> EditResult:
-    """Outputs of a kind, and how far the round trip ends from its source."""
+    """Outputs of a kind, and the error of the round trip."""
     psnr: list[float] = []
     source, again = shown[1], shown[2]
     if source is not None and again is not None:

@@ -1,4 +1,4 @@
-"""The result page of an edit: source, round trip, edit, and where the picture attends to the words."""
+"""The result page of an edit: source, round trip, edit, and the attention of the image to the words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_WORDS = 6
 
 
 def edit_page(result: EditResult, source: str, target: str, *, number: int = 0) -> Image.Image:
-    """One sheet for picture `number` of a result with PIL images."""
+    """One sheet for image `number` of a result with PIL images."""
     sides = zip((source, target), edited_words(result, number), (result.sources, result.images), strict=True)
     trip = f"round trip {result.psnr[number]:.1f} dB" if result.psnr else ""
     first: list[SheetCell | None] = [
@@ -40,10 +40,10 @@ def edited_words(result: EditResult, number: int) -> list[list[tuple[str, tuple[
     if result.words is None:
         return [[], []]
     sides = result.words.source[number], result.words.target[number]
-    found = []
+    words_of_sides = []
     for words, numbers in zip(sides, changed_words(*sides), strict=True):
-        found.append(named(words, numbers or range(len(words.words))))
-    return found
+        words_of_sides.append(named(words, numbers or range(len(words.words))))
+    return words_of_sides
 
 
 def named(words: Words, numbers) -> list[tuple[str, tuple[int, ...]]]:
@@ -51,7 +51,7 @@ def named(words: Words, numbers) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def shade(picture: Image.Image, weights: Tensor, grid: tuple[int, int]) -> Image.Image:
-    """The picture, bright where it attends to a word, relative to its own largest weight."""
+    """The image, bright where it attends to a word, relative to its largest weight."""
     values = weights.float().cpu().unflatten(0, grid)
     values = (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
     mask = Image.fromarray((40 + 215 * values).round().to(torch.uint8).numpy())

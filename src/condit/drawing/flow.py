@@ -22,7 +22,9 @@ from condit.drawing.model import (
     Layout,
     Network,
     Sampler,
+    check_shape,
     common_sides,
+    latent_cell,
     module_device,
     module_dtype,
     rows_for,
@@ -39,8 +41,8 @@ M = TypeVar("M")
 
 
 class FlowModel:
-    """See `condit.drawing.model.Model`. Guidance is an input of FLUX.1-dev's network (`parts.distilled`), so a second
-    prediction exists there only to guide the controls."""
+    """See `condit.drawing.model.Model`. Guidance is an input of FLUX.1-dev's network (`parts.distilled`), so it has a
+    second prediction only to guide the controls."""
 
     reads: Literal["prompt", "class", "nothing"] = "prompt"
     supports = frozenset({"guidance_scale", "image_guidance_scale", "eta", "strength"})
@@ -69,16 +71,16 @@ class FlowModel:
             self.backbone.to(device)
 
     def on_duty(self, part: M) -> M:
-        """The text encoder or the autoencoder where it computes."""
+        """The text encoder or the autoencoder on its device."""
         if not self.offload or not isinstance(part, nn.Module):
             return part
         return cast("M", on_device(part, module_device(self.backbone)))
 
     # Values of a call
 
-    def settings(self, asked: Settings, prompt: object) -> Settings:
+    def settings(self, requested: Settings, prompt: object) -> Settings:
         parts = self.parts
-        settings = asked.filled(num_inference_steps=parts.steps, guidance_scale=parts.guidance, eta=parts.eta)
+        settings = requested.filled(num_inference_steps=parts.steps, guidance_scale=parts.guidance, eta=parts.eta)
         if settings.eta is None or not 0 <= settings.eta <= 1:
             raise ValueError(f"eta must be 0 to 1; found {settings.eta}.")
         if parts.name == "tiny" and settings.size != parts.size:
@@ -92,7 +94,7 @@ class FlowModel:
         count = self.count(prompt)
         return {
             "prompt": prompts,
-            "negative_prompt": None if isinstance(negative, Text) else negative_prompts(negative, count),  # type: ignore[arg-type]
+            "negative_prompt": None if isinstance(negative, Text) else negative_prompts(negative, count),
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.scale,
             "image_guidance_scale": settings.image_guidance_scale,
@@ -108,10 +110,10 @@ class FlowModel:
         count = self.count(prompt)
         if self.parts.distilled and negative:
             raise ValueError(
-                f"{self.parts.name} has its guidance inside the model, with no unconditional prediction: a negative "
+                f"{self.parts.name} has guidance as an input and no unconditional prediction, so that a negative "
                 "prompt has no effect. Leave it out."
             )
-        other = negative if isinstance(negative, Text) else negative_prompts(negative, count)  # type: ignore[arg-type]
+        other = negative if isinstance(negative, Text) else negative_prompts(negative, count)
 
         def condition(positive: bool) -> Text:
             text = self.encode_text(prompt if positive else other, None)
@@ -136,8 +138,7 @@ class FlowModel:
 
     @property
     def token(self) -> int:
-        config = self.parts.vae.config
-        return 2 * (config.patch if hasattr(config, "patch") else 2 ** (len(config.block_out_channels) - 1))
+        return 2 * latent_cell(self.parts.vae)
 
     @property
     def channels(self) -> int:
@@ -173,9 +174,7 @@ class FlowModel:
         return tokens if layout.cells is None else tokens[:, layout.cells.to(tokens.device)]
 
     def check_latents(self, latents: Tensor, layout: Layout) -> Tensor:
-        expected = (layout.batch, layout.grid[0] * layout.grid[1], 4 * self.channels)
-        if tuple(latents.shape) != expected:
-            raise ValueError(f"latents must be packed tokens {expected}; found {tuple(latents.shape)}.")
+        check_shape(latents, (layout.batch, layout.grid[0] * layout.grid[1], 4 * self.channels), "packed tokens")
         return latents if layout.cells is None else latents[:, layout.cells.to(latents.device)]
 
     def spread(self, mask: Tensor, layout: Layout) -> Tensor:
@@ -247,7 +246,7 @@ class FlowModel:
         return False  # streams and caches of a control belong to one side
 
     def network(
-        self, conditions: Sequence[Text], layout: Layout, settings: Settings, beside: Tensor | None = None
+        self, conditions: Sequence[Text], layout: Layout, settings: Settings, extra: Tensor | None = None
     ) -> Network:
         (text,) = conditions
         device, dtype = module_device(self.backbone), module_dtype(self.backbone)

@@ -23,14 +23,14 @@ def load(
     components: str | Path | None = None,
     offload: Offload | None = None,
     quantize: Quantise | None = None,
-) -> Any:  # a Pipeline or a ViTPipeline: what it is depends on the source
+) -> Any:  # a Pipeline or a ViTPipeline, by the source
     """A pipeline by name ("tiny", "sd15", "dit-xl-2-256", ...), from a folder or from a single file; the tables in
-    `condit.weights.load` list what there is. A ViT gives a `ViTPipeline`, everything else a `Pipeline`.
+    `condit.weights.load` list the names. A ViT gives a `ViTPipeline`, everything else a `Pipeline`.
 
     vae: for DiT and DiffiT, an autoencoder, its folder, or "tiny" for the embedded one; None: the folder `vae` next to
     the weights. components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None:
     the file's own. offload: see `Pipeline`. quantize: see `condit.weights.quantise`; the weights of FLUX's blocks then
-    take one byte each. ValueError for an option that the model does not take."""
+    take one byte each. Raises ValueError for an option that the model does not take."""
     model = identify(source)
     check_options(model, offload=offload)
     parts = load_parts(model, dtype=dtype, device=device, vae=vae, components=components, quantize=quantize)

@@ -1,8 +1,8 @@
 """The pipeline: check a call, set up the sides of the guidance, walk a path with `predict` and controls, decode.
 
-One class serves all families of models; what differs between them is in `flow.py`, `vp.py`, `classes.py`, `pixels.py`.
-N prompts and N references become N images; each image has a generator of its own for all its noise, so it does not
-depend on the batch that it was generated in.
+One class serves all families of models; their differences are in `flow.py`, `vp.py`, `classes.py`, `pixels.py`.
+N prompts and N references become N images; each image has its own generator for all its noise, so it does not
+depend on its batch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from condit.controls.control import Apart, Control, check_controls
 from condit.controls.wrap import sides as joined_sides
 from condit.data.imagenet import ClassNames
-from condit.data.images import ImageSource, to_images
+from condit.data.images import to_images
 from condit.diffusion.steps import Noise, PartPath, Predict, Step, draw
 from condit.drawing import edit as editing
-from condit.drawing.model import Layout, Model, Side, TextModel, module_device, module_dtype
+from condit.drawing.model import Conditions, Layout, Model, Side, TextModel, module_device, module_dtype
 from condit.drawing.references import describe_source, find_fill, read_references
 from condit.drawing.repaint import Images, check_picture, repainted, share_changed, skipped, start_of
 from condit.drawing.settings import Settings, check_counts, check_size, check_supported, image_generators
@@ -51,23 +51,23 @@ class Result:
 
 
 class Pipeline:
-    """A loaded model. A call does not change it: controls are values that a call receives.
+    """A loaded model. A call does not change it: controls are arguments of a call.
 
-    offload (FLUX.1): text encoder and autoencoder ("encoders"), or the transformer's blocks too ("blocks"), rest on the
-    CPU and are copied to the device for their turn.
+    offload (FLUX.1): text encoder and autoencoder ("encoders"), or the transformer's blocks too ("blocks"), stay on the
+    CPU and are copied to the device when they compute.
     """
 
     def __init__(self, parts: Parts | LatentParts | ClassParts | PixelParts, *, offload: Offload | None = None):
         self.model: Model = make_model(parts, offload)
         self.parts, self.offload = self.model.parts, offload
         self.name: str = parts.name
-        self.image = getattr(parts, "image", None)  # the image encoder, of models that bring one
+        self.image: CLIPImage | TinyImage | None = getattr(parts, "image", None)
 
     @property
     def text_model(self) -> TextModel:
-        """The model, of a pipeline that reads prompts. ValueError for others."""
+        """The model of a pipeline with prompts. Raises ValueError for others."""
         if self.model.reads != "prompt":
-            raise ValueError(f"{self.name} reads no prompts, so this is not supported. Use tiny, FLUX.1, PixArt, ...")
+            raise ValueError(f"{self.name} does not support prompts. Use tiny, FLUX.1, PixArt, ...")
         return cast("TextModel", self.model)
 
     @property
@@ -81,7 +81,7 @@ class Pipeline:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels of images and references where a call gives none."""
+        """The default height and width in pixels of images and references."""
         return self.model.size
 
     @property
@@ -91,7 +91,7 @@ class Pipeline:
 
     @property
     def labels(self) -> ClassNames | None:
-        """The names of a class model's classes, if it came with them."""
+        """The class names of a class model, if it has them."""
         return getattr(self.parts, "labels", None)
 
     @property
@@ -142,19 +142,18 @@ class Pipeline:
         label: Label | Sequence[Label] | Tensor = None,
     ) -> Result:
         """Generate images. Arguments as in diffusers; `seed` is short for generators: image i has seed + i, and its
-        noise is drawn on the CPU. ValueError for an argument that the model does not support.
+        noise is drawn on the CPU. Raises ValueError for an argument that the model does not support.
 
-        prompt: words, or a `Text` that was encoded before; of DiT and DiffiT a class by name or number, None for none.
-        image: start from it, changed by `strength` in (0, 1] (None: 0.8, with a mask 1); mask_image: repaint where it
-        is white. guidance_scale 1 makes one prediction a step, not two; guidance_in_one_call False makes them one after
-        the other, in half the memory. image_guidance_scale guides the controls apart from the text: none + s_T
-        (text - none) + s_I (text and controls - text). guidance_power, guidance_channels: DiffiT's schedule, and how
-        many channels of the latent are guided. sampler, eta, clip_skip: None for the model's own ("ddim-ldm":
-        the steps of the released Stable Diffusion and DEADiff); eta is the share of a step's noise that is drawn anew.
-        timesteps: the steps themselves, falling, instead of their number. original_size, crops_..., target_size: SDXL's
-        conditions, in pixels. latents: the first noise, of unit variance. label: another name of `prompt` for classes.
-        """
-        asked = Settings(
+        prompt: words, or encoded `Text`; for DiT and DiffiT a class by name or number, None for no class. image: start
+        from it, changed by `strength` in (0, 1] (None: 0.8, with a mask 1); mask_image: repaint where it is white.
+        guidance_scale 1 makes one prediction a step, not two; guidance_in_one_call False makes them in sequence, with
+        half the memory. image_guidance_scale guides the controls separately from the text: none + s_T (text - none) +
+        s_I (text and controls - text). guidance_power, guidance_channels: DiffiT's schedule, and how many channels of
+        the latent are guided. sampler, eta, clip_skip: None for the model's own ("ddim-ldm": the steps of the released
+        Stable Diffusion and DEADiff); eta is the share of a step's noise that is new. timesteps: the steps themselves,
+        falling, instead of their number. original_size, crops_..., target_size: SDXL's conditions, in pixels. latents:
+        the first noise, of unit variance. label: another name of `prompt` for classes."""
+        requested = Settings(
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
@@ -175,9 +174,9 @@ class Pipeline:
             copies=num_images_per_prompt,
         )
         prompt = label if prompt is None else prompt
-        # The door: everything is checked before anything is computed.
+        # Everything is checked before anything is computed.
         model, count = self.model, self.model.count(prompt)
-        settings = self.settle(asked, prompt, output_type)
+        settings = self.settle(requested, prompt, output_type)
         controls = self.sized(controls, settings.size)
         check_picture(self.name, model, image, mask_image, settings.strength)
         strength = share_changed(settings, mask_image) if image is not None else 1.0
@@ -189,7 +188,7 @@ class Pipeline:
             path = cast("PartPath", path).since(skipped(len(path), strength))
         sides = self.sides(model.conditions(prompt, negative_prompt, settings), controls, layout, settings)
         start = start_of(self, image, mask_image, strength, layout, path, generators, latents)
-        predict = self.predictor(sides, layout, settings, start.beside)
+        predict = self.predictor(sides, layout, settings, start.extra)
 
         def on_step(i: int, x: Tensor, x0: Tensor) -> Tensor:
             x = repainted(self, x, start, path, i)
@@ -203,7 +202,7 @@ class Pipeline:
         fill = find_fill(controls, layout.grid)
         x = x if fill is None else fill.complete(x)
         if latents is not None and not model.draws_noise(settings):
-            seeds: list[int | None] = [None] * layout.batch  # no number has generated anything
+            seeds: list[int | None] = [None] * layout.batch  # the seeds were not used
         recipe = {
             "model": self.name,
             "hash": self.parts.hash,
@@ -236,9 +235,9 @@ class Pipeline:
         x is float32, as `output_type="latent"` returns it. FLUX.1 and `tiny` predict the velocity; noise or v do
         Stable Diffusion, PixArt, DiT and DiffiT (with the variance's channels); the clean image by pixels.py.
         """
-        asked = Settings(height=height, width=width, guidance_scale=guidance_scale, num_inference_steps=2)
-        asked = replace(asked, image_guidance_scale=image_guidance_scale)
-        settings = self.settle(asked, prompt, "latent" if "latent" in self.model.kinds else "pt")
+        requested = Settings(height=height, width=width, guidance_scale=guidance_scale, num_inference_steps=2)
+        requested = replace(requested, image_guidance_scale=image_guidance_scale)
+        settings = self.settle(requested, prompt, "latent" if "latent" in self.model.kinds else "pt")
         controls = self.sized(controls, settings.size)
         layout = self.layout(len(x), settings.size, controls)
         settings = replace(settings, copies=layout.batch // self.model.count(prompt))
@@ -247,20 +246,20 @@ class Pipeline:
 
     # The parts of a call
 
-    def settle(self, asked: Settings, prompt: object, output_type: str) -> Settings:
-        """The settings of a call with the model's defaults. ValueError for what it does not support."""
+    def settle(self, requested: Settings, prompt: object, output_type: str) -> Settings:
+        """The settings of a call with the model's defaults. Raises ValueError for unsupported ones."""
         model = self.model
-        check_supported(self.name, asked, model.supports)
+        check_supported(self.name, requested, model.supports)
         height, width = model.size
-        asked = asked.filled(height=height, width=width)
-        check_size(asked.size, model.token)
-        settings = model.settings(asked, prompt)
+        requested = requested.filled(height=height, width=width)
+        check_size(requested.size, model.token)
+        settings = model.settings(requested, prompt)
         check_counts(settings.steps, settings.copies, output_type, fewest=model.fewest_steps, kinds=model.kinds)
         model.check_output(output_type)
         return settings
 
     def sized(self, controls: Sequence[Control], size: tuple[int, int]) -> tuple[Control, ...]:
-        """The controls of a call at its size. ValueError for one that cannot act on this model."""
+        """The controls of a call at its size. Raises ValueError for one that cannot act on this model."""
         for control in check_controls(controls):
             reason = self.model.refuse(control)
             if reason is not None:
@@ -268,17 +267,13 @@ class Pipeline:
         return tuple(control.sized(size, self) for control in controls)
 
     def layout(self, batch: int, size: tuple[int, int], controls: Sequence[Control] = ()) -> Layout:
-        """The images of a run; controls may leave cells out."""
+        """The layout of a run; controls may leave cells out."""
         grid = size[0] // self.model.token, size[1] // self.model.token
         fill = find_fill(controls, grid)
         return Layout(batch, size, grid, None if fill is None else fill.cells.to(self.device))
 
     def sides(
-        self,
-        conditions: Callable[[bool], Any],
-        controls: Sequence[Control],
-        layout: Layout,
-        settings: Settings,
+        self, conditions: Conditions, controls: Sequence[Control], layout: Layout, settings: Settings
     ) -> list[Side]:
         """The sides of the guidance, each with the controls of this run."""
         negative = [control.negative() for control in controls]
@@ -291,8 +286,8 @@ class Pipeline:
             sides.append(Side(condition, tuple(control.prepare(run) for control in acting)))
         return sides
 
-    def apart(self, condition: Any, layout: Layout, settings: Settings) -> Apart:
-        """A prediction apart from the run, for a control (`Run.apart`)."""
+    def apart(self, condition: object, layout: Layout, settings: Settings) -> Apart:
+        """A separate prediction for a control (`Run.apart`)."""
         network = cache(lambda: self.model.network([condition], layout, settings))
 
         def predict(x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor:
@@ -301,19 +296,20 @@ class Pipeline:
         return predict
 
     def predictor(
-        self, sides: Sequence[Side], layout: Layout, settings: Settings, beside: Tensor | None = None
+        self, sides: Sequence[Side], layout: Layout, settings: Settings, extra: Tensor | None = None
     ) -> Predict:
         """predict(x, step): the guided prediction, the only call to the network."""
         model = self.model
 
         @cache
         def network(*which: int):
-            return model.network([sides[i].condition for i in which], layout, settings, beside)
+            return model.network([sides[i].condition for i in which], layout, settings, extra)
 
         def predict(x: Tensor, step: Step) -> Tensor:
             active = [[c for c in (control.at(step) for control in side.controls) if c is not None] for side in sides]
             acts = frozenset().union(*(control.acts for controls in active for control in controls))
-            # A LoRA serves all rows of a batch, and merged tokens are those of one side: the sides then run apart.
+            # A LoRA applies to all rows of a batch, and merged tokens are those of one side: the sides then run in
+            # turn.
             if len(sides) > 1 and model.joins(settings, acts):
                 joined = network(*range(len(sides)))(torch.cat([x] * len(sides)), step, joined_sides(active))
                 outputs = list(joined.chunk(len(sides)))
@@ -330,10 +326,7 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(
-        self,
-        latents: Tensor,
-        size: tuple[int, int] | None = None,
-        output_type: Literal["pil", "pt", "latent"] = "pil",
+        self, latents: Tensor, size: tuple[int, int] | None = None, output_type: Literal["pil", "pt", "latent"] = "pil"
     ) -> Any:
         """Latents of images of `size` (height, width; None: the model's) -> PIL images ("pil"), a tensor (B, 3, H, W)
         in [-1, 1] ("pt"), or as they are ("latent")."""
@@ -344,11 +337,11 @@ class Pipeline:
         images = self.model.decode(latents, self.layout(len(latents), size or self.size))
         return images if output_type == "pt" else to_images(images)
 
-    # What adapters ask of a pipeline
+    # For adapters: controls.host.Host
 
     @torch.no_grad()
     def encode_text(self, prompt: Prompt, clip_skip: int | None = None) -> Text:
-        """Words through the model's own text encoder, on its device; a `Text` as it is."""
+        """Prompts through the model's own text encoder, on its device; a `Text` is moved there."""
         return self.text_model.encode_text(prompt, clip_skip)
 
     def adapter_file(self, source: str | FilePath, method: str, *, ignore_text: bool = False) -> AdapterFile:
@@ -356,7 +349,7 @@ class Pipeline:
         return adapter_for(self.backbone, source, method, ignore_text=ignore_text)
 
     def read_images(self, reference: Images, annotator: str | None, size: tuple[int, int] | None = None) -> Tensor:
-        """References as (n, 3, H, W) in [-1, 1] at `size` (None: the model's), annotated if asked for."""
+        """References as (n, 3, H, W) in [-1, 1] at `size` (None: the model's), annotated by `annotator`."""
         return read_references(reference, annotator, size or self.size, self.pixels).to(self.device)
 
     @torch.no_grad()
@@ -364,7 +357,7 @@ class Pipeline:
         self, images: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
         """Images (n, 3, H, W) through the model's own autoencoder: latents in its dtype and their grid of tokens (rows,
-        columns). They are the mode of the posterior, or drawn from it by `generator`."""
+        columns). They are the mode of the posterior, or a sample by `generator`."""
         tokens = self.text_model.encode_together(images, generator).to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
 
@@ -390,9 +383,7 @@ class Pipeline:
         own = [(tokenizer, encoder) for tokenizer, encoder in pairs if hasattr(encoder, "text_projection")]
         return TextTower(own[-1][1], own[-1][0]) if own else None
 
-    def describe_source(self, reference: ImageSource | Sequence[ImageSource]) -> list:
-        """What a recipe keeps of a reference."""
-        return describe_source(reference)
+    describe_source = staticmethod(describe_source)
 
 
 def make_model(parts: Parts | LatentParts | ClassParts | PixelParts, offload: Offload | None) -> Model:

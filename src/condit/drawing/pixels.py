@@ -12,7 +12,7 @@ from torch import Tensor
 from condit.controls.control import Act, Control, Run
 from condit.diffusion.edm import EDMPath, edm_path, heun, precondition
 from condit.diffusion.steps import Path, Step
-from condit.drawing.model import Conditions, Layout, Network, Sampler, module_dtype
+from condit.drawing.model import Conditions, Layout, Network, Sampler, check_shape, module_dtype
 from condit.drawing.settings import Settings
 from condit.weights.class_models import PixelParts
 
@@ -32,16 +32,16 @@ class PixelModel:
     def to(self, device: str | torch.device) -> None:
         self.backbone.to(device)
 
-    def settings(self, asked: Settings, prompt: object) -> Settings:
-        """18 steps up to 32 px, else 40, as published; each asks the model twice."""
-        return asked.filled(num_inference_steps=18 if max(asked.size) <= 32 else 40)
+    def settings(self, requested: Settings, prompt: object) -> Settings:
+        """18 steps up to 32 px, else 40, as published; each has two predictions."""
+        return requested.filled(num_inference_steps=18 if max(requested.size) <= 32 else 40)
 
     def describe(self, prompt: object, negative: object, settings: Settings) -> dict[str, object]:
         return {"num_inference_steps": settings.steps, "height": settings.height, "width": settings.width}
 
     def count(self, prompt: object) -> int:
         if prompt is not None:
-            raise ValueError(f"{self.parts.name} is unconditional, it knows no class {prompt!r}. Leave the label out.")
+            raise ValueError(f"{self.parts.name} is unconditional and has no class {prompt!r}. Leave the label out.")
         return 1
 
     def conditions(self, prompt: object, negative: object, settings: Settings) -> Conditions[None]:
@@ -74,10 +74,7 @@ class PixelModel:
         return cells
 
     def check_latents(self, latents: Tensor, layout: Layout) -> Tensor:
-        expected = (layout.batch, *self.cells_shape(layout.size))
-        if tuple(latents.shape) != expected:
-            raise ValueError(f"latents must be noise of shape {expected}; found {tuple(latents.shape)}.")
-        return latents
+        return check_shape(latents, (layout.batch, *self.cells_shape(layout.size)))
 
     def first(self, noise: Tensor, path: EDMPath) -> Tensor:
         return noise * path.sigmas[0]
@@ -102,7 +99,7 @@ class PixelModel:
         return False
 
     def network(
-        self, conditions: Sequence[None], layout: Layout, settings: Settings, beside: Tensor | None = None
+        self, conditions: Sequence[None], layout: Layout, settings: Settings, extra: Tensor | None = None
     ) -> Network:
         dtype = module_dtype(self.backbone)
         denoise = precondition(lambda x, c: self.backbone(x.to(dtype), c), self.parts.edm)

@@ -1,4 +1,4 @@
-"""Pictures that a call is given: read at a size, annotated, told apart by their content."""
+"""References of a call: read at a size, annotated, and identified by their content."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from condit.controls.control import Control, Fill
+from condit.controls.ip_input import References
 from condit.data import annotators
 from condit.data.depth import depth
 from condit.data.images import ImageSource, load_image, to_tensor
@@ -27,40 +28,40 @@ ANNOTATORS |= {f"blur-{radius}": partial(annotators.blur, sigma=float(radius)) f
 
 
 def find_fill(controls: Sequence[Control], grid: tuple[int, int]) -> Fill | None:
-    """What is given of the picture, if a control says so."""
-    found = [fill for fill in (control.fill() for control in controls) if fill is not None]
-    if len(found) > 1:
-        raise ValueError(f"{len(found)} controls give a part of the picture; at most one can.")
-    if found and tuple(found[0].drawn.shape) != grid:
-        rows, columns = found[0].drawn.shape
+    """The known part of the image, if a control has one. Raises ValueError for more than one, or for another size."""
+    fills = [fill for fill in (control.fill() for control in controls) if fill is not None]
+    if len(fills) > 1:
+        raise ValueError(f"{len(fills)} controls fill a part of the image; at most one can.")
+    if fills and tuple(fills[0].generated.shape) != grid:
+        rows, columns = fills[0].generated.shape
         raise ValueError(
-            f"The picture to fill has {rows} x {columns} cells, this call draws {grid[0]} x {grid[1]}. Give the "
-            "control the same size as the call."
+            f"The image to fill has {rows} x {columns} cells, this call generates {grid[0]} x {grid[1]}. Use the "
+            "same size for the control and the call."
         )
-    return found[0] if found else None
+    return fills[0] if fills else None
 
 
 def read_references(
     reference: ImageSource | Sequence[ImageSource], annotator: str | None, size: tuple[int, int], pixels: int
 ) -> Tensor:
-    """References as (n, 3, H, W) in [-1, 1] at `size` (height, width), annotated if asked for. ValueError for sides
-    that are no multiples of `pixels`, a token's."""
+    """References as (n, 3, H, W) in [-1, 1] at `size` (height, width), annotated by `annotator`. Raises ValueError
+    for sides that are not multiples of `pixels`, a token's side."""
     if any(side % pixels or not 0 < side <= MAX_SIDE for side in size):
         raise ValueError(f"size must be multiples of {pixels} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
-    sources: list[Any] = list(reference) if isinstance(reference, list | tuple) else [reference]
-    found = []
+    sources = reference if isinstance(reference, list | tuple) else [reference]
+    images = []
     for source in sources:
-        image: Image.Image = load_image(source, mode="RGBA" if annotator in ("edges", "lines") else "RGB")
+        image = load_image(cast("ImageSource", source), mode="RGBA" if annotator in ("edges", "lines") else "RGB")
         if annotator is not None:
             image = ANNOTATORS[annotator](image.resize((size[1], size[0]), Image.Resampling.LANCZOS))
-        found.append(to_tensor(image, size))
-    return torch.stack(found)
+        images.append(to_tensor(image, size))
+    return torch.stack(images)
 
 
-def describe_source(reference: Any) -> list:
-    """Of each reference its path, if it has one, and a short hash of its content."""
+def describe_source(reference: References) -> list:
+    """For each reference its path, if any, and a short hash of its content."""
     if isinstance(reference, list | tuple):
         return [entry for item in reference for entry in describe_source(item)]
-    content = load_image(reference).tobytes()
+    content = load_image(cast("ImageSource", reference)).tobytes()
     entry = {"sha256": hashlib.sha256(content).hexdigest()[:16]}
     return [{"path": str(reference), **entry} if isinstance(reference, str | Path) else entry]

@@ -1,4 +1,4 @@
-"""Image to image and inpainting: what a run starts from, and what stays as it was."""
+"""Image to image and inpainting: the start of a run, and what it keeps of the image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Images = ImageSource | Sequence[ImageSource]
 
 
 class Reader(Protocol):
-    """What is needed of a pipeline."""
+    """The pipeline of a run."""
 
     @property
     def model(self) -> Model: ...
@@ -36,17 +36,17 @@ class Reader(Protocol):
 @dataclass(frozen=True)
 class Start:
     """What a run starts from: latents x at the first level; with an image to repaint, its latents `kept` where `mask`
-    is 0, and the `noise` that is added to them; `beside`: channels that an inpainting model reads with the latents."""
+    is 0, and the `noise` that is added to them; `extra`: channels that an inpainting model reads with the latents."""
 
     x: Tensor
     noise: Tensor
     kept: Tensor | None = None
     mask: Tensor | None = None
-    beside: Tensor | None = None
+    extra: Tensor | None = None
 
 
 def check_picture(name: str, model: Model, image: Images | None, mask: Images | None, strength: float | None) -> None:
-    """ValueError where image, mask and strength do not go together, or the model does not support them."""
+    """Raises ValueError where image, mask and strength do not fit together or to the model."""
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength must be in (0, 1]; found {strength}.")
     if image is not None and "strength" not in model.supports:
@@ -60,14 +60,14 @@ def check_picture(name: str, model: Model, image: Images | None, mask: Images | 
 
 
 def share_changed(settings: Settings, mask: Images | None) -> float:
-    """How much of an image changes."""
+    """The strength of image to image, with its defaults."""
     if settings.strength is not None:
         return settings.strength
     return 0.8 if mask is None else 1.0
 
 
 def skipped(steps: int, strength: float) -> int:
-    """How many steps image to image leaves out."""
+    """The number of steps that image to image leaves out."""
     kept = min(int(steps * strength), steps)
     if kept < 1:
         raise ValueError(f"strength {strength} of {steps} steps leaves none. Raise one of them.")
@@ -84,35 +84,35 @@ def start_of(
     generators: Sequence[torch.Generator],
     latents: Tensor | None,
 ) -> Start:
-    """The first latents. Each generator gives, in this order: the image's posterior, the noise, the posterior of what
-    is around the mask."""
+    """The first latents. Each generator is used for, in order: the image's posterior, the noise, the posterior of the
+    image around the mask."""
     model, batch, size, shape = pipe.model, layout.batch, layout.size, pipe.model.cells_shape(layout.size)
-    picture = mask = kept = small = beside = None
+    pixels = mask = kept = small = extra = None
     if image is not None:
-        picture = match_batch(pipe.read_images(image, None, size), batch, "image")
+        pixels = match_batch(pipe.read_images(image, None, size), batch, "image")
     if mask_image is not None:
         white = (pipe.read_images(mask_image, None, size)[:, :1] + 1) / 2
         mask = match_batch((white >= 0.5).float(), batch, "mask_image")
         small = torch.nn.functional.interpolate(mask, size=shape[1:])
-    if picture is not None and not (model.repaints and strength == 1):
-        kept = model.encode(picture, generators)
+    if pixels is not None and not (model.repaints and strength == 1):
+        kept = model.encode(pixels, generators)
     if latents is None:
         noise = model.arrange(draw(shape, generators), layout).to(pipe.device)
     else:
         noise = model.check_latents(latents, layout).float().to(pipe.device)
-    if model.repaints and picture is not None and mask is not None and small is not None:
-        beside = torch.cat([small, model.encode(picture * (1 - mask), generators)], 1)
+    if model.repaints and pixels is not None and mask is not None and small is not None:
+        extra = torch.cat([small, model.encode(pixels * (1 - mask), generators)], 1)
     # An image to repaint at full strength is generated from noise alone, as diffusers does.
     if kept is None or (mask is not None and strength == 1):
         x = model.first(noise, path)
     else:
         x = pipe.text_model.noised(kept, noise, path, 0)
     arranged = None if small is None else model.arrange(small.expand(-1, shape[0], -1, -1), layout)
-    return Start(x, noise, None if model.repaints else kept, arranged, beside)
+    return Start(x, noise, None if model.repaints else kept, arranged, extra)
 
 
 def repainted(pipe: Reader, x: Tensor, start: Start, path: Path, i: int) -> Tensor:
-    """x after step i, with the image itself, in the noise of the next step, where nothing is to be painted."""
+    """x after step i, with the image at the noise level of the next step where the mask is 0."""
     if start.kept is None or start.mask is None:
         return x
     around = start.kept if i == len(path) - 1 else pipe.text_model.noised(start.kept, start.noise, path, i + 1)

@@ -1,11 +1,11 @@
-"""What a call is asked for: its optional arguments as one value, and the checks at the door."""
+"""The optional arguments of a call as one value, and their checks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -40,10 +40,10 @@ class Settings:
     target_size: tuple[int, int] | None = None
     copies: int = 1
 
-    def filled(self, **defaults: object) -> Settings:
-        """With defaults where nothing was given."""
+    def filled(self, **defaults: Any) -> Settings:
+        """With defaults for what is None."""
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return replace(self, **missing)  # type: ignore[arg-type]
+        return replace(self, **missing)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -57,7 +57,7 @@ class Settings:
 
     @property
     def scale(self) -> float:
-        """Of the guidance by the text or the class; 1 where nothing is guided."""
+        """Scale of the guidance by text or class; 1: no guidance."""
         return 1.0 if self.guidance_scale is None else float(self.guidance_scale)
 
 
@@ -66,7 +66,7 @@ COMMON = frozenset({"height", "width", "num_inference_steps", "copies"})
 
 
 def check_supported(name: str, settings: Settings, supported: frozenset[str]) -> None:
-    """ValueError for an argument that the model does not read."""
+    """Raises ValueError for an argument that the model does not read."""
     for field in fields(settings):
         value = getattr(settings, field.name)
         if value is not None and field.name not in COMMON | supported:
@@ -74,7 +74,7 @@ def check_supported(name: str, settings: Settings, supported: frozenset[str]) ->
 
 
 def check_size(size: tuple[int, int], side: int) -> None:
-    """ValueError unless height and width are multiples of `side`, which is what the model's smallest part covers."""
+    """Raises ValueError unless height and width are multiples of `side`, the model's smallest unit in pixels."""
     if any(pixels % side or not 0 < pixels <= MAX_SIDE for pixels in size):
         raise ValueError(f"height and width must be multiples of {side} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
 
@@ -82,7 +82,8 @@ def check_size(size: tuple[int, int], side: int) -> None:
 def check_counts(
     steps: int, copies: int, output_type: str, *, fewest: int = 1, kinds: Sequence[str] = ("pil", "pt", "latent")
 ) -> None:
-    """ValueError for a number of steps below `fewest` or above MAX_STEPS, of images, or an unknown kind of output."""
+    """Raises ValueError for a number of steps below `fewest` or above MAX_STEPS, of images, or an unknown kind of
+    output."""
     if not isinstance(steps, Integral) or not fewest <= steps <= MAX_STEPS:
         raise ValueError(f"num_inference_steps must be {fewest} to {MAX_STEPS}; found {steps}.")
     if not isinstance(copies, Integral) or copies < 1:
@@ -93,16 +94,18 @@ def check_counts(
 
 
 def prompt_list(prompt: object) -> list[str]:
-    """One prompt or a list of them as a list; ValueError for anything else, and for an empty list."""
+    """One prompt or a list of them as a list. Raises ValueError for anything else, and for an empty list."""
     prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
     return [str(p) for p in prompts]
 
 
-def negative_prompts(negative: str | Sequence[str] | None, n: int) -> list[str]:
+def negative_prompts(negative: object, n: int) -> list[str]:
     """n negative prompts from one, n or none."""
-    prompts = [negative or ""] * n if negative is None or isinstance(negative, str) else list(negative)
+    if negative is None or isinstance(negative, str):
+        return [negative or ""] * n
+    prompts = list(cast("Sequence[str]", negative))
     if len(prompts) != n:
         raise ValueError(f"{len(prompts)} negative prompts for {n} prompts. Give one, or as many as prompts.")
     return prompts
@@ -111,7 +114,7 @@ def negative_prompts(negative: str | Sequence[str] | None, n: int) -> list[str]:
 def image_generators(
     batch: int, seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> tuple[list[int | None], list[torch.Generator]]:
-    """A generator an image, and the seeds: image i has seed + i (None: a random start), or one that was given."""
+    """Seeds and generators, one for each image: image i has seed + i (seed None: a random one)."""
     if generator is not None and seed is not None:
         raise ValueError("Give seed or generator, not both.")
     if generator is not None:
@@ -119,5 +122,5 @@ def image_generators(
         if len(generators) != batch:
             raise ValueError(f"{len(generators)} generators for {batch} images.")
         return [None] * batch, generators
-    first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would reseed everybody
+    first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would change the global seed
     return [first + i for i in range(batch)], [torch.Generator().manual_seed(first + i) for i in range(batch)]

@@ -23,7 +23,9 @@ from condit.drawing.model import (
     Layout,
     Network,
     Sampler,
+    check_shape,
     common_sides,
+    latent_cell,
     module_device,
     module_dtype,
     rows_for,
@@ -39,7 +41,7 @@ SAMPLERS = get_args(SamplerName)
 
 
 class VPModel:
-    """See `condit.drawing.model.Model`. What is a network's own stands in its `LatentParts`."""
+    """See `condit.drawing.model.Model`. The differences between networks are in `LatentParts`."""
 
     reads: Literal["prompt", "class", "nothing"] = "prompt"
     supports = frozenset(
@@ -72,16 +74,16 @@ class VPModel:
 
     # Values of a call
 
-    def settings(self, asked: Settings, prompt: object) -> Settings:
-        settings = asked.filled(
-            num_inference_steps=step_count(asked.num_inference_steps, asked.timesteps, self.parts.steps),
+    def settings(self, requested: Settings, prompt: object) -> Settings:
+        settings = requested.filled(
+            num_inference_steps=step_count(requested.num_inference_steps, requested.timesteps, self.parts.steps),
             guidance_scale=self.parts.guidance,
             guidance_rescale=0.0,
             guidance_in_one_call=True,
             eta=0.0,
-            original_size=asked.size,
+            original_size=requested.size,
             crops_coords_top_left=(0, 0),
-            target_size=asked.size,
+            target_size=requested.size,
         )
         self.solver(settings)
         return settings
@@ -99,7 +101,7 @@ class VPModel:
             raise ValueError(f"sampler must be one of {SAMPLERS}; found {sampler!r}.")
         if settings.eta is None or not 0 <= settings.eta <= 1 or (settings.eta and solver != "ddim"):
             raise ValueError(f"eta is the noise of sampler='ddim', 0 to 1; found {settings.eta} with {solver!r}.")
-        return solver, process  # type: ignore[return-value]
+        return cast("Solver", solver), process
 
     def describe(self, prompt: object, negative: object, settings: Settings) -> dict[str, object]:
         solver, process = self.solver(settings)
@@ -134,7 +136,7 @@ class VPModel:
             if positive:
                 text = self.encode_text(prompt, settings.clip_skip)
             else:
-                # As diffusers, whose clip_skip leaves the negative prompt alone.
+                # As in diffusers, where clip_skip does not apply to the negative prompt.
                 text = self.encode_text("" if negative is None else negative, None)
             return rows_for(text, count, settings.copies)
 
@@ -163,8 +165,7 @@ class VPModel:
     @property
     def cell(self) -> int:
         """Pixels of a latent cell's side."""
-        config = self.parts.vae.config
-        return config.patch if hasattr(config, "patch") else 2 ** (len(config.block_out_channels) - 1)
+        return latent_cell(self.parts.vae)
 
     @property
     def patch(self) -> int:
@@ -202,10 +203,7 @@ class VPModel:
         return cells
 
     def check_latents(self, latents: Tensor, layout: Layout) -> Tensor:
-        expected = (layout.batch, *self.cells_shape(layout.size))
-        if tuple(latents.shape) != expected:
-            raise ValueError(f"latents must be noise of shape {expected}; found {tuple(latents.shape)}.")
-        return latents
+        return check_shape(latents, (layout.batch, *self.cells_shape(layout.size)))
 
     def spread(self, mask: Tensor, layout: Layout) -> Tensor:
         grid = mask.unflatten(-1, layout.grid)[:, None]
@@ -257,14 +255,14 @@ class VPModel:
 
     def run(self, condition: Text, layout: Layout, settings: Settings, controls: Sequence[Control]) -> Run:
         pooled, channels = condition.pooled, self.channels
-        given = {"memory": layout.memory, "edit": layout.edit}
-        return Run(self.backbone, layout.batch, layout.grid, pooled, None, channels, **given)  # type: ignore[arg-type]
+        batch, grid, memory, pair = layout.batch, layout.grid, layout.memory, layout.edit
+        return Run(self.backbone, batch, grid, pooled, None, channels, memory=memory, edit=pair)
 
     def joins(self, settings: Settings, acts: frozenset[Act]) -> bool:
         return bool(settings.guidance_in_one_call) and not acts & {"merge", "adapt"}
 
     def network(
-        self, conditions: Sequence[Text], layout: Layout, settings: Settings, beside: Tensor | None = None
+        self, conditions: Sequence[Text], layout: Layout, settings: Settings, extra: Tensor | None = None
     ) -> Network:
         size = layout.size
         original, target = settings.original_size or size, settings.target_size or size
@@ -272,8 +270,8 @@ class VPModel:
         network, dtype = self.parts.tell(self.backbone, join_texts(conditions), frame), module_dtype(self.backbone)
 
         def output(x: Tensor, step: Step, controls: Sequence[Control]) -> Tensor:
-            if beside is not None:
-                x = torch.cat([x, beside.repeat(len(x) // len(beside), 1, 1, 1)], 1)
+            if extra is not None:
+                x = torch.cat([x, extra.repeat(len(x) // len(extra), 1, 1, 1)], 1)
             times = torch.full((len(x),), step.time, device=x.device)
             return network(x.to(dtype), times, sum_loras(control.lora() for control in controls), controls).float()
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT
 from condit.controls.control import Run
 from condit.controls.omini import OminiControl, condition_stream
-from condit.controls.omini_picture import sample_drawn_cells
+from condit.controls.omini_images import sample_generated_cells
 from condit.controls.omini_tasks import condition_ids
 from condit.data.images import to_images, to_tensor
 from condit.data.line_score import edge_f1
@@ -205,7 +205,7 @@ class OminiTask(Task):
         return self.read(chosen, torch.Generator().manual_seed(rng.getrandbits(62)))
 
     def read(self, indices: Sequence[int], generator: torch.Generator) -> Pictures | Rows:
-        drawn = torch.stack([sample_drawn_cells(self.grid, generator) for _ in indices]) if self.integrate else None
+        drawn = torch.stack([sample_generated_cells(self.grid, generator) for _ in indices]) if self.integrate else None
         if self.cache is not None:
             return replace(data.load_rows([self.row_file(i) for i in indices]), drawn=drawn)
         return replace(self.pictures(indices), drawn=drawn)

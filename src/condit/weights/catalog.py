@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
@@ -19,7 +19,9 @@ from condit.weights.lora_files import peft_settings, published
 
 if TYPE_CHECKING:
     from condit.controls.control import Where
-    from condit.controls.ip_adapter import IPParts
+    from condit.controls.host import Host
+    from condit.controls.ip_projectors import IPParts
+    from condit.encoders.image import CLIPImage
 
 Kind = Literal["model", "ip-adapter", "omini", "deadiff"]
 TINY = Path(__file__).parent.parent / "assets" / "tiny"
@@ -99,7 +101,9 @@ class AdapterFile:
         the module takes the tensors themselves."""
         load_strict(module, self.tensors if tensors is None else tensors, source=self.name, assign=assign)
 
-    def ip_parts(self, source: object, pipe: Any, image_encoder: Any, where: Where, head_dim: int) -> IPParts:
+    def ip_parts(
+        self, source: object, pipe: Host, image_encoder: CLIPImage | str | Path | None, where: Where, head_dim: int
+    ) -> IPParts:
         """Those of an IP-Adapter, fitted to a pipeline's model; for the arguments see `IPAdapter.load`."""
         from condit.weights.ip_load import ip_parts  # not for `condit models`
 

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from condit.controls.control import Where
-from condit.controls.ip_adapter import IPParts
+from condit.controls.host import Host
 from condit.controls.ip_input import IPConfig
-from condit.controls.ip_projectors import ImageBranch, Layer, SD3Adapter, TimeResampler, layers_of
+from condit.controls.ip_projectors import IPParts, Layer, TimeResampler, layers_of
 from condit.encoders.image import CLIPImage, encoder_size
-from condit.weights.ip_files import IPFile, face_lora, fit_layers, form_of, read_layout
+from condit.weights.ip_files import face_lora, fit_layers, form_of, read_layout
 from condit.weights.ip_projectors import Needs, needs_of, projector_of
 
 
@@ -21,7 +21,7 @@ def ip_parts(
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
     source: object,
-    pipe: Any,
+    pipe: Host,
     image_encoder: CLIPImage | str | Path | None,
     where: Where,
     head_dim: int,
@@ -35,7 +35,7 @@ def ip_parts(
     return own_parts(tensors, config, source, pipe)
 
 
-def own_parts(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: object, pipe: Any) -> IPParts:
+def own_parts(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source: object, pipe: Host) -> IPParts:
     """Our adapters for an MM-DiT (docs/tiny.md)."""
     if "ip_adapter.1.to_k_ip.weight" in tensors and "ip_adapter.0.to_k_ip.weight" not in tensors:
         raise ValueError(
@@ -73,7 +73,12 @@ def own_parts(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], source
 
 
 def published_parts(
-    tensors: Mapping[str, Tensor], source: object, pipe: Any, image_encoder: Any, where: Where, head_dim: int
+    tensors: Mapping[str, Tensor],
+    source: object,
+    pipe: Host,
+    image_encoder: CLIPImage | str | Path | None,
+    where: Where,
+    head_dim: int,
 ) -> IPParts:
     """A published file for a UNet or FLUX."""
     layout, backbone = read_layout(tensors, source), pipe.backbone
@@ -102,7 +107,7 @@ def published_parts(
     return IPParts(config, present, named, projector, absent, encoder, lora, attentions)
 
 
-def find_encoder(pipe: Any, given: Any, source: object, needs: Needs) -> CLIPImage | None:
+def find_encoder(pipe: Host, given: CLIPImage | str | Path | None, source: object, needs: Needs) -> CLIPImage | None:
     """The image encoder: given, the pipeline's, or beside the file. Its size is checked before its weights are read."""
     if isinstance(given, CLIPImage):
         needs.refuse(given.size, source, "the image encoder given")
@@ -119,16 +124,3 @@ def find_encoder(pipe: Any, given: Any, source: object, needs: Needs) -> CLIPIma
         return needs.refuse(None, source, pipe.name)
     needs.refuse(encoder_size(folder), source, folder)
     return pipe.image_encoder(folder)
-
-
-def sd3_adapter(file: IPFile, head_dim: int, projector_head_dim: int = 64) -> SD3Adapter:
-    """From `read_layout`, InstantX's spelling or diffusers'. head_dim: of the backbone's heads."""
-    projector = projector_of(file.projector, projector_head_dim)
-    if not isinstance(projector, TimeResampler):
-        raise ValueError(f"SD 3.5's adapters have a time-conditioned projector; found {type(projector).__name__}.")
-    branches = {}
-    for number, parts in file.layers.items():
-        (width, dim), clock = parts["to_k_ip.weight"].shape, parts["norm_ip.linear.weight"].shape[1]
-        branches[number] = ImageBranch(dim, width // head_dim, width, clock)
-        branches[number].load_state_dict(parts, strict=True)
-    return SD3Adapter(projector, branches)

@@ -5,6 +5,7 @@ projection) and by LAVIS (Q-Former, image tower). Differences are relative to th
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def controls_of(folder: Path, mode: str, strength: float = 1.0) -> list[Control]
     tokens: dict[Name, Tensor] = {name: io[name] for name in sets or ("style",)}
     text = io["text_content"] if mode == "split_text" else None
     strengths: dict[Name, float] = {"style": strength, "content": strength}
-    control = adapter_of(folder).reference(tokens, strength=strengths, content_text=text)
+    control = replace(adapter_of(folder).reference(tokens, strength=strengths), content_text=text)
     control = control if sets else control.negative()
     run = Run(unet_of(folder), len(io["x"]), (io["x"].shape[2], io["x"].shape[3]), io["x"], None, 4)  # type: ignore[arg-type]
     acting = control.prepare(run).at(Step(0, 1, 1.0))

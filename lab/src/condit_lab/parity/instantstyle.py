@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import torch
 from PIL import Image
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from condit.controls.control import Control, Run, Step, Where
+from condit.controls.host import Host
 from condit.controls.instantstyle import EASES, STAGES, InstantStyle, block_weights, modules_of
 from condit.controls.instantstyle import preset as blocks_of
 from condit.controls.ip_adapter import IPAdapter, IPConfig
@@ -30,7 +33,9 @@ SETS = {"all": "all", "style": "style", "layout": "layout", "style_layout": "sty
 @cache
 def style_of(folder: Path, tag: str, variant: str, preset: str = "all") -> InstantStyle:
     pipe = golden_pipe(folder, tag)
-    return InstantStyle.load(pipe.file(f"{variant}_adapter.safetensors"), pipe, preset=preset, head_dim=pipe.head_dim)
+    return InstantStyle.load(
+        pipe.file(f"{variant}_adapter.safetensors"), cast("Host", pipe), preset=preset, head_dim=pipe.head_dim
+    )
 
 
 def parts_of(name: str) -> tuple[str, str]:
@@ -178,7 +183,8 @@ class Comfy:
     def branch(self, n: int, place: int, **how) -> Tensor:
         """What the image branch adds at a place, for the unconditional and the conditional row."""
         t = self.tensors
-        control = self.adapter(n).reference(t["cond_tokens"], empty=t["uncond_tokens"], **how)
+        later = {name: how.pop(name) for name in ("mask", "mask_mode", "scaling") if name in how}
+        control = replace(self.adapter(n).reference(t["cond_tokens"], empty=t["uncond_tokens"], **how), **later)
         rows, network = [], SimpleNamespace(sites=self.sites(n))
         for row, side in enumerate((control.negative(), control)):
             run = Run(network, 1, GRID, torch.zeros(1, 0), None, 4)  # type: ignore[arg-type]

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import torch
 from PIL import Image
@@ -19,22 +20,23 @@ from torch import Tensor
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.backbones.unet import UNetContext
 from condit.controls.control import Control, Run, Step, region_levels
+from condit.controls.host import Host
 from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
-from condit.controls.ip_projectors import ImageProjection, SD3Adapter
+from condit.controls.ip_projectors import ImageProjection
 from condit.nn.attention import split_heads
 from condit.nn.streams import Stream
 from condit.verify.check import Check, Differences, compare, difference, part
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.ip_files import read_layout
-from condit.weights.ip_load import sd3_adapter
 from condit.weights.ip_projectors import projector_of
+from condit_lab.parity.sd3 import SD3Adapter, sd3_adapter
 from condit_lab.parity.unets import CALL, TOKENS, TRAJECTORY, GoldenPipe, golden_pipe, unet_of
 
 
 @cache
 def adapter_of(folder: Path, tag: str, variant: str, ending: str = "safetensors") -> IPAdapter:
     pipe = golden_pipe(folder, tag)
-    return IPAdapter.load(pipe.file(f"{variant}_adapter.{ending}"), pipe, head_dim=pipe.head_dim)
+    return IPAdapter.load(pipe.file(f"{variant}_adapter.{ending}"), cast("Host", pipe), head_dim=pipe.head_dim)
 
 
 def features(pipe: GoldenPipe, variant: str) -> tuple[Tensor, Tensor]:
@@ -153,7 +155,7 @@ def compare_regions(folder: Path, name: str) -> Differences:
     pipe = golden_pipe(folder, name.removesuffix("_regional_diffusers"))
     t = pipe.tensors("regional_diffusers")
     scales = json.loads(pipe.file("regional_diffusers_config.json").read_text())["scales"]
-    a, b = (IPAdapter.load(pipe.file("global_adapter.safetensors"), pipe) for _ in range(2))
+    a, b = (IPAdapter.load(pipe.file("global_adapter.safetensors"), cast("Host", pipe)) for _ in range(2))
     b.load_state_dict(part(t, "adapter_b/"))
     first, second = t["image_embeds_a"], t["image_embeds_b"]
     of_a, of_b = scales["two_adapters_masked"]
@@ -184,9 +186,8 @@ def compare_masks(folder: Path, name: str) -> Differences:
 @torch.no_grad()
 def masked(adapter: IPAdapter, embeds: Tensor, masks: Tensor, scales: list[float]) -> list[Control]:
     """A control for each image, in its region; bicubic as in diffusers."""
-    return [
-        adapter.reference(embeds[:, i], scale, mask=masks[:, i], mask_mode="bicubic") for i, scale in enumerate(scales)
-    ]
+    references = [adapter.reference(embeds[:, i], scale) for i, scale in enumerate(scales)]
+    return [replace(r, mask=masks[:, i], mask_mode="bicubic") for i, r in enumerate(references)]
 
 
 # Projectors and training
@@ -286,7 +287,7 @@ def flux_adapter(model: MMDiT, tensors: dict[str, Tensor], width: int) -> IPAdap
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "adapter.safetensors"
         save_file(tensors, file)
-        return IPAdapter.load(file, FluxPipe(model, Embedder(width)))
+        return IPAdapter.load(file, cast("Host", FluxPipe(model, Embedder(width))))
 
 
 def transformer_of(folder: Path, name: str) -> dict:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Fill, Run, When
 from condit.controls.omini import OminiConfig, OminiControl, OminiReference
+from condit.controls.omini_images import from_official_mask
 from condit.controls.omini_official import official_guidance
-from condit.controls.omini_picture import from_official_mask
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import Text
 from condit.nn.lora import LoRA
@@ -151,11 +151,11 @@ class Golden:
         *,
         independent: bool = False,
         black: Tensor | None = None,
-        given: Fill | None = None,
+        whole: Fill | None = None,
     ) -> OminiReference:
         control = OminiControl(self.loras[adapter], OminiConfig(independent=independent))
         black = tokens if black is None else black
-        return OminiReference(tokens, black, ids, control, 1.0, When(), given=given)
+        return OminiReference(tokens, black, ids, control, 1.0, When(), whole=whole)
 
     def references(self, *, independent: bool) -> list[OminiReference]:
         """Those of the file of caches."""
@@ -192,7 +192,7 @@ class Golden:
         known = ~mask.flatten()
         ids, given = self.forward["img_ids"][known], Fill(tokens, mask)
         return replace(
-            self.encoded(case, 0, "canny", ids, independent=independent, given=given), tokens=tokens[:, known]
+            self.encoded(case, 0, "canny", ids, independent=independent, whole=given), tokens=tokens[:, known]
         )
 
     def cases(self) -> dict[str, list[Control]]:

@@ -1,0 +1,83 @@
+"""What an adapter needs of the pipeline that it is loaded for: `drawing.Pipeline`, or a `Guest` on diffusers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from condit.controls.ip_input import References
+from condit.controls.ip_projectors import IPParts
+from condit.data.images import ImageSource
+from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyWords
+from condit.encoders.text import Text
+
+
+class AdapterFile(Protocol):
+    """An adapter's file: its tensors, its configuration, its name and the hash of its content."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
+    @property
+    def config(self) -> dict: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def hash(self) -> str: ...
+
+    # All tensors of the file, or these, into all of a module. Raises ValueError where they differ.
+    def load_into(
+        self, module: nn.Module, tensors: Mapping[str, Tensor] | None = None, *, assign: bool = False
+    ) -> None: ...
+
+    # The file as parts of an IP-Adapter, fitted to the pipeline's network.
+    def ip_parts(
+        self, source: str | Path, pipe: Host, image_encoder: CLIPImage | str | Path | None, where: Any, head_dim: int
+    ) -> IPParts: ...
+
+
+class Host(Protocol):
+    """A pipeline as adapters see it."""
+
+    @property
+    def name(self) -> str: ...
+    # Height and width in pixels at which references are read by default.
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    # Pixels of a token's side.
+    @property
+    def pixels(self) -> int: ...
+
+    # The network, an nn.Module with `sites` and `config`; its type is that of the family.
+    @property
+    def backbone(self) -> Any: ...
+
+    # The image encoder of a model that has its own.
+    @property
+    def image(self) -> CLIPImage | TinyImage | None: ...
+
+    # An adapter by name, file or folder, for the class `method`. Raises ValueError for another class's file.
+    def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile: ...
+
+    # References as (n, 3, H, W) in [-1, 1] at `size` (height, width).
+    def read_images(
+        self, reference: ImageSource | Sequence[ImageSource], annotator: str | None, size: tuple[int, int] | None = None
+    ) -> Tensor: ...
+
+    # Images (n, 3, H, W) -> packed tokens (n, N, C) and their grid (rows, columns).
+    def encode_condition(
+        self, images: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, tuple[int, int]]: ...
+
+    def encode_text(self, prompts: Sequence[str], /) -> Text: ...
+    def image_encoder(self, folder: str | Path) -> CLIPImage: ...
+    def text_tower(self, folder: str | Path | None = None) -> TextTower | TinyWords | None: ...
+    def describe_source(self, reference: References) -> list: ...
