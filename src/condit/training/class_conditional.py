@@ -29,7 +29,7 @@ from condit.diffusion.guidance import class_guidance
 from condit.diffusion.steps import by_timestep
 from condit.encoders.vae import decode_latents
 from condit.training.fields import Data, Sizes
-from condit.training.labelled import Label, height_width, id2label, open_labelled, with_sizes
+from condit.training.labelled import Label, Size, height_width, id2label, open_labelled, with_sizes
 from condit.training.latent_cache import encode
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
@@ -100,7 +100,7 @@ class ClassConditionalData(Data):
     icons: str | None = None
     folder: str | None = None
     label: Label = "style"
-    size: int | Sequence[int] = 128
+    size: Size = 128
     vae: str = "tiny"
     cache: str | None = None
     flip: bool = True

@@ -18,7 +18,7 @@ from condit.backbones.vit import PRESETS, ViT, ViTConfig
 from condit.data.images import to_images
 from condit.data.sheets import Cell, contact_sheet
 from condit.training.fields import Data, NotNegative, Probability, Sizes
-from condit.training.labelled import Images, Label, height_width, id2label, open_labelled, with_sizes
+from condit.training.labelled import Images, Label, Size, height_width, id2label, open_labelled, with_sizes
 from condit.training.loop import Task
 from condit.weights.files import load_strict
 from condit.weights.vit import for_finetuning, read_vit, save_vit
@@ -49,7 +49,7 @@ class ClassifyData(Data):
     icons: str | None = None
     folder: str | None = None
     label: Label = "style"
-    size: int | Sequence[int] = 128
+    size: Size = 128
     smoothing: Probability = 0.1
     shift: Probability = 0.08
     zoom: NotNegative = 0.15

@@ -15,7 +15,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 # Recorded in an export as the recipe writes it: 4 stays 4 and does not become 4.0.
 Number = int | float
-# Fields of a network's configuration; `labelled.check_sizes` compares their types with the preset's.
+# Fields of a network's configuration; `labelled.with_sizes` compares their types with the preset's.
 Sizes = Mapping[str, int | float | bool | str | list[int]]
 
 

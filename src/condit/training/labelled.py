@@ -7,9 +7,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from condit.data.files import unit
@@ -69,6 +70,9 @@ def height_width(size: int | Sequence[int]) -> tuple[int, int]:
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"size is a side or [height, width] in pixels; found {size!r}.")
     return sides[0], sides[1]
+
+
+Size = Annotated[int | Sequence[int], AfterValidator(height_width)]
 
 
 def with_sizes(config: C, sizes: Mapping[str, object]) -> C:

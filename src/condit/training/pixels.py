@@ -25,7 +25,7 @@ from condit.diffusion.edm import EDM, edm_loss, edm_path, heun, precondition, tr
 from condit.diffusion.steps import by_timestep
 from condit.training.classify import in_memory, to_float
 from condit.training.fields import Data, Number, Sizes
-from condit.training.labelled import height_width, open_labelled, with_sizes
+from condit.training.labelled import Size, height_width, open_labelled, with_sizes
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
 from condit.weights.folders import WEIGHTS
@@ -50,7 +50,7 @@ class PixelData(Data):
     sizes: Sizes = {}
     icons: str | None = None
     folder: str | None = None
-    size: int | Sequence[int] = 32
+    size: Size = 32
     flip: bool = True
     edm: Mapping[str, Number] = {}
     checkpointing: bool = False
