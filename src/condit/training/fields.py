@@ -50,5 +50,5 @@ def first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     text = f"{where}: {first['msg'].removeprefix('Value error, ')}"
-    # Validators of our own say what they found.
+    # The messages of our own validators include the value.
     return text.rstrip(".") if first["type"] == "value_error" else f"{text} (found {first.get('input')!r})"

@@ -1,6 +1,6 @@
 """The training loop over accelerate: any task, exact resume, a log line and a sheet every few minutes.
 
-All randomness of step i is drawn from (seed, i, process), so a resumed run continues as if it had never stopped.
+All randomness of step i comes from (seed, i, process), so a resumed run continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -375,7 +375,7 @@ class Loop:
 
     @contextmanager
     def bar(self) -> Iterator[Callable[[float], None]]:
-        """A progress bar on stderr, if asked for; yields tick(loss)."""
+        """A progress bar on stderr with `progress`; yields tick(loss)."""
         if not (self.progress and self.accelerator.is_main_process):
             yield lambda loss: None
             return

@@ -252,8 +252,8 @@ class OminiTask(Task):
     def empty_rows(self) -> Rows:
         if self.empty is None:
             stored = self.cache is not None
-            found = load_rows([self.row_file("empty")]) if stored else self.black()
-            self.empty = self.encode(to_device(found, self.device))
+            rows = load_rows([self.row_file("empty")]) if stored else self.black()
+            self.empty = self.encode(to_device(rows, self.device))
         return self.empty
 
     # The step

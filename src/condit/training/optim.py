@@ -45,7 +45,7 @@ def make_optimizers(
     beta2: float = 0.98,
     optimizer: Literal["adamw", "prodigy"] = "adamw",
 ) -> list[torch.optim.Optimizer]:
-    """One AdamW or Prodigy, and before it Muon (Jordan et al. 2024) on hidden matrices if `muon_lr` is given."""
+    """One AdamW or Prodigy, and before it Muon (Jordan et al. 2024) on hidden matrices with `muon_lr`."""
     matrices, embeddings, rest = parameter_groups(module)
     if optimizer == "prodigy" and (muon_lr is not None or embedding_lr is not None):
         raise ValueError("Prodigy estimates one step size for all weights; leave muon_lr and embedding_lr out.")
