@@ -25,8 +25,8 @@ from trials import Found, Question, cell, table
 
 from condit.cli.memory import keep_memory
 from condit.data.grouped import PAIR_KINDS, PairKind
-from condit.training.deadiff import DEADiffTask
-from condit.training.ip_adapter import IPAdapterTask
+from condit.training.deadiff import DEADiffData, DEADiffTask
+from condit.training.ip_adapter import IPAdapterData, IPAdapterTask
 from condit.training.loop import LoopConfig
 from condit.weights.catalog import MODELS, describe_hash
 from condit_lab.icons.world import IconWorld
@@ -139,15 +139,17 @@ class Result:
 
 
 def build(trial: Trial, given: argparse.Namespace) -> IPAdapterTask | DEADiffTask:
-    data = {"icons": given.icons, "shares": trial.shares}
+    shares = tuple(trial.shares)
+    pairs = IPAdapterData(model=given.model, icons=given.icons, shares=shares)
     layers = fine_layers(given.model) if trial.how == "deadiff, swapped" else None
     torch.manual_seed(given.seed)  # behind what may have drawn
     if trial.how.startswith("deadiff"):
-        task: IPAdapterTask | DEADiffTask = DEADiffTask(given.model, qformer=QFORMER, content_layers=layers, **data)
+        data = DEADiffData(model=given.model, icons=given.icons, shares=shares, qformer=QFORMER, content_layers=layers)
+        task: IPAdapterTask | DEADiffTask = DEADiffTask(data)
     elif trial.how == "decoupled":
-        task = IPAdapterTask(given.model, **data)
+        task = IPAdapterTask(pairs)
     else:
-        task = BesideTask(given.model, maps=trial.how == "beside, own maps", **data)
+        task = BesideTask(pairs, maps=trial.how == "beside, own maps")
     if given.readers is not None:
         start_readers(task, given.readers)
     return task

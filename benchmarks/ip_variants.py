@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from condit.nn.attention import Attend, Call
 from condit.training.deadiff import DEADiffTask
 from condit.training.denoising import errors, latents_of, load_base, run_of
 from condit.training.export import ADAPTER
-from condit.training.ip_adapter import IPAdapterTask
+from condit.training.ip_adapter import IPAdapterData, IPAdapterTask
 from condit.training.loop import to_device
 from condit.training.paired import Paired, resized
 from condit.weights.files import load_strict, read_tensors
@@ -60,8 +59,8 @@ class BesideTask(IPAdapterTask):
     """maps: whether K', V' learn. Else they stay what they start as, the text's own: then the frozen layers read the
     image tokens and the projector alone learns, which is the paper's simple adapter."""
 
-    def __init__(self, model: str, *, maps: bool, **rest: Any):
-        super().__init__(model, **rest)
+    def __init__(self, data: IPAdapterData, *, maps: bool):
+        super().__init__(data)
         self.ip.ip_adapter.requires_grad_(maps)
 
     def acting(self, features: Tensor, *, empty: Tensor | None = None) -> Control:

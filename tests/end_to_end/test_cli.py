@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 import condit
 from condit.backbones.diffit import DiffiT, DiffiTConfig
 from condit.cli import demo, main
-from condit.cli.draw import output_paths, parse_reference
-from condit.cli.request import USES, Reference, Request, Studio, differences, locate
+from condit.cli.generate import output_paths, parse_reference
+from condit.cli.request import Reference, Request, Studio, differences, locate
+from condit.cli.uses import OPTIONS, USES
 from condit.controls.omini_tasks import OminiConfig
 from condit.data.images import load_image, read_recipe, save_image
 from condit.weights import catalog
@@ -90,11 +91,11 @@ def test_version(run):
         (["generate", "  \n "], "the prompt is empty"),
         (["generate", "x" * 10_000], "the prompt has 10000 characters; at most 2000"),
         (["generate", "a", "--negative", "x" * 2001], "the negative prompt has 2001"),
-        (["generate", "a", "-n", "0"], "0 images asked for"),
-        (["generate", "a", "--steps", "0"], "0 steps asked for"),
+        (["generate", "a", "-n", "0"], "count is 0; expected 1 to 64"),
+        (["generate", "a", "--steps", "0"], "steps is 0; expected 1 to 1000"),
         (["generate", "a", "--control", "ref.png"], "ADAPTER=REF"),
-        (["generate", "a", "-o", "out.txt"], "end it in .png"),
-        (["generate", "a", "-o", "out.jpg"], "only a PNG carries its recipe"),
+        (["generate", "a", "-o", "out.txt"], "expected a name that ends in .png"),
+        (["generate", "a", "-o", "out.jpg"], "only a PNG stores its recipe"),
         (["train", "absent.toml"], "no recipe at absent.toml"),
         (["evaluate", "flux"], "No such command 'flux'"),
         (["evaluate", "classes", "runs/x"], "Missing option '--data'"),
@@ -102,9 +103,9 @@ def test_version(run):
         (["evaluate", "style", "--split", "train"], "--split is combo or style; found 'train'"),
         (["evaluate", "tiny", "--methods", "plain"], "No such option: --methods"),
         (["verify", "flux"], "deadiff, dit4edit or all; found 'flux'"),
-        (["verify", "all", "x.pt"], "a FILE holds one of vit, dit, diffit; name it instead of all"),
-        (["verify", "vit", "x.npz", "--golden", "."], "--golden and --into are for the recorded tensors"),
-        (["verify", "vit", "--heads", "4"], "--heads is for a FILE"),
+        (["verify", "all", "x.pt"], "FILE is supported for vit, dit, diffit; found all"),
+        (["verify", "vit", "x.npz", "--golden", "."], "--golden and --into apply to the recorded tensors"),
+        (["verify", "vit", "--heads", "4"], "--heads needs a FILE"),
         (["verify", "vit", "--into", "x.md"], "the table of all systems"),
         (["data", "icons"], "Missing option"),
     ],
@@ -242,11 +243,24 @@ def test_the_printed_command_is_the_request(monkeypatch, tmp_path):
     for name in ("a b.png", "e.png", "c.png"):
         save_image(Image.new("RGB", (8, 8)), name)
     drawn: list[Request] = []
-    monkeypatch.setattr("condit.cli.draw.draw_and_save", lambda request, *_, **__: drawn.append(request))
+    monkeypatch.setattr("condit.cli.generate.generate_and_save", lambda request, *_, **__: drawn.append(request))
     with pytest.raises(SystemExit) as end:
         main(shlex.split(REQUEST.command("out.png"))[1:])
     assert end.value.code == 0
     assert drawn == [REQUEST]
+
+
+def test_every_row_of_the_table_is_an_option_that_is_parsed_and_printed_alike(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    save_image(Image.new("RGB", (8, 8)), "r.png")
+    requests: list[Request] = []
+    monkeypatch.setattr("condit.cli.generate.generate_and_save", lambda request, *_, **__: requests.append(request))
+    for option, row in OPTIONS.items():
+        with pytest.raises(SystemExit) as end:
+            main(["generate", "a", f"--{option}", "r.png:0.5"])
+        assert end.value.code == 0
+        assert requests[-1].references == (Reference(row.use, "r.png", 0.5, row.ready),)
+        assert f"--{option} r.png:0.5" in requests[-1].command("a.png")
 
 
 @pytest.mark.parametrize("kind", [condit.DEADiff, condit.IPAdapter, condit.OminiControl])
@@ -259,7 +273,7 @@ def test_a_ready_edge_map_is_refused_by_an_adapter_that_takes_pictures(kind):
     studio.adapters = {"a.safetensors": adapter}
     plain, ready = Reference("a.safetensors", "p.png"), Reference("a.safetensors", "e.png", ready=True)
     for group in ([ready], [plain, ready]):
-        with pytest.raises(ValueError, match=f"{kind.__name__}, takes a picture and no ready edge map; found e.png"):
+        with pytest.raises(ValueError, match=f"{kind.__name__}, takes an image and no ready-made .*; found e.png"):
             studio.control(group)
 
 
@@ -281,7 +295,7 @@ def test_a_foreign_recipe_is_told(recipe):
 def test_references_of_a_recipe_are_found_beside_the_picture_or_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     request = Request("a", references=(Reference("style", "far/away/ref.png"),))
-    with pytest.raises(FileNotFoundError, match="far/away/ref.png of this picture is missing"):
+    with pytest.raises(FileNotFoundError, match="far/away/ref.png of this image is missing"):
         locate(request, tmp_path / "there")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "ref.png").touch()
@@ -296,8 +310,8 @@ def test_what_changed_since_a_picture_was_drawn_is_named():
     then = recipe("0.1.0", "x", "a.png", "1")
     assert differences(then, recipe("0.1.0", "x", "moved/a.png", "1")) == []
     assert differences(then, recipe("0.2.0", "z", "a.png", "2")) == [
-        "drawn with condit 0.1.0, this is 0.2.0",
-        "a reference picture is not the one it was drawn with",
+        "generated with condit 0.1.0, this is 0.2.0",
+        "a reference differs from the one it was generated with",
         "hash was x, is z",
     ]
 
@@ -317,7 +331,7 @@ def test_training_never_writes_over_a_run_without_being_asked(run, monkeypatch, 
     (tmp_path / "runs" / "x" / "step").touch()
     code, _, err = run("train", "x.toml")
     assert code == 2
-    assert "holds a run already; add --resume" in " ".join(err.split())
+    assert "already holds a run; add --resume" in " ".join(err.split())
     assert run("train", "x.toml", "--resume")[0] == 0
     assert [options for _, options in calls] == [{"out": Path("runs/x"), "resume": resume} for resume in (False, True)]
 
@@ -352,19 +366,19 @@ def test_a_generated_png_is_drawn_again_bit_for_bit(run, random_tiny, picture):
 
     code, out, err = run("replay", "a-4.png", "-o", "again.png")
     assert (code, out.split()) == (0, ["again.png"])
-    assert "the same picture" in err
+    assert "the image is identical" in err
     assert "warning" not in err
     assert load_image("again.png").tobytes() == load_image("a-4.png").tobytes()
 
     save_image(Image.new("RGB", (64, 64), "blue"), "ref.png")
     err = run("replay", "a-4.png", "-o", "again.png")[2]
-    assert "warning: a reference picture is not the one it was drawn with" in err
-    assert "another picture" in err
+    assert "warning: a reference differs from the one it was generated with" in err
+    assert "the image differs" in err
 
     picture.unlink()
     code, _, err = run("replay", "a-4.png")
     assert code == 1
-    assert "ref.png of this picture is missing" in err
+    assert "ref.png of this image is missing" in err
 
 
 def test_replay_says_that_the_weights_are_others(run, random_tiny, picture):
@@ -374,7 +388,7 @@ def test_replay_says_that_the_weights_are_others(run, random_tiny, picture):
     save_image(load_image("a.png"), "a.png", recipe=recipe)
     err = run("replay", "a.png")[2]
     assert "warning: controls.0.hash was 0123, is " in err
-    assert "the same picture" in err
+    assert "the image is identical" in err
 
 
 def test_every_control_changes_the_picture_and_none_at_strength_0(run, random_tiny, picture):
@@ -451,8 +465,8 @@ def small_demo(monkeypatch):
     """The demo's rows with one picture each, and icons made up on the spot."""
     rows = tuple(replace(row, prompts=row.prompts[:1]) for row in demo.ROWS)
     monkeypatch.setattr(demo, "ROWS", rows)
-    given = {*(given for row in rows for given in row.given), *(change.given for change in demo.CHANGES)}
-    icons = [Icon(g.style, "", g.label, g.label, g.label, "", "train", True, "MIT") for g in given]
+    references = {*(icon for row in rows for icon in row.icons), *(change.icon for change in demo.CHANGES)}
+    icons = [Icon(g.style, "", g.label, g.label, g.label, "", "train", True, "MIT") for g in references]
 
     class World(IconWorld):
         def rgba(self, index: int) -> np.ndarray:
@@ -482,8 +496,8 @@ def test_the_shipped_demo_draws_its_grid_and_its_commands_repeat_it(run):
 def test_the_references_of_the_demo_are_in_the_sample():
     world = IconWorld.open(sample_path())
     there = {(icon.style, icon.label) for icon in world.icons}
-    given = [*(given for row in demo.ROWS for given in row.given), *(change.given for change in demo.CHANGES)]
-    assert {(one.style, one.label) for one in given} <= there
+    references = [*(icon for row in demo.ROWS for icon in row.icons), *(change.icon for change in demo.CHANGES)]
+    assert {(one.style, one.label) for one in references} <= there
 
 
 def test_verify_tells_one_wrong_number_among_the_recorded_ones_and_exits_1(run, tmp_path):
@@ -529,7 +543,7 @@ def test_verify_tells_what_a_file_is_in_text_and_json(run, tmp_path):
 @needs_tiny
 def test_a_model_with_one_sampler_takes_no_other(run):
     code, _, errors = run("generate", "a red apple", "--sampler", "ddim")
-    assert code == 1 and "has one sampler" in errors
+    assert code == 1 and "has one sampler only" in errors
 
 
 @needs_tiny
@@ -543,7 +557,7 @@ def test_a_class_model_draws_a_class_by_name_and_takes_nothing_else(run, picture
     facts = read_recipe("a.png")["run"]
     assert isinstance(facts, dict) and facts["class"] == [1]
     code, _, err = run("replay", "a.png")
-    assert code == 0 and "the same picture" in err
+    assert code == 0 and "the image is identical" in err
     refused = {
         "generates classes and takes no references": ("--style", str(picture)),
         "takes no negative": ("--negative", "x"),
@@ -563,7 +577,7 @@ def test_edit_writes_the_picture_its_recipe_and_a_page(run, picture, tmp_path):
         *("edit", str(picture), "a red apple", "a green apple", "--type", "attribute", "--steps", "2"),
         *("-o", str(tmp_path / "green.png"), "--page", str(tmp_path / "page.png")),
     )
-    assert code == 0 and "round trip" in err
+    assert code == 0 and "reconstruction" in err
     assert out.split() == [str(tmp_path / "green.png"), str(tmp_path / "page.png")]
     recipe = read_recipe(tmp_path / "green.png")
     assert (recipe["source"], recipe["target"]) == (["a red apple"], ["a green apple"])
@@ -573,11 +587,11 @@ def test_edit_writes_the_picture_its_recipe_and_a_page(run, picture, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--type", "melt"), "--type is one of swap"),
+        (("--type", "melt"), "--type must be one of swap"),
         (("--reweight", "green"), "--reweight takes WORD=F"),
-        (("--type", "none", "--reweight", "green=2"), "leaves alone"),
-        (("-o", "x.gif"), "end it in .png"),
-        (("--page", "page.txt"), "--page page.txt: end it in .png"),
+        (("--type", "none", "--reweight", "green=2"), "--type none does not control"),
+        (("-o", "x.gif"), "expected a name that ends in .png"),
+        (("--page", "page.txt"), "--page page.txt: expected a name that ends in .png"),
     ],
 )
 def test_a_wrong_edit_is_told_before_anything_is_loaded(run, picture, arguments, message):

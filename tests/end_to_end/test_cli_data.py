@@ -73,4 +73,4 @@ def test_data_draw_makes_a_set_that_data_check_counts(tmp_path, capsys):
     code, _, err = run(capsys, "data", "draw", *lists, "-o", str(tmp_path / "other"))
     assert code == 1 and "per_subject must be 1 to 2, the number of styles; found 14" in err
     code, _, err = run(capsys, "data", "draw", "--subjects", "none.txt", *lists[2:], *small)
-    assert code == 2 and "no list at none.txt" in err
+    assert code == 2 and "no file none.txt" in err

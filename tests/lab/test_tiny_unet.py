@@ -12,8 +12,8 @@ from condit.backbones.unet import PRESETS, UNet
 from condit.controls.instantstyle import InstantStyle, preset
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.image import TinyImage
-from condit.training.deadiff import DEADiffTask
-from condit.training.ip_adapter import IPAdapterTask
+from condit.training.deadiff import DEADiffData, DEADiffTask
+from condit.training.ip_adapter import IPAdapterData, IPAdapterTask
 from condit.weights import catalog
 from condit.weights.catalog import MODELS
 from condit_lab.icons.world import sample_path
@@ -64,7 +64,11 @@ def test_adapters_are_trained_and_loaded_on_it_with_its_own_image_encoder(folder
     pipe, icons, picture = condit.load(folder), str(sample_path()), np.full((128, 128, 3), 90, np.uint8)
     sizes = {"layers": 1, "queries": 2, "hidden": 8}
     found = [pipe("a rocket", **HOW).images]
-    for task in (IPAdapterTask(str(folder), icons=icons), DEADiffTask(str(folder), icons=icons, qformer=sizes)):
+    tasks = (
+        IPAdapterTask(IPAdapterData(model=str(folder), icons=icons)),
+        DEADiffTask(DEADiffData(model=str(folder), icons=icons, qformer=sizes)),
+    )
+    for task in tasks:
         loss, _ = task(task.batch(random.Random(0), 2), torch.Generator().manual_seed(0))
         loss.backward()
         task.export(tmp_path / type(task).__name__, {})

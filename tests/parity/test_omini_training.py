@@ -2,7 +2,7 @@
 
 import json
 import random
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from condit.data.pairs import fingerprint
 from condit.nn.lora import LoRA
 from condit.training.loop import Loop, LoopConfig
 from condit.training.omini import OminiTask
-from condit.training.omini_data import ConditionSpec, Rows, read_specs
+from condit.training.omini_data import ConditionSpec, OminiData, Rows
 from condit.training.run import train
 from condit.weights.files import save_tensors
 
@@ -77,7 +77,9 @@ GRAY = {"role": "target", "annotator": "gray"}
 def make(flux: str, pairs: str, *conditions: dict, **how) -> OminiTask:
     torch.manual_seed(0)
     given = {"height": 16, "width": 24, "text_tokens": 8, "held_out": 2, "draw": 0, "dtype": "float32"}
-    return OminiTask(flux, pairs, list(conditions or (SUBJECT,)), **given | how)
+    return OminiTask(
+        OminiData(**{"model": flux, "pairs": pairs, "conditions": conditions or (SUBJECT,), **given, **how})
+    )
 
 
 def shake(task: OminiTask) -> OminiTask:
@@ -402,14 +404,47 @@ def test_what_cannot_be_trained_is_told_before_it_begins(flux, pairs, conditions
         make(flux, pairs, *conditions, **how)
 
 
+@pytest.mark.parametrize(
+    ("condition", "how", "field"),
+    [
+        ({}, {"held_out": -3}, "held_out"),
+        ({}, {"independent": "no"}, "independent"),
+        ({}, {"integrate": 1}, "integrate"),
+        ({}, {"text_dropout": 2}, "text_dropout"),
+        ({}, {"image_dropout": float("nan")}, "image_dropout"),
+        ({}, {"rank": 10_000_000}, "rank"),
+        ({}, {"rank": 0}, "rank"),
+        ({}, {"dtype": "float64"}, "dtype"),
+        ({}, {"height": 0}, "height"),
+        ({"delta": [0, 99_999_999]}, {}, r"conditions\.0\.delta"),
+        ({"delta": [0, float("inf")]}, {}, r"conditions\.0\.delta"),
+        ({"delta": "up"}, {}, r"conditions\.0\.delta"),
+        ({"scale": 0}, {}, r"conditions\.0\.scale"),
+        ({"adapter": "/elsewhere/x"}, {}, r"conditions\.0\.adapter"),
+        ({"adapter": ".."}, {}, r"conditions\.0\.adapter"),
+    ],
+    ids=str,
+)
+def test_a_field_out_of_range_is_named_before_anything_is_loaded(condition, how, field):
+    with pytest.raises(ValueError, match=f"(?m)^{field}"):
+        make("nowhere", "nothing", {"role": "subject", **condition}, **how)
+
+
+def test_numbers_of_a_condition_stay_as_the_recipe_writes_them():
+    spec = ConditionSpec(role="subject", delta=(0, -6), scale=2)
+    assert json.dumps(spec.model_dump()) == (
+        '{"role": "subject", "annotator": null, "delta": [0, -6], "scale": 2, "size": null, "adapter": "omini"}'
+    )
+
+
 def test_no_conditions_another_model_and_an_unknown_field_are_told(flux, pairs, tmp_path):
     with pytest.raises(ValueError, match=r"\[\[data.conditions\]\]"):
-        OminiTask(flux, pairs, [])
+        OminiData(model=flux, pairs=pairs, conditions=())
     with pytest.raises(ValueError, match="trains on FLUX.1; tiny is another model"):
         make("tiny", pairs)
-    with pytest.raises(TypeError, match="colour"):
-        read_specs([{"role": "subject", "colour": 1}])
+    with pytest.raises(ValueError, match=r"conditions\.0\.colour"):
+        make(flux, pairs, {"role": "subject", "colour": 1})
     recipe = write_recipe(tmp_path / "r.toml", flux, pairs, data='colour = "red"')
     with pytest.raises(ValueError, match="does not fit task 'omini'.*colour"):
         train(recipe, out=tmp_path / "run")
-    assert replace(ConditionSpec("a"), size=(8, 8)).config(independent=True, rank=2, alpha=None).independent
+    assert ConditionSpec(role="a", size=(8, 8)).config(independent=True, rank=2, alpha=None).independent

@@ -199,7 +199,7 @@ def test_generate_draws_from_a_folder_and_its_picture_is_drawn_again(make_sd, tm
     recipe = load_recipe("fox.png")
     assert recipe["request"]["sampler"] == "dpm++" and recipe["run"]["strength"] == 0.7
     code, _, errors = command(capsys, "replay", "fox.png")
-    assert code == 0 and "the same picture" in errors
+    assert code == 0 and "the image is identical" in errors
     how = {"num_inference_steps": 3, "sampler": "dpm++", "seed": 2, "height": 24}
     direct = condit.load(tmp_path / "sd")("a red fox", image="start.png", mask_image="mask.png", strength=0.7, **how)
     assert direct.images[0].tobytes() == Image.open("fox.png").tobytes()

@@ -15,7 +15,7 @@ from torch import Tensor
 from condit.controls.deadiff import DEADiff
 from condit.diffusion.vp import Process
 from condit.training import deadiff
-from condit.training.deadiff import DEADiffTask
+from condit.training.deadiff import DEADiffData, DEADiffTask
 from condit.training.loop import Loop, LoopConfig
 from condit.training.paired import Paired
 from condit.training.run import tasks
@@ -47,7 +47,7 @@ def make_task(monkeypatch, folder, make_latent, make_tower):
         monkeypatch.setattr(deadiff, "load_base", lambda *_: parts)
         monkeypatch.setattr(deadiff, "image_tower", lambda *_: make_tower())
         torch.manual_seed(0)
-        return DEADiffTask("base", **{"pairs": str(folder), "qformer": QFORMER, **how})
+        return DEADiffTask(DEADiffData(**{"model": "base", "pairs": str(folder), "qformer": QFORMER, **how}))
 
     return make
 
@@ -227,7 +227,7 @@ def test_the_q_formers_may_start_from_blip_diffusions_release(make_task, tmp_pat
 
 def test_figures_and_sheet_of_held_out_pairs(make_task, folder):
     task = make_task(held_out=str(folder)).eval()
-    task.looked, task.steps = (4, 2), 2
+    task.examples_count, task.steps = (4, 2), 2
     figures = task.validate()
     assert {name.split("_")[0] for name in figures} == {"style", "content", "reconstruction"}
     assert all(np.isfinite(value) for value in figures.values())
@@ -246,9 +246,14 @@ def test_the_icon_world_is_a_source(make_task):
     [
         ({"shares": [1, 1]}, "shares must be three numbers"),
         ({"shares": [0, 0, 0]}, "not all 0"),
-        ({"drop": [0.1, 0.1, 2]}, "three probabilities"),
-        ({"pairs": None}, "Give icons or pairs"),
-        ({"icons": "icons"}, "Give icons or pairs"),
+        ({"drop": [0.1, 0.1, 2]}, r"drop\.2\n.*less than or equal to 1"),
+        ({"drop": [float("nan"), 0, 0]}, r"drop\.0\n.*finite number"),
+        ({"caption_drop": -0.1}, "caption_drop"),
+        ({"plain_pixels": "no"}, r"plain_pixels\n.*valid boolean"),
+        ({"shares": [1, -1, 1]}, r"shares\.1\n"),
+        ({"colour": 1}, "colour"),
+        ({"pairs": None}, "either icons .* or pairs"),
+        ({"icons": "icons"}, "either icons .* or pairs"),
         ({"content_layers": [99]}, "content_layers has 99"),
         ({"qformer": {"width": 8}}, "tokens have width 8"),
     ],

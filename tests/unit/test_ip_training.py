@@ -14,7 +14,7 @@ from condit.controls.ip_adapter import IPAdapter
 from condit.encoders.image import CLIPImage
 from condit.training import ip_adapter
 from condit.training.denoising import errors, latents_of
-from condit.training.ip_adapter import IPAdapterTask
+from condit.training.ip_adapter import IPAdapterData, IPAdapterTask
 from condit.training.loop import Loop, LoopConfig
 from condit.training.run import tasks
 from condit_lab.icons.world import sample_path
@@ -28,7 +28,7 @@ def make_task(monkeypatch, make_latent):
     def make(kind: str = "sdxl", **how) -> IPAdapterTask:
         monkeypatch.setattr(ip_adapter, "load_base", lambda *_: make_latent(kind).parts)
         torch.manual_seed(0)
-        return IPAdapterTask("base", **{"icons": ICONS, **how})
+        return IPAdapterTask(IPAdapterData(**{"model": "base", "icons": ICONS, **how}))
 
     return make
 
@@ -148,7 +148,7 @@ def test_a_run_that_stops_continues_bit_by_bit_and_exports_what_load_reads(
 
 def test_figures_and_sheet_of_held_out_pairs(make_task):
     task = make_task(shares=[1, 0, 1]).eval()
-    task.looked = (4, 2)
+    task.examples_count = (4, 2)
     figures = task.validate()
     assert {name.split("_")[0] for name in figures} == {"style", "reconstruction"}
     assert all(np.isfinite(value) for value in figures.values())
@@ -160,9 +160,12 @@ def test_figures_and_sheet_of_held_out_pairs(make_task):
     [
         ({"shares": [0, 0, 0]}, "not all 0"),
         ({"drop": [0.5, 0.5, 0.5]}, "sum to 1 at most"),
-        ({"projector": "full"}, "projector must be one of"),
+        ({"projector": "full"}, r"projector\n.*'global' or 'plus'"),
+        ({"noise_offset": float("nan")}, r"noise_offset\n.*finite number"),
+        ({"drop": [-0.1, 0, 0]}, r"drop\.0\n"),
+        ({"tokens": 0}, "tokens"),
         ({"projector": "plus"}, "image_encoder must name"),
-        ({"icons": None}, "Give icons or pairs"),
+        ({"icons": None}, "either icons .* or pairs"),
     ],
 )
 def test_a_recipe_that_cannot_work_says_why(make_task, how, message):

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from condit.training.loop import Loop, LoopConfig, Task, fast_precision
 from condit.training.optim import lr_factor, parameter_groups
+from condit.training.plugins import added_tasks
 from condit.training.run import read_recipe, tasks, train
 
 
@@ -258,13 +259,40 @@ def test_recipe_errors_name_the_field(tmp_path):
         train(recipe, out=tmp_path)
 
 
-@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem)
-def test_every_shipped_recipe_fits_its_task(recipe):
-    found = read_recipe(recipe)
-    task = tasks()[found.task]
-    assert isinstance(task, type)
-    known = {name for kind in inspect.getmro(task) for name in inspect.signature(kind.__init__).parameters}
-    assert set(found.data) <= known
+ROOT = Path(__file__).parents[2]
+RECIPES = [path for folder in ("recipes", "lab/recipes") for path in sorted((ROOT / folder).glob("*.toml"))]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_shipped_recipe_fits_its_task(path):
+    recipe = read_recipe(path)
+    task: type[Task] = tasks().get(recipe.task) or added_tasks()[recipe.task].load()
+    if task.data_type is not None:
+        task.data_type.model_validate(recipe.data)
+        return
+    fields = {name for kind in inspect.getmro(task) for name in inspect.signature(kind.__init__).parameters}
+    assert set(recipe.data) <= fields
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "where"),
+    [
+        ("omini", 'model = "m"\npairs = "p"\nheld_out = -3\nconditions = [{ role = "target" }]', "held_out: .*-3"),
+        ("omini", 'model = "m"\npairs = "p"\nconditions = [{ role = 1 }]', "conditions.0.role: .*found 1"),
+        ("ip-adapter", 'model = "m"\nnoise_offset = nan', "noise_offset: .*nan"),
+        ("deadiff", 'model = "m"\ndrop = [nan, 0, 0]', "drop.0: .*nan"),
+        ("deadiff", 'model = "m"\nshares = [0, 0, 0]', r"shares: shares must be three .*not all 0.*found \[0"),
+        ("class-conditional", "flip = true", "backbone: Field required"),
+        ("classify", 'flip = "no"', "flip: .*'no'"),
+        ("pixels", "size = 0", "size: .*found 0"),
+    ],
+)
+def test_a_wrong_field_of_data_is_named_with_the_file(tmp_path, task, data, where):
+    path = tmp_path / "r.toml"
+    path.write_text(f'task = "{task}"\n[data]\n{data}\n[train]\nsteps = 1\nbatch = 1\n')
+    with pytest.raises(ValueError, match=f"r.toml: .data. does not fit task '{task}': {where}"):
+        train(path, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 RANK = """

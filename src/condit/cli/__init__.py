@@ -1,6 +1,6 @@
-"""The command line: one verb a job.
+"""The command line.
 
-Nothing heavy is imported up here: `condit --help` answers before torch would have started to load."""
+This module imports nothing heavy, so that `condit --help` answers before torch could be loaded."""
 
 import logging
 import os
@@ -12,41 +12,41 @@ from typing import Annotated, NoReturn
 import typer
 
 from condit import __version__
-from condit.cli import draw, study
+from condit.cli import generate, study
 from condit.cli.edit import edit
 from condit.cli.memory import keep_memory
 from condit.cli.terminal import Debug, Json, answer, output_folder, say
 
 app = typer.Typer(
-    help="Controllable image generation: a prompt and a reference become a picture.",
+    help="Controllable image generation from prompts and references.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # importing rich costs more than the whole answer
+    rich_markup_mode=None,  # importing rich takes longer than the rest of the command
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-data_app = typer.Typer(help="Make the data that models are trained on.", no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(help="Make and check training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 for command in (
-    draw.demo,
-    draw.generate,
+    generate.demo,
+    generate.generate,
     edit,
-    draw.replay,
-    draw.annotate,
-    draw.plan,
+    generate.replay,
+    generate.annotate,
+    generate.plan,
     study.train,
     study.verify,
 ):
     app.command()(command)
-data_app.command("draw")(study.draw_data)
+data_app.command("draw")(study.generate_data)
 data_app.command("check")(study.check_data)
-# Other installed packages add commands of their own: the laboratory of a checkout does.
+# Other installed packages can add commands, as the laboratory of a checkout does.
 for added in entry_points(group="condit.commands"):
     added.load()(app, data_app)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line and exits: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Runs a command and exits with 0 (success), 1 (failure), 2 (wrong usage) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     logging.basicConfig(
@@ -57,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.getLogger("condit").setLevel(logging.DEBUG if debug else logging.INFO)
     for library in ("PIL", "urllib3", "matplotlib", "asyncio", "fontTools"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    # The first thing a user sees must be ours; whoever set these keeps them.
+    # Hides the libraries' own messages, unless the user has set these variables.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for each part it loads
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers shows one for each part of a model
     keep_memory()
     try:
         app(arguments, prog_name="condit")
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def explain(error: Exception) -> str:
-    """One line for people: our own errors say it all; one that we did not foresee gives its type as well."""
+    """One line of text. Errors that condit does not expect include their type."""
     if isinstance(error, OSError) and error.strerror and not isinstance(error, FileNotFoundError):
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -87,8 +87,8 @@ def explain(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (run again with --debug to see where)"
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"condit {__version__}")
         raise typer.Exit
 
@@ -105,7 +105,7 @@ def _root(
 
 @app.command()
 def models(as_json: Json = False, debug: Debug = False) -> None:
-    """List the known models and adapters."""
+    """List the embedded models and adapters."""
     from dataclasses import asdict, is_dataclass
 
     from condit.weights.catalog import MODELS
@@ -126,7 +126,7 @@ def models(as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Check versions, device, folders and models."""
+    """Check the installation: versions, device, folders and models."""
     from condit.cli.diagnosis import check
 
     findings = check(output_folder())

@@ -1,4 +1,4 @@
-"""`python -m condit.cli`, as accelerate starts it."""
+"""`python -m condit.cli`, which accelerate and torchrun start."""
 
 from condit.cli import main
 

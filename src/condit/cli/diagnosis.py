@@ -1,4 +1,4 @@
-"""What `condit doctor` looks at: versions, device, folders, embedded models, hub settings, extras."""
+"""The checks of `condit doctor`: versions, device, folders, embedded models, hub settings, extras."""
 
 import importlib.util
 import os
@@ -27,7 +27,7 @@ LOW_DISK_GB = 2
 
 @dataclass(frozen=True)
 class Finding:
-    """state: ok, info (absent, but only an extra), or bad (something will fail)."""
+    """state: ok, info (an extra is not installed) or bad (something will fail)."""
 
     state: Literal["ok", "info", "bad"]
     what: str
@@ -35,15 +35,15 @@ class Finding:
 
 
 def check(folder: Path) -> list[Finding]:
-    """Looks at everything; never raises, so that a broken part does not hide the others."""
-    found = [Finding("ok", "condit", condit.__version__)]
-    found.append(Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"))
+    """Runs all checks. Never raises, so that one broken part does not hide the others."""
+    findings = [Finding("ok", "condit", condit.__version__)]
+    findings.append(Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"))
     for look in (libraries, device, folders, lambda: writable(folder), embedded_models, hub, extras):
         try:
-            found += look()
-        except Exception as error:  # a report of what is wrong must not end at the first wrong thing
-            found.append(Finding("bad", getattr(look, "__name__", "check"), f"{type(error).__name__}: {error}"))
-    return found
+            findings += look()
+        except Exception as error:  # the report continues after a check that fails
+            findings.append(Finding("bad", getattr(look, "__name__", "check"), f"{type(error).__name__}: {error}"))
+    return findings
 
 
 def libraries() -> Iterator[Finding]:
@@ -55,7 +55,7 @@ def libraries() -> Iterator[Finding]:
 
 
 def device() -> Iterator[Finding]:
-    """What torch would compute on, and with how many threads."""
+    """The device that torch computes on, and the number of threads."""
     import torch
 
     if torch.cuda.is_available():
@@ -71,7 +71,9 @@ def device() -> Iterator[Finding]:
     yield Finding("ok", "threads", f"{torch.get_num_threads()} of {cores} cores, default type {default}")
     finite = bool((torch.ones(8, 8) @ torch.ones(8, 8) == 8).all())
     yield Finding(
-        "ok" if finite else "bad", "arithmetic", "a matrix product is right" if finite else "a product is wrong"
+        "ok" if finite else "bad",
+        "arithmetic",
+        "a matrix product is correct" if finite else "a matrix product is wrong",
     )
 
 
@@ -82,7 +84,7 @@ def folders() -> Iterator[Finding]:
 
 
 def writable(folder: Path) -> Iterator[Finding]:
-    """Whether pictures can be saved where they go by default; leaves nothing behind."""
+    """Whether the default output folder can be written. Removes what it creates."""
     made = not folder.exists()
     probe = folder / ".condit-doctor"
     try:

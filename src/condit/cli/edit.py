@@ -1,61 +1,69 @@
-"""The command that edits: edit."""
+"""The command `condit edit`."""
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from condit.cli.own import is_own, load_own
 from condit.cli.terminal import Debug, Json, Seed, answer, say, waiting
 
+if TYPE_CHECKING:
+    from condit.drawing.edit import EditMethod
+
 TYPES = "swap, attribute, style, background, shape, add, remove, or none"
 
 
 def edit(
-    image: Annotated[str, typer.Argument(help="The picture to change.", show_default=False)],
-    source: Annotated[str, typer.Argument(help="What it shows, e.g. 'a cat'.", show_default=False)],
-    target: Annotated[str, typer.Argument(help="What it shall show, e.g. 'a dog'.", show_default=False)],
+    image: Annotated[str, typer.Argument(help="The image to edit.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="Prompt of the image, e.g. 'a cat'.", show_default=False)],
+    target: Annotated[str, typer.Argument(help="Prompt of the edited image, e.g. 'a dog'.", show_default=False)],
     model: Annotated[
-        str, typer.Option("--model", "-m", help="tiny, tiny-pixart, a folder of PixArt or FLUX.1.")
+        str, typer.Option("--model", "-m", help="tiny, tiny-pixart, or a folder of PixArt or FLUX.1.")
     ] = "tiny",
-    kind: Annotated[str, typer.Option("--type", "-t", help=f"Kind of change: {TYPES}.")] = "swap",
+    kind: Annotated[str, typer.Option("--type", "-t", help=f"Type of edit: {TYPES}.")] = "swap",
     style: Annotated[
-        list[str] | None, typer.Option("--style", metavar="REF[:S]", help="Draw the change in this picture's style.")
+        list[str] | None, typer.Option("--style", metavar="REF[:S]", help="Edit in the style of this image.")
     ] = None,
-    mask: Annotated[str | None, typer.Option("--mask", help="White where the picture may change.")] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="Mask: white where the image may change.")] = None,
     reweight: Annotated[
-        list[str] | None, typer.Option("--reweight", metavar="WORD=F", help="Attend F times as much to a word.")
+        list[str] | None, typer.Option("--reweight", metavar="WORD=F", help="Multiply the attention to a word by F.")
     ] = None,
-    merge: Annotated[float, typer.Option(help="Share of tokens to merge, 0 to 0.75; from 1024 tokens on.")] = 0.0,
-    negative: Annotated[str | None, typer.Option("--negative", help="What to keep away from.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps up and down [default: the model's].")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance by the text [default: the model's].")] = None,
-    solver: Annotated[str | None, typer.Option(help="Of the inversion [default: the model's].")] = None,
+    merge: Annotated[float, typer.Option(help="Share of tokens to merge, 0 to 0.75; for 1024 tokens or more.")] = 0.0,
+    negative: Annotated[str | None, typer.Option("--negative", help="The negative prompt.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the inversion and of the edit, each [default: the model's].")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the text [default: the model's].")] = None,
+    solver: Annotated[str | None, typer.Option(help="Solver of the inversion [default: the model's].")] = None,
     height: Annotated[
-        int | None, typer.Option(help="Pixels [default: the picture's shape, of the model's area at most].")
+        int | None, typer.Option(help="Height in pixels [default: the image's aspect ratio, at most the model's area].")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     method: Annotated[
         str | None,
-        typer.Option("--method", metavar="FILE.py:NAME", help="A method of editing of your own, as FlowEdit's."),
+        typer.Option("--method", metavar="FILE.py:NAME", help="Your own edit method, such as FlowEdit."),
     ] = None,
     seed: Seed = 0,
     page: Annotated[
-        Path | None, typer.Option("--page", help="A PNG of source, round trip, edit and attention to the words.")
+        Path | None,
+        typer.Option(
+            "--page", help="Also write a PNG of source, reconstruction, edit and attention maps of the words."
+        ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps [default: cpu for tiny].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps [default: cpu for embedded models].")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A .png, .jpg or .webp, or a folder.", show_default=False)
+        Path | None, typer.Option("--out", "-o", help="A .png, .jpg or .webp file, or a folder.", show_default=False)
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Change a picture by words.
+    """Edit an image with prompts.
 
-    The picture is inverted to noise and drawn again beside its change: what the words leave alone stays.
+    Inverts the image to noise and generates it together with its edit; parts that the prompts do not change are kept.
     """
-    from condit.cli.draw import output_paths, parse_reference
+    from condit.cli.generate import output_paths, parse_reference
     from condit.data.images import load_image, save_image
 
     factors = {}
@@ -69,32 +77,33 @@ def edit(
             raise typer.BadParameter(f"--reweight takes WORD=F, as in fluffy=2; found {value!r}")
     references = [parse_reference(value, 1.0) for value in style or ()]
     for path in (image, *(path for path, _ in references), *([mask] if mask else [])):
-        load_image(path)  # a wrong picture is told before seconds are spent on loading the model
+        load_image(path)  # a broken image raises before the model is loaded, which takes seconds
     (target_path,) = output_paths(target, out, 0, 1, no_metadata=True)
     if page is not None and page.suffix.lower() != ".png":
-        raise typer.BadParameter(f"--page {page}: end it in .png")
+        raise typer.BadParameter(f"--page {page}: expected a name that ends in .png")
     from dataclasses import replace
 
     import condit
     from condit.cli.request import default_device, load_adapter
+    from condit.cli.uses import adapter_name
     from condit.controls.dit4edit import PRESETS
 
     if kind not in (*PRESETS, "none"):
-        raise typer.BadParameter(f"--type is one of {TYPES}; found {kind!r}")
+        raise typer.BadParameter(f"--type must be one of {TYPES}; found {kind!r}")
     if method is not None and not is_own(method):
         raise typer.BadParameter(f"--method takes FILE.py:NAME; found {method!r}")
     if kind == "none" and factors:
-        raise typer.BadParameter("--reweight acts on attention, which --type none leaves alone")
+        raise typer.BadParameter("--reweight changes the attention, which --type none does not control")
     start = time.perf_counter()
     with waiting(f"loading {model}"):
         pipe = condit.load(model, device=device or default_device(model))
         if not isinstance(pipe, condit.Pipeline) or pipe.model.inversion is None:
-            raise ValueError(f"{model!r} supports no edits. Use tiny-pixart, tiny, PixArt or FLUX.1")
-        controls: list = [] if kind == "none" else [replace(PRESETS[kind], reweight=factors)]
+            raise ValueError(f"{model!r} does not support edits. Use tiny-pixart, tiny, PixArt or FLUX.1")
+        controls: list[condit.Control] = [] if kind == "none" else [replace(PRESETS[kind], reweight=factors)]
         if merge:
             controls.append(condit.TokenMerging(merge))
         if references:
-            adapter = load_adapter(f"{model}/style", pipe)
+            adapter = load_adapter(adapter_name(model, "style"), pipe)
             controls += [adapter.control(path, strength=strength) for path, strength in references]
     with waiting("editing"):
         result = pipe.edit(
@@ -110,7 +119,7 @@ def edit(
             width=width,
             maps=page is not None,
             solver=solver,  # type: ignore[arg-type]  # an unknown one raises
-            method=None if method is None else load_own(method)(),
+            method=None if method is None else cast("EditMethod", load_own(method)()),
             seed=seed,
         )
     recipe = {**result.recipe, "condit": condit.__version__, "edited": Path(image).name}
@@ -124,7 +133,7 @@ def edit(
     if as_json:
         answer({"image": str(target_path), "page": page and str(page), "seconds": seconds, "recipe": recipe})
         return
-    say(f"edited in {seconds} s" + (f"; round trip {result.psnr[0]:.1f} dB" if result.psnr else ""))
+    say(f"edited in {seconds} s" + (f"; reconstruction {result.psnr[0]:.1f} dB" if result.psnr else ""))
     typer.echo(str(target_path))
     if page is not None:
         typer.echo(str(page))

@@ -1,4 +1,4 @@
-"""Controls and methods in a user's own file: FILE.py:NAME. Only a file that the user names is ever executed."""
+"""Controls and edit methods from a user's own file: FILE.py:NAME. condit runs only files that the user names."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import importlib.util
 import sys
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 
 def is_own(name: str) -> bool:
-    """Whether a name means code in a file: FILE.py:NAME."""
+    """Whether a name refers to code in a file: FILE.py:NAME."""
     file, colon, attribute = name.rpartition(":")
     return bool(colon) and file.endswith(".py") and attribute.isidentifier()
 
 
-def load_own(name: str) -> Callable[..., Any]:
-    """Run FILE.py and return its NAME. Raises FileNotFoundError without the file, ValueError without the name."""
+def load_own(name: str) -> Callable[..., object]:
+    """Runs FILE.py and returns its NAME. Raises FileNotFoundError without the file, ValueError without the name."""
     file, _, attribute = name.rpartition(":")
     path = Path(file).resolve()
     if not path.is_file():
@@ -28,14 +27,15 @@ def load_own(name: str) -> Callable[..., Any]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    if not callable(getattr(module, attribute, None)):
+    member: object = getattr(module, attribute, None)
+    if not callable(member):
         raise ValueError(f"{file} defines no class or function {attribute!r}.")
-    return getattr(module, attribute)
+    return member
 
 
 def refuse_unnamed(names: Iterable[str], allowed: Collection[str]) -> dict[str, str]:
-    """Name in a recipe -> the file that the user names for it now. Raises ValueError for code that nobody named: a
-    recipe comes with an image, and so perhaps from a stranger."""
+    """Name in a recipe -> the name that the user allows for it. Raises ValueError for code that the user did not name:
+    images, and the recipes in them, may come from strangers."""
     by_end = {f"{Path(name.rpartition(':')[0]).name}:{name.rpartition(':')[2]}": name for name in allowed}
     chosen = {}
     for name in names:
@@ -43,8 +43,8 @@ def refuse_unnamed(names: Iterable[str], allowed: Collection[str]) -> dict[str, 
         end = f"{Path(file).name}:{attribute}"
         if end not in by_end:
             raise ValueError(
-                f"This image was generated with the code {name!r}, which is not run on its word. To run a file of your "
-                f"own instead, name it: --control PATH/{end}"
+                f"This image was generated with the code {name!r}. condit runs only files that you name: add "
+                f"--control PATH/{end}"
             )
         chosen[name] = by_end[end]
     return chosen

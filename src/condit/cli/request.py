@@ -1,4 +1,4 @@
-"""One drawing as a value: what `condit generate` draws, prints as a command line, keeps in a PNG, and replays."""
+"""One generation as a value: `condit generate` runs it, prints it as a command, stores it in a PNG and replays it."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from PIL import Image
 
 import condit
 from condit.cli.own import is_own, load_own
-from condit.data.annotators import edge_map, line_map
+from condit.cli.uses import adapter_name, map_readers, option_of
 
 if TYPE_CHECKING:
     from condit.controls.control import Control
@@ -22,14 +22,11 @@ if TYPE_CHECKING:
 
 MAX_PROMPT = 2000  # characters; no text encoder here reads more
 MAX_COUNT = 64
-USES = ("style", "subject", "edges", "gray")  # words for the adapters of a model: style -> tiny/style
-# How a ready map of edges is read, by what the adapter draws from a picture.
-READY = {"edges": edge_map, "soft_edges": edge_map, "canny": edge_map, "lines": line_map}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture given to an adapter. use: one of USES or an adapter's name; ready: an edge map as it stands."""
+    """An image for an adapter. use: one of `uses.USES` or an adapter's name. ready: a ready-made edge map."""
 
     use: str
     path: str
@@ -39,11 +36,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class Request:
-    """`count` pictures of one prompt, drawn in one batch; picture i starts from seed + i. None: the model's default.
+    """`count` images of one prompt in one batch; image i has the seed `seed` + i. None: the model's default.
 
-    Of a class model (DiT, DiffiT) the prompt is the name or the number of a class.
+    For a class model (DiT, DiffiT) the prompt is the name or the number of a class.
 
-    image, mask, change: a picture to start from, where to repaint it (white), and how much of it to change, in (0, 1].
+    image, mask, change: an image to start from, a mask that is white where it is repainted, and how much of it to
+    change, in (0, 1].
     """
 
     prompt: str
@@ -65,41 +63,40 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise ValueError("the prompt is empty; say what to draw, e.g. 'a red apple'")
+            raise ValueError("the prompt is empty; describe the image, e.g. 'a red apple'")
         for name, text in (("prompt", self.prompt), ("negative prompt", self.negative or "")):
             if len(text) > MAX_PROMPT:
                 raise ValueError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are read. Shorten it")
         if not 1 <= self.count <= MAX_COUNT:
-            raise ValueError(f"{self.count} images asked for; 1 to {MAX_COUNT} are drawn in one batch")
+            raise ValueError(f"count is {self.count}; expected 1 to {MAX_COUNT} images in one batch")
         if self.eta is not None and not 0 <= self.eta <= 1:
-            raise ValueError(f"eta {self.eta:g} asked for; expected 0 (no fresh noise) to 1")
+            raise ValueError(f"eta is {self.eta:g}; expected 0 (no fresh noise) to 1")
         if self.steps is not None and not 1 <= self.steps <= 1000:
-            raise ValueError(f"{self.steps} steps asked for; expected 1 to 1000")
+            raise ValueError(f"steps is {self.steps}; expected 1 to 1000")
 
     @classmethod
     def from_recipe(cls, recipe: Mapping[str, object]) -> tuple["Request", int]:
-        """The request kept in a PNG and which of its pictures the PNG is. ValueError for a recipe that is not ours."""
+        """The request stored in a PNG, and the index of the PNG among its images. Raises ValueError for a recipe of
+        something else."""
         from pydantic import TypeAdapter, ValidationError
 
         index = recipe.get("index")
         try:
             request = TypeAdapter(cls).validate_python(recipe["request"])
         except (KeyError, ValidationError) as error:
-            raise ValueError(f"the recipe is not one of condit generate: {error}") from error
+            raise ValueError(f"the recipe was not written by condit generate: {error}") from error
         if not isinstance(index, int) or not 0 <= index < request.count:
-            raise ValueError(f"the recipe names picture {index!r} of {request.count}")
+            raise ValueError(f"the recipe has index {index!r}; expected one below {request.count}")
         return request, index
 
     def command(self, output: str | Path) -> str:
-        """The command line that draws it again, to be pasted into a shell."""
+        """The command that reproduces it, quoted for a shell."""
         words = ["condit", "generate", self.prompt]
         words += ["--model", self.model] if self.model != "tiny" else []
         for reference in self.references:
             value = f"{reference.path}:{reference.strength:g}"
-            if reference.use in USES:
-                words += [f"--{reference.use}-map" if reference.ready else f"--{reference.use}", value]
-            else:
-                words += ["--control", f"{reference.use}={value}"]
+            option = option_of(reference.use, reference.ready)
+            words += [f"--{option}", value] if option else ["--control", f"{reference.use}={value}"]
         words += ["--negative", self.negative] if self.negative else []
         words += ["--seed", str(self.seed)]
         words += ["--steps", str(self.steps)] if self.steps is not None else []
@@ -114,7 +111,7 @@ class Request:
         return shlex.join([*words, "-o", str(output)])
 
     def parameters(self, index: int, size: tuple[int, int], facts: Mapping[str, object]) -> str:
-        """The text under `parameters` in a PNG, as A1111 writes it and its viewers read it."""
+        """The text of a PNG's `parameters` in A1111's format."""
         lines = [self.prompt.replace("\n", " ")]
         lines += [f"Negative prompt: {self.negative}"] if self.negative else []
         settings = {
@@ -133,8 +130,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """The pictures of a request, the recipe and the parameters text of each."""
+class Generated:
+    """The images of a request, with the recipe and the `parameters` text of each."""
 
     images: Sequence[Image.Image]
     recipes: Sequence[dict[str, object]]
@@ -142,7 +139,7 @@ class Drawing:
 
 
 class Studio:
-    """A loaded model and the adapters that requests have asked for so far."""
+    """A loaded model, and the adapters that its requests have used."""
 
     def __init__(self, model: str = "tiny", device: str | None = None) -> None:
         self.model = model
@@ -155,23 +152,23 @@ class Studio:
         self.pipe: Pipeline = pipe
         self.adapters: dict[str, DEADiff | IPAdapter | OminiControl] = {}
 
-    def draw(self, request: Request) -> Drawing:
-        """Draws the request; ValueError names what is wrong with it."""
+    def generate(self, request: Request) -> Generated:
+        """Generates the images of a request. Raises ValueError for settings that the model does not support."""
         if request.model != self.model:
-            raise ValueError(f"this studio draws with {self.model!r}; the request asks for {request.model!r}")
-        given = arguments(request, self.pipe.model)
+            raise ValueError(f"this studio has loaded {self.model!r}; the request is for {request.model!r}")
+        settings = arguments(request, self.pipe.model)
         controls = self.controls(request.references)
         how = {"num_images_per_prompt": request.count, "seed": request.seed}
-        result = self.pipe(request.prompt, controls=controls, **how, **given)
+        result = self.pipe(request.prompt, controls=controls, **how, **settings)
         shared = {"condit": condit.__version__, "request": asdict(request), "run": result.recipe}
-        return Drawing(
+        return Generated(
             images=result.images,
             recipes=[{**shared, "index": index} for index in range(request.count)],
             parameters=[request.parameters(i, image.size, result.recipe) for i, image in enumerate(result.images)],
         )
 
     def controls(self, references: Sequence[Reference]) -> "list[Control]":
-        """One control a reference; but references of one image adapter and strength make one control together."""
+        """One control for each reference; references of the same image adapter and strength share one."""
         grouped: dict[object, list[Reference]] = {}
         for number, reference in enumerate(references):
             together = not is_own(reference.use) and isinstance(self.adapter(reference.use), condit.IPAdapter)
@@ -187,26 +184,27 @@ class Studio:
             return control
         adapter = self.adapter(first.use)
         if ready := [reference for reference in group if reference.ready]:
-            if not isinstance(adapter, condit.OminiControl) or adapter.config.annotator not in READY:
+            readers = map_readers()
+            if not isinstance(adapter, condit.OminiControl) or adapter.config.annotator not in readers:
                 raise ValueError(
-                    f"{first.use!r}, of {type(adapter).__name__}, takes a picture and no ready edge map; found "
-                    f"{ready[0].path}. Give the picture itself (ready=False) or the name of an adapter of edges."
+                    f"{first.use!r}, of {type(adapter).__name__}, takes an image and no ready-made edge map; found "
+                    f"{ready[0].path}. Use the image itself (ready=False) or an adapter of edges."
                 )
-            as_read = READY[adapter.config.annotator]
-            return adapter.control(as_read(ready[0].path), strength=first.strength, annotate=False)
+            read_map = readers[adapter.config.annotator]
+            return adapter.control(read_map(ready[0].path), strength=first.strength, annotate=False)
         if isinstance(adapter, condit.IPAdapter):
             return adapter.control([[reference.path for reference in group]], strength=first.strength)
         return adapter.control(first.path, strength=first.strength)
 
     def adapter(self, use: str) -> "DEADiff | IPAdapter | OminiControl":
         """The adapter of a reference, loaded on first use."""
-        name = f"{self.model}/{use}" if use in USES else use
+        name = adapter_name(self.model, use)
         if name not in self.adapters:
             self.adapters[name] = load_adapter(name, self.pipe)
         return self.adapters[name]
 
 
-# Fields of a request -> arguments of the pipeline; what is None is left to the model.
+# Fields of a request -> arguments of the pipeline. The model decides about fields that are None.
 ARGUMENTS = {
     "negative": "negative_prompt",
     "steps": "num_inference_steps",
@@ -224,23 +222,22 @@ PROMPTS_ONLY = ("negative", "image_guidance", "image", "mask", "change")
 
 
 def arguments(request: Request, model: "Model") -> dict[str, Any]:
-    """The arguments of the pipeline's call. ValueError, in the words of the request, for what the model does not
-    support."""
-    given = [name for name in ARGUMENTS if getattr(request, name) is not None]
+    """The arguments of the pipeline's call. Raises ValueError for fields that the model does not support."""
+    fields = [name for name in ARGUMENTS if getattr(request, name) is not None]
     if model.reads == "class":
-        unsupported = [name for name in PROMPTS_ONLY if name in given]
+        unsupported = [name for name in PROMPTS_ONLY if name in fields]
         unsupported += ["references"] if request.references else []
         if unsupported:
             raise ValueError(
                 f"{request.model!r} generates classes and takes no {', '.join(unsupported)}. Leave it out."
             )
-    elif "sampler" in given and "sampler" not in model.supports:
-        raise ValueError(f"{request.model!r} has one sampler and takes no other. Use a Stable Diffusion.")
-    return {ARGUMENTS[name]: getattr(request, name) for name in given}
+    elif "sampler" in fields and "sampler" not in model.supports:
+        raise ValueError(f"{request.model!r} has one sampler only. Leave --sampler out, or use a Stable Diffusion.")
+    return {ARGUMENTS[name]: getattr(request, name) for name in fields}
 
 
 def default_device(model: str) -> str:
-    """The embedded models draw on the CPU, where a repeat is bit-equal everywhere; big ones where there is a GPU."""
+    """The CPU for embedded models, so that images are bit-equal everywhere; a GPU, if available, for the others."""
     import torch
 
     from condit.weights.catalog import MODELS
@@ -249,49 +246,49 @@ def default_device(model: str) -> str:
 
 
 def load_adapter(name: str, pipe: "Pipeline") -> "DEADiff | IPAdapter | OminiControl":
-    """An adapter by catalog name, file or folder, of the class that its tensors tell."""
+    """An adapter by catalog name, file or folder. Its tensors determine its class."""
     from condit.weights.catalog import MODELS, adapter_weights
     from condit.weights.files import read_tensors
     from condit.weights.guess import what_is
 
     if name in MODELS:
-        known = {"ip-adapter": "IPAdapter", "deadiff": "DEADiff"}.get(MODELS[name].kind, "OminiControl")
+        kind = {"ip-adapter": "IPAdapter", "deadiff": "DEADiff"}.get(MODELS[name].kind, "OminiControl")
     elif Path(name).exists():
         file = Path(name)
-        known = what_is(read_tensors(adapter_weights(file) if file.is_dir() else file))
+        kind = what_is(read_tensors(adapter_weights(file) if file.is_dir() else file))
     else:
-        here = ", ".join(other for other, entry in MODELS.items() if entry.kind != "model") or "none"
-        raise ValueError(f"no adapter {name!r}: neither a file nor one of the embedded ones ({here})")
-    classes = {"IPAdapter": condit.IPAdapter, "DEADiff": condit.DEADiff}  # a DEADiff gives the style of a reference
-    return classes.get(known, condit.OminiControl).load(name, pipe)
+        embedded = ", ".join(other for other, entry in MODELS.items() if entry.kind != "model") or "none"
+        raise ValueError(f"no adapter {name!r}: neither a file nor one of the embedded adapters ({embedded})")
+    classes = {"IPAdapter": condit.IPAdapter, "DEADiff": condit.DEADiff}
+    return classes.get(kind, condit.OminiControl).load(name, pipe)
 
 
 def locate(request: Request, folder: Path) -> Request:
-    """The request with its references found: where they were, seen from here, or else from `folder`."""
+    """The request with the paths of existing references, relative to the current folder or else to `folder`."""
 
-    def found(path: str) -> str:
-        places = [Path(path), folder / path, folder / Path(path).name]
-        here = next((place for place in places if place.is_file()), None)
-        if here is None:
-            raise FileNotFoundError(f"the reference {path} of this picture is missing; looked in . and {folder}")
-        return str(here)
+    def existing(path: str) -> str:
+        candidates = [Path(path), folder / path, folder / Path(path).name]
+        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"the reference {path} of this image is missing; searched . and {folder}")
+        return str(file)
 
-    references = tuple(replace(reference, path=found(reference.path)) for reference in request.references)
-    image, mask = (None if path is None else found(path) for path in (request.image, request.mask))
+    references = tuple(replace(reference, path=existing(reference.path)) for reference in request.references)
+    image, mask = (None if path is None else existing(path) for path in (request.image, request.mask))
     return replace(request, references=references, image=image, mask=mask)
 
 
 def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
-    """What is no longer as it was when a picture was drawn: version, weights, references, settings."""
+    """What has changed since an image was generated: version, weights, references, settings."""
     lines = []
     if then.get("condit") != now.get("condit"):
-        lines.append(f"drawn with condit {then.get('condit')}, this is {now.get('condit')}")
+        lines.append(f"generated with condit {then.get('condit')}, this is {now.get('condit')}")
     old, new = (dict(_leaves(side.get("run"))) for side in (then, now))
     for name in sorted({*old, *new}):
         if old.get(name) == new.get(name) or name.endswith(".path"):  # a reference may have moved
             continue
         if name.endswith(".sha256"):
-            lines.append("a reference picture is not the one it was drawn with")
+            lines.append("a reference differs from the one it was generated with")
         else:
             lines.append(f"{name} was {old.get(name)}, is {new.get(name)}")
     return lines

@@ -1,4 +1,4 @@
-"""Commands that train, verify and make data: train, verify, data draw, data check."""
+"""The commands train, verify, data draw and data check."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,20 +9,20 @@ from condit.cli.terminal import Debug, Json, Seed, answer, progress, say, waitin
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A file of recipes/*.toml.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/flux-canny.toml.", show_default=False)],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run [default: runs/NAME].", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model or an adapter as its recipe says."""
+    """Train a model or an adapter with a recipe."""
     if not recipe.is_file():
         raise typer.BadParameter(f"no recipe at {recipe}")
     folder = out or Path("runs") / recipe.stem
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise typer.BadParameter(
-            f"{folder} holds a run already; add --resume to go on, or choose another folder with -o"
+            f"{folder} already holds a run; add --resume to continue it, or choose another folder with -o"
         )
     from condit.training.run import train as run
 
@@ -34,7 +34,7 @@ def verify(
     system: Annotated[
         str,
         typer.Argument(
-            help="vit, dit, diffit, omini, ip-adapter, instantstyle, deadiff, dit4edit, or all of them.",
+            help="vit, dit, diffit, omini, ip-adapter, instantstyle, deadiff, dit4edit or all.",
             show_default=False,
         ),
     ],
@@ -43,18 +43,18 @@ def verify(
         typer.Argument(help="Weights to load: a file, a folder, or the name of a model.", show_default=False),
     ] = None,
     golden: Annotated[
-        Path | None, typer.Option("--golden", help="Folder of the fixtures [default: those of the checkout].")
+        Path | None, typer.Option("--golden", help="Folder of the fixtures [default: the checkout's].")
     ] = None,
-    heads: Annotated[int | None, typer.Option(help="Heads of a FILE that does not tell them.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Number of attention heads, if FILE does not record it.")] = None,
     into: Annotated[
-        Path | None, typer.Option("--into", help="Page to write the table into, as docs/parity.md.")
+        Path | None, typer.Option("--into", help="Page to write the table into, such as docs/parity.md.")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how exactly a system follows its reference.
+    """Compare a system with its reference implementation.
 
-    On the recorded tensors of the official code; or, of a weight FILE of vit, dit or diffit, against another library.
+    Compares with recorded tensors of the official code, or a weight FILE of vit, dit or diffit with another library.
     """
     from condit.verify import fixtures
     from condit.verify.files import BACKBONES
@@ -63,13 +63,13 @@ def verify(
     if system not in (*systems, "all"):
         raise typer.BadParameter(f"expected one of {', '.join(systems)} or all; found {system!r}")
     if file is not None and system not in BACKBONES:
-        raise typer.BadParameter(f"a FILE holds one of {', '.join(BACKBONES)}; name it instead of {system}")
+        raise typer.BadParameter(f"FILE is supported for {', '.join(BACKBONES)}; found {system}")
     if file is not None and (golden or into):
-        raise typer.BadParameter("--golden and --into are for the recorded tensors; leave them out, or leave FILE out")
+        raise typer.BadParameter("--golden and --into apply to the recorded tensors; leave them out, or leave FILE out")
     if file is None and heads is not None:
-        raise typer.BadParameter("--heads is for a FILE")
+        raise typer.BadParameter("--heads needs a FILE")
     if into is not None and system != "all":
-        raise typer.BadParameter(f"--into takes the table of all systems; found {system!r}")
+        raise typer.BadParameter(f"--into needs the table of all systems; found {system!r}")
     if file is not None:
         verify_file(system, file, heads, as_json=as_json)
         return
@@ -111,31 +111,34 @@ def verify_file(backbone: str, source: str, heads: int | None, *, as_json: bool)
         raise typer.Exit(1)
 
 
-def draw_data(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the set.", show_default=False)],
-    subjects: Annotated[Path, typer.Option("--subjects", help="Subjects, one a line.", show_default=False)],
-    styles: Annotated[Path, typer.Option("--styles", help="Styles, one a line.", show_default=False)],
-    model: Annotated[str, typer.Option("--model", "-m", help="A name, a folder or a file of a model.")] = "tiny",
-    per_subject: Annotated[int, typer.Option("--per-subject", help="Styles of each subject.")] = 14,
-    images: Annotated[int, typer.Option("--images", "-n", help="Pictures of each prompt.")] = 4,
-    template: Annotated[str, typer.Option(help="How a prompt is made.")] = "{subject}, {style}",
-    negative: Annotated[str | None, typer.Option("--negative", help="What to keep away from.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the sampler [default: the model's].")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance by the text [default: the model's].")] = None,
+def generate_data(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the data set.", show_default=False)],
+    subjects: Annotated[Path, typer.Option("--subjects", help="File of subjects, one per line.", show_default=False)],
+    styles: Annotated[Path, typer.Option("--styles", help="File of styles, one per line.", show_default=False)],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A model of `condit models`, a folder or a file.")
+    ] = "tiny",
+    per_subject: Annotated[int, typer.Option("--per-subject", help="Styles for each subject.")] = 14,
+    images: Annotated[int, typer.Option("--images", "-n", help="Images for each prompt.")] = 4,
+    template: Annotated[str, typer.Option(help="Template of the prompts.")] = "{subject}, {style}",
+    negative: Annotated[str | None, typer.Option("--negative", help="The negative prompt.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of inference steps [default: the model's].")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the text [default: the model's].")] = None,
     seed: Seed = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps [default: cpu for tiny].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps [default: cpu for embedded models].")] = None,
     debug: Debug = False,
 ) -> None:
-    """Draw a paired set: every subject in some styles, several pictures a prompt.
+    """Generate a data set of image pairs.
 
-    Pictures of a prompt share their style, those of a subject their content: what DEADiff and IP-Adapter train on.
-    A run that was stopped goes on.
+    Every subject is generated in a number of styles, with more than one image per prompt. Images of a prompt share
+    their style, images of a subject their content. DEADiff and IP-Adapter train on such pairs.
+    An interrupted run continues where it stopped.
     """
     from condit.data.prompt_table import draw_groups, prompt_table, read_words
 
     for file in (subjects, styles):
         if not file.is_file():
-            raise typer.BadParameter(f"no list at {file}")
+            raise typer.BadParameter(f"no file {file}")
     rows = prompt_table(read_words(subjects), read_words(styles), per_subject=per_subject, template=template, seed=seed)
     from condit.cli.request import Request, Studio
 
@@ -143,30 +146,31 @@ def draw_data(
         studio = Studio(model, device)
 
     def generate(prompt: str, first: int, count: int):
-        asked = Request(prompt, model, (), negative, first, count, steps, guidance)
-        return studio.draw(asked).images
+        return studio.generate(Request(prompt, model, (), negative, first, count, steps, guidance)).images
 
-    with progress("drawing") as advance:
+    with progress("generating") as advance:
         draw_groups(out, rows, generate, images=images, seed=seed, progress=advance)
     typer.echo(str(out))
 
 
 def check_data(
     source: Annotated[Path, typer.Argument(help="A folder with metadata.jsonl, a .tar, or a folder of tars.")],
-    quick: Annotated[bool, typer.Option("--quick", help="Names and captions only; no picture is decoded.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Check names and captions only, without decoding images.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check pairs of pictures before training on them.
+    """Check image pairs before training on them.
 
-    Quotes every row that cannot be read; exit status 1 if there is one.
+    Prints every row that cannot be read, and exits with status 1 if there is one.
     """
     from condit.data.pairs import check
 
     report = check(source, decode=not quick)
     if as_json:
-        told = {"pairs": report.pairs, "roles": report.roles, "groups": report.groups, "problems": report.problems}
-        answer(told)
+        fields = {"pairs": report.pairs, "roles": report.roles, "groups": report.groups, "problems": report.problems}
+        answer(fields)
     else:
         roles = ", ".join(f"{role} {count}" for role, count in report.roles.items()) or "none"
         groups = ", ".join(f"{kind} {count}" for kind, count in report.groups.items())

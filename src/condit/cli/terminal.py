@@ -1,4 +1,4 @@
-"""How commands talk: paths and JSON go to stdout, everything else to stderr; the options that all of them share."""
+"""Output of commands (paths and JSON go to stdout, everything else to stderr), and options that they share."""
 
 import contextlib
 import json
@@ -11,23 +11,23 @@ from typing import Annotated
 import typer
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show details and tracebacks.")]
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
-Seed = Annotated[int, typer.Option("--seed", help="Start of the noise; image i uses seed + i.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the noise; image i uses seed + i.")]
 
 
 def say(text: str) -> None:
-    """To people: stderr."""
+    """Prints a message for people to stderr."""
     typer.echo(text, err=True)
 
 
 def answer(value: object) -> None:
-    """To programs: JSON on stdout."""
+    """Prints JSON for programs to stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 @contextlib.contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """A moving sign on a terminal, nothing elsewhere."""
+    """Shows a spinner on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
         yield
         return
@@ -39,7 +39,7 @@ def waiting(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A function (done, all) that moves a bar on a terminal and does nothing elsewhere."""
+    """Yields a function (done, total) that moves a progress bar on a terminal and does nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

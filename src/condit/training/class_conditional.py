@@ -1,7 +1,7 @@
-"""Training of DiT (arXiv:2212.09748) and DiffiT (arXiv:2312.02139) on latents of pictures with classes, or without.
+"""Training of DiT (arXiv:2212.09748) and DiffiT (arXiv:2312.02139) on latents of images, with or without classes.
 
 The recipe of DiT: latents sampled from a frozen autoencoder, horizontal flips, dropped labels, uniform timesteps,
-squared error plus the variational bound that trains the variance. DiffiT publishes no training code; its loss and its
+squared error plus the variational bound that trains the variance. DiffiT publishes no training code, so its loss and
 data are DiT's here.
 """
 
@@ -28,7 +28,8 @@ from condit.diffusion.gaussian_samplers import ddim
 from condit.diffusion.guidance import class_guidance
 from condit.diffusion.steps import by_timestep
 from condit.encoders.vae import decode_latents
-from condit.training.labelled import Label, check_sizes, height_width, id2label, open_labelled
+from condit.training.fields import Data, Sizes
+from condit.training.labelled import Label, Size, height_width, id2label, open_labelled, with_sizes
 from condit.training.latent_cache import encode
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
@@ -43,8 +44,8 @@ BACKBONES: dict[str, DiTConfig | DiffiTConfig] = {
     **dit.PRESETS,
     **diffit.PRESETS,
 }
-# Fields that data and other arguments decide.
-DECIDED = ("input_size", "in_channels", "num_classes", "gates", "zero_init")
+# Fields that follow from the data and from other arguments.
+DERIVED = ("input_size", "in_channels", "num_classes", "gates", "zero_init")
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Latents:
 
 def configure(
     backbone: str,
-    sizes: Mapping[str, int | float | bool],
+    sizes: Mapping[str, object],
     *,
     adaln: AdaLN | None,
     latent: Sequence[int],
@@ -64,20 +65,21 @@ def configure(
     """A preset, or "DiT" and "DiffiT", with some `sizes` replaced, for a latent (C, h, w)."""
     if backbone not in BACKBONES:
         raise ValueError(f"No backbone {backbone!r}. Known: {', '.join(BACKBONES)}.")
-    given = [name for name in DECIDED if name in sizes]
-    if given:
-        raise ValueError(f"sizes.{given[0]} follows from the data and from `adaln`; leave it out.")
-    check_sizes(BACKBONES[backbone], sizes)
+    derived = [name for name in DERIVED if name in sizes]
+    if derived:
+        raise ValueError(f"sizes.{derived[0]} follows from the data and from `adaln`; leave it out.")
     channels, *sides = latent
     config = replace(BACKBONES[backbone], in_channels=channels, num_classes=classes)
-    patch = int(sizes.get("patch_size", config.patch_size))
+    patch = sizes.get("patch_size", config.patch_size)
+    if not isinstance(patch, int) or isinstance(patch, bool) or patch < 1:
+        raise ValueError(f"sizes.patch_size must be an int of at least 1; found {patch!r}.")
     if sides[0] % patch or sides[1] % patch:
         raise ValueError(
             f"The latents are {sides[0]} x {sides[1]}, which patches of {patch} do not divide. "
-            "Change `size` (of the pictures) or sizes.patch_size."
+            "Change `size` (of the images) or sizes.patch_size."
         )
     side = sides[0] if sides[0] == sides[1] else (sides[0], sides[1])
-    config = replace(config, input_size=side, **sizes)  # type: ignore[arg-type]  # a wrong name fails here
+    config = with_sizes(replace(config, input_size=side), sizes)
     if adaln is None:
         return config
     if not isinstance(config, DiTConfig) or adaln not in ("zero", "plain"):
@@ -85,46 +87,51 @@ def configure(
     return replace(config, gates=adaln == "zero", zero_init=adaln == "zero")
 
 
-class ClassConditionalTask(Task):
-    """Pictures from `icons` (their class: `label`) or `folder`; `size` is a side or [height, width] in pixels.
+class ClassConditionalData(Data):
+    """Images come from `icons` (their class: `label`) or from `folder`; `size` is a side or (height, width) in pixels.
 
-    backbone: a preset, or "DiT" and "DiffiT" with `sizes`, the fields of their config. adaln: "zero", or "plain" for
-    Table 4's ablation. predicts: "x0" for an autoencoder whose tokens are wider than the network. cache: a folder for
-    latents, that runs on the same pictures share.
+    backbone: a preset, or "DiT" and "DiffiT" with `sizes`, the fields of their config. vae: the name or folder of an
+    autoencoder. cache: a folder of latents, shared by runs on the same images. adaln: "zero", or "plain" for the
+    ablation of Table 4. predicts: "x0" for an autoencoder whose tokens are wider than the network.
     """
 
-    def __init__(
-        self,
-        *,
-        backbone: str,
-        sizes: Mapping[str, int | float | bool] | None = None,
-        icons: str | None = None,
-        folder: str | None = None,
-        label: Label = "style",
-        size: int | Sequence[int] = 128,
-        vae: str = "tiny",
-        cache: str | None = None,
-        flip: bool = True,
-        adaln: AdaLN | None = None,
-        predicts: Prediction = "noise",
-        checkpointing: bool = False,
-    ):
+    backbone: str
+    sizes: Sizes = {}
+    icons: str | None = None
+    folder: str | None = None
+    label: Label = "style"
+    size: Size = 128
+    vae: str = "tiny"
+    cache: str | None = None
+    flip: bool = True
+    adaln: AdaLN | None = None
+    predicts: Prediction = "noise"
+    checkpointing: bool = False
+
+
+class ClassConditionalTask(Task):
+    """Task "class-conditional" of a recipe. Latents are encoded once."""
+
+    data_type = ClassConditionalData
+
+    def __init__(self, data: ClassConditionalData):
         super().__init__()
-        self.size, self.flip, self.checkpointing = height_width(size), flip, checkpointing
-        data = open_labelled(icons, folder, label=label, size=self.size, held_out="combo")
-        self.classes = data.classes
-        self.vae = load_vae(vae)
-        self.latents = encode(self.vae, data.train, flip=flip, cache=cache)
-        self.held_out = encode(self.vae, data.held_out, flip=False, cache=cache)
+        self.size, self.flip, self.checkpointing = height_width(data.size), data.flip, data.checkpointing
+        predicts = data.predicts
+        labelled = open_labelled(data.icons, data.folder, label=data.label, size=self.size, held_out="combo")
+        self.classes = labelled.classes
+        self.vae = load_vae(data.vae)
+        self.latents = encode(self.vae, labelled.train, flip=data.flip, cache=data.cache)
+        self.held_out = encode(self.vae, labelled.held_out, flip=False, cache=data.cache)
         latent = self.latents.moments.shape[3:]
         if any(side % cells for side, cells in zip(self.size, latent[1:], strict=True)):
-            raise ValueError(f"Pictures of {self.size} do not divide into latents of {latent[1:]}. Change `size`.")
-        config = configure(backbone, sizes or {}, adaln=adaln, latent=latent, classes=len(self.classes))
+            raise ValueError(f"Images of {self.size} do not divide into latents of {latent[1:]}. Change `size`.")
+        config = configure(data.backbone, data.sizes, adaln=data.adaln, latent=latent, classes=len(self.classes))
         token = config.patch_size**2 * config.in_channels
         if predicts == "noise" and token > config.hidden_size:
             raise ValueError(
-                f"A token holds {token} numbers of noise, and a network of width {config.hidden_size} cannot carry "
-                "them: samples would keep the rest. Set predicts = 'x0', a greater width or a smaller patch."
+                f"A token holds {token} values of noise, more than a network of width {config.hidden_size} can "
+                "predict: samples would stay noisy. Set predicts = 'x0', a greater width or a smaller patch."
             )
         self.network = DiT(config) if isinstance(config, DiTConfig) else DiffiT(config)
         variance = "learned" if config.learn_sigma else "large"
@@ -145,14 +152,14 @@ class ClassConditionalTask(Task):
         chosen = [rng.randrange(len(self.latents)) for _ in range(size)]
         views = [int(self.flip and rng.random() < 0.5) for _ in chosen]
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        return Latents(self.latents.draw(chosen, views, generator), self.latents.labels[chosen])
+        return Latents(self.latents.sample(chosen, views, generator), self.latents.labels[chosen])
 
     def forward(self, batch: Latents, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         i = torch.randint(len(self.process), (len(batch.x0),), generator=generator)
         noise = torch.randn(batch.x0.shape, generator=generator).to(batch.x0.device)
         labels = self.network.drop_labels(batch.labels, generator=generator) if self.classes else None
-        found = self.loss(batch.x0, i, noise, labels)
-        return found.loss.mean(), parts(found)
+        loss = self.loss(batch.x0, i, noise, labels)
+        return loss.loss.mean(), parts(loss)
 
     def loss(self, x0: Tensor, i: Tensor, noise: Tensor, labels: Tensor | None) -> Loss:
         def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -161,8 +168,8 @@ class ClassConditionalTask(Task):
         return training_loss(denoise, self.process, x0, i, noise)
 
     def validate(self) -> dict[str, float]:
-        """Held-out pictures at fixed noise and evenly spread timesteps: the loss and its parts, their number n, and how
-        much the squared error rises with the next class's label (in %)."""
+        """On n held-out images with fixed noise and evenly spread timesteps: the loss, its parts, and by how many
+        percent the squared error rises with the next class's label (`wrong_class`)."""
         n = min(256, len(self.held_out))
         if n == 0:
             return {}
@@ -173,12 +180,12 @@ class ClassConditionalTask(Task):
         wrong = (labels + 1) % max(len(self.classes), 1)
 
         def mean(labels: Tensor) -> dict[str, float]:
-            found = []
+            figures = []
             for rows in torch.arange(n).split(64):
                 y = labels[rows].to(self.device) if self.classes else None
                 loss = self.loss(x0[rows].to(self.device), i[rows].long(), noise[rows].to(self.device), y)
-                found += [{"loss": float(loss.loss.mean()), **parts(loss)}] * len(rows)
-            return {name: sum(row[name] for row in found) / n for name in found[0]}
+                figures += [{"loss": float(loss.loss.mean()), **parts(loss)}] * len(rows)
+            return {name: sum(row[name] for row in figures) / n for name in figures[0]}
 
         figures = mean(labels)
         if len(self.classes) > 1:
@@ -186,8 +193,8 @@ class ClassConditionalTask(Task):
         return {**{name: round(value, 4) for name, value in figures.items()}, "n": n}
 
     @torch.no_grad()
-    def draw(self, labels: Sequence[int], *, guidance: float = 3.0, seed: int = 0) -> list[Image.Image]:
-        """One picture a label by 25 DDIM steps; of an unconditional network, as many as there are labels."""
+    def generate(self, labels: Sequence[int], *, guidance: float = 3.0, seed: int = 0) -> list[Image.Image]:
+        """Generates one image for each label in 25 DDIM steps; an unconditional network ignores the labels."""
         shape = (len(labels), *self.latents.moments.shape[3:])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         denoise = self.network
@@ -199,10 +206,10 @@ class ClassConditionalTask(Task):
         return to_images(decode_latents(self.vae, ddim(by_timestep(denoise), noise, self.sampling)))
 
     def sheet(self) -> Image.Image:
-        """Up to eight classes, three pictures of each, and a real one below."""
+        """Up to eight classes: three generated images of each, and a real image."""
         count = min(8, len(self.classes)) or 8
         shown = [i * len(self.classes) // count for i in range(count)]
-        rows: list[list[SheetCell | Image.Image | None]] = [list(self.draw(shown, seed=seed)) for seed in range(3)]
+        rows: list[list[SheetCell | Image.Image | None]] = [list(self.generate(shown, seed=seed)) for seed in range(3)]
         firsts = [self.latents.labels.tolist().index(label) for label in shown]
         real = to_images(decode_latents(self.vae, self.latents.mean(firsts).to(self.device)))
         names = [self.classes[label] if self.classes else "" for label in shown]
@@ -231,6 +238,6 @@ class ClassConditionalTask(Task):
 
 
 def parts(loss: Loss) -> dict[str, float]:
-    """Squared error and bound for the log."""
+    """Squared error and variational bound, for the log."""
     named = {"mse": loss.mse, "vb": loss.vb}
     return {name: float(value.detach().mean()) for name, value in named.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Training of ViT (arXiv:2010.11929) as a classifier of pictures: cross entropy, label smoothing, shifts and zooms."""
+"""Training of ViT (arXiv:2010.11929) as an image classifier: cross entropy, label smoothing, shifts and zooms."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from condit.backbones.vit import PRESETS, ViT, ViTConfig
 from condit.data.images import to_images
 from condit.data.sheets import SheetCell, contact_sheet
-from condit.training.labelled import Label, Pictures, check_sizes, height_width, id2label, open_labelled
+from condit.training.fields import Data, NotNegative, Probability, Sizes
+from condit.training.labelled import Images, Label, Size, height_width, id2label, open_labelled, with_sizes
 from condit.training.loop import Task
 from condit.weights.files import load_strict
 from condit.weights.vit import for_finetuning, read_vit, save_vit
 
-# Styles and groups are judged on concepts never seen, concepts on drawings by another hand.
+# Styles and groups are validated on unseen concepts, concepts on unseen combinations of concept and style.
 HELD_OUT = {"style": "concept", "group": "concept", "base": "combo"}
 READ_BATCH = 64
 
@@ -33,51 +34,50 @@ class Classified:
     labels: Tensor  # (B,) int64
 
 
-class ClassifyTask(Task):
-    """Pictures from `icons` (their class: `label`) or `folder` (one subfolder a class), all held in memory in 8 bits.
+class ClassifyData(Data):
+    """Images come from `icons` (their class: `label`) or from `folder` (one subfolder for each class).
 
-    backbone: a preset, or "ViT" with `sizes`, the fields of `ViTConfig`; or `init`, the weights of another ViT whose
-    head is replaced (section 3.2). smoothing: of labels; shift: at most so much of a side; zoom: at most so much more
-    or less; flip: mirror every other picture. checkpointing: less memory, each block computed twice.
+    backbone: a preset, or "ViT" with `sizes`, the fields of `ViTConfig`. init: the weights of another ViT, whose head
+    is replaced (section 3.2). size: a side or (height, width) in pixels. smoothing: of labels. shift: the largest, as a
+    share of a side. zoom: the largest enlargement or reduction. flip: mirror half of the images. checkpointing saves
+    memory and computes each block twice.
     """
 
-    def __init__(
-        self,
-        *,
-        backbone: str = "ViT",
-        sizes: Mapping[str, int | float | str | bool] | None = None,
-        init: str | None = None,
-        icons: str | None = None,
-        folder: str | None = None,
-        label: Label = "style",
-        size: int | Sequence[int] = 128,
-        smoothing: float = 0.1,
-        shift: float = 0.08,
-        zoom: float = 0.15,
-        flip: bool = False,
-        checkpointing: bool = False,
-    ):
+    backbone: str = "ViT"
+    sizes: Sizes = {}
+    init: str | None = None
+    icons: str | None = None
+    folder: str | None = None
+    label: Label = "style"
+    size: Size = 128
+    smoothing: Probability = 0.1
+    shift: Probability = 0.08
+    zoom: NotNegative = 0.15
+    flip: bool = False
+    checkpointing: bool = False
+
+
+class ClassifyTask(Task):
+    """Task "classify" of a recipe. All images are kept in memory in 8 bits."""
+
+    data_type = ClassifyData
+
+    def __init__(self, data: ClassifyData):
         super().__init__()
-        for name, value, least, most in (
-            ("smoothing", smoothing, 0, 1),
-            ("shift", shift, 0, 1),
-            ("zoom", zoom, 0, math.inf),
-        ):
-            if not least <= value <= most:
-                raise ValueError(f"{name} must lie in {least} to {most}; found {value!r}.")
-        self.checkpointing = checkpointing
-        self.smoothing, self.shift, self.zoom, self.flip = smoothing, shift, zoom, flip
-        sides = height_width(size)
-        data = open_labelled(icons, folder, label=label, size=sides, held_out=HELD_OUT.get(label, "concept"))
-        self.classes = data.classes
+        self.checkpointing = data.checkpointing
+        self.smoothing, self.shift, self.zoom, self.flip = data.smoothing, data.shift, data.zoom, data.flip
+        sides = height_width(data.size)
+        held_out = HELD_OUT.get(data.label, "concept")
+        labelled = open_labelled(data.icons, data.folder, label=data.label, size=sides, held_out=held_out)
+        self.classes = labelled.classes
         if len(self.classes) < 2:
             raise ValueError(
-                f"A classifier needs at least 2 classes; found {len(self.classes)} in {folder or icons}. "
-                "Put the pictures into one subfolder for each class."
+                f"A classifier needs at least 2 classes; found {len(self.classes)} in {data.folder or data.icons}. "
+                "Put the images into one subfolder for each class."
             )
-        self.network = make_vit(backbone, sizes or {}, init, sides, len(self.classes))
-        self.images, self.labels = in_memory(data.train)
-        self.held_images, self.held_labels = in_memory(data.held_out)
+        self.network = make_vit(data.backbone, data.sizes, data.init, sides, len(self.classes))
+        self.images, self.labels = in_memory(labelled.train)
+        self.held_images, self.held_labels = in_memory(labelled.held_out)
 
     def compiled(self) -> list[nn.Module]:
         return [self.network]
@@ -93,7 +93,7 @@ class ClassifyTask(Task):
     def forward(self, batch: Classified, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         dropout = None
         if self.network.config.dropout:
-            # Dropout draws on the device; its seed is the step's, so a resumed run draws the same.
+            # Dropout samples on the device. The step gives its seed, so a resumed run samples the same.
             seed = int(torch.randint(2**62, (), generator=generator))
             dropout = torch.Generator(batch.images.device).manual_seed(seed)
         logits = self.network(batch.images, generator=dropout, checkpointing=self.checkpointing).float()
@@ -102,27 +102,26 @@ class ClassifyTask(Task):
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """8-bit pictures (N, 3, H, W) -> (N, classes) on the CPU."""
-        found = [self.network(to_float(part).to(self.device)).float().cpu() for part in images.split(128)]
-        return torch.cat(found)
+        """8-bit images (N, 3, H, W) -> (N, classes) on the CPU."""
+        return torch.cat([self.network(to_float(part).to(self.device)).float().cpu() for part in images.split(128)])
 
     def validate(self) -> dict[str, float]:
-        """Held-out pictures: accuracy and top5 in %, cross entropy in nats without smoothing, their number n."""
+        """Accuracy and top5 in %, cross entropy in nats without smoothing, on the n held-out images."""
         n = len(self.held_images)
         if n == 0:
             return {}
         logits, labels = self.logits(self.held_images), self.held_labels
         ranked = logits.argsort(1, descending=True) == labels[:, None]
-        found = {
+        figures = {
             "accuracy": 100 * float(ranked[:, 0].float().mean()),
             "top5": 100 * float(ranked[:, :5].any(1).float().mean()),
             "cross_entropy": float(F.cross_entropy(logits, labels)),
         }
-        return {**{name: round(value, 3) for name, value in found.items()}, "n": n}
+        return {**{name: round(value, 3) for name, value in figures.items()}, "n": n}
 
     def sheet(self) -> Image.Image:
-        """Two rows of held-out pictures (training ones where there are none) with what they are taken for; mistakes are
-        framed."""
+        """Two rows of held-out images (of training images without any) with their predicted classes; wrong predictions
+        have a frame."""
         held = len(self.held_images) > 0
         images, labels = (self.held_images, self.held_labels) if held else (self.images, self.labels)
         chosen = random.Random(0).sample(range(len(images)), min(16, len(images)))
@@ -146,42 +145,40 @@ class ClassifyTask(Task):
 
 def make_vit(
     backbone: str,
-    sizes: Mapping[str, int | float | str | bool],
+    sizes: Mapping[str, object],
     init: str | None,
     image_size: tuple[int, int],
     classes: int,
 ) -> ViT:
-    """A new ViT, or one that starts from a file; its position table is made, or resized, for `image_size`."""
+    """A new ViT, or one with the weights of `init`; its position embeddings are created or resized for `image_size`."""
     presets = {"ViT": ViTConfig(), **PRESETS}
     if backbone not in presets:
         raise ValueError(f"No backbone {backbone!r}. Known: {', '.join(presets)}.")
-    given = [name for name in ("image_size", "classes", "flavour") if name in sizes]
-    if given:
-        raise ValueError(f"sizes.{given[0]} follows from the data; leave it out.")
-    check_sizes(presets[backbone], sizes)
-    config = replace(presets[backbone], **sizes)  # type: ignore[arg-type]  # a wrong name or value fails here
+    derived = [name for name in ("image_size", "classes", "flavour") if name in sizes]
+    if derived:
+        raise ValueError(f"sizes.{derived[0]} follows from the data; leave it out.")
+    config = with_sizes(presets[backbone], sizes)
     config = replace(config, classes=classes, image_size=image_size)
     if config.classifier == "unpooled":
-        raise ValueError("A classifier gives one answer a picture: sizes.classifier is 'token' or 'gap'.")
+        raise ValueError("A classifier returns one vector for each image: sizes.classifier must be 'token' or 'gap'.")
     if init is None:
         return ViT(config)
     if backbone != "ViT" or set(sizes) - {"dropout"}:
-        raise ValueError(f"The sizes of {init} are its own; beside `init` only sizes.dropout may be given.")
-    known, state = read_vit(init)
-    new, state = for_finetuning(known, state, classes=classes, image_size=image_size)
+        raise ValueError(f"{init} determines the sizes: with `init`, only sizes.dropout may be set.")
+    config_of_init, state = read_vit(init)
+    new, state = for_finetuning(config_of_init, state, classes=classes, image_size=image_size)
     network = ViT(replace(new, dropout=config.dropout))
     load_strict(network, {name: value.float() for name, value in state.items()}, source=init)
     return network
 
 
-def in_memory(pictures: Pictures) -> tuple[Tensor, Tensor]:
+def in_memory(images: Images) -> tuple[Tensor, Tensor]:
     """(images (N, 3, H, W) uint8, labels (N,))."""
     parts = [
-        pictures.read(range(begin, min(begin + READ_BATCH, len(pictures))))
-        for begin in range(0, len(pictures), READ_BATCH)
+        images.read(range(begin, min(begin + READ_BATCH, len(images)))) for begin in range(0, len(images), READ_BATCH)
     ]
-    images = torch.cat([((x + 1) * 127.5).round().byte() for x in parts]) if parts else torch.empty(0, 3, 1, 1)
-    return images.byte(), torch.tensor(pictures.labels, dtype=torch.long)
+    pixels = torch.cat([((x + 1) * 127.5).round().byte() for x in parts]) if parts else torch.empty(0, 3, 1, 1)
+    return pixels.byte(), torch.tensor(images.labels, dtype=torch.long)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -190,7 +187,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, rng: random.Random, *, shift: float, zoom: float, flip: bool) -> Tensor:
-    """Every picture (B, 3, H, W) shifted, zoomed and mirrored by its own chance; the margin repeats the edge."""
+    """Shifts, zooms and mirrors each image of (B, 3, H, W) at random; the margin repeats the edge."""
     rows = []
     for _ in images:
         scale = math.exp(rng.uniform(-1, 1) * math.log1p(zoom))

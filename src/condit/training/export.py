@@ -14,7 +14,7 @@ ADAPTER = "adapter.safetensors"
 
 
 class Exportable(Protocol):
-    """An adapter: its tensors by published names, and what `load` needs to know beside them."""
+    """An adapter: its tensors by published names, and the metadata that `load` reads."""
 
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -22,7 +22,7 @@ class Exportable(Protocol):
 
 
 def export_adapter(adapter: Exportable, folder: Path, card: dict, **more: str) -> None:
-    """Weights in fp16 with what `load` needs, and the card."""
+    """Writes the weights in fp16 with their metadata, and the card."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half().contiguous() for k, v in adapter.tensors().items()}
     metadata = {**adapter.metadata(), **more}

@@ -1,31 +1,36 @@
-"""Pictures with classes: the icon world by style, concept or group, or a folder with one subfolder a class."""
+"""Images with classes: the icon world by style, concept or group, or a folder with one subfolder for each class."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from condit.data.files import hash_fraction
 from condit.data.images import load_image, to_tensor
 from condit.training.plugins import icon_world
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 log = logging.getLogger(__name__)
 
+C = TypeVar("C", bound="DataclassInstance")
 Label = Literal["style", "base", "group"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 HELD_OUT_SHARE = 0.1  # of a folder
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """`read(indices)` gives (B, 3, H, W) in [-1, 1]. labels: a class number each. `key` tells other data apart."""
+class Images:
+    """`read(indices)` returns (B, 3, H, W) in [-1, 1]. labels: class numbers. key: a hash of the data."""
 
     names: list[str]
     labels: list[int]
@@ -38,24 +43,24 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Labelled:
-    """`classes` are the names of the labels 0, 1, ...; none for unlabelled pictures. `held_out` may be empty."""
+    """classes: the names of the labels 0, 1, ...; empty for images without labels. `held_out` may be empty."""
 
     classes: list[str]
-    train: Pictures
-    held_out: Pictures
+    train: Images
+    held_out: Images
 
 
 def open_labelled(
     icons: str | None, folder: str | None, *, label: Label, size: tuple[int, int], held_out: str
 ) -> Labelled:
-    """One of both sources. `label` and `held_out` (a split) are the icon world's; a folder has its own."""
+    """The images of one source. `label` and `held_out` (a split) apply to icons; folders have their own classes."""
     if (icons is None) == (folder is None):
         raise ValueError(
-            f"Pictures come from `icons` (an icon world) or from `folder` (one subfolder a class); found icons = "
-            f"{icons!r} and folder = {folder!r}. Give one of the two under [data]."
+            f"Images come from `icons` (an icon world) or from `folder` (one subfolder for each class); found icons = "
+            f"{icons!r} and folder = {folder!r}. Set one of the two under [data]."
         )
     if icons is not None:
-        return icon_world().labelled(icons, label, size, held_out=held_out)  # type: ignore[attr-defined]
+        return icon_world().labelled(icons, label, size, held_out=held_out)
     return from_folder(str(folder), size)
 
 
@@ -67,14 +72,21 @@ def height_width(size: int | Sequence[int]) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def check_sizes(config: object, sizes: Mapping[str, Any]) -> None:
-    """ValueError for a field of a recipe's `sizes` whose value is of another kind than the configuration's. A field
-    that there is not fails where it is replaced."""
+Size = Annotated[int | Sequence[int], AfterValidator(height_width)]
+
+
+def with_sizes(config: C, sizes: Mapping[str, object]) -> C:
+    """A network's configuration with a recipe's `sizes` replaced. Raises ValueError for an unknown name or another type
+    of value."""
+    known = {field.name: getattr(config, field.name) for field in fields(config)}
     for name, value in sizes.items():
-        known = getattr(config, name, None)
-        kinds = (int, float) if isinstance(known, float) else (type(known),)
-        if known is not None and type(value) not in kinds:
-            raise ValueError(f"sizes.{name} is of the kind of {known!r}; found {value!r}.")
+        if name not in known:
+            raise ValueError(f"sizes.{name} is not a field of {type(config).__name__}; expected {', '.join(known)}.")
+        default = known[name]
+        types = (int, float) if isinstance(default, float) else (type(default),)
+        if default is not None and type(value) not in types:
+            raise ValueError(f"sizes.{name} must have the type of {default!r}; found {value!r}.")
+    return replace(config, **sizes)
 
 
 def id2label(classes: Sequence[str]) -> dict[str, str]:
@@ -83,37 +95,37 @@ def id2label(classes: Sequence[str]) -> dict[str, str]:
 
 
 def from_folder(folder: str | Path, size: tuple[int, int]) -> Labelled:
-    """One subfolder a class, its name the class's; pictures that lie flat have no classes. A tenth is held out, chosen
-    by the files' names, so that more files move none."""
+    """A folder with one subfolder for each class, or with images only, which then have no classes. The hash of a file's
+    name decides whether it is held out (a tenth of them), so that adding files does not move others."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"No folder {folder}. Expected: a folder of pictures, or one with a subfolder for each class.")
+        raise ValueError(f"No folder {folder}. Expected: a folder of images, or one with a subfolder for each class.")
     inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    flat, classes = [p for p in inside if is_picture(p)], [p for p in inside if p.is_dir()]
+    flat, classes = [p for p in inside if is_image(p)], [p for p in inside if p.is_dir()]
     if flat and classes:
         raise ValueError(
-            f"{folder} holds pictures ({flat[0].name}, ...) beside subfolders ({classes[0].name}, ...). Put every "
-            "picture into its class's subfolder, or take the subfolders away for training without classes."
+            f"{folder} holds both images ({flat[0].name}, ...) and subfolders ({classes[0].name}, ...). Move every "
+            "image into its class's subfolder, or remove the subfolders to train without classes."
         )
     files = [(file, 0) for file in flat]
     for number, path in enumerate(classes):
-        found = [file for file in sorted(path.rglob("*")) if is_picture(file)]
-        if not found:
-            raise ValueError(f"The class folder {path} holds no picture ({', '.join(SUFFIXES)}). Fill or remove it.")
-        files += [(file, number) for file in found]
+        in_class = [file for file in sorted(path.rglob("*")) if is_image(file)]
+        if not in_class:
+            raise ValueError(f"The class folder {path} holds no image ({', '.join(SUFFIXES)}). Fill or remove it.")
+        files += [(file, number) for file in in_class]
     if not files:
-        raise ValueError(f"{folder} holds no picture ({', '.join(SUFFIXES)}), neither flat nor in subfolders.")
+        raise ValueError(f"{folder} and its subfolders hold no image ({', '.join(SUFFIXES)}).")
     train, held = split(folder, files)
-    log.info("%s: %d pictures, %d of them held out, %d classes.", folder, len(files), len(held), len(classes))
+    log.info("%s: %d images, %d of them held out, %d classes.", folder, len(files), len(held), len(classes))
     return Labelled([p.name for p in classes], of_files(folder, train, size), of_files(folder, held, size))
 
 
-def is_picture(path: Path) -> bool:
+def is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def split(folder: Path, files: list[tuple[Path, int]]) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
-    """(training, held out); every class keeps at least one picture in training."""
+    """(training, held out); every class keeps at least one image in training."""
 
     def place(item: tuple[Path, int]) -> float:
         return hash_fraction(f"held out/{item[0].relative_to(folder).as_posix()}")
@@ -124,23 +136,24 @@ def split(folder: Path, files: list[tuple[Path, int]]) -> tuple[list[tuple[Path,
     return next(parts), next(parts)
 
 
-def of_files(folder: Path, files: list[tuple[Path, int]], size: tuple[int, int]) -> Pictures:
-    """Files read when they are asked for. The key goes by name, bytes and time: hashing a large set takes minutes."""
+def of_files(folder: Path, files: list[tuple[Path, int]], size: tuple[int, int]) -> Images:
+    """Images that are read on demand. The key hashes names, sizes and times: hashing a large set takes minutes."""
     names = [file.relative_to(folder).as_posix() for file, _ in files]
-    told = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, (file, _) in zip(names, files, strict=True)]
+    stats = [(name, file.stat().st_size, file.stat().st_mtime_ns) for name, (file, _) in zip(names, files, strict=True)]
 
     def read(indices: Sequence[int]) -> Tensor:
-        return torch.stack([read_picture(files[i][0], size) for i in indices])
+        return torch.stack([read_image(files[i][0], size) for i in indices])
 
-    return Pictures(names, [n for _, n in files], read, hashlib.sha256(repr((size, told)).encode()).hexdigest())
+    return Images(names, [n for _, n in files], read, hashlib.sha256(repr((size, stats)).encode()).hexdigest())
 
 
-def read_picture(file: Path, size: tuple[int, int]) -> Tensor:
-    """The middle of a picture at `size`, (3, H, W) in [-1, 1]; ValueError with its name if it is broken or tiny."""
-    picture = load_image(file)
-    if 2 * picture.height < size[0] or 2 * picture.width < size[1]:
+def read_image(file: Path, size: tuple[int, int]) -> Tensor:
+    """The centre of an image at `size`, (3, H, W) in [-1, 1]. Raises ValueError with its name if it is broken or less
+    than half as large."""
+    image = load_image(file)
+    if 2 * image.height < size[0] or 2 * image.width < size[1]:
         raise ValueError(
-            f"{file} is {picture.width} x {picture.height} pixels; at {size[1]} x {size[0]} it would be blown up more "
-            "than twice. Remove it, or train at a smaller `size`."
+            f"{file} is {image.width} x {image.height} pixels; {size[1]} x {size[0]} would enlarge it more than twice. "
+            "Remove it, or train at a smaller `size`."
         )
-    return to_tensor(picture, size, fit="crop")
+    return to_tensor(image, size, fit="crop")

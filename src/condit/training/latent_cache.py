@@ -1,4 +1,4 @@
-"""Latents of pictures, encoded once by a frozen autoencoder: kept in memory, or in a file that the next run finds."""
+"""Latents of images, encoded once by a frozen autoencoder and kept in memory, or in a file that later runs read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,8 +15,9 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from condit.data.files import atomic_write
-from condit.encoders.vae import Autoencoder, scale_shift
-from condit.training.labelled import Pictures
+from condit.encoders.vae import scale_shift
+from condit.training.denoising import posterior_of
+from condit.training.labelled import Images
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,9 @@ ENCODE_BATCH = 16
 
 @dataclass(frozen=True)
 class LatentSet:
-    """moments (N, views, 1 or 2, C, h, w) fp16: mean and, where the encoder is no point, deviation, both scaled.
-    views: as it is and, if asked for, mirrored; mirroring a latent is not encoding a mirrored picture."""
+    """moments (N, views, 1 or 2, C, h, w) fp16: the posterior's mean and, unless the encoder is deterministic, its
+    deviation, both scaled. views: the image and, with `flip`, the mirrored image, whose latent is not the mirrored
+    latent."""
 
     moments: np.ndarray
     labels: Tensor
@@ -36,11 +37,11 @@ class LatentSet:
         return len(self.moments)
 
     def mean(self, indices: Sequence[int]) -> Tensor:
-        """Latents (B, C, h, w) of unmirrored pictures, without chance."""
+        """The posterior's mean (B, C, h, w) of unmirrored images."""
         return torch.from_numpy(self.moments[list(indices), 0, 0].astype(np.float32))
 
-    def draw(self, indices: Sequence[int], views: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Samples of the posterior (B, C, h, w), as DiT trains on them; the mean where it is a point."""
+    def sample(self, indices: Sequence[int], views: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Samples of the posterior (B, C, h, w), which DiT trains on; the mean of a deterministic encoder."""
         moments = torch.from_numpy(self.moments[list(indices), list(views)].astype(np.float32))
         if moments.shape[1] == 1:
             return moments[:, 0]
@@ -48,66 +49,66 @@ class LatentSet:
 
 
 @torch.no_grad()
-def moments_of(vae: Any, images: Tensor) -> Tensor:
+def moments_of(vae: nn.Module, images: Tensor) -> Tensor:
     """(B, 3, H, W) -> scaled mean [and deviation], (B, 1 or 2, C, h, w), on the CPU."""
     scale, shift = scale_shift(vae)
-    posterior = vae.encode(images.to(next(vae.parameters()).device)).latent_dist
-    parts = [(posterior.mode() - shift) * scale]
-    if hasattr(posterior, "std"):
-        parts.append(posterior.std * scale)
+    mean, deviation = posterior_of(vae, images.to(next(vae.parameters()).device))
+    parts = [(mean - shift) * scale]
+    if deviation is not None:
+        parts.append(deviation * scale)
     return torch.stack(parts, 1).float().cpu()
 
 
-def encode(vae: nn.Module, pictures: Pictures, *, flip: bool, cache: str | None = None) -> LatentSet:
-    """Every picture through the autoencoder. `cache`: a folder whose files carry a hash of pictures and autoencoder."""
-    labels = torch.tensor(pictures.labels, dtype=torch.long)
-    if not len(pictures):
+def encode(vae: nn.Module, images: Images, *, flip: bool, cache: str | None = None) -> LatentSet:
+    """The latents of all images. cache: a folder of files, named by a hash of the images and the autoencoder."""
+    labels = torch.tensor(images.labels, dtype=torch.long)
+    if not len(images):
         return LatentSet(np.empty((0,), np.float16), labels)
     target = None
     if cache is not None:
-        target = Path(cache) / f"{key_of(vae, pictures, flip)}.npy"
+        target = Path(cache) / f"{key_of(vae, images, flip)}.npy"
         if target.exists():
-            log.info("Latents of %d pictures from %s.", len(pictures), target)
+            log.info("Latents of %d images from %s.", len(images), target)
             return LatentSet(np.load(target, mmap_mode="r", allow_pickle=False), labels)
-    shape = (len(pictures), 1 + flip, *moments_of(vae, pictures.read([0])).shape[1:])
-    log.info("Encoding %d pictures once.", len(pictures))
+    shape = (len(images), 1 + flip, *moments_of(vae, images.read([0])).shape[1:])
+    log.info("Encoding %d images once.", len(images))
     if target is None:
-        found = np.empty(shape, np.float16)
-        fill(found, vae, pictures)
-        return LatentSet(found, labels)
+        moments = np.empty(shape, np.float16)
+        fill(moments, vae, images)
+        return LatentSet(moments, labels)
 
     def write(path: Path) -> None:
         file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        fill(file, vae, pictures)
+        fill(file, vae, images)
         file.flush()
 
     atomic_write(target, write)
     return LatentSet(np.load(target, mmap_mode="r", allow_pickle=False), labels)
 
 
-def fill(found: np.ndarray, vae: nn.Module, pictures: Pictures) -> None:
-    """Moments into an array, on the device that training will use."""
+def fill(array: np.ndarray, vae: nn.Module, images: Images) -> None:
+    """Writes the moments into an array; encodes on the device that training will use."""
     home = next(vae.parameters()).device
-    # The first state of accelerate decides for all later ones, and only an Accelerator looks for this wish.
+    # accelerate's first state fixes the device of all later ones, and only an Accelerator reads this variable.
     vae.to(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device)
-    for begin in range(0, len(pictures), ENCODE_BATCH):
-        chosen = range(begin, min(begin + ENCODE_BATCH, len(pictures)))
-        images = pictures.read(chosen)
-        for view in range(found.shape[1]):
-            moments = moments_of(vae, images.flip(-1) if view else images)
-            bad = [pictures.names[i] for i, row in zip(chosen, moments, strict=True) if not row.half().isfinite().all()]
+    for begin in range(0, len(images), ENCODE_BATCH):
+        chosen = range(begin, min(begin + ENCODE_BATCH, len(images)))
+        pixels = images.read(chosen)
+        for view in range(array.shape[1]):
+            moments = moments_of(vae, pixels.flip(-1) if view else pixels)
+            bad = [images.names[i] for i, row in zip(chosen, moments, strict=True) if not row.half().isfinite().all()]
             if bad:
                 raise ValueError(
-                    f"The autoencoder gives NaN or values beyond fp16 for {bad[0]} ({len(bad)} of {len(moments)} in "
-                    "this batch). Are its weights whole?"
+                    f"The autoencoder returns NaN or values beyond fp16 for {bad[0]} ({len(bad)} of {len(moments)} in "
+                    "this batch). Check its weights."
                 )
-            found[begin : begin + len(moments), view] = moments.half().numpy()
+            array[begin : begin + len(moments), view] = moments.half().numpy()
     vae.to(home)
 
 
-def key_of(vae: nn.Module, pictures: Pictures, flip: bool) -> str:
-    """Another name for other pictures, another autoencoder, or other views."""
-    digest = hashlib.sha256(f"{pictures.key}/{flip}/{scale_shift(cast('Autoencoder', vae))}".encode())
+def key_of(vae: nn.Module, images: Images, flip: bool) -> str:
+    """A hash of the images, the autoencoder and the views."""
+    digest = hashlib.sha256(f"{images.key}/{flip}/{scale_shift(vae)}".encode())
     for name, value in vae.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().data)

@@ -1,6 +1,6 @@
 """The training loop over accelerate: any task, exact resume, a log line and a sheet every few minutes.
 
-All randomness of step i is drawn from (seed, i, process), so a resumed run continues as if it had never stopped.
+All randomness of step i comes from (seed, i, process), so a resumed run continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -17,28 +17,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import KwargsHandler
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from condit.data.files import atomic_write
 from condit.training import sharding
+from condit.training.fields import Count, Data, NotNegative, Positive, Share, Whole
 from condit.training.optim import Average, lr_factor, make_optimizers, set_lr
 
 log = logging.getLogger(__name__)
 
 NAN_STEPS_UNTIL_STOP = 20
 
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+T = TypeVar("T")
 
 
 class LoopConfig(BaseModel):
@@ -56,7 +53,7 @@ class LoopConfig(BaseModel):
     embedding_lr: Positive | None = None
     beta2: Share = 0.98  # of AdamW; 0.999 for runs of many thousand steps
     weight_decay: NotNegative = 0.0
-    warmup: Annotated[int, Field(ge=0)] = 50
+    warmup: Whole = 50
     decay: bool = True  # the last four fifths of the run fall to zero; False: constant after the warm-up
     clip: Positive = 1.0
     ema: Share = 0.999
@@ -71,10 +68,12 @@ class LoopConfig(BaseModel):
 class Task(nn.Module):
     """What is trained. Only parameters with requires_grad are optimised, averaged and saved.
 
-    progress: the share of the run that is done, 0 to 1, for what changes along the way. partly_used: a step may leave
-    some parameters without a gradient, which several processes have to be told.
+    data_type: the type of a recipe's `[data]`, the constructor's only argument; None: the constructor takes the fields
+    as keyword arguments. progress: the share of the run that is done, 0 to 1, for schedules of a task's own.
+    partly_used: some parameters may have no gradient in a step, which DistributedDataParallel needs to know.
     """
 
+    data_type: ClassVar[type[Data] | None] = None
     progress = 0.0
     partly_used = False
 
@@ -83,15 +82,15 @@ class Task(nn.Module):
         return next(self.parameters()).device
 
     def compiled(self) -> list[nn.Module]:
-        """What `compile = true` compiles: parts that see the same shapes in every step."""
+        """Modules that `compile = true` compiles: those with the same shapes in every step."""
         return []
 
     def shards(self) -> tuple[str, Sequence[nn.Module]]:
-        """What `shard = true` shards: the attribute that holds the network, and its parts, gathered one at a time."""
+        """What `shard = true` shards: the name of the network's attribute, and its blocks, gathered one at a time."""
         raise ValueError(f"{type(self).__name__} cannot be sharded; leave `shard` out.")
 
-    def batch(self, rng: random.Random, size: int) -> Any:
-        """One batch on the CPU, a pure function of `rng`; a tensor or a dataclass of them; runs in a background
+    def batch(self, rng: random.Random, size: int) -> object:
+        """One batch on the CPU, a tensor or a dataclass of tensors, a pure function of `rng`. Called in a background
         thread."""
         raise NotImplementedError(f"{type(self).__name__} has no batch().")
 
@@ -104,23 +103,27 @@ class Task(nn.Module):
         return {}
 
     def sheet(self) -> Image.Image | None:
-        """A picture of what the model does now, with averaged weights."""
+        """A contact sheet of images that the model generates now, with averaged weights."""
         return None
 
     def export(self, folder: Path, card: dict) -> None:
-        """Write what is shipped, from averaged weights. `card`: steps, images seen, last figures."""
+        """Write the trained weights, averaged, into `folder`. `card`: steps, images seen, last figures."""
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A tensor, a tuple of them, or a dataclass with its tensors, on the device."""
+def to_device(batch: T, device: torch.device) -> T:
+    """A tensor, a tuple of tensors, or a dataclass with its tensors, on the device."""
+    return cast(T, _moved(batch, device))
+
+
+def _moved(batch: object, device: torch.device) -> object:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, tuple):
-        return tuple(to_device(value, device) for value in batch)
+        return tuple(_moved(value, device) for value in batch)
     if not dataclasses.is_dataclass(batch) or isinstance(batch, type):
         return batch
     return dataclasses.replace(
-        batch, **{f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
+        batch, **{f.name: _moved(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
     )
 
 
@@ -242,7 +245,7 @@ class Loop:
             with self.averaged():
                 self.task.export(self.out / "export", self.card(figures))
 
-    def make_batch(self, step: int) -> list[Any]:
+    def make_batch(self, step: int) -> list[object]:
         """The batches of a step."""
         rng = random.Random(self.key(step))
         return [self.task.batch(rng, self.config.batch) for _ in range(self.config.accumulate)]
@@ -254,7 +257,7 @@ class Loop:
     def key(self, step: int) -> str:
         return f"{self.config.seed}/{step}/{self.accelerator.process_index}"
 
-    def train_step(self, batches: list[Any]) -> tuple[float, dict[str, float]]:
+    def train_step(self, batches: Sequence[object]) -> tuple[float, dict[str, float]]:
         config = self.config
         generator = torch.Generator().manual_seed(random.Random("noise/" + self.key(self.step)).getrandbits(62))
         set_lr(self.optimizers, lr_factor(self.step, config.steps, config.warmup, decay=config.decay))
@@ -372,7 +375,7 @@ class Loop:
 
     @contextmanager
     def bar(self) -> Iterator[Callable[[float], None]]:
-        """A progress bar on stderr, if asked for; yields tick(loss)."""
+        """A progress bar on stderr with `progress`; yields tick(loss)."""
         if not (self.progress and self.accelerator.is_main_process):
             yield lambda loss: None
             return

@@ -7,14 +7,13 @@ of the prompts empty, 10 % of the references black, independently.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import NoReturn
 
 import torch
 from accelerate import PartialState
@@ -38,19 +37,39 @@ from condit.drawing.references import ANNOTATORS
 from condit.encoders.vae import decode_tokens
 from condit.nn.offload import CheckpointedBlocks, with_blocks
 from condit.nn.streams import Stream, grid_ids
-from condit.training import omini_data as data
 from condit.training.export import export_adapter
 from condit.training.loop import Task, to_device
-from condit.training.omini_data import ConditionSpec, Pictures, Rows, draw_posterior
+from condit.training.omini_data import (
+    ConditionSpec,
+    OminiData,
+    PairImages,
+    Rows,
+    cache_key,
+    check_roles,
+    load_rows,
+    moments_of,
+    open_training_pairs,
+    read_pair,
+    sample_posterior,
+    save_row,
+    text_of,
+    with_empty,
+)
 from condit.weights.load import load_parts
 from condit.weights.parts import Parts
-from condit.weights.quantise import Quantise, quantise
+from condit.weights.quantise import quantise
 
 log = logging.getLogger(__name__)
 
 LEVELS = 0.5, 0.7, 0.9
 LINES = "canny", "edges", "lines"
 ENCODE_BATCH = 4
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def no_text(*_: object) -> NoReturn:
+    """In place of text encoders that were freed after the cache was filled."""
+    raise ValueError("The text encoders are not in memory: with `cache`, the text of every pair comes from the cache.")
 
 
 @dataclass(frozen=True)
@@ -72,7 +91,7 @@ class OminiModel(nn.Module):
     def forward(
         self, x_t: Tensor, ids: Tensor, t: Tensor, text: Tensor, pooled: Tensor, placed: Sequence[Placed], guidance=1.0
     ) -> Tensor:
-        """Velocity (B, N, C) of noisy tokens at positions (N, 3) or (B, N, 3); a batch of equal lengths."""
+        """Velocity (B, N, C) of noisy tokens at positions (N, 3) or (B, N, 3)."""
         c = self.transformer.config
         dtype = pooled.dtype
         scale = torch.full((len(x_t),), float(guidance), device=x_t.device, dtype=dtype) if c.guidance_embeds else None
@@ -88,75 +107,47 @@ class OminiModel(nn.Module):
 
 
 class OminiTask(Task):
-    """Task "omini" of a recipe.
+    """Task "omini" of a recipe."""
 
-    model: a FLUX.1 folder or file; pairs: see condit.data.pairs, or Subjects200K; conditions: see ConditionSpec.
-    height, width of targets in pixels. independent: conditions see themselves only, so that a cache is exact.
-    integrate: token integration, one condition that is the target. cache: a folder in which rows are kept encoded; the
-    text encoders are then not held in memory. held_out: how many pairs are kept for validation; draw: how many of them
-    are drawn at each look, in `draw_steps` steps, to see whether the condition is followed. text_tokens: of T5.
-    """
+    data_type = OminiData
 
-    def __init__(
-        self,
-        model: str,
-        pairs: str,
-        conditions: list[dict[str, Any]],
-        *,
-        height: int = 512,
-        width: int = 512,
-        rank: int = 4,
-        alpha: float | None = None,
-        independent: bool = False,
-        integrate: bool = False,
-        text_dropout: float = 0.1,
-        image_dropout: float = 0.1,
-        text_tokens: int = 512,
-        cache: str | None = None,
-        held_out: int = 16,
-        draw: int = 4,
-        draw_steps: int = 8,
-        checkpointing: bool = True,
-        dtype: Literal["bfloat16", "float32"] = "bfloat16",
-        quantize: Quantise | None = None,
-        components: str | None = None,
-    ):
+    def __init__(self, data: OminiData):
         super().__init__()
-        self.specs, self.size = data.read_specs(conditions), (height, width)
-        self.independent, self.integrate = independent, integrate
-        # The official trainer drops no picture in token integration: the known part is always known.
-        self.text_dropout, self.image_dropout = text_dropout, 0.0 if integrate else image_dropout
-        self.drawn_samples, self.draw_steps = draw, draw_steps
-        self.pairs, key = data.open_training_pairs(pairs)
-        data.check_roles(self.pairs, self.specs, pairs)
-        self.held_out = min(held_out, len(self.pairs) - 1)
-        parts = load_parts(model, dtype=getattr(torch, dtype), components=components)
+        self.specs, self.size = data.conditions, (data.height, data.width)
+        self.independent, self.integrate = data.independent, data.integrate
+        # The official trainer drops no image in token integration: the known part is always known.
+        self.text_dropout, self.image_dropout = data.text_dropout, 0.0 if data.integrate else data.image_dropout
+        self.generated, self.sampling_steps = data.draw, data.draw_steps
+        self.pairs, key = open_training_pairs(data.pairs)
+        check_roles(self.pairs, self.specs, data.pairs)
+        self.held_out = min(data.held_out, len(self.pairs) - 1)
+        parts = load_parts(data.model, dtype=DTYPES[data.dtype], components=data.components)
         if not isinstance(parts, Parts):
-            raise ValueError(f"{model!r} is not FLUX.1 or the embedded 'tiny': OminiControl is trained on an MM-DiT.")
+            raise ValueError(f"{data.model!r} is not FLUX.1: OminiControl is trained on an MM-DiT.")
         self.base_hash, self.parts = parts.hash, parts
         self.check(parts)
-        if quantize is not None:
-            quantise(parts.backbone, quantize)
+        if data.quantize is not None:
+            quantise(parts.backbone, data.quantize)
         transformer = parts.backbone.requires_grad_(False)
         adapters: dict[str, OminiControl] = {}
         for spec in self.specs:
-            config = spec.config(independent=independent, rank=rank, alpha=alpha)
+            config = spec.config(independent=data.independent, rank=data.rank, alpha=data.alpha)
             adapters.setdefault(spec.adapter, OminiControl.new(transformer, config))
         self.model = OminiModel(
-            with_blocks(transformer, CheckpointedBlocks) if checkpointing else transformer, adapters
+            with_blocks(transformer, CheckpointedBlocks) if data.checkpointing else transformer, adapters
         )
         self.vae, self.text = parts.vae, parts.text
-        self.text.limit = text_tokens
+        self.text.limit = data.text_tokens
         self.cache: Path | None = None
-        if cache is not None:
-            self.cache = Path(cache) / data.cache_key(key, parts.hash, self.specs, self.size, text_tokens)
+        if data.cache is not None:
+            self.cache = Path(data.cache) / cache_key(key, parts.hash, self.specs, self.size, data.text_tokens)
             self.fill_cache()
             self.text = None  # T5 takes 9.5 GB
-            self.parts = replace(parts, text=None)  # type: ignore[arg-type]
+            self.parts = replace(parts, text=no_text)
         self.empty: Rows | None = None
 
     def train(self, mode: bool = True) -> OminiTask:
-        """Only the adapters train: T5 would drop out, and gradients pass through the transformer as they are."""
+        """Only the adapters are in training mode: T5 has dropout."""
         super().train(mode)
         for frozen in (self.text, self.vae, self.model.transformer):
             if frozen is not None:
@@ -164,7 +155,7 @@ class OminiTask(Task):
         return self
 
     def check(self, parts: Parts) -> None:
-        """ValueError for what does not fit the model, before hours are spent."""
+        """Raises ValueError for settings that do not fit the model, before rows are encoded."""
         if parts.prediction != "velocity" or not parts.distilled:
             raise ValueError(f"Task 'omini' trains on FLUX.1; {parts.name} is another model. Use task 'tokens' for it.")
         self.pixels = Pipeline(parts).pixels
@@ -179,8 +170,10 @@ class OminiTask(Task):
                     f"condition {spec.role!r} lies on the target (delta 0), but {at[0]} x {at[1]} times scale "
                     f"{spec.scale} is not {self.size[0]} x {self.size[1]}. Set size, scale or delta."
                 )
-        whole = len(self.specs) == 1 and self.specs[0] == ConditionSpec("target", adapter=self.specs[0].adapter)
-        if self.integrate and not whole:
+        plain_target = len(self.specs) == 1 and self.specs[0] == ConditionSpec(
+            role="target", adapter=self.specs[0].adapter
+        )
+        if self.integrate and not plain_target:
             raise ValueError(
                 "integrate needs exactly one condition, role = 'target', without annotator, size or delta."
             )
@@ -200,32 +193,32 @@ class OminiTask(Task):
     def training_rows(self) -> int:
         return len(self.pairs) - self.held_out
 
-    def batch(self, rng: random.Random, size: int) -> Pictures | Rows:
+    def batch(self, rng: random.Random, size: int) -> PairImages | Rows:
         chosen = [rng.randrange(self.training_rows) for _ in range(size)]
         return self.read(chosen, torch.Generator().manual_seed(rng.getrandbits(62)))
 
-    def read(self, indices: Sequence[int], generator: torch.Generator) -> Pictures | Rows:
+    def read(self, indices: Sequence[int], generator: torch.Generator) -> PairImages | Rows:
         drawn = torch.stack([sample_generated_cells(self.grid, generator) for _ in indices]) if self.integrate else None
         if self.cache is not None:
-            return replace(data.load_rows([self.row_file(i) for i in indices]), drawn=drawn)
-        return replace(self.pictures(indices), drawn=drawn)
+            return replace(load_rows([self.row_file(i) for i in indices]), drawn=drawn)
+        return replace(self.images(indices), drawn=drawn)
 
-    def pictures(self, indices: Sequence[int]) -> Pictures:
+    def images(self, indices: Sequence[int]) -> PairImages:
         targets, captions, conditions = zip(
-            *(data.read_pair(self.pairs[i], self.specs, self.size) for i in indices), strict=True
+            *(read_pair(self.pairs[i], self.specs, self.size) for i in indices), strict=True
         )
         stacked = tuple(torch.stack(c) for c in zip(*conditions, strict=True))
-        return Pictures(torch.stack(targets), list(captions), stacked)
+        return PairImages(torch.stack(targets), list(captions), stacked)
 
     @torch.no_grad()
-    def encode(self, given: Pictures | Rows) -> Rows:
+    def encode(self, batch: PairImages | Rows) -> Rows:
         """Rows of tokens on the task's device."""
-        if isinstance(given, Rows):
-            return given
-        assert self.text is not None  # pictures come where nothing is kept on disk
-        text, pooled = data.text_of(self.text(given.captions), self.dtype)
-        conditions = tuple(data.moments_of(self.vae, c) for c in given.conditions)
-        return Rows(data.moments_of(self.vae, given.images), conditions, text, pooled, given.drawn)
+        if isinstance(batch, Rows):
+            return batch
+        assert self.text is not None  # batches are images only without a cache
+        text, pooled = text_of(self.text(batch.captions), self.dtype)
+        conditions = tuple(moments_of(self.vae, c) for c in batch.conditions)
+        return Rows(moments_of(self.vae, batch.images), conditions, text, pooled, batch.drawn)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -235,66 +228,67 @@ class OminiTask(Task):
         assert self.cache is not None
         return self.cache / f"{i}.safetensors"
 
-    def black(self) -> Pictures:
-        """The empty prompt and black conditions; the target does not count."""
+    def black(self) -> PairImages:
+        """The empty prompt and black conditions; the target is not used."""
         sizes = [s.size or self.size for s in self.specs]
-        return Pictures(torch.zeros(1, 3, *self.size), [""], tuple(torch.full((1, 3, *s), -1.0) for s in sizes))
+        return PairImages(torch.zeros(1, 3, *self.size), [""], tuple(torch.full((1, 3, *s), -1.0) for s in sizes))
 
     def fill_cache(self) -> None:
-        """Encode what is not there yet, on the device that training will use."""
+        """Encodes the missing rows, on the device that training will use."""
         missing = [i for i in range(len(self.pairs)) if not self.row_file(i).exists()]
-        device: torch.device = PartialState().device  # type: ignore[assignment]
+        device = PartialState().device
+        assert isinstance(device, torch.device)
         for module in (self.vae, self.text):
             if module is not None:
                 module.to(device)
         if not self.row_file("empty").exists():
-            data.save_row(self.row_file("empty"), self.encode(to_device(self.black(), device)), 0)
+            save_row(self.row_file("empty"), self.encode(to_device(self.black(), device)), 0)
         if missing:
             log.info("Encoding %d pairs once, into %s.", len(missing), self.cache)
         for begin in range(0, len(missing), ENCODE_BATCH):
             chosen = missing[begin : begin + ENCODE_BATCH]
-            rows = self.encode(to_device(self.pictures(chosen), device))
+            rows = self.encode(to_device(self.images(chosen), device))
             for k, i in enumerate(chosen):
-                data.save_row(self.row_file(i), rows, k)
+                save_row(self.row_file(i), rows, k)
 
     def empty_rows(self) -> Rows:
         if self.empty is None:
             stored = self.cache is not None
-            found = data.load_rows([self.row_file("empty")]) if stored else self.black()
-            self.empty = self.encode(to_device(found, self.device))
+            rows = load_rows([self.row_file("empty")]) if stored else self.black()
+            self.empty = self.encode(to_device(rows, self.device))
         return self.empty
 
     # The step
 
-    def forward(self, batch: Pictures | Rows, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: PairImages | Rows, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = self.encode(batch)
         n = len(rows)
         without = drop(n, self.text_dropout, generator), drop(n, self.image_dropout, generator)
-        rows = data.with_empty(rows, self.empty_rows(), *without)
-        x0 = draw_posterior(rows.target, generator).float()
+        rows = with_empty(rows, self.empty_rows(), *without)
+        x0 = sample_posterior(rows.target, generator).float()
         # In token integration one encoding serves both halves.
-        tokens = [x0] if self.integrate else [draw_posterior(c, generator) for c in rows.conditions]
+        tokens = [x0] if self.integrate else [sample_posterior(c, generator) for c in rows.conditions]
         t = logit_normal(n, generator=generator).to(x0.device)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-        # What a joint condition computes in the last block is thrown away; processes that train together want a
-        # gradient of every weight, so those get zero.
-        every = 0.0 * torch.stack([p.sum() for p in self.model.adapters.parameters()]).sum()
-        return self.loss(rows, x0, tokens, noise, t).mean() + every, {}
+        # The last block's output for a joint condition is not used, but DistributedDataParallel needs a gradient of
+        # every weight: a zero.
+        zero = 0.0 * torch.stack([p.sum() for p in self.model.adapters.parameters()]).sum()
+        return self.loss(rows, x0, tokens, noise, t).mean() + zero, {}
 
     def loss(self, rows: Rows, x0: Tensor, tokens: Sequence[Tensor], noise: Tensor, t: Tensor) -> Tensor:
-        """Squared error of the velocity by row, (B,): each is the mean over its own tokens."""
-        found = torch.empty(len(x0), device=x0.device)
-        for chosen, cells in self.alike(rows):
+        """Squared error of the velocity for each row, (B,), averaged over its tokens."""
+        losses = torch.empty(len(x0), device=x0.device)
+        for chosen, cells in self.same_cells(rows):
             keep = slice(None) if cells is None else cells
             ids = grid_ids(*self.grid).to(x0.device)
             placed = self.placed([c[chosen] for c in tokens], cells)
             x, e, time = x0[chosen][:, keep], noise[chosen][:, keep], t[chosen]
             out = self.model(add_noise(x, e, time), ids[keep], time, rows.text[chosen], rows.pooled[chosen], placed)
-            found = found.index_put((chosen,), flow_loss(out, x, e, time))
-        return found
+            losses = losses.index_put((chosen,), flow_loss(out, x, e, time))
+        return losses
 
-    def alike(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Rows that make one forward: all, or one by one where each draws cells of its own."""
+    def same_cells(self, rows: Rows) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Rows that share a forward pass: all, or one at a time in token integration, where cells differ."""
         if rows.drawn is None:
             yield torch.arange(len(rows), device=rows.target.device), None
             return
@@ -302,67 +296,68 @@ class OminiTask(Task):
             yield torch.tensor([i], device=rows.target.device), drawn.flatten().to(rows.target.device)
 
     def placed(self, tokens: Sequence[Tensor], cells: Tensor | None) -> list[Placed]:
-        """Conditions at their positions; of a picture drawn in part the known cells."""
+        """Conditions at their positions; in token integration only the known cells."""
         keep = slice(None) if cells is None else ~cells
         return [
             Placed(c[:, keep], self.ids_of(spec)[keep], spec.adapter)
             for c, spec in zip(tokens, self.specs, strict=True)
         ]
 
-    # What is looked at
+    # Validation
 
     def examples(self) -> Rows:
         held = range(self.training_rows, len(self.pairs))
-        found = self.read(list(held) or [0], torch.Generator().manual_seed(0))
-        return self.encode(to_device(found, self.device))
+        pairs = self.read(list(held) or [0], torch.Generator().manual_seed(0))
+        return self.encode(to_device(pairs, self.device))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Velocity error on held-out pairs; in % how much it rises with another pair's references (`wrong_reference`)
-        and with black ones (`no_reference`); and how well drawn pictures follow their conditions (`follow_*`)."""
+        """On held-out pairs: the velocity error, by how many percent it rises with another pair's references
+        (`wrong_reference`) and with black ones (`no_reference`), and how well generated images follow their conditions
+        (`follow_*`)."""
         rows, empty = self.examples(), self.empty_rows()
         x0 = rows.target[:, 0].float()
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
         right = [x0] if self.integrate else [c[:, 0] for c in rows.conditions]
         black = [e[:, 0].expand_as(c) for e, c in zip(empty.conditions, right, strict=True)]
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for level in LEVELS:
             t = torch.full((len(x0),), level, device=x0.device)
             error, wrong, none = (
                 float(self.loss(rows, x0, tokens, noise, t).mean())
                 for tokens in (right, [c.roll(1, 0) for c in right], black)
             )
-            found[f"error_{level}"] = round(error, 4)
+            figures[f"error_{level}"] = round(error, 4)
             if len(x0) > 1:
-                found[f"wrong_reference_{level}"] = round(100 * (wrong / error - 1), 1)
-            found[f"no_reference_{level}"] = round(100 * (none / error - 1), 1)
-        return found | self.followed(rows)
+                figures[f"wrong_reference_{level}"] = round(100 * (wrong / error - 1), 1)
+            figures[f"no_reference_{level}"] = round(100 * (none / error - 1), 1)
+        return figures | self.followed(rows)
 
     def followed(self, rows: Rows) -> dict[str, float]:
-        """Of conditions that an annotator makes: F1 of lines within 2 pixels, or mean squared difference in 0 ... 255,
-        between the condition and the same annotation of what was drawn with it."""
-        watched = [(k, s) for k, s in enumerate(self.specs) if s.annotator is not None and s.size is None]
-        if not watched or not self.drawn_samples or self.integrate:
+        """For conditions made by an annotator: F1 of lines within 2 pixels, or mean squared difference in 0 ... 255,
+        between the condition and the annotation of the generated image."""
+        annotated = [(k, s) for k, s in enumerate(self.specs) if s.annotator is not None and s.size is None]
+        if not annotated or not self.generated or self.integrate:
             return {}
-        n, found = min(self.drawn_samples, len(rows)), {}
-        drawn = to_images(self.draw(rows, n))
+        n, figures = min(self.generated, len(rows)), {}
+        generated = to_images(self.generate(rows, n))
         held = range(self.training_rows, self.training_rows + n)
-        given = [data.read_pair(self.pairs[i], self.specs, self.size)[2] for i in held]
-        for k, spec in watched:
+        references = [read_pair(self.pairs[i], self.specs, self.size)[2] for i in held]
+        for k, spec in annotated:
             assert spec.annotator is not None
-            maps = torch.stack([to_tensor(ANNOTATORS[spec.annotator](image), self.size) for image in drawn])[:, 0]
-            wanted = torch.stack([conditions[k] for conditions in given])[:, 0]
+            maps = torch.stack([to_tensor(ANNOTATORS[spec.annotator](image), self.size) for image in generated])[:, 0]
+            expected = torch.stack([conditions[k] for conditions in references])[:, 0]
             if spec.annotator in LINES:
                 dark = spec.annotator == "lines"
-                ours, theirs = ((m < 0) if dark else (m > 0) for m in (maps, wanted))
-                found[f"follow_{spec.annotator}_f1"] = round(float(edge_f1(ours, theirs).mean()), 4)
+                ours, theirs = ((m < 0) if dark else (m > 0) for m in (maps, expected))
+                figures[f"follow_{spec.annotator}_f1"] = round(float(edge_f1(ours, theirs).mean()), 4)
             else:
-                found[f"follow_{spec.annotator}_mse"] = round(float((127.5 * (maps - wanted)).square().mean()), 1)
-        return found
+                figures[f"follow_{spec.annotator}_mse"] = round(float((127.5 * (maps - expected)).square().mean()), 1)
+        return figures
 
     @torch.no_grad()
-    def draw(self, rows: Rows, n: int, *, guidance: float = 3.5) -> Tensor:
-        """The first n rows drawn with their conditions, (n, 3, H, W): the sampler of the pipeline."""
+    def generate(self, rows: Rows, n: int, *, guidance: float = 3.5) -> Tensor:
+        """Images (n, 3, H, W) of the first n rows with their conditions, by the pipeline's sampler."""
         tokens = [c[:n, 0] for c in rows.conditions]
         ids, placed = grid_ids(*self.grid).to(self.device), self.placed(tokens, None)
         text, pooled = rows.text[:n], rows.pooled[:n]
@@ -372,25 +367,25 @@ class OminiTask(Task):
             return self.model(x, ids, t, text, pooled, placed, guidance).float()
 
         noise = torch.randn(rows.target[:n, 0].shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        sigmas = flow_sigmas(self.draw_steps, shift=self.parts.shift_of(len(ids)))
+        sigmas = flow_sigmas(self.sampling_steps, shift=self.parts.shift_of(len(ids)))
         latent = euler(velocity, noise, FlowPath(tuple(sigmas.tolist()))).to(next(self.vae.parameters()).dtype)
         return decode_tokens(self.vae, latent, self.grid)
 
     def sheet(self) -> Image.Image | None:
-        """Conditions, results and targets of held-out pairs."""
-        if not self.drawn_samples or self.integrate:
+        """Conditions, generated images and targets of held-out pairs."""
+        if not self.generated or self.integrate:
             return None
-        held = list(range(self.training_rows, len(self.pairs)))[: self.drawn_samples] or [0]
-        pictures = self.pictures(held)
-        found = to_images(self.draw(self.examples(), len(held)))
-        rows = [*(to_images(c) for c in pictures.conditions), found, to_images(pictures.images)]
-        return contact_sheet(rows, [*(s.role for s in self.specs), "drawn", "target"])
+        held = list(range(self.training_rows, len(self.pairs)))[: self.generated] or [0]
+        pairs = self.images(held)
+        generated = to_images(self.generate(self.examples(), len(held)))
+        rows = [*(to_images(c) for c in pairs.conditions), generated, to_images(pairs.images)]
+        return contact_sheet(rows, [*(s.role for s in self.specs), "generated", "target"])
 
     def export(self, folder: Path, card: dict) -> None:
-        """One adapter into the folder itself, several into one folder each."""
+        """A single adapter goes into the folder itself, more than one into a folder each."""
         alone = len(self.model.adapters) == 1
         for name, adapter in self.model.adapters.items():
             assert isinstance(adapter, OminiControl)
             export_adapter(adapter, folder if alone else folder / name, card, base=self.base_hash)
-        specs = [dataclasses.asdict(s) for s in self.specs]
+        specs = [s.model_dump() for s in self.specs]
         (folder / "conditions.json").write_text(json.dumps(specs, indent=1) + "\n")

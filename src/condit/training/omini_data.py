@@ -1,63 +1,114 @@
-"""What an OminiControl trainer reads: pairs as pictures, then as rows of tokens, encoded at need or kept on disk."""
+"""Data of OminiControl's training: pairs as images, then as rows of tokens, encoded on demand or cached on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from pydantic import Field, field_validator
+from torch import Tensor, nn
 
 from condit.controls.omini_tasks import OminiConfig, Side
-from condit.data.images import load_image, to_tensor
+from condit.data.images import ImageSource, load_image, to_tensor
 from condit.data.pairs import Pair, Pairs, fingerprint, open_pairs
 from condit.data.subjects200k import REPOSITORY, open_subjects200k
 from condit.drawing.references import ANNOTATORS
 from condit.encoders.text import Text
-from condit.encoders.vae import pack
+from condit.encoders.vae import pack, scale_shift
+from condit.training.denoising import posterior_of
+from condit.training.fields import Count, Data, Number, Probability, Whole
 from condit.weights.files import read_tensors, save_tensors
+from condit.weights.quantise import Quantise
+
+DELTA_LIMIT = 4096  # tokens; the positions of the largest images end far below
+RANK_LIMIT = 4096
+
+Shift = Annotated[Number, Field(ge=-DELTA_LIMIT, le=DELTA_LIMIT)]
 
 
-@dataclass(frozen=True)
-class ConditionSpec:
+class ConditionSpec(Data):
     """One condition of every pair, a table of `[[data.conditions]]`.
 
-    role: the references it takes, or "target" for the target itself; annotator: what is made of that picture. size:
-    (height, width), None: the target's. delta in image tokens, or a side. adapter: conditions of one name share a LoRA.
+    role: the role of the references, or "target" for the target itself. annotator: what makes the condition of that
+    image. size: (height, width) in pixels, None: the target's. delta: in image tokens, or a side. adapter: conditions
+    with the same name share a LoRA; the name is also that of its folder in the export.
     """
 
     role: str
     annotator: str | None = None
-    delta: tuple[float, float] | Side = (0, 0)
-    scale: float = 1.0
-    size: tuple[int, int] | None = None
+    delta: tuple[Shift, Shift] | Side = (0, 0)
+    scale: Annotated[Number, Field(gt=0, le=DELTA_LIMIT)] = 1.0
+    size: tuple[Count, Count] | None = None
     adapter: str = "omini"
 
-    def __post_init__(self):
-        if self.annotator is not None and self.annotator not in ANNOTATORS:
-            raise ValueError(f"no annotator {self.annotator!r}; there are {', '.join(ANNOTATORS)}.")
+    @field_validator("annotator")
+    @classmethod
+    def _known(cls, annotator: str | None) -> str | None:
+        if annotator is not None and annotator not in ANNOTATORS:
+            raise ValueError(f"no annotator {annotator!r}; expected one of {', '.join(ANNOTATORS)}.")
+        return annotator
+
+    @field_validator("adapter")
+    @classmethod
+    def _folder(cls, adapter: str) -> str:
+        # A dot would also break the name of the module.
+        if not adapter or adapter != adapter.strip() or any(sign in adapter for sign in "./\\:\0"):
+            raise ValueError(f"adapter must be the name of a folder without dots or slashes; found {adapter!r}.")
+        return adapter
 
     def config(self, *, independent: bool, rank: int, alpha: float | None) -> OminiConfig:
         return OminiConfig(self.role, self.delta, self.scale, independent, self.annotator, rank=rank, alpha=alpha)
 
 
-def read_specs(given: Sequence[dict[str, Any]]) -> tuple[ConditionSpec, ...]:
-    """The tables of a recipe. TypeError for an unknown field, as for any argument."""
-    if not given:
-        raise ValueError("conditions must hold at least one table, as [[data.conditions]] with role = 'subject'.")
-    tables: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in t.items()} for t in given]
-    return tuple(ConditionSpec(**table) for table in tables)
+class OminiData(Data):
+    """model: a folder or file of FLUX.1. pairs: see condit.data.pairs, or Subjects200K.
+
+    height, width: of the targets, in pixels. independent: conditions attend to themselves only, so that a cache is
+    exact. integrate: token integration with one condition, the target itself. text_tokens: length of T5's text. cache:
+    a folder of encoded rows; the text encoders then leave memory. held_out: the number of pairs for validation. draw:
+    how many of them are generated at each validation, in `draw_steps` steps, to measure whether they follow their
+    conditions. quantize: the frozen transformer's blocks. components: the folder of what a single file lacks.
+    """
+
+    model: str
+    pairs: str
+    conditions: tuple[ConditionSpec, ...]
+    height: Count = 512
+    width: Count = 512
+    rank: Annotated[int, Field(ge=1, le=RANK_LIMIT)] = 4
+    alpha: Annotated[Number, Field(gt=0)] | None = None
+    independent: bool = False
+    integrate: bool = False
+    text_dropout: Probability = 0.1
+    image_dropout: Probability = 0.1
+    text_tokens: Count = 512
+    cache: str | None = None
+    held_out: Whole = 16
+    draw: Whole = 4
+    draw_steps: Count = 8
+    checkpointing: bool = True
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantize: Quantise | None = None
+    components: str | None = None
+
+    @field_validator("conditions")
+    @classmethod
+    def _some(cls, conditions: tuple[ConditionSpec, ...]) -> tuple[ConditionSpec, ...]:
+        if not conditions:
+            raise ValueError("conditions must hold at least one table, as [[data.conditions]] with role = 'subject'.")
+        return conditions
 
 
 @dataclass
-class Pictures:
-    """Targets (B, 3, H, W) with captions, and of each condition the pictures (B, 3, h, w), all in [-1, 1]. drawn (B,
-    rows, columns): which cells are drawn, for token integration."""
+class PairImages:
+    """Targets (B, 3, H, W) with captions, and the images (B, 3, h, w) of each condition, all in [-1, 1]. drawn (B,
+    rows, columns): the cells that the model generates, for token integration."""
 
     images: Tensor
     captions: list[str]
@@ -67,7 +118,7 @@ class Pictures:
 
 @dataclass
 class Rows:
-    """The same encoded: posteriors as packed, scaled mean and deviation (B, 2, N, C); text (B, L, C), pooled (B, P)."""
+    """Encoded pairs: packed, scaled mean and deviation of posteriors (B, 2, N, C); text (B, L, C), pooled (B, P)."""
 
     target: Tensor
     conditions: tuple[Tensor, ...]
@@ -79,8 +130,8 @@ class Rows:
         return len(self.target)
 
 
-def draw_posterior(moments: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Tokens (B, N, C) from (B, 2, N, C): a sample, as the official trainer takes; without a generator the mode."""
+def sample_posterior(moments: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Tokens (B, N, C) from (B, 2, N, C): a sample, as in the official trainer; without a generator the mode."""
     if generator is None:
         return moments[:, 0]
     noise = torch.randn(moments[:, 0].shape, generator=generator).to(moments)
@@ -88,17 +139,18 @@ def draw_posterior(moments: Tensor, generator: torch.Generator | None) -> Tensor
 
 
 @torch.no_grad()
-def moments_of(vae: Any, images: Tensor) -> Tensor:
-    """Mean and deviation of the posterior, packed and scaled, (B, 2, N, C); no deviation where the encoder is exact."""
-    posterior = vae.encode(images.to(next(vae.parameters()).dtype)).latent_dist
-    mean = pack((posterior.mode() - vae.config.shift_factor) * vae.config.scaling_factor)
-    std = pack(posterior.std * vae.config.scaling_factor) if hasattr(posterior, "std") else torch.zeros_like(mean)
-    return torch.stack([mean, std], 1)
+def moments_of(vae: nn.Module, images: Tensor) -> Tensor:
+    """Mean and deviation of the posterior, packed and scaled, (B, 2, N, C); zero deviation of a deterministic
+    encoder."""
+    scale, shift = scale_shift(vae)
+    z, std = posterior_of(vae, images.to(next(vae.parameters()).dtype))
+    mean = pack((z - shift) * scale)
+    return torch.stack([mean, torch.zeros_like(mean) if std is None else pack(std * scale)], 1)
 
 
 def open_training_pairs(source: str) -> tuple[Pairs, str]:
-    """A set of pairs, and a name under which what is computed from it may be kept. Subjects200K by its repository's
-    name, or a folder of its parquet files."""
+    """The pairs, and a key for caches of what is computed from them. Subjects200K is opened by its repository's name,
+    or from a folder of its parquet files."""
     folder = Path(source)
     if source == REPOSITORY or (folder.is_dir() and any(folder.rglob("*.parquet"))):
         pairs = open_subjects200k(source)
@@ -107,43 +159,43 @@ def open_training_pairs(source: str) -> tuple[Pairs, str]:
 
 
 def check_roles(pairs: Pairs, specs: Sequence[ConditionSpec], source: str) -> None:
-    """ValueError if the first pair lacks a role; later ones are told when they are read."""
+    """Raises ValueError if the first pair lacks a role; later pairs are checked when they are read."""
     if not len(pairs):
-        raise ValueError(f"{source} holds no pair.")
+        raise ValueError(f"{source} holds no pairs.")
     first = pairs[0]
     for spec in specs:
         if spec.role != "target" and not first.references.get(spec.role):
-            has = ", ".join(first.references) or "no references"
+            roles = ", ".join(first.references) or "no references"
             raise ValueError(
-                f"{source}: the condition {spec.role!r} needs references of that role; the first pair has {has}. "
-                "role = 'target' with an annotator makes a condition from the target."
+                f"{source}: the condition {spec.role!r} needs references of that role; the first pair has {roles}. "
+                "Use role = 'target' with an annotator to make a condition from the target."
             )
 
 
 def read_pair(pair: Pair, specs: Sequence[ConditionSpec], size: tuple[int, int]) -> tuple[Tensor, str, list[Tensor]]:
-    """Target, caption and conditions as pixels. The middle of each picture is taken: what was aligned stays so."""
+    """Target, caption and conditions as pixels. Images are centre-cropped, so that aligned ones stay aligned."""
     target = fitted(pair.image, size)
     conditions = []
     for spec in specs:
         at = spec.size or size
-        picture = fitted(target if spec.role == "target" else pair.one(spec.role), at)
-        picture = picture if spec.annotator is None else ANNOTATORS[spec.annotator](picture)
-        conditions.append(to_tensor(picture, at))
+        image = fitted(target if spec.role == "target" else pair.one(spec.role), at)
+        image = image if spec.annotator is None else ANNOTATORS[spec.annotator](image)
+        conditions.append(to_tensor(image, at))
     return to_tensor(target, size), pair.text, conditions
 
 
-def fitted(source: Any, size: tuple[int, int]) -> Image.Image:
-    picture, wanted = load_image(source), (size[1], size[0])
-    return picture if picture.size == wanted else ImageOps.fit(picture, wanted, Image.Resampling.LANCZOS)
+def fitted(source: ImageSource, size: tuple[int, int]) -> Image.Image:
+    image, width_height = load_image(source), (size[1], size[0])
+    return image if image.size == width_height else ImageOps.fit(image, width_height, Image.Resampling.LANCZOS)
 
 
 # Rows on disk
 
 
 def cache_key(set_key: str, model: str, specs: Sequence[ConditionSpec], size: tuple[int, int], text_tokens: int) -> str:
-    """Another folder for other pairs, another model, or other ways to read them."""
-    said = [set_key, model, [asdict(s) for s in specs], size, text_tokens]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    """The name of a cache's folder: a hash of the pairs, the model and the settings that rows depend on."""
+    settings = [set_key, model, [s.model_dump() for s in specs], size, text_tokens]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def save_row(file: Path, rows: Rows, i: int) -> None:
@@ -152,27 +204,27 @@ def save_row(file: Path, rows: Rows, i: int) -> None:
 
 
 def load_rows(files: Sequence[Path]) -> Rows:
-    found = [read_tensors(file) for file in files]
+    tensors = [read_tensors(file) for file in files]
 
     def stack(name: str) -> Tensor:
-        return torch.stack([row[name] for row in found])
+        return torch.stack([row[name] for row in tensors])
 
-    count = sum(name.startswith("condition.") for name in found[0])
+    count = sum(name.startswith("condition.") for name in tensors[0])
     conditions = tuple(stack(f"condition.{k}") for k in range(count))
     return Rows(stack("target"), conditions, stack("text"), stack("pooled"))
 
 
-def with_empty(rows: Rows, empty: Rows, no_text: Tensor, no_picture: Tensor) -> Rows:
-    """The rows of `no_text` (B,) with the empty prompt, those of `no_picture` with black conditions: all of a pair's
-    conditions together, as the official trainer drops them."""
+def with_empty(rows: Rows, empty: Rows, no_text: Tensor, no_image: Tensor) -> Rows:
+    """Replaces the text by the empty prompt where `no_text` (B,), and the conditions by black ones where `no_image`:
+    all conditions of a pair together, as in the official trainer."""
 
-    def mixed(which: Tensor, gone: Tensor, kept: Tensor) -> Tensor:
-        return torch.where(which.to(kept.device).view(-1, *[1] * (kept.ndim - 1)), gone.to(kept), kept)
+    def mixed(dropped: Tensor, replacement: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(dropped.to(kept.device).view(-1, *[1] * (kept.ndim - 1)), replacement.to(kept), kept)
 
-    conditions = tuple(mixed(no_picture, e, c) for e, c in zip(empty.conditions, rows.conditions, strict=True))
+    conditions = tuple(mixed(no_image, e, c) for e, c in zip(empty.conditions, rows.conditions, strict=True))
     text, pooled = mixed(no_text, empty.text, rows.text), mixed(no_text, empty.pooled, rows.pooled)
     return Rows(rows.target, conditions, text, pooled, rows.drawn)
 
 
-def text_of(found: Text, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return found.tokens.to(dtype), found.pooled.to(dtype)
+def text_of(text: Text, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return text.tokens.to(dtype), text.pooled.to(dtype)

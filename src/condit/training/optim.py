@@ -14,8 +14,8 @@ from condit.training.prodigy import Prodigy
 def parameter_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """(hidden matrices, embeddings, the rest) of the trainable parameters.
 
-    Adaptive norms and image projectors count as the rest: their inputs are clocks and features, not tokens, and Muon's
-    orthogonal steps cost most there.
+    Adaptive norms and image projectors count as the rest: their inputs are timesteps and features, not tokens, and
+    Muon's orthogonal steps cost most there.
     """
     matrices, embeddings, rest = [], [], []
     tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
@@ -45,27 +45,27 @@ def make_optimizers(
     beta2: float = 0.98,
     optimizer: Literal["adamw", "prodigy"] = "adamw",
 ) -> list[torch.optim.Optimizer]:
-    """One AdamW or Prodigy, and before it Muon (Jordan et al. 2024) on hidden matrices if `muon_lr` is given."""
+    """One AdamW or Prodigy, and before it Muon (Jordan et al. 2024) on hidden matrices with `muon_lr`."""
     matrices, embeddings, rest = parameter_groups(module)
     if optimizer == "prodigy" and (muon_lr is not None or embedding_lr is not None):
-        raise ValueError("Prodigy finds one step size for all weights; leave muon_lr and embedding_lr out.")
+        raise ValueError("Prodigy estimates one step size for all weights; leave muon_lr and embedding_lr out.")
     if muon_lr is None or not matrices:
         matrices, rest = [], matrices + rest
-    found: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        found.append(torch.optim.Muon(matrices, lr=muon_lr or 0.0, weight_decay=weight_decay, momentum=0.95))
+        optimizers.append(torch.optim.Muon(matrices, lr=muon_lr or 0.0, weight_decay=weight_decay, momentum=0.95))
     groups = [{"params": rest, "lr": lr}]
     if embeddings:
         groups.append({"params": embeddings, "lr": embedding_lr or lr})
     if optimizer == "prodigy":
         every = [{"params": matrices + rest + embeddings}]
-        found.append(Prodigy(every, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay))
+        optimizers.append(Prodigy(every, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay))
     else:
-        found.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay))
-    for each in found:
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), weight_decay=weight_decay))
+    for each in optimizers:
         for group in each.param_groups:
             group["peak_lr"] = group["lr"]
-    return found
+    return optimizers
 
 
 def lr_factor(step: int, steps: int, warmup: int, *, decay: bool = True) -> float:

@@ -1,5 +1,5 @@
-"""Batches of paired pictures for DEADiff (arXiv:2403.06951, section 3.3): from the icon world, or from a folder or tars
-of style groups and content groups."""
+"""Batches of image pairs for DEADiff (arXiv:2403.06951, section 3.3), from the icon world, or from a folder or tars of
+style groups and content groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condit.data.grouped import GroupedPairs, PairKind
-from condit.data.images import load_image, to_tensor
+from condit.data.images import ImageSource, load_image, to_tensor
 from condit.data.pairs import open_pairs
 from condit.encoders.clip_patches import resize_antialiased
 from condit.training.plugins import icon_world
@@ -23,8 +23,8 @@ from condit.weights.latent_models import Frame
 
 @dataclass
 class Paired:
-    """Targets (B, 3, H, W) and references (B, 3, S, S) in [-1, 1], the targets' captions, and what they share. frames:
-    what the targets were cut from; None: they are whole."""
+    """Targets (B, 3, H, W) and references (B, 3, S, S) in [-1, 1], and the targets' captions. kind: what a target and
+    its reference share. frames: the targets' crops; None: they are not cropped."""
 
     kind: PairKind
     images: Tensor
@@ -34,14 +34,14 @@ class Paired:
 
 
 class PairSource(Protocol):
-    """Where batches come from: a pure function of `rng`."""
+    """A source of batches, which are pure functions of `rng`."""
 
     def batch(self, rng: random.Random, kind: PairKind, size: int) -> Paired: ...
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Pictures of `GroupedPairs`: targets cropped to `size`, references resized as in the released training."""
+    """Images of `GroupedPairs`: targets cropped to `size`, references resized as in the released training code."""
 
     pairs: GroupedPairs
     size: tuple[int, int]
@@ -52,23 +52,23 @@ class FolderSource:
         return cls(GroupedPairs(open_pairs(source)), size, reference_size)
 
     def batch(self, rng: random.Random, kind: PairKind, size: int) -> Paired:
-        drawn = [self.pairs.draw(rng, kind) for _ in range(size)]
-        pictures = [load_image(target.image) for target, _ in drawn]
-        images = torch.stack([to_tensor(picture, self.size, fit="crop") for picture in pictures])
-        references = torch.cat([self.reference(source) for _, source in drawn])
-        frames = [cropped((picture.height, picture.width), self.size) for picture in pictures]
-        return Paired(kind, images, references, [target.text for target, _ in drawn], frames)
+        sampled = [self.pairs.draw(rng, kind) for _ in range(size)]
+        targets = [load_image(target.image) for target, _ in sampled]
+        images = torch.stack([to_tensor(image, self.size, fit="crop") for image in targets])
+        references = torch.cat([self.reference(source) for _, source in sampled])
+        frames = [cropped((image.height, image.width), self.size) for image in targets]
+        return Paired(kind, images, references, [target.text for target, _ in sampled], frames)
 
-    def reference(self, source) -> Tensor:
-        """(1, 3, S, S), from the whole picture."""
-        picture = load_image(source)
-        whole = to_tensor(picture, (picture.height, picture.width))[None]
+    def reference(self, source: ImageSource) -> Tensor:
+        """(1, 3, S, S), from the whole image."""
+        image = load_image(source)
+        whole = to_tensor(image, (image.height, image.width))[None]
         return resize_antialiased(whole, (self.reference_size, self.reference_size))
 
 
 def cropped(original: tuple[int, int], size: tuple[int, int]) -> Frame:
-    """What a network is told of a picture of (height, width) that was made as large as covers `size` and lost the rest
-    on both sides: SDXL's original size, and the corner in the enlarged picture (arXiv:2307.01952, section 2.2)."""
+    """The size conditioning of an image of (height, width) that is resized to cover `size` and centre-cropped: SDXL's
+    original size, and the crop's corner in the resized image (arXiv:2307.01952, section 2.2)."""
     (height, width), (rows, columns) = original, size
     scale = max(rows / height, columns / width)
     top, left = (round((side * scale - cut) / 2) for side, cut in ((height, rows), (width, columns)))
@@ -88,11 +88,11 @@ def open_source(
     size: tuple[int, int],
     reference_size: int,
 ) -> PairSource:
-    """Icons of some splits, or a folder or tars of pairs."""
-    if (icons is None) == (pairs is None):
-        raise ValueError("Give icons or pairs: the icon world, or a folder or tars of style and content groups.")
-    if pairs is None:
-        return icon_world().paired(icons, splits, size, reference_size)  # type: ignore[attr-defined]
-    source = FolderSource.open(pairs, size, reference_size)
-    source.pairs.need(kinds)
-    return source
+    """Pairs of icons of some splits, or of a folder or tars."""
+    if icons is not None and pairs is None:
+        return icon_world().paired(icons, splits, size, reference_size)
+    if pairs is not None and icons is None:
+        source = FolderSource.open(pairs, size, reference_size)
+        source.pairs.need(kinds)
+        return source
+    raise ValueError("Set either icons (an icon world) or pairs (a folder or tars of style and content groups).")

@@ -1,8 +1,8 @@
 """Training of DiffiT's image-space model (arXiv:2312.02139, appendix I.1): EDM's preconditioning and loss on pixels
 (Karras et al. 2022, arXiv:2206.00364), without classes.
 
-Of EDM's augmentation only the mirror is here: the others need a condition on what was done to a picture, which DiffiT's
-paper does not tell how to bring in.
+Of EDM's augmentations only mirroring is implemented: the others need the augmentation as a condition, and DiffiT's
+paper does not describe how the network would take it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -25,12 +24,13 @@ from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.edm import EDM, edm_loss, edm_path, heun, precondition, training_sigmas
 from condit.diffusion.steps import by_timestep
 from condit.training.classify import in_memory, to_float
-from condit.training.labelled import check_sizes, height_width, open_labelled
+from condit.training.fields import Data, Number, Sizes
+from condit.training.labelled import Size, height_width, open_labelled, with_sizes
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
 from condit.weights.folders import WEIGHTS
 
-DRAW_STEPS = 18
+SAMPLING_STEPS = 18
 
 
 @dataclass
@@ -38,32 +38,36 @@ class Pixels:
     x0: Tensor  # (B, 3, H, W) in [-1, 1]
 
 
-class PixelTask(Task):
-    """Pictures from `icons` or `folder` (subfolders count for nothing), all held in memory in 8 bits; `size` is a side
-    or [height, width] in pixels.
+class PixelData(Data):
+    """Images come from `icons` or from `folder` (with or without subfolders); `size` is a side or (height, width) in
+    pixels.
 
     backbone: a preset of the U-shape, or "DiffiTImage" with `sizes`, the fields of its config. edm: fields of `EDM`.
-    checkpointing: less memory, each block computed twice.
+    checkpointing saves memory and computes each block twice.
     """
 
-    def __init__(
-        self,
-        *,
-        backbone: str = "DiffiTImage",
-        sizes: Mapping[str, Any] | None = None,
-        icons: str | None = None,
-        folder: str | None = None,
-        size: int | Sequence[int] = 32,
-        flip: bool = True,
-        edm: Mapping[str, float] | None = None,
-        checkpointing: bool = False,
-    ):
+    backbone: str = "DiffiTImage"
+    sizes: Sizes = {}
+    icons: str | None = None
+    folder: str | None = None
+    size: Size = 32
+    flip: bool = True
+    edm: Mapping[str, Number] = {}
+    checkpointing: bool = False
+
+
+class PixelTask(Task):
+    """Task "pixels" of a recipe. All images are kept in memory in 8 bits."""
+
+    data_type = PixelData
+
+    def __init__(self, data: PixelData):
         super().__init__()
-        self.checkpointing = checkpointing
-        self.size, self.flip, self.edm = height_width(size), flip, EDM(**(edm or {}))
-        config = configure(backbone, sizes or {}, self.size)
-        data = open_labelled(icons, folder, label="style", size=self.size, held_out="combo")
-        self.images, self.held_images = in_memory(data.train)[0], in_memory(data.held_out)[0]
+        self.checkpointing = data.checkpointing
+        self.size, self.flip, self.edm = height_width(data.size), data.flip, EDM(**data.edm)
+        config = configure(data.backbone, data.sizes, self.size)
+        labelled = open_labelled(data.icons, data.folder, label="style", size=self.size, held_out="combo")
+        self.images, self.held_images = in_memory(labelled.train)[0], in_memory(labelled.held_out)[0]
         self.network = DiffiTImage(config)
 
     def compiled(self) -> list[nn.Module]:
@@ -81,7 +85,7 @@ class PixelTask(Task):
     def forward(self, batch: Pixels, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         sigma = training_sigmas(len(batch.x0), self.edm, generator=generator).to(batch.x0.device)
         noise = torch.randn(batch.x0.shape, generator=generator).to(batch.x0.device)
-        # Dropout draws on the device; its seed is the step's, so a resumed run draws the same.
+        # Dropout samples on the device. The step gives its seed, so a resumed run samples the same.
         seed = int(torch.randint(2**62, (), generator=generator))
         dropout = torch.Generator(batch.x0.device).manual_seed(seed)
         return self.loss(batch.x0, sigma, noise, dropout).mean(), {}
@@ -92,7 +96,7 @@ class PixelTask(Task):
         return edm_loss(denoise, x0, sigma, noise, self.edm)
 
     def validate(self) -> dict[str, float]:
-        """Held-out pictures at fixed noise of evenly spread chance: the loss, and n."""
+        """The loss on n held-out images at fixed noise levels, evenly spread over their distribution."""
         n = min(256, len(self.held_images))
         if n == 0:
             return {}
@@ -101,20 +105,20 @@ class PixelTask(Task):
         noise, evenly = torch.randn(x0.shape, generator=generator), (torch.arange(n) + 0.5) / n
         sigma = (self.edm.noise_mean + self.edm.noise_std * torch.special.ndtri(evenly)).exp()
         rows = [part.to(self.device) for part in (x0, sigma, noise)]
-        found = torch.cat([self.loss(*given) for given in zip(*(row.split(64) for row in rows), strict=True)])
-        return {"loss": round(float(found.mean()), 4), "n": n}
+        losses = torch.cat([self.loss(*part) for part in zip(*(row.split(64) for row in rows), strict=True)])
+        return {"loss": round(float(losses.mean()), 4), "n": n}
 
     @torch.no_grad()
-    def draw(self, count: int, *, seed: int = 0) -> list[Image.Image]:
-        """Pictures by 18 steps of the deterministic sampler."""
+    def generate(self, count: int, *, seed: int = 0) -> list[Image.Image]:
+        """Generates images in 18 steps of the deterministic sampler."""
         shape = count, self.network.config.in_channels, *self.size
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        predict, path = by_timestep(precondition(self.network, self.edm)), edm_path(DRAW_STEPS, self.edm)
+        predict, path = by_timestep(precondition(self.network, self.edm)), edm_path(SAMPLING_STEPS, self.edm)
         return to_images(heun(predict, noise * path.sigmas[0], path).clamp(-1, 1))
 
     def sheet(self) -> Image.Image:
-        """Two rows of eight that it draws, one of real ones."""
-        rows: list[list[SheetCell | Image.Image | None]] = [list(self.draw(8, seed=seed)) for seed in range(2)]
+        """Two rows of eight generated images, one row of real images."""
+        rows: list[list[SheetCell | Image.Image | None]] = [list(self.generate(8, seed=seed)) for seed in range(2)]
         real = to_images(to_float(self.images[:8]))
         rows.append([SheetCell(image, "", is_input=True) for image in real])
         return contact_sheet(rows, labels=["seed 0", "seed 1", "real"])
@@ -128,19 +132,18 @@ class PixelTask(Task):
         (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
-def configure(backbone: str, sizes: Mapping[str, Any], size: tuple[int, int]) -> DiffiTImageConfig:
-    """A preset of the U-shape, or "DiffiTImage", with some `sizes` replaced, for pictures of `size`."""
+def configure(backbone: str, sizes: Mapping[str, object], size: tuple[int, int]) -> DiffiTImageConfig:
+    """A preset of the U-shape, or "DiffiTImage", with some `sizes` replaced, for images of `size`."""
     presets = {"DiffiTImage": DiffiTImageConfig(), **IMAGE_PRESETS}
     if backbone not in presets:
         raise ValueError(f"No backbone {backbone!r} for pixels. Known: {', '.join(presets)}.")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
-    check_sizes(presets[backbone], given)
-    config = replace(presets[backbone], **given)  # a wrong name fails here
+    tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
+    config = with_sizes(presets[backbone], tuples)
     if config.in_channels != 3:
-        raise ValueError(f"Pictures have 3 channels; sizes.in_channels is {config.in_channels}.")
+        raise ValueError(f"Images have 3 channels; sizes.in_channels is {config.in_channels}.")
     if size[0] % config.stride or size[1] % config.stride:
         raise ValueError(
-            f"Pictures of {size} do not divide into windows: with {len(config.blocks)} resolutions and window "
+            f"Images of {size} do not divide into windows: with {len(config.blocks)} resolutions and window "
             f"{config.window}, `size` must be multiples of {config.stride}."
         )
     return config

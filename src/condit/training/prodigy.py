@@ -1,13 +1,14 @@
 """Prodigy (Mishchenko & Defazio 2023, arXiv:2306.06101, Algorithm 4): Adam that estimates its own step size.
 
 d estimates the distance from the start to the solution, from below; the step is d times Adam's. lr is a factor on it,
-1 unless there is a reason. What OminiControl was trained with.
+1 unless there is a reason. OminiControl was trained with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -35,10 +36,19 @@ class Prodigy(torch.optim.Optimizer):
         defaults |= {"safeguard_warmup": safeguard_warmup, "bias_correction": bias_correction}
         super().__init__(params, {**defaults, "numerator": 0.0, "steps": 0})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure=None) -> float | None:  # type: ignore[override]
-        """One estimate of d serves every parameter group; the first group keeps it."""
-        loss = None if closure is None else float(torch.enable_grad()(closure)())
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """All parameter groups share one estimate of d, which the first group stores."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = float(closure())
         first = self.param_groups[0]
         d, d0, k = first["d"], first["d0"], first["steps"]
         beta1, beta2 = first["betas"]
@@ -64,13 +74,13 @@ class Prodigy(torch.optim.Optimizer):
                     state["weighted"].mul_(beta3).add_(grad, alpha=weight)
                     denominator = denominator + state["weighted"].abs().sum()
         first["numerator"], sum_ = float(numerator), float(denominator)
-        found = max(d, first["numerator"] / sum_) if sum_ > 0 else d
-        self.apply(d, found, correction)
+        new_d = max(d, first["numerator"] / sum_) if sum_ > 0 else d
+        self.apply(d, new_d, correction)
         for group in self.param_groups:
-            group["d"], group["steps"] = found, k + 1
+            group["d"], group["steps"] = new_d, k + 1
         return loss
 
-    def apply(self, d: float, found: float, correction: float) -> None:
+    def apply(self, d: float, new_d: float, correction: float) -> None:
         """Adam's step of size d; its epsilon grows with the new estimate, as the moments will."""
         for group in self.param_groups:
             step = d * group["lr"] * correction
@@ -79,4 +89,4 @@ class Prodigy(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 p.mul_(1 - group["weight_decay"] * step)
-                p.sub_((step * state["mean"] / (state["square"].sqrt() + found * group["eps"])).to(p.dtype))
+                p.sub_((step * state["mean"] / (state["square"].sqrt() + new_d * group["eps"])).to(p.dtype))

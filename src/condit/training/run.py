@@ -1,17 +1,16 @@
-"""`condit train recipe.toml`: a recipe names a task, its arguments and how to train it."""
+"""`condit train recipe.toml`: a recipe names a task, its data and how to train it."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from condit.training.fields import first_error
 from condit.training.loop import Loop, LoopConfig, Task
 from condit.training.plugins import added_tasks
 
@@ -19,16 +18,16 @@ log = logging.getLogger(__name__)
 
 
 class Recipe(BaseModel):
-    """`task`, `[data]` (its arguments) and `[train]`."""
+    """`task`, `[data]` (see the task's `data_type`) and `[train]`."""
 
     model_config = ConfigDict(extra="forbid")
 
     task: str
-    data: dict[str, Any]
+    data: dict[str, object]
     train: LoopConfig
 
 
-def tasks() -> dict[str, Callable[..., Task]]:
+def tasks() -> dict[str, type[Task]]:
     """Task name of a recipe -> class."""
     from condit.training.class_conditional import ClassConditionalTask
     from condit.training.classify import ClassifyTask
@@ -54,9 +53,7 @@ def read_recipe(path: str | Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{path}: {where}: {first['msg']} (found {first.get('input')!r}).") from error
+        raise ValueError(f"{path}: {first_error(error)}.") from error
 
 
 def train(path: str | Path, *, out: Path, resume: bool = True) -> dict[str, float]:
@@ -65,11 +62,21 @@ def train(path: str | Path, *, out: Path, resume: bool = True) -> dict[str, floa
     known, added = tasks(), added_tasks()
     if recipe.task not in known and recipe.task not in added:
         raise ValueError(f"{path}: no task {recipe.task!r}. Known: {', '.join([*known, *added])}.")
-    make = known[recipe.task] if recipe.task in known else added[recipe.task].load()
-    # Weights are drawn from the seed too, so that a recipe says all.
+    kind = known[recipe.task] if recipe.task in known else added[recipe.task].load()
+    # The seed also initialises the weights, so that a recipe determines the whole run.
     torch.manual_seed(recipe.train.seed)
+    task = make_task(kind, recipe, path)
+    return Loop(task, recipe.train, out, resume=resume, progress=sys.stderr.isatty()).run()
+
+
+def make_task(kind: type[Task], recipe: Recipe, path: str | Path) -> Task:
+    """A task with the recipe's `[data]`. Raises ValueError that names the file and the field that does not fit."""
     try:
-        task = make(**recipe.data)
+        if kind.data_type is None:
+            return kind(**recipe.data)
+        data = kind.data_type.model_validate(recipe.data)
+    except ValidationError as error:
+        raise ValueError(f"{path}: [data] does not fit task {recipe.task!r}: {first_error(error)}.") from error
     except TypeError as error:
         raise ValueError(f"{path}: [data] does not fit task {recipe.task!r}: {error}.") from error
-    return Loop(task, recipe.train, out, resume=resume, progress=sys.stderr.isatty()).run()
+    return kind(data)

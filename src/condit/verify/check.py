@@ -1,4 +1,4 @@
-"""What a verification is made of: a comparison with something recorded, its tolerance, and what was measured."""
+"""The parts of a verification: a comparison with recorded tensors, its tolerance, and the measured differences."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Differences = dict[str, float]  # name of what was compared -> largest differenc
 
 @dataclass(frozen=True)
 class Check:
-    """One row of a report. compare(folder, case): everything that a fixture of `folder` records, against ours.
+    """One row of a report. compare(folder, case): compares everything that a fixture of `folder` records.
 
-    files: patterns of the fixtures' names, with spaces between, so that another set of the same kinds is compared as it
-    is. ways: a fixture that is compared in several is a case in each, "NAME, WAY".
+    files: patterns of the fixtures' names, separated by spaces, so that other sets of the same kinds can be compared.
+    ways: with more than one way to compare a fixture, each is a case "NAME, WAY".
     """
 
     what: str
@@ -40,7 +40,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """A check with what it measured in each of its cases."""
+    """A check with the differences of each of its cases."""
 
     what: str
     against: str
@@ -49,7 +49,7 @@ class Row:
 
     @property
     def worst(self) -> str:
-        """Where the largest difference is."""
+        """The name of the largest difference."""
         return max(self._all(), key=lambda pair: pair[1], default=("nothing was compared", 0.0))[0]
 
     @property
@@ -59,7 +59,7 @@ class Row:
 
     @property
     def values(self) -> int:
-        """How many differences there are."""
+        """The number of differences."""
         return sum(len(differences) for differences in self.cases.values())
 
     @property
@@ -67,7 +67,7 @@ class Row:
         return self.measured <= self.tolerance
 
     def exceeding(self) -> list[str]:
-        """Everything beyond the tolerance, with its difference."""
+        """Everything that exceeds the tolerance, with its difference."""
         return [f"{name}: {value:.1e}" for name, value in self._all() if not value <= self.tolerance]
 
     def _all(self) -> Iterable[tuple[str, float]]:
@@ -78,20 +78,20 @@ class Row:
                 yield f"{case}: {name}", math.inf if math.isnan(value) else value
 
 
-def difference(found: Tensor, expected: Tensor, *, relative: bool = False, whole: Tensor | None = None) -> float:
-    """The largest one, or its part of the largest expected value; inf for another shape. whole: what `expected` was
-    clipped from, whose values count too."""
-    if found.shape != expected.shape:
+def difference(actual: Tensor, expected: Tensor, *, relative: bool = False, whole: Tensor | None = None) -> float:
+    """The largest absolute difference, or its ratio to the largest expected value; inf for different shapes. whole: the
+    tensor that `expected` was cut from, whose values count too."""
+    if actual.shape != expected.shape:
         return math.inf
-    found, expected = found.detach().double(), expected.detach().double()
+    actual, expected = actual.detach().double(), expected.detach().double()
     largest = max(x.abs().max().item() for x in (expected, whole) if x is not None) if relative else 1.0
-    return (found - expected).abs().max().item() / (largest or 1.0)
+    return (actual - expected).abs().max().item() / (largest or 1.0)
 
 
 def compare(
     computed: Mapping[str, Tensor], recorded: Mapping[str, Tensor], prefix: str = "", *, relative: bool = False
 ) -> Differences:
-    """Every recorded tensor whose name begins with `prefix`; inf where either side lacks it."""
+    """Differences of all recorded tensors whose names begin with `prefix`; inf where one side lacks the name."""
     names = computed.keys() | {name for name in recorded if name.startswith(prefix)}
     return {
         name: difference(computed[name], recorded[name], relative=relative)
@@ -101,10 +101,10 @@ def compare(
     }
 
 
-def layout_differences(found: Mapping[str, Tensor], told: Mapping[str, Sequence[int]]) -> Differences:
-    """How many names stand on one side only, and how many shapes differ."""
-    shapes = sum(list(x.shape) != list(told[name]) for name, x in found.items() if name in told)
-    return {"names": float(len(found.keys() ^ told.keys())), "shapes": float(shapes)}
+def layout_differences(tensors: Mapping[str, Tensor], recorded: Mapping[str, Sequence[int]]) -> Differences:
+    """The number of names on one side only, and of shapes that differ."""
+    shapes = sum(list(x.shape) != list(recorded[name]) for name, x in tensors.items() if name in recorded)
+    return {"names": float(len(tensors.keys() ^ recorded.keys())), "shapes": float(shapes)}
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
-"""A weight file of ViT, DiT or DiffiT: what it is, and how its forward differs from an installed reference's."""
+"""A weight file of ViT, DiT or DiffiT: its layout, sizes, and difference from another library's forward pass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,17 @@ from condit.weights.load import PUBLISHED, identify
 from condit.weights.vit import read_vit, save_vit
 from condit.weights.vit_layouts import Layout, to_layout
 
-# Of the largest output. Tiny networks agree to 1e-6; deep ones sum some thousand terms in another order a layer.
+# Relative to the largest output. Tiny networks agree to 1e-6; every layer of a deep one sums thousands of terms in
+# another order.
 TOLERANCE = 1e-4
-# What no output shows in evaluation, or what is told apart from the sizes.
+Config = vit.ViTConfig | dit.DiTConfig | diffit.DiffiTConfig | diffit_image.DiffiTImageConfig
+# Fields without an effect in evaluation, or that are reported apart from the sizes.
 _NOT_SIZES = {"flavour", "dropout", "zero_init"}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A comparison with another library. rows is empty where there is none, and `note` says why."""
+    """A comparison with another library. rows is empty without one; `note` gives the reason."""
 
     note: str
     rows: tuple[Row, ...] = ()
@@ -39,13 +41,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class FileReport:
-    """What a file is. preset: the published network that differs in the fewest sizes; differs: its sizes, as
-    name -> (the file's, the preset's)."""
+    """A file's properties. preset: the published network that differs in the fewest sizes. differs: the sizes that
+    differ, as name -> (the file's, the preset's)."""
 
     path: Path
     layout: str
     preset: str
-    differs: Mapping[str, tuple[Any, Any]]
+    differs: Mapping[str, tuple[object, object]]
     parameters: int
     dtype: str
     computes: str
@@ -53,7 +55,7 @@ class FileReport:
 
     def described(self) -> dict[str, str]:
         """Name -> text, for people."""
-        others = ", ".join(f"{name} {found} instead of {other}" for name, (found, other) in self.differs.items())
+        others = ", ".join(f"{name} {value} instead of {other}" for name, (value, other) in self.differs.items())
         return {
             "file": str(self.path),
             "layout": self.layout,
@@ -66,11 +68,11 @@ class FileReport:
 
 
 def verify_file(backbone: str, source: str, *, heads: int | None = None) -> FileReport:
-    """Loads a file, a folder, or an embedded or published model by name strictly, tells what it is, and compares its
-    float32 forward on random input where a reference is installed. ValueError or FileNotFoundError as the loaders."""
+    """Strictly loads a file, a folder, or an embedded or published model by name, reports its properties, and compares
+    its float32 forward pass on random input with an installed library. Raises what the loaders raise."""
     path = identify(source).path if source in PUBLISHED or source in MODELS else Path(source)
     if heads is not None and backbone == "diffit":
-        raise ValueError("A DiffiT file tells its heads itself; leave --heads out.")
+        raise ValueError("A DiffiT file records its number of heads; leave --heads out.")
     return BACKBONES[backbone](path, heads)
 
 
@@ -117,8 +119,8 @@ BACKBONES = {"vit": _vit, "dit": _dit, "diffit": _diffit}
 def _report(
     path: Path,
     layout: str,
-    config: Any,
-    presets: Mapping[str, Any],
+    config: Config,
+    presets: Mapping[str, Config],
     model: nn.Module,
     dtype: str,
     reference: Reference,
@@ -129,10 +131,10 @@ def _report(
     return FileReport(path, layout, preset, differs, parameters, dtype, computes, reference)
 
 
-def nearest(config: Any, presets: Mapping[str, Any]) -> tuple[str, dict[str, tuple[Any, Any]]]:
-    """The preset that differs in the fewest sizes, and among equals by the least factor; with the sizes that differ."""
+def nearest(config: Config, presets: Mapping[str, Config]) -> tuple[str, dict[str, tuple[object, object]]]:
+    """The preset that differs in the fewest sizes (of equals: by the smallest factor), and the sizes that differ."""
 
-    def differing(preset: Any) -> dict[str, tuple[Any, Any]]:
+    def differing(preset: Config) -> dict[str, tuple[object, object]]:
         pairs = {f.name: (getattr(config, f.name), getattr(preset, f.name)) for f in fields(config)}
         return {name: pair for name, pair in pairs.items() if name not in _NOT_SIZES and pair[0] != pair[1]}
 
@@ -151,12 +153,12 @@ def _names(path: Path) -> set[str]:
     return set(names_in(file))
 
 
-def _dtype(tensors: Any) -> str:
+def _dtype(tensors: Iterable[Tensor]) -> str:
     return ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in tensors}))
 
 
 def _vit_layout(model: vit.ViT, names: set[str]) -> str:
-    """The layout that shares the most names with the file; its names are written from the model, not kept here."""
+    """The layout that shares the most names with the file, computed by writing the model in each layout."""
     names = {name.removeprefix("vit.") for name in names}
     with torch.device("meta"):
         state = vit.ViT(replace(model.config, representation_size=None, fc_norm=False)).state_dict()
@@ -168,7 +170,7 @@ def _vit_layout(model: vit.ViT, names: set[str]) -> str:
 
 @torch.no_grad()
 def _transformers(model: vit.ViT, path: Path, layout: str) -> Reference:
-    """transformers' model of the same weights: its own folder as it is, other layouts written as such a folder."""
+    """Compares with transformers, which reads its own folders; other layouts are first written as such a folder."""
     try:
         import transformers
     except ImportError:
@@ -197,15 +199,15 @@ def _transformers(model: vit.ViT, path: Path, layout: str) -> Reference:
             expected = output.pooler_output
         else:
             expected = output.last_hidden_state if c.classifier == "unpooled" else output.last_hidden_state[:, 0]
-        found = {"random images": difference(model(x), expected, relative=True)}
+        differences = {"random images": difference(model(x), expected, relative=True)}
     library = f"transformers {transformers.__version__}"
-    return Reference(f"{library}, {how}", (_row("forward in float32 (relative)", library, found),))
+    return Reference(f"{library}, {how}", (_row("forward in float32 (relative)", library, differences),))
 
 
 @torch.no_grad()
 def _diffusers(model: dit.DiT, path: Path) -> Reference:
-    """diffusers' model of the folder. Its timestep features divide by 127 where the official ones divide by 128, which
-    does not show at t = 0 alone; elsewhere the difference is told, but nothing that could be wrong here."""
+    """Compares with diffusers at t = 0. At other timesteps its features differ from the official ones (it divides by
+    127 instead of 128), so the difference at t = 500 is only reported."""
     try:
         import diffusers
         from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
@@ -214,7 +216,7 @@ def _diffusers(model: dit.DiT, path: Path) -> Reference:
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
         return Reference("none: diffusers reads folders with a config.json only")
-    # The official eps, whatever the folder says: diffusers' default is 1e-5.
+    # The official eps, which overrides the folder's: diffusers' default is 1e-5.
     theirs = DiTTransformer2DModel.from_pretrained(
         folder, norm_eps=1e-6, torch_dtype=torch.float32, local_files_only=True
     ).eval()
@@ -226,7 +228,7 @@ def _diffusers(model: dit.DiT, path: Path) -> Reference:
         return difference(model(x, time, y), theirs(x, timestep=time, class_labels=y).sample, relative=True)
 
     library = f"diffusers {diffusers.__version__}"
-    note = f"{library}; at t = 500 it is off by {at(500):.1e}, as its timestep features are not the official ones"
+    note = f"{library}; it differs by {at(500):.1e} at t = 500, because its timestep features are not the official ones"
     return Reference(note, (_row("forward at t = 0 in float32 (relative)", library, {"random latents": at(0)}),))
 
 
@@ -234,5 +236,5 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _row(what: str, against: str, found: Differences) -> Row:
-    return Row(what, against, TOLERANCE, {"file": found})
+def _row(what: str, against: str, differences: Differences) -> Row:
+    return Row(what, against, TOLERANCE, {"file": differences})

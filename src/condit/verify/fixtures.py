@@ -1,4 +1,4 @@
-"""All fixtures of a system against its code, and the report of it: lines for a terminal, a table for a page."""
+"""Comparisons of a system with all its fixtures, and their report: lines for a terminal, a table for a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from condit.verify.check import Check, Row
 
 
 class Comparisons(Protocol):
-    """A module of comparisons; INPUTS: patterns of files that they read and that record no result."""
+    """A module of comparisons. INPUTS: patterns of files that they read and that record no results."""
 
     CHECKS: tuple[Check, ...]
     INPUTS: tuple[str, ...]
@@ -24,7 +24,7 @@ class Comparisons(Protocol):
 
 @dataclass(frozen=True)
 class System:
-    """A paper's comparisons with its fixtures. They lie in the laboratory, as the fixtures do in a checkout."""
+    """A paper's comparisons with its fixtures. The comparisons are part of the laboratory."""
 
     title: str
     name: str
@@ -36,7 +36,7 @@ class System:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Patterns of files that comparisons read and that record no result: weights, settings."""
+        """Patterns of files that comparisons read and that record no results: weights, settings."""
         return self._module.INPUTS
 
     @cached_property
@@ -62,41 +62,41 @@ _MARKS = "<!-- verify -->\n", "<!-- /verify -->\n"
 _HEADER = "| system | what | against | fixtures | values | tolerance | measured |\n|---|---|---|---|---|---|---|\n"
 
 
-def find_golden(given: Path | None = None) -> Path:
-    """The folder of the fixtures, one folder a system in it: `given`, or tests/parity/golden of the checkout that holds
-    this package. Raises FileNotFoundError without it: an installed package carries none."""
-    if given is None:
-        above = (folder / "tests" / "parity" / "golden" for folder in Path(__file__).resolve().parents)
-        folder = next((folder for folder in above if folder.is_dir()), None)
-        if folder is None:
+def find_golden(folder: Path | None = None) -> Path:
+    """The folder of the fixtures, with one folder for each system: `folder`, or tests/parity/golden of the checkout
+    that contains this package. Raises FileNotFoundError without it: an installed package has no fixtures."""
+    if folder is None:
+        above = (parent / "tests" / "parity" / "golden" for parent in Path(__file__).resolve().parents)
+        golden = next((candidate for candidate in above if candidate.is_dir()), None)
+        if golden is None:
             raise FileNotFoundError(
-                "no fixtures: they lie in tests/parity/golden of condit's source, which an installed package does not "
-                "carry. Run this in a checkout, or name that folder with --golden."
+                "no fixtures: they are in tests/parity/golden of condit's source, which an installed package does not "
+                "contain. Run this in a checkout, or pass that folder with --golden."
             )
-        return folder
-    if not given.is_dir():
-        raise FileNotFoundError(f"no fixtures: there is no folder {given}. Name tests/parity/golden of a checkout.")
-    return given
+        return golden
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no fixtures: no folder {folder}. Name tests/parity/golden of a checkout.")
+    return folder
 
 
 def verify_fixtures(system: str, golden: Path) -> list[Row]:
-    """Everything that the fixtures of a system record, against ours, in float32 on the CPU.
+    """Compares a system with everything that its fixtures record, in float32 on the CPU.
 
-    A kind of fixture that the folder does not have makes no row; ValueError for one that nothing here compares.
+    Kinds of fixtures that the folder lacks have no row. Raises ValueError for files that no check compares.
     """
     folder, checks = golden / SYSTEMS[system].folder, SYSTEMS[system].checks
     if not folder.is_dir():
         raise FileNotFoundError(f"no fixtures of {system!r}: {golden} has no folder {folder.name}.")
     present = [check for check in checks if check.cases(folder)]
     if not present:
-        raise FileNotFoundError(f"no fixtures of {system!r}: {folder} holds none of {kinds(system)}.")
-    if strange := unknown(system, folder):
-        raise ValueError(f"{folder}: nothing compares {', '.join(strange)}; known are {kinds(system)}.")
+        raise FileNotFoundError(f"no fixtures of {system!r}: {folder} has none of {kinds(system)}.")
+    if names := unknown(system, folder):
+        raise ValueError(f"{folder}: no check compares {', '.join(names)}; expected {kinds(system)}.")
     return [check.run(folder) for check in present]
 
 
 def kinds(system: str) -> str:
-    """The patterns of a system's fixtures, for an error's text."""
+    """The patterns of a system's fixtures, for error messages."""
     return ", ".join(dict.fromkeys(pattern for check in SYSTEMS[system].checks for pattern in check.files.split()))
 
 
@@ -117,7 +117,7 @@ def round_up(value: float) -> str:
     return _short(f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.1e}")
 
 
-def _asked(tolerance: float) -> str:
+def _tolerance(tolerance: float) -> str:
     return _short(f"{tolerance:.0e}") if tolerance else "0"
 
 
@@ -127,11 +127,11 @@ def _short(number: str) -> str:
 
 
 def lines(rows: Sequence[tuple[str, Row]]) -> list[str]:
-    """(system, row) of each check as aligned text; below one that fails, everything that exceeds its tolerance."""
+    """(system, row) of each check as aligned text; a failed check lists everything that exceeds its tolerance."""
     table = [("system", "what", "against", "measured", "tolerance", "")]
     for system, row in rows:
         state = "ok" if row.ok else "TOO LARGE"
-        table.append((system, row.what, row.against, round_up(row.measured), _asked(row.tolerance), state))
+        table.append((system, row.what, row.against, round_up(row.measured), _tolerance(row.tolerance), state))
     widths = [max(len(cells[column]) for cells in table) for column in range(6)]
     out = []
     for number, cells in enumerate(table):
@@ -145,7 +145,7 @@ def markdown(rows: Mapping[str, Iterable[Row]]) -> str:
     """The table of docs/parity.md, rows of each system."""
     return _HEADER + "".join(
         f"| {SYSTEMS[system].title} | {row.what} | {row.against} | {len(row.cases)} | {row.values} | "
-        f"{_asked(row.tolerance) if row.tolerance else 'equal'} | "
+        f"{_tolerance(row.tolerance) if row.tolerance else 'equal'} | "
         f"{round_up(row.measured) if row.measured or row.tolerance else 'equal'} |\n"
         for system, checked in rows.items()
         for row in checked
@@ -153,18 +153,18 @@ def markdown(rows: Mapping[str, Iterable[Row]]) -> str:
 
 
 def write_between_marks(page: Path, table: str) -> Path:
-    """Puts the table where `<!-- verify -->` stands; ValueError if the page has no such place."""
+    """Writes the table between the marks `<!-- verify -->`. Raises ValueError if the page has none."""
     text = page.read_text(encoding="utf-8")
     before, opened, rest = text.partition(_MARKS[0])
     _, closed, after = rest.partition(_MARKS[1])
     if not opened or not closed:
-        raise ValueError(f"{page} has no place for the table: lines <!-- verify --> and <!-- /verify --> are expected.")
+        raise ValueError(f"{page} has no place for the table: expected lines <!-- verify --> and <!-- /verify -->.")
     text = before + opened + table + closed + after
     return atomic_write(page, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def as_json(row: Row) -> dict[str, object]:
-    """The row with every difference; what is not finite is told as text, which JSON has no number for."""
+    """The row with every difference. Infinity and NaN are strings, as JSON has no numbers for them."""
 
     def number(value: float) -> float | str:
         return value if math.isfinite(value) else str(value)
@@ -176,5 +176,7 @@ def as_json(row: Row) -> dict[str, object]:
         "measured": number(row.measured),
         "worst": row.worst,
         "ok": row.ok,
-        "cases": {case: {name: number(x) for name, x in found.items()} for case, found in row.cases.items()},
+        "cases": {
+            case: {name: number(x) for name, x in differences.items()} for case, differences in row.cases.items()
+        },
     }

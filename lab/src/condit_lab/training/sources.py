@@ -13,7 +13,7 @@ from torch import Tensor
 
 from condit.data.grouped import PAIR_KINDS, PairKind
 from condit.data.images import to_tensor
-from condit.training.labelled import Label, Labelled, Pictures
+from condit.training.labelled import Images, Label, Labelled
 from condit.training.paired import Paired, resized
 from condit_lab.icons.captions import plain_caption
 from condit_lab.icons.world import GROUPS, SIZE, TRAIN_LICENCES, concept_names, on_white
@@ -33,7 +33,7 @@ def labelled(path: str, label: Label, size: tuple[int, int], *, held_out: str) -
         names = concept_names(train.icons)
     numbers = {name: i for i, name in enumerate(sorted(names))}
 
-    def pictures(icons: IconSet) -> Pictures:
+    def pictures(icons: IconSet) -> Images:
         chosen = [i for i, icon in enumerate(icons.icons) if getattr(icon, label) in numbers]
 
         def read(indices: Sequence[int]) -> Tensor:
@@ -47,7 +47,7 @@ def labelled(path: str, label: Label, size: tuple[int, int], *, held_out: str) -
             digest.update(icons.rgba[i].data)
         members = [icons.icons[i].member for i in chosen]
         labels = [numbers[getattr(icons.icons[i], label)] for i in chosen]
-        return Pictures(members, labels, read, digest.hexdigest())
+        return Images(members, labels, read, digest.hexdigest())
 
     return Labelled([names[name] for name in numbers], pictures(train), pictures(held))
 
