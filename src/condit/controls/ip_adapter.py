@@ -49,7 +49,7 @@ from condit.controls.wrap import Together
 from condit.data.images import load_image
 from condit.encoders.image import CLIPImage, Fit
 from condit.nn.attention import Site, split_heads
-from condit.nn.lora import LoRA, Part
+from condit.nn.lora import LoRA, weighted
 
 if TYPE_CHECKING:
     from condit.data.images import ImageSource
@@ -370,7 +370,7 @@ class IPAdapter(nn.Module):
         made: Control = found[0] if len(found) == 1 else Together(tuple(found))
         if self.lora is None:
             return made
-        return WithLoRA(made, self, Part(self.lora, None if lora_scale == 1 else torch.tensor(lora_scale)))
+        return WithLoRA(made, self, weighted(self.lora, lora_scale))
 
     def _bound(self):
         pipe = self._pipe[0]

@@ -9,12 +9,11 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from condit.controls.control import Control, Step, When
 from condit.controls.omini import TARGETS
-from condit.nn.lora import LoRA, LowRank, Part, linear_shapes, together
+from condit.nn.lora import LoRA, LowRank, Part, linear_shapes, together, weighted
 
 
 class StyleLoRA(nn.Module):
@@ -65,7 +64,7 @@ class StyleReference(Control):
     update: LowRank | None = None
 
     def weighted(self, strength: float, **paths) -> Part:
-        return Part(self.adapter.lora, None if strength == 1 else torch.tensor(strength), **paths)
+        return weighted(self.adapter.lora, strength, **paths)
 
     def at(self, step: Step) -> StyleReference | None:
         if self.official is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Run, Step
-from condit.interop.lend import Family, Onloaded, StandIn, plain, refused_kwargs
+from condit.interop.lend import Family, Onloaded, StandIn, levels_from, plain, refused_kwargs
 from condit.nn.attention import Site
 from condit.nn.layers import RMSNorm
 from condit.nn.lora import Linear, LoRA
@@ -53,11 +53,12 @@ class Controlled(StandIn):
     """Stands for a transformer and counts its predictions: first the prompt's, then, if there are two a step, the
     negative prompt's."""
 
-    def __init__(self, native: nn.Module, controls: tuple[Control, ...], predictions: int, steps: Callable[[], int]):
+    def __init__(self, native: nn.Module, controls: tuple[Control, ...], predictions: int, host: Any):
         super().__init__(native)
         absent = tuple(c for c in (control.negative() for control in controls) if c is not None)
-        self.predictions, self.steps = predictions, steps
+        self.predictions, self.host = predictions, host
         self.sides: list[tuple[Control, ...]] = [controls, absent][:predictions]
+        self.levels: list[float] = []
         self.backbone = borrow(native) if controls else None
         self.calls = 0
 
@@ -67,14 +68,18 @@ class Controlled(StandIn):
         self.calls += 1
         if self.backbone is None:
             return self.native(**given)
-        if index >= self.steps():
-            raise RuntimeError(f"{self.calls} predictions in {self.steps()} steps: this diffusers is not understood.")
+        steps = self.host.num_timesteps
+        if index >= steps:
+            raise RuntimeError(f"{self.calls} predictions in {steps} steps: this diffusers is not understood.")
         inputs = Inputs(**given)
         with Onloaded(self.native):
+            if self.calls == 1:
+                schedule = self.host.scheduler.timesteps.to(inputs.timestep.dtype) / 1000
+                self.levels = levels_from(schedule, float(inputs.timestep[0]))
             if index == 0:
                 run = run_of(self.backbone, inputs)
                 self.sides[side] = tuple(control.prepare(run) for control in self.sides[side])
-            step = Step(index, self.steps(), float(inputs.timestep[0]))
+            step = Step(index, steps, self.levels[index])
             acting = [c for c in (control.at(step) for control in self.sides[side]) if c is not None]
             if acting:
                 return predict(self.backbone, inputs, acting)
@@ -209,7 +214,7 @@ def stand_in(guest: Any, host: Any, controls: tuple[Control, ...], named: Mappin
     if controls:
         size = drawn_size(guest.pipe, named, guest.pixels)
         controls = tuple(control.sized(size, guest) for control in controls)
-    return Controlled(guest.network, controls, predictions_a_step(named), lambda: host.num_timesteps)
+    return Controlled(guest.network, controls, predictions_a_step(named), host)
 
 
 def drawn_size(pipe: Any, named: Mapping[str, Any], pixels: int) -> tuple[int, int]:

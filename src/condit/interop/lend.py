@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from condit.controls.control import Control
 
@@ -62,6 +62,13 @@ class Onloaded:
     def __exit__(self, *_: object) -> None:
         if self.hook is not None:
             self.hook.post_forward(self.module, None)
+
+
+def levels_from(schedule: Tensor, first: float) -> list[float]:
+    """A run's levels (S,) from the one that it begins at. Read once: reading each would wait for the device in every
+    step."""
+    levels = schedule.tolist()
+    return levels[levels.index(first) :]
 
 
 def plain(module: nn.Module) -> nn.Module:

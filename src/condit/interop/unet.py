@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from condit.backbones.unet import KeyValues, UNet, UNetConfig
 from condit.controls.control import Control, Run, Step
 from condit.controls.wrap import sides
-from condit.interop.lend import Family, Onloaded, StandIn, plain, refused_kwargs
+from condit.interop.lend import Family, Onloaded, StandIn, levels_from, plain, refused_kwargs
 from condit.nn.lora import Linear, LowRank, Pointwise, together
 from condit.weights.stable_diffusion import unet_config
 
@@ -91,6 +91,7 @@ class Controlled(StandIn):
         super().__init__(native)
         self.host, self.controls, self.calls = host, controls, 0
         self.sides: list[tuple[Control, ...]] = []
+        self.levels: list[float] = []
         self.backbone = borrow(native) if controls else None
         self.known: tuple[Tensor, KeyValues] | None = None  # what `text` has made, and of what
 
@@ -106,8 +107,9 @@ class Controlled(StandIn):
         inputs = Inputs(sample, timestep, encoder_hidden_states, **given)
         with Onloaded(self.native):
             if index == 0:
+                self.levels = levels_from(self.host.scheduler.timesteps, float(timestep))
                 self.sides = prepared(self.backbone, self.controls, inputs, self.host.do_classifier_free_guidance)
-            step = Step(index, steps, float(timestep) / self.host.scheduler.config.num_train_timesteps)
+            step = Step(index, steps, self.levels[index] / self.host.scheduler.config.num_train_timesteps)
             acting = [[c for c in (control.at(step) for control in side) if c is not None] for side in self.sides]
             if any(acting):
                 return predict(self.backbone, inputs, acting, self.text)
