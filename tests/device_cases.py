@@ -167,7 +167,9 @@ def families() -> dict[str, Callable[[Kit], Tensor]]:
     }
     plain["UNet, ddim-ldm"] = lambda kit: generate(kit.latent(), sampler="ddim-ldm", num_inference_steps=7)
     for sampler in ("ddim", "dpm++", "dpm++-karras", "euler", "euler-karras", "euler-ancestral"):
-        plain[f"UNet, {sampler}"] = partial(lambda kit, name: generate(kit.latent(), sampler=name, num_inference_steps=3), name=sampler)
+        plain[f"UNet, {sampler}"] = partial(
+            lambda kit, name: generate(kit.latent(), sampler=name, num_inference_steps=3), name=sampler
+        )
     plain["UNet, ddim, eta"] = lambda kit: generate(kit.latent(), sampler="ddim", eta=0.5)
     plain["UNet, image to image"] = lambda kit: generate(
         kit.latent(), image=kit.pictures()[0], mask_image=HALF, strength=0.7

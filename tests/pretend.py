@@ -209,9 +209,11 @@ class PretendDevice(TorchDispatchMode):
             if any(isinstance(i, OnDevice) for i in indices):
                 raise DeviceFault(f"{name}: a tensor on the CPU with indices on the device, at {caller()}.")
             return
-        if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
-            if not (name.startswith("index_put") and args[2].numel() == 1):  # masked_fill, which does not wait
-                self.waits(f"{name} by a boolean mask")
+        masked = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if masked and not (
+            name.startswith("index_put") and args[2].numel() == 1
+        ):  # one number fills, and does not wait
+            self.waits(f"{name} by a boolean mask")
         if any(not isinstance(i, OnDevice) for i in indices):
             self.waits(f"{name} by indices on the CPU")
         if len(args) > 2 and not isinstance(args[2], OnDevice) and args[2].ndim:

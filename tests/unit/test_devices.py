@@ -1,4 +1,4 @@
-"""Every path on a device: nothing mixes devices, and nothing in a step waits (tests/pretend.py, tests/device_cases.py)."""
+"""Every path on a device: nothing mixes devices, and nothing in a step waits (tests/pretend.py, device_cases.py)."""
 
 from typing import Any
 
