@@ -1,4 +1,4 @@
-"""A pretend device: arithmetic runs on the CPU, but tensors that were moved to it cannot be mixed with those on the CPU.
+"""A pretend device: it computes on the CPU, but what was moved to it cannot be mixed with tensors on the CPU.
 
 Tensors on it report the device "meta" and hold their values in `held`. An operation that mixes devices raises
 DeviceFault, as CUDA would. Within `strict()` everything that waits for a device is recorded in `faults`: reading a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -107,9 +107,9 @@ def inner_of(value: Any) -> Any:
 class Watch(Protocol):
     """Where steps must not wait, and where they may."""
 
-    def strict(self): ...
+    def strict(self) -> AbstractContextManager[None]: ...
 
-    def relaxed(self): ...
+    def relaxed(self) -> AbstractContextManager[None]: ...
 
 
 class PretendDevice(TorchDispatchMode):
@@ -263,10 +263,10 @@ class CudaWatch:
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
-    def strict(self):
+    def strict(self) -> AbstractContextManager[None]:
         return self.mode("error")
 
-    def relaxed(self):
+    def relaxed(self) -> AbstractContextManager[None]:
         return self.mode("default")
 
 

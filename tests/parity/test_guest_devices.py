@@ -1,4 +1,4 @@
-"""Guests on diffusers' pipelines on a device: nothing mixes devices, and no step of a guest waits (tests/pretend.py)."""
+"""Guests on diffusers' pipelines on a device: nothing mixes devices, and no step waits (tests/pretend.py)."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
