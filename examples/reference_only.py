@@ -67,7 +67,8 @@ class ReferenceOnly(Control):
         assert self.latents is not None and self.noise is not None
         memory: Memory = {}
         self.run.apart(self.latents, self.noise, step, [Recorder(memory)])
-        return replace(self, memory=memory, log_weight=torch.tensor(strength).log())
+        weight = torch.full((), strength, device=self.latents.device)
+        return replace(self, memory=memory, log_weight=weight.log())
 
     def around(self, call: Call, attend: Attend) -> Tensor:
         if call.image is None or call.image.start == call.image.stop or call.site.path not in self.memory:

@@ -349,7 +349,8 @@ class DEADiffReference(Control):
     def at(self, step: Step) -> DEADiffReference | None:
         factor = self.when.factor(step)
         off = factor == 0 or (self.weighed == "attention" and not any(self.strength.values()))
-        weight = {name: torch.tensor(factor * m) for name, m in self.strength.items()}
+        at = next((k.device for k, _ in self.kv.values()), None)  # made there: a copy would wait for the device
+        weight = {name: torch.full((), float(factor * m), device=at) for name, m in self.strength.items()}
         return None if off else replace(self, weight=weight)
 
     def around(self, call: Call, attend: Attend) -> Tensor:

@@ -42,14 +42,21 @@ class Blend:
 
 @dataclass(frozen=True)
 class Table:
-    """How the maps of a batch are exchanged: R (B, L, L), weights and factors (B, L); until: for each image, the
-    tokens whose exchange ends at another share of the steps; edited: the places of edited words (B, 2, L)."""
+    """How the maps of a batch are exchanged: R (B, L, L), weights and factors (B, L); until: which tokens (B, L) are
+    exchanged until which share of the steps; edited: the places of edited words (B, 2, L); weighs: whether a factor is
+    not 1."""
 
     map: Tensor
     weight: Tensor
     factor: Tensor
-    until: tuple[dict[tuple[int, ...], float], ...]
+    until: dict[float, Tensor]
     edited: Tensor
+    weighs: bool
+
+    def gate(self, step: Step) -> tuple[Tensor, bool]:
+        """Which tokens are exchanged in a step, (B, 1, 1, L) of 0 and 1; and whether any is."""
+        acting = [tokens for share, tokens in self.until.items() if word_steps(step.count, share, {}, 1)[step.index, 0]]
+        return sum(acting, torch.zeros_like(self.weight))[:, None, None], bool(acting)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,8 @@ class DiT4Edit(Control):
         count = self.count_layers(run.backbone)
         memory = run.memory.setdefault("DiT4Edit", {}) if self.conditional else {}
         table = make_table(self, run.edit, run.pooled.device) if self.conditional else None
-        return replace(self, table=table, count=count, grid=run.grid, memory=memory)
+        off = torch.zeros((), dtype=torch.bool, device=run.pooled.device)
+        return replace(self, table=table, count=count, grid=run.grid, memory=memory, self_gate=off)
 
     def edit(self, pair: Pair, backbone: nn.Module) -> DiT4Edit:
         """Raises ValueError where prompts or layers do not fit, before an inversion."""
@@ -142,21 +150,18 @@ class DiT4Edit(Control):
 
     def at(self, step: Step) -> DiT4Edit | None:
         acts = self.self_form is not None and in_window(step.index, step.count, self.self_steps)
+        assert self.self_gate is not None
+        self_gate = torch.full_like(self.self_gate, acts)
         if self.table is None:
-            return replace(self, self_gate=torch.tensor(True), gate=None, maps=False) if acts else None
-        gates = [
-            word_steps(step.count, self.cross_until if self.cross else 0.0, until, self.table.map.shape[-1])[step.index]
-            for until in self.table.until
-        ]
-        gate = torch.stack(gates)[:, None, None]
-        # Maps are computed only where something reads them, as the fused kernel does not return them.
+            return replace(self, self_gate=self_gate, gate=None, maps=False) if acts else None
+        gate, exchanged = self.table.gate(step)
+        # Maps are written out only where something reads them: the fused kernel does not show them.
         recording = self.record or self.blend is not None
-        maps = recording or bool(gate.any()) or bool((self.table.factor != 1).any())
+        maps = recording or exchanged or self.table.weighs
         blending = self.blend is not None and step.index + 1 > int(self.blend.start * step.count)
         if not (acts or maps):
             return None
-        gates_on = torch.tensor(acts)
-        return replace(self, gate=gate.to(self.table.map), self_gate=gates_on, maps=maps, blending=blending)
+        return replace(self, gate=gate, self_gate=self_gate, maps=maps, blending=blending)
 
     def around(self, call: Call, attend: Attend) -> Tensor:
         if call.image is None or call.keys is None:
@@ -269,12 +274,15 @@ def make_table(edit: DiT4Edit, pair: Pair, device: torch.device) -> Table:
     """The tables of every pair of prompts. Raises ValueError where the prompts do not fit the kind of edit."""
     rows = [one_table(edit, s, t) for s, t in zip(pair.source, pair.target, strict=True)]
     maps, weights, factors, until, edited = zip(*rows, strict=True)
-    tensors = (torch.stack(part).to(device) for part in (maps, weights, factors))
-    return Table(*tensors, until=until, edited=torch.stack(edited).to(device))
+    share = torch.stack(until)
+    windows = {float(value): (share == value).float().to(device) for value in share.unique()}
+    given = (torch.stack(part).to(device) for part in (maps, weights, factors))
+    weighs = any(bool((factor != 1).any()) for factor in factors)
+    return Table(*given, until=windows, edited=torch.stack(edited).to(device), weighs=weighs)
 
 
 def one_table(edit: DiT4Edit, source: Words, target: Words):
-    """R, weights, factors, word windows and edited places of one pair."""
+    """R, weights, factors, shares of the steps (L,) and edited places of one pair."""
     check_in_reach(source, target)
     length = target.length
     kind = edit.cross
@@ -296,7 +304,9 @@ def one_table(edit: DiT4Edit, source: Words, target: Words):
     factor = torch.ones(length)
     for word, value in edit.reweight.items():
         factor[list(target.places(word))] = value
-    until = {target.places(word): share for word, share in edit.word_until.items()}
+    until = torch.full((length,), edit.cross_until if edit.cross else 0.0, dtype=torch.float64)
+    for word, share in edit.word_until.items():
+        until[list(target.places(word))] = share
     return table, weight, factor, until, edited_places(edit.blend, source, target)
 
 

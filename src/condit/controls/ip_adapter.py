@@ -43,7 +43,7 @@ from condit.controls.wrap import Together
 from condit.data.images import load_image
 from condit.encoders.image import CLIPImage, Fit, TinyImage
 from condit.nn.attention import Site, split_heads
-from condit.nn.lora import LoRA, PartialLoRA
+from condit.nn.lora import LoRA, weighted
 
 if TYPE_CHECKING:
     from condit.backbones.unet import UNet
@@ -344,7 +344,7 @@ class IPAdapter(nn.Module):
         made: Control = acting[0] if len(acting) == 1 else Together(tuple(acting))
         if self.lora is None:
             return made
-        return WithLoRA(made, self, PartialLoRA(self.lora, None if lora_scale == 1 else torch.tensor(lora_scale)))
+        return WithLoRA(made, self, weighted(self.lora, lora_scale))
 
     def _bound(self) -> Host:
         pipe = self._pipe[0]

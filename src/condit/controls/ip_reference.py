@@ -73,7 +73,8 @@ class IPReference(Control):
         }
         strength = self.strength
         if isinstance(strength, Tensor):
-            strength = match_batch(strength, run.batch, "strength").reshape(-1, 1, 1, 1)
+            here = match_batch(strength, run.batch, "strength").reshape(-1, 1, 1, 1).to(run.pooled.device)
+            strength = here if strength.any() else 0.0
         return replace(self, kv=kv, strength=strength, area=self.area_of(run))
 
     def area_of(self, run: Run) -> Tensor | Mapping[int, Tensor] | None:
@@ -89,13 +90,15 @@ class IPReference(Control):
     def at(self, step: Step) -> IPReference | None:
         factor = self.when.factor(step)
         if isinstance(self.strength, Tensor):
-            weight = self.strength * factor
-            return replace(self, weight=weight) if bool(weight.any()) else None
+            return None if factor == 0 else replace(self, weight=self.strength * factor)
+        device = next((k.device for k, _ in self.kv.values()), None)  # made there: a copy would wait for it
         if isinstance(self.strength, Mapping):
             each = {path: strength_at(self.strength, path) * factor for path in self.kv}
-            return replace(self, weight={p: torch.tensor(w) for p, w in each.items()}) if any(each.values()) else None
+            if not any(each.values()):
+                return None
+            return replace(self, weight={p: torch.full((), float(w), device=device) for p, w in each.items()})
         weight = self.strength * factor
-        return None if weight == 0 else replace(self, weight=torch.tensor(weight))
+        return None if weight == 0 else replace(self, weight=torch.full((), float(weight), device=device))
 
     def around(self, call: Call, attend: Attend) -> Tensor:
         return self.added(call, attend(call))

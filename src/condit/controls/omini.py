@@ -324,7 +324,7 @@ class OminiReference(Control):
         if strength == 0:
             return None  # log(0) is minus infinity: the condition is not seen at all
         # Strength 1 has no bias, so that it is bit-equal to a model without strengths.
-        weight = None if strength == 1 else torch.tensor(math.log(strength), device=self.tokens.device)
+        weight = None if strength == 1 else torch.full((), math.log(strength), device=self.tokens.device)
         if self.log_region is not None:
             weight = self.log_region if weight is None else self.log_region + weight
         stream, memory = self.stream, self.memory

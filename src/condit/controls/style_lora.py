@@ -10,13 +10,12 @@ import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from condit.controls.control import Control, Step, When
 from condit.controls.host import Host
 from condit.controls.omini import TARGETS
-from condit.nn.lora import LoRA, LowRank, PartialLoRA, linear_shapes, sum_loras
+from condit.nn.lora import LoRA, LowRank, PartialLoRA, linear_shapes, sum_loras, weighted
 
 
 class StyleLoRA(nn.Module):
@@ -66,7 +65,7 @@ class StyleReference(Control):
     update: LowRank | None = None
 
     def weighted(self, strength: float, **paths) -> PartialLoRA:
-        return PartialLoRA(self.adapter.lora, None if strength == 1 else torch.tensor(strength), **paths)
+        return weighted(self.adapter.lora, strength, **paths)
 
     def at(self, step: Step) -> StyleReference | None:
         if self.official is not None:

@@ -193,8 +193,11 @@ def gaussian(
 def at(table: Tensor, i: Tensor, x: Tensor) -> Tensor:
     """Entries i (B,) of a table in float32 on x's device, shaped to broadcast against x (B, ...).
 
-    i may be on the CPU, which always has float64, or on x's device.
+    i may be on the CPU, which has float64 everywhere, or on x's device. For i of no dimension the entry stays where i
+    is: on the CPU it is a number to x's device, and nothing is copied in a step.
     """
+    if i.ndim == 0:
+        return table.to(i.device)[i].float()
     return table.to(i.device)[i].float().to(x.device).reshape(-1, *[1] * (x.ndim - 1))
 
 

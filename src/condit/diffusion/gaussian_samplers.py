@@ -69,6 +69,8 @@ def _estimates(process: Gaussian, output: Tensor, x: Tensor, i: Tensor, clip: bo
 
 
 def _not_last(i: Tensor, x: Tensor) -> Tensor:
+    if i.ndim == 0:
+        return (i != 0).float()
     return (i != 0).float().to(x.device).reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -132,6 +134,6 @@ def _walk(
 ) -> Tensor:
     for number, index in enumerate(indices):
         now = replace(path.step(len(path) - 1 - index), index=number)
-        sample = step(predict(x, now), x, torch.full((len(x),), index))
+        sample = step(predict(x, now), x, torch.tensor(index))
         x = finish_step(on_step, number, sample.x, sample.x0)
     return x

@@ -241,7 +241,10 @@ class ClassModel:
         return [(True, True)] if settings.scale == 1 else [(True, True), (False, False)]
 
     def run(self, condition: object, layout: Layout, settings: Settings, controls: Sequence[Control]) -> Run:
-        channels, pooled = self.backbone.config.in_channels, torch.zeros(layout.batch, 0)
+        channels, pooled = (
+            self.backbone.config.in_channels,
+            torch.zeros(layout.batch, 0, device=module_device(self.backbone)),
+        )
         return Run(self.backbone, layout.batch, layout.grid, pooled, None, channels, memory=layout.memory)
 
     def joins(self, settings: Settings, acts: frozenset[Act]) -> bool:

@@ -236,6 +236,7 @@ def edit(
         regions = [region.to(latents) for region in regions if region is not None]
         return model.spread(torch.stack(torch.broadcast_tensors(*regions)).prod(0), layout) if regions else None
 
+    still = still.to(latents.device)
     originals, latents = latents, latents.expand(n, *latents.shape[1:])
     noise = partial(image_noise([torch.Generator().manual_seed(seed + i) for i in range(n)]), latents)
     edited = method(EditRun(latents, path, partial(kept_equal, predict, still), where, noise, inversion))
@@ -273,7 +274,7 @@ def kept_equal(predict: Callable[[Tensor, int], Tensor], still: Tensor, x: Tenso
     """Equal inputs give equal outputs where a target must equal its source (`still`, (B,) bool), although a kernel may
     round two rows of a batch differently."""
     before, after = (y.unflatten(0, (-1, 2)) for y in (x, predict(x, level)))
-    equal = still.to(x.device) & (before[:, 0] == before[:, 1]).flatten(1).all(1)
+    equal = still & (before[:, 0] == before[:, 1]).flatten(1).all(1)
     target = torch.where(equal.reshape(-1, *[1] * (after.ndim - 2)), after[:, 0], after[:, 1])
     return torch.stack([after[:, 0], target], 1).flatten(0, 1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from condit.controls.control import Act, Control, Run
 from condit.diffusion.edm import EDMPath, edm_path, heun, precondition
 from condit.diffusion.steps import Path, Step
-from condit.drawing.model import Conditions, Layout, Network, Sampler, check_shape, module_dtype
+from condit.drawing.model import Conditions, Layout, Network, Sampler, check_shape, module_device, module_dtype
 from condit.drawing.settings import Settings
 from condit.weights.class_models import PixelParts
 
@@ -92,7 +92,10 @@ class PixelModel:
         return [(True, True)]
 
     def run(self, condition: None, layout: Layout, settings: Settings, controls: Sequence[Control]) -> Run:
-        channels, pooled = self.backbone.config.in_channels, torch.zeros(layout.batch, 0)
+        channels, pooled = (
+            self.backbone.config.in_channels,
+            torch.zeros(layout.batch, 0, device=module_device(self.backbone)),
+        )
         return Run(self.backbone, layout.batch, layout.grid, pooled, None, channels)
 
     def joins(self, settings: Settings, acts: frozenset[Act]) -> bool:

@@ -18,6 +18,7 @@ from condit.interop.lend import (
     Onloaded,
     PipelineFamily,
     StandIn,
+    levels_from,
     native,
     plain,
     refuse_kwargs,
@@ -66,11 +67,12 @@ class ControlledTransformer(StandIn):
     """Replaces a transformer and counts its predictions: in a step first the prompt's, then, if there are two, the
     negative prompt's."""
 
-    def __init__(self, native: nn.Module, controls: tuple[Control, ...], predictions: int, steps: Callable[[], int]):
+    def __init__(self, native: nn.Module, controls: tuple[Control, ...], predictions: int, host: Any):
         super().__init__(native)
         absent = tuple(c for c in (control.negative() for control in controls) if c is not None)
-        self.predictions, self.steps = predictions, steps
+        self.predictions, self.host = predictions, host
         self.sides: list[tuple[Control, ...]] = [controls, absent][:predictions]
+        self.levels: list[float] = []
         self.backbone = borrow(native) if controls else None
         self.calls = 0
 
@@ -80,14 +82,18 @@ class ControlledTransformer(StandIn):
         self.calls += 1
         if self.backbone is None:
             return self.native(**kwargs)
-        if index >= self.steps():
-            raise RuntimeError(f"{self.calls} predictions in {self.steps()} steps: unsupported version of diffusers.")
+        steps = self.host.num_timesteps
+        if index >= steps:
+            raise RuntimeError(f"{self.calls} predictions in {steps} steps: unsupported version of diffusers.")
         inputs = FluxInputs(**kwargs)
         with Onloaded(self.native):
+            if self.calls == 1:
+                schedule = self.host.scheduler.timesteps.to(inputs.timestep.dtype) / 1000
+                self.levels = levels_from(schedule, float(inputs.timestep[0]))
             if index == 0:
                 run = run_of(self.backbone, inputs)
                 self.sides[side] = tuple(control.prepare(run) for control in self.sides[side])
-            step = Step(index, self.steps(), float(inputs.timestep[0]))
+            step = Step(index, steps, self.levels[index])
             acting = [c for c in (control.at(step) for control in self.sides[side]) if c is not None]
             if acting:
                 return predict(self.backbone, inputs, acting)
@@ -225,7 +231,7 @@ def stand_in(
     if controls:
         size = image_size(guest.pipe, arguments, guest.pixels)
         controls = tuple(control.sized(size, guest) for control in controls)
-    return ControlledTransformer(guest.network, controls, predictions_a_step(arguments), lambda: host.num_timesteps)
+    return ControlledTransformer(guest.network, controls, predictions_a_step(arguments), host)
 
 
 def image_size(pipe: NativePipeline, arguments: Arguments, pixels: int) -> tuple[int, int]:

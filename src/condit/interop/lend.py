@@ -125,6 +125,14 @@ class Onloaded:
             self.hook.post_forward(self.module, None)
 
 
+def levels_from(schedule: Tensor, first: float) -> list[float]:
+    """A run's levels (S,) from the one that it begins at. Read once: reading each would wait for the device in every
+    step."""
+    levels = schedule.tolist()
+    begin = min(range(len(levels)), key=lambda i: abs(levels[i] - first))  # rounding may differ from the scheduler's
+    return levels[begin:]
+
+
 def plain(module: nn.Module) -> nn.Module:
     """The module inside torch.compile's wrapper, or the module itself."""
     return getattr(module, "_orig_mod", module)

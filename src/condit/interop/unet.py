@@ -19,6 +19,7 @@ from condit.interop.lend import (
     Onloaded,
     PipelineFamily,
     StandIn,
+    levels_from,
     native,
     plain,
     refuse_kwargs,
@@ -104,6 +105,7 @@ class ControlledUNet(StandIn):
         super().__init__(native)
         self.host, self.controls, self.calls = host, controls, 0
         self.sides: list[tuple[Control, ...]] = []
+        self.levels: list[float] = []
         self.backbone = borrow(native) if controls else None
         self.cached: tuple[Tensor, KeyValues] | None = None  # the last states of `text`, and their keys and values
 
@@ -119,8 +121,9 @@ class ControlledUNet(StandIn):
         inputs = UNetInputs(sample, timestep, encoder_hidden_states, **kwargs)
         with Onloaded(self.native):
             if index == 0:
+                self.levels = levels_from(self.host.scheduler.timesteps, float(timestep))
                 self.sides = prepared(self.backbone, self.controls, inputs, self.host.do_classifier_free_guidance)
-            step = Step(index, steps, float(timestep) / self.host.scheduler.config["num_train_timesteps"])
+            step = Step(index, steps, self.levels[index] / self.host.scheduler.config["num_train_timesteps"])
             acting = [[c for c in (control.at(step) for control in side) if c is not None] for side in self.sides]
             if any(acting):
                 return predict(self.backbone, inputs, acting, self.text)

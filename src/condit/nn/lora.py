@@ -131,6 +131,12 @@ class PartialLoRA:
         return delta if delta is None or self.weight is None else delta * self.weight.to(delta)
 
 
+def weighted(lora: LoRA, weight: float, *, without: Collection[str] = ()) -> PartialLoRA:
+    """A LoRA times a number, which lies on its device: copied there in every layer, it would wait for the device."""
+    device = next(lora.parameters()).device
+    return PartialLoRA(lora, None if weight == 1 else torch.full((), float(weight), device=device), without=without)
+
+
 @dataclass(frozen=True)
 class LoRASum:
     """The sum of low-rank updates."""

@@ -19,6 +19,7 @@ from condit.controls.omini_images import from_official_mask
 from condit.controls.omini_official import official_guidance
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import Text
+from condit.encoders.vae import Autoencoder
 from condit.nn.lora import LoRA
 from condit.nn.streams import Sees, Stream, grid_ids
 from condit.weights.load import Parts
