@@ -11,12 +11,12 @@ from torch import nn
 from condit.backbones.mmdit import PRESETS, MMDiT
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiConfig, OminiControl
-from condit.encoders.clip import make_clip, make_tokenizer
 from condit.encoders.image import TinyImage
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.weights import catalog
 from condit.weights.files import save_tensors
 from condit.weights.folders import WEIGHTS
+from condit_lab.training.clip_files import make_clip, make_tokenizer, save_clip, save_tokenizer
 
 
 def randomise(module: nn.Module, generator: torch.Generator) -> None:
@@ -38,8 +38,8 @@ def write_model(folder: Path, generator: torch.Generator) -> MMDiT:
     tokenizer = make_tokenizer(["a red apple", "红苹果", "a rocket"], vocab_size=200)
     clip = make_clip(len(tokenizer))
     randomise(clip, generator)
-    clip.save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
+    save_clip(clip, folder / "clip")
+    save_tokenizer(tokenizer, folder / "clip")
     canvas = nn.Linear(clip.text_projection.out_features, 64 * 16)
     vae_config = PatchAutoencoderConfig(width=16, depth=1)
     backbone_config = replace(PRESETS["tiny"], num_layers=1, num_single_layers=1)

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "condit"
 
 FLOORS = {
     "cli": 7,
-    **dict.fromkeys(["training", "verify"], 6),
+    "training": 6,
     "interop": 5,
     "drawing": 4,
     "weights": 3,
@@ -172,7 +172,7 @@ def test_the_package_never_imports_its_laboratory():
     ],
 )
 def test_a_planted_breach_is_found(tmp_path, file, line):
-    for known in ("nn", "backbones", "controls/sub", "weights", "verify", "data", "drawing", "cli"):
+    for known in ("nn", "backbones", "controls/sub", "weights", "data", "drawing", "cli"):
         (tmp_path / known).mkdir(parents=True)
     (tmp_path / "drawing" / "pipeline.py").touch()
     planted = tmp_path / file

@@ -10,14 +10,13 @@ from condit.encoders.clip import (
     TOKEN_LIMIT,
     embed_image,
     embed_text,
-    make_clip,
-    make_tokenizer,
     normalise,
     style_statistics,
     token_ids,
 )
 from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
+from condit_lab.training.clip_files import make_clip, make_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"  # once forward, once backward: each letter also inside a word
 CORPUS = ["a red apple", "a rocket in the sky", "红苹果", "火箭", f"{LETTERS} {LETTERS[::-1]}"]

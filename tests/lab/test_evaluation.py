@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from condit.encoders.clip import make_clip, make_tokenizer
 from condit_lab.icons.world import Icon, IconWorld, family, hash_fraction, write_index
 from condit_lab.suites import rows, sets, tiny
 from condit_lab.suites.judge import Judge, is_for_judge
 from condit_lab.suites.rows import Row
+from condit_lab.training.clip_files import make_clip, make_tokenizer
 
 STYLES = {
     "noto": "Apache-2.0",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from condit.verify import fixtures
+from condit_lab.parity import fixtures
 
 sys.path.insert(0, str(Path(__file__).parent))
 import plain  # noqa: E402  # the tests are no package

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from condit.backbones.diffit import TMSA, DiffiTConfig
-from condit.verify.check import difference, part
 from condit.weights.diffit import save_diffit
+from condit_lab.parity.check import difference, part
 from condit_lab.parity.diffit import CHECKS, TOLERANCE, load, told
 
 GOLDEN = Path(__file__).parent / "golden" / "diffit"

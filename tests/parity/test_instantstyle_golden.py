@@ -15,7 +15,7 @@ from condit.controls.instantstyle import EASES, STAGES, block_weights
 from condit.controls.wrap import Together
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import ClipText
-from condit.verify.check import difference
+from condit_lab.parity.check import difference
 from condit_lab.parity.instantstyle import CHECKS, SETS, Comfy, embedded, runs_of, sets_of, style_of
 from condit_lab.parity.unets import CALL, TOKENS, golden_pipe
 

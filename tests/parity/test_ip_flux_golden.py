@@ -10,7 +10,7 @@ from torch import Tensor
 from condit.controls.control import Control
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
 from condit.nn.streams import Stream
-from condit.verify.check import difference
+from condit_lab.parity.check import difference
 from condit_lab.parity.ip_adapter import flux_of
 
 MODEL, T = flux_of(Path(__file__).parent / "golden" / "ip_adapter", "dit_flux")

@@ -1,4 +1,4 @@
-"""IP-Adapter's projectors, recognised by their tensors; what they compute: condit/verify/ip_adapter.py."""
+"""IP-Adapter's projectors, recognised by their tensors; what they compute: condit_lab/parity/ip_adapter.py."""
 
 from pathlib import Path
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from condit.verify.check import difference, part
+from condit_lab.parity.check import difference, part
 from condit_lab.parity.ip_adapter import flux_adapter, flux_of, recorded_sd3
 
 FOLDER = Path(__file__).parent / "golden" / "ip_adapter"

@@ -10,7 +10,7 @@ import torch
 
 from condit.controls.control import Step
 from condit.controls.omini import OminiReference
-from condit.verify.check import difference
+from condit_lab.parity.check import difference
 from condit_lab.parity.omini import CHECKS, TOLERANCE, first_step_cache
 from condit_lab.parity.omini_golden import Golden, read
 

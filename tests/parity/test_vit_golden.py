@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from condit.backbones.vit import FLAVOURS
-from condit.verify.check import difference
 from condit.weights.vit import load_vit, read_vit, save_vit
+from condit_lab.parity.check import difference
 from condit_lab.parity.vit import CHECKS, TOLERANCE, build, images, read_authors
 
 GOLDEN = Path(__file__).parent / "golden" / "vit"

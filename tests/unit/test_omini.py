@@ -10,12 +10,12 @@ from torch import nn
 
 from condit.controls.control import Run, Step, When
 from condit.controls.omini import OminiConfig, OminiControl, omini_targets
-from condit.controls.omini_official import official_guidance
 from condit.controls.omini_tasks import TASKS
 from condit.data.annotators import canny
 from condit.data.images import to_tensor
 from condit.drawing.pipeline import Pipeline
 from condit.weights.files import save_tensors
+from condit_lab.parity.omini_official import official_guidance
 
 LEFT = np.zeros((32, 48), np.uint8)
 LEFT[:, :24] = 255

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from condit.controls.control import ACTS, Control, Fill, Run, Step
-from condit.controls.omini_official import WithBlack
 from condit.controls.wrap import Sides, Targets, Together, Wrapper, sides, unwrapped
 from condit.nn.attention import Call, Site, sdpa
 from condit.nn.lora import LoRA
 from condit.nn.streams import Stream
+from condit_lab.parity.omini_official import WithBlack
 
 SOURCE = Path(__file__).parent.parent.parent / "src" / "condit"
 RUN = Run(None, 2, (2, 3), torch.zeros(2, 4), None, 4)  # type: ignore[arg-type]
@@ -223,9 +223,7 @@ def test_a_wrapper_passes_on_every_hook(kind):
 
 
 def test_the_walk_finds_the_wrappers_and_every_method_of_a_control_is_tested():
-    assert {"Within", "Wrapper", "Together", "Targets", "Sides", "WithLoRA", "WithBlack"} <= {
-        kind.__name__ for kind in WRAPPERS
-    }
+    assert {"Within", "Wrapper", "Together", "Targets", "Sides", "WithLoRA"} <= {kind.__name__ for kind in WRAPPERS}
     methods = {name for name, value in vars(Control).items() if inspect.isfunction(value) and name[0] != "_"}
     assert methods == {*ACTS.values(), *HOOKS, "leak", "describe", "differs", "records"}
 

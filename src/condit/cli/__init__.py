@@ -35,7 +35,6 @@ for command in (
     generate.annotate,
     generate.plan,
     study.train,
-    study.verify,
 ):
     app.command()(command)
 data_app.command("draw")(study.generate_data)

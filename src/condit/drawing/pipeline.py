@@ -71,7 +71,7 @@ class Pipeline:
         return cast("TextModel", self.model)
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> Any:
         """The network; it may be replaced, by `torch.compile` for instance."""
         return self.model.backbone
 

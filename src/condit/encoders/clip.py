@@ -6,58 +6,14 @@ dimensions of the shared space and styles in the `STYLE` dimensions (docs/tiny.m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condit.encoders.clip_model import Clip, ClipConfig, TextConfig, VisionConfig
-from condit.encoders.clip_tokenizer import SPECIAL_TOKENS, TOKEN_LIMIT, ClipTokenizer
+from condit.encoders.clip_model import Clip
+from condit.encoders.clip_tokenizer import ClipTokenizer
 
 CONCEPT, STYLE = slice(0, 192), slice(192, 256)
-
-
-def make_clip(vocab_size: int) -> Clip:
-    """A CLIP for 128 px icons with random weights, initialised as transformers does."""
-    from transformers import CLIPModel
-
-    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
-    config = ClipConfig(
-        TextConfig(
-            **sizes,
-            num_hidden_layers=4,
-            vocab_size=vocab_size,
-            max_position_embeddings=TOKEN_LIMIT,
-            eos_token_id=SPECIAL_TOKENS.index("[EOS]"),
-        ),
-        VisionConfig(**sizes, num_hidden_layers=6, image_size=128, patch_size=16),
-        projection_dim=STYLE.stop,
-    )
-    with torch.device("meta"):
-        clip = Clip(config)
-    clip.load_state_dict(CLIPModel(config.to_transformers()).state_dict(), strict=True, assign=True)
-    return clip
-
-
-def make_tokenizer(corpus: Iterable[str], vocab_size: int = 5000) -> ClipTokenizer:
-    """WordPiece on lower-case words and single Chinese characters; unknown words are split into pieces."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789")
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=letters, show_progress=False
-    )
-    # A letter after another one makes the piece "##x", without which an unknown word could not be split.
-    tokenizer.train_from_iterator(chain(corpus, (f"a{letter}" for letter in letters)), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
-    )
-    return ClipTokenizer(tokenizer)
 
 
 def token_ids(tokenizer: ClipTokenizer, texts: list[str]) -> Tensor:

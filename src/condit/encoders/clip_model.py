@@ -7,7 +7,7 @@ longer than generating an image with the embedded model, so that path has a clas
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import CLIPConfig
+    pass
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,6 @@ class ClipConfig:
             raise ValueError(f"{source} has no 'projection_dim'. Expected the config.json of a CLIPModel.")
         towers = tower("text_config", TextConfig), tower("vision_config", VisionConfig)
         return cls(*towers, projection_dim=config["projection_dim"])
-
-    def to_transformers(self) -> CLIPConfig:
-        """The same configuration as transformers' class, with eager attention."""
-        from transformers import CLIPConfig
-
-        # pad and bos are read by nobody, but transformers' defaults lie outside a small vocabulary.
-        text = {**asdict(self.text_config), "hidden_act": "gelu", "pad_token_id": 0, "bos_token_id": 2}
-        vision = {**asdict(self.vision_config), "hidden_act": "gelu"}
-        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=self.projection_dim)
-        config._attn_implementation = "eager"
-        return config
 
 
 class TowerOutput(NamedTuple):
@@ -219,7 +208,7 @@ class VisionTower(nn.Module):
 
 
 class Clip(nn.Module):
-    """Both towers with their projections. Embeddings have no initial values: load weights, or use `make_clip`."""
+    """Both towers with their projections. Embeddings have no initial values: load weights."""
 
     def __init__(self, config: ClipConfig):
         super().__init__()
@@ -233,11 +222,3 @@ class Clip(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.logit_scale.device
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors in transformers' layout, in the dtype of the parameters."""
-        from transformers import CLIPModel
-
-        model = CLIPModel(self.config.to_transformers())
-        model.load_state_dict(self.state_dict(), strict=True, assign=True)
-        model.save_pretrained(folder)

@@ -54,17 +54,3 @@ class ClipTokenizer:
         """The prompts as words over their tokens."""
         encodings = self.encode(prompts)
         return [align_words(p, e.ids, e.offsets, TOKEN_LIMIT) for p, e in zip(prompts, encodings, strict=True)]
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files of transformers' fast tokenizer."""
-        from transformers import PreTrainedTokenizerFast
-
-        pad, unk, bos, eos = SPECIAL_TOKENS
-        PreTrainedTokenizerFast(
-            tokenizer_object=self.tokenizer,
-            pad_token=pad,
-            unk_token=unk,
-            bos_token=bos,
-            eos_token=eos,
-            model_max_length=TOKEN_LIMIT,
-        ).save_pretrained(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -174,9 +174,10 @@ def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.pixel_shuffle(tokens.mT.unflatten(2, grid), 2)
 
 
-def scale_shift(vae: Autoencoder) -> tuple[float, float]:
+def scale_shift(vae: Autoencoder | nn.Module) -> tuple[float, float]:
     """Scale and shift: the model reads (z - shift) * scale. 0.18215 and 0 in Stable Diffusion."""
-    return float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
+    config = cast("Autoencoder", vae).config
+    return float(config.scaling_factor), float(config.shift_factor or 0.0)
 
 
 def decode_latents(vae: Autoencoder, latents: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.backbones.unet import UNet, UNetConfig
 from condit.controls.control import Control
+from condit.controls.host import Host
 from condit.encoders.vae import Autoencoder
 
 Arguments = Mapping[str, object]  # of a pipeline's call, by name
@@ -37,6 +38,7 @@ class Scheduler(Protocol):
     """diffusers' schedulers; of their configuration, guests read num_train_timesteps."""
 
     config: Mapping[str, Any]
+    timesteps: Tensor
 
 
 class NativePipeline(Protocol):
@@ -60,7 +62,7 @@ class NativePipeline(Protocol):
     def encode_prompt(self, **arguments: object) -> Sequence[Tensor]: ...
 
 
-class GuestPipeline(Protocol):
+class GuestPipeline(Host, Protocol):
     """The attributes of a `Guest` that families read."""
 
     @property

@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import field_validator
 from torch import Tensor, nn
 
+from condit.backbones.unet import UNet
 from condit.controls.deadiff import DEADiff, DEADiffConfig, DEADiffReference
 from condit.controls.deadiff_layers import Name, coarse_layers, cross_shapes
 from condit.data.grouped import PAIR_KINDS, PairKind
@@ -201,7 +202,7 @@ def dropout_from(generator: torch.Generator, device: torch.device) -> Iterator[N
         yield
 
 
-def make_adapter(unet: nn.Module, tower: ClipPatches, sizes: dict[str, int], layers: Sequence[int] | None) -> DEADiff:
+def make_adapter(unet: UNet, tower: ClipPatches, sizes: dict[str, int], layers: Sequence[int] | None) -> DEADiff:
     """An untrained adapter. Its Q-Formers fit tower and text and have the released sizes, except for `sizes`."""
     shapes = cross_shapes(unet)
     width = next(iter(shapes.values()))[0]

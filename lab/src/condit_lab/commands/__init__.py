@@ -1,12 +1,14 @@
-"""The laboratory's commands beside those of `condit`: `condit evaluate`, `condit data icons`."""
+"""Commands of the laboratory in `condit --help`: `condit evaluate`, `condit verify`, `condit data icons`."""
 
 import typer
 
 from condit_lab.commands import evaluate
 from condit_lab.commands.data import icons
+from condit_lab.commands.verify import verify
 
 
 def register(app: typer.Typer, data_app: typer.Typer) -> None:
     """Entry point of `condit.commands`."""
     app.add_typer(evaluate.app, name="evaluate")
+    app.command()(verify)
     data_app.command()(icons)

@@ -22,10 +22,10 @@ from condit.diffusion.vp_samplers import ddim
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import QFormer, QFormerConfig
 from condit.nn.attention import Site
-from condit.verify.check import Check, Differences, compare, difference, part
 from condit.weights.deadiff import IMAGE_MAP, place_in_diffusers, split
 from condit.weights.original_sd import part as under
 from condit.weights.original_sd import unet_names
+from condit_lab.parity.check import Check, Differences, compare, difference, part
 
 TOLERANCE, SAMPLER_TOLERANCE = 1e-5, 5e-5  # the fixtures' own
 

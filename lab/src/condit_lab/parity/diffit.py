@@ -19,8 +19,8 @@ from condit.diffusion.gaussian import Variance, gaussian, training_loss
 from condit.diffusion.gaussian_samplers import ancestral
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
 from condit.diffusion.steps import by_timestep
-from condit.verify.check import Check, Differences, difference, layout_differences, part
 from condit.weights.diffit import INDEX, diffit_of, relative_position_index
+from condit_lab.parity.check import Check, Differences, difference, layout_differences, part
 
 TOLERANCE = 1e-5  # the fused kernel sums in another order: 1e-6 measured on outputs up to 2
 

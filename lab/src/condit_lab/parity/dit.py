@@ -22,7 +22,7 @@ from condit.diffusion import gaussian_samplers as samplers
 from condit.diffusion.guidance import class_guidance, guide_channels
 from condit.diffusion.steps import by_timestep
 from condit.nn.layers import modulated_norm, timestep_features
-from condit.verify.check import Check, Differences, difference, layout_differences, part
+from condit_lab.parity.check import Check, Differences, difference, layout_differences, part
 
 TOLERANCE = 1e-5  # the official explicit and fused attention differ by 1.5e-6 themselves
 TABLE_TOLERANCE = 1e-12  # float64

@@ -26,7 +26,7 @@ from condit.controls.token_merging import corner_order, match
 from condit.diffusion.inversion import ddim_path, dpm_path, invert, walk
 from condit.diffusion.vp import Process
 from condit.encoders.words import Words
-from condit.verify.check import Check, Differences, compare, difference
+from condit_lab.parity.check import Check, Differences, compare, difference
 
 TOLERANCE = 1e-5  # the fixtures' own
 

@@ -24,7 +24,7 @@ from condit.controls.instantstyle import preset as blocks_of
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import Layer
 from condit.nn.attention import Call, Site, join_heads, sdpa, split_heads
-from condit.verify.check import Check, Differences, compare, difference
+from condit_lab.parity.check import Check, Differences, compare, difference
 from condit_lab.parity.unets import CALL, TOKENS, TRAJECTORY, golden_pipe
 
 SETS = {"all": "all", "style": "style", "layout": "layout", "style_layout": "style+layout"}  # the fixture's -> ours

@@ -25,10 +25,10 @@ from condit.controls.ip_adapter import IPAdapter, IPConfig, IPReference
 from condit.controls.ip_projectors import ImageProjection
 from condit.nn.attention import split_heads
 from condit.nn.streams import Stream
-from condit.verify.check import Check, Differences, compare, difference, part
 from condit.weights.catalog import AdapterFile, read_adapter
 from condit.weights.ip_files import read_layout
 from condit.weights.ip_projectors import projector_of
+from condit_lab.parity.check import Check, Differences, compare, difference, part
 from condit_lab.parity.sd3 import SD3Adapter, sd3_adapter
 from condit_lab.parity.unets import CALL, TOKENS, TRAJECTORY, GoldenPipe, golden_pipe, unet_of
 

@@ -18,7 +18,7 @@ from condit.data.images import to_tensor
 from condit.diffusion.objectives import add_noise, flow_loss
 from condit.encoders.vae import encode_tokens, pack
 from condit.nn.streams import Stream, grid_ids
-from condit.verify.check import Check, Differences, compare, difference, part
+from condit_lab.parity.check import Check, Differences, compare, difference, part
 from condit_lab.parity.omini_golden import Golden, Seeded, read
 
 TOLERANCE = 1e-5  # the fixtures' own

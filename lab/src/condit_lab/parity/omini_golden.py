@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,13 +16,12 @@ from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Fill, Run, When
 from condit.controls.omini import OminiConfig, OminiControl, OminiReference
 from condit.controls.omini_images import from_official_mask
-from condit.controls.omini_official import official_guidance
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import Text
-from condit.encoders.vae import Autoencoder
 from condit.nn.lora import LoRA
 from condit.nn.streams import Sees, Stream, grid_ids
 from condit.weights.load import Parts
+from condit_lab.parity.omini_official import official_guidance
 
 
 class FixedText(nn.Module):
@@ -81,12 +80,12 @@ class Golden:
         return model.eval().requires_grad_(False)
 
     @cached_property
-    def vae(self) -> Autoencoder:
+    def vae(self) -> Any:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         vae = AutoencoderKL(**self.config["vae"])
         vae.load_state_dict(self.tensors("vae"), strict=True)
-        return cast("Autoencoder", vae.eval().requires_grad_(False))
+        return vae.eval().requires_grad_(False)
 
     def pipe(self, kind: type[Pipeline] = Pipeline) -> Pipeline:
         t = self.trajectory

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from condit.backbones.vit import ViT, ViTBlock, ViTConfig, ViTContext, resize_positions
-from condit.verify.check import Check, Differences, difference, layout_differences, part
 from condit.weights.vit import load_vit, read_vit
 from condit.weights.vit_layouts import State, to_layout
+from condit_lab.parity.check import Check, Differences, difference, layout_differences, part
 
 TOLERANCE = 1e-5  # the fixtures' own; the other GELU is off by 5e-4
 

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.encoders.clip import CONCEPT, STYLE, embed_image, embed_text, make_clip, make_tokenizer, token_ids
+from condit.encoders.clip import CONCEPT, STYLE, embed_image, embed_text, token_ids
 from condit.training.loop import Task
 from condit.weights.files import load_strict, read_tensors
 from condit.weights.folders import floats
 from condit_lab.icons.procedural import Procedural
 from condit_lab.icons.styles import STYLES, UI_STYLES
 from condit_lab.icons.world import GROUPS, TRAIN_LICENCES
+from condit_lab.training.clip_files import make_clip, make_tokenizer, save_clip, save_tokenizer
 from condit_lab.training.icon_batches import IconSet, other, procedural
 
 NO_STYLE = -1
@@ -219,9 +220,9 @@ class ClipTask(Task):
         return torch.cat([embed_text(self.clip, part)[1] for part in ids.split(128)]).cpu()
 
     def export(self, folder: Path, card: dict) -> None:
-        self.clip.half().save_pretrained(folder)
+        save_clip(self.clip.half(), folder)
         self.clip.float()
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
         (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 

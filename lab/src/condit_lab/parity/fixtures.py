@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol
 
 from condit.data.files import atomic_write
-from condit.verify.check import Check, Row
-
-
-class Comparisons(Protocol):
-    """A module of comparisons. INPUTS: patterns of files that they read and that record no results."""
-
-    CHECKS: tuple[Check, ...]
-    INPUTS: tuple[str, ...]
+from condit_lab.parity.check import Check, Row
 
 
 @dataclass(frozen=True)
 class System:
-    """A paper's comparisons with its fixtures. The comparisons are part of the laboratory."""
+    """A paper's comparisons. module: the file of this package that holds them, imported when it is needed."""
 
     title: str
-    name: str
+    module: str
     folder: str
 
     @cached_property
     def checks(self) -> tuple[Check, ...]:
-        return self._module.CHECKS
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Patterns of files that comparisons read and that record no results: weights, settings."""
-        return self._module.INPUTS
+        return importlib.import_module(f"condit_lab.parity.{self.module}").CHECKS
 
     @cached_property
-    def _module(self) -> Comparisons:
-        for entry in entry_points(group="condit.verify", name=self.name):
-            return entry.load()
-        raise FileNotFoundError(
-            "no comparisons: they are part of the laboratory of condit's source. In a checkout: pip install -e lab"
-        )
+    def inputs(self) -> tuple[str, ...]:
+        """Patterns of files that comparisons read and that record no result: weights, settings."""
+        return importlib.import_module(f"condit_lab.parity.{self.module}").INPUTS
 
 
 SYSTEMS = {
@@ -53,7 +37,7 @@ SYSTEMS = {
     "dit": System("DiT", "dit", "dit"),
     "diffit": System("DiffiT", "diffit", "diffit"),
     "omini": System("OminiControl", "omini", "ominicontrol"),
-    "ip-adapter": System("IP-Adapter", "ip-adapter", "ip_adapter"),
+    "ip-adapter": System("IP-Adapter", "ip_adapter", "ip_adapter"),
     "instantstyle": System("InstantStyle", "instantstyle", "instantstyle"),
     "deadiff": System("DEADiff", "deadiff", "deadiff"),
     "dit4edit": System("DiT4Edit", "dit4edit", "dit4edit"),

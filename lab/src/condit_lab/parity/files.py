@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from condit.backbones import diffit, diffit_image, dit, vit
-from condit.verify.check import Differences, Row, difference
 from condit.weights.catalog import MODELS
 from condit.weights.diffit import file_of, load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
@@ -22,6 +21,7 @@ from condit.weights.folders import first_weight_file, own_config
 from condit.weights.load import PUBLISHED, identify
 from condit.weights.vit import read_vit, save_vit
 from condit.weights.vit_layouts import Layout, to_layout
+from condit_lab.parity.check import Differences, Row, difference
 
 # Relative to the largest output. Tiny networks agree to 1e-6; every layer of a deep one sums thousands of terms in
 # another order.

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from condit.backbones import diffit, dit, vit
-from condit.verify import fixtures
-from condit.verify.check import Check, Row, difference, layout_differences
-from condit.verify.files import nearest, verify_file
-from condit.verify.fixtures import (
+from condit.weights.dit import save_dit
+from condit.weights.vit import save_vit
+from condit_lab.parity import fixtures
+from condit_lab.parity.check import Check, Row, difference, layout_differences
+from condit_lab.parity.files import nearest, verify_file
+from condit_lab.parity.fixtures import (
     SYSTEMS,
     find_golden,
     lines,
@@ -26,8 +28,6 @@ from condit.verify.fixtures import (
     verify_fixtures,
     write_between_marks,
 )
-from condit.weights.dit import save_dit
-from condit.weights.vit import save_vit
 
 ROOT = Path(__file__).parent.parent.parent
 DIT = dit.DiTConfig(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5)
