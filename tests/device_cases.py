@@ -77,7 +77,7 @@ class Kit:
         return self.at(self.make["pixart"](self.make["pipe"]()))
 
     def classes(self, kind: str = "dit") -> Pipeline:
-        sizes = {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 4, "num_classes": 5}
+        sizes: Any = {"input_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 4, "num_classes": 5}
         with seeded():
             model = DiT(DiTConfig(**sizes)) if kind == "dit" else DiffiT(DiffiTConfig(**sizes))
         vae = self.make["pipe"]().parts.vae

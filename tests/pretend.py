@@ -294,7 +294,8 @@ def watch_steps(monkeypatch, watch: Watch) -> None:
         monkeypatch.setattr(model, "path", strict_sampler(watch, model.path))
     for name in ("to_noise", "walk"):
         monkeypatch.setattr(edit, name, within(watch.strict, getattr(edit, name)))
-    monkeypatch.setattr(edit, "noise_like", within(watch.relaxed, edit.noise_like))
+    edit_noise = edit.image_noise
+    monkeypatch.setattr(edit, "image_noise", lambda generators: within(watch.relaxed, edit_noise(generators)))
     monkeypatch.setattr(edit.Inverted, "__call__", within(watch.strict, edit.Inverted.__call__))
 
 

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from condit.encoders.clip import (
     CONCEPT,
     STYLE,
-    TOKEN_LIMIT,
     embed_image,
     embed_text,
     normalise,
     style_statistics,
     token_ids,
 )
+from condit.encoders.clip_tokenizer import TOKEN_LIMIT
 from condit.encoders.image import TinyImage
 from condit.encoders.text import Text, TinyText
 from condit_lab.training.clip_files import make_clip, make_tokenizer

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from condit.controls.control import Control, Run, Step, When
 from condit.controls.instantstyle import BlockScore, InstantStyle, modules_of, preset, probe
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.ip_projectors import Resampler
+from condit.controls.ip_reference import IPReference
 from condit.controls.style_lora import StyleLoRA
 from condit.controls.wrap import Together
 from condit.drawing.pipeline import Pipeline
@@ -199,7 +201,7 @@ def test_sum_is_two_controls_and_shares_the_weights(world, references):
     assert isinstance(both, Together)
     apart = [world.whole.control(one, strength=0.7), world.whole.control(two, strength=0.3)]
     close(world.draw([both]), world.draw(apart), 1e-4)
-    assert all(part.adapter is world.whole for part in both.inside)
+    assert all(cast("IPReference", part).adapter is world.whole for part in both.inside)
 
 
 @pytest.mark.parametrize("name", ["whole", "plus"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ class Colours(nn.Module):
 
 
 def ip_control(guest: Guest, picture: Any) -> Control:
-    backbone, config = guest.backbone, guest.config
+    backbone, config = guest.backbone, cast("Any", guest.config)
     with seeded():
         if isinstance(backbone, UNet):
             adapter = IPAdapter.new(UNet(config), IPConfig(12, 3, config.cross_attention_dim))
@@ -79,7 +79,7 @@ def drawn(make: dict[str, Any], name: str, device: str, dtype: torch.dtype = tor
 
 def watched(monkeypatch, watch: Watch) -> None:
     """The predictions of a guest behind its first, which prepares the controls."""
-    for kind in (flux.Controlled, unet.Controlled):
+    for kind in (flux.ControlledTransformer, unet.ControlledUNet):
         forward = kind.forward
 
         def run(self, *args: Any, forward=forward, **given: Any):

@@ -4,6 +4,7 @@ what they computed. What is compared, and how exactly: lab/src/condit_lab/parity
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from condit.controls.instantstyle import EASES, STAGES, block_weights
+from condit.controls.ip_reference import IPReference
 from condit.controls.wrap import Together
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import ClipText
@@ -68,10 +70,12 @@ def test_a_reference_each_for_style_and_layout_acts_in_its_blocks_with_the_weigh
     rng = np.random.default_rng(0)
     one, other = (Image.fromarray(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8)) for _ in range(2))
     both = style.control(style=one, layout=other, strength=0.8, layout_strength=0.3)
-    assert isinstance(both, Together) and all(part.adapter is style.adapter for part in both.inside)
+    assert isinstance(both, Together)
+    parts = [cast("IPReference", part) for part in both.inside]
+    assert all(p.adapter is style.adapter for p in parts)
     apart = [style.control(one, preset="style", strength=0.8), style.control(other, preset="layout", strength=0.3)]
     assert difference(pipe.predict(given, both), pipe.predict(given, *apart)) <= CALL
-    assert {p.split(".transformer_blocks.")[0] for part in both.inside for p in part.kv} == {
+    assert {p.split(".transformer_blocks.")[0] for part in parts for p in part.kv} == {
         "up_blocks.0.attentions.1",
         "down_blocks.2.attentions.1",
     }

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from condit.diffusion.gaussian import gaussian
 from condit.diffusion.gaussian_samplers import ancestral
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
 from condit.diffusion.steps import by_timestep, image_noise
+from condit.drawing.classes import ClassModel
 from condit.drawing.classifier import ViTPipeline, prepare
 from condit.drawing.pipeline import Pipeline, Result
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
@@ -411,8 +412,10 @@ def test_a_published_name_stands_for_its_file_in_the_models_folder(tmp_path, mon
     model = DiT(DiTConfig(input_size=4, hidden_size=384, depth=1, num_heads=6))  # a published width tells the heads
     save_dit(model, tmp_path / "models" / "DiT-XL-2-256x256.pt")
     found = condit.load("dit-xl-2-256")
-    assert isinstance(found, Pipeline) and found.name == "dit-xl-2-256" and found.model.classes == 1000
-    assert found.model.index("golden retriever") == 207
+    assert (
+        isinstance(found, Pipeline) and found.name == "dit-xl-2-256" and cast("ClassModel", found.model).classes == 1000
+    )
+    assert cast("ClassModel", found.model).index("golden retriever") == 207
     write(tmp_path, DIFFIT).rename(tmp_path / "models" / "diffit_512.safetensors")
     assert isinstance(condit.load("diffit-512").backbone, DiffiT)
 

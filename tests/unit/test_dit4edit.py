@@ -1,12 +1,13 @@
 """DiT4Edit's control at the attention call, its words, and what it refuses."""
 
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from condit.controls.control import Pair, Run, Step
 from condit.controls.dit4edit import PRESETS, Blend, DiT4Edit, changed_words, edited_places, in_window
@@ -277,7 +278,7 @@ def test_words_that_differ_behind_what_the_encoder_reads_are_told():
 
 
 def acting_on(control: DiT4Edit, source: Words, target: Words) -> None:
-    control.edit(Pair((source,), (target,)), Backbone())
+    control.edit(Pair((source,), (target,)), cast("nn.Module", Backbone()))
 
 
 def test_each_edit_may_have_its_own_mask(make_pipe):

@@ -3,12 +3,14 @@
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from condit.drawing.flow import FlowModel
 from condit.drawing.pipeline import Pipeline
 from condit.nn.lora import Linear
 from condit.nn.offload import OffloadedBlocks, on_device, with_blocks
@@ -54,7 +56,7 @@ def test_while_offloaded_encoders_rest_and_work_on_a_copy(make_pipe):
     """The device here is one that computes nothing, so that whatever lies on it can be told."""
     pipe = Pipeline(make_pipe().parts, offload="blocks").to("meta")
     assert all(p.device.type == "cpu" for p in pipe.parts.vae.parameters())
-    assert all(p.device.type == "meta" for p in pipe.model.on_duty(pipe.parts.vae).parameters())
+    assert all(p.device.type == "meta" for p in cast("FlowModel", pipe.model).on_duty(pipe.parts.vae).parameters())
     blocks = (pipe.backbone.transformer_blocks, pipe.backbone.single_transformer_blocks)
     assert all(p.device.type == "cpu" for b in blocks for p in b.parameters())
     assert pipe.backbone.x_embedder.weight.device.type == pipe.device.type == "meta"

@@ -3,12 +3,14 @@
 import json
 import random
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from condit.backbones.unet import UNet
 from condit.data.grouped import PAIR_KINDS
 from condit.encoders.clip_patches import resize_antialiased
 from condit.encoders.text import Text
@@ -122,5 +124,5 @@ def test_what_a_picture_was_cut_from_is_told_row_by_row():
 
     text = Text(torch.zeros(2, 3, 4), torch.zeros(2, 5))
     for frames, rows in (([wide, whole], [[100, 200, 0, 32, 64, 64], [64, 64, 0, 0, 64, 64]]), (whole, None)):
-        tell_unet(Network(), text, frames)(torch.zeros(2, 4, 8, 8), torch.zeros(2), None, [])
+        tell_unet(cast("UNet", Network()), text, frames)(torch.zeros(2, 4, 8, 8), torch.zeros(2), None, [])
         assert seen["sizes"].tolist() == (rows or [[64, 64, 0, 0, 64, 64]] * 2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from condit.controls.ip_input import References
 from condit.controls.ip_projectors import IPParts
 from condit.data.images import ImageSource
-from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyTextTower
+from condit.encoders.image import CLIPImage, TextTower, TinyTextTower
 from condit.encoders.text import Text
 
 
@@ -60,9 +60,9 @@ class Host(Protocol):
     @property
     def backbone(self) -> Any: ...
 
-    # The image encoder of a model that has its own.
+    # The image encoder of a model that has its own, or of a guest; None without one.
     @property
-    def image(self) -> CLIPImage | TinyImage | None: ...
+    def image(self) -> Any: ...
 
     # An adapter by name, file or folder, for the class `method`. Raises ValueError for another class's file.
     def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile: ...

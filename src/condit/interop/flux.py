@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Run, Step
+from condit.controls.host import Host
 from condit.interop.lend import (
     Arguments,
     GuestPipeline,
@@ -230,7 +231,7 @@ def stand_in(
 ) -> ControlledTransformer:
     if controls:
         size = image_size(guest.pipe, arguments, guest.pixels)
-        controls = tuple(control.sized(size, guest) for control in controls)
+        controls = tuple(control.sized(size, cast("Host", guest)) for control in controls)
     return ControlledTransformer(guest.network, controls, predictions_a_step(arguments), host)
 
 

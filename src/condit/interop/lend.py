@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.backbones.unet import UNet, UNetConfig
 from condit.controls.control import Control
-from condit.controls.host import Host
 from condit.encoders.vae import Autoencoder
 
 Arguments = Mapping[str, object]  # of a pipeline's call, by name
@@ -62,7 +61,7 @@ class NativePipeline(Protocol):
     def encode_prompt(self, **arguments: object) -> Sequence[Tensor]: ...
 
 
-class GuestPipeline(Host, Protocol):
+class GuestPipeline(Protocol):
     """The attributes of a `Guest` that families read."""
 
     @property

@@ -84,7 +84,8 @@ class DEADiffTask(Task):
     def __init__(self, data: DEADiffData):
         super().__init__()
         parts = load_base(data.model, "DEADiff")
-        self.unet: nn.Module = parts.backbone.requires_grad_(False)
+        assert isinstance(parts.backbone, UNet)  # by load_base
+        self.unet = parts.backbone.requires_grad_(False)
         self.vae: nn.Module = parts.vae.requires_grad_(False)
         self.text: nn.Module = parts.text.requires_grad_(False)
         self.parts, self.process, self.size = parts, parts.process, parts.size

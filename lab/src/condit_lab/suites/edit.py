@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from condit.data.files import atomic_write
 from condit.data.images import save_image, to_images
 from condit.data.sheets import SheetCell, contact_sheet
 from condit.encoders.clip import CONCEPT, embed_image, embed_text, token_ids
+from condit.encoders.clip_model import Clip
+from condit.encoders.image import TinyImage
 from condit_lab.icons.world import GROUPS, TRAIN_LICENCES, Icon, IconWorld, hash_fraction, plain_caption, sample_path
 from condit_lab.suites.edit_rows import Row, differences, interval
 from condit_lab.suites.edit_trips import merging_time, photographs, round_trips, show_trips
@@ -278,16 +280,21 @@ def background_figures(images: Tensor, sources: Tensor, background: Tensor) -> t
     return psnr, torch.tensor(ssim)
 
 
+def clip_of(pipe: Pipeline) -> Clip:
+    """The embedded CLIP of a pipeline."""
+    return cast("TinyImage", pipe.image).clip
+
+
 @torch.no_grad()
 def embed_texts(pipe: Pipeline, texts: list[str]) -> Tensor:
-    ids = token_ids(pipe.parts.text.tokenizer, texts)  # type: ignore[attr-defined]
-    return torch.cat([embed_text(pipe.image.clip, part)[1] for part in ids.split(256)]).float()
+    ids = token_ids(pipe.parts.text.tokenizer, texts)
+    return torch.cat([embed_text(clip_of(pipe), part)[1] for part in ids.split(256)]).float()
 
 
 @torch.no_grad()
 def embed_pictures(pipe: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings (N, 256), and the patches of the fourth layer (N, 64, 192) of the embedded CLIP."""
-    found = [embed_image(pipe.image.clip, part.float() / 127.5 - 1) for part in images.split(64)]
+    found = [embed_image(clip_of(pipe), part.float() / 127.5 - 1) for part in images.split(64)]
     return torch.cat([e for _, e in found]).float(), torch.cat([h[4, :, 1:] for h, _ in found]).float()
 
 
