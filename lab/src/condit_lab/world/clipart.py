@@ -79,12 +79,12 @@ def fetch_clipart(folder: Path) -> Path:
 
 def documents(deb: Path) -> Iterator[tuple[str, str]]:
     """(path, SVG document) of the folders that show things, sorted as packed."""
-    with tarfile.open(fileobj=io.BytesIO(_data_member(deb.read_bytes())), mode="r:*") as tar:
+    with tarfile.open(fileobj=io.BytesIO(_data_member(deb.read_bytes())), mode="r|*") as tar:
         for member in tar:
             path = member.name.removeprefix(_ROOT)
             if not path.endswith(".svg") or not path.startswith(_FOLDERS) or path.startswith(_NOT):
                 continue
-            handle = tar.extractfile(member) if member.size <= _MAX_BYTES else None
+            handle = tar.extractfile(member) if member.isreg() and member.size <= _MAX_BYTES else None
             if handle is not None:
                 yield path, handle.read().decode("utf-8", "replace")
 

@@ -16,8 +16,7 @@ HELD_OUT_LOOKS = {
     "cyber": "line",
     "cyber-color": "line",
     "uim": "duotone",
-    "stickies": "painted",
-    "stickies-duo": "painted",
+    "clipart-gerald": "painted",
     "streamline-pixel": "pixel",
     "inflated": "3d",
 }
