@@ -1,6 +1,6 @@
 """A small copy of a run: averaged weights in bf16, code, tokenizer and card, without the optimisers' state.
 
-    python -m condit_lab.draw.export RUN OUT [--average 0]
+python -m condit_lab.draw.export RUN OUT [--average 0]
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ All randomness of step i is drawn from (seed, i), so a run that was killed ends 
 not (bit for bit on one kind of machine). RUN holds `state.pt`, replaced atomically every `save_minutes`, `log.jsonl`,
 sample sheets, and the tokenizer. On a machine with a GPU the same command computes in bf16 with fp32 weights and keeps
 every picture on the GPU. Where files are limited in size, carry PACK (parts below 60 MB) and an export of the run
-(`python -m condit_lab.draw.export RUN OUT`, below 40 MB: averaged weights without the optimisers' state), and start with
-`--init OUT`: the count of images goes on, the optimisers start anew.
+(`python -m condit_lab.draw.export RUN OUT`, below 40 MB: averaged weights without the optimisers' state), and start
+with `--init OUT`: the count of images goes on, the optimisers start anew.
 """
 
 from __future__ import annotations
@@ -185,10 +185,8 @@ class Trainer:
         u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
         t = torch.sigmoid(config.t_mean + config.t_std * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
         device = self.device
-        if self.pictures is None:
-            rgba = self.train.rgba(rows.tolist()).to(device)
-        else:
-            rgba = self.pictures[rows.to(device)]
+        pictures = self.pictures
+        rgba = self.train.rgba(rows.tolist()).to(device) if pictures is None else pictures[rows.to(device)]
         shape = (n, len(self.model.ids), 4 * self.recipe.model.components)
         noise = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(seed))
         return rgba, ids.to(device), t.to(device), noise
