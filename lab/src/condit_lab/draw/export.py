@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from condit.weights.files import load_strict, read_tensors, save_tensors
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 
 
 def export(run: Path, out: Path, *, average: int = 0) -> None:
@@ -25,16 +25,16 @@ def export(run: Path, out: Path, *, average: int = 0) -> None:
     tensors |= {f"code.{name}": x.float() for name, x in state["code"].items()}
     out.mkdir(parents=True, exist_ok=True)
     save_tensors(out / WEIGHTS, tensors, {"condit": "draw"})
-    if (run / "tokenizer").exists():
-        shutil.copytree(run / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
+    if (run / TOKENIZER).exists():
+        shutil.copy(run / TOKENIZER, out / TOKENIZER)
     card = {"images": state["images"], "step": state["step"], "average": average, **json.loads(state["recipe"])}
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(export: Path, run: Path) -> None:
     """Give a run that starts from an export the export's tokenizer."""
-    if (export / "tokenizer").exists():
-        shutil.copytree(export / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
+    if (export / TOKENIZER).exists():
+        shutil.copy(export / TOKENIZER, run / TOKENIZER)
 
 
 def load_export(export: Path, model: nn.Module) -> int:

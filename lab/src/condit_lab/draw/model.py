@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.diffusion.guidance import guide
 from condit.diffusion.objectives import add_noise, flow_loss, to_velocity
-from condit.diffusion.samplers import euler
+from condit.diffusion.samplers import FlowPath, euler
 from condit.diffusion.schedules import flow_sigmas
+from condit.diffusion.steps import Step
 from condit.nn.streams import Stream, grid_ids
 from condit_lab.draw.code import RgbaCode, to_planes
 from condit_lab.draw.text import Text
@@ -85,11 +86,12 @@ class DrawModel(nn.Module):
         """Planes (B, 4, H, W) from caption ids; noise (steps + 1, B, 64, channels): the start and each step's own."""
         words, none = self.text(ids), self.text(empty.expand(len(ids), -1))
 
-        def velocity(x: Tensor, sigma: Tensor, i: int) -> Tensor:
-            t = sigma.to(x.device).expand(len(x))
-            told, blind = (to_velocity(self.predict(x, t, w).float(), x, t, "x") for w in (words, none))
-            return guide(told, blind, guidance)
+        def velocity(x: Tensor, step: Step) -> Tensor:
+            t = torch.full((len(x),), step.time, device=x.device)
+            with_words, without = (to_velocity(self.predict(x, t, w).float(), x, t, "x") for w in (words, none))
+            return guide(with_words, without, guidance)
 
         fresh = iter(noise)
-        x = euler(velocity, next(fresh), flow_sigmas(steps, shift=shift), eta=1.0, noise=lambda: next(fresh))
+        path = FlowPath(tuple(flow_sigmas(steps, shift=shift).tolist()))
+        x = euler(velocity, next(fresh), path, eta=1.0, noise=lambda x: next(fresh))
         return self.code.decode(x, GRID)

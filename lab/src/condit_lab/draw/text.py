@@ -6,27 +6,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-from condit.encoders.clip import SPECIAL_TOKENS, TOKEN_LIMIT, embed_text, make_tokenizer
+from condit.encoders.clip import embed_text, make_tokenizer
+from condit.encoders.clip_model import TextConfig, TextTower
+from condit.encoders.clip_tokenizer import SPECIAL_TOKENS, ClipTokenizer
 from condit.weights.tiny import load_clip
 from condit_lab.draw.data import Drawing, all_captions
 
-Kind = Literal["tower", "frozen", "codes"]
 
-
-def whole_word_tokenizer(captions: Iterable[str], *, vocab_size: int, limit: int) -> PreTrainedTokenizerFast:
+def whole_word_tokenizer(captions: Iterable[str], *, vocab_size: int, limit: int) -> ClipTokenizer:
     """WordPiece of which half is learned pieces, the rest the commonest words as a whole (Chinese: characters).
     Commas are left out: they would take a fifth of the tokens."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     texts = list(captions)
-    learned = make_tokenizer(texts, vocab_size=vocab_size // 2)
+    learned = make_tokenizer(texts, vocab_size=vocab_size // 2).tokenizer
     no_commas = normalizers.Replace(Regex("[,，、]"), " ")
     normaliser = normalizers.Sequence([no_commas, normalizers.BertNormalizer(lowercase=True)])
     splitter = pre_tokenizers.BertPreTokenizer()
@@ -44,44 +42,39 @@ def whole_word_tokenizer(captions: Iterable[str], *, vocab_size: int, limit: int
             vocabulary.append(word)
     rust = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     rust.normalizer, rust.pre_tokenizer = normaliser, splitter
-    rust.post_processor = learned.backend_tokenizer.post_processor
-    pad, unknown, begin, end = SPECIAL_TOKENS
-    return PreTrainedTokenizerFast(
-        tokenizer_object=rust, pad_token=pad, unk_token=unknown, bos_token=begin, eos_token=end, model_max_length=limit
-    )
+    rust.post_processor = learned.post_processor
+    return ClipTokenizer(rust, limit)
 
 
-class TextTower(nn.Module):
-    """transformers' CLIP text tower: ids (B, L) -> token states (B, L, width) and the pooled vector (B, width)."""
+class TrainedText(nn.Module):
+    """A CLIP text tower that is trained along: ids (B, L) -> token states (B, L, width), pooled vector (B, width)."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int):
+    def __init__(self, tokenizer: ClipTokenizer, *, width: int, layers: int):
         super().__init__()
         self.tokenizer, self.width, self.pooled_width = tokenizer, width, width
-        config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            max_position_embeddings=tokenizer.model_max_length,
-            hidden_act="gelu",
-            projection_dim=width,
-            pad_token_id=0,
-            bos_token_id=2,
-            eos_token_id=3,
+        self.text_model = TextTower(
+            TextConfig(
+                hidden_size=width,
+                intermediate_size=4 * width,
+                num_hidden_layers=layers,
+                num_attention_heads=width // 64,
+                vocab_size=len(tokenizer),
+                max_position_embeddings=tokenizer.limit,
+                eos_token_id=tokenizer.eos_token_id,
+            )
         )
-        config._attn_implementation = "eager"  # its backward is the faster one on CPUs
-        self.clip = CLIPTextModelWithProjection(config)
-        nn.init.orthogonal_(self.clip.text_projection.weight)
+        self.text_projection = nn.Linear(width, width, bias=False)
+        nn.init.orthogonal_(self.text_projection.weight)
+        for table in (self.text_model.embeddings.token_embedding, self.text_model.embeddings.position_embedding):
+            nn.init.normal_(table.weight, std=0.02)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """(B, L) int16."""
-        read = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-        return read["input_ids"].to(torch.int16)
+        return self.tokenizer.ids(captions).to(torch.int16)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.clip(input_ids=ids.long())
-        return out.last_hidden_state, out.text_embeds
+        out = self.text_model(ids.long())
+        return out.last_hidden_state, self.text_projection(out.pooler_output)
 
 
 class FrozenText(nn.Module):
@@ -90,14 +83,11 @@ class FrozenText(nn.Module):
     def __init__(self, folder: Path):
         super().__init__()
         self.clip, self.tokenizer = load_clip(folder)
-        self.clip.vision_model = nn.Identity()  # type: ignore[assignment]
         self.requires_grad_(False)
         self.width, self.pooled_width = 192, 256
 
     def ids(self, captions: Sequence[str]) -> Tensor:
-        read = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-        assert read["input_ids"].shape[1] == TOKEN_LIMIT
-        return read["input_ids"].to(torch.int16)
+        return self.tokenizer.ids(captions).to(torch.int16)
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +115,7 @@ class Codes(nn.Module):
         return states, F.silu(self.pool(states.flatten(1)))
 
 
-Text = TextTower | FrozenText | Codes
+Text = TrainedText | FrozenText | Codes
 
 
 def caption_table(text: Text, rows: Sequence[Drawing]) -> tuple[Tensor, Tensor]:

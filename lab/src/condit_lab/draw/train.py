@@ -27,18 +27,18 @@ from typing import Annotated
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from condit.data.files import atomic_write
+from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.training.optim import Average, parameter_groups
 from condit.weights.catalog import TINY
 from condit_lab.draw import figures
 from condit_lab.draw.code import RgbaCode, to_planes
 from condit_lab.draw.data import Drawings, Mixture, all_captions
-from condit_lab.draw.export import load_export, load_tokenizer
+from condit_lab.draw.export import TOKENIZER, load_export, load_tokenizer
 from condit_lab.draw.model import DrawModel, ModelConfig
 from condit_lab.draw.muon import Muon
-from condit_lab.draw.text import Codes, FrozenText, Text, TextTower, caption_table, whole_word_tokenizer
+from condit_lab.draw.text import Codes, FrozenText, Text, TrainedText, caption_table, whole_word_tokenizer
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -92,12 +92,12 @@ def make_text(config: ModelConfig, train: Drawings, out: Path) -> Text:
         return FrozenText(TINY / "model" / "clip")
     if config.text == "codes":
         return Codes(train.rows, config.text_width)
-    folder = out / "tokenizer"
-    if not folder.exists():
-        made = whole_word_tokenizer(all_captions(train.rows), vocab_size=config.vocabulary, limit=config.text_tokens)
-        made.save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    return TextTower(tokenizer, width=config.text_width, layers=config.text_layers)
+    file, limit = out / TOKENIZER, config.text_tokens
+    if not file.exists():
+        whole_word_tokenizer(all_captions(train.rows), vocab_size=config.vocabulary, limit=limit).tokenizer.save(
+            str(file)
+        )
+    return TrainedText(ClipTokenizer.load(out, limit), width=config.text_width, layers=config.text_layers)
 
 
 def fit_code(config: ModelConfig, drawings: Drawings, mixture: Mixture, n: int = 4096) -> RgbaCode:
