@@ -14,6 +14,7 @@ from condit_lab.draw.data import Drawings, Mixture, from_icon_world
 from condit_lab.draw.export import export
 from condit_lab.draw.model import ModelConfig
 from condit_lab.draw.muon import Muon, orthogonalise
+from condit_lab.draw.text import whole_word_tokenizer
 from condit_lab.draw.train import Recipe, TrainConfig, Trainer
 
 MICRO = ModelConfig(
@@ -92,6 +93,16 @@ def test_a_complete_code_is_exact_and_premultiplied_colour_is_consistent(drawing
     again = to_rgba(planes)
     assert torch.allclose(again[:, 3], exact[:, 3], atol=1e-5)
     assert torch.allclose(again[:, :3] * again[:, 3:], exact[:, :3] * exact[:, 3:], atol=1e-5)
+
+
+def test_captions_are_cut_before_the_end_token_and_commas_take_none():
+    words = ["red cat, flat style", "红苹果，扁平风格"]
+    tokenizer = whole_word_tokenizer(words * 3, vocab_size=400, limit=5)
+    pad, _, begin, end = range(4)
+    with_comma, without, long, empty = tokenizer.ids(["red, cat", "red cat", "red cat flat style cat", ""]).tolist()
+    assert with_comma == without == [begin, *without[1:3], end, pad]
+    assert len(long) == 5 and long[:3] == without[:3] and long[-1] == end
+    assert empty == [begin, end, pad, pad, pad]
 
 
 def test_the_blind_error_is_that_of_a_gaussian_of_the_codes_deviations():
