@@ -17,10 +17,11 @@ TOKEN_LIMIT = 24
 
 
 class ClipTokenizer:
-    """Texts -> token ids between [BOS] and [EOS], at most TOKEN_LIMIT of them."""
+    """Texts -> token ids between [BOS] and [EOS], at most `limit` of them."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        tokenizer.enable_truncation(TOKEN_LIMIT)
+    def __init__(self, tokenizer: Tokenizer, limit: int = TOKEN_LIMIT):
+        self.limit = limit
+        tokenizer.enable_truncation(limit)
         tokenizer.no_padding()  # a saved file may ask for it
         self.tokenizer = tokenizer
         ids: list[int] = []
@@ -34,9 +35,9 @@ class ClipTokenizer:
         self.pad_token_id, self.unk_token_id, self.bos_token_id, self.eos_token_id = ids
 
     @classmethod
-    def load(cls, folder: str | Path) -> ClipTokenizer:
+    def load(cls, folder: str | Path, limit: int = TOKEN_LIMIT) -> ClipTokenizer:
         """From a folder with tokenizer.json."""
-        return cls(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")))
+        return cls(Tokenizer.from_file(str(Path(folder) / "tokenizer.json")), limit)
 
     def __len__(self) -> int:
         return self.tokenizer.get_vocab_size()
@@ -46,11 +47,11 @@ class ClipTokenizer:
         return self.tokenizer.encode_batch(list(texts))
 
     def ids(self, texts: Sequence[str]) -> Tensor:
-        """(B, TOKEN_LIMIT) token ids, padded."""
+        """(B, limit) token ids, padded."""
         rows = [encoding.ids for encoding in self.encode(texts)]
-        return torch.tensor([row + [self.pad_token_id] * (TOKEN_LIMIT - len(row)) for row in rows])
+        return torch.tensor([row + [self.pad_token_id] * (self.limit - len(row)) for row in rows])
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
         """The prompts as words over their tokens."""
         encodings = self.encode(prompts)
-        return [align_words(p, e.ids, e.offsets, TOKEN_LIMIT) for p, e in zip(prompts, encodings, strict=True)]
+        return [align_words(p, e.ids, e.offsets, self.limit) for p, e in zip(prompts, encodings, strict=True)]

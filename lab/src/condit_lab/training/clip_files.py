@@ -91,5 +91,5 @@ def save_tokenizer(tokenizer: ClipTokenizer, folder: str | Path) -> None:
         unk_token=unk,
         bos_token=bos,
         eos_token=eos,
-        model_max_length=TOKEN_LIMIT,
+        model_max_length=tokenizer.limit,
     ).save_pretrained(folder)

@@ -1,0 +1,56 @@
+"""A small copy of a run: averaged weights in bf16, code, tokenizer and card, without the optimisers' state.
+
+python -m condit_lab.draw.export RUN OUT [--average 0]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from condit.weights.files import load_strict, read_tensors, save_tensors
+
+WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
+
+
+def export(run: Path, out: Path, *, average: int = 0) -> None:
+    """Write an average of the run's weights (0: the shortest) to the folder `out`."""
+    state = torch.load(run / "state.pt", weights_only=True, map_location="cpu")
+    tensors: dict[str, Tensor] = {k: v.bfloat16() for k, v in state["averages"][average]["shadow"].items()}
+    tensors |= {f"code.{name}": x.float() for name, x in state["code"].items()}
+    out.mkdir(parents=True, exist_ok=True)
+    save_tensors(out / WEIGHTS, tensors, {"condit": "draw"})
+    if (run / TOKENIZER).exists():
+        shutil.copy(run / TOKENIZER, out / TOKENIZER)
+    card = {"images": state["images"], "step": state["step"], "average": average, **json.loads(state["recipe"])}
+    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(export: Path, run: Path) -> None:
+    """Give a run that starts from an export the export's tokenizer."""
+    if (export / TOKENIZER).exists():
+        shutil.copy(export / TOKENIZER, run / TOKENIZER)
+
+
+def load_export(export: Path, model: nn.Module) -> int:
+    """Set a model's weights; returns the number of images they have seen."""
+    load_strict(model, {k: v.float() for k, v in read_tensors(export / WEIGHTS).items()}, source=export)
+    return json.loads((export / "card.json").read_text(encoding="utf-8"))["images"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--average", type=int, default=0, help="which of the run's averages; 0: the shortest")
+    chosen = parser.parse_args()
+    export(chosen.run, chosen.out, average=chosen.average)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The embedded MM-DiT as it is trained: linear RGBA code, text, FLUX's transformer; rectified flow on the clean latent
+(x-prediction, loss on the velocity)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from condit.backbones.mmdit import MMDiT, MMDiTConfig
+from condit.diffusion.guidance import guide
+from condit.diffusion.objectives import add_noise, flow_loss, to_velocity
+from condit.diffusion.samplers import FlowPath, euler
+from condit.diffusion.schedules import flow_sigmas
+from condit.diffusion.steps import Step
+from condit.nn.streams import Stream, grid_ids
+from condit_lab.draw.code import RgbaCode, to_planes
+from condit_lab.draw.text import Text
+from condit_lab.training.text_to_image import start
+
+GRID = (8, 8)  # tokens of a 128 px icon
+Count = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(BaseModel):
+    """`[model]` of a recipe."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    width: Count = 320
+    double_blocks: Count = 2
+    single_blocks: Count = 3
+    components: Count = 80  # of a patch of 8 x 8 RGBA pixels
+    text: Literal["tower", "frozen", "codes"] = "tower"
+    text_width: Count = 256
+    text_layers: Count = 2
+    text_tokens: Count = 16
+    vocabulary: Count = 8000
+
+
+def transformer(config: ModelConfig, text: Text) -> MMDiT:
+    """FLUX's transformer for 64 tokens of 4 patches."""
+    channels = 4 * config.components
+    model = MMDiT(
+        MMDiTConfig(
+            in_channels=channels,
+            num_layers=config.double_blocks,
+            num_single_layers=config.single_blocks,
+            attention_head_dim=64,
+            num_attention_heads=config.width // 64,
+            joint_attention_dim=text.width,
+            pooled_projection_dim=text.pooled_width,
+            axes_dims_rope=(16, 24, 24),
+        )
+    )
+    start(model)
+    return model
+
+
+class DrawModel(nn.Module):
+    """Planes and caption ids in; loss, errors or drawings out."""
+
+    def __init__(self, config: ModelConfig, code: RgbaCode, text: Text):
+        super().__init__()
+        self.config, self.code, self.text = config, code, text
+        self.transformer = transformer(config, text)
+        self.ids: Tensor
+        self.register_buffer("ids", grid_ids(*GRID), persistent=False)
+
+    def predict(self, x_t: Tensor, t: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:
+        """Clean tokens (B, 64, channels)."""
+        states, pooled = words
+        text_ids = torch.zeros(states.shape[1], 3, device=x_t.device)
+        return self.transformer(Stream(x_t, self.ids, t, pooled), states, text_ids)
+
+    def forward(self, rgba: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Velocity error (B,) at levels t (B,) under noise (B, 64, channels); rgba uint8 (B, 4, H, W)."""
+        with torch.no_grad():
+            x0 = self.code.encode(to_planes(rgba))
+        return flow_loss(self.predict(add_noise(x0, noise, t), t, self.text(ids)), x0, noise, t, "x")
+
+    @torch.no_grad()
+    def draw(self, ids: Tensor, noise: Tensor, *, empty: Tensor, steps: int, guidance: float, shift: float) -> Tensor:
+        """Planes (B, 4, H, W) from caption ids; noise (steps + 1, B, 64, channels): the start and each step's own."""
+        words, none = self.text(ids), self.text(empty.expand(len(ids), -1))
+
+        def velocity(x: Tensor, step: Step) -> Tensor:
+            t = torch.full((len(x),), step.time, device=x.device)
+            with_words, without = (to_velocity(self.predict(x, t, w).float(), x, t, "x") for w in (words, none))
+            return guide(with_words, without, guidance)
+
+        fresh = iter(noise)
+        path = FlowPath(tuple(flow_sigmas(steps, shift=shift).tolist()))
+        x = euler(velocity, next(fresh), path, eta=1.0, noise=lambda x: next(fresh))
+        return self.code.decode(x, GRID)

@@ -1,0 +1,191 @@
+"""Training of the embedded MM-DiT with transparency: data, code, optimiser, exact resume, export."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from condit.data.icon_sample import sample_path
+from condit_lab.draw import figures
+from condit_lab.draw.code import RgbaCode, to_planes, to_rgba
+from condit_lab.draw.data import Drawings, Mixture, from_icon_world
+from condit_lab.draw.export import export
+from condit_lab.draw.model import ModelConfig
+from condit_lab.draw.muon import Muon, orthogonalise
+from condit_lab.draw.text import whole_word_tokenizer
+from condit_lab.draw.train import Recipe, TrainConfig, Trainer
+
+MICRO = ModelConfig(
+    width=64,
+    double_blocks=1,
+    single_blocks=1,
+    components=8,
+    text_width=64,
+    text_layers=1,
+    text_tokens=8,
+    vocabulary=400,
+)
+
+
+@pytest.fixture(scope="module")
+def drawings() -> Drawings:
+    world = from_icon_world(str(sample_path()))
+    train = [i for i, row in enumerate(world.rows) if row.split == "train"][::6]
+    held = [i for i, row in enumerate(world.rows) if row.split == "held-out"][:4]
+    return world.select(train + held)
+
+
+def trainer(drawings: Drawings, out: Path, *, images: int, init: Path | None = None, **changes) -> Trainer:
+    train = TrainConfig(images=images, batch=4, micro_batch=2, warmup=2, averages=(0.9, 0.99), **changes)
+    torch.use_deterministic_algorithms(True)
+    try:
+        return Trainer(Recipe(model=MICRO, train=train), drawings, out, init=init)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def weights(run: Trainer) -> dict[str, Tensor]:
+    averages = {f"{i}.{k}": v for i, a in enumerate(run.averages) for k, v in a.shadow.items()}
+    return {**{k: p.detach() for k, p in run.parameters.items()}, **averages}
+
+
+def steps(run: Trainer, n: int) -> None:
+    for _ in range(n):
+        run.train_step()
+
+
+def test_a_pack_reads_as_it_was_written(drawings, tmp_path, monkeypatch):
+    monkeypatch.setattr("condit_lab.draw.data.PART_BYTES", 20_000)
+    drawings.write(tmp_path)
+    read = Drawings.open(tmp_path)
+    assert len(list(tmp_path.glob("pictures-*.bin"))) > 1
+    assert read.rows == drawings.rows and read.pictures == drawings.pictures
+
+
+def test_a_missing_pack_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="No pack of drawings"):
+        Drawings.open(tmp_path)
+
+
+def test_the_mixture_holds_its_share_of_the_core_and_the_rest_of_all_styles(drawings):
+    rows = [
+        row if row.style != "noto" else type(row)(row.style, row.concept, row.split, False, row.captions)
+        for row in drawings.rows
+    ]
+    mixture = Mixture(rows, 0.5)
+    drawn = mixture.draw(4000, torch.Generator().manual_seed(0)).tolist()
+    assert all(rows[i].core for i in drawn[:2000])
+    sizes, counts = Counter(row.style for row in rows), Counter(rows[i].style for i in drawn[2000:])
+    total = sum(size**0.5 for size in sizes.values())
+    assert all(counts[style] == pytest.approx(2000 * size**0.5 / total, rel=0.4) for style, size in sizes.items())
+
+
+def test_a_complete_code_is_exact_and_premultiplied_colour_is_consistent(drawings):
+    rgba = drawings.rgba(range(12))
+    planes = to_planes(rgba)
+    code = RgbaCode(256)
+    code.fit([planes])
+    back = code.decode(code.encode(planes), (8, 8))
+    assert torch.allclose(back, planes, atol=2e-3)  # eigenvectors in float32
+    exact = rgba.float() / 255
+    again = to_rgba(planes)
+    assert torch.allclose(again[:, 3], exact[:, 3], atol=1e-5)
+    assert torch.allclose(again[:, :3] * again[:, 3:], exact[:, :3] * exact[:, 3:], atol=1e-5)
+
+
+def test_captions_are_cut_before_the_end_token_and_commas_take_none():
+    words = ["red cat, flat style", "红苹果，扁平风格"]
+    tokenizer = whole_word_tokenizer(words * 3, vocab_size=400, limit=5)
+    pad, _, begin, end = range(4)
+    with_comma, without, long, empty = tokenizer.ids(["red, cat", "red cat", "red cat flat style cat", ""]).tolist()
+    assert with_comma == without == [begin, *without[1:3], end, pad]
+    assert len(long) == 5 and long[:3] == without[:3] and long[-1] == end
+    assert empty == [begin, end, pad, pad, pad]
+
+
+def test_the_blind_error_is_that_of_a_gaussian_of_the_codes_deviations():
+    code = RgbaCode(4)
+    code.deviation.copy_(torch.tensor([4.0, 1.0, 0.25, 0.01]))
+    variance, t = code.deviation, 0.7
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400_000, 4, generator=generator) * variance.sqrt()
+    e = torch.randn(400_000, 4, generator=generator)
+    x_t = (1 - t) * x + t * e
+    guess = (1 - t) * variance / ((1 - t) ** 2 * variance + t**2) * x_t
+    assert code.blind_error(t) == pytest.approx(float(((guess - x) / t).square().mean()), rel=0.01)
+
+
+def test_muon_steps_as_torchs_does(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((96, 64), (96, 64), (64, 80))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    one, other = Muon(ours, lr=0.02, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1)
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        one.step()
+        other.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.allclose(p, q, atol=2e-3)  # torch iterates in bf16; a step moves an entry by about 2e-3
+
+
+def test_orthogonalise_brings_singular_values_near_one():
+    x = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(x))
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_a_run_killed_and_resumed_ends_with_the_weights_of_one_never_stopped(drawings, tmp_path):
+    whole, first = (trainer(drawings, tmp_path / name, images=40) for name in ("whole", "parts"))
+    steps(whole, 5)
+    steps(first, 3)
+    first.save()
+    resumed = trainer(drawings, tmp_path / "parts", images=40)
+    assert (resumed.step, resumed.images) == (3, 12)
+    steps(resumed, 2)
+    one, other = weights(whole), weights(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["transformer.proj_out.weight"], torch.zeros_like(one["transformer.proj_out.weight"]))
+
+
+def test_micro_batches_sum_to_the_batch(drawings, tmp_path):
+    parts, whole = (trainer(drawings, tmp_path / str(n), images=40) for n in (2, 4))
+    whole.config.micro_batch = 4
+    steps(parts, 1)
+    steps(whole, 1)
+    for name, p in weights(parts).items():
+        assert torch.allclose(p, weights(whole)[name], atol=2e-3), name  # Adam's first step has the gradient's sign
+
+
+def test_an_export_starts_another_run_and_the_count_of_images_goes_on(drawings, tmp_path):
+    run = trainer(drawings, tmp_path / "run", images=40)
+    steps(run, 2)
+    run.save()
+    export(tmp_path / "run", tmp_path / "export")
+    again = trainer(drawings, tmp_path / "again", images=40, init=tmp_path / "export")
+    assert again.images == 8 and again.step == 0
+    for name, p in again.parameters.items():
+        assert torch.equal(p.detach(), run.averages[0].shadow[name].bfloat16().float()), name
+    assert torch.equal(again.model.code.basis, run.model.code.basis)
+    steps(again, 1)
+
+
+def test_training_lowers_the_error_on_its_drawings_and_a_sheet_is_drawn(drawings, tmp_path):
+    run = trainer(drawings, tmp_path, images=400, log_every=5, figures_every=200)
+    before = figures.errors(run.model, run.probes)
+    run.run()
+    after = figures.errors(run.model, run.probes)
+    assert after["train_error_0.7"] < 0.9 * before["train_error_0.7"]
+    assert {"train_wrong_words_0.9", "held_error_1.0"} <= set(after)
+    assert sorted(p.name for p in tmp_path.glob("sheet-*.png")) == ["sheet-000000200.png", "sheet-000000400.png"]
+
+
+def test_the_rate_warms_up_stays_and_falls(drawings, tmp_path):
+    run = trainer(drawings, tmp_path, images=100, decay_from=60)
+    rates = []
+    for run.step, run.images in ((0, 0), (1, 4), (10, 60), (20, 80), (25, 100)):
+        rates.append(run.rate())
+    assert rates == [0.5, 1.0, 1.0, 0.5, 0.0]
