@@ -7,8 +7,12 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "condit"
 # The public calls; and the commands, whose parameters are the options of the command line (typer reads the signature).
-LONG_CALLS = {"drawing/pipeline.py": {"__call__"}, "drawing/edit.py": {"edit"}, "controls/ip_adapter.py": {"control"}}
-COMMANDS = {"cli/draw.py", "cli/edit.py", "cli/study.py"}
+LONG_CALLS = {
+    "drawing/pipeline.py": {"__call__"},
+    "drawing/edit.py": {"edit"},
+    **{f"controls/{name}.py": {"control"} for name in ("ip_adapter", "instantstyle", "deadiff")},
+}
+COMMANDS = {"cli/generate.py", "cli/edit.py", "cli/study.py"}
 
 
 def files() -> list[tuple[str, str]]:

@@ -82,10 +82,10 @@ def test_reference_only_runs_from_the_command_line_and_its_recipe_needs_the_file
     assert Image.open(out).tobytes() != plain
     with pytest.raises(SystemExit) as done:
         main(["replay", str(out)])
-    assert done.value.code == 1 and "is not run on its word" in capsys.readouterr().err
+    assert done.value.code == 1 and "condit runs only files that you name" in capsys.readouterr().err
     with pytest.raises(SystemExit) as done:
         main(["replay", str(out), "--control", name])
-    assert done.value.code == 0 and "the same picture" in capsys.readouterr().err
+    assert done.value.code == 0 and "the image is identical" in capsys.readouterr().err
 
 
 def test_flowedit_changes_what_the_words_change_and_nothing_else(reference):

@@ -494,7 +494,7 @@ def test_a_missing_tensor_is_named_with_its_nearest(bench, adapter, write):
 
 def test_missing_queries_are_named_with_their_nearest(bench, adapter, write):
     file = write({"content.query_tokens": "content.query_token"})
-    with pytest.raises(ValueError, match=r"content: no 'query_tokens'.*nearest: query_token"):
+    with pytest.raises(ValueError, match=r"content: 'query_tokens' is missing from .*nearest: query_token"):
         DEADiff.load(file, bench, image_encoder=adapter.tower)
 
 

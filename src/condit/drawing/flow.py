@@ -50,7 +50,7 @@ class FlowModel:
     fewest_steps = 1
     repaints = False
 
-    def __init__(self, parts: Parts, offload: str | None):
+    def __init__(self, parts: Parts, offload: str | None = None):
         if offload not in (None, "encoders", "blocks"):
             raise ValueError(f"offload must be 'encoders', 'blocks' or None; found {offload!r}.")
         if offload == "blocks":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path as FilePath
 from typing import Any, Literal, cast
 
@@ -197,8 +198,8 @@ class Pipeline:
             replaced = callback_on_step_end(self, i, path.step(i).time, {"latents": x}) or {}
             return replaced.get("latents", x)
 
-        noise = self.noise(layout, generators)
-        x = chosen(predict, start.x, path, eta=settings.eta or 0.0, noise=noise, on_step=on_step)
+        how = {"noise": self.noise(layout, generators), "on_step": on_step}
+        x = chosen(predict, start.x, path, eta=settings.eta or 0.0, **how)
         fill = find_fill(controls, layout.grid)
         x = x if fill is None else fill.complete(x)
         if latents is not None and not model.draws_noise(settings):
@@ -232,11 +233,12 @@ class Pipeline:
     ) -> Tensor:
         """One (guided) prediction for latents x (B, ...) at noise level t in [0, 1], where 1 is noise alone.
 
-        x is float32, as `output_type="latent"` returns it. FLUX.1 and `tiny` predict the velocity; noise or v do
-        Stable Diffusion, PixArt, DiT and DiffiT (with the variance's channels); the clean image by pixels.py.
+        x is float32, as `output_type="latent"` returns it. FLUX.1 and `tiny` predict the velocity; Stable
+        Diffusion, PixArt, DiT and DiffiT noise or v (with the variance's channels); the image-space DiffiT the image.
         """
-        requested = Settings(height=height, width=width, guidance_scale=guidance_scale, num_inference_steps=2)
-        requested = replace(requested, image_guidance_scale=image_guidance_scale)
+        scales = {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
+        scales = scales if self.model.supports else {}  # a model without guidance
+        requested = Settings(height=height, width=width, num_inference_steps=2, **scales)  # type: ignore[arg-type]
         settings = self.settle(requested, prompt, "latent" if "latent" in self.model.kinds else "pt")
         controls = self.sized(controls, settings.size)
         layout = self.layout(len(x), settings.size, controls)
@@ -387,21 +389,17 @@ class Pipeline:
 
 
 def make_model(parts: Parts | LatentParts | ClassParts | PixelParts, offload: Offload | None) -> Model:
-    """The family that a model's parts belong to."""
-    if isinstance(parts, Parts):
-        from condit.drawing.flow import FlowModel
-
-        return FlowModel(parts, offload)
-    if offload is not None:
+    """The family that a model's parts belong to. Its module is imported when it is needed."""
+    if offload is not None and not isinstance(parts, Parts):
         raise ValueError(f"offload={offload!r} is for FLUX.1; {parts.name} is another model. Leave it out.")
-    if isinstance(parts, LatentParts):
-        from condit.drawing.vp import VPModel
+    module, name = FAMILIES[type(parts)]
+    family = getattr(import_module(f"condit.drawing.{module}"), name)
+    return family(parts, offload) if offload else family(parts)
 
-        return VPModel(parts)
-    if isinstance(parts, ClassParts):
-        from condit.drawing.classes import ClassModel
 
-        return ClassModel(parts)
-    from condit.drawing.pixels import PixelModel
-
-    return PixelModel(parts)
+FAMILIES = {
+    Parts: ("flow", "FlowModel"),
+    LatentParts: ("vp", "VPModel"),
+    ClassParts: ("classes", "ClassModel"),
+    PixelParts: ("pixels", "PixelModel"),
+}

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from condit.training.labelled import Label, Labelled
-    from condit.training.paired import PairSource
+from types import ModuleType
 
 TASKS, DATA = "condit.tasks", "condit.data"
-
-
-class IconWorld(Protocol):
-    """The module of an icon world: labelled images, and pairs that share a style or a subject."""
-
-    def labelled(self, path: str, label: Label, size: tuple[int, int], *, held_out: str) -> Labelled: ...
-
-    def paired(self, path: str, splits: tuple[str, ...], size: tuple[int, int], reference_size: int) -> PairSource: ...
 
 
 def added_tasks() -> dict[str, EntryPoint]:
@@ -25,8 +13,8 @@ def added_tasks() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=TASKS)}
 
 
-def icon_world() -> IconWorld:
-    """The module that opens the icon world (`icons =` of a recipe). Raises ValueError without the laboratory, which is
+def icon_world() -> ModuleType:
+    """The module that opens the icon world (`icons =` of a recipe): `labelled(...)` and `paired(...)`. Raises ValueError without the laboratory, which is
     part of a checkout."""
     for entry in entry_points(group=DATA, name="icons"):
         return entry.load()

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.encoders.clip import embed_text, make_tokenizer
+from condit.encoders.clip import embed_text
+from condit_lab.training.clip_files import make_tokenizer
 from condit.encoders.clip_model import TextConfig, TextTower
 from condit.encoders.clip_tokenizer import SPECIAL_TOKENS, ClipTokenizer
 from condit.weights.tiny import load_clip

@@ -15,7 +15,7 @@ from random import Random
 import numpy as np
 from numpy.typing import NDArray
 
-from condit.data.files import unit
+from condit.data.files import hash_fraction
 from condit_lab.icons.packages import fetch
 from condit_lab.icons.styles import STYLES as EMOJI_STYLES
 from condit_lab.icons.world import HELD_OUT_SHARE, HELD_OUT_STYLE
@@ -297,7 +297,7 @@ def _concepts(
             group = entry.group
         else:
             texts, group = (known[key].label_en, known[key].label_zh, "", ""), "things"
-        held = unit(f"concept/{key}") < HELD_OUT_SHARE
+        held = hash_fraction(f"concept/{key}") < HELD_OUT_SHARE
         out[key] = store.Concept(key, *texts, group, int(held), images[key], len(styles[key]))
     return out
 

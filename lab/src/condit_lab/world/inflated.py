@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from condit.data.files import unit
+from condit.data.files import hash_fraction
 from condit_lab.icons.world import SIZE
 
 STYLE = "inflated"
@@ -33,7 +33,7 @@ def inflate(rgba: NDArray[np.uint8], key: str) -> NDArray[np.uint8]:
     diffuse = np.clip(normal @ light, 0, 1)
     half = light + np.array([0, 0, 1], np.float32)
     gloss = np.clip(normal @ (half / np.linalg.norm(half)), 0, 1) ** 40
-    hue = unit(f"inflated/{key}")
+    hue = hash_fraction(f"inflated/{key}")
     base = np.array(colorsys.hls_to_rgb(hue, 0.56, 0.72), np.float32)
     dark = np.array(colorsys.hls_to_rgb((hue + 0.05) % 1, 0.26, 0.65), np.float32)
     tone = np.clip(0.15 + 0.95 * diffuse, 0, 1)[..., None]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from condit.data.files import unit
+from condit.data.files import hash_fraction
 from condit_lab.icons.world import HELD_OUT_SHARE
 
 # A line, a duotone, a painted, a pixel and a 3D look; the first world holds out streamline-emojis.
@@ -28,13 +28,13 @@ _BLOCK = 2048
 def split_of(concept: str, style: str, own: str, families: Collection[str]) -> str:
     """The split of a drawing of the new sets: own = its family, families = every trained family that draws the
     concept. The first world's drawings keep theirs."""
-    held_concept = unit(f"concept/{concept}") < HELD_OUT_SHARE
+    held_concept = hash_fraction(f"concept/{concept}") < HELD_OUT_SHARE
     if style in HELD_OUT_LOOKS:
         return "style+concept" if held_concept else "style"
     if held_concept:
         return "concept"
     others = set(families) - {own}
-    return "combo" if unit(f"combo/{concept}/{own}") < HELD_OUT_SHARE and len(others) >= 3 else "train"
+    return "combo" if hash_fraction(f"combo/{concept}/{own}") < HELD_OUT_SHARE and len(others) >= 3 else "train"
 
 
 def near_pairs(left: NDArray[np.float32], right: NDArray[np.float32], threshold: float = NEAR) -> NDArray[np.bool_]:
