@@ -143,7 +143,7 @@ def test_the_command_prints_the_plan(folder, capsys):
 
     given = (str(folder), "--height", "24", "--width", "32", "--controls", "1", "--cached", "--offload", "blocks")
     code, out, _ = run(*given)
-    assert code == 0 and all(word in out for word in ("transformer", "vae", "cache", "at once", "TFLOP"))
+    assert code == 0 and all(word in out for word in ("transformer", "vae", "cache", "peak", "TFLOP"))
     code, out, _ = run(*given, "--json")
     assert (
         code == 0

@@ -1,8 +1,7 @@
 """The pipeline: check a call, set up the sides of the guidance, walk a path with `predict` and controls, decode.
 
 One class serves all families of models; their differences are in `flow.py`, `vp.py`, `classes.py`, `pixels.py`.
-N prompts and N references become N images; each image has its own generator for all its noise, so it does not
-depend on its batch.
+N prompts and N references become N images; each has its own generator, so it does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -198,8 +197,8 @@ class Pipeline:
             replaced = callback_on_step_end(self, i, path.step(i).time, {"latents": x}) or {}
             return replaced.get("latents", x)
 
-        how = {"noise": self.noise(layout, generators), "on_step": on_step}
-        x = chosen(predict, start.x, path, eta=settings.eta or 0.0, **how)
+        noise = self.noise(layout, generators)
+        x = chosen(predict, start.x, path, eta=settings.eta or 0.0, noise=noise, on_step=on_step)
         fill = find_fill(controls, layout.grid)
         x = x if fill is None else fill.complete(x)
         if latents is not None and not model.draws_noise(settings):
@@ -310,8 +309,7 @@ class Pipeline:
         def predict(x: Tensor, step: Step) -> Tensor:
             active = [[c for c in (control.at(step) for control in side.controls) if c is not None] for side in sides]
             acts = frozenset().union(*(control.acts for controls in active for control in controls))
-            # A LoRA applies to all rows of a batch, and merged tokens are those of one side: the sides then run in
-            # turn.
+            # A LoRA applies to all rows of a batch, merged tokens are those of one side: the sides then run in turn.
             if len(sides) > 1 and model.joins(settings, acts):
                 joined = network(*range(len(sides)))(torch.cat([x] * len(sides)), step, joined_sides(active))
                 outputs = list(joined.chunk(len(sides)))
@@ -330,8 +328,7 @@ class Pipeline:
     def decode(
         self, latents: Tensor, size: tuple[int, int] | None = None, output_type: Literal["pil", "pt", "latent"] = "pil"
     ) -> Any:
-        """Latents of images of `size` (height, width; None: the model's) -> PIL images ("pil"), a tensor (B, 3, H, W)
-        in [-1, 1] ("pt"), or as they are ("latent")."""
+        """Latents of images of `size` (None: the model's) -> PIL images, (B, 3, H, W) in [-1, 1], or as they are."""
         if output_type == "latent":
             return latents
         if not torch.isfinite(latents).all():
@@ -365,8 +362,7 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents in float32: of each the mode of its posterior, or a sample by its
-        own generator."""
+        """Images (B, 3, H, W) in [-1, 1] -> float32 latents: the mode of each posterior, or a sample by its generator."""
         return self.model.encode(images, generators)
 
     def image_encoder(self, folder: str | FilePath) -> CLIPImage:
@@ -374,8 +370,7 @@ class Pipeline:
         return load_image_encoder(folder).to(self.device)
 
     def text_tower(self, folder: str | FilePath | None = None) -> TextTower | TinyTextTower | None:
-        """A CLIP text tower with projection from its folder; None: the model's own, if it has one (SDXL's second, and
-        the embedded UNet's)."""
+        """A CLIP text tower with projection from its folder; None: the model's own (SDXL's second, `tiny-unet`'s)."""
         if folder is not None:
             return load_text_tower(folder).to(self.device)
         text = self.parts.text

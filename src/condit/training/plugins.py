@@ -14,8 +14,8 @@ def added_tasks() -> dict[str, EntryPoint]:
 
 
 def icon_world() -> ModuleType:
-    """The module that opens the icon world (`icons =` of a recipe): `labelled(...)` and `paired(...)`. Raises ValueError without the laboratory, which is
-    part of a checkout."""
+    """The module that opens the icon world (`icons =` of a recipe): `labelled(...)` and `paired(...)`.
+    Raises ValueError without the laboratory, which is part of a checkout."""
     for entry in entry_points(group=DATA, name="icons"):
         return entry.load()
     raise ValueError(

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.encoders.clip import embed_text
-from condit_lab.training.clip_files import make_tokenizer
 from condit.encoders.clip_model import TextConfig, TextTower
 from condit.encoders.clip_tokenizer import SPECIAL_TOKENS, ClipTokenizer
 from condit.weights.tiny import load_clip
 from condit_lab.draw.data import Drawing, all_captions
+from condit_lab.training.clip_files import make_tokenizer
 
 
 def whole_word_tokenizer(captions: Iterable[str], *, vocab_size: int, limit: int) -> ClipTokenizer:
