@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from condit_lab.world.inflated import inflate
 from condit_lab.world.measure import COLOURS, Measured, descriptor, measure
 from condit_lab.world.names import details, phrases, read_name
 from condit_lab.world.progress import Reporter
-from condit_lab.world.raster import centred, straight
+from condit_lab.world.raster import Renderer, centred, straight
 from condit_lab.world.sets import drawings_of, icon_sets, looks, read_table, split_affix
 from condit_lab.world.store import World
 
@@ -232,6 +233,28 @@ def test_inflated_shapes_keep_their_outline_and_gain_tones():
     assert np.abs(solid[..., 3].astype(int) - flat[..., 3]).mean() < 4
     assert len(np.unique(solid[solid[..., 3] == 255][:, 0])) > 40
     assert np.array_equal(solid, inflate(flat, "wallet")) and not np.array_equal(solid, inflate(flat, "cat"))
+
+
+_NODE = """#!{python}
+import pathlib, struct, sys
+runs = pathlib.Path({runs!r})
+for line in sys.stdin:
+    if "never" in line or ("once" in line and not runs.exists()):
+        runs.touch()
+        sys.exit(6)
+    sys.stdout.buffer.write(struct.pack("<HH", 1, 1) + bytes([0, 0, 0, 255]))
+    sys.stdout.buffer.flush()
+"""
+
+
+def test_a_renderer_that_dies_is_started_again_and_gives_up_on_the_second_death(tmp_path, monkeypatch):
+    node = tmp_path / "node"
+    node.write_text(_NODE.format(python=sys.executable, runs=str(tmp_path / "runs")))
+    node.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with Renderer(tmp_path) as renderer:
+        images = list(renderer.draw([("once", False), ("never", False), ("fine", False)]))
+    assert [image is None for image in images] == [False, True, False]
 
 
 def test_straight_alpha_of_premultiplied_pixels():

@@ -176,7 +176,10 @@ def _drawn(
         pairs = documents(files[icon_sets()[source].package.name], names)
     for name, drawing in pairs:
         if isinstance(drawing, str):
-            yield f"{source}/{name}", next(renderer.draw([(drawing, source == clipart.SOURCE)]))
+            rgba = next(renderer.draw([(drawing, source == clipart.SOURCE)]))
+            # resvg-js gives up on eight drawings of noto that resvg-py draws.
+            fixed = rgba is None and source in EMOJI_STYLES
+            yield f"{source}/{name}", rasterise(drawing) if fixed else rgba
         else:
             yield f"{source}/{name}", rasterise(drawing)
 

@@ -18,6 +18,9 @@ __all__ = ["EMOJI_PACKAGES", "EmojiConcept", "emoji_drawings", "emoji_rows", "ra
 # Names are resolved over all sets, the share-alike ones too, so that every split stays what it was.
 EMOJI_PACKAGES: tuple[Package, ...] = (*(package_of(style) for style in STYLES.values()), EMOJIBASE)
 
+# Emojibase leaves these without a Chinese character.
+_CHINESE = {"OK hand": "OK手势", "dvd": "DVD光盘", "dna": "DNA双螺旋"}
+
 
 @dataclass(frozen=True)
 class EmojiConcept:
@@ -39,7 +42,7 @@ def emoji_rows(files: dict[str, Path]) -> tuple[list[Icon], dict[str, EmojiConce
         key: EmojiConcept(
             entry["base"],
             entry["label_en"],
-            entry["label_zh"],
+            _CHINESE.get(entry["label_en"]) or entry["label_zh"],
             tuple(entry["tags_en"]),
             tuple(entry["tags_zh"]),
             entry["group"],

@@ -25,7 +25,7 @@ def inflate(rgba: NDArray[np.uint8], key: str) -> NDArray[np.uint8]:
     # Blurs of several widths rise steeply at the edge and flatten towards the middle, as a balloon does.
     height = sum(np.asarray(mask.filter(ImageFilter.GaussianBlur(2 * radius)), np.float32) / 255 for radius in _RADII)
     height = np.sqrt(np.clip(height / len(_RADII) - 0.35, 0, None) / 0.65) * 26 * alpha
-    height = _smooth(_smooth(height).T).T
+    height = _smooth(_smooth(np.asarray(height, np.float32)).T).T
     slope_y, slope_x = np.gradient(height)
     normal = np.stack([-slope_x, -slope_y, np.ones_like(height)], -1)
     normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
@@ -49,4 +49,5 @@ def _smooth(plane: NDArray[np.float32]) -> NDArray[np.float32]:
     """Weighted mean of nine neighbours along the last axis; Pillow blurs no floats."""
     weights = np.array([1, 8, 28, 56, 70, 56, 28, 8, 1], np.float32) / 256
     padded = np.pad(plane, ((0, 0), (4, 4)), mode="edge")
-    return np.sum([w * padded[:, i : i + plane.shape[1]] for i, w in enumerate(weights)], axis=0, dtype=np.float32)
+    shifted = [weight * padded[:, at : at + plane.shape[1]] for at, weight in enumerate(weights)]
+    return np.asarray(np.sum(shifted, axis=0, dtype=np.float32), np.float32)

@@ -52,9 +52,9 @@ def _opponent(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
     """Square-root RGB as luma and two chroma axes, chroma weighted twice: hue names a colour more than light does."""
     root = np.sqrt(rgb / 255)
     luma = root @ np.array([0.3, 0.6, 0.1], np.float32)
-    return np.stack(
-        [luma, 2 * (root[..., 0] - root[..., 1]), 2 * (0.5 * (root[..., 0] + root[..., 1]) - root[..., 2])], -1
-    )
+    red, green, blue = root[..., 0], root[..., 1], root[..., 2]
+    axes = [luma, 2 * (red - green), 2 * (0.5 * (red + green) - blue)]
+    return np.asarray(np.stack(axes, -1), np.float32)
 
 
 def _name_table() -> NDArray[np.uint8]:
@@ -62,7 +62,7 @@ def _name_table() -> NDArray[np.uint8]:
     codes = [(index, code) for index, (_, _, codes) in enumerate(COLOURS) for code in codes]
     references = _opponent(np.array([[int(code[i : i + 2], 16) for i in (0, 2, 4)] for _, code in codes], np.float32))
     level = np.arange(32, dtype=np.float32) * 255 / 31
-    cube = _opponent(np.stack(np.meshgrid(level, level, level, indexing="ij"), -1).reshape(-1, 3))
+    cube = _opponent(np.stack(np.meshgrid(level, level, level, indexing="ij"), -1, dtype=np.float32).reshape(-1, 3))
     distance = ((cube[:, None] - references[None]) ** 2).sum(-1)
     return np.array([index for index, _ in codes], np.uint8)[distance.argmin(1)]
 

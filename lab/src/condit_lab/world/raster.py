@@ -51,12 +51,17 @@ class Renderer:
         """Each (SVG text, crop to the ink?) as (128, 128, 4) uint8, straight alpha; None where it cannot be drawn."""
         for svg, crop in documents:
             line = json.dumps({"svg": svg, "fit": INK if crop else 0}).encode() + b"\n"
+            yield self._drawn(line)
+
+    def _drawn(self, line: bytes) -> NDArray[np.uint8] | None:
+        """One document, in a new process if the present one dies of it; None where it dies of it twice."""
+        for _ in range(2):
             try:
-                yield self._exchange(line)
-            except OSError as error:  # the process died of this document; the next one gets a new process
-                logger.warning("the renderer stopped: %s", error)
+                return self._exchange(line)
+            except OSError as error:
+                logger.info("the renderer stopped: %s", error)
                 self.__exit__()
-                yield None
+        return None
 
     def _exchange(self, line: bytes) -> NDArray[np.uint8] | None:
         if self._process is None:
@@ -65,6 +70,7 @@ class Renderer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C stops the build, not a drawing: that would be kept as one that fails
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(line)

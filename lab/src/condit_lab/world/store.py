@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -93,10 +93,10 @@ class World:
         path = Path(path)
         if not (path / INDEX).is_file():
             raise ValueError(f"no icon world at {path}. Build one: python -m condit_lab.world --out DIR")
-        rows = [Row(*_typed(row, Row)) for row in _read(path / INDEX)]
-        concepts = [Concept(*_typed(row, Concept)) for row in _read(path / CONCEPTS)]
-        styles = [StyleRow(*_typed(row, StyleRow)) for row in _read(path / STYLES)]
-        captions = [tuple(row) for row in _read(path / CAPTIONS)]
+        rows = _rows(path / INDEX)
+        concepts = _concepts(path / CONCEPTS)
+        styles = _styles(path / STYLES)
+        captions = [tuple(row.values()) for row in _read(path / CAPTIONS)]
         expected = len(rows) * SIZE * SIZE * 4
         found = (path / IMAGES).stat().st_size
         if found != expected or len(captions) != len(rows):
@@ -169,13 +169,61 @@ def field_names(kind: type[Row] | type[Concept] | type[StyleRow]) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
-def _read(file: Path) -> list[list[str]]:
+def _read(file: Path) -> Iterator[dict[str, str]]:
     with open(file, encoding="utf-8", newline="") as handle:
-        reader = csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
-        next(reader)
-        return list(reader)
+        yield from csv.DictReader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _typed(cells: list[str], kind: type[Row] | type[Concept] | type[StyleRow]) -> list[str | int]:
-    # With `from __future__ import annotations` a field's type is its text.
-    return [int(cell) if field.type == "int" else cell for cell, field in zip(cells, fields(kind), strict=True)]
+def _rows(file: Path) -> list[Row]:
+    return [
+        Row(
+            style=cells["style"],
+            name=cells["name"],
+            concept=cells["concept"],
+            label_en=cells["label_en"],
+            label_zh=cells["label_zh"],
+            detail=int(cells["detail"]),
+            group=cells["group"],
+            split=cells["split"],
+            licence=cells["licence"],
+            colours=cells["colours"],
+            translucent=int(cells["translucent"]),
+            shaded=int(cells["shaded"]),
+        )
+        for cells in _read(file)
+    ]
+
+
+def _concepts(file: Path) -> list[Concept]:
+    return [
+        Concept(
+            key=cells["key"],
+            label_en=cells["label_en"],
+            label_zh=cells["label_zh"],
+            tags_en=cells["tags_en"],
+            tags_zh=cells["tags_zh"],
+            group=cells["group"],
+            held=int(cells["held"]),
+            images=int(cells["images"]),
+            styles=int(cells["styles"]),
+        )
+        for cells in _read(file)
+    ]
+
+
+def _styles(file: Path) -> list[StyleRow]:
+    return [
+        StyleRow(
+            key=cells["key"],
+            family=cells["family"],
+            kind=cells["kind"],
+            licence=cells["licence"],
+            name_en=cells["name_en"],
+            name_zh=cells["name_zh"],
+            description_en=cells["description_en"],
+            description_zh=cells["description_zh"],
+            held=int(cells["held"]),
+            images=int(cells["images"]),
+        )
+        for cells in _read(file)
+    ]
