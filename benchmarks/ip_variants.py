@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condit.backbones.unet import UNet
 from condit.controls.control import Control, Run
 from condit.controls.deadiff_layers import coarse_layers, cross_shapes
 from condit.controls.ip_reference import IPReference
@@ -69,7 +70,9 @@ class BesideTask(IPAdapterTask):
 
 def fine_layers(model: str) -> tuple[int, ...]:
     """The layers of a UNet that DEADiff gives style: content and style change places."""
-    count = len(cross_shapes(load_base(model, "DEADiff").backbone))
+    backbone = load_base(model, "DEADiff").backbone
+    assert isinstance(backbone, UNet)
+    count = len(cross_shapes(backbone))
     return tuple(i for i in range(count) if i not in coarse_layers(count))
 
 

@@ -362,7 +362,7 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> float32 latents: the mode of each posterior, or a sample by its generator."""
+        """Images (B, 3, H, W) in [-1, 1] -> float32 latents: each posterior's mode, or a sample by its generator."""
         return self.model.encode(images, generators)
 
     def image_encoder(self, folder: str | FilePath) -> CLIPImage:

@@ -43,7 +43,8 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes[p.shape].append(p)
             for shape, parameters in shapes.items():
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                for p in parameters:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
                 self.step_shape(parameters, group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5, group["momentum"])
 
     def step_shape(self, parameters: list[Tensor], lr: float, momentum: float) -> None:
