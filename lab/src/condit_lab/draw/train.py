@@ -1,7 +1,7 @@
 """Trains the embedded text-to-icon MM-DiT, on a CPU core or a CUDA GPU, with exact resume.
 
-    python -m condit_lab.draw.train lab/recipes/draw.toml --data PACK --out RUN            # starts or goes on
-    python -m condit_lab.draw.train lab/recipes/draw.toml --data PACK --out RUN --minutes 9 --batch 1024 --compile
+    python -m condit_lab.draw.train lab/recipes/draw/draw.toml --data PACK --out RUN            # starts or goes on
+    python -m condit_lab.draw.train lab/recipes/draw/draw.toml --data PACK --out RUN --minutes 9 --batch 1024 --compile
 
 All randomness of step i is drawn from (seed, i), so a run that was killed ends with the same weights as one that was
 not (bit for bit on one kind of machine). RUN holds `state.pt`, replaced atomically every `save_minutes`, `log.jsonl`,
