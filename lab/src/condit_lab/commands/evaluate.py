@@ -13,6 +13,7 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JS
 Data = Annotated[
     Path | None, typer.Option("--data", help="An icon world made by `condit data icons`.", show_default=False)
 ]
+Claims = Annotated[Path | None, typer.Option("--claims", help="Page to write what they show into, as docs/claims.md.")]
 Count = Annotated[int, typer.Option("--count", "-n", help="Pictures a measure.")]
 
 
@@ -61,9 +62,7 @@ def style(
     bf16: Annotated[bool, typer.Option("--bf16", help="Draw in bfloat16: faster where the CPU knows it.")] = False,
     adain: Annotated[Path | None, typer.Option("--adain", help="Folder of AdaIN's weights, for that baseline.")] = None,
     table: Annotated[Path | None, typer.Option("--table", help="Page to write the tables into.")] = None,
-    claims: Annotated[
-        Path | None, typer.Option("--claims", help="Page to write what they show into, as docs/claims.md.")
-    ] = None,
+    claims: Claims = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -102,9 +101,7 @@ def edit(
         str | None,
         typer.Option("--tasks", help="Of concept, vendor, icons, photographs (round trips), speed [default: all]."),
     ] = None,
-    claims: Annotated[
-        Path | None, typer.Option("--claims", help="Page to write what they show into, as docs/claims.md.")
-    ] = None,
+    claims: Claims = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -145,9 +142,7 @@ def classes(
     judge: Annotated[
         Path | None, typer.Option("--judge", help="Folder of another judge of style.", show_default=False)
     ] = None,
-    claims: Annotated[
-        Path | None, typer.Option("--claims", help="Page to write what they show into, as docs/claims.md.")
-    ] = None,
+    claims: Claims = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,

@@ -15,11 +15,14 @@ import csv
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from condit_lab.icons.world import SIZE
+
+T = TypeVar("T")
 
 IMAGES, INDEX, CONCEPTS, STYLES, CAPTIONS = "images.u8", "index.tsv", "concepts.tsv", "styles.tsv", "captions.tsv"
 
@@ -93,9 +96,9 @@ class World:
         path = Path(path)
         if not (path / INDEX).is_file():
             raise ValueError(f"no icon world at {path}. Build one: python -m condit_lab.world --out DIR")
-        rows = _rows(path / INDEX)
-        concepts = _concepts(path / CONCEPTS)
-        styles = _styles(path / STYLES)
+        rows = _typed(Row, path / INDEX)
+        concepts = _typed(Concept, path / CONCEPTS)
+        styles = _typed(StyleRow, path / STYLES)
         captions = [tuple(row.values()) for row in _read(path / CAPTIONS)]
         expected = len(rows) * SIZE * SIZE * 4
         found = (path / IMAGES).stat().st_size
@@ -174,56 +177,7 @@ def _read(file: Path) -> Iterator[dict[str, str]]:
         yield from csv.DictReader(handle, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
-def _rows(file: Path) -> list[Row]:
-    return [
-        Row(
-            style=cells["style"],
-            name=cells["name"],
-            concept=cells["concept"],
-            label_en=cells["label_en"],
-            label_zh=cells["label_zh"],
-            detail=int(cells["detail"]),
-            group=cells["group"],
-            split=cells["split"],
-            licence=cells["licence"],
-            colours=cells["colours"],
-            translucent=int(cells["translucent"]),
-            shaded=int(cells["shaded"]),
-        )
-        for cells in _read(file)
-    ]
-
-
-def _concepts(file: Path) -> list[Concept]:
-    return [
-        Concept(
-            key=cells["key"],
-            label_en=cells["label_en"],
-            label_zh=cells["label_zh"],
-            tags_en=cells["tags_en"],
-            tags_zh=cells["tags_zh"],
-            group=cells["group"],
-            held=int(cells["held"]),
-            images=int(cells["images"]),
-            styles=int(cells["styles"]),
-        )
-        for cells in _read(file)
-    ]
-
-
-def _styles(file: Path) -> list[StyleRow]:
-    return [
-        StyleRow(
-            key=cells["key"],
-            family=cells["family"],
-            kind=cells["kind"],
-            licence=cells["licence"],
-            name_en=cells["name_en"],
-            name_zh=cells["name_zh"],
-            description_en=cells["description_en"],
-            description_zh=cells["description_zh"],
-            held=int(cells["held"]),
-            images=int(cells["images"]),
-        )
-        for cells in _read(file)
-    ]
+def _typed(kind: type[T], file: Path) -> list[T]:
+    """The lines of a table as objects of its dataclass, whose fields name the columns; numbers become int."""
+    types = get_type_hints(kind)
+    return [kind(**{name: types[name](cells[name]) for name in types}) for cells in _read(file)]
