@@ -177,7 +177,7 @@ def deadiff(icons: Icons, seed: int) -> tuple[list[Line], list[str]]:
             *swept(pipe, "a rocket", lambda m: dead.control(key, strength=m, acts="attention"), seed, "m"),
         ],
         line(dead.control(content=car), unnamed, given(car, "content"), None),
-        [given(key, "style"), None, *unworded(pipe, lambda x: dead.control(key, x), icons, seed)],
+        [given(key, "style"), None, *unworded(pipe, lambda x: dead.control(key, content=x), icons, seed)],
     ]
     labels = [
         "no control",

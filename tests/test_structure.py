@@ -10,7 +10,6 @@ SOURCE = Path(__file__).parent.parent / "src" / "condit"
 LONG_CALLS = {
     "drawing/pipeline.py": {"__call__"},
     "drawing/edit.py": {"edit"},
-    **{f"controls/{name}.py": {"control"} for name in ("ip_adapter", "instantstyle", "deadiff")},
 }
 COMMANDS = {"cli/generate.py", "cli/edit.py", "cli/study.py"}
 

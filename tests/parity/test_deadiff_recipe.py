@@ -60,7 +60,9 @@ def test_a_recipe_trains_an_adapter_that_draws(folder):
     adapter = DEADiff.load(folder / "run" / "export", pipe, image_encoder=folder / "clip")
     reference = np.zeros((16, 16, 3), np.uint8)
     given = {"seed": 0, "num_inference_steps": 2, "output_type": "latent"}
-    plain, drawn = (pipe("a fox", controls=c, **given).images for c in ((), (adapter.control(reference, reference),)))
+    plain, drawn = (
+        pipe("a fox", controls=c, **given).images for c in ((), (adapter.control(reference, content=reference),))
+    )
     assert drawn.isfinite().all() and (drawn - plain).abs().max() > 1e-4
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import condit
 from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
-from condit.controls.omini import omini_targets
+from condit.controls.omini_tasks import omini_targets
 from condit.nn.lora import LoRA
 from condit.nn.streams import Stream, grid_ids
 

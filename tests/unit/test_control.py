@@ -1,9 +1,26 @@
 """controls/control.py: when, where, for which row, in which region."""
 
+import inspect
+
 import pytest
 import torch
 
-from condit.controls.control import Control, Run, Step, When, Where, check_controls, match_batch, region_mask
+from condit.controls.control import (
+    Control,
+    Placing,
+    Run,
+    Step,
+    When,
+    Where,
+    check_arguments,
+    check_controls,
+    match_batch,
+    region_mask,
+)
+from condit.controls.deadiff import DEADiff
+from condit.controls.instantstyle import InstantStyle
+from condit.controls.ip_adapter import IPAdapter
+from condit.controls.omini import OminiControl
 from condit.nn.attention import Call, Site, sdpa
 
 
@@ -85,3 +102,25 @@ def test_controls_stand_in_a_list_and_what_is_none_is_told():
     for wrong, found in (("tiny/style", "str"), ([one, "swap"], "str"), ([torch.nn.Linear(1, 1)], "Linear")):
         with pytest.raises(ValueError, match=rf"made by adapter.control\(...\); found {found}"):
             check_controls(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("adapter", [OminiControl, IPAdapter, InstantStyle, DEADiff])
+def test_every_control_is_made_from_a_reference_and_a_strength(adapter):
+    _, reference, strength, *named = inspect.signature(adapter.control).parameters.values()
+    assert reference.name in ("reference", "style") and (strength.name, strength.default) == ("strength", 1.0)
+    assert {p.kind for p in (reference, strength)} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    assert {p.kind for p in named} == {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
+
+
+@pytest.mark.parametrize("adapter", [OminiControl, IPAdapter, InstantStyle, DEADiff])
+def test_a_misspelt_argument_or_a_second_reference_is_an_error(adapter):
+    bare = adapter.__new__(adapter)  # the arguments are checked before anything else
+    with pytest.raises(TypeError, match=r"control\(\) has no argument 'wen'.*when"):
+        adapter.control(bare, "a.png", wen=(0, 0.5))
+    with pytest.raises(ValueError, match=r"second argument of control\(\), is a number; found str"):
+        adapter.control(bare, "a.png", "b.png")
+
+
+def test_known_arguments_and_every_form_of_strength_pass():
+    for strength in (1, 0.5, [0.1, 0.2], {"up_blocks.1": 1.0}):
+        check_arguments(strength, {"when": (0, 1), "mask": None}, Placing)

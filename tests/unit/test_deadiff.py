@@ -156,7 +156,7 @@ def test_maps_start_as_those_of_the_text(bench):
 
 def test_style_and_content_come_from_their_own_references(adapter, pictures):
     a, b = pictures[:2]
-    both, swapped = adapter.control(a, b), adapter.control(b, a)
+    both, swapped = adapter.control(a, content=b), adapter.control(b, content=a)
     style, content = adapter.control(a), adapter.control(content=b)
     for path, name in both.table.items():
         alone = style if name == "style" else content
@@ -173,7 +173,7 @@ def test_a_set_that_is_not_given_is_zeros_in_the_softmax_or_absent(bench, adapte
 
 
 def test_the_unconditional_side_has_zeros_for_both_sets(bench, adapter, pictures):
-    control = adapter.control(pictures[0], pictures[1], strength=0.7).negative()
+    control = adapter.control(pictures[0], content=pictures[1], strength=0.7).negative()
     assert all(not k.any() and not v.any() for k, v in control.kv.values())
     assert (bench.draw([control]) - bench.draw([])).abs().max() > 1e-3  # zeros dilute, as in the released code
 
@@ -206,7 +206,7 @@ def test_a_weight_of_the_attention_is_that_of_so_many_copies(bench, adapter, pic
 
 
 def test_each_set_has_its_own_strength(bench, adapter, pictures):
-    style, none = adapter.control(pictures[0], pictures[1], content_strength=0), adapter.control(pictures[0])
+    style, none = adapter.control(pictures[0], content=pictures[1], content_strength=0), adapter.control(pictures[0])
     close(bench.draw([style]), bench.draw([none]))
 
 
@@ -217,7 +217,7 @@ def test_several_references_are_averaged_as_tokens_by_weights(adapter, pictures)
         if name == "style":  # the maps are linear, so that averages of tokens are averages of keys
             close(mixed.kv[path][0], 0.25 * one.kv[path][0] + 0.75 * other.kv[path][0])
     # One content beside them has nothing to be weighed.
-    both = adapter.control([pictures[:2]], pictures[2], weights=[0.25, 0.75])
+    both = adapter.control([pictures[:2]], content=pictures[2], weights=[0.25, 0.75])
     content = adapter.control(content=pictures[2])
     for path, name in both.table.items():
         close(both.kv[path][0], (mixed if name == "style" else content).kv[path][0])
@@ -227,15 +227,15 @@ def test_several_references_are_averaged_as_tokens_by_weights(adapter, pictures)
 
 
 def test_rows_of_a_batch_have_their_own_references(bench, adapter, pictures):
-    batch = bench.draw([adapter.control(pictures, pictures[::-1])], batch=4)
+    batch = bench.draw([adapter.control(pictures, content=pictures[::-1])], batch=4)
     for i in range(4):
-        alone = bench.draw([adapter.control(pictures[i], pictures[3 - i])])
+        alone = bench.draw([adapter.control(pictures[i], content=pictures[3 - i])])
         close(batch[i : i + 1], alone, 1e-4)  # matrix products of another batch size sum in another order
 
 
 def test_one_content_serves_many_styles(bench, adapter, pictures):
-    batch = bench.draw([adapter.control(pictures[:2], pictures[2])], batch=2)
-    close(batch[1:], bench.draw([adapter.control(pictures[1], pictures[2])]), 1e-4)
+    batch = bench.draw([adapter.control(pictures[:2], content=pictures[2])], batch=2)
+    close(batch[1:], bench.draw([adapter.control(pictures[1], content=pictures[2])]), 1e-4)
 
 
 def test_keys_and_values_are_projected_once_a_control_and_never_in_a_step(bench, adapter, pictures):
@@ -358,7 +358,9 @@ def published(adapter: DEADiff) -> dict[str, Tensor]:
 
 def same_controls(found: DEADiff, expected: DEADiff, picture) -> None:
     for one, other in zip(
-        found.control(picture, picture).kv.values(), expected.control(picture, picture).kv.values(), strict=True
+        found.control(picture, content=picture).kv.values(),
+        expected.control(picture, content=picture).kv.values(),
+        strict=True,
     ):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 

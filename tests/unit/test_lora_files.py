@@ -182,7 +182,7 @@ def test_our_files_with_an_alpha_load_into_diffusers_flux_and_do_there_what_they
 
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-    from condit.controls.omini import omini_targets
+    from condit.controls.omini_tasks import omini_targets
     from condit.nn.streams import Stream, grid_ids
 
     backbone = make_pipe(canvas=False, guidance_embeds=True).backbone

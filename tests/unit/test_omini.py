@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from condit.controls.control import Run, Step, When
-from condit.controls.omini import OminiConfig, OminiControl, omini_targets
-from condit.controls.omini_tasks import TASKS
+from condit.controls.omini import OminiConfig, OminiControl
+from condit.controls.omini_tasks import TASKS, omini_targets
 from condit.data.annotators import canny
 from condit.data.images import to_tensor
 from condit.drawing.pipeline import Pipeline

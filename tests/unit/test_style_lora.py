@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from condit.controls.control import When
-from condit.controls.omini import TARGETS, OminiControl
+from condit.controls.omini import OminiControl
+from condit.controls.omini_tasks import TARGETS
 from condit.controls.style_lora import StyleLoRA
 from condit.drawing.pipeline import Pipeline
 from condit.drawing.settings import Settings

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from numbers import Real
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from condit.nn.streams import Stream
 
 if TYPE_CHECKING:
     from condit.controls.host import Host
+    from condit.data.images import ImageSource
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ class Where:
         if isinstance(value, Where):
             return value
         return cls() if value is None else cls((value,) if isinstance(value, str) else tuple(value))
+
+
+class Placing(TypedDict, total=False):
+    """The arguments that `control(reference, strength, ...)` of every adapter takes.
+
+    when: the part of the schedule in which it acts. mask: where in the image it acts, white = acts; one for all images
+    or one for each.
+    """
+
+    when: When | tuple[float, float] | None
+    mask: ImageSource | Sequence[ImageSource] | None
 
 
 class Apart(Protocol):
@@ -240,6 +253,19 @@ def check_controls(controls: Sequence[Control]) -> tuple[Control, ...]:
         if not isinstance(control, Control):
             raise ValueError(f"controls must be made by adapter.control(...); found {type(control).__name__}.")
     return tuple(controls)
+
+
+def check_arguments(strength: object, arguments: Mapping[str, object], known: type) -> None:
+    """Raises TypeError for a name that is not in the TypedDict of a call's `**arguments`, as Python does without one,
+    and ValueError for a second reference in the place of the strength."""
+    unknown = [name for name in arguments if name not in known.__annotations__]
+    if unknown:
+        raise TypeError(f"control() has no argument {unknown[0]!r}. It also takes {', '.join(known.__annotations__)}.")
+    if not isinstance(strength, Real | list | tuple | Mapping):
+        raise ValueError(
+            f"strength, the second argument of control(), is a number; found {type(strength).__name__}. Name the "
+            "argument of another reference, such as content=."
+        )
 
 
 def check_layers(run: Run, paths: Iterable[str]) -> None:

@@ -7,24 +7,37 @@ out = softmax(q [W_k c_t; m W_k' c_i]^T / sqrt(d)) [W_v c_t; m W_v' c_i]. A miss
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Unpack, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Run, Step, When, Where, check_layers, check_reach, match_batch, one_of
+from condit.controls.control import (
+    Control,
+    Run,
+    Step,
+    When,
+    Where,
+    check_arguments,
+    check_layers,
+    check_reach,
+    match_batch,
+)
 from condit.controls.deadiff_layers import (
     CONTENT_LAYERS,
     SETS,
+    Acts,
+    Combine,
+    Empty,
     ImageMaps,
+    LayerPlacing,
     Name,
+    check_choices,
     check_maps,
     coarse_layers,
     cross_shapes,
@@ -44,11 +57,6 @@ if TYPE_CHECKING:
     from condit.backbones.unet import UNet
     from condit.data.images import ImageSource
 
-Combine = Literal["mean", "concat"]
-# What the strength m multiplies: keys and values, as released; values alone; or the attention to the tokens (m = 0:
-# they are absent).
-Acts = Literal["keys-values", "values", "attention"]
-Empty = Literal["zeros", "absent"]
 # The negative prompt of the released script.
 NEGATIVE_PROMPT = (
     "over-exposure, under-exposure, saturated, duplicate, out of frame, lowres, cropped, worst quality, low quality, "
@@ -224,9 +232,9 @@ class DEADiff(nn.Module):
     def control(
         self,
         style: References | None = None,
-        content: References | None = None,
-        *,
         strength: float = 1.0,
+        *,
+        content: References | None = None,
         content_strength: float | None = None,
         acts: Acts = "keys-values",
         empty: Empty = "zeros",
@@ -234,9 +242,7 @@ class DEADiff(nn.Module):
         weights: Sequence[float] | None = None,
         content_layers: Sequence[int] | None = None,
         content_prompt: str | Sequence[str] | None = None,
-        where: Where | str | tuple[str, ...] | None = None,
-        when: When | tuple[float, float] | None = None,
-        mask: ImageSource | Sequence[ImageSource] | None = None,
+        **placing: Unpack[LayerPlacing],
     ) -> DEADiffReference:
         """A control from references for style, for content, or for each: one image, n for n images, or n lists of R.
         The tokens of R references are averaged by `weights`, which sum to 1 (as released), or concatenated in the
@@ -244,9 +250,10 @@ class DEADiff(nn.Module):
 
         strength: m, of both sets unless content_strength is set. With acts="keys-values" (as released) m = 0 leaves
         empty tokens in the softmax; with "attention" m weighs the attention to them, and 0 is the base model. empty:
-        what replaces a missing set. content_prompt: another prompt for the content layers. mask: where in
-        the image it acts, white = acts.
+        what replaces a missing set. content_prompt: another prompt for the content layers.
         """
+        check_arguments(strength, placing, LayerPlacing)
+        where, mask = placing.get("where"), placing.get("mask")
         check_choices(acts, empty, combine, strength, content_strength)
         pipe = self._pipe[0]
         if pipe is None:
@@ -273,7 +280,7 @@ class DEADiff(nn.Module):
         return replace(
             reference,
             weighed=acts,
-            when=When.of(when),
+            when=When.of(placing.get("when")),
             content_text=text,
             mask=None if mask is None else load_masks(mask).to(pipe.device),
             source={name: pipe.describe_source(r) for name, r in sources.items()},
@@ -386,15 +393,3 @@ class DEADiffReference(Control):
             "reference": self.source,
             **self.arguments,
         }
-
-
-def check_choices(acts: str, empty: str, combine: str, strength: float, content_strength: float | None) -> None:
-    one_of("acts", acts, get_args(Acts))
-    one_of("empty", empty, get_args(Empty))
-    one_of("combine", combine, get_args(Combine))
-    strengths = [strength, strength if content_strength is None else content_strength]
-    for value in strengths:
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"strength is one number for all images of a control; found {value!r}.")
-    if acts == "attention" and min(strengths) < 0:
-        raise ValueError('A weight of the attention cannot be negative. Use strength >= 0, or acts="keys-values".')

@@ -1,14 +1,16 @@
-"""The cross-attention layers of a UNet in DEADiff (arXiv:2403.06951): the tokens that each reads, its image maps, and
-masks at each resolution."""
+"""DEADiff in a UNet (arXiv:2403.06951): the tokens that each cross-attention layer reads, its image maps, masks at each
+resolution, and the choices of a call."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, cast
+from numbers import Real
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from torch import Tensor, nn
 
-from condit.controls.control import region_levels
+from condit.controls.control import Placing, Where, one_of, region_levels
 from condit.nn.attention import Site
 
 if TYPE_CHECKING:
@@ -16,8 +18,19 @@ if TYPE_CHECKING:
 
 Name = Literal["style", "content"]
 SETS: tuple[Name, Name] = ("style", "content")
+Combine = Literal["mean", "concat"]
+# What the strength m multiplies: keys and values, as released; values alone; or the attention to the tokens (m = 0:
+# they are absent).
+Acts = Literal["keys-values", "values", "attention"]
+Empty = Literal["zeros", "absent"]
 # Cross-attention layers in the order of the forward pass, of sixteen (`content_layer` of the released configuration).
 CONTENT_LAYERS = (4, 5, 6, 7, 8)
+
+
+class LayerPlacing(Placing, total=False):
+    """where: the layers at which it acts."""
+
+    where: Where | str | tuple[str, ...] | None
 
 
 def layer_table(sites: Sequence[Site], content_layers: Sequence[int] = CONTENT_LAYERS) -> dict[str, Name]:
@@ -96,3 +109,15 @@ def check_maps(
 def log_regions(mask: Tensor, grid: tuple[int, int]) -> dict[int, Tensor]:
     """Pixel mask (B, H, W) in [0, 1] -> the logarithm of it (B, 1, N, 1) for the N cells of each level of a UNet."""
     return {n: region.clamp(0, 1).log() for n, region in region_levels(mask, grid).items()}
+
+
+def check_choices(acts: str, empty: str, combine: str, strength: float, content_strength: float | None) -> None:
+    one_of("acts", acts, get_args(Acts))
+    one_of("empty", empty, get_args(Empty))
+    one_of("combine", combine, get_args(Combine))
+    strengths = [strength, strength if content_strength is None else content_strength]
+    for value in strengths:
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"strength is one number for all images of a control; found {value!r}.")
+    if acts == "attention" and min(strengths) < 0:
+        raise ValueError('A weight of the attention cannot be negative. Use strength >= 0, or acts="keys-values".')

@@ -12,19 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor
 
-from condit.controls.control import Control, When, Where
+from condit.controls.control import Control, Where, check_arguments
 from condit.controls.host import Host
-from condit.controls.ip_adapter import IPAdapter
+from condit.controls.ip_adapter import IPAdapter, IPPlacing
 from condit.controls.ip_input import References
 from condit.controls.ip_projectors import HEAD_DIM
 from condit.controls.ip_reference import WithLoRA
 from condit.controls.wrap import Together
-from condit.encoders.image import CLIPImage, Fit, TextTower, TinyTextTower
+from condit.encoders.image import CLIPImage, TextTower, TinyTextTower
 from condit.nn.attention import Site
 
 if TYPE_CHECKING:
@@ -94,26 +94,24 @@ class InstantStyle:
     def control(
         self,
         reference: References | None = None,
+        strength: float = 1.0,
         *,
         preset: str = "style",
         style: References | None = None,
         layout: References | None = None,
-        strength: float = 1.0,
         layout_strength: float | None = None,
         content: Content | None = None,
         content_scale: float = 1.0,
         join: Join = "sum",
-        when: When | tuple[float, float] | None = None,
-        mask: ImageSource | Sequence[ImageSource] | None = None,
-        fit: Fit = "crop",
-        one_graph: bool = False,
+        **how: Unpack[IPPlacing],
     ) -> Control:
         """A control from one reference in the blocks of a preset, or from `style` and `layout`, each in its own.
 
         strength: lambda in the blocks; layout_strength: of the layout, None: the same. content: words for the content
         to subtract from the (style) reference: a phrase, a list of them, a list for each image, or their embedding (E,)
         or (n, E); content_scale times their `join` is subtracted. It is not a percentage: image and text embeddings
-        differ in length. one_graph: see IPAdapter.control."""
+        differ in length. how: see IPPlacing."""
+        check_arguments(strength, how, IPPlacing)
         backbone = self.adapter._bound().backbone
         if (reference is None) == (style is None and layout is None):
             raise ValueError("Give one reference, or style= and layout=.")
@@ -127,11 +125,8 @@ class InstantStyle:
                 source,
                 strength=value,
                 where=self.held(_preset(name, backbone), name),
-                when=when,
-                mask=mask,
                 content=words,
-                fit=fit,
-                one_graph=one_graph,
+                **how,
             )
             for source, name, value, words in pairs
             if source is not None

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, get_args
+from typing import TYPE_CHECKING, Unpack, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.controls.control import Control, MaskMode, When, Where, check_reach, one_of
+from condit.controls.control import Control, MaskMode, Placing, When, Where, check_arguments, check_reach, one_of
 from condit.controls.host import Host
 from condit.controls.ip_input import (
     Combine,
@@ -50,6 +50,18 @@ if TYPE_CHECKING:
     from condit.data.images import ImageSource
 
 __all__ = ["IPAdapter", "IPConfig", "IPReference"]
+
+
+class IPPlacing(Placing, total=False):
+    """scaling: how lambda acts. mask_mode: how a mask is reduced to the token grid. fit: of an image to the encoder's
+    square. lora_scale: of FaceID's LoRA. one_graph: every choice of blocks compiles to the same graph, at the cost of
+    acting everywhere."""
+
+    scaling: Scaling
+    mask_mode: MaskMode
+    fit: Fit
+    lora_scale: float
+    one_graph: bool
 
 
 class IPAdapter(nn.Module):
@@ -275,11 +287,9 @@ class IPAdapter(nn.Module):
     def control(
         self,
         reference: References | None = None,
-        *,
         strength: float | Sequence[float] | Mapping[str, float] = 1.0,
+        *,
         where: Where | str | tuple[str, ...] | None = None,
-        when: When | tuple[float, float] | None = None,
-        mask: ImageSource | Sequence[ImageSource] | None = None,
         combine: Combine | None = None,
         weights: Sequence[float] | None = None,
         embeds: Tensor | None = None,
@@ -287,28 +297,25 @@ class IPAdapter(nn.Module):
         shortcut: float | None = None,
         content: Tensor | None = None,
         against: Where | str | tuple[str, ...] | None = None,
-        scaling: Scaling = "V only",
-        mask_mode: MaskMode = "area",
-        fit: Fit = "crop",
-        lora_scale: float = 1.0,
-        one_graph: bool = False,
+        **how: Unpack[IPPlacing],
     ) -> Control:
         """A control from one reference, from n references for n images, or from n lists of R references.
 
         strength: lambda, any real number; one for each image; or by prefix of the layers' paths
-        ("up_blocks.0.attentions.1"), 0 elsewhere. where: the layers at which it acts. when: the part of the schedule.
-        mask: where in the image it acts, white = acts; with combine="sum" a list has one for each of the references of
-        an image.
+        ("up_blocks.0.attentions.1"), 0 elsewhere. where: the layers at which it acts. With combine="sum" a list of
+        masks has one for each of the references of an image.
 
         combine, for R references of an image: "mean" or "add" of their features; "subtract": the first minus the mean
         of the others; "concat": one softmax over all tokens; "sum": one attention for each, summed. weights: (R,).
 
         embeds (n, ...) or (n, R, ...): features to use instead of images. identity (n, E) or (n, R, E):
-        FaceID's faces; shortcut: None for FaceID-Plus, a number (usually 1) for v2; lora_scale: of FaceID's LoRA.
+        FaceID's faces; shortcut: None for FaceID-Plus, a number (usually 1) for v2.
         content (E,) or (n, E): subtracted from the features (InstantStyle). against: layers at which the reference acts
-        on the negative side instead. scaling: how lambda acts. fit: of the image to the encoder's square. one_graph:
-        every choice of blocks compiles to the same graph, at the cost of acting everywhere.
+        on the negative side instead. how: see IPPlacing.
         """
+        check_arguments(strength, how, IPPlacing)
+        scaling, mask_mode = how.get("scaling", "V only"), how.get("mask_mode", "area")
+        lora_scale = how.get("lora_scale", 1.0)
         chosen = combine or self.config.combine
         one_of("combine", chosen, get_args(Combine))
         one_of("scaling", scaling, get_args(Scaling))
@@ -321,11 +328,11 @@ class IPAdapter(nn.Module):
         with torch.no_grad():
             inputs = ReferenceInputs(groups, embeds, identity, content, shortcut)
             like, face = next(self.parameters()), self.face_width
-            name, read = self.name or "this adapter", partial(self.features, fit=fit)
+            name, read = self.name or "this adapter", partial(self.features, fit=how.get("fit", "crop"))
             features = read_features(inputs, self.config, name, read, like, face)
             parts = combined(features, chosen, weights)
             source = [] if reference is None else self._bound().describe_source(reference)
-            masks = reference_masks(mask, len(parts), like.device)
+            masks = reference_masks(how.get("mask"), len(parts), like.device)
             references = [
                 self.reference(
                     part,
@@ -335,11 +342,11 @@ class IPAdapter(nn.Module):
                     weights=weights if chosen == "concat" else None,
                     against=None if against is None else Where.of(against),
                     shortcut=shortcut,
-                    one_graph=one_graph,
+                    one_graph=how.get("one_graph", False),
                 )
                 for part, weight in parts
             ]
-        schedule, more = When.of(when), {"source": source, "scaling": scaling, "mask_mode": mask_mode}
+        schedule, more = When.of(how.get("when")), {"source": source, "scaling": scaling, "mask_mode": mask_mode}
         acting = [replace(r, when=schedule, mask=m, **more) for r, m in zip(references, masks, strict=True)]
         made: Control = acting[0] if len(acting) == 1 else Together(tuple(acting))
         if self.lora is None:

@@ -11,37 +11,33 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, Unpack, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Fill, Run, Step, When, check_shape, match_batch, region_mask
+from condit.controls.control import (
+    Control,
+    Fill,
+    Placing,
+    Run,
+    Step,
+    When,
+    check_arguments,
+    check_shape,
+    match_batch,
+    region_mask,
+)
 from condit.controls.host import Host
 from condit.controls.omini_images import Originals
-from condit.controls.omini_tasks import OminiConfig, Side, task_config
+from condit.controls.omini_tasks import OminiConfig, Side, omini_targets, task_config
 from condit.nn.attention import Attend, Call
-from condit.nn.lora import LoRA, linear_shapes, sum_loras
+from condit.nn.lora import LoRA, sum_loras
 from condit.nn.streams import Sees, Stream, row_weights
 
 if TYPE_CHECKING:
     from condit.data.images import ImageSource
-
-# Targets of the official configurations, without feed-forward inputs, text weights and heads.
-TARGETS = (
-    "x_embedder",
-    "norm1.linear",
-    "norm.linear",
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "ff.net.2",
-    "proj_mlp",
-    *(f"single_transformer_blocks.{i}.proj_out" for i in range(64)),
-)
-
 
 JOINT = (
     "This adapter was trained jointly: its condition attends to text and image, so its keys and values change with "
@@ -50,11 +46,6 @@ JOINT = (
 )
 # Caches of a jointly trained adapter: keys and values of the first step, or of the condition on its own.
 Cached = Literal["first-step", "independent", "approximate"]  # "approximate" is the older name of "independent"
-
-
-def omini_targets(backbone: nn.Module) -> dict[str, tuple[int, int]]:
-    """The linears that the official LoRA adapts, path -> (out, in)."""
-    return linear_shapes(backbone, TARGETS)
 
 
 class OminiControl(nn.Module):
@@ -114,28 +105,30 @@ class OminiControl(nn.Module):
     def control(
         self,
         reference: ImageSource | Sequence[ImageSource],
-        *,
         strength: float = 1.0,
-        when: When | tuple[float, float] | None = None,
-        mask: ImageSource | Sequence[ImageSource] | None = None,
+        *,
         fill: ImageSource | None = None,
         text_bias: bool = True,
         cached: bool | Cached | None = None,
         delta: tuple[float, float] | Side | None = None,
         size: tuple[int, int] | None = None,
         annotate: bool = True,
+        **placing: Unpack[Placing],
     ) -> OminiReference:
         """A control from one reference, or from n references for n images.
 
         strength: the factor gamma of section 3.2.3, >= 0, 1 as trained. text_bias: it acts between condition and text
-        too (the official code) or not (Eq. 5). mask: where in the image the condition acts, white = acts. fill: token
-        integration (OminiControl2): white is generated, the rest of the reference is kept as the condition. cached:
-        None: a cache if the adapter was trained independently; False: the condition runs in every step. Two
-        approximations for a jointly trained adapter: "first-step" keeps the keys and values of the first step;
-        "independent" runs the condition without text and image, as the official generate(kv_cache=True) does. size:
-        height and width at which the reference is read; None: those of the call for aligned conditions (delta 0), else
-        the model's. annotate=False: the reference already is the condition image, such as an edge map.
+        too (the official code) or not (Eq. 5). fill: token integration (OminiControl2): white is generated, the rest of
+        the reference is kept as the condition. size: height and width at which the reference is read; None: those of
+        the call for aligned conditions (delta 0), else the model's. annotate=False: the reference already is the
+        condition image, such as an edge map.
+
+        cached: None: a cache if the adapter was trained independently; False: the condition runs in every step. Two
+        values approximate a jointly trained adapter: "first-step" keeps the keys and values of the first step;
+        "independent" runs the condition without text and image, as the official generate(kv_cache=True) does.
         """
+        check_arguments(strength, placing, Placing)
+        mask = placing.get("mask")
         if strength < 0:
             raise ValueError(f"OminiControl's strength is a factor on attention, >= 0; found {strength}.")
         if cached not in (None, True, False, *get_args(Cached)):
@@ -164,7 +157,7 @@ class OminiControl(nn.Module):
             ids=encoded.ids,
             adapter=self,
             strength=strength,
-            when=When.of(when),
+            when=When.of(placing.get("when")),
             source=pipe.describe_source(reference),
             text_bias=text_bias,
             mask=None if mask is None else (pipe.read_images(mask, None, None)[:, 0] + 1) / 2,

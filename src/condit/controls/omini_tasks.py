@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from condit.nn.lora import linear_shapes
 from condit.nn.streams import Order, grid_ids
 
 Side = Literal["left", "right"]
@@ -56,6 +57,26 @@ TASKS: dict[str, OminiConfig] = {
     "art": OminiConfig("art", "left"),  # OminiControlArt; a photo, long side 512. image_guidance_scale=1.5, no prompt
     "cartoon": OminiConfig("cartoon", (0, -16)),  # saquiboye/oye-cartoon; a photo of a character
 }
+
+
+# Targets of the official configurations, without feed-forward inputs, text weights and heads.
+TARGETS = (
+    "x_embedder",
+    "norm1.linear",
+    "norm.linear",
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "ff.net.2",
+    "proj_mlp",
+    *(f"single_transformer_blocks.{i}.proj_out" for i in range(64)),
+)
+
+
+def omini_targets(backbone: nn.Module) -> dict[str, tuple[int, int]]:
+    """The linears that the official LoRA adapts, path -> (out, in)."""
+    return linear_shapes(backbone, TARGETS)
 
 
 def task_config(task: str | OminiConfig) -> OminiConfig:

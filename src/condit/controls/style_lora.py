@@ -14,7 +14,7 @@ from torch import nn
 
 from condit.controls.control import Control, Step, When
 from condit.controls.host import Host
-from condit.controls.omini import TARGETS
+from condit.controls.omini_tasks import TARGETS
 from condit.nn.lora import LoRA, LowRank, PartialLoRA, linear_shapes, sum_loras, weighted
 
 
