@@ -1,13 +1,15 @@
 """The command `condit edit`."""
 
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from condit.cli.options import Out, Sampling, with_options
 from condit.cli.own import is_own, load_own
-from condit.cli.terminal import Debug, Json, Seed, answer, say, waiting
+from condit.cli.terminal import Debug, Json, answer, say, waiting
 
 if TYPE_CHECKING:
     from condit.drawing.edit import EditMethod
@@ -15,47 +17,56 @@ if TYPE_CHECKING:
 TYPES = "swap, attribute, style, background, shape, add, remove, or none"
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What an edit changes, besides the prompt."""
+
+    kind: Annotated[str, typer.Option("--type", "-t", help=f"Type of edit: {TYPES}.")] = "swap"
+    style: Annotated[
+        list[str] | None, typer.Option("--style", metavar="REF[:S]", help="Edit in the style of this image.")
+    ] = None
+    mask: Annotated[str | None, typer.Option("--mask", help="Mask: white where the image may change.")] = None
+    reweight: Annotated[
+        list[str] | None, typer.Option("--reweight", metavar="WORD=F", help="Multiply the attention to a word by F.")
+    ] = None
+    merge: Annotated[float, typer.Option(help="Share of tokens to merge, 0 to 0.75; for 1024 tokens or more.")] = 0.0
+
+
+@dataclass(frozen=True)
+class EditSampling(Sampling):
+    """How an edit is sampled."""
+
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the inversion and of the edit, each [default: the model's].")
+    ] = None
+    solver: Annotated[str | None, typer.Option(help="Solver of the inversion [default: the model's].")] = None
+    height: Annotated[
+        int | None, typer.Option(help="Height in pixels [default: the image's aspect ratio, at most the model's area].")
+    ] = None
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="FILE.py:NAME", help="Your own edit method, such as FlowEdit."),
+    ] = None
+
+
+@with_options
 def edit(
     image: Annotated[str, typer.Argument(help="The image to edit.", show_default=False)],
     source: Annotated[str, typer.Argument(help="Prompt of the image, e.g. 'a cat'.", show_default=False)],
     target: Annotated[str, typer.Argument(help="Prompt of the edited image, e.g. 'a dog'.", show_default=False)],
+    changes: Changes,
+    sampling: EditSampling,
     model: Annotated[
         str, typer.Option("--model", "-m", help="tiny, tiny-pixart, or a folder of PixArt or FLUX.1.")
     ] = "tiny",
-    kind: Annotated[str, typer.Option("--type", "-t", help=f"Type of edit: {TYPES}.")] = "swap",
-    style: Annotated[
-        list[str] | None, typer.Option("--style", metavar="REF[:S]", help="Edit in the style of this image.")
-    ] = None,
-    mask: Annotated[str | None, typer.Option("--mask", help="Mask: white where the image may change.")] = None,
-    reweight: Annotated[
-        list[str] | None, typer.Option("--reweight", metavar="WORD=F", help="Multiply the attention to a word by F.")
-    ] = None,
-    merge: Annotated[float, typer.Option(help="Share of tokens to merge, 0 to 0.75; for 1024 tokens or more.")] = 0.0,
-    negative: Annotated[str | None, typer.Option("--negative", help="The negative prompt.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of the inversion and of the edit, each [default: the model's].")
-    ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the text [default: the model's].")] = None,
-    solver: Annotated[str | None, typer.Option(help="Solver of the inversion [default: the model's].")] = None,
-    height: Annotated[
-        int | None, typer.Option(help="Height in pixels [default: the image's aspect ratio, at most the model's area].")
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", metavar="FILE.py:NAME", help="Your own edit method, such as FlowEdit."),
-    ] = None,
-    seed: Seed = 0,
     page: Annotated[
         Path | None,
         typer.Option(
             "--page", help="Also write a PNG of source, reconstruction, edit and attention maps of the words."
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps [default: cpu for embedded models].")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A .png, .jpg or .webp file, or a folder.", show_default=False)
-    ] = None,
+    out: Out = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -66,8 +77,9 @@ def edit(
     from condit.cli.generate import output_paths, parse_reference
     from condit.data.images import load_image, save_image
 
+    kind, mask, method = changes.kind, changes.mask, sampling.method
     factors = {}
-    for value in reweight or ():
+    for value in changes.reweight or ():
         word, equals, factor = value.partition("=")
         try:
             factors[word] = float(factor)
@@ -75,14 +87,12 @@ def edit(
             equals = ""
         if not equals or not word:
             raise typer.BadParameter(f"--reweight takes WORD=F, as in fluffy=2; found {value!r}")
-    references = [parse_reference(value, 1.0) for value in style or ()]
+    references = [parse_reference(value, 1.0) for value in changes.style or ()]
     for path in (image, *(path for path, _ in references), *([mask] if mask else [])):
         load_image(path)  # a broken image raises before the model is loaded, which takes seconds
     (target_path,) = output_paths(target, out, 0, 1, no_metadata=True)
     if page is not None and page.suffix.lower() != ".png":
         raise typer.BadParameter(f"--page {page}: expected a name that ends in .png")
-    from dataclasses import replace
-
     import condit
     from condit.cli.request import default_device, load_adapter
     from condit.cli.uses import adapter_name
@@ -96,12 +106,12 @@ def edit(
         raise typer.BadParameter("--reweight changes the attention, which --type none does not control")
     start = time.perf_counter()
     with waiting(f"loading {model}"):
-        pipe = condit.load(model, device=device or default_device(model))
+        pipe = condit.load(model, device=sampling.device or default_device(model))
         if not isinstance(pipe, condit.Pipeline) or pipe.model.inversion is None:
             raise ValueError(f"{model!r} does not support edits. Use tiny-pixart, tiny, PixArt or FLUX.1")
         controls: list[condit.Control] = [] if kind == "none" else [replace(PRESETS[kind], reweight=factors)]
-        if merge:
-            controls.append(condit.TokenMerging(merge))
+        if changes.merge:
+            controls.append(condit.TokenMerging(changes.merge))
         if references:
             adapter = load_adapter(adapter_name(model, "style"), pipe)
             controls += [adapter.control(path, strength=strength) for path, strength in references]
@@ -112,15 +122,15 @@ def edit(
             target,
             controls=controls,
             mask=mask,
-            negative_prompt=negative,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=height,
-            width=width,
+            negative_prompt=sampling.negative,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            height=sampling.height,
+            width=sampling.width,
             maps=page is not None,
-            solver=solver,  # type: ignore[arg-type]  # an unknown one raises
+            solver=sampling.solver,  # type: ignore[arg-type]  # an unknown one raises
             method=None if method is None else cast("EditMethod", load_own(method)()),
-            seed=seed,
+            seed=sampling.seed,
         )
     recipe = {**result.recipe, "condit": condit.__version__, "edited": Path(image).name}
     png = target_path.suffix.lower() == ".png"

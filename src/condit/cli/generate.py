@@ -3,16 +3,18 @@
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from condit.cli.options import Model, Out, Sampling, with_options
 from condit.cli.terminal import Debug, Json, Seed, answer, output_folder, say, waiting
 from condit.cli.uses import OPTIONS
 
 if TYPE_CHECKING:
-    from condit.cli.request import Request
+    from condit.cli.request import Reference, Request
 
 
 def demo(
@@ -34,26 +36,19 @@ def demo(
         typer.echo(result["grid"])
 
 
-def generate(
-    prompt: Annotated[
-        str,
-        typer.Argument(help="The prompt, in English or Chinese; for DiT and DiffiT a class.", show_default=False),
-    ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A model of `condit models`, a folder or a file.")
-    ] = "tiny",
-    style: Annotated[list[str] | None, typer.Option("--style", metavar="REF[:S]", help=OPTIONS["style"].help)] = None,
-    subject: Annotated[
-        list[str] | None, typer.Option("--subject", metavar="REF[:S]", help=OPTIONS["subject"].help)
-    ] = None,
-    edges: Annotated[list[str] | None, typer.Option("--edges", metavar="IMG[:S]", help=OPTIONS["edges"].help)] = None,
+@dataclass(frozen=True)
+class References:
+    """References of `condit generate`."""
+
+    style: Annotated[list[str] | None, typer.Option("--style", metavar="REF[:S]", help=OPTIONS["style"].help)] = None
+    subject: Annotated[list[str] | None, typer.Option("--subject", metavar="REF[:S]", help=OPTIONS["subject"].help)] = (
+        None
+    )
+    edges: Annotated[list[str] | None, typer.Option("--edges", metavar="IMG[:S]", help=OPTIONS["edges"].help)] = None
     edges_map: Annotated[
         list[str] | None, typer.Option("--edges-map", metavar="MAP[:S]", help=OPTIONS["edges-map"].help)
-    ] = None,
-    gray: Annotated[
-        list[str] | None,
-        typer.Option("--gray", metavar="IMG[:S]", help=OPTIONS["gray"].help),
-    ] = None,
+    ] = None
+    gray: Annotated[list[str] | None, typer.Option("--gray", metavar="IMG[:S]", help=OPTIONS["gray"].help)] = None
     control: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,37 +56,64 @@ def generate(
             metavar="ADAPTER=REF[:S]",
             help="An adapter by name, file or folder, or your own control: FILE.py:NAME.",
         ),
-    ] = None,
-    strength: Annotated[float, typer.Option(help="Strength of references without their own S.")] = 1.0,
-    negative: Annotated[str | None, typer.Option("--negative", help="The negative prompt.")] = None,
-    seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option(help="Number of inference steps [default: the model's].")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the text [default: the model's].")] = None,
+    ] = None
+    strength: Annotated[float, typer.Option(help="Strength of references without their own S.")] = 1.0
+
+    def read(self) -> "list[Reference]":
+        """The references of a request."""
+        from condit.cli.request import Reference
+
+        references = [
+            Reference(row.use, *parse_reference(value, self.strength), ready=row.ready)
+            for option, row in OPTIONS.items()
+            for value in getattr(self, option.replace("-", "_")) or ()
+        ]
+        for value in self.control or ():
+            adapter, equals, reference = value.partition("=")
+            if not equals or not adapter or not reference:
+                raise typer.BadParameter(f"--control takes ADAPTER=REF[:S], as in tiny/style=ref.png; found {value!r}")
+            references.append(Reference(adapter, *parse_reference(reference, self.strength)))
+        return references
+
+
+@dataclass(frozen=True)
+class ImageSampling(Sampling):
+    """How `condit generate` samples: fields of a request."""
+
     image_guidance: Annotated[
         float | None, typer.Option(help="Separate guidance scale of the references [default: none].")
-    ] = None,
+    ] = None
     sampler: Annotated[
         str | None,
         typer.Option(help="ddim, dpm++, euler, euler-ancestral, ...; Stable Diffusion only [default: the model's]."),
-    ] = None,
+    ] = None
     eta: Annotated[
         float | None,
         typer.Option(help="Eta of DDIM: the share of fresh noise in each step, 0 to 1 [default: the model's]."),
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels [default: the model's].")] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels [default: the model's].")] = None,
+    ] = None
+    height: Annotated[int | None, typer.Option(help="Height in pixels [default: the model's].")] = None
+    width: Annotated[int | None, typer.Option(help="Width in pixels [default: the model's].")] = None
     image: Annotated[
-        Path | None, typer.Option(help="Image to image: start from this image (Stable Diffusion).", show_default=False)
-    ] = None,
+        str | None,
+        typer.Option(metavar="FILE", help="Image to image: start from this image (Stable Diffusion)."),
+    ] = None
     mask: Annotated[
-        Path | None, typer.Option(help="Inpainting: repaint --image where this mask is white.", show_default=False)
-    ] = None,
-    change: Annotated[float | None, typer.Option(help="How much of --image to change, up to 1 [default: 0.8].")] = None,
-    count: Annotated[int, typer.Option("--count", "-n", help="Number of images.")] = 1,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps [default: cpu for embedded models].")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A .png, .jpg or .webp file, or a folder.", show_default=False)
-    ] = None,
+        str | None, typer.Option(metavar="FILE", help="Inpainting: repaint --image where this mask is white.")
+    ] = None
+    change: Annotated[float | None, typer.Option(help="How much of --image to change, up to 1 [default: 0.8].")] = None
+    count: Annotated[int, typer.Option("--count", "-n", help="Number of images.")] = 1
+
+
+@with_options
+def generate(
+    prompt: Annotated[
+        str,
+        typer.Argument(help="The prompt, in English or Chinese; for DiT and DiffiT a class.", show_default=False),
+    ],
+    references: References,
+    sampling: ImageSampling,
+    model: Model = "tiny",
+    out: Out = None,
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Do not store the recipe in the PNG.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -101,46 +123,20 @@ def generate(
     References give the style, the subject or the edges of the image, and can be combined.
     A reference can have its own strength: --style ref.png:0.6
     """
-    from condit.cli.request import Reference, Request
+    from condit.cli.request import Request
     from condit.data.images import load_image
 
-    options = {"style": style, "subject": subject, "edges": edges, "gray": gray, "edges-map": edges_map}
-    references = [
-        Reference(OPTIONS[option].use, *parse_reference(value, strength), ready=OPTIONS[option].ready)
-        for option, values in options.items()
-        for value in values or ()
-    ]
-    for value in control or ():
-        adapter, equals, reference = value.partition("=")
-        if not equals or not adapter or not reference:
-            raise typer.BadParameter(f"--control takes ADAPTER=REF[:S], as in tiny/style=ref.png; found {value!r}")
-        references.append(Reference(adapter, *parse_reference(reference, strength)))
+    settings = {name: value for name, value in vars(sampling).items() if name != "device"}
     try:
-        request = Request(
-            prompt,
-            model,
-            tuple(references),
-            negative,
-            seed,
-            count,
-            steps,
-            guidance,
-            image_guidance,
-            sampler=sampler,
-            eta=eta,
-            height=height,
-            width=width,
-            image=None if image is None else str(image),
-            mask=None if mask is None else str(mask),
-            change=change,
-        )
+        request = Request(prompt, model, tuple(references.read()), **settings)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    paths = output_paths(request.prompt, out, seed, count, no_metadata)
+    paths = output_paths(request.prompt, out, request.seed, request.count, no_metadata)
     inputs = [reference.path for reference in request.references] + [p for p in (request.image, request.mask) if p]
     for path in inputs:  # a broken image raises before the model is loaded, which takes seconds
         load_image(path)
-    generate_and_save(request, paths, range(count), with_recipe=not no_metadata, as_json=as_json, device=device)
+    with_recipe, indices = not no_metadata, range(request.count)
+    generate_and_save(request, paths, indices, with_recipe=with_recipe, as_json=as_json, device=sampling.device)
 
 
 def parse_reference(value: str, strength: float) -> tuple[str, float]:
@@ -271,18 +267,28 @@ def annotate(
     typer.echo(str(save_image(ANNOTATORS[kind](source), target)))
 
 
+@dataclass(frozen=True)
+class Workload:
+    """A call whose costs `condit plan` estimates."""
+
+    height: Annotated[int, typer.Option(help="Height in pixels.")] = 1024
+    width: Annotated[int, typer.Option(help="Width in pixels.")] = 1024
+    steps: Annotated[int, typer.Option(help="Number of inference steps.")] = 28
+    count: Annotated[int, typer.Option("--count", "-n", help="Batch size.")] = 1
+    controls: Annotated[int, typer.Option(help="Number of OminiControl conditions.")] = 0
+    condition: Annotated[int | None, typer.Option(help="Side of a condition in pixels [default: the image's].")] = None
+    cached: Annotated[bool, typer.Option("--cached", help="Conditions are independent and cached.")] = False
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the weights.")] = "bfloat16"
+    quantize: Annotated[Literal["float8", "int8"] | None, typer.Option(help="Quantise the transformer's blocks.")] = (
+        None
+    )
+    offload: Annotated[Literal["encoders", "blocks"] | None, typer.Option(help="Keep these on the CPU.")] = None
+
+
+@with_options
 def plan(
     model: Annotated[str, typer.Argument(help="A folder or file of FLUX.1, tiny, or a preset such as flux-dev.")],
-    height: Annotated[int, typer.Option(help="Height in pixels.")] = 1024,
-    width: Annotated[int, typer.Option(help="Width in pixels.")] = 1024,
-    steps: Annotated[int, typer.Option(help="Number of inference steps.")] = 28,
-    count: Annotated[int, typer.Option("--count", "-n", help="Batch size.")] = 1,
-    controls: Annotated[int, typer.Option(help="Number of OminiControl conditions.")] = 0,
-    condition: Annotated[int | None, typer.Option(help="Side of a condition in pixels [default: the image's].")] = None,
-    cached: Annotated[bool, typer.Option("--cached", help="Conditions are independent and cached.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    quantize: Annotated[str | None, typer.Option(help="Quantise the transformer's blocks: float8 or int8.")] = None,
-    offload: Annotated[str | None, typer.Option(help="Keep on the CPU: encoders or blocks.")] = None,
+    work: Workload,
     components: Annotated[Path | None, typer.Option(help="Folder of the parts that a single file lacks.")] = None,
     device: Annotated[
         str | None, typer.Option(help="Measure this device and estimate the time.", show_default=False)
@@ -294,20 +300,24 @@ def plan(
 
     Reads only configurations and the headers of files.
     """
-    choices = {"dtype": (dtype, ("float32", "bfloat16", "float16"))}
-    choices |= {"quantize": (quantize, (None, "float8", "int8")), "offload": (offload, (None, "encoders", "blocks"))}
-    for name, (value, known) in choices.items():
-        if value not in known:
-            raise typer.BadParameter(f"--{name} must be one of {', '.join(k for k in known if k)}; found {value!r}")
     import torch
 
     from condit.weights.plan import Wish, measured_rate
     from condit.weights.plan import plan as run
 
-    kind = getattr(torch, dtype)
-    side = None if condition is None else (condition, condition)
-    mode = "cached" if cached else "joint"
-    wish = Wish(height, width, steps, count, controls, side, mode, kind, quantize, offload)  # type: ignore[arg-type]
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[work.dtype]
+    wish = Wish(
+        height=work.height,
+        width=work.width,
+        steps=work.steps,
+        batch=work.count,
+        controls=work.controls,
+        condition_size=None if work.condition is None else (work.condition, work.condition),
+        mode="cached" if work.cached else "joint",
+        dtype=kind,
+        quantize=work.quantize,
+        offload=work.offload,
+    )
     rate = None if device is None else measured_rate(device, kind)
     estimate = run(model, wish, components=components, rate=rate)
     if as_json:
@@ -333,4 +343,4 @@ def plan(
     if len(estimate.parts) == 1:
         say("this counts the transformer only; name a folder or a file to include text encoders and autoencoder")
     if estimate.seconds is not None and estimate.rate is not None:
-        typer.echo(f"{'time':<16} {estimate.seconds:9.1f} s   {steps} steps at {estimate.rate / 1e12:.3g} TFLOP/s")
+        typer.echo(f"{'time':<16} {estimate.seconds:9.1f} s   {work.steps} steps at {estimate.rate / 1e12:.3g} TFLOP/s")

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from condit.cli.terminal import Debug, Json, Seed, answer, progress, say, waiting
+from condit.cli.options import Model, Sampling, with_options
+from condit.cli.terminal import Debug, Json, answer, progress, say, waiting
 
 
 def train(
@@ -30,21 +31,16 @@ def train(
     typer.echo(str(folder))
 
 
+@with_options
 def generate_data(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the data set.", show_default=False)],
     subjects: Annotated[Path, typer.Option("--subjects", help="File of subjects, one per line.", show_default=False)],
     styles: Annotated[Path, typer.Option("--styles", help="File of styles, one per line.", show_default=False)],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="A model of `condit models`, a folder or a file.")
-    ] = "tiny",
+    sampling: Sampling,
+    model: Model = "tiny",
     per_subject: Annotated[int, typer.Option("--per-subject", help="Styles for each subject.")] = 14,
     images: Annotated[int, typer.Option("--images", "-n", help="Images for each prompt.")] = 4,
     template: Annotated[str, typer.Option(help="Template of the prompts.")] = "{subject}, {style}",
-    negative: Annotated[str | None, typer.Option("--negative", help="The negative prompt.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of inference steps [default: the model's].")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the text [default: the model's].")] = None,
-    seed: Seed = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or mps [default: cpu for embedded models].")] = None,
     debug: Debug = False,
 ) -> None:
     """Generate a data set of image pairs.
@@ -58,17 +54,19 @@ def generate_data(
     for file in (subjects, styles):
         if not file.is_file():
             raise typer.BadParameter(f"no file {file}")
-    rows = prompt_table(read_words(subjects), read_words(styles), per_subject=per_subject, template=template, seed=seed)
+    how = {"per_subject": per_subject, "template": template, "seed": sampling.seed}
+    rows = prompt_table(read_words(subjects), read_words(styles), **how)
     from condit.cli.request import Request, Studio
 
     with waiting(f"loading {model}"):
-        studio = Studio(model, device)
+        studio = Studio(model, sampling.device)
 
     def generate(prompt: str, first: int, count: int):
-        return studio.generate(Request(prompt, model, (), negative, first, count, steps, guidance)).images
+        s = sampling
+        return studio.generate(Request(prompt, model, (), s.negative, first, count, s.steps, s.guidance)).images
 
     with progress("generating") as advance:
-        draw_groups(out, rows, generate, images=images, seed=seed, progress=advance)
+        draw_groups(out, rows, generate, images=images, seed=sampling.seed, progress=advance)
     typer.echo(str(out))
 
 
