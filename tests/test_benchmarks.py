@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from condit.backbones.dit import PRESETS
-from condit_lab.icons.world import sample_path
+from few_icons import few_icons
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = tuple(sorted(path.stem for path in FOLDER.glob("*.py")))
@@ -315,9 +315,9 @@ def test_parts_of_the_unet_are_left_out_one_at_a_time_and_come_back(scripts, mak
             if isinstance(m, module.Transformer):
                 m.proj_out.weight.normal_()
     before = [p.clone() for p in parts.backbone.parameters()]
-    found = module.rises(parts, module.held_out(parts, str(sample_path()), 4, 0.9))
+    found = module.rises(parts, module.held_out(parts, few_icons(), 4, 0.9))
     assert len([name for name in found if name.startswith("words at ")]) == 11 and len(found) == 11 + 7
     assert all(x.value != 0 and x.n == 4 for name, x in found.items() if "attentions" in name)
     assert all(torch.equal(p, kept) for p, kept in zip(parts.backbone.parameters(), before, strict=True))
-    module.main(["--icons", str(sample_path()), "--model", str(folder), "--count", "2", "--out", str(tmp_path / "o")])
+    module.main(["--icons", few_icons(), "--model", str(folder), "--count", "2", "--out", str(tmp_path / "o")])
     assert "| mid_block |" in capsys.readouterr().out and len([*(tmp_path / "o").iterdir()]) == 2

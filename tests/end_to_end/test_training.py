@@ -15,14 +15,14 @@ from condit.training.loop import Loop, LoopConfig
 from condit.weights.files import read_tensors, save_tensors
 from condit.weights.tiny import load_clip, load_tiny
 from condit.weights.vae import load_latent
-from condit_lab.icons.world import sample_path
 from condit_lab.training.adapters import STYLE_GAIN, StyleTask, TokenTask
 from condit_lab.training.clip import ClipTask
 from condit_lab.training.joint import JointTask
 from condit_lab.training.latent import LatentTask
 from condit_lab.training.text_to_image import TextToImageTask, training_times
+from few_icons import few_icons
 
-ICONS = str(sample_path())
+ICONS = few_icons()
 ONE_STEP = LoopConfig(steps=1, batch=8, precision="no", warmup=1, ema=0.0)
 
 

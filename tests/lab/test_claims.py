@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from condit_lab.icons.world import sample_path
 from condit_lab.training.adapters import TokenTask
 from condit_lab.training.token_variants import InDoubleBlocks, Variant
+from few_icons import few_icons
 
 FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
-ICONS = str(sample_path())
+ICONS = few_icons()
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import torch
 
 from condit.nn.attention import Call, attend
 from condit.training.deadiff import DEADiffTask
-from condit_lab.icons.world import IconWorld, sample_path
+from condit_lab.icons.world import IconWorld
+from few_icons import few_icons
 
 FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
-ICONS = str(sample_path())
+ICONS = few_icons()
 SCRIPTS = ("timing", "trials", "ip_variants", "claims_ip")
 
 

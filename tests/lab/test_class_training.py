@@ -31,7 +31,6 @@ from condit.weights.files import read_tensors, save_tensors
 from condit.weights.folders import WEIGHTS
 from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit
-from condit_lab.icons.world import sample_path
 from condit_lab.suites.class_claims import class_claims
 from condit_lab.suites.classes import (
     ACCURACY,
@@ -45,8 +44,9 @@ from condit_lab.suites.classes import (
     evaluate_classes,
 )
 from condit_lab.training.ship import copy_part
+from few_icons import few_icons
 
-ICONS = str(sample_path())
+ICONS = few_icons()
 ONE_STEP = LoopConfig(steps=1, batch=4, precision="no", warmup=1, ema=0.0)
 SIZES = {"hidden_size": 32, "depth": 2, "num_heads": 2}
 VIT = {"patch_size": 16, "dim": 32, "depth": 2, "heads": 2, "mlp_dim": 64}

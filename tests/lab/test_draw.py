@@ -1,6 +1,7 @@
 """Training of the embedded MM-DiT with transparency: data, code, optimiser, exact resume, export."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from condit.data.icon_sample import sample_path
-from condit_lab.draw import figures
+from condit_lab.draw import figures, train
 from condit_lab.draw.code import RgbaCode, to_planes, to_rgba
 from condit_lab.draw.data import Drawings, Mixture, from_icon_world
 from condit_lab.draw.export import export
@@ -32,16 +33,24 @@ MICRO = ModelConfig(
 @pytest.fixture(scope="module")
 def drawings() -> Drawings:
     world = from_icon_world(str(sample_path()))
-    train = [i for i, row in enumerate(world.rows) if row.split == "train"][::6]
-    held = [i for i, row in enumerate(world.rows) if row.split == "held-out"][:4]
-    return world.select(train + held)
+    trained = [i for i, row in enumerate(world.rows) if row.split == "train"][::6]
+    held_out = [i for i, row in enumerate(world.rows) if row.split == "held-out"][:4]
+    return world.select(trained + held_out)
+
+
+@pytest.fixture(autouse=True)
+def small_runs(monkeypatch):
+    """The code is fitted to 64 drawings, figures are of 8 and samples take 2 steps: a run's length is elsewhere."""
+    monkeypatch.setattr(train, "fit_code", partial(train.fit_code, n=64))
+    monkeypatch.setattr(figures, "make_probes", partial(figures.make_probes, sample=8))
+    monkeypatch.setattr(figures, "draw", partial(figures.draw, steps=2))
 
 
 def trainer(drawings: Drawings, out: Path, *, images: int, init: Path | None = None, **changes) -> Trainer:
-    train = TrainConfig(images=images, batch=4, micro_batch=2, warmup=2, averages=(0.9, 0.99), **changes)
+    config = TrainConfig(images=images, batch=4, micro_batch=2, warmup=2, averages=(0.9, 0.99), **changes)
     torch.use_deterministic_algorithms(True)
     try:
-        return Trainer(Recipe(model=MICRO, train=train), drawings, out, init=init)
+        return Trainer(Recipe(model=MICRO, train=config), drawings, out, init=init)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -174,13 +183,13 @@ def test_an_export_starts_another_run_and_the_count_of_images_goes_on(drawings, 
 
 
 def test_training_lowers_the_error_on_its_drawings_and_a_sheet_is_drawn(drawings, tmp_path):
-    run = trainer(drawings, tmp_path, images=400, log_every=5, figures_every=200)
+    run = trainer(drawings, tmp_path, images=160, log_every=5, figures_every=80)
     before = figures.errors(run.model, run.probes)
     run.run()
     after = figures.errors(run.model, run.probes)
     assert after["train_error_0.7"] < 0.9 * before["train_error_0.7"]
     assert {"train_wrong_words_0.9", "held_error_1.0"} <= set(after)
-    assert sorted(p.name for p in tmp_path.glob("sheet-*.png")) == ["sheet-000000200.png", "sheet-000000400.png"]
+    assert sorted(p.name for p in tmp_path.glob("sheet-*.png")) == ["sheet-000000080.png", "sheet-000000160.png"]
 
 
 def test_the_rate_warms_up_stays_and_falls(drawings, tmp_path):

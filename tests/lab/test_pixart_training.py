@@ -14,10 +14,10 @@ from condit.drawing.pipeline import Pipeline
 from condit.encoders.vae import encode_latents
 from condit.training.loop import Loop, LoopConfig
 from condit.weights import catalog
-from condit_lab.icons.world import sample_path
 from condit_lab.training.pixart import PROCESS, PixArtTask
+from few_icons import few_icons
 
-ICONS = str(sample_path())
+ICONS = few_icons()
 SMALL = PixArtConfig(
     num_attention_heads=2,
     attention_head_dim=64,

@@ -14,12 +14,12 @@ from condit.training.loop import Loop, LoopConfig
 from condit.training.plugins import added_tasks
 from condit.weights.catalog import TINY
 from condit.weights.tiny import UNET_INDEX
-from condit_lab.icons.world import sample_path
 from condit_lab.training import unet, unet_joint
 from condit_lab.training.unet import PROCESS, Silence, UNetTask
 from condit_lab.training.unet_joint import UNetJointTask
+from few_icons import few_icons
 
-ICONS, MODEL = str(sample_path()), str(TINY / "model")
+ICONS, MODEL = few_icons(), str(TINY / "model")
 QFORMER = {"layers": 1, "queries": 2, "hidden": 16}
 CONFIG = LoopConfig(steps=4, batch=4, lr=1e-3, precision="no", warmup=1, ema=0.0, decay=False, save_minutes=0.0)
 

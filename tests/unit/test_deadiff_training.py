@@ -20,7 +20,7 @@ from condit.training.loop import Loop, LoopConfig
 from condit.training.paired import Paired
 from condit.training.run import tasks
 from condit.weights.deadiff import to_published
-from condit_lab.icons.world import sample_path
+from few_icons import few_icons
 
 WIDTH = 12
 QFORMER = {"queries": 3, "layers": 2, "heads": 2, "hidden": 8}
@@ -236,7 +236,7 @@ def test_figures_and_sheet_of_held_out_pairs(make_task, folder):
 
 
 def test_the_icon_world_is_a_source(make_task):
-    task = make_task(pairs=None, icons=str(sample_path()))
+    task = make_task(pairs=None, icons=few_icons())
     batch: Paired = task.batch(random.Random(0), 2)
     assert batch.images.shape == (2, 3, 32, 48) and batch.references.shape == (2, 3, 16, 16)
 

@@ -17,9 +17,9 @@ from condit.training.denoising import errors, latents_of
 from condit.training.ip_adapter import IPAdapterData, IPAdapterTask
 from condit.training.loop import Loop, LoopConfig
 from condit.training.run import tasks
-from condit_lab.icons.world import sample_path
+from few_icons import few_icons
 
-ICONS = str(sample_path())
+ICONS = few_icons()
 CONFIG = {"steps": 4, "batch": 3, "lr": 1e-2, "precision": "no", "warmup": 1, "decay": False, "save_minutes": 0.0}
 
 

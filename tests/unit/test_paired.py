@@ -16,15 +16,15 @@ from condit.encoders.clip_patches import resize_antialiased
 from condit.encoders.text import Text
 from condit.training.paired import FolderSource, cropped
 from condit.weights.latent_models import Frame, tell_unet
-from condit_lab.icons.world import sample_path
 from condit_lab.training.icon_batches import IconSet
 from condit_lab.training.referenced import NAMELESS
 from condit_lab.training.sources import IconSource
+from few_icons import few_icons
 
 
 @pytest.fixture(scope="module")
 def source() -> IconSource:
-    return IconSource(IconSet.open(sample_path()), (64, 64), 32)
+    return IconSource(IconSet.open(few_icons()), (64, 64), 32)
 
 
 def test_icons_of_a_pair_share_what_their_kind_says_and_nothing_is_its_own_reference(source):
@@ -64,7 +64,7 @@ def test_captions_leave_to_the_reference_what_it_shows(source):
 
 
 def test_icons_without_pairs_are_told():
-    icons = IconSet.open(sample_path())
+    icons = IconSet.open(few_icons())
     alone = IconSet(icons.icons[:1], icons.concepts, icons.rgba[:1])
     with pytest.raises(ValueError, match="no style pair"):
         IconSource(alone, (64, 64), 32)
