@@ -13,6 +13,8 @@ from torch import Tensor
 import condit
 from condit.backbones.mmdit import MMDiTConfig
 from condit.weights.flux_names import DOUBLE, NORMS, SINGLE, WHOLE
+from flux_guests import dev, flux_pairs, ip_adapter, omini, pair, table  # noqa: F401  (fixtures of the guests' tests)
+from sd_guests import sd_pairs  # noqa: F401
 
 WORDS = "a red fox in the snow"  # all that its tokenizers know
 
@@ -247,13 +249,13 @@ def authors_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, path in WHOLE.items():
         for kind in ("weight", "bias"):
             take(path, dotted(name), kind)
-    for theirs, ours, table in (
+    for theirs, ours, paths_of in (
         ("double_blocks", "transformer_blocks", DOUBLE),
         ("single_blocks", "single_transformer_blocks", SINGLE),
     ):
         numbers = {n.split(".")[1] for n in tensors if n.startswith(f"{ours}.")}
         for i in numbers:
-            for name, paths in table.items():
+            for name, paths in paths_of.items():
                 for kind in ("weight", "bias"):
                     cut = [tensors[f"{ours}.{i}.{path}.{kind}"] for path in paths]
                     found[f"{theirs}.{i}.{dotted(name)}.{kind}"] = torch.cat(cut)
