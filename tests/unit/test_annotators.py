@@ -1,5 +1,7 @@
 """Edges follow what the eye sees, with and without alpha; every condition is three equal or three colour channels."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -165,3 +167,28 @@ def test_canny_equals_opencv_where_that_is_installed(kind):
     if kind == "photo":
         pixels = np.asarray(Image.fromarray(pixels[:8, :10]).resize((80, 64), Image.Resampling.BICUBIC))
     assert np.array_equal(canny_array(pixels), cv2.Canny(pixels, 100, 200))
+
+
+@pytest.mark.parametrize("size", [(150, 201), (64, 65)])
+def test_tiles_of_a_large_picture_give_the_lines_of_the_whole(size, monkeypatch):
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (size[0] // 6 + 1, size[1] // 6 + 1, 4), dtype=np.uint8))
+    pixels = np.asarray(small.resize(size[::-1], Image.Resampling.BICUBIC))
+    annotators = (edges_array, lambda p: canny_array(p[:, :, :3]), lambda p: np.asarray(soft_edges(p)))
+    whole = [annotate(pixels) for annotate in annotators]
+    monkeypatch.setattr("condit.data.annotators.TILE", 32)
+    for annotate, expected in zip(annotators, whole, strict=True):
+        assert expected.max() == 255
+        assert np.array_equal(annotate(pixels), expected)
+
+
+def test_edges_of_a_photograph_of_twelve_megapixels_need_little_memory():
+    """numpy's own arrays, as tracemalloc counts them; 1,300 MB for Canny before it worked in tiles."""
+    pixels = np.zeros((3000, 4000, 3), np.uint8)
+    pixels[1000:2000, 1000:3000] = 255
+    tracemalloc.start()
+    try:
+        assert canny_array(pixels).max() == 255
+        assert tracemalloc.get_traced_memory()[1] < 400e6
+    finally:
+        tracemalloc.stop()

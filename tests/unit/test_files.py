@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from condit.data.files import remove_temporaries
 from condit.weights.files import (
     arrays_in,
     atomic_write,
@@ -311,3 +312,22 @@ def test_half_and_missing_folders_are_told(tmp_path):
         open_folder(tmp_path / "half")
     with pytest.raises(FileNotFoundError, match="no folder at"):
         open_folder(tmp_path / "absent")
+
+
+def test_the_first_error_of_a_write_is_reported(tmp_path):
+    with pytest.raises(OSError, match="cannot write .*name too long"):
+        atomic_write(tmp_path / ("x" * 300), lambda path: path.write_text("a"))
+
+    def write(path: Path) -> None:
+        path.mkdir()  # the temporary file cannot be removed
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="no space left"):
+        atomic_write(tmp_path / "a", write)
+
+
+def test_files_of_killed_writers_are_removed_and_no_others(tmp_path):
+    for name in (".state.pt.0a1b2c3d.tmp", "state.pt", ".hidden", ".a.tmp"):
+        (tmp_path / name).touch()
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == [".a.tmp", ".hidden", "state.pt"]

@@ -252,3 +252,34 @@ def test_nan_never_becomes_a_picture():
 def test_a_relative_path_is_returned_as_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert save_image(Image.new("RGB", (4, 4)), "a.png") == Path("a.png")
+
+
+def test_a_jpeg_with_damaged_exif_is_read_again_and_again():
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4), "red").save(out, "JPEG", exif=exif)
+    for at in range(6, 40):  # the header of the EXIF data and its only tag
+        data = bytearray(out.getvalue())
+        data[data.index(b"Exif") + at] ^= 255
+        once = load_image(bytes(data))
+        assert load_image(once).size == once.size
+
+
+def test_open_files_are_read_from_their_start_as_often_as_needed(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(buffer, "PNG")  # and stands at its end
+    for _ in range(2):
+        assert load_image(buffer).getpixel((0, 0)) == (255, 0, 0)
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    with open(tmp_path / "a.png", "rb") as file:
+        assert load_image(file).size == (4, 4)
+    with pytest.raises(ValueError, match="larger than"):
+        load_image(buffer, max_bytes=10)
+    with open(tmp_path / "a.png", encoding="latin-1") as file, pytest.raises(ValueError, match="mode 'rb'"):
+        load_image(file)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a.png: it is a pipe or a device"):
+        load_image(tmp_path / "a.png")

@@ -1,11 +1,17 @@
 """Conditions computed from an image without a learned model: edges, soft edges, gray, blur. Most return PIL images."""
 
+from collections.abc import Callable, Iterator
+from typing import TypeAlias, cast
+
 import numpy as np
 from PIL import Image, ImageFilter
 
 from condit.data.images import ImageSource, load_image
 
 MID_GREY = 128
+TILE = 1024  # pixels
+
+Place: TypeAlias = tuple[slice, slice]
 
 
 def edges_array(pixels: np.ndarray, sigma: float = 1.0, low: float = 0.06, high: float = 0.15) -> np.ndarray:
@@ -17,10 +23,17 @@ def edges_array(pixels: np.ndarray, sigma: float = 1.0, low: float = 0.06, high:
 
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
         raise ValueError(f"expected uint8 (H, W, 3|4), found {pixels.dtype} {pixels.shape}")
-    rgb, alpha = _split(pixels)
-    lines = canny(_luma(rgb), sigma=sigma, low_threshold=low, high_threshold=high)
-    if alpha is not None:
-        outline = canny(alpha, sigma=sigma, low_threshold=low, high_threshold=high)
+
+    def lines_of(plane: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        # With one threshold there is no hysteresis, so a tile does not depend on the others.
+        weak, strong = (
+            _tiled(pixels, lambda tile, t=t: canny(plane(tile), sigma, t, t), round(4 * sigma) + 3) for t in (low, high)
+        )
+        return _hysteresis(weak > 0, strong > 0)
+
+    lines = lines_of(lambda tile: _luma(_split(tile)[0]))
+    if pixels.shape[2] == 4:
+        outline = lines_of(lambda tile: tile[:, :, 3] / 255)
         lines |= outline & ~_near(lines)  # a second line next to the first would be noise
     return lines.astype(np.uint8) * 255
 
@@ -41,9 +54,13 @@ def canny_array(pixels: np.ndarray, low: int = 100, high: int = 200) -> np.ndarr
     Unlike `edges_array`, it does not smooth, has thresholds on |dx| + |dy| of 3 x 3 Sobel sums, and uses each pixel's
     strongest channel, so that colours of equal luma have an edge. The published OminiControl adapter needs these lines.
     """
-    from skimage.measure import label
+    levels = _tiled(pixels, lambda tile: _maxima(tile, low, high), 2)
+    return _hysteresis(levels > 0, levels > 1).astype(np.uint8) * 255
 
-    p = np.pad(pixels.astype(np.int64), ((1, 1), (1, 1), (0, 0)), mode="edge")
+
+def _maxima(pixels: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Gradients (H, W, C) -> uint8 (H, W): 1 for a local maximum above `low`, 2 above `high`, 0 elsewhere."""
+    p = np.pad(pixels.astype(np.int32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows, columns = p[:-2] + 2 * p[1:-1] + p[2:], p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]
     dx, dy = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]
     strongest = (abs(dx) + abs(dy)).argmax(2)[..., None]
@@ -62,15 +79,46 @@ def canny_array(pixels: np.ndarray, low: int = 100, high: int = 200) -> np.ndarr
     along = np.where(falling, (size > at(-1, 1)) & (size > at(1, -1)), (size > at(-1, -1)) & (size > at(1, 1)))
     along = np.where(vertical, (size > at(-1, 0)) & (size >= at(1, 0)), along)
     along = np.where(horizontal, (size > at(0, -1)) & (size >= at(0, 1)), along)
-    thin = np.where(along, size, 0)
-    chains = np.asarray(label(thin > low, connectivity=2))
-    return np.isin(chains, np.unique(chains[thin > high])).astype(np.uint8) * 255
+    return ((size > low) & along).astype(np.uint8) + ((size > high) & along)
+
+
+def _hysteresis(weak: np.ndarray, strong: np.ndarray) -> np.ndarray:
+    """The chains of weak pixels that have a strong one, bool (H, W)."""
+    from scipy.ndimage import label
+
+    chains, count = cast("tuple[np.ndarray, int]", label(weak, np.ones((3, 3)), output=np.int32))
+    kept = np.zeros(count + 1, bool)
+    kept[chains[strong]] = True
+    kept[0] = False
+    return kept[chains]
+
+
+def _tiled(pixels: np.ndarray, compute: Callable[[np.ndarray], np.ndarray], halo: int) -> np.ndarray:
+    """compute(pixels), (H, W, C) -> (H, W) uint8, tile by tile: filters need up to 200 bytes a pixel. halo: how far, in
+    pixels, a result depends on its neighbours."""
+    result = np.empty(pixels.shape[:2], np.uint8)
+    for place, block, inside in _tiles(pixels, halo):
+        result[place] = compute(block)[inside]
+    return result
+
+
+def _tiles(pixels: np.ndarray, halo: int) -> Iterator[tuple[Place, np.ndarray, Place]]:
+    """For each tile its place, its pixels with those of the neighbours, and where the tile is in them."""
+    for y in range(0, pixels.shape[0], TILE):
+        for x in range(0, pixels.shape[1], TILE):
+            top, left = max(0, y - halo), max(0, x - halo)
+            inside = slice(y - top, y - top + TILE), slice(x - left, x - left + TILE)
+            yield (
+                (slice(y, y + TILE), slice(x, x + TILE)),
+                pixels[top : y + TILE + halo, left : x + TILE + halo],
+                inside,
+            )
 
 
 def lines_array(edges: np.ndarray) -> np.ndarray:
     """Edges (H, W), 255 on 0, as ink on paper: 0 on 255, three pixels wide. The embedded models are trained on icons,
     which contain no thin light lines on black."""
-    return np.where(_near(edges > MID_GREY), 0, 255).astype(np.uint8)
+    return np.where(_near(edges > MID_GREY), np.uint8(0), np.uint8(255))
 
 
 def lines(image: ImageSource, sigma: float = 1.0, low: float = 0.06, high: float = 0.15) -> Image.Image:
@@ -82,10 +130,14 @@ def soft_edges(image: ImageSource) -> Image.Image:
     """The largest Sobel gradient over the channels, its maximum scaled to 255; similar to HED."""
     from skimage.filters import sobel
 
-    rgb, alpha = _split(_pixels(image))
-    planes = [*np.moveaxis(rgb, 2, 0), *([] if alpha is None else [alpha])]
-    strength = np.max([sobel(plane) for plane in planes], axis=0)
-    return _rgb((strength / max(float(strength.max()), 1e-6) * 255).round().astype(np.uint8))
+    pixels = _pixels(image)
+
+    def strength(tile: np.ndarray) -> np.ndarray:
+        rgb, alpha = _split(tile)
+        return np.max([sobel(plane) for plane in (*np.moveaxis(rgb, 2, 0), *([] if alpha is None else [alpha]))], axis=0)
+
+    largest = max(float(strength(block)[inside].max()) for _, block, inside in _tiles(pixels, 1))
+    return _rgb(_tiled(pixels, lambda tile: (strength(tile) / max(largest, 1e-6) * 255).round(), 1))
 
 
 def gray(image: ImageSource) -> Image.Image:
@@ -111,8 +163,9 @@ def line_map(image: ImageSource) -> Image.Image:
 
 def _pixels(image: ImageSource) -> np.ndarray:
     """uint8 (H, W, 4) if a pixel is transparent, else (H, W, 3)."""
-    pixels = np.asarray(load_image(image, mode="RGBA"))
-    return pixels if pixels[:, :, 3].min() < 255 else pixels[:, :, :3]
+    picture = load_image(image, mode="RGBA")
+    opaque = picture.getchannel("A").getextrema() == (255, 255)
+    return np.asarray(picture.convert("RGB") if opaque else picture)
 
 
 def _split(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -130,9 +183,9 @@ def _luma(rgb: np.ndarray) -> np.ndarray:
 
 def _near(lines: np.ndarray) -> np.ndarray:
     """Pixels within one of a line, bool."""
-    padded = np.pad(lines, 1)
-    height, width = lines.shape
-    return np.any([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+    from scipy.ndimage import binary_dilation
+
+    return binary_dilation(lines, np.ones((3, 3)))
 
 
 def _rgb(plane: np.ndarray) -> Image.Image:

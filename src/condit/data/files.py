@@ -1,13 +1,25 @@
 """Atomic files: write a temporary file, fsync, rename. A crash or a full disk leaves the old file unchanged."""
 
+import contextlib
 import errno
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
+_NO_WAITING = getattr(os, "O_NONBLOCK", 0)  # opening a pipe without a writer would wait for one
 _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "the quota is used up", errno.EFBIG: "the file size limit is hit"}
+
+
+def read_bounded(path: str | Path, limit: int) -> bytes:
+    """The bytes of a file, one more than `limit` at most. Raises OSError, also for a pipe or a device, which could
+    block or never end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAITING)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device; expected a file")
+        return file.read(limit + 1)
 
 
 def temporary_path(path: Path, ending: str = "tmp") -> Path:
@@ -34,7 +46,7 @@ def write_error(error: OSError, path: Path) -> OSError:
     reason = _FULL.get(error.errno or 0)
     if reason is not None:
         text = f"{reason} while writing {path}; its old content is unchanged. Free some space or write elsewhere"
-    elif path.is_dir() and error.errno in (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY):
+    elif error.errno in (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY) and path.is_dir():
         text = f"{path} is a folder; pass a file"
     else:
         text = f"cannot write {path}: {error.strerror or error}"
@@ -57,8 +69,16 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> Path:
     except OSError as error:
         raise write_error(error, target) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            temporary.unlink(missing_ok=True)
     return Path(path)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Deletes the files that an atomic_write into this folder left when its process was killed."""
+    for path in folder.glob(".*.????????.tmp"):
+        if path.is_file():
+            path.unlink()
 
 
 def hash_file(path: str | Path) -> str:

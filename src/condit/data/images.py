@@ -7,17 +7,17 @@ import urllib.request
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeGuard, Union, cast
+from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias, TypeGuard, Union, cast
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from condit.data.files import atomic_write
+from condit.data.files import atomic_write, read_bounded
 
 if TYPE_CHECKING:  # importing torch takes seconds; a missing file should raise before that
     from torch import Tensor
 
-ImageSource: TypeAlias = Union[str, Path, bytes, Image.Image, np.ndarray, "Tensor"]
+ImageSource: TypeAlias = Union[str, Path, bytes, BinaryIO, Image.Image, np.ndarray, "Tensor"]
 ImageMode = Literal["RGB", "RGBA"]
 ImageFit = Literal["squash", "crop", "pad"]
 
@@ -26,6 +26,7 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 128_000_000
 WHITE = (255, 255, 255)
 _SAVE_AS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_ROTATING = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow looks for a rotation
 _URL_SECONDS = 20
 
 
@@ -38,7 +39,7 @@ def load_image(
     background: tuple[int, int, int] = WHITE,
     allow_url: bool = False,
 ) -> Image.Image:
-    """A new RGB or RGBA image from a path, bytes, a PIL image, a numpy array or a torch tensor.
+    """A new RGB or RGBA image from a path, bytes, an open binary file, a PIL image, a numpy array or a torch tensor.
 
     Arrays: numpy (H, W) or (H, W, 1|3|4), torch (H, W) or (1|3|4, H, W); uint8 in 0..255, bool, or float in 0..1.
     Files: the first frame of PNG, JPEG, WebP, GIF, BMP, TIFF. EXIF rotation is applied once, alpha put on `background`.
@@ -57,13 +58,28 @@ def load_image(
             "Scale it down first"
         )
     try:
-        image = ImageOps.exif_transpose(image)  # decodes, rotates and drops the tag: a second call changes nothing
+        image.load()
     except Exception as error:  # decoders raise many types on broken data
         raise ValueError(f"{name} is broken or truncated: {error}") from error
-    image = _eight_bit(image, name)
+    image = _eight_bit(_upright(image), name)
     if mode == "RGBA":
-        return image.convert("RGBA")
-    return _on_background(image.convert("RGBA"), background) if image.has_transparency_data else image.convert("RGB")
+        return image if image.mode == "RGBA" else image.convert("RGBA")
+    if image.has_transparency_data:
+        return _on_background(image.convert("RGBA"), background)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy, rotated as its EXIF data say, without these data, so that a second call changes nothing. Damaged data
+    rotate nothing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns once for each damaged tag
+            upright = ImageOps.exif_transpose(image)
+    except Exception:  # the parser raises many types on damaged data
+        upright = image.copy()
+    upright.info = {key: value for key, value in upright.info.items() if key not in _ROTATING}
+    return upright
 
 
 def _read_bytes(source: object, max_bytes: int, allow_url: bool) -> tuple[bytes, str]:
@@ -75,14 +91,20 @@ def _read_bytes(source: object, max_bytes: int, allow_url: bool) -> tuple[bytes,
     elif isinstance(source, str | Path):
         name = str(source)
         try:
-            with open(source, "rb") as file:
-                data = file.read(max_bytes + 1)
+            data = read_bounded(source, max_bytes)
         except FileNotFoundError:
             raise FileNotFoundError(f"no image at {name}") from None
         except IsADirectoryError:
             raise ValueError(f"{name} is a folder; expected an image file") from None
         except OSError as error:
             raise ValueError(f"cannot read {name}: {error.strerror or error}") from error
+    elif _is_file(source):
+        name = "the image file"
+        if source.seekable():
+            source.seek(0)  # as Pillow does: a buffer that was just written stands at its end
+        data = source.read(max_bytes + 1)
+        if not isinstance(data, bytes):
+            raise ValueError(f"{name} is open for text; open it with mode 'rb'")
     else:
         raise ValueError(f"an image is a path, bytes, a PIL image or an array; found {type(source).__name__}")
     if len(data) > max_bytes:
@@ -130,6 +152,10 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
 
 def _is_array(source: object) -> TypeGuard["np.ndarray | Tensor"]:
     return isinstance(source, np.ndarray) or hasattr(source, "detach")  # a torch tensor, without importing torch
+
+
+def _is_file(source: object) -> TypeGuard[BinaryIO]:
+    return hasattr(source, "read") and hasattr(source, "seekable")
 
 
 def _from_array(source: "np.ndarray | Tensor", name: str = "the array") -> Image.Image:
