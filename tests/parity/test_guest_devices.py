@@ -15,7 +15,7 @@ from condit.controls.control import Control
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiConfig, OminiControl
 from condit.interop import Guest, attach, flux, unet
-from device_cases import CURVE, HALF, seeded, shaken
+from device_cases import CURVE, HALF, example, seeded, shaken
 from pretend import CudaWatch, PretendDevice, Watch
 
 CONFIG = MMDiTConfig(
@@ -60,9 +60,13 @@ def omini_control(guest: Guest, picture: Any) -> Control:
     return OminiControl(lora, adapter.config, guest).control(picture, strength=0.6)
 
 
+def reference_only(guest: Guest, picture: Any) -> Control:
+    return example("reference_only").ReferenceOnly(picture, 0.6)
+
+
 GUESTS: dict[str, list[Callable[[Guest, Any], Control]]] = {
-    "flux": [ip_control, omini_control],
-    "sd15": [ip_control],
+    "flux": [ip_control, omini_control, reference_only],
+    "sd15": [ip_control, reference_only],
     "sdxl": [ip_control],
 }
 

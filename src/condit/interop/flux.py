@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
-from condit.controls.control import Control, Run, Step
-from condit.controls.host import Host
+from condit.controls.control import Apart, Control, Run, Step
 from condit.interop.lend import (
     Arguments,
+    BorrowedLinear,
     GuestPipeline,
     NativePipeline,
     Onloaded,
     PipelineFamily,
     StandIn,
+    inputs_of,
     levels_from,
     native,
     plain,
     refuse_kwargs,
+    with_layers,
 )
 from condit.nn.attention import Site
 from condit.nn.layers import RMSNorm
-from condit.nn.lora import Linear, LoRA
+from condit.nn.lora import LowRank
 from condit.nn.streams import Stream
 
 if TYPE_CHECKING:
@@ -68,25 +70,18 @@ class ControlledTransformer(StandIn):
     """Replaces a transformer and counts its predictions: in a step first the prompt's, then, if there are two, the
     negative prompt's."""
 
-    def __init__(self, native: nn.Module, controls: tuple[Control, ...], predictions: int, host: Any):
-        super().__init__(native)
+    def __init__(self, guest: GuestPipeline, controls: tuple[Control, ...], host: NativePipeline, predictions: int):
+        super().__init__(guest, controls, host, predictions)
         absent = tuple(c for c in (control.negative() for control in controls) if c is not None)
-        self.predictions, self.host = predictions, host
         self.sides: list[tuple[Control, ...]] = [controls, absent][:predictions]
-        self.levels: list[float] = []
-        self.backbone = borrow(native) if controls else None
-        self.calls = 0
+        self.backbone = borrow(self.native) if controls else None
 
     def forward(self, **kwargs: Any) -> Any:
         """The transformer's forward. `prepare` runs at each side's first prediction, when its prompt is known."""
-        index, side = divmod(self.calls, self.predictions)
-        self.calls += 1
+        index, side = self.count()
         if self.backbone is None:
             return self.native(**kwargs)
-        steps = self.host.num_timesteps
-        if index >= steps:
-            raise RuntimeError(f"{self.calls} predictions in {steps} steps: unsupported version of diffusers.")
-        inputs = FluxInputs(**kwargs)
+        inputs = inputs_of(FluxInputs, kwargs)
         with Onloaded(self.native):
             if self.calls == 1:
                 schedule = self.host.scheduler.timesteps.to(inputs.timestep.dtype) / 1000
@@ -94,7 +89,7 @@ class ControlledTransformer(StandIn):
             if index == 0:
                 run = run_of(self.backbone, inputs)
                 self.sides[side] = tuple(control.prepare(run) for control in self.sides[side])
-            step = Step(index, steps, self.levels[index])
+            step = Step(index, self.host.num_timesteps, self.levels[index])
             acting = [c for c in (control.at(step) for control in self.sides[side]) if c is not None]
             if acting:
                 return predict(self.backbone, inputs, acting)
@@ -103,20 +98,36 @@ class ControlledTransformer(StandIn):
 
 def predict(backbone: MMDiT, inputs: FluxInputs, acting: Sequence[Control]) -> Transformer2DModelOutput | tuple[Tensor]:
     """A prediction of condit's MM-DiT as diffusers' output, or as a tuple without return_dict."""
-    ids = without_batch(inputs.img_ids)
-    image = Stream(inputs.hidden_states, ids, inputs.timestep, inputs.pooled_projections, inputs.guidance)
-    out = backbone(
-        image,
-        inputs.encoder_hidden_states,
-        without_batch(inputs.txt_ids),
-        conditions=[stream for control in acting for stream in control.streams()],
-        controls=[*acting, BlockResiduals(residuals(backbone, inputs))],
-    )
+    out = run(backbone, inputs, [*acting, BlockResiduals(residuals(backbone, inputs))])
     if not inputs.return_dict:
         return (out,)
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
     return Transformer2DModelOutput(sample=out)
+
+
+def run(backbone: MMDiT, inputs: FluxInputs, controls: Sequence[Control]) -> Tensor:
+    """The velocity (B, N, C) that condit's MM-DiT predicts."""
+    ids = without_batch(inputs.img_ids)
+    image = Stream(inputs.hidden_states, ids, inputs.timestep, inputs.pooled_projections, inputs.guidance)
+    return backbone(
+        image,
+        inputs.encoder_hidden_states,
+        without_batch(inputs.txt_ids),
+        conditions=[stream for control in controls for stream in control.streams()],
+        controls=controls,
+    )
+
+
+def apart(backbone: MMDiT, inputs: FluxInputs) -> Apart:
+    """`Run.apart`: predictions under the prompt of these inputs, without the residuals of a ControlNet."""
+
+    def predict_apart(x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor:
+        x = ((1 - step.t) * x0 + step.t * noise).to(inputs.hidden_states.dtype)
+        level = torch.full_like(inputs.timestep, step.t)
+        return run(backbone, replace(inputs, hidden_states=x, timestep=level), controls)
+
+    return predict_apart
 
 
 def run_of(backbone: MMDiT, inputs: FluxInputs) -> Run:
@@ -126,7 +137,8 @@ def run_of(backbone: MMDiT, inputs: FluxInputs) -> Run:
     if grid[0] * grid[1] != len(ids):
         raise ValueError(f"{len(ids)} image tokens on a grid of {grid[0]} x {grid[1]}; expected a full grid.")
     batch, channels = len(inputs.hidden_states), backbone.config.in_channels
-    return Run(backbone, batch, grid, inputs.pooled_projections, inputs.guidance, channels)
+    shape = batch, grid, inputs.pooled_projections, inputs.guidance, channels
+    return Run(backbone, *shape, apart=apart(backbone, inputs))
 
 
 def without_batch(ids: Tensor) -> Tensor:
@@ -166,22 +178,14 @@ def residuals(backbone: MMDiT, inputs: FluxInputs) -> dict[str, Tensor]:
 # The transformer's layers
 
 
-class BorrowedFluxLinear(Linear):
-    """A `Linear` that calls a layer of diffusers' transformer: quantised, offloaded or with a LoRA of diffusers."""
+class BorrowedFluxLinear(BorrowedLinear):
+    """A layer of diffusers' transformer. A LoRA of diffusers acts on text and noisy image, not on conditions."""
 
-    def __init__(self, native: nn.Module, like: Linear):
-        nn.Module.__init__(self)  # no weights of its own
-        self.native, self.path = native, like.path
-        self.in_features, self.out_features = like.in_features, like.out_features
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}"
-
-    def forward(self, input: Tensor, lora: LoRA | None = None) -> Tensor:
+    def forward(self, input: Tensor, lora: LowRank | None = None) -> Tensor:
         if lora is None:
             return self.native(input)
-        # A condition uses the base layer and its own LoRA: a LoRA of diffusers acts on text and noisy image only. The
-        # official code does so in the layers that it adapts; in the others such a LoRA acts on conditions too.
+        # A condition uses the base layer and its own LoRA. The official code does so in the layers that it adapts; in
+        # the others a LoRA of diffusers acts on conditions too.
         y = self.base(input)
         delta = lora.delta(self.path, input)
         return y if delta is None else y + delta
@@ -199,13 +203,7 @@ def borrow(transformer: nn.Module) -> MMDiT:
     transformer = plain(transformer)
     with torch.device("meta"):
         backbone = MMDiT(config_of(transformer))
-    for path, module in list(backbone.named_modules()):
-        if isinstance(module, Linear | RMSNorm):
-            parent, _, name = path.rpartition(".")
-            layer = transformer.get_submodule(path)
-            borrowed = BorrowedFluxLinear(layer, module) if isinstance(module, Linear) else layer
-            backbone.get_submodule(parent).add_module(name, borrowed)
-    return backbone.eval()
+    return with_layers(backbone, transformer, BorrowedFluxLinear, (RMSNorm,))
 
 
 def config_of(transformer: nn.Module) -> MMDiTConfig:
@@ -231,8 +229,8 @@ def stand_in(
 ) -> ControlledTransformer:
     if controls:
         size = image_size(guest.pipe, arguments, guest.pixels)
-        controls = tuple(control.sized(size, cast("Host", guest)) for control in controls)
-    return ControlledTransformer(guest.network, controls, predictions_a_step(arguments), host)
+        controls = tuple(control.sized(size, guest) for control in controls)
+    return ControlledTransformer(guest, controls, host, predictions_a_step(arguments))
 
 
 def image_size(pipe: NativePipeline, arguments: Arguments, pixels: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from condit.data.images import ImageSource
 from condit.drawing.references import describe_source, read_references
 from condit.encoders.image import CLIPImage, ImageEncoder, TextTower
 from condit.encoders.text import Text
-from condit.encoders.vae import encode_tokens
+from condit.encoders.vae import encode_tokens, pack, scale_shift
 from condit.interop.flux import FLUX
 from condit.interop.lend import NativePipeline, PipelineFamily, call_arguments, classes, native, plain
 from condit.interop.unet import STABLE_DIFFUSION
@@ -87,11 +87,12 @@ class Guest:
         """diffusers' network, perhaps compiled."""
         return getattr(self.pipe, self.family.part)
 
-    def __call__(self, *args: object, controls: Sequence[Control] = (), **kwargs: object) -> Any:
-        """The pipeline's call, with its arguments and its result, and `controls` of adapters loaded for this guest.
+    def __call__(self, *args: object, controls: Sequence[Control] = (), **kwargs: Any) -> Any:
+        """The pipeline's call, with its own arguments and result, and `controls` of adapters loaded for this guest.
 
         n references serve n prompts. In the prediction for a negative prompt every control is its `negative()`.
-        ValueError for a control of another model, with group offloading, or on more than one device.
+        Raises TypeError for an argument that the pipeline does not have, ValueError for a control of another model,
+        with group offloading, or on more than one device.
         """
         pipe = self.pipe
         refuse_strangers(controls, self)
@@ -152,6 +153,16 @@ class Guest:
         images = images.to(self.pipe.vae.dtype)
         tokens = encode_tokens(self.pipe.vae, images, generator, sample=generator is not None).to(self.dtype)
         return tokens, (images.shape[-2] // self.pixels, images.shape[-1] // self.pixels)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> float32 latents as the network reads them: the mode of each posterior."""
+        vae = self.pipe.vae
+        scale, shift = scale_shift(vae)
+        # The images stay on the guest's device: an offloaded autoencoder is moved there by its hook.
+        modes = [vae.encode(image[None]).latent_dist.mode() for image in images.to(vae.dtype)]
+        latents = (torch.cat(modes).float() - shift) * scale
+        return pack(latents) if self.family.cells == 2 else latents
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:

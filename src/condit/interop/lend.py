@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.backbones.unet import UNet, UNetConfig
 from condit.controls.control import Control
+from condit.controls.host import Host
 from condit.encoders.vae import Autoencoder
+from condit.nn.lora import Linear, LowRank, Pointwise
 
-Arguments = Mapping[str, object]  # of a pipeline's call, by name
+# Arguments that diffusers' own signatures define, by name: of a pipeline's call, or of a network's forward.
+Arguments = Mapping[str, Any]
+Inputs = TypeVar("Inputs")
+Backbone = TypeVar("Backbone", MMDiT, UNet)
 
 
 class NativeNetwork(Protocol):
@@ -61,7 +66,7 @@ class NativePipeline(Protocol):
     def encode_prompt(self, **arguments: object) -> Sequence[Tensor]: ...
 
 
-class GuestPipeline(Protocol):
+class GuestPipeline(Host, Protocol):
     """The attributes of a `Guest` that families read."""
 
     @property
@@ -69,9 +74,6 @@ class GuestPipeline(Protocol):
 
     @property
     def network(self) -> nn.Module: ...
-
-    @property
-    def pixels(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,61 @@ class PipelineFamily:
 
 class StandIn(nn.Module):
     """Replaces a network during one call of a pipeline and has its attributes. It is a module because diffusers
-    determines its device from modules."""
+    determines its device from modules. predictions: how many there are in a step."""
 
-    def __init__(self, native: nn.Module):
+    def __init__(self, guest: GuestPipeline, controls: tuple[Control, ...], host: NativePipeline, predictions: int = 1):
         super().__init__()
-        self.native = native
+        self.native, self.host, self.controls = guest.network, host, controls
+        self.calls, self.predictions = 0, predictions
+        self.levels: list[float] = []
+
+    def count(self) -> tuple[int, int]:
+        """Counts a prediction: the number of its step, and its own in that step."""
+        self.calls += 1
+        index, part = divmod(self.calls - 1, self.predictions)
+        if self.controls and index >= self.host.num_timesteps:
+            raise RuntimeError(
+                f"{self.calls} predictions in {self.host.num_timesteps} steps: unsupported version of diffusers."
+            )
+        return index, part
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("native"), name)
+
+
+class BorrowedLinear(Linear):
+    """A `Linear` or `Pointwise` that calls a layer of diffusers' network: quantised, offloaded or with a LoRA of
+    diffusers. `convolution`: the layer is a 1 x 1 convolution on tokens (B, N, in)."""
+
+    def __init__(self, native: nn.Module, like: Linear | Pointwise):
+        nn.Module.__init__(self)  # no weights of its own
+        self.native, self.path, self.convolution = native, like.path, isinstance(like, Pointwise)
+        self.in_features, self.out_features = like.in_features, like.out_features
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+    def forward(self, input: Tensor, lora: LowRank | None = None) -> Tensor:
+        y = self.native(input.mT[..., None])[..., 0].mT if self.convolution else self.native(input)
+        delta = None if lora is None else lora.delta(self.path, input)
+        return y if delta is None else y + delta
+
+
+def with_layers(
+    backbone: Backbone, network: nn.Module, linear: type[BorrowedLinear], others: tuple[type[nn.Module], ...]
+) -> Backbone:
+    """A network of condit's whose layers are those of diffusers' network, which have the same names: linears inside
+    `linear`, modules of `others` as they are."""
+    for path, module in list(backbone.named_modules()):
+        if isinstance(module, (Linear, Pointwise, *others)):
+            parent, _, name = path.rpartition(".")
+            layer = network.get_submodule(path)
+            borrowed = linear(layer, module) if isinstance(module, Linear | Pointwise) else layer
+            backbone.get_submodule(parent).add_module(name, borrowed)
+    return backbone.eval()
 
 
 class Onloaded:
@@ -150,10 +196,25 @@ def classes(value: object) -> set[str]:
 
 
 def call_arguments(pipe: NativePipeline, args: Sequence[object], kwargs: Arguments) -> Arguments:
-    """The arguments of the pipeline's call by name, with its defaults. TypeError for an unknown one."""
-    call = inspect.signature(type(pipe).__call__).bind(pipe, *args, **kwargs)
+    """The arguments of the pipeline's call by name, with its defaults. Raises TypeError for an unknown one."""
+    signature = inspect.signature(type(pipe).__call__)
+    unknown = sorted(kwargs.keys() - signature.parameters.keys())
+    if unknown:
+        raise TypeError(f"{type(pipe).__name__} has no argument {', '.join(unknown)}. A guest takes its and controls=.")
+    call = signature.bind(pipe, *args, **kwargs)
     call.apply_defaults()
     return call.arguments
+
+
+def inputs_of(kind: type[Inputs], arguments: Arguments) -> Inputs:
+    """The arguments of a network's forward as a dataclass. Raises TypeError for those that it does not have."""
+    unknown = sorted(arguments.keys() - {field.name for field in fields(cast("Any", kind))})
+    if unknown:
+        raise TypeError(
+            f"This pipeline passes {', '.join(unknown)} to its network, which controls do not support. Call it without "
+            "controls, or use a version of diffusers that condit supports."
+        )
+    return kind(**arguments)
 
 
 def refuse_kwargs(name: str, kwargs: Mapping[str, object] | None) -> None:

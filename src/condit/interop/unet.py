@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from condit.backbones.unet import KeyValues, UNet, UNetConfig
-from condit.controls.control import Control, Run, Step
+from condit.controls.control import Apart, Control, Run, Step
 from condit.controls.wrap import sides
+from condit.diffusion.vp import add_noise, interpolate
 from condit.interop.lend import (
     Arguments,
+    BorrowedLinear,
     GuestPipeline,
     NativePipeline,
     Onloaded,
     PipelineFamily,
+    Scheduler,
     StandIn,
+    inputs_of,
     levels_from,
     native,
     plain,
     refuse_kwargs,
+    with_layers,
 )
-from condit.nn.lora import Linear, LowRank, Pointwise, sum_loras
+from condit.nn.lora import LowRank, sum_loras
 from condit.weights.stable_diffusion import unet_config
 
 if TYPE_CHECKING:
@@ -101,29 +107,30 @@ class ControlledUNet(StandIn):
     """Replaces a UNet, which predicts once a step for all sides of the guidance: the negative prompts' rows, then the
     prompts'. host: the pipeline of the call, with its number of steps and whether it is guided."""
 
-    def __init__(self, native: nn.Module, controls: tuple[Control, ...], host: NativePipeline):
-        super().__init__(native)
-        self.host, self.controls, self.calls = host, controls, 0
+    def __init__(self, guest: GuestPipeline, controls: tuple[Control, ...], host: NativePipeline):
+        super().__init__(guest, controls, host)
+        self.guest = guest
         self.sides: list[tuple[Control, ...]] = []
-        self.levels: list[float] = []
-        self.backbone = borrow(native) if controls else None
+        self.backbone = borrow(self.native) if controls else None
         self.cached: tuple[Tensor, KeyValues] | None = None  # the last states of `text`, and their keys and values
 
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
         """The UNet's forward. Controls are prepared at the first step, when the prompt is known."""
-        index = self.calls
-        self.calls += 1
+        index, _ = self.count()
         if self.backbone is None:
             return self.native(sample, timestep, encoder_hidden_states, **kwargs)
-        steps = self.host.num_timesteps
-        if index >= steps:
-            raise RuntimeError(f"{self.calls} predictions in {steps} steps: unsupported version of diffusers.")
-        inputs = UNetInputs(sample, timestep, encoder_hidden_states, **kwargs)
+        required = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+        inputs = inputs_of(UNetInputs, {**required, **kwargs})
+        if index == 0:
+            # Not before the loop, as image to image takes its size from the image. The autoencoder may replace the
+            # UNet on the device meanwhile.
+            size = sample.shape[-2] * self.guest.pixels, sample.shape[-1] * self.guest.pixels
+            self.controls = tuple(control.sized(size, self.guest) for control in self.controls)
         with Onloaded(self.native):
             if index == 0:
                 self.levels = levels_from(self.host.scheduler.timesteps, float(timestep))
-                self.sides = prepared(self.backbone, self.controls, inputs, self.host.do_classifier_free_guidance)
-            step = Step(index, steps, self.levels[index] / self.host.scheduler.config["num_train_timesteps"])
+                self.sides = prepared(self.backbone, self.controls, inputs, self.host)
+            step = Step(index, self.host.num_timesteps, self.levels[index] / train_steps(self.host.scheduler))
             acting = [[c for c in (control.at(step) for control in side) if c is not None] for side in self.sides]
             if any(acting):
                 return predict(self.backbone, inputs, acting, self.text)
@@ -137,15 +144,20 @@ class ControlledUNet(StandIn):
         return self.cached[1]
 
 
+def train_steps(scheduler: Scheduler) -> int:
+    return scheduler.config["num_train_timesteps"]
+
+
 def prepared(
-    backbone: UNet, controls: Sequence[Control], inputs: UNetInputs, guided: bool
+    backbone: UNet, controls: Sequence[Control], inputs: UNetInputs, host: NativePipeline
 ) -> list[tuple[Control, ...]]:
     """The controls of each side of the guidance for a run."""
     absent = [c for c in (control.negative() for control in controls) if c is not None]
-    parts: list[Sequence[Control]] = [absent, controls] if guided else [controls]
+    parts: list[Sequence[Control]] = [absent, controls] if host.do_classifier_free_guidance else [controls]
     batch, memory, result = len(inputs.sample) // len(parts), {}, []
     for i, part in enumerate(parts):
-        run = run_of(backbone, inputs.rows(slice(i * batch, (i + 1) * batch)), memory)
+        rows = inputs.rows(slice(i * batch, (i + 1) * batch))
+        run = replace(run_of(backbone, rows, memory), apart=apart(backbone, rows, host.scheduler))
         result.append(tuple(control.prepare(run) for control in part))
     return result
 
@@ -157,6 +169,28 @@ def run_of(backbone: UNet, inputs: UNetInputs, memory: dict) -> Run:
     grid = int(x.shape[-2]), int(x.shape[-1])
     shape = len(x), grid, pooled, None, backbone.config.out_channels
     return Run(backbone, *shape, memory=memory)  # type: ignore[arg-type]  # a UNet takes no streams, so it has no prefill
+
+
+def apart(backbone: UNet, inputs: UNetInputs, scheduler: Scheduler) -> Apart:
+    """`Run.apart`: predictions under the prompt of these inputs, without the residuals of a ControlNet. A UNet of
+    inpainting sees the mask and the masked image of the call."""
+    inputs = replace(inputs, down_block_additional_residuals=None, mid_block_additional_residual=None)
+    given = inputs.sample[:, backbone.config.out_channels :]
+    text = cache(lambda: backbone.text_keys_values(inputs.encoder_hidden_states))
+    levels: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
+    table = None if levels is None else levels.cpu().double()  # read once: reading it in a step would wait
+
+    def predict_apart(x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor:
+        if table is None:
+            raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod, which a separate prediction needs.")
+        time = step.t * train_steps(scheduler)
+        # Networks read sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise whatever the unit of the scheduler's latents.
+        x = add_noise(x0, noise, interpolate(table, torch.tensor([time], dtype=torch.float64))[0])
+        x = torch.cat([x.to(given), given], 1)
+        level = torch.full((), time, device=x.device)
+        return run(backbone, replace(inputs, sample=x, timestep=level), text(), None, controls)
+
+    return predict_apart
 
 
 def predict(
@@ -197,36 +231,12 @@ def run(
 # The UNet's layers
 
 
-class BorrowedUNetLinear(Linear):
-    """A `Linear` or `Pointwise` that calls a layer of diffusers' UNet: quantised, offloaded or with a LoRA of
-    diffusers. `convolution`: the layer is a 1 x 1 convolution on tokens (B, N, in)."""
-
-    def __init__(self, native: nn.Module, like: Linear | Pointwise):
-        nn.Module.__init__(self)  # no weights of its own
-        self.native, self.path, self.convolution = native, like.path, isinstance(like, Pointwise)
-        self.in_features, self.out_features = like.in_features, like.out_features
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}"
-
-    def forward(self, input: Tensor, lora: LowRank | None = None) -> Tensor:
-        y = self.native(input.mT[..., None])[..., 0].mT if self.convolution else self.native(input)
-        delta = None if lora is None else lora.delta(self.path, input)
-        return y if delta is None else y + delta
-
-
 def borrow(unet: nn.Module) -> UNet:
     """condit's UNet with the layers of diffusers' UNet, whose names are the same."""
     unet = plain(unet)
     with torch.device("meta"):
         backbone = UNet(config_of(unet))
-    for path, module in list(backbone.named_modules()):
-        if isinstance(module, Linear | Pointwise | nn.Conv2d | nn.GroupNorm | nn.LayerNorm):
-            parent, _, name = path.rpartition(".")
-            layer = unet.get_submodule(path)
-            borrowed = BorrowedUNetLinear(layer, module) if isinstance(module, Linear | Pointwise) else layer
-            backbone.get_submodule(parent).add_module(name, borrowed)
-    return backbone.eval()
+    return with_layers(backbone, unet, BorrowedLinear, (nn.Conv2d, nn.GroupNorm, nn.LayerNorm))
 
 
 def config_of(unet: nn.Module) -> UNetConfig:
@@ -248,7 +258,7 @@ def stand_in(
 ) -> ControlledUNet:
     if controls:
         refuse_changed(guest.network)
-    return ControlledUNet(guest.network, controls, host)
+    return ControlledUNet(guest, controls, host)
 
 
 def refuse_changed(unet: nn.Module) -> None:
