@@ -1,7 +1,7 @@
 """What every control keeps (docs/architecture.md, section 5), over one table of controls on a random MM-DiT."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -10,54 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from condit.controls.control import Control, Run, Step, When
-from condit.controls.ip_adapter import IPAdapter
-from condit.controls.omini import OminiControl
-from condit.drawing.pipeline import Pipeline
 from condit.nn.streams import Stream, grid_ids
-
-PROMPTS = ["a fox", "a rocket", "snow", "an apple"]
-
-
-@dataclass(frozen=True)
-class World:
-    pipe: Pipeline
-    ip: IPAdapter
-    joint: OminiControl
-    cached: OminiControl
-    filling: OminiControl
-    filling_cached: OminiControl
-
-    def controls(self, name: str, references, **how) -> list[Control]:
-        return [getattr(self, part).control(references, **how) for part in TABLE[name]]
-
-    def draw(self, controls: Sequence[Control] = (), prompts: str | list[str] = "a fox", **how) -> Tensor:
-        given = {"seed": 0, "output_type": "latent", **how}
-        return self.pipe(prompts, controls=controls, **given).images
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        return [self.pipe.backbone, self.pipe.parts.vae, self.ip, self.joint, self.cached]
-
-
-TABLE = {
-    "ip": ("ip",),
-    "omini_joint": ("joint",),
-    "omini_cached": ("cached",),
-    "all": ("ip", "joint", "cached"),
-}
-every_control = pytest.mark.parametrize("name", TABLE)
-
-
-@pytest.fixture(scope="module")
-def make_world(make_pipe, make_ip, make_omini) -> Callable[..., World]:
-    def make(**config) -> World:
-        pipe = make_pipe(**config)
-        left = {"independent": True, "delta": (0, -6)}
-        joint, cached = make_omini(pipe, seed=6), make_omini(pipe, seed=7, **left)
-        filling = [make_omini(pipe, seed=8, independent=independent) for independent in (False, True)]
-        return World(pipe, make_ip(pipe), joint, cached, *filling)
-
-    return make
+from worlds import LEFT_HALF, PROMPTS, TABLE, World, close, every_control
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +25,12 @@ def small_world(make_world) -> World:
     return make_world(blocks=1)
 
 
-@pytest.fixture(scope="module")
-def references(pictures) -> list[np.ndarray]:
-    return pictures(4)
-
-
 def weights(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [value.clone() for module in modules for value in module.state_dict().values()]
 
 
 def all_equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def close(found: Tensor, expected: Tensor, atol: float) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
 @every_control
@@ -191,13 +136,6 @@ def test_image_guidance_equal_to_the_text_guidance_changes_nothing(world, refere
     close(apart, together, atol=1e-4)  # u + s (t - u) + s (c - t) rounds otherwise than u + s (c - u)
 
 
-# Caches and order
-
-
-LEFT_HALF = np.zeros((32, 48), np.uint8)
-LEFT_HALF[:, :24] = 255
-
-
 @pytest.mark.parametrize("beside", [None, {}, {"text_bias": False, "strength": 0.5}])
 @pytest.mark.parametrize(
     "how",
@@ -257,74 +195,6 @@ def test_a_region_acts_more_inside_than_outside(world, references, name):
     change = (world.draw([control], num_inference_steps=1) - world.draw(num_inference_steps=1)).abs()
     cells = change.unflatten(1, (4, 6)).mean((0, 1, 3))
     assert cells[:3].mean() > 2 * cells[3:].mean()
-
-
-# A picture of which only a part is drawn
-
-
-DRAWN = torch.zeros(4, 6, dtype=torch.bool)
-DRAWN[1:3, 2:6] = True
-every_fill = pytest.mark.parametrize("name", ["filling", "filling_cached"])
-
-
-@every_fill
-def test_known_cells_come_back_as_encoded_and_the_others_are_drawn(world, references, name):
-    control = getattr(world, name).control(references[0], fill=DRAWN)
-    drawn = world.draw([control])
-    given, _ = world.pipe.encode_condition(world.pipe.read_images(references[0], None))
-    flat = DRAWN.flatten()
-    assert torch.equal(drawn[:, ~flat], given[:, ~flat])
-    assert (drawn[:, flat] - given[:, flat]).abs().min() > 0
-
-
-@every_fill
-def test_what_stood_in_the_drawn_cells_does_not_matter(world, references, name):
-    control = getattr(world, name).control(references[0], fill=DRAWN)
-    other = control.whole.tokens + DRAWN.flatten()[:, None]
-    same = replace(control, whole=replace(control.whole, tokens=other))
-    assert torch.equal(world.draw([same]), world.draw([control]))
-
-
-@every_fill
-def test_the_known_cells_act_on_the_drawn_ones(world, references, name):
-    adapter = getattr(world, name)
-    seen, other, unseen = (
-        world.draw([adapter.control(references[i], fill=DRAWN, strength=s)])[:, DRAWN.flatten()]
-        for i, s in ((0, 1.0), (1, 1.0), (0, 0.0))
-    )
-    assert (seen - unseen).abs().max() > 1e-3 and (seen - other).abs().max() > 1e-3
-
-
-@every_fill
-def test_a_filled_row_of_a_batch_equals_its_single_run(world, references, name):
-    adapter, beside = getattr(world, name), world.ip
-    both = [adapter.control(references[:2], fill=DRAWN), beside.control(references[2], mask=LEFT_HALF)]
-    alone = [adapter.control(references[1], fill=DRAWN), beside.control(references[2], mask=LEFT_HALF)]
-    batch = world.draw(both, PROMPTS[:2], seed=10)
-    close(batch[1:], world.draw(alone, PROMPTS[1], seed=11), atol=1e-4)
-
-
-def test_the_sequence_holds_each_cell_once_where_it_stands(world, references):
-    seen = []
-    hook = world.pipe.backbone.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append((args[0], kwargs["conditions"])), with_kwargs=True
-    )
-    # Another control's region follows the cells: it has as many weights as there are cells to draw.
-    controls = [world.filling.control(references[0], fill=DRAWN), world.ip.control(references[1], mask=LEFT_HALF)]
-    world.draw(controls, num_inference_steps=1)
-    hook.remove()
-    image, (condition,) = seen[0]
-    flat, ids = DRAWN.flatten(), grid_ids(4, 6)
-    assert torch.equal(image.ids, ids[flat]) and torch.equal(condition.ids, ids[~flat])
-    canvas = world.pipe.encode_text(["a fox"]).canvas
-    assert torch.equal(image.tokens[..., 16:], canvas[:, flat])  # the text's canvas follows the cells too
-    whole = world.pipe.noise(world.pipe.layout(1, (32, 48)), [torch.Generator().manual_seed(0)])(torch.empty(0))
-    assert torch.equal(image.tokens[..., :16], whole[:, flat])  # a seed means the same noise in the same cell
-
-
-def test_a_filled_cache_equals_the_uncached_condition(world, references):
-    cached, uncached = (world.filling_cached.control(references[0], fill=DRAWN, cached=c) for c in (None, False))
-    close(world.draw([cached]), world.draw([uncached]), atol=1e-5)
 
 
 # The backbone's forward

@@ -2,18 +2,13 @@
 the comparison that `condit verify` makes with recorded ones.
 """
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+import plain
+import plain_diffusion
 from condit_lab.parity import fixtures
-
-sys.path.insert(0, str(Path(__file__).parent))
-import plain  # noqa: E402  # the tests are no package
-
-sys.path.pop(0)
 
 DIT = {
     "input_size": 8,
@@ -71,7 +66,7 @@ def test_losses_statistics_and_samplers_equal_the_plain_ones(other, respacing, s
     config, folder = {**DIT, **other}, tmp_path / "dit"
     weights = plain.write_dit(folder, "model_x", config, seed=5)
     variants = {k: {**options, "learn_sigma": config["learn_sigma"]} for k, options in LOSSES.items()}
-    plain.write_diffusion(
+    plain_diffusion.write_diffusion(
         folder, "diffusion_x", "model_x", config, weights, variants=variants, respacing=respacing, scale=scale, seed=7
     )
     assert_all_equal("dit", tmp_path, rows=5)
@@ -83,7 +78,7 @@ def test_the_plain_fixtures_tell_a_wrong_loss_sampler_or_option(tmp_path):
     weights = plain.write_dit(folder, "model_x", config, seed=5)
     right = {"learn_sigma": False}
     for spoilt, checks in (({"sigma_small": True}, 2), ({"predict_xstart": True}, 3)):
-        plain.write_diffusion(
+        plain_diffusion.write_diffusion(
             folder, "diffusion_x", "model_x", config, weights,
             variants={"default": {**right, **spoilt}}, respacing="4", scale=1.5, seed=7,
         )  # fmt: skip
@@ -95,7 +90,7 @@ def test_the_plain_fixtures_tell_a_wrong_loss_sampler_or_option(tmp_path):
 
 
 def test_schedules_respacings_and_positions_equal_the_plain_ones(tmp_path):
-    plain.write_schedules(
+    plain_diffusion.write_schedules(
         tmp_path / "dit", ("7", "100", "1000", "ddim10", "ddim100", "20,10", "3,1,4,1", "334,333,333")
     )
     plain.write_positions(tmp_path / "dit", [{"grid": 1, "dim": 8}, {"grid": 5, "dim": 20}, {"grid": 32, "dim": 16}])
@@ -115,7 +110,7 @@ def test_schedules_respacings_and_positions_equal_the_plain_ones(tmp_path):
 def test_a_diffit_of_other_sizes_and_guidance_equals_the_plain_one(other, guidance, cases, respacing, tmp_path):
     told = [{"scale": scale, "power": power} for scale, power in cases]
     config = {**DIT, **other}
-    plain.write_diffit(
+    plain_diffusion.write_diffit(
         tmp_path / "diffit", "latent_x", config, seed=11, guidance=guidance, cases=told, respacing=respacing
     )
     assert_all_equal("diffit", tmp_path, rows=4)

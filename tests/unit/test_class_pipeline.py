@@ -1,79 +1,29 @@
-"""class_pipeline.py, classifier.py, class_models.py: class-conditional generation and classification."""
+"""drawing/classes.py: class-conditional generation with DiT and DiffiT."""
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import condit
-from condit.backbones.diffit import DiffiT, DiffiTConfig
-from condit.backbones.dit import DiT, DiTConfig
-from condit.backbones.vit import FLAVOURS, ViT, ViTConfig
+from class_models import DIFFIT, DIT, NAMES, draw, write, write_vae
+from condit.backbones.diffit import DiffiT
 from condit.controls.control import Control, Step
 from condit.diffusion.gaussian import gaussian
 from condit.diffusion.gaussian_samplers import ancestral
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
 from condit.diffusion.steps import by_timestep, image_noise
-from condit.drawing.classes import ClassModel
-from condit.drawing.classifier import ViTPipeline, prepare
 from condit.drawing.pipeline import Pipeline, Result
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.nn.attention import Attend, Call
-from condit.weights.class_models import ClassParts, Preprocess, read_preprocess, write_labels
-from condit.weights.diffit import save_diffit
-from condit.weights.dit import save_dit
-from condit.weights.files import read_metadata, read_tensors, save_tensors
+from condit.weights.files import save_tensors
 from condit.weights.folders import WEIGHTS
-from condit.weights.load import kind_of_tensors
-from condit.weights.vit import save_vit
-
-DIT = DiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=4, num_classes=5)
-DIFFIT = DiffiTConfig(input_size=4, hidden_size=32, depth=1, num_heads=4, num_classes=5)
-VIT = ViTConfig(patch_size=4, image_size=16, dim=24, depth=1, heads=3, mlp_dim=32, classes=5)
-NAMES = ["tench", "golden retriever", "red fox", "snail", "valley"]
-
-
-def randomise(model: nn.Module, scale: float = 0.1) -> None:
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(scale * torch.randn(parameter.shape, generator=g))
-
-
-def write(folder: Path, config: DiTConfig | DiffiTConfig = DIT, names: list[str] | None = NAMES) -> Path:
-    """A random model as a safetensors file, with the names of its classes beside it."""
-    path = folder / "model.safetensors"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # whatever tests ran before
-        model = DiT(config) if isinstance(config, DiTConfig) else DiffiT(config)
-    randomise(model)
-    if isinstance(model, DiT):
-        save_dit(model, path)
-    else:
-        save_diffit(model, path, indices=True)
-    if names is not None:
-        write_labels(path, names)
-    return path
-
-
-def write_vae(folder: Path) -> Path:
-    """A random AutoencoderKL of 4 channels whose latents have an eighth of the pixels."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = AutoencoderKL(**blocks, block_out_channels=[4] * 4, norm_num_groups=2, latent_channels=4)  # type: ignore[arg-type]
-    vae.save_pretrained(folder / "vae")
-    return folder / "vae"
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +42,6 @@ def pipe(home) -> Pipeline:
 @pytest.fixture(scope="module")
 def diffit(tmp_path_factory) -> Pipeline:
     return condit.load(write(tmp_path_factory.mktemp("diffit"), DIFFIT))
-
-
-def draw(pipe: Pipeline, label: Any = 1, **how) -> Tensor:
-    return pipe(label, **{"seed": 0, "num_inference_steps": 3, "output_type": "latent", **how}).images
 
 
 # Drawing
@@ -399,215 +345,3 @@ def test_the_patch_autoencoder_of_condit_serves_too(tmp_path):
     save_tensors(tmp_path / "vae" / WEIGHTS, PatchAutoencoder(config).state_dict())
     (tmp_path / "vae" / "config.json").write_text(json.dumps(asdict(config)))
     assert draw(condit.load(write(tmp_path)), output_type="pt").shape == (1, 3, 16, 16)
-
-
-# Loading
-
-
-def test_a_published_name_stands_for_its_file_in_the_models_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
-    (tmp_path / "models").mkdir()
-    with pytest.raises(FileNotFoundError, match="DiT-XL-2-256x256.pt is expected in .*facebookresearch/DiT.*its path"):
-        condit.load("dit-xl-2-256")
-    model = DiT(DiTConfig(input_size=4, hidden_size=384, depth=1, num_heads=6))  # a published width tells the heads
-    save_dit(model, tmp_path / "models" / "DiT-XL-2-256x256.pt")
-    found = condit.load("dit-xl-2-256")
-    assert (
-        isinstance(found, Pipeline) and found.name == "dit-xl-2-256" and cast("ClassModel", found.model).classes == 1000
-    )
-    assert cast("ClassModel", found.model).index("golden retriever") == 207
-    write(tmp_path, DIFFIT).rename(tmp_path / "models" / "diffit_512.safetensors")
-    assert isinstance(condit.load("diffit-512").backbone, DiffiT)
-
-
-def test_the_tensors_tell_every_layout_of_dit(tmp_path):
-    model = DiT(DIT)
-    randomise(model)
-    save_dit(model, tmp_path / "dit" / "transformer", layout="diffusers")
-    save_dit(model, tmp_path / "dit.safetensors")
-    folder, file = condit.load(tmp_path / "dit"), condit.load(tmp_path / "dit.safetensors")
-    assert torch.equal(draw(folder, 2), draw(file, "2")) and folder.labels is None
-    with pytest.raises(ValueError, match="came without class names"):
-        draw(folder, "tench")
-
-
-@pytest.mark.parametrize("place", ["sidecar", "folder", "config", "model_index", "metadata"])
-def test_class_names_are_found_beside_the_weights(place, tmp_path):
-    path = write(tmp_path, names=None)
-    numbered = {str(i): name for i, name in enumerate(NAMES)}
-    if place == "sidecar":
-        write_labels(path, NAMES)
-    elif place == "folder":
-        write_labels(tmp_path, NAMES)
-    elif place == "metadata":
-        save_file(read_tensors(path), path, {**read_metadata(path), "labels": json.dumps(NAMES)})
-    else:
-        text = json.dumps({"id2label": numbered})
-        (tmp_path / ("config.json" if place == "config" else "model_index.json")).write_text(text)
-    for source in (
-        (path, tmp_path) if place not in ("folder", "sidecar") else (path if place == "sidecar" else tmp_path,)
-    ):
-        assert condit.load(source).model.index("red fox") == 2
-
-
-def test_too_few_class_names_are_told(tmp_path):
-    with pytest.raises(ValueError, match=r"model.labels.json has 2 class names, none for 2; the model has 5"):
-        condit.load(write(tmp_path, names=NAMES[:2]))
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("blocks.0.attn.qkv_temb.weight", "diffit"),
-        ("module.blocks.3.adaLN_modulation.1.weight", "dit"),
-        ("encoder.0.blocks.0.block.attn.qkv_temb.weight", "diffit-image"),
-        ("final_layer.adaLN_modulation.1.weight", None),  # FLUX of its authors, whose blocks have other names
-        ("down_blocks.0.attentions.0.proj_in.weight", None),
-    ],
-)
-def test_only_class_models_are_recognised(name, kind):
-    assert kind_of_tensors([name]) == kind
-
-
-def test_a_file_of_something_else_is_told_with_a_guess(tmp_path):
-    save_file({"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, tmp_path / "unet.safetensors")
-    with pytest.raises(ValueError, match="It looks like a UNet of diffusers.*dit-xl-2-256"):
-        condit.load(tmp_path / "unet.safetensors")
-
-
-def test_an_autoencoder_is_for_models_that_draw_classes(tmp_path):
-    with pytest.raises(ValueError, match="vae= is for DiT and DiffiT"):
-        condit.load("tiny", vae=tmp_path)
-
-
-# Telling classes
-
-
-def write_vit(folder: Path, layout: Any = "transformers", config: ViTConfig = VIT) -> Path:
-    config = replace(config, flavour=FLAVOURS["jax" if layout == "npz" else layout])
-    model = ViT(config)
-    randomise(model)
-    name = {"npz": "vit.npz", "timm": "vit.safetensors", "transformers": "vit"}[layout]
-    return save_vit(folder / name, config, model.state_dict(), layout=layout)
-
-
-@pytest.fixture
-def vit(tmp_path) -> ViTPipeline:
-    folder = write_vit(tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    config["id2label"] = {str(i): name for i, name in enumerate(NAMES)}
-    (folder / "config.json").write_text(json.dumps(config))
-    return condit.load(folder)
-
-
-def test_classes_are_those_of_the_logits_under_the_names_of_the_folder(vit, pictures):
-    images = pictures(2)
-    with torch.no_grad():
-        expected = vit.model(vit.preprocess(images)).softmax(-1)
-    found = vit.classify(images, top_k=3)
-    assert [len(row) for row in found] == [3, 3]
-    for row, probabilities in zip(found, expected, strict=True):
-        assert [p.index for p in row] == probabilities.topk(3).indices.tolist()
-        assert [p.label for p in row] == [NAMES[p.index] for p in row]
-        assert [p.probability for p in row] == probabilities.topk(3).values.tolist()
-    assert vit.classify(images[0], top_k=99) == vit.classify([images[0]]) and len(vit.classify(images[0])[0]) == 5
-
-
-def test_features_are_the_tokens_of_the_model(vit, pictures):
-    found = vit.features(pictures(2))
-    assert found.patches.shape == (2, 16, 24) and found.cls is not None and found.cls.shape == (2, 24)
-    with torch.no_grad():
-        assert torch.equal(found.cls, vit.model.features(vit.preprocess(pictures(2))).cls)
-
-
-def test_placeholder_names_count_as_none_and_a_thousand_classes_as_imagenet(tmp_path, pictures):
-    bare = condit.load(write_vit(tmp_path / "a"))
-    assert bare.labels is None and bare.classify(pictures(1))[0][0].label.isdecimal()
-    named = condit.load(write_vit(tmp_path / "b", config=replace(VIT, classes=1000)))
-    assert named.label(207) == "golden retriever"
-
-
-@pytest.mark.parametrize("layout", ["npz", "timm"])
-def test_other_layouts_are_recognised_too(layout, tmp_path, pictures, monkeypatch):
-    path = write_vit(tmp_path, layout)
-    assert len(condit.load(path).classify(pictures(1))[0]) == 5
-    if layout == "npz":
-        monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
-        (tmp_path / "models").mkdir()
-        path.rename(tmp_path / "models" / "ViT-B_16.npz")
-        assert isinstance(condit.load("vit-b-16"), ViTPipeline)
-
-
-def test_a_headless_vit_gives_features_only(tmp_path, pictures):
-    bare = condit.load(write_vit(tmp_path, config=replace(VIT, classes=0)))
-    assert bare.features(pictures(1)).patches.shape == (1, 16, 24)
-    with pytest.raises(ValueError, match="has no head"):
-        bare.classify(pictures(1))
-
-
-def test_wrong_arguments_of_a_classifier_are_told(vit, pictures):
-    with pytest.raises(ValueError, match="top_k must be at least 1; found 0"):
-        vit.classify(pictures(1), top_k=0)
-    with pytest.raises(ValueError, match="No image in the list"):
-        vit.classify([])
-
-
-# Preprocessing
-
-
-def test_transformers_preprocessing_equals_its_image_processor(tmp_path, pictures):
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-    picture = Image.fromarray(pictures(1)[0]).resize((37, 29))
-    for fields in ({}, {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 3}):
-        processor = ViTImageProcessorPil(size={"height": 16, "width": 16}, **fields)
-        folder = write_vit(tmp_path / str(len(fields)))
-        processor.save_pretrained(folder)
-        expected = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"])
-        torch.testing.assert_close(condit.load(folder).preprocess(picture), expected, rtol=0, atol=1e-5)
-
-
-def test_the_authors_squash_without_smoothing_and_timm_crops_the_middle():
-    stripes = np.zeros((32, 32, 3), np.uint8)
-    stripes[::4] = 255
-    jax = Preprocess((8, 8), Image.Resampling.BILINEAR, antialias=False)
-    found = prepare(Image.fromarray(stripes), jax)
-    assert torch.equal(found, -torch.ones(3, 8, 8))  # rows 1.5, 5.5, ... stand between the stripes
-    timm = Preprocess((20, 20), Image.Resampling.BICUBIC, crop=0.5)
-    wide = Image.fromarray(np.arange(80 * 40 * 3, dtype=np.uint32).reshape(40, 80, 3).astype(np.uint8))
-    cut = torch.from_numpy(np.array(wide.crop((30, 10, 50, 30)))).permute(2, 0, 1) / 127.5 - 1
-    torch.testing.assert_close(prepare(wide, timm), cut, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(("layout", "crop", "antialias"), [("npz", None, False), ("timm", 0.9, True)])
-def test_the_preprocessing_is_that_of_the_publication(layout, crop, antialias, tmp_path):
-    found = condit.load(write_vit(tmp_path, layout)).parts.preprocess
-    assert (found.size, found.crop, found.antialias, found.mean, found.std) == (
-        (16, 16),
-        crop,
-        antialias,
-        (0.5,) * 3,
-        (0.5,) * 3,
-    )
-
-
-def test_timms_own_configuration_is_followed(tmp_path):
-    model = condit.load(write_vit(tmp_path, "timm")).model
-    fields = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "interpolation": "bilinear", "crop_pct": 1.0}
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": fields}))
-    found = read_preprocess(tmp_path, model)
-    assert found == Preprocess((16, 16), Image.Resampling.BILINEAR, True, 1.0, (0.1, 0.2, 0.3), (1, 1, 1))
-
-
-def test_the_embedded_model_is_still_a_pipeline_of_prompts():
-    from condit.weights.catalog import MODELS
-
-    if "tiny" not in MODELS:
-        pytest.skip("no embedded model in this checkout")
-    assert isinstance(condit.load("tiny"), Pipeline)
-
-
-def test_parts_may_be_made_by_hand():
-    model = DiT(DIT).eval().requires_grad_(False)
-    parts = ClassParts("mine", "0" * 16, model, None, None, 4.0, 0.0, Path("."))
-    assert draw(Pipeline(parts)).shape == (1, 4, 4, 4)

@@ -10,33 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from condit.backbones.diffit import PRESETS, TMSA, DiffiT, DiffiTConfig, DiffiTContext, relative_bias, resize
-from condit.backbones.diffit_image import (
-    IMAGE_PRESETS,
-    DiffiTImage,
-    DiffiTImageConfig,
-    from_windows,
-    noise_features,
-    to_windows,
-)
-from condit.controls.control import Control
 from condit.diffusion.guidance import power_cosine_scale
-from condit.nn.attention import Attend, Call, Site
+from condit.nn.attention import Site
 from condit.nn.lora import LoRA, linear_shapes
+from diffit_models import Add, Double, close, randomised
 
 TINY = DiffiTConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=5)
-IMAGE = DiffiTImageConfig(
-    blocks=(1, 2), widths=(8, 16), window=4, time_dim=12, time_features=8, head_dim=4, dropout=0.0
-)
 SITE = Site("attn", "self", 0)
-
-
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
-    """Noise on every weight: a fresh final layer is zero and would hide everything."""
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
-    return model.eval()
 
 
 @pytest.fixture
@@ -46,24 +26,9 @@ def model() -> DiffiT:
     return model
 
 
-@pytest.fixture
-def image_model() -> DiffiTImage:
-    model = DiffiTImage(IMAGE)
-    randomised(model)
-    return model
-
-
 def latents(*size: int) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
     return torch.randn(2, 4, *size, generator=g), torch.tensor([3.0, 700.0]), torch.tensor([1, 4])
-
-
-def images(*size: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)), torch.tensor([-1.5, 0.7])
-
-
-def close(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)  # another order of sums
 
 
 # Attention
@@ -281,37 +246,6 @@ def test_checkpointing_changes_no_gradient(model):
         assert torch.equal(kept, computed)
 
 
-def test_checkpointing_the_u_shape_changes_no_gradient_with_dropout():
-    model = randomised(DiffiTImage(replace(IMAGE, dropout=0.3))).train()
-    found = []
-    for checkpointing in (False, True):
-        model.zero_grad()
-        out = model(*images(16, 16), generator=torch.Generator().manual_seed(3), checkpointing=checkpointing)
-        out.square().mean().backward()
-        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    assert len(found[0]) > 10
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-# Controls and LoRA
-
-
-class Double(Control):
-    """Twice the attention output at one site."""
-
-    def __init__(self, path: str):
-        self.path, self.seen = path, []
-
-    def around(self, call: Call, attend: Attend) -> Tensor:
-        self.seen.append((call.site.path, call.q.shape, call.bias is not None))
-        return attend(call) * (2 if call.site.path == self.path else 1)
-
-
-class Add(Control):
-    def residual(self, site: Site, query: Tensor) -> Tensor | None:
-        return torch.ones(query.shape[0], query.shape[2], query.shape[1] * query.shape[3]) if site.index == 1 else None
-
-
 def test_a_control_sees_every_site_once_and_acts(model):
     control = Double("blocks.1.attn")
     x, t, y = latents(8, 8)
@@ -341,114 +275,6 @@ def test_a_lora_acts_and_leaves_the_model_alone(model):
             b.normal_()
         assert (model(x, t, y, lora=lora) - plain).abs().max() > 1e-3
         assert torch.equal(model(x, t, y), plain)
-
-
-# The U-shape
-
-
-@pytest.mark.parametrize(
-    ("preset", "millions", "side", "levels"),
-    [
-        ("DiffiT-FFHQ-64", 44.8, 64, 4),
-        ("DiffiT-FFHQ-64-I1", 23.8, 64, 4),
-        ("DiffiT-CIFAR-10", 28.7, 32, 3),
-        ("DiffiT-CIFAR-10-I1", 15.9, 32, 3),
-    ],
-)
-def test_parameters_of_the_u_shapes(preset, millions, side, levels):
-    """The paper gives no counts: these follow from its tables and from our choices."""
-    with torch.device("meta"):
-        model = DiffiTImage(IMAGE_PRESETS[preset])
-        out = model(torch.empty(1, 3, side, side), torch.empty(1))
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
-    assert out.shape == (1, 3, side, side)
-    assert len(model.encoder) == levels and len(model.decoder) == levels - 1
-
-
-def test_every_u_shape_is_among_the_counted():
-    assert len(IMAGE_PRESETS) == 4
-
-
-def test_windows_are_read_row_by_row_and_put_back():
-    x = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
-    windows = to_windows(x, 2)
-    assert windows.shape == (2, 6, 4, 3)
-    assert torch.equal(windows[1, 4], x[1, :, 2:4, 2:4].flatten(1).T)
-    assert torch.equal(from_windows(windows, 2, 4), x)
-
-
-def test_a_window_attends_to_itself_alone(image_model):
-    block = image_model.encoder[0].blocks[0]
-    context = DiffiTContext(torch.randn(2, 12), (4, 4))
-    x = torch.randn(2, 4, 16, 8)
-    y = x.clone()
-    y[:, 3] += 1
-    with torch.no_grad():
-        same = (block.block(x, context) - block.block(y, context)).abs().amax((0, 2, 3))
-    assert same[:3].max() == 0 < same[3]
-
-
-def test_noise_features_are_sines_first_and_end_at_one_ten_thousandth():
-    found = noise_features(torch.tensor([2.0]), 4)
-    close(
-        found,
-        torch.tensor([[2.0, 2e-4, 0, 0]]).sin() + torch.tensor([[0, 0, 2.0, 2e-4]]).cos() * torch.tensor([0, 0, 1, 1]),
-    )
-
-
-def test_a_fresh_u_shape_puts_out_zero():
-    assert torch.equal(DiffiTImage(IMAGE)(*images(8, 8)), torch.zeros(2, 3, 8, 8))
-
-
-def test_a_rectangular_image_comes_back_in_its_shape(image_model):
-    assert image_model(*images(8, 24)).shape == (2, 3, 8, 24)
-
-
-def test_noise_level_and_every_weight_matter_in_the_u_shape(image_model):
-    x, c = images(8, 16)
-    with torch.no_grad():
-        assert (image_model(x, c) - image_model(x, c + 1)).abs().max() > 1e-3
-    image_model(x, c).square().mean().backward()
-    assert [n for n, p in image_model.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-def test_dropout_acts_in_training_only():
-    model = DiffiTImage(replace(IMAGE, dropout=0.5))
-    randomised(model)
-    x, c = images(8, 8)
-    with torch.no_grad():
-        assert torch.equal(model(x, c), model(x, c))
-        model.train()
-        assert not torch.equal(model(x, c), model(x, c))
-
-
-def test_the_u_shape_compiles_to_one_graph(image_model):
-    x, c = images(8, 16)
-    compiled = torch.compile(image_model, fullgraph=True, dynamic=False, backend="eager")
-    with torch.no_grad():
-        close(compiled(x, c), image_model(x, c))
-
-
-def test_controls_see_every_site_of_the_u_shape(image_model):
-    control = Double("decoder.0.blocks.0.block.attn")
-    x, c = images(8, 16)
-    with torch.no_grad():
-        assert (image_model(x, c, controls=[control]) - image_model(x, c)).abs().max() > 1e-4
-    assert [path for path, *_ in control.seen] == [site.path for site in image_model.sites]
-    assert [site.index for site in image_model.sites] == list(range(4))
-    modules = dict(image_model.named_modules())
-    assert all(modules[site.path].site == site for site in image_model.sites)  # type: ignore[union-attr]
-
-
-def test_an_image_that_does_not_divide_into_windows_is_told(image_model):
-    with pytest.raises(ValueError, match=r"multiples of 8 are expected.*found \(2, 3, 12, 8\)"):
-        image_model(torch.zeros(2, 3, 12, 8), torch.zeros(2))
-
-
-@pytest.mark.parametrize("wrong", [{"blocks": (1, 1, 1)}, {"head_dim": 3}])
-def test_a_u_shape_that_does_not_fit_is_refused(wrong):
-    with pytest.raises(ValueError, match="widths"):
-        replace(IMAGE, **wrong)
 
 
 # Guidance

@@ -1,54 +1,22 @@
 """The training loop: exact resume after a kill, bad numbers, recipes."""
 
-import contextlib
 import inspect
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from condit.training.loop import Loop, LoopConfig, Task, fast_precision
+from condit.training.loop import Loop, Task, fast_precision
 from condit.training.optim import lr_factor, parameter_groups
 from condit.training.plugins import added_tasks
 from condit.training.run import read_recipe, tasks, train
-
-
-class Toy(Task):
-    """A regression that draws from both sources of randomness; kills its process at a batch, or turns bad."""
-
-    def __init__(self, kill_at: int = -1, bad_from: int = 10**9):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-        self.kill_at, self.bad_from, self.seen = kill_at, bad_from, 0
-
-    def batch(self, rng: random.Random, size: int) -> Tensor:
-        if self.seen == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.seen += 1
-        return torch.tensor([[rng.gauss(0, 1) for _ in range(64)] for _ in range(size)])
-
-    def forward(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        noise = torch.randn(batch.shape, generator=generator)
-        loss = (self.net(batch + 0.1 * noise) - batch.flip(1)).square().mean()
-        return loss * (float("nan") if self.seen > self.bad_from else 1.0), {}
-
-    def export(self, folder: Path, card: dict) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save({"net": self.net.state_dict(), "images": card["images_seen"]}, folder / "net.pt")
-
-
-CONFIG = LoopConfig(steps=12, batch=4, lr=1e-2, muon_lr=0.01, warmup=2, ema=0.9, precision="no", save_minutes=0.0)
+from loop_toy import CONFIG, Toy
 
 
 def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path):
@@ -69,7 +37,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch(tmp_path):
 KILLED = """
 import sys; sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_loop import CONFIG, Toy
+from loop_toy import CONFIG, Toy
 from condit.training.loop import Loop
 Loop(Toy(kill_at=8), CONFIG, Path({out!r})).run()
 """
@@ -293,160 +261,3 @@ def test_a_wrong_field_of_data_is_named_with_the_file(tmp_path, task, data, wher
     with pytest.raises(ValueError, match=f"r.toml: .data. does not fit task '{task}': {where}"):
         train(path, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-RANK = """
-import sys; sys.path.insert(0, {tests!r})
-from pathlib import Path
-import torch
-from condit.training import sharding
-import test_loop as here
-loop = here.{how}(Path({out!r}))
-weights = {{name: sharding.whole(p.detach()) for name, p in loop.parameters.items()}}
-torch.save(weights, Path({out!r}) / f"rank-{{loop.accelerator.process_index}}.pt")
-"""
-
-
-def replicated(out: Path) -> Loop:
-    loop = Loop(Toy(), CONFIG, out)
-    loop.run()
-    return loop
-
-
-class OfBoth(Toy):
-    """What two processes see in a step, in one."""
-
-    def __init__(self):
-        super().__init__()
-        self.step = 0
-
-    def forward(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        losses = []
-        for rank in range(2):
-            key = f"{CONFIG.seed}/{self.step}/{rank}"
-            rows = Toy().batch(random.Random(key), CONFIG.batch)
-            noise = torch.Generator().manual_seed(random.Random("noise/" + key).getrandbits(62))
-            losses.append(super().forward(rows, noise)[0])
-        self.step += 1
-        return torch.stack(losses).mean(), {}
-
-
-def run_two(two_processes: Callable[[str], None], how: str, out: Path) -> list[dict[str, Tensor]]:
-    """A function of this file in two processes that work together, on the CPU; the weights that each ends with."""
-    script = RANK.format(tests=str(Path(__file__).parent), out=str(out), how=how)
-    two_processes(script)
-    return [torch.load(out / f"rank-{rank}.pt") for rank in range(2)]
-
-
-def check_one_log(out: Path) -> None:
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert len({(row["step"], *row) for row in rows}) == len(rows)  # one process writes
-    assert torch.load(out / "export" / "net.pt")["images"] == 2 * CONFIG.steps * CONFIG.batch
-
-
-def test_two_processes_train_as_one_that_sees_both_batches(tmp_path, two_processes):
-    """Distributed data parallel through accelerate, on the CPU: gradients are averaged, every process ends alike, and
-    one of them writes."""
-    one, other = run_two(two_processes, "replicated", tmp_path / "two")
-    loop = Loop(OfBoth(), CONFIG, tmp_path / "one")
-    loop.run()
-    for name, weight in loop.parameters.items():
-        assert torch.equal(one[name], other[name])
-        torch.testing.assert_close(one[name], weight, rtol=0, atol=1e-5)  # sums of gradients in another order
-    check_one_log(tmp_path / "two")
-
-
-# Sharded weights
-
-
-class Sharded(Toy):
-    """With a layer of odd size, so that the shards are unequal, and a frozen one."""
-
-    def __init__(self, stop_at: int = -1):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(64, 33), nn.ReLU(), nn.Linear(33, 64), nn.Linear(64, 64))
-        self.net[3].requires_grad_(False)
-        self.stop_at = stop_at
-
-    def shards(self):
-        return "net", [self.net[0], self.net[2]]
-
-    def batch(self, rng: random.Random, size: int) -> Tensor:
-        if self.seen == self.stop_at:
-            raise KeyboardInterrupt
-        return super().batch(rng, size)
-
-    def validate(self) -> dict[str, float]:
-        return {"weight": float(self.net(torch.ones(1, 64)).sum())}
-
-
-SHARDED = CONFIG.model_copy(update={"muon_lr": None, "shard": True})
-
-
-def local(x: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor."""
-    assert isinstance(x, DTensor)
-    return x.to_local()
-
-
-def sharded(out: Path) -> Loop:
-    """A whole run, and another that both processes leave at the eighth batch and take up again, bit for bit."""
-    loop = Loop(Sharded(), SHARDED, out)
-    kept = {name: p.detach() for name, p in loop.parameters.items()}
-    assert all(local(p).numel() < p.numel() for p in kept.values())
-    assert all(local(s).numel() < s.numel() for s in loop.average.shadow.values())
-    loop.run()
-    with contextlib.suppress(KeyboardInterrupt):
-        Loop(Sharded(stop_at=8), SHARDED, out / "cut").run()
-    resumed = Loop(Sharded(), SHARDED, out / "cut")
-    assert 0 < resumed.step < SHARDED.steps
-    resumed.run()
-    for name, p in resumed.parameters.items():
-        assert torch.equal(local(p), local(loop.parameters[name]))
-    return loop
-
-
-class ShardedOfBoth(OfBoth, Sharded):
-    """What two sharded processes see in a step, in one."""
-
-
-def test_two_sharded_processes_train_and_resume_as_one_that_sees_both_batches(tmp_path, two_processes):
-    """FSDP2, two processes on the CPU (gloo)."""
-    ends = run_two(two_processes, "sharded", tmp_path / "two")
-    loop = Loop(ShardedOfBoth(), SHARDED, tmp_path / "one")  # a single process shards nothing
-    assert not loop.sharded
-    figures = loop.run()
-    for name, weight in loop.parameters.items():
-        assert torch.equal(ends[0][name], ends[1][name])
-        torch.testing.assert_close(ends[0][name], weight, rtol=0, atol=1e-5)  # sums of gradients in another order
-    check_one_log(tmp_path / "two")
-    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
-    assert rows[-1]["validation"]["weight"] == pytest.approx(figures["weight"], abs=1e-3)
-    # The checkpoint is that of an unsharded run: one process goes on with it, and its export is whole.
-    alone = Loop(Sharded(), SHARDED, tmp_path / "two" / "cut")
-    assert alone.step == SHARDED.steps
-    assert all(torch.equal(p, ends[0][name]) for name, p in alone.parameters.items())
-    net = torch.load(tmp_path / "two" / "export" / "net.pt")["net"]
-    average = torch.load(tmp_path / "two" / "state.pt", weights_only=True)["average"]
-    assert all(torch.equal(net[name.removeprefix("net.")], x) for name, x in average.items())
-    assert torch.equal(net["3.weight"], Sharded().net.get_parameter("3.weight"))
-
-
-def test_what_cannot_be_sharded_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(Accelerator, "num_processes", 2)
-    with pytest.raises(ValueError, match="Toy cannot be sharded"):
-        Loop(Toy(), SHARDED, tmp_path)
-    with pytest.raises(ValueError, match="leave muon_lr out"):
-        Loop(Sharded(), SHARDED.model_copy(update={"muon_lr": 0.1}), tmp_path)
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ValueError, match="leave accelerate's FSDP settings out"):
-        Loop(Sharded(), SHARDED, tmp_path)
-
-
-def test_processes_that_do_not_see_each_other_are_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setattr(Accelerator, "num_processes", 1)
-    with pytest.raises(ValueError, match="2 processes were started, but each sees only itself"):
-        Loop(Toy(), CONFIG, tmp_path)
