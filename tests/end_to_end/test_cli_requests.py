@@ -10,8 +10,10 @@ from PIL import Image
 
 import condit
 from condit.cli import main
-from condit.cli.generate import output_paths, parse_reference
-from condit.cli.request import Reference, Request, Studio, differences, locate
+from condit.cli.adapters import Adapters
+from condit.cli.generate import output_paths
+from condit.cli.reference import Reference, parse_reference
+from condit.cli.request import Request, differences, locate
 from condit.cli.uses import OPTIONS
 from condit.controls.omini_tasks import OminiConfig
 from condit.data.images import save_image
@@ -57,6 +59,7 @@ def test_the_printed_command_is_the_request(monkeypatch, tmp_path):
         save_image(Image.new("RGB", (8, 8)), name)
     drawn: list[Request] = []
     monkeypatch.setattr("condit.cli.generate.generate_and_save", lambda request, *_, **__: drawn.append(request))
+    monkeypatch.setattr("condit.cli.generate.report", lambda *_, **__: None)
     with pytest.raises(SystemExit) as end:
         main(shlex.split(REQUEST.command("out.png"))[1:])
     assert end.value.code == 0
@@ -68,6 +71,7 @@ def test_every_row_of_the_table_is_an_option_that_is_parsed_and_printed_alike(mo
     save_image(Image.new("RGB", (8, 8)), "r.png")
     requests: list[Request] = []
     monkeypatch.setattr("condit.cli.generate.generate_and_save", lambda request, *_, **__: requests.append(request))
+    monkeypatch.setattr("condit.cli.generate.report", lambda *_, **__: None)
     for option, row in OPTIONS.items():
         with pytest.raises(SystemExit) as end:
             main(["generate", "a", f"--{option}", "r.png:0.5"])
@@ -78,16 +82,16 @@ def test_every_row_of_the_table_is_an_option_that_is_parsed_and_printed_alike(mo
 
 @pytest.mark.parametrize("kind", [condit.DEADiff, condit.IPAdapter, condit.OminiControl])
 def test_a_ready_edge_map_is_refused_by_an_adapter_that_takes_pictures(kind):
-    studio = Studio.__new__(Studio)  # without the model, which the refusal does not need
-    studio.model = "tiny"
+    adapters = Adapters.__new__(Adapters)  # without the model, which the refusal does not need
+    adapters.model = "tiny"
     adapter = kind.__new__(kind)
     torch.nn.Module.__init__(adapter)
     adapter.config = OminiConfig("subject")
-    studio.adapters = {"a.safetensors": adapter}
+    adapters.loaded = {("a.safetensors", None): adapter}
     plain, ready = Reference("a.safetensors", "p.png"), Reference("a.safetensors", "e.png", ready=True)
     for group in ([ready], [plain, ready]):
         with pytest.raises(ValueError, match=f"{kind.__name__}, takes an image and no ready-made .*; found e.png"):
-            studio.control(group)
+            adapters.control(group)
 
 
 def test_a_request_survives_its_recipe():

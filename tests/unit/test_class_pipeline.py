@@ -306,7 +306,7 @@ class Joins(Control):
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1; found 0"),
         ({"sampler": "euler"}, "sampler must be 'ancestral' or 'ddim'; found 'euler'"),
         ({"eta": 0.5}, "eta is the noise of sampler='ddim'"),
-        ({"output_type": "np"}, "output_type must be 'pil', 'pt' or 'latent'; found 'np'"),
+        ({"output_type": "numpy"}, "output_type must be 'pil', 'pt', 'np' or 'latent'; found 'numpy'"),
         ({"guidance_channels": 0}, "guidance_channels must be 'all' or a number from 1 to the latent's 4"),
         ({"guidance_channels": 5}, "the latent's 4, as the published 3; found 5"),
         ({"num_inference_steps": 2.5}, "num_inference_steps must be 2 to 1000; found 2.5"),

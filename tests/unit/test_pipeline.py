@@ -225,7 +225,7 @@ def test_an_x_prediction_is_turned_into_a_velocity(make_pipe):
         ({"height": 36}, "multiples of 8 up to 4096; found 36 x 48"),
         ({"height": -32}, "found -32 x 48"),
         ({"width": 8192}, "found 32 x 8192"),
-        ({"output_type": "np"}, "output_type must be 'pil', 'pt' or 'latent'; found 'np'"),
+        ({"output_type": "numpy"}, "output_type must be 'pil', 'pt', 'np' or 'latent'; found 'numpy'"),
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts"),
         ({"seed": 0, "generator": torch.Generator()}, "Give seed or generator, not both"),
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from condit.nn.attention import BlockControl, Call, Site, attend, join_heads, split_heads
 from condit.nn.layers import Embedder, UpProjection, timestep_features
 from condit.nn.lora import Linear, LowRank, Pointwise, name_linears
+from condit.nn.offload import OffloadedBlocks, on_device
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]  # path of a cross-attention -> keys and values, each (B, H, L, D)
 
@@ -333,7 +334,10 @@ class UNet(nn.Module):
 
     def text_keys_values(self, text: Tensor, lora: LowRank | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """Text (B, L, cross_attention_dim) -> keys and values of every cross-attention, the same in all steps."""
-        return {a.site.path: a.keys_values(text, lora) for a in self._attentions if a.site.kind == "cross"}
+        layers = [a for a in self._attentions if a.site.kind == "cross"]
+        if isinstance(self.down_blocks, OffloadedBlocks):
+            layers = [on_device(a, text.device) for a in layers]
+        return {a.site.path: a.keys_values(text, lora) for a in layers}
 
     def clock(
         self, t: Tensor, pooled: Tensor | None, sizes: Tensor | None, lora: LowRank | None, dtype: torch.dtype

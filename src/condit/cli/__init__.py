@@ -13,14 +13,15 @@ import typer
 
 from condit import __version__
 from condit.cli import generate, study
+from condit.cli.compare import compare
 from condit.cli.edit import edit
 from condit.cli.memory import keep_memory
+from condit.cli.options import Grouped
 from condit.cli.terminal import Debug, Json, answer, output_folder, say
 
 app = typer.Typer(
     help="Controllable image generation from prompts and references.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # importing rich takes longer than the rest of the command
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -30,14 +31,16 @@ app.add_typer(data_app, name="data")
 for command in (
     generate.demo,
     generate.generate,
+    compare,
     edit,
     generate.replay,
+    generate.recipe,
     generate.annotate,
     generate.plan,
     study.train,
 ):
-    app.command()(command)
-data_app.command("draw")(study.generate_data)
+    app.command(cls=Grouped)(command)
+data_app.command("draw", cls=Grouped)(study.generate_data)
 data_app.command("check")(study.check_data)
 # Other installed packages can add commands, as the laboratory of a checkout does.
 for added in entry_points(group="condit.commands"):

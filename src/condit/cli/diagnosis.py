@@ -14,14 +14,7 @@ import condit
 from condit.data.files import atomic_write
 
 LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
-EXTRAS = {
-    "data": {"resvg-py": "resvg_py", "fonttools": "fontTools"},
-    "pairs": {"datasets": "datasets"},
-    "quantize": {"torchao": "torchao"},
-    "ui": {"gradio": "gradio"},
-    "serve": {"fastapi": "fastapi", "uvicorn": "uvicorn"},
-    "ray": {"ray": "ray"},
-}
+EXTRAS = {"pairs": {"datasets": "datasets"}, "quantize": {"torchao": "torchao"}}
 LOW_DISK_GB = 2
 
 

@@ -1,15 +1,15 @@
 """The command `condit edit`."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from condit.cli.options import Out, Sampling, with_options
+from condit.cli.options import ModelOptions, OutputOptions, ReferenceOptions, with_options
 from condit.cli.own import is_own, load_own
-from condit.cli.terminal import Debug, Json, answer, say, waiting
+from condit.cli.terminal import Seed, answer, say, waiting
 
 if TYPE_CHECKING:
     from condit.drawing.edit import EditMethod
@@ -18,35 +18,32 @@ TYPES = "swap, attribute, style, background, shape, add, remove, or none"
 
 
 @dataclass(frozen=True)
-class Changes:
-    """What an edit changes, besides the prompt."""
+class EditOptions:
+    """Edit"""
 
     kind: Annotated[str, typer.Option("--type", "-t", help=f"Type of edit: {TYPES}.")] = "swap"
-    style: Annotated[
-        list[str] | None, typer.Option("--style", metavar="REF[:S]", help="Edit in the style of this image.")
-    ] = None
     mask: Annotated[str | None, typer.Option("--mask", help="Mask: white where the image may change.")] = None
     reweight: Annotated[
         list[str] | None, typer.Option("--reweight", metavar="WORD=F", help="Multiply the attention to a word by F.")
     ] = None
     merge: Annotated[float, typer.Option(help="Share of tokens to merge, 0 to 0.75; for 1024 tokens or more.")] = 0.0
-
-
-@dataclass(frozen=True)
-class EditSampling(Sampling):
-    """How an edit is sampled."""
-
+    negative: Annotated[str | None, typer.Option("--negative", help="The negative prompt.")] = None
     steps: Annotated[
         int | None, typer.Option(help="Steps of the inversion and of the edit, each [default: the model's].")
     ] = None
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the text [default: the model's].")] = None
     solver: Annotated[str | None, typer.Option(help="Solver of the inversion [default: the model's].")] = None
     height: Annotated[
         int | None, typer.Option(help="Height in pixels [default: the image's aspect ratio, at most the model's area].")
     ] = None
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None
     method: Annotated[
-        str | None,
-        typer.Option("--method", metavar="FILE.py:NAME", help="Your own edit method, such as FlowEdit."),
+        str | None, typer.Option("--method", metavar="FILE.py:NAME", help="Your own edit method, such as FlowEdit.")
+    ] = None
+    seed: Seed = 0
+    page: Annotated[
+        Path | None,
+        typer.Option("--page", help="Also write a PNG of source, reconstruction, edit and the words' attention maps."),
     ] = None
 
 
@@ -55,31 +52,22 @@ def edit(
     image: Annotated[str, typer.Argument(help="The image to edit.", show_default=False)],
     source: Annotated[str, typer.Argument(help="Prompt of the image, e.g. 'a cat'.", show_default=False)],
     target: Annotated[str, typer.Argument(help="Prompt of the edited image, e.g. 'a dog'.", show_default=False)],
-    changes: Changes,
-    sampling: EditSampling,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="tiny, tiny-pixart, or a folder of PixArt or FLUX.1.")
-    ] = "tiny",
-    page: Annotated[
-        Path | None,
-        typer.Option(
-            "--page", help="Also write a PNG of source, reconstruction, edit and attention maps of the words."
-        ),
-    ] = None,
-    out: Out = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    *,
+    options: EditOptions,
+    model: ModelOptions,
+    references: ReferenceOptions,
+    output: OutputOptions,
 ) -> None:
     """Edit an image with prompts.
 
     Inverts the image to noise and generates it together with its edit; parts that the prompts do not change are kept.
     """
-    from condit.cli.generate import output_paths, parse_reference
+    from condit.cli.generate import output_paths, studio_of
+    from condit.cli.reference import images_of, read_references
     from condit.data.images import load_image, save_image
 
-    kind, mask, method = changes.kind, changes.mask, sampling.method
     factors = {}
-    for value in changes.reweight or ():
+    for value in options.reweight or ():
         word, equals, factor = value.partition("=")
         try:
             factors[word] = float(factor)
@@ -87,15 +75,18 @@ def edit(
             equals = ""
         if not equals or not word:
             raise typer.BadParameter(f"--reweight takes WORD=F, as in fluffy=2; found {value!r}")
-    references = [parse_reference(value, 1.0) for value in changes.style or ()]
-    for path in (image, *(path for path, _ in references), *([mask] if mask else [])):
+    given = asdict(references)
+    try:
+        guides = read_references(given, given.pop("strength"))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    for path in (image, *images_of(guides), *([options.mask] if options.mask else [])):
         load_image(path)  # a broken image raises before the model is loaded, which takes seconds
-    (target_path,) = output_paths(target, out, 0, 1, no_metadata=True)
+    (target_path,) = output_paths(target, output.out, 0, 1)
+    kind, method, page = options.kind, options.method, options.page
     if page is not None and page.suffix.lower() != ".png":
         raise typer.BadParameter(f"--page {page}: expected a name that ends in .png")
     import condit
-    from condit.cli.request import default_device, load_adapter
-    from condit.cli.uses import adapter_name
     from condit.controls.dit4edit import PRESETS
 
     if kind not in (*PRESETS, "none"):
@@ -105,42 +96,38 @@ def edit(
     if kind == "none" and factors:
         raise typer.BadParameter("--reweight changes the attention, which --type none does not control")
     start = time.perf_counter()
-    with waiting(f"loading {model}"):
-        pipe = condit.load(model, device=sampling.device or default_device(model))
-        if not isinstance(pipe, condit.Pipeline) or pipe.model.inversion is None:
-            raise ValueError(f"{model!r} does not support edits. Use tiny-pixart, tiny, PixArt or FLUX.1")
-        controls: list[condit.Control] = [] if kind == "none" else [replace(PRESETS[kind], reweight=factors)]
-        if changes.merge:
-            controls.append(condit.TokenMerging(changes.merge))
-        if references:
-            adapter = load_adapter(adapter_name(model, "style"), pipe)
-            controls += [adapter.control(path, strength=strength) for path, strength in references]
+    studio = studio_of(model)()
+    if studio.pipe.model.inversion is None:
+        raise ValueError(f"{model.model!r} does not support edits. Use tiny-pixart, tiny, PixArt or FLUX.1")
+    controls: list[condit.Control] = [] if kind == "none" else [replace(PRESETS[kind], reweight=factors)]
+    if options.merge:
+        controls.append(condit.TokenMerging(options.merge))
+    controls += studio.adapters.controls(guides)
     with waiting("editing"):
-        result = pipe.edit(
+        result = studio.pipe.edit(
             image,
             source,
             target,
             controls=controls,
-            mask=mask,
-            negative_prompt=sampling.negative,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            height=sampling.height,
-            width=sampling.width,
+            mask=options.mask,
+            negative_prompt=options.negative,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            height=options.height,
+            width=options.width,
             maps=page is not None,
-            solver=sampling.solver,  # type: ignore[arg-type]  # an unknown one raises
+            solver=options.solver,  # type: ignore[arg-type]  # an unknown one raises
             method=None if method is None else cast("EditMethod", load_own(method)()),
-            seed=sampling.seed,
+            seed=options.seed,
         )
     recipe = {**result.recipe, "condit": condit.__version__, "edited": Path(image).name}
-    png = target_path.suffix.lower() == ".png"
-    save_image(result.images[0], target_path, recipe=recipe if png else None)
+    save_image(result.images[0], target_path, recipe=None if output.no_metadata else recipe)
     seconds = round(time.perf_counter() - start, 2)
     if page is not None:
         from condit.drawing.edit_page import edit_page
 
         save_image(edit_page(result, source, target), page)
-    if as_json:
+    if output.as_json:
         answer({"image": str(target_path), "page": page and str(page), "seconds": seconds, "recipe": recipe})
         return
     say(f"edited in {seconds} s" + (f"; reconstruction {result.psnr[0]:.1f} dB" if result.psnr else ""))

@@ -1,20 +1,29 @@
 """Commands that generate images (demo, generate, replay), make conditions (annotate) and estimate costs (plan)."""
 
+import json
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from condit.cli.options import Model, Out, Sampling, with_options
+from condit.cli.options import (
+    ModelOptions,
+    OutputOptions,
+    ReferenceOptions,
+    SamplingOptions,
+    StartOptions,
+    with_options,
+)
+from condit.cli.reference import read_references
 from condit.cli.terminal import Debug, Json, Seed, answer, output_folder, say, waiting
-from condit.cli.uses import OPTIONS
 
 if TYPE_CHECKING:
-    from condit.cli.request import Reference, Request
+    from condit.cli.request import Request, Studio
 
 
 def demo(
@@ -36,118 +45,111 @@ def demo(
         typer.echo(result["grid"])
 
 
-@dataclass(frozen=True)
-class References:
-    """References of `condit generate`."""
-
-    style: Annotated[list[str] | None, typer.Option("--style", metavar="REF[:S]", help=OPTIONS["style"].help)] = None
-    subject: Annotated[list[str] | None, typer.Option("--subject", metavar="REF[:S]", help=OPTIONS["subject"].help)] = (
-        None
-    )
-    edges: Annotated[list[str] | None, typer.Option("--edges", metavar="IMG[:S]", help=OPTIONS["edges"].help)] = None
-    edges_map: Annotated[
-        list[str] | None, typer.Option("--edges-map", metavar="MAP[:S]", help=OPTIONS["edges-map"].help)
-    ] = None
-    gray: Annotated[list[str] | None, typer.Option("--gray", metavar="IMG[:S]", help=OPTIONS["gray"].help)] = None
-    control: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--control",
-            metavar="ADAPTER=REF[:S]",
-            help="An adapter by name, file or folder, or your own control: FILE.py:NAME.",
-        ),
-    ] = None
-    strength: Annotated[float, typer.Option(help="Strength of references without their own S.")] = 1.0
-
-    def read(self) -> "list[Reference]":
-        """The references of a request."""
-        from condit.cli.request import Reference
-
-        references = [
-            Reference(row.use, *parse_reference(value, self.strength), ready=row.ready)
-            for option, row in OPTIONS.items()
-            for value in getattr(self, option.replace("-", "_")) or ()
-        ]
-        for value in self.control or ():
-            adapter, equals, reference = value.partition("=")
-            if not equals or not adapter or not reference:
-                raise typer.BadParameter(f"--control takes ADAPTER=REF[:S], as in tiny/style=ref.png; found {value!r}")
-            references.append(Reference(adapter, *parse_reference(reference, self.strength)))
-        return references
-
-
-@dataclass(frozen=True)
-class ImageSampling(Sampling):
-    """How `condit generate` samples: fields of a request."""
-
-    image_guidance: Annotated[
-        float | None, typer.Option(help="Separate guidance scale of the references [default: none].")
-    ] = None
-    sampler: Annotated[
-        str | None,
-        typer.Option(help="ddim, dpm++, euler, euler-ancestral, ...; Stable Diffusion only [default: the model's]."),
-    ] = None
-    eta: Annotated[
-        float | None,
-        typer.Option(help="Eta of DDIM: the share of fresh noise in each step, 0 to 1 [default: the model's]."),
-    ] = None
-    height: Annotated[int | None, typer.Option(help="Height in pixels [default: the model's].")] = None
-    width: Annotated[int | None, typer.Option(help="Width in pixels [default: the model's].")] = None
-    image: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Image to image: start from this image (Stable Diffusion)."),
-    ] = None
-    mask: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Inpainting: repaint --image where this mask is white.")
-    ] = None
-    change: Annotated[float | None, typer.Option(help="How much of --image to change, up to 1 [default: 0.8].")] = None
-    count: Annotated[int, typer.Option("--count", "-n", help="Number of images.")] = 1
-
-
 @with_options
 def generate(
-    prompt: Annotated[
-        str,
-        typer.Argument(help="The prompt, in English or Chinese; for DiT and DiffiT a class.", show_default=False),
-    ],
-    references: References,
-    sampling: ImageSampling,
-    model: Model = "tiny",
-    out: Out = None,
-    no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Do not store the recipe in the PNG.")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Prompts, in English or Chinese; for DiT and DiffiT classes.", metavar="PROMPT", show_default=False
+        ),
+    ] = None,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="ROWS.jsonl",
+            help="A request in each row; only missing images are made.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    model: ModelOptions,
+    references: ReferenceOptions,
+    sampling: SamplingOptions,
+    start: StartOptions,
+    output: OutputOptions,
 ) -> None:
-    """Generate images from a prompt and references.
+    """Generate images from prompts and references.
 
     References give the style, the subject or the edges of the image, and can be combined.
-    A reference can have its own strength: --style ref.png:0.6
+    A reference can have its own strength and settings: --style ref.png:0.6,when=0-0.7,mask=left.png
+
+    \b
+    when=0-0.7        part of the schedule in which it acts
+    where=PATH.*      layers in which it acts; several joined by +
+    mask=FILE         where in the image it acts (white)
+    preset=style      InstantStyle: all, style, layout or style+layout
+    subtract=a cat    InstantStyle: words for content to subtract
+    as=content        DEADiff: style (default) or content
+    task=subject-512  OminiControl: the task of a file that does not say
+    cached=first-step OminiControl: first-step or independent
     """
-    from condit.cli.request import Request
+    from condit.cli.reference import images_of
     from condit.data.images import load_image
 
-    settings = {name: value for name, value in vars(sampling).items() if name != "device"}
+    if bool(prompts) == (rows is not None):
+        raise typer.BadParameter(
+            "give one prompt or more, or --from ROWS.jsonl"
+            if not prompts
+            else "give prompts, or --from with rows, not both"
+        )
+    common = request_fields(model, sampling, start, references)
+    if rows is not None:
+        from condit.cli.rows import generate_rows
+
+        generate_rows(rows, output.out or output_folder() / rows.stem, common, studio_of(model), output)
+        return
+    made = [request_of({**common, "prompt": prompt}) for prompt in prompts or ()]
+    if len(made) > 1 and output.out is not None and output.out.suffix and not output.out.is_dir():
+        raise typer.BadParameter(f"-o {output.out}: {len(made)} prompts need a folder")
+    paths = [output_paths(request.prompt, output.out, request.seed, request.count) for request in made]
+    first = made[0]
+    for path in (*images_of(first.references), *(p for p in (first.image, first.mask) if p)):
+        load_image(path)  # a broken image raises before the model is loaded, which takes seconds
+    load = studio_of(model)
+    saved = [
+        generate_and_save(request, each, range(request.count), with_recipe=not output.no_metadata, load=load)
+        for request, each in zip(made, paths, strict=True)
+    ]
+    report(saved, as_json=output.as_json)
+
+
+def request_fields(
+    model: ModelOptions, sampling: SamplingOptions, start: StartOptions, references: ReferenceOptions
+) -> dict[str, Any]:
+    """The fields of a `Request` by options, without the prompt."""
+    options = asdict(references)
     try:
-        request = Request(prompt, model, tuple(references.read()), **settings)
+        read = read_references(options, options.pop("strength"))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    paths = output_paths(request.prompt, out, request.seed, request.count, no_metadata)
-    inputs = [reference.path for reference in request.references] + [p for p in (request.image, request.mask) if p]
-    for path in inputs:  # a broken image raises before the model is loaded, which takes seconds
-        load_image(path)
-    with_recipe, indices = not no_metadata, range(request.count)
-    generate_and_save(request, paths, indices, with_recipe=with_recipe, as_json=as_json, device=sampling.device)
+    return {"model": model.model, "references": read, **asdict(sampling), **asdict(start)}
 
 
-def parse_reference(value: str, strength: float) -> tuple[str, float]:
-    """'ref.png:0.6' -> path and strength, unless a file has this name."""
-    path, colon, tail = value.rpartition(":")
-    if colon and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", tail) and not Path(value).exists():
-        return path, float(tail)
-    return value, strength
+def request_of(fields: Mapping[str, Any]) -> "Request":
+    """A request; a wrong value is wrong usage."""
+    from condit.cli.request import Request
+
+    try:
+        return Request(**fields)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
-def output_paths(prompt: str, out: Path | None, seed: int, count: int, no_metadata: bool = False) -> list[Path]:
+def studio_of(model: ModelOptions) -> Callable[[], "Studio"]:
+    """Loads the model at the first call."""
+
+    @cache
+    def load() -> "Studio":
+        from condit.cli.request import Studio
+
+        with waiting(f"loading {model.model}"):
+            return Studio(model.model, model.device, offload=model.offload, quantize=model.quantize)
+
+    return load
+
+
+def output_paths(prompt: str, out: Path | None, seed: int, count: int) -> list[Path]:
     """The paths of the images: -o itself, with the seed before its suffix for more than one image, or names in a
     folder."""
     if out is None or out.is_dir() or not out.suffix:
@@ -155,9 +157,17 @@ def output_paths(prompt: str, out: Path | None, seed: int, count: int, no_metada
         return [(out or output_folder()) / f"{words}-{seed + index}.png" for index in range(count)]
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise typer.BadParameter(f"-o {out}: expected a name that ends in .png, .jpg or .webp, or a folder")
-    if out.suffix.lower() != ".png" and not no_metadata:
-        raise typer.BadParameter(f"-o {out}: only a PNG stores its recipe; use .png, or add --no-metadata")
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{seed + index}") for index in range(count)]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The images of a request on disk, the recipes of all of its images, and the seconds that it took."""
+
+    paths: Sequence[Path]
+    seeds: Sequence[int]
+    recipes: Sequence[dict[str, object]]
+    seconds: float
 
 
 def generate_and_save(
@@ -166,16 +176,12 @@ def generate_and_save(
     indices: Sequence[int],
     *,
     with_recipe: bool,
-    as_json: bool,
-    device: str | None = None,
-) -> Sequence[dict[str, object]]:
-    """Generates the request's images, writes those of `indices` to `paths`, and returns the recipes of all of them."""
-    from condit.cli.request import Studio
+    load: Callable[[], "Studio"],
+) -> Saved:
+    """Generates the request's images and writes those of `indices` to `paths`."""
     from condit.data.images import save_image
 
-    start = time.perf_counter()
-    with waiting(f"loading {request.model}"):
-        studio = Studio(request.model, device)
+    start, studio = time.perf_counter(), load()
     with waiting("generating"):
         generated = studio.generate(request)
     for path, index in zip(paths, indices, strict=True):
@@ -186,21 +192,63 @@ def generate_and_save(
             recipe=recipe if with_recipe else None,
             parameters=parameters if with_recipe else None,
         )
-    seconds = round(time.perf_counter() - start, 2)
+    seeds = [request.seed + index for index in indices]
+    return Saved(paths, seeds, generated.recipes, round(time.perf_counter() - start, 2))
+
+
+def report(saved: Sequence[Saved], *, as_json: bool) -> None:
+    """Prints where the images are."""
+    seconds = round(sum(each.seconds for each in saved), 2)
     if as_json:
-        images = [{"path": str(path), "seed": request.seed + i} for path, i in zip(paths, indices, strict=True)]
-        answer({"images": images, "seconds": seconds, "recipe": generated.recipes[0]})
-    else:
-        say(f"generated in {seconds} s")
-        for path in paths:
+        images = [
+            {"path": str(path), "seed": seed}
+            for each in saved
+            for path, seed in zip(each.paths, each.seeds, strict=True)
+        ]
+        answer({"images": images, "seconds": seconds, "recipe": saved[0].recipes[0]})
+        return
+    say(f"generated in {seconds} s")
+    for each in saved:
+        for path in each.paths:
             typer.echo(str(path))
-    return generated.recipes
+
+
+def read_any_recipe(source: Path) -> dict[str, object]:
+    """The recipe of an image, or of a .json file."""
+    from condit.data.images import parse_recipe, read_recipe
+
+    if source.suffix.lower() != ".json":
+        return read_recipe(source)
+    if not source.is_file():
+        raise FileNotFoundError(f"no recipe at {source}")
+    return parse_recipe(source.read_text(encoding="utf-8"), str(source))
+
+
+def recipe(
+    image: Annotated[Path, typer.Argument(help="An image generated by condit.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A .json file [default: print it].")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the recipe of an image, or write it as a JSON file.
+
+    `condit replay` reproduces the image from either.
+    """
+    from condit.data.files import atomic_write
+
+    made = read_any_recipe(image)
+    if out is None:
+        answer(made)
+        return
+    text = json.dumps(made, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    typer.echo(str(atomic_write(out, lambda path: path.write_text(text, encoding="utf-8"))))
 
 
 def replay(
-    image: Annotated[Path, typer.Argument(help="A PNG generated by condit.", show_default=False)],
+    image: Annotated[
+        Path, typer.Argument(help="An image generated by condit, or its recipe.json.", show_default=False)
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The output file [default: next to the PNG, with -replay].")
+        Path | None, typer.Option("--out", "-o", help="The output file [default: next to the image, with -replay].")
     ] = None,
     control: Annotated[
         list[str] | None,
@@ -209,33 +257,30 @@ def replay(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Reproduce a PNG from the recipe stored in it.
+    """Reproduce an image from the recipe stored in it.
 
     Reports whether the image is identical, and what has changed since it was generated.
     """
-    from dataclasses import replace
-
     from condit.cli.own import is_own, refuse_unnamed
     from condit.cli.request import Request, differences, locate
-    from condit.data.images import load_image, read_recipe
+    from condit.data.images import load_image
 
-    recipe = read_recipe(image)
-    request, index = Request.from_recipe(recipe)
+    stored = read_any_recipe(image)
+    request, index = Request.from_recipe(stored)
     own = refuse_unnamed((r.use for r in request.references if is_own(r.use)), control or ())
     references = tuple(replace(r, use=own.get(r.use, r.use)) for r in request.references)
     request = locate(replace(request, references=references), image.parent)
-    before = load_image(image)
-    target = out or image.with_stem(f"{image.stem}-replay")
-    recipes = generate_and_save(
-        request, [target], [index], with_recipe=target.suffix.lower() == ".png", as_json=as_json
-    )
-    for difference in differences(recipe, recipes[index]):
+    alone = image.suffix.lower() == ".json"
+    before = None if alone else load_image(image)
+    target = out or image.with_name(f"{image.stem}-replay{'.png' if alone else image.suffix}")
+    load = studio_of(ModelOptions(request.model))
+    saved = generate_and_save(request, [target], [index], with_recipe=True, load=load)
+    report([saved], as_json=as_json)
+    for difference in differences(stored, saved.recipes[index]):
         say(f"warning: {difference}")
-    say(
-        "the image is identical"
-        if before.tobytes() == load_image(target).tobytes()
-        else "the image differs from the one in the file"
-    )
+    if before is not None:
+        same = before.tobytes() == load_image(target).tobytes()
+        say("the image is identical" if same else "the image differs from the one in the file")
 
 
 def annotate(
@@ -269,7 +314,7 @@ def annotate(
 
 @dataclass(frozen=True)
 class Workload:
-    """A call whose costs `condit plan` estimates."""
+    """Call"""
 
     height: Annotated[int, typer.Option(help="Height in pixels.")] = 1024
     width: Annotated[int, typer.Option(help="Width in pixels.")] = 1024

@@ -1,7 +1,7 @@
 """One generation as a value: `condit generate` runs it, prints it as a command, stores it in a PNG and replays it."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,29 +9,16 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import condit
-from condit.cli.own import is_own, load_own
-from condit.cli.uses import adapter_name, map_readers, option_of
+from condit.cli.adapters import Adapters
+from condit.cli.reference import Reference
 
 if TYPE_CHECKING:
-    from condit.controls.control import Control
-    from condit.controls.deadiff import DEADiff
-    from condit.controls.ip_adapter import IPAdapter
-    from condit.controls.omini import OminiControl
     from condit.drawing.model import Model
     from condit.drawing.pipeline import Pipeline
 
 MAX_PROMPT = 2000  # characters; no text encoder here reads more
 MAX_COUNT = 64
-
-
-@dataclass(frozen=True)
-class Reference:
-    """An image for an adapter. use: one of `uses.USES` or an adapter's name. ready: a ready-made edge map."""
-
-    use: str
-    path: str
-    strength: float = 1.0
-    ready: bool = False
+FORMAT = 2  # of recipes
 
 
 @dataclass(frozen=True)
@@ -60,6 +47,8 @@ class Request:
     image: str | None = None
     mask: str | None = None
     change: float | None = None
+    guidance_rescale: float | None = None
+    clip_skip: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -80,6 +69,7 @@ class Request:
         something else."""
         from pydantic import TypeAdapter, ValidationError
 
+        recipe = migrated(recipe)
         index = recipe.get("index")
         try:
             request = TypeAdapter(cls).validate_python(recipe["request"])
@@ -94,19 +84,12 @@ class Request:
         words = ["condit", "generate", self.prompt]
         words += ["--model", self.model] if self.model != "tiny" else []
         for reference in self.references:
-            value = f"{reference.path}:{reference.strength:g}"
-            option = option_of(reference.use, reference.ready)
-            words += [f"--{option}", value] if option else ["--control", f"{reference.use}={value}"]
-        words += ["--negative", self.negative] if self.negative else []
-        words += ["--seed", str(self.seed)]
-        words += ["--steps", str(self.steps)] if self.steps is not None else []
-        words += ["--guidance", f"{self.guidance:g}"] if self.guidance is not None else []
-        words += ["--image-guidance", f"{self.image_guidance:g}"] if self.image_guidance is not None else []
-        for name in ("sampler", "eta", "height", "width", "image", "mask", "change"):
+            words += reference.words()
+        for name in ("negative", "seed", *(name for name in ARGUMENTS if name != "negative")):
             value = getattr(self, name)
-            words += (
-                [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)] if value is not None else []
-            )
+            if value is not None:
+                option = f"--{name.replace('_', '-')}"
+                words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
         words += ["-n", str(self.count)] if self.count > 1 else []
         return shlex.join([*words, "-o", str(output)])
 
@@ -122,6 +105,7 @@ class Request:
             "Size": f"{size[0]}x{size[1]}",
             "Model": self.model,
             "Model hash": facts.get("hash"),
+            **{f"Control {number}": reference.summary() for number, reference in enumerate(self.references)},
             "Version": f"condit {condit.__version__}",
         }
         return "\n".join(
@@ -139,69 +123,33 @@ class Generated:
 
 
 class Studio:
-    """A loaded model, and the adapters that its requests have used."""
+    """A loaded model, and the adapters that its requests have used. options: of `condit.load`."""
 
-    def __init__(self, model: str = "tiny", device: str | None = None) -> None:
+    def __init__(self, model: str = "tiny", device: str | None = None, **options: Any) -> None:
         self.model = model
-        pipe = condit.load(model, device=device or default_device(model))
+        pipe = condit.load(model, device=device or default_device(model), **options)
         if not isinstance(pipe, condit.Pipeline) or pipe.model.reads == "nothing":
             raise ValueError(
                 f"{model!r} is a {type(pipe).__name__}, which takes no prompt. Use it from Python: "
                 f"condit.load({model!r})."
             )
         self.pipe: Pipeline = pipe
-        self.adapters: dict[str, DEADiff | IPAdapter | OminiControl] = {}
+        self.adapters = Adapters(model, pipe)
 
     def generate(self, request: Request) -> Generated:
         """Generates the images of a request. Raises ValueError for settings that the model does not support."""
         if request.model != self.model:
             raise ValueError(f"this studio has loaded {self.model!r}; the request is for {request.model!r}")
         settings = arguments(request, self.pipe.model)
-        controls = self.controls(request.references)
+        controls = self.adapters.controls(request.references)
         how = {"num_images_per_prompt": request.count, "seed": request.seed}
         result = self.pipe(request.prompt, controls=controls, **how, **settings)
-        shared = {"condit": condit.__version__, "request": asdict(request), "run": result.recipe}
+        shared = {"format": FORMAT, "condit": condit.__version__, "request": asdict(request), "run": result.recipe}
         return Generated(
             images=result.images,
             recipes=[{**shared, "index": index} for index in range(request.count)],
             parameters=[request.parameters(i, image.size, result.recipe) for i, image in enumerate(result.images)],
         )
-
-    def controls(self, references: Sequence[Reference]) -> "list[Control]":
-        """One control for each reference; references of the same image adapter and strength share one."""
-        grouped: dict[object, list[Reference]] = {}
-        for number, reference in enumerate(references):
-            together = not is_own(reference.use) and isinstance(self.adapter(reference.use), condit.IPAdapter)
-            grouped.setdefault((reference.use, reference.strength) if together else number, []).append(reference)
-        return [self.control(group) for group in grouped.values()]
-
-    def control(self, group: Sequence[Reference]) -> "Control":
-        first = group[0]
-        if is_own(first.use):
-            control = load_own(first.use)(first.path, strength=first.strength)
-            if not isinstance(control, condit.Control):
-                raise ValueError(f"{first.use} made a {type(control).__name__}; expected a condit.Control.")
-            return control
-        adapter = self.adapter(first.use)
-        if ready := [reference for reference in group if reference.ready]:
-            readers = map_readers()
-            if not isinstance(adapter, condit.OminiControl) or adapter.config.annotator not in readers:
-                raise ValueError(
-                    f"{first.use!r}, of {type(adapter).__name__}, takes an image and no ready-made edge map; found "
-                    f"{ready[0].path}. Use the image itself (ready=False) or an adapter of edges."
-                )
-            read_map = readers[adapter.config.annotator]
-            return adapter.control(read_map(ready[0].path), strength=first.strength, annotate=False)
-        if isinstance(adapter, condit.IPAdapter):
-            return adapter.control([[reference.path for reference in group]], strength=first.strength)
-        return adapter.control(first.path, strength=first.strength)
-
-    def adapter(self, use: str) -> "DEADiff | IPAdapter | OminiControl":
-        """The adapter of a reference, loaded on first use."""
-        name = adapter_name(self.model, use)
-        if name not in self.adapters:
-            self.adapters[name] = load_adapter(name, self.pipe)
-        return self.adapters[name]
 
 
 # Fields of a request -> arguments of the pipeline. The model decides about fields that are None.
@@ -217,6 +165,8 @@ ARGUMENTS = {
     "image": "image",
     "mask": "mask_image",
     "change": "strength",
+    "guidance_rescale": "guidance_rescale",
+    "clip_skip": "clip_skip",
 }
 PROMPTS_ONLY = ("negative", "image_guidance", "image", "mask", "change")
 
@@ -245,22 +195,20 @@ def default_device(model: str) -> str:
     return "cuda" if model not in MODELS and torch.cuda.is_available() else "cpu"
 
 
-def load_adapter(name: str, pipe: "Pipeline") -> "DEADiff | IPAdapter | OminiControl":
-    """An adapter by catalog name, file or folder. Its tensors determine its class."""
-    from condit.weights.catalog import MODELS, adapter_weights
-    from condit.weights.files import read_tensors
-    from condit.weights.guess import what_is
+# Format -> what makes a recipe of it one of the next format.
+MIGRATIONS: dict[int, Callable[[dict[str, object]], dict[str, object]]] = {
+    1: lambda recipe: recipe,  # 2 adds settings of references, guidance_rescale and clip_skip, which have defaults
+}
 
-    if name in MODELS:
-        kind = {"ip-adapter": "IPAdapter", "deadiff": "DEADiff"}.get(MODELS[name].kind, "OminiControl")
-    elif Path(name).exists():
-        file = Path(name)
-        kind = what_is(read_tensors(adapter_weights(file) if file.is_dir() else file))
-    else:
-        embedded = ", ".join(other for other, entry in MODELS.items() if entry.kind != "model") or "none"
-        raise ValueError(f"no adapter {name!r}: neither a file nor one of the embedded adapters ({embedded})")
-    classes = {"IPAdapter": condit.IPAdapter, "DEADiff": condit.DEADiff}
-    return classes.get(kind, condit.OminiControl).load(name, pipe)
+
+def migrated(recipe: Mapping[str, object]) -> dict[str, object]:
+    """A recipe of any earlier format as one of today's. Raises ValueError for a later one."""
+    current, written = dict(recipe), recipe.get("format", 1)
+    if not isinstance(written, int) or not 1 <= written <= FORMAT:
+        raise ValueError(f"the recipe has format {written!r}; this condit reads 1 to {FORMAT}. Update condit")
+    for number in range(written, FORMAT):
+        current = {**MIGRATIONS[number](current), "format": number + 1}
+    return current
 
 
 def locate(request: Request, folder: Path) -> Request:
@@ -268,14 +216,16 @@ def locate(request: Request, folder: Path) -> Request:
 
     def existing(path: str) -> str:
         candidates = [Path(path), folder / path, folder / Path(path).name]
-        file = next((candidate for candidate in candidates if candidate.is_file()), None)
+        file = next((candidate for candidate in candidates if candidate.exists()), None)
         if file is None:
             raise FileNotFoundError(f"the reference {path} of this image is missing; searched . and {folder}")
         return str(file)
 
-    references = tuple(replace(reference, path=existing(reference.path)) for reference in request.references)
-    image, mask = (None if path is None else existing(path) for path in (request.image, request.mask))
-    return replace(request, references=references, image=image, mask=mask)
+    def optional(path: str | None) -> str | None:
+        return None if path is None else existing(path)
+
+    references = tuple(replace(r, path=existing(r.path), mask=optional(r.mask)) for r in request.references)
+    return replace(request, references=references, image=optional(request.image), mask=optional(request.mask))
 
 
 def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

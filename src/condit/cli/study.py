@@ -1,12 +1,23 @@
 """The commands train, data draw and data check."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from condit.cli.options import Model, Sampling, with_options
-from condit.cli.terminal import Debug, Json, answer, progress, say, waiting
+from condit.cli.options import ModelOptions, with_options
+from condit.cli.terminal import Debug, Json, Seed, answer, say
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """Sampling"""
+
+    negative: Annotated[str | None, typer.Option("--negative", help="The negative prompt.")] = None
+    steps: Annotated[int | None, typer.Option(help="Number of inference steps [default: the model's].")] = None
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale of the text [default: the model's].")] = None
+    seed: Seed = 0
 
 
 def train(
@@ -36,8 +47,8 @@ def generate_data(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the data set.", show_default=False)],
     subjects: Annotated[Path, typer.Option("--subjects", help="File of subjects, one per line.", show_default=False)],
     styles: Annotated[Path, typer.Option("--styles", help="File of styles, one per line.", show_default=False)],
-    sampling: Sampling,
-    model: Model = "tiny",
+    sampling: DrawOptions,
+    model: ModelOptions,
     per_subject: Annotated[int, typer.Option("--per-subject", help="Styles for each subject.")] = 14,
     images: Annotated[int, typer.Option("--images", "-n", help="Images for each prompt.")] = 4,
     template: Annotated[str, typer.Option(help="Template of the prompts.")] = "{subject}, {style}",
@@ -56,17 +67,18 @@ def generate_data(
             raise typer.BadParameter(f"no file {file}")
     how = {"per_subject": per_subject, "template": template, "seed": sampling.seed}
     rows = prompt_table(read_words(subjects), read_words(styles), **how)
-    from condit.cli.request import Request, Studio
+    from condit.cli.generate import studio_of
+    from condit.cli.request import Request
+    from condit.data.progress import progress_bar
 
-    with waiting(f"loading {model}"):
-        studio = Studio(model, sampling.device)
+    studio = studio_of(model)()
 
     def generate(prompt: str, first: int, count: int):
         s = sampling
-        return studio.generate(Request(prompt, model, (), s.negative, first, count, s.steps, s.guidance)).images
+        return studio.generate(Request(prompt, model.model, (), s.negative, first, count, s.steps, s.guidance)).images
 
-    with progress("generating") as advance:
-        draw_groups(out, rows, generate, images=images, seed=sampling.seed, progress=advance)
+    with progress_bar(len(rows), "generating", unit="prompt", images=len(rows) * images) as advance:
+        draw_groups(out, rows, generate, images=images, seed=sampling.seed, progress=lambda *_: advance())
     typer.echo(str(out))
 
 

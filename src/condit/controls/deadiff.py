@@ -45,7 +45,7 @@ from condit.controls.deadiff_layers import (
     log_regions,
     plant,
 )
-from condit.controls.host import Host
+from condit.controls.host import Host, save_adapter
 from condit.controls.ip_input import References, grouped
 from condit.data.images import load_image, load_masks
 from condit.encoders.clip_patches import ClipPatches
@@ -175,6 +175,8 @@ class DEADiff(nn.Module):
         for path in self.paths:
             self.maps(path).image_k.weight.copy_(backbone.get_parameter(f"{path}.to_k.weight"))
             self.maps(path).image_v.weight.copy_(backbone.get_parameter(f"{path}.to_v.weight"))
+
+    save = save_adapter
 
     def tensors(self) -> dict[str, Tensor]:
         return {k: v.detach() for k, v in self.state_dict().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from condit.controls.ip_input import References
 from condit.controls.ip_projectors import IPParts
+from condit.data.files import atomic_write
 from condit.data.images import ImageSource
 from condit.encoders.image import CLIPImage, TextTower, TinyTextTower
 from condit.encoders.text import Text
@@ -37,6 +39,25 @@ class AdapterFile(Protocol):
     def ip_parts(
         self, source: str | Path, pipe: Host, image_encoder: CLIPImage | str | Path | None, where: Any, head_dim: int
     ) -> IPParts: ...
+
+
+class Saved(Protocol):
+    """An adapter: its tensors by published names, and the metadata that `load` reads."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def metadata(self) -> dict: ...
+
+
+def save_adapter(adapter: Saved, path: str | Path) -> Path:
+    """Writes an adapter to a .safetensors file, or to `adapter.safetensors` in a folder, whole or not at all. Returns
+    the file, which `load` reads."""
+    from safetensors.torch import save_file
+
+    file = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / "adapter.safetensors"
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in adapter.tensors().items()}
+    metadata = {"condit": json.dumps(adapter.metadata())}
+    return atomic_write(file, lambda target: save_file(tensors, target, metadata))
 
 
 class Host(Protocol):

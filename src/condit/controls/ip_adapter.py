@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.controls.control import Control, MaskMode, Placing, When, Where, check_arguments, check_reach, one_of
-from condit.controls.host import Host
+from condit.controls.host import Host, save_adapter
 from condit.controls.ip_input import (
     Combine,
     Features,
@@ -154,6 +154,8 @@ class IPAdapter(nn.Module):
         adapter.lora, adapter.attentions, adapter._encoder[0] = parts.lora, parts.attentions, parts.encoder
         adapter.name, adapter.hash = file.name, file.hash
         return adapter.requires_grad_(False).to(pipe.device, pipe.dtype)
+
+    save = save_adapter
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors under the published names, with FaceID's LoRA."""

@@ -29,7 +29,7 @@ from condit.controls.control import (
     match_batch,
     region_mask,
 )
-from condit.controls.host import Host
+from condit.controls.host import Host, save_adapter
 from condit.controls.omini_images import Originals
 from condit.controls.omini_tasks import OminiConfig, Side, omini_targets, task_config
 from condit.nn.attention import Attend, Call
@@ -87,6 +87,8 @@ class OminiControl(nn.Module):
             )
         adapter.name, adapter.hash = file.name, file.hash
         return adapter
+
+    save = save_adapter
 
     def tensors(self) -> dict[str, Tensor]:
         """The published layout."""

@@ -134,7 +134,9 @@ def soft_edges(image: ImageSource) -> Image.Image:
 
     def strength(tile: np.ndarray) -> np.ndarray:
         rgb, alpha = _split(tile)
-        return np.max([sobel(plane) for plane in (*np.moveaxis(rgb, 2, 0), *([] if alpha is None else [alpha]))], axis=0)
+        return np.max(
+            [sobel(plane) for plane in (*np.moveaxis(rgb, 2, 0), *([] if alpha is None else [alpha]))], axis=0
+        )
 
     largest = max(float(strength(block)[inside].max()) for _, block, inside in _tiles(pixels, 1))
     return _rgb(_tiled(pixels, lambda tile: (strength(tile) / max(largest, 1e-6) * 255).round(), 1))

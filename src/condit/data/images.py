@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias, TypeGuard, Union, cast
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from condit.data.files import atomic_write, read_bounded
 
@@ -27,6 +27,8 @@ MAX_BYTES = 128_000_000
 WHITE = (255, 255, 255)
 _SAVE_AS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _ROTATING = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow looks for a rotation
+_RECIPE = "condit recipe: "  # begins the ImageDescription of a JPEG or WebP
+_JPEG_EXIF = 65_000  # bytes; the segment's length is a 16-bit number
 _URL_SECONDS = 20
 
 
@@ -207,37 +209,58 @@ def load_masks(source: ImageSource | Sequence[ImageSource]) -> "Tensor":
 def save_image(
     image: Image.Image, path: str | Path, *, recipe: Mapping[str, object] | None = None, parameters: str | None = None
 ) -> Path:
-    """Write PNG, JPEG or WebP, by the path's suffix, atomically. A PNG contains `recipe` as JSON under `condit` and
-    `parameters` as the text that A1111's tools read. Returns the path. ValueError for another suffix or a recipe for
-    another format, OSError with the reason if writing fails."""
+    """Write PNG, JPEG or WebP, by the path's suffix, atomically, with `recipe` as JSON and `parameters` as the text
+    that A1111's tools read: in a PNG's text chunks, else in the EXIF data (ImageDescription, UserComment). Returns the
+    path. ValueError for another suffix or a recipe that is too long for a JPEG, OSError with the reason if writing fails."""
     file_format = _SAVE_AS.get(Path(path).suffix.lower())
     if file_format is None:
         raise ValueError(f"{path} has no supported suffix; end it in {', '.join(_SAVE_AS)}")
-    if file_format != "PNG" and (recipe is not None or parameters is not None):
-        raise ValueError(f"only a PNG can contain a recipe; end {path} in .png or leave the recipe out")
     if file_format == "JPEG" and image.mode not in ("RGB", "L"):
         image = load_image(image)
-    info = PngImagePlugin.PngInfo() if file_format == "PNG" else None
-    if info is not None and parameters is not None:
-        info.add_text("parameters", parameters)
-    if info is not None and recipe is not None:
-        info.add_text("condit", json.dumps(recipe, allow_nan=False, sort_keys=True))
+    text = None if recipe is None else json.dumps(recipe, allow_nan=False, sort_keys=True)
+    options: dict[str, object] = {"quality": 95}
+    if file_format == "PNG":
+        info = PngImagePlugin.PngInfo()
+        for key, value in (("parameters", parameters), ("condit", text)):
+            if value is not None:
+                info.add_text(key, value)
+        options = {"pnginfo": info}
+    elif text is not None or parameters is not None:
+        options["exif"] = _exif(text, parameters, path if file_format == "JPEG" else None)
+    return atomic_write(path, lambda target: image.save(target, format=file_format, **options))
 
-    def write(target: Path) -> None:
-        if info is not None:
-            image.save(target, format=file_format, pnginfo=info)
-        else:
-            image.save(target, format=file_format, quality=95)
 
-    return atomic_write(path, write)
+def _exif(recipe: str | None, parameters: str | None, jpeg: str | Path | None) -> bytes:
+    """EXIF data. A JPEG holds 64 KB of it."""
+    exif = Image.Exif()
+    if recipe is not None:
+        exif[ExifTags.Base.ImageDescription] = _RECIPE + recipe
+    if parameters is not None:
+        comment = b"UNICODE\0" + parameters.encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    data = exif.tobytes()
+    if jpeg is not None and len(data) > _JPEG_EXIF:
+        raise ValueError(
+            f"{jpeg}: a JPEG cannot hold a recipe of {len(data)} bytes. Use .png or .webp, or leave it out"
+        )
+    return data
 
 
 def read_recipe(path: str | Path) -> dict[str, object]:
-    """The recipe that save_image stored in a PNG. ValueError for a file without a valid recipe."""
+    """The recipe that save_image stored in an image. ValueError for a file without a valid recipe."""
     data, name = _read_bytes(Path(path), MAX_BYTES, allow_url=False)
-    text = _open(data, name).info.get("condit")
+    image = _open(data, name)
+    text = image.info.get("condit")
+    if image.format != "PNG":
+        text = str(image.getexif().get(ExifTags.Base.ImageDescription, ""))
+        text = text.removeprefix(_RECIPE) if text.startswith(_RECIPE) else None
     if not isinstance(text, str):
-        raise ValueError(f"{name} has no condit recipe; only PNGs that condit saved and no other program re-saved do")
+        raise ValueError(f"{name} has no condit recipe; only images that condit saved and no other program re-saved do")
+    return parse_recipe(text, name)
+
+
+def parse_recipe(text: str, name: str) -> dict[str, object]:
+    """A recipe's JSON. ValueError for anything else."""
     try:
         recipe = json.loads(text)
     except ValueError as error:

@@ -40,7 +40,7 @@ class ClassModel:
 
     reads: Literal["prompt", "class", "nothing"] = "class"
     supports = frozenset({"guidance_scale", "guidance_power", "guidance_channels", "sampler", "eta"})
-    kinds = ("pil", "pt", "latent")
+    kinds = ("pil", "pt", "np", "latent")
     fewest_steps = 2  # the variance of the last step is that of the one before it
     repaints, fixed_size, inversion = False, False, None
 

@@ -33,7 +33,7 @@ from condit.drawing.settings import Settings, negative_prompts, prompt_list
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import sum_loras
-from condit.nn.offload import OffloadedBlocks, on_device, with_blocks
+from condit.nn.offload import OffloadedBlocks, move_parts, on_device, with_blocks
 from condit.nn.streams import Stream, grid_ids
 from condit.weights.parts import Parts
 
@@ -46,7 +46,7 @@ class FlowModel:
 
     reads: Literal["prompt", "class", "nothing"] = "prompt"
     supports = frozenset({"guidance_scale", "image_guidance_scale", "eta", "strength"})
-    kinds = ("pil", "pt", "latent")
+    kinds = ("pil", "pt", "np", "latent")
     fewest_steps = 1
     repaints = False
 
@@ -61,14 +61,7 @@ class FlowModel:
 
     def to(self, device: str | torch.device) -> None:
         moving = (self.parts.image,) if self.offload else (self.parts.text, self.parts.vae, self.parts.image)
-        for part in moving:
-            if part is not None:
-                part.to(device)
-        if self.offload == "blocks":
-            for part in self.backbone.children():
-                part.move(device) if isinstance(part, OffloadedBlocks) else part.to(device)
-        else:
-            self.backbone.to(device)
+        move_parts(self.backbone, moving, device)
 
     def on_duty(self, part: M) -> M:
         """The text encoder or the autoencoder on its device."""

@@ -6,10 +6,9 @@ N prompts and N references become N images; each has its own generator, so it do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import import_module
 from pathlib import Path as FilePath
 from typing import Any, Literal, cast
 
@@ -22,28 +21,32 @@ from condit.data.imagenet import ClassNames
 from condit.data.images import to_images
 from condit.diffusion.steps import Noise, PartPath, Predict, Step, draw
 from condit.drawing import edit as editing
+from condit.drawing.callbacks import Callback, after_step, check_inputs, steps_bar
+from condit.drawing.families import Offload, make_model
 from condit.drawing.model import Conditions, Layout, Model, Side, TextModel, module_device, module_dtype
 from condit.drawing.references import describe_source, find_fill, read_references
-from condit.drawing.repaint import Images, check_picture, repainted, share_changed, skipped, start_of
+from condit.drawing.repaint import Images, check_picture, share_changed, skipped, start_of
 from condit.drawing.settings import Settings, check_counts, check_size, check_supported, image_generators
 from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyTextTower
-from condit.encoders.text import Text
+from condit.encoders.text import Text, given_text
 from condit.weights.catalog import AdapterFile
-from condit.weights.class_models import ClassParts, PixelParts
+from condit.weights.class_models import ClassifierParts, ClassParts, PixelParts
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.latent_models import LatentParts
+from condit.weights.load import load_parts
 from condit.weights.lora_unet import adapter_for
 from condit.weights.parts import Parts
+from condit.weights.quantise import Quantise
+from condit.weights.save import save_model
 
 Prompt = str | Sequence[str] | Text
 Label = str | int | None
-Offload = Literal["encoders", "blocks"]
-Callback = Callable[["Pipeline", int, float, dict], dict | None]
+OutputType = Literal["pil", "pt", "np", "latent"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """Images of a call: PIL images, or a tensor (B, 3, H, W) in [-1, 1], or latents, by `output_type`."""
+    """Images of a call, by `output_type`; see `Pipeline.decode`."""
 
     images: Any
     seeds: list[int | None]
@@ -62,6 +65,27 @@ class Pipeline:
         self.parts, self.offload = self.model.parts, offload
         self.name: str = parts.name
         self.image: CLIPImage | TinyImage | None = getattr(parts, "image", None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | FilePath,
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        offload: Offload | None = None,
+        quantize: Quantise | None = None,
+    ) -> Pipeline:
+        """`condit.load` for a model that generates, under diffusers' name. Raises ValueError for a ViT."""
+        parts = load_parts(source, dtype=dtype or torch_dtype, device=device, quantize=quantize)
+        if isinstance(parts, ClassifierParts):
+            raise ValueError(f"{source} is a ViT, which classifies images. Use condit.load.")
+        return cls(parts, offload=offload).to(device)
+
+    def save_pretrained(self, folder: str | FilePath) -> FilePath:
+        """Write the model in diffusers' folder layout, which condit and diffusers load; see `weights.save`."""
+        return save_model(self.parts, folder)
 
     @property
     def text_model(self) -> TextModel:
@@ -137,8 +161,14 @@ class Pipeline:
         seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        output_type: Literal["pil", "pt", "latent"] = "pil",
+        output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        progress: bool = False,
         label: Label | Sequence[Label] | Tensor = None,
     ) -> Result:
         """Generate images. Arguments as in diffusers; `seed` is short for generators: image i has seed + i, and its
@@ -151,8 +181,9 @@ class Pipeline:
         s_I (text and controls - text). guidance_power, guidance_channels: DiffiT's schedule, and how many channels of
         the latent are guided. sampler, eta, clip_skip: None for the model's own ("ddim-ldm": the steps of the released
         Stable Diffusion and DEADiff); eta is the share of a step's noise that is new. timesteps: the steps themselves,
-        falling, instead of their number. original_size, crops_..., target_size: SDXL's conditions, in pixels. latents:
-        the first noise, of unit variance. label: another name of `prompt` for classes."""
+        falling, instead of their number. prompt_embeds and the like: the text as `encode_text` gives it. progress:
+        show the steps, on a terminal or in a notebook as a bar. original_size, crops_..., target_size: SDXL's
+        conditions, in pixels. latents: the first noise, of unit variance. label: another name of `prompt` for classes."""
         requested = Settings(
             height=height,
             width=width,
@@ -173,7 +204,9 @@ class Pipeline:
             target_size=target_size,
             copies=num_images_per_prompt,
         )
-        prompt = label if prompt is None else prompt
+        prompt = given_text(label if prompt is None else prompt, prompt_embeds, pooled_prompt_embeds)
+        negative_prompt = given_text(negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        check_inputs(callback_on_step_end_tensor_inputs)
         # Everything is checked before anything is computed.
         model, count = self.model, self.model.count(prompt)
         settings = self.settle(requested, prompt, output_type)
@@ -190,15 +223,10 @@ class Pipeline:
         start = start_of(self, image, mask_image, strength, layout, path, generators, latents)
         predict = self.predictor(sides, layout, settings, start.extra)
 
-        def on_step(i: int, x: Tensor, x0: Tensor) -> Tensor:
-            x = repainted(self, x, start, path, i)
-            if callback_on_step_end is None:
-                return x
-            replaced = callback_on_step_end(self, i, path.step(i).time, {"latents": x}) or {}
-            return replaced.get("latents", x)
-
-        noise = self.noise(layout, generators)
-        x = chosen(predict, start.x, path, eta=settings.eta or 0.0, noise=noise, on_step=on_step)
+        noise, names = self.noise(layout, generators), callback_on_step_end_tensor_inputs
+        with steps_bar(len(path), layout.batch, shown=progress) as advance:
+            on_step = after_step(self, start, path, sides, callback_on_step_end, names, advance)
+            x = chosen(predict, start.x, path, eta=settings.eta or 0.0, noise=noise, on_step=on_step)
         fill = find_fill(controls, layout.grid)
         x = x if fill is None else fill.complete(x)
         if latents is not None and not model.draws_noise(settings):
@@ -325,15 +353,16 @@ class Pipeline:
         return lambda x: self.model.arrange(draw(shape, generators), layout).to(x.device)
 
     @torch.no_grad()
-    def decode(
-        self, latents: Tensor, size: tuple[int, int] | None = None, output_type: Literal["pil", "pt", "latent"] = "pil"
-    ) -> Any:
-        """Latents of images of `size` (None: the model's) -> PIL images, (B, 3, H, W) in [-1, 1], or as they are."""
+    def decode(self, latents: Tensor, size: tuple[int, int] | None = None, output_type: OutputType = "pil") -> Any:
+        """Latents of images of `size` (None: the model's) -> PIL images, (B, 3, H, W) in [-1, 1] ("pt"), a float32
+        array (B, H, W, 3) in [0, 1] ("np"), or as they are."""
         if output_type == "latent":
             return latents
         if not torch.isfinite(latents).all():
             raise ValueError("The sampler produced NaN. Lower the strengths or guidance, or use dtype=torch.float32.")
         images = self.model.decode(latents, self.layout(len(latents), size or self.size))
+        if output_type == "np":
+            return ((images.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).float().cpu().numpy()
         return images if output_type == "pt" else to_images(images)
 
     # For adapters: controls.host.Host
@@ -381,20 +410,3 @@ class Pipeline:
         return TextTower(own[-1][1], own[-1][0]) if own else None
 
     describe_source = staticmethod(describe_source)
-
-
-def make_model(parts: Parts | LatentParts | ClassParts | PixelParts, offload: Offload | None) -> Model:
-    """The family that a model's parts belong to. Its module is imported when it is needed."""
-    if offload is not None and not isinstance(parts, Parts):
-        raise ValueError(f"offload={offload!r} is for FLUX.1; {parts.name} is another model. Leave it out.")
-    module, name = FAMILIES[type(parts)]
-    family = getattr(import_module(f"condit.drawing.{module}"), name)
-    return family(parts, offload) if offload else family(parts)
-
-
-FAMILIES = {
-    Parts: ("flow", "FlowModel"),
-    LatentParts: ("vp", "VPModel"),
-    ClassParts: ("classes", "ClassModel"),
-    PixelParts: ("pixels", "PixelModel"),
-}

@@ -22,7 +22,7 @@ class PixelModel:
 
     reads: Literal["prompt", "class", "nothing"] = "nothing"
     supports: frozenset[str] = frozenset()
-    kinds = ("pil", "pt")
+    kinds = ("pil", "pt", "np")
     fewest_steps = 2
     repaints, fixed_size, inversion = False, False, None
 

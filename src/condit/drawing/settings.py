@@ -80,7 +80,7 @@ def check_size(size: tuple[int, int], side: int) -> None:
 
 
 def check_counts(
-    steps: int, copies: int, output_type: str, *, fewest: int = 1, kinds: Sequence[str] = ("pil", "pt", "latent")
+    steps: int, copies: int, output_type: str, *, fewest: int = 1, kinds: Sequence[str] = ("pil", "pt", "np", "latent")
 ) -> None:
     """Raises ValueError for a number of steps below `fewest` or above MAX_STEPS, of images, or an unknown kind of
     output."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal, cast, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,15 @@ from condit.drawing.model import (
     module_dtype,
     rows_for,
 )
+from condit.drawing.schedulers import Scheduler, SchedulerPath, find_sampler, run_scheduler, scheduler_path
 from condit.drawing.settings import Settings, prompt_list
 from condit.encoders.text import Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
 from condit.nn.lora import sum_loras
+from condit.nn.offload import OffloadedBlocks, move_parts, on_device, with_blocks
 from condit.weights.latent_models import Frame, LatentParts
 
+M = TypeVar("M")
 SamplerName = Literal["ddim", "ddim-ldm", "dpm++", "dpm++-karras", "euler", "euler-karras", "euler-ancestral"]
 SAMPLERS = get_args(SamplerName)
 
@@ -60,17 +63,23 @@ class VPModel:
             "target_size",
         }
     )
-    kinds = ("pil", "pt", "latent")
+    kinds = ("pil", "pt", "np", "latent")
     fewest_steps = 1
     fixed_size = False
 
-    def __init__(self, parts: LatentParts):
-        self.parts, self.backbone = parts, cast("UNet | PixArt", parts.backbone)
+    def __init__(self, parts: LatentParts, offload: str | None = None):
+        backbone = with_blocks(parts.backbone, OffloadedBlocks) if offload == "blocks" else parts.backbone
+        self.parts, self.backbone, self.offload = parts, cast("UNet | PixArt", backbone), offload
 
     def to(self, device: str | torch.device) -> None:
-        for part in (self.backbone, self.parts.text, self.parts.vae, self.parts.image):
-            if isinstance(part, nn.Module):
-                part.to(device)
+        moving = (self.parts.image,) if self.offload else (self.parts.text, self.parts.vae, self.parts.image)
+        move_parts(self.backbone, moving, device)
+
+    def on_duty(self, part: M) -> M:
+        """The text encoder or the autoencoder on its device."""
+        if not self.offload or not isinstance(part, nn.Module):
+            return part
+        return cast("M", on_device(part, module_device(self.backbone)))
 
     # Values of a call
 
@@ -85,32 +94,40 @@ class VPModel:
             crops_coords_top_left=(0, 0),
             target_size=requested.size,
         )
-        self.solver(settings)
+        if self.scheduler(settings) is None:
+            self.solver(settings)
         return settings
+
+    def scheduler(self, settings: Settings) -> Scheduler | None:
+        """The scheduler of diffusers that a sampler's name stands for; None for condit's own samplers."""
+        sampler = None if settings.sampler is None else find_sampler(settings.sampler, SAMPLERS)
+        return sampler if isinstance(sampler, Scheduler) else None
 
     def solver(self, settings: Settings) -> tuple[Solver, Process]:
         """The solver and the process with its levels, of a sampler's name."""
         sampler, own = settings.sampler, self.parts.solver
+        sampler = None if sampler is None else cast("str", find_sampler(sampler, SAMPLERS))
         if sampler is None and own is None:
             raise ValueError(
                 f"The scheduler of {self.parts.name} is not supported. Pass sampler=, one of {', '.join(SAMPLERS)}."
             )
         name = sampler or own or ""
         solver, process = with_sampler(self.parts.process, name)
-        if (sampler is not None and sampler not in SAMPLERS) or solver not in get_args(Solver):
-            raise ValueError(f"sampler must be one of {SAMPLERS}; found {sampler!r}.")
         if settings.eta is None or not 0 <= settings.eta <= 1 or (settings.eta and solver != "ddim"):
             raise ValueError(f"eta is the noise of sampler='ddim', 0 to 1; found {settings.eta} with {solver!r}.")
         return cast("Solver", solver), process
 
     def describe(self, prompt: object, negative: object, settings: Settings) -> dict[str, object]:
-        solver, process = self.solver(settings)
+        sampler = settings.sampler
+        if sampler is None:
+            solver, process = self.solver(settings)
+            sampler = solver + ("-karras" if process.use_karras_sigmas else "")
         return {
             "prompt": _words(prompt),
             "negative_prompt": _words(negative),
             "num_inference_steps": settings.steps,
             "timesteps": None if settings.timesteps is None else list(settings.timesteps),
-            "sampler": settings.sampler or solver + ("-karras" if process.use_karras_sigmas else ""),
+            "sampler": sampler,
             "eta": settings.eta,
             "guidance_scale": settings.scale,
             "guidance_rescale": settings.guidance_rescale,
@@ -144,8 +161,8 @@ class VPModel:
 
     def encode_text(self, prompt: object, clip_skip: int | None = None) -> Text:
         if not isinstance(prompt, Text):
-            prompts = prompt_list(prompt)
-            prompt = self.parts.text(prompts) if clip_skip is None else self.parts.text(prompts, clip_skip=clip_skip)
+            prompts, text = prompt_list(prompt), self.on_duty(self.parts.text)
+            prompt = text(prompts) if clip_skip is None else text(prompts, clip_skip=clip_skip)
         return prompt.to(module_device(self.backbone), module_dtype(self.backbone))
 
     def refuse(self, control: Control) -> str | None:
@@ -191,13 +208,14 @@ class VPModel:
     # Latents
 
     def encode(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        return encode_latents(self.parts.vae, images, generators)
+        return encode_latents(self.on_duty(self.parts.vae), images, generators)
 
     def encode_together(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        return encode_latents(self.parts.vae, images, None if generator is None else [generator] * len(images))
+        generators = None if generator is None else [generator] * len(images)
+        return encode_latents(self.on_duty(self.parts.vae), images, generators)
 
     def decode(self, latents: Tensor, layout: Layout) -> Tensor:
-        return decode_latents(self.parts.vae, latents)
+        return decode_latents(self.on_duty(self.parts.vae), latents)
 
     def arrange(self, cells: Tensor, layout: Layout) -> Tensor:
         return cells
@@ -209,10 +227,10 @@ class VPModel:
         grid = mask.unflatten(-1, layout.grid)[:, None]
         return grid.repeat_interleave(self.patch, 2).repeat_interleave(self.patch, 3)
 
-    def first(self, noise: Tensor, path: VPPath) -> Tensor:
+    def first(self, noise: Tensor, path: VPPath | SchedulerPath) -> Tensor:
         return path.start * noise
 
-    def noised(self, x0: Tensor, noise: Tensor, path: VPPath, level: int) -> Tensor:
+    def noised(self, x0: Tensor, noise: Tensor, path: VPPath | SchedulerPath, level: int) -> Tensor:
         return add_noise(x0, noise, path.level[level])
 
     def check_output(self, output_type: str) -> None:
@@ -225,10 +243,14 @@ class VPModel:
     # A run
 
     def path(self, settings: Settings, layout: Layout) -> tuple[Sampler, Path]:
+        if (scheduler := self.scheduler(settings)) is not None:
+            return run_scheduler, scheduler_path(scheduler, self.parts.process, settings.steps, settings.timesteps)
         solver, process = self.solver(settings)
         return sample, make_path(process, solver, settings.steps, timesteps=settings.timesteps)
 
     def draws_noise(self, settings: Settings) -> bool:
+        if self.scheduler(settings) is not None:
+            return True  # it may
         return bool(settings.eta) or self.solver(settings)[0] == "euler-ancestral"
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from condit.encoders.clip import embed_text, token_ids
 from condit.encoders.clip_model import Clip
 from condit.encoders.clip_tokenizer import ClipTokenizer
+from condit.encoders.prompt_weights import has_weights, plain_prompt, weighted_states
 from condit.encoders.words import Words, words_of
 
 if TYPE_CHECKING:
@@ -45,6 +46,24 @@ class Text:
         """The text on a device, with tokens and pooled vector in `dtype`."""
         moved = self.each(lambda part: part.to(device))
         return replace(moved, tokens=moved.tokens.to(dtype), pooled=moved.pooled.to(dtype))
+
+
+P = TypeVar("P")
+
+
+def given_text(prompt: P, embeds: Tensor | None, pooled: Tensor | None) -> P | Text:
+    """The prompt, or the text of its embeddings (B, L, C) and pooled vector (B, P). Raises ValueError for both, and for
+    a pooled vector alone."""
+    if embeds is None:
+        if pooled is not None:
+            raise ValueError("A pooled prompt embedding needs the embeddings of its tokens: give both.")
+        return prompt
+    if prompt is not None:
+        raise ValueError("Give a prompt or its embeddings, not both.")
+    if embeds.ndim != 3 or (pooled is not None and (pooled.ndim != 2 or len(pooled) != len(embeds))):
+        shapes = tuple(embeds.shape), None if pooled is None else tuple(pooled.shape)
+        raise ValueError(f"prompt embeddings must be (B, L, C), pooled ones (B, P); found {shapes[0]} and {shapes[1]}.")
+    return Text(embeds, embeds.new_zeros(len(embeds), 0) if pooled is None else pooled)
 
 
 class TinyText(nn.Module):
@@ -178,7 +197,10 @@ class ClipText(nn.Module):
     @torch.no_grad()
     def forward(self, prompts: Sequence[str], clip_skip: int | None = None) -> Text:
         """Prompts -> states of all tokens, truncated and padded to the tower's length. clip_skip: the number of last
-        layers to leave out."""
+        layers to leave out. Parts in brackets may have weights (`encoders/prompt_weights.py`)."""
+        weighted = [i for i, prompt in enumerate(prompts) if has_weights(prompt)]
+        if weighted:
+            return self.weighted(prompts, weighted, clip_skip or 0)
         states, pooled = [], None
         encoders = cast("Sequence[CLIPTextModel | CLIPTextModelWithProjection]", self.encoders)
         for tokenizer, encoder in zip(self.tokenizers, encoders, strict=True):
@@ -197,6 +219,18 @@ class ClipText(nn.Module):
                 pooled = out.text_embeds
         tokens = torch.cat(states, -1)
         return Text(tokens, tokens.new_zeros(len(tokens), 0) if pooled is None else pooled)
+
+    def weighted(self, prompts: Sequence[str], which: Sequence[int], clip_skip: int) -> Text:
+        """Prompts, of which some have weights; the pooled vector is that of the words without weights."""
+        if clip_skip > 1 - self.penultimate:
+            raise ValueError(f"Prompt weights support clip_skip up to {1 - self.penultimate}; found {clip_skip}.")
+        text = self([plain_prompt(prompt) for prompt in prompts], clip_skip or None)
+        tokens, how = text.tokens.clone(), {"penultimate": self.penultimate or bool(clip_skip)}
+        for i in which:
+            towers = zip(self.tokenizers, self.encoders, strict=True)
+            states = [weighted_states(*tower, prompts[i], normed=not self.penultimate, **how) for tower in towers]
+            tokens[i] = torch.cat(states, -1)[0].to(tokens)
+        return replace(text, tokens=tokens)
 
 
 def log_truncation(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:

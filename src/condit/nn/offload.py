@@ -8,7 +8,7 @@ calls in two threads are independent, and nothing is copied back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TypeVar, cast
 
@@ -59,6 +59,18 @@ class OffloadedBlocks(nn.ModuleList):
     def move(self, device: torch.device | str) -> None:
         """Set the device on which the blocks run."""
         self.device = device
+
+
+def move_parts(backbone: nn.Module, others: Iterable[object], device: torch.device | str) -> None:
+    """Move a network, without its offloaded blocks, and those of `others` that are modules, in place."""
+    for part in others:
+        if isinstance(part, nn.Module):
+            part.to(device)
+    if not any(isinstance(part, OffloadedBlocks) for part in backbone.children()):
+        backbone.to(device)
+        return
+    for part in backbone.children():
+        part.move(device) if isinstance(part, OffloadedBlocks) else part.to(device)
 
 
 class CheckpointedBlocks(nn.ModuleList):

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from condit.data.files import atomic_write
+from condit.data.progress import progress_bar
 from condit.training import sharding
 from condit.training.fields import Count, Data, NotNegative, Positive, Share, Whole
 from condit.training.optim import Average, lr_factor, make_optimizers, set_lr
@@ -375,18 +376,11 @@ class Loop:
 
     @contextmanager
     def bar(self) -> Iterator[Callable[[float], None]]:
-        """A progress bar on stderr with `progress`; yields tick(loss)."""
+        """Progress on stderr, with `progress`; yields tick(loss)."""
         if not (self.progress and self.accelerator.is_main_process):
             yield lambda loss: None
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            row = progress.add_task("training", total=self.config.steps, completed=self.step)
-
-            def tick(loss: float) -> None:
-                progress.update(row, advance=1, description=f"loss {loss:.4f}")
-
-            yield tick
+        steps, batch = self.config.steps, self.images_a_step
+        log.info("Training into %s: steps %d to %d, %d images each.", self.out, self.step, steps, batch)
+        with progress_bar(steps, "training", images=steps * batch, done=self.step) as advance:
+            yield lambda loss: advance(note=f"loss {loss:.4f}")

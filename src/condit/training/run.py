@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import tomllib
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def train(path: str | Path, *, out: Path, resume: bool = True) -> dict[str, floa
     # The seed also initialises the weights, so that a recipe determines the whole run.
     torch.manual_seed(recipe.train.seed)
     task = make_task(kind, recipe, path)
-    return Loop(task, recipe.train, out, resume=resume, progress=sys.stderr.isatty()).run()
+    return Loop(task, recipe.train, out, resume=resume, progress=True).run()
 
 
 def make_task(kind: type[Task], recipe: Recipe, path: str | Path) -> Task:

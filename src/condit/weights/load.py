@@ -156,8 +156,8 @@ LOADERS: dict[Kind, Callable[[Model, Options], AnyParts]] = {
 OPTIONS: dict[str, tuple[tuple[Kind, ...], str]] = {
     "vae": (("dit", "diffit"), "DiT and DiffiT"),
     "components": (("flux-file",), "a single file of FLUX.1"),
-    "offload": (("tiny", "flux", "flux-file"), "FLUX.1"),
-    "quantize": (("tiny", "flux", "flux-file"), "FLUX.1"),
+    "offload": (("tiny", "flux", "flux-file", *LATENT), "FLUX.1, Stable Diffusion and PixArt"),
+    "quantize": (("tiny", "flux", "flux-file", *LATENT), "FLUX.1, Stable Diffusion and PixArt"),
 }
 
 
@@ -208,7 +208,7 @@ def load_parts(
     model = source if isinstance(source, Model) else identify(source)
     check_options(model, vae=vae, components=components, quantize=quantize)
     parts = LOADERS[model.kind](model, Options(dtype, device, vae, components))
-    if quantize is not None and isinstance(parts, Parts):
+    if quantize is not None and isinstance(parts, Parts | LatentParts):
         quantise(parts.backbone, quantize)
     return parts
 

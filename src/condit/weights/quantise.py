@@ -1,4 +1,4 @@
-"""The weights of a transformer's blocks in one byte each: half the memory of bfloat16."""
+"""The weights of a network's blocks in one byte each: half the memory of bfloat16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from condit.nn.lora import Linear, LowRank
 
 Quantise = Literal["float8", "int8"]
-BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "down_blocks.", "mid_block.", "up_blocks.")
 
 
 class Float8Linear(Linear):

@@ -1,11 +1,12 @@
 """`condit data icons`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from condit.cli.terminal import Debug, progress
+from condit.cli.terminal import Debug
 
 
 def icons(
@@ -21,7 +22,8 @@ def icons(
     About 20,000 pictures with concept, style, split and licence. Fetches with npm what --packages does not hold.
     """
     from condit_lab.icons.build import build
+    from condit_lab.world.progress import Reporter
 
-    with progress("rasterising") as advance:
-        build(out, ui=ui, packages=packages, progress=advance)
+    with Reporter() as report:
+        build(out, ui=ui, packages=packages, progress=partial(report, "rasterising"))
     typer.echo(str(out))

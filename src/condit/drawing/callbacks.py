@@ -1,0 +1,63 @@
+"""After each step of a call: the image around a mask, the caller's callback, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from condit.data.progress import Advance, progress_bar
+from condit.diffusion.steps import OnStep, Path
+from condit.drawing.model import Side
+from condit.drawing.repaint import Reader, Start, repainted
+
+# callback(pipe, i, timestep, tensors) -> the tensors that it replaces, or None.
+Callback = Callable[[Any, int, float, dict], dict | None]
+INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+def steps_bar(steps: int, images: int, *, shown: bool) -> AbstractContextManager[Advance]:
+    """The progress of a call, if it is shown."""
+    if shown:
+        return progress_bar(steps, "generating", images=images)
+    return nullcontext(lambda n=1, note="": None)
+
+
+def check_inputs(names: Sequence[str]) -> None:
+    """Raises ValueError for a tensor that no callback can be given."""
+    unknown = [name for name in names if name not in INPUTS]
+    if unknown:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs has {unknown[0]!r}; a callback is given any of {', '.join(INPUTS)}."
+        )
+
+
+def after_step(
+    pipe: Reader,
+    start: Start,
+    path: Path,
+    sides: Sequence[Side],
+    callback: Callback | None,
+    names: Sequence[str],
+    advance: Advance,
+) -> OnStep:
+    """on_step(i, x, x0) -> x. A callback may replace latents; the text is for reading."""
+
+    def tensor(name: str, x: Tensor) -> Tensor | None:
+        if name == "latents":
+            return x
+        return sides[0].condition.tokens if name == "prompt_embeds" else sides[-1].condition.tokens
+
+    def on_step(i: int, x: Tensor, x0: Tensor) -> Tensor:
+        x = repainted(pipe, x, start, path, i)
+        advance()
+        if callback is None:
+            return x
+        replaced = callback(pipe, i, path.step(i).time, {name: tensor(name, x) for name in names}) or {}
+        if "negative_prompt_embeds" in replaced or "prompt_embeds" in replaced:
+            raise ValueError("A callback can replace latents only: the text was projected before the first step.")
+        return replaced.get("latents", x)
+
+    return on_step
