@@ -203,7 +203,7 @@ def test_generate_draws_from_a_folder_and_its_picture_is_drawn_again(make_sd, tm
     how = {"num_inference_steps": 3, "sampler": "dpm++", "seed": 2, "height": 24}
     direct = condit.load(tmp_path / "sd")("a red fox", image="start.png", mask_image="mask.png", strength=0.7, **how)
     assert direct.images[0].tobytes() == Image.open("fox.png").tobytes()
-    code, _, errors = command(capsys, "generate", "a fox", "--model", "sd", "--sampler", "plms")
+    code, _, errors = command(capsys, "generate", "a fox", "--model", "sd", "--sampler", "nonsense")
     assert code == 1 and "sampler must be one of" in errors
 
 

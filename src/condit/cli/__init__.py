@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from condit import __version__
-from condit.cli import generate, study
+from condit.cli import evaluate, generate, study
 from condit.cli.compare import compare
 from condit.cli.edit import edit
 from condit.cli.memory import keep_memory
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make and check training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+app.add_typer(evaluate.app, name="evaluate")
 for command in (
     generate.demo,
     generate.generate,

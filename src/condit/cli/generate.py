@@ -332,7 +332,7 @@ class Workload:
 
 @with_options
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder or file of FLUX.1, tiny, or a preset such as flux-dev.")],
+    model: Annotated[str, typer.Argument(help="A model's name, folder or file, or a preset such as flux-dev.")],
     work: Workload,
     components: Annotated[Path | None, typer.Option(help="Folder of the parts that a single file lacks.")] = None,
     device: Annotated[

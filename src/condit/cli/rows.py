@@ -129,7 +129,7 @@ def read_row(line: str, number: int, folder: Path, common: Mapping[str, Any]) ->
         raise ValueError("references are strings, or lists of them, and strength is a number")
     own = {"references": read_references(lists, strength)} if lists else {}
     try:
-        request = TypeAdapter(Request).validate_python({**common, **fields, **own}, strict=True)
+        request = TypeAdapter(Request).validate_python({**common, **fields, **own})
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")) from None

@@ -211,7 +211,7 @@ def save_image(
 ) -> Path:
     """Write PNG, JPEG or WebP, by the path's suffix, atomically, with `recipe` as JSON and `parameters` as the text
     that A1111's tools read: in a PNG's text chunks, else in the EXIF data (ImageDescription, UserComment). Returns the
-    path. ValueError for another suffix or a recipe that is too long for a JPEG, OSError with the reason if writing fails."""
+    path. ValueError for another suffix or a recipe too long for a JPEG, OSError with the reason if writing fails."""
     file_format = _SAVE_AS.get(Path(path).suffix.lower())
     if file_format is None:
         raise ValueError(f"{path} has no supported suffix; end it in {', '.join(_SAVE_AS)}")

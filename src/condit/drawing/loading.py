@@ -28,10 +28,11 @@ def load(
     """A pipeline by name ("tiny", "sd15", "dit-xl-2-256", ...), from a folder or from a single file; the tables in
     `condit.weights.load` list the names. A ViT gives a `ViTPipeline`, everything else a `Pipeline`.
 
-    torch_dtype: another name of dtype. vae: for DiT and DiffiT, an autoencoder, its folder, or "tiny" for the embedded
-    one; None: the folder `vae` next to the weights. components: for a single file of FLUX.1, the folder of text encoders, tokenizers and autoencoder; None:
-    the file's own. offload: see `Pipeline`. quantize: see `condit.weights.quantise`; the weights of FLUX's blocks then
-    take one byte each. Raises ValueError for an option that the model does not take."""
+    torch_dtype: another name of dtype. vae: for DiT and DiffiT, an autoencoder, its folder, or "tiny" for the
+    embedded one; None: the folder `vae` next to the weights. components: for a single file of FLUX.1, the folder of
+    text encoders, tokenizers and autoencoder; None: the file's own. offload: see `Pipeline`. quantize: see
+    `condit.weights.quantise`; the weights of FLUX's blocks then take one byte each. Raises ValueError for an option
+    that the model does not take."""
     model = identify(source)
     check_options(model, offload=offload)
     dtype = dtype or torch_dtype

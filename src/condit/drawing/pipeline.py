@@ -21,6 +21,7 @@ from condit.data.imagenet import ClassNames
 from condit.data.images import to_images
 from condit.diffusion.steps import Noise, PartPath, Predict, Step, draw
 from condit.drawing import edit as editing
+from condit.drawing import pretrained
 from condit.drawing.callbacks import Callback, after_step, check_inputs, steps_bar
 from condit.drawing.families import Offload, make_model
 from condit.drawing.model import Conditions, Layout, Model, Side, TextModel, module_device, module_dtype
@@ -30,14 +31,11 @@ from condit.drawing.settings import Settings, check_counts, check_size, check_su
 from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyTextTower
 from condit.encoders.text import Text, given_text
 from condit.weights.catalog import AdapterFile
-from condit.weights.class_models import ClassifierParts, ClassParts, PixelParts
+from condit.weights.class_models import ClassParts, PixelParts
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
 from condit.weights.latent_models import LatentParts
-from condit.weights.load import load_parts
 from condit.weights.lora_unet import adapter_for
 from condit.weights.parts import Parts
-from condit.weights.quantise import Quantise
-from condit.weights.save import save_model
 
 Prompt = str | Sequence[str] | Text
 Label = str | int | None
@@ -66,26 +64,8 @@ class Pipeline:
         self.name: str = parts.name
         self.image: CLIPImage | TinyImage | None = getattr(parts, "image", None)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | FilePath,
-        *,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-        offload: Offload | None = None,
-        quantize: Quantise | None = None,
-    ) -> Pipeline:
-        """`condit.load` for a model that generates, under diffusers' name. Raises ValueError for a ViT."""
-        parts = load_parts(source, dtype=dtype or torch_dtype, device=device, quantize=quantize)
-        if isinstance(parts, ClassifierParts):
-            raise ValueError(f"{source} is a ViT, which classifies images. Use condit.load.")
-        return cls(parts, offload=offload).to(device)
-
-    def save_pretrained(self, folder: str | FilePath) -> FilePath:
-        """Write the model in diffusers' folder layout, which condit and diffusers load; see `weights.save`."""
-        return save_model(self.parts, folder)
+    from_pretrained = classmethod(pretrained.from_pretrained)
+    save_pretrained = pretrained.save_pretrained
 
     @property
     def text_model(self) -> TextModel:
@@ -183,7 +163,7 @@ class Pipeline:
         Stable Diffusion and DEADiff); eta is the share of a step's noise that is new. timesteps: the steps themselves,
         falling, instead of their number. prompt_embeds and the like: the text as `encode_text` gives it. progress:
         show the steps, on a terminal or in a notebook as a bar. original_size, crops_..., target_size: SDXL's
-        conditions, in pixels. latents: the first noise, of unit variance. label: another name of `prompt` for classes."""
+        conditions, in pixels. latents: the first noise, of unit variance. label: `prompt`, for classes."""
         requested = Settings(
             height=height,
             width=width,

@@ -12,8 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from condit.training.fields import first_error
 from condit.training.loop import Loop, LoopConfig, Task
 from condit.training.plugins import added_tasks
+from condit.weights.catalog import MODELS
 
 log = logging.getLogger(__name__)
+
+
+# Fields of `[data]` that may name a file or folder.
+PLACES = ("model", "icons", "folder", "pairs", "held_out", "init", "tower", "blip", "image_encoder", "vae", "cache")
 
 
 class Recipe(BaseModel):
@@ -46,13 +51,23 @@ def tasks() -> dict[str, type[Task]]:
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """A checked recipe; ValueError names the field."""
+    """A checked recipe; ValueError names the field. Paths in `[data]` are relative to the recipe's folder or, where
+    nothing is there, to the current one."""
     try:
-        return Recipe(**tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        recipe = Recipe(**tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        data = {key: placed(key, value, Path(path).parent) for key, value in recipe.data.items()}
+        return recipe.model_copy(update={"data": data})
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         raise ValueError(f"{path}: {first_error(error)}.") from error
+
+
+def placed(key: str, value: object, folder: Path) -> object:
+    """A field of `[data]`, with the path from the recipe's folder where there is such a file."""
+    if key not in PLACES or not isinstance(value, str) or value in MODELS or Path(value).is_absolute():
+        return value
+    return str(folder / value) if (folder / value).exists() else value
 
 
 def train(path: str | Path, *, out: Path, resume: bool = True) -> dict[str, float]:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
 from condit.nn.cost import activation_bytes, average, cache_bytes, operations, ratio
 from condit.weights.catalog import MODELS
 from condit.weights.flux import PREFIX, SIGN, infer_config, read_mmdit_config, vae_place
 from condit.weights.folders import optional_json
+from condit.weights.plan_networks import network_of, work_of
 from condit.weights.quantise import BLOCKS, Quantise
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor's name -> dtype as safetensors writes it, shape
@@ -80,8 +82,10 @@ class Wish:
 
 def plan(source: str | Path, wish: Wish, *, components: str | Path | None = None, rate: float | None = None) -> Plan:
     """The plan for a folder or a single file of FLUX.1, for "tiny", or for the name of a preset ("flux-dev"), of which
-    only the transformer counts. components: as in `condit.load`. ValueError for anything else, or for sizes out of
-    range."""
+    only the transformer counts; for Stable Diffusion, PixArt, DiT, DiffiT and ViT likewise, see `plan_network`.
+    components: as in `condit.load`. ValueError for anything else, or for sizes out of range."""
+    if not is_flux(source):
+        return plan_network(source, wish, rate)
     config, parts, pixels = survey(source, wish, components)
     if wish.height % pixels or wish.width % pixels or min(wish.height, wish.width, wish.steps, wish.batch) < 1:
         raise ValueError(
@@ -110,6 +114,49 @@ def plan(source: str | Path, wish: Wish, *, components: str | Path | None = None
         resident=resident(parts, config, wish, cache + active),
         offload=wish.offload,
         rate=rate,
+    )
+
+
+def is_flux(source: str | Path) -> bool:
+    """Whether FLUX's transformer is planned: by name, configuration or tensors."""
+    name, path = str(source), Path(source)
+    if name in PRESETS:
+        return True
+    if path.is_file() and path.suffix in (".safetensors", ".sft"):
+        return any(map(SIGN.match, header(path)))
+    config = optional_json(path / "transformer" / "config.json")
+    return bool(config) and not str(config.get("_class_name", "")).startswith(("PixArt", "DiT"))
+
+
+def plan_network(source: str | Path, wish: Wish, rate: float | None = None) -> Plan:
+    """The plan of a network that runs once without data. A step has the two predictions of guidance, except for a
+    ViT's. ValueError for controls, which are counted for FLUX.1 only, or for an unknown model."""
+    if wish.controls:
+        raise ValueError(f"controls are counted for FLUX.1 only; found {wish.controls} for {source}.")
+    name = str(source)
+    path = MODELS[name].path if name in MODELS else Path(source)
+    inside = {part: header_of(path / part) for part in subfolders(path)} if path.is_dir() else {}
+    whole = header(path) if path.suffix == ".safetensors" and path.is_file() else header_of(path)
+    network = network_of(name, path, inside.get("transformer", whole))
+    others = {part: tensors for part, tensors in inside.items() if part not in ("unet", "transformer")}
+    for part, start in (("vae", "first_stage_model."), ("text encoders", "cond")):
+        own = {key: tensor for key, tensor in whole.items() if key.startswith(start)}
+        others |= {part: own} if own else {}
+    on_disk = inside.get("unet", inside.get("transformer", whole))
+    shapes = {key: tuple(p.shape) for key, p in network.state_dict().items()}
+    loaded = sum(loaded_bytes(key, shape, wish) for key, shape in shapes.items())
+    floating = 4 if name in MODELS else wish.dtype.itemsize
+    parts = [PartPlan("network", sum(map(prod, shapes.values())), by_dtype(on_disk), loaded)]
+    parts += [frozen_part(part, tensors, floating) for part, tensors in others.items()]
+    blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child.children()]
+    sizes = [sum(p.numel() for p in block.parameters()) * wish.dtype.itemsize for block in blocks]
+    sides = 1 if type(network).__name__ == "ViT" else 2
+    work = work_of(network, wish.height, wish.width, wish.batch * sides, wish.dtype)
+    rest = {None: sum(p.loaded for p in parts[1:]) + work.activations}
+    peak = loaded + rest.get(wish.offload, max([work.activations, *(p.loaded for p in parts[1:])]))
+    peak -= sum(sizes) - max(sizes) if wish.offload == "blocks" and sizes else 0
+    return Plan(
+        name, tuple(parts), work.tokens, 0, 0, work.activations, work.operations, wish.steps, peak, wish.offload, rate
     )
 
 

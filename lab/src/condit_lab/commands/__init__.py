@@ -2,6 +2,7 @@
 
 import typer
 
+from condit.cli.evaluate import app as evaluate_group
 from condit_lab.commands import evaluate
 from condit_lab.commands.data import icons
 from condit_lab.commands.verify import verify
@@ -9,6 +10,7 @@ from condit_lab.commands.verify import verify
 
 def register(app: typer.Typer, data_app: typer.Typer) -> None:
     """Entry point of `condit.commands`."""
-    app.add_typer(evaluate.app, name="evaluate")
+    for measured in (evaluate.tiny, evaluate.style, evaluate.edit, evaluate.classes):
+        evaluate_group.command()(measured)
     app.command()(verify)
     data_app.command()(icons)

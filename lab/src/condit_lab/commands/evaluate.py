@@ -7,8 +7,6 @@ import typer
 
 from condit.cli.terminal import Debug, Json, Seed, answer, output_folder, say
 
-app = typer.Typer(help="Measure models on held-out pictures.", no_args_is_help=True, rich_markup_mode=None)
-
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the JSON and the page.", show_default=False)]
 Data = Annotated[
     Path | None, typer.Option("--data", help="An icon world made by `condit data icons`.", show_default=False)
@@ -17,7 +15,6 @@ Claims = Annotated[Path | None, typer.Option("--claims", help="Page to write wha
 Count = Annotated[int, typer.Option("--count", "-n", help="Pictures a measure.")]
 
 
-@app.command()
 def tiny(
     out: Out = None,
     data: Data = None,
@@ -39,7 +36,6 @@ def tiny(
     show(result, folder(out), as_json)
 
 
-@app.command()
 def style(
     out: Out = None,
     data: Data = None,
@@ -88,7 +84,6 @@ def style(
     show(result, folder(out), as_json)
 
 
-@app.command()
 def edit(
     out: Out = None,
     data: Data = None,
@@ -129,7 +124,6 @@ def edit(
     show(found, folder(out), as_json)
 
 
-@app.command()
 def classes(
     runs: Annotated[list[str], typer.Argument(help="Exported class models to compare.", show_default=False)],
     data: Annotated[

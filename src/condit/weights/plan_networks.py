@@ -1,0 +1,145 @@
+"""The plan of every network besides FLUX's: it runs once on tensors without data, whose operations and bytes are
+counted."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from condit.backbones import diffit, dit, pixart, unet, vit
+from condit.controls.control import Control
+from condit.nn.attention import Attend, Call
+from condit.weights import original_sd
+from condit.weights.diffit import config_of as diffit_config
+from condit.weights.dit import config_of as dit_config
+from condit.weights.folders import optional_json, read_json
+from condit.weights.pixart import LIMITS, pixart_config
+from condit.weights.stable_diffusion import unet_config
+
+# Published names -> presets of the backbones.
+PUBLISHED = {
+    "dit-xl-2-256": "DiT-XL/2",
+    "dit-xl-2-512": "DiT-XL/2-512",
+    "diffit-256": "DiffiT-XL/2",
+    "diffit-512": "DiffiT-XL/2-512",
+    **{f"vit-{name}": f"ViT-{name.upper().replace('-', '/')}" for name in ("b-16", "b-32", "l-16", "l-32")},
+    "vit-h-14": "ViT-H/14",
+    "tiny-pixart": "pixart-tiny",
+}
+TEXT = 77  # CLIP's tokens
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One prediction of a network: operations, the largest bytes of activations at once, tokens of the image."""
+
+    operations: float
+    activations: int
+    tokens: int
+
+
+def network_of(source: str, path: Path, headers: Shapes) -> nn.Module:
+    """The network of a preset's or published name, or of a folder or file whose network has these headers, without
+    weights. ValueError for others."""
+    name = PUBLISHED.get(source, source)
+    presets: dict[str, Callable[[], nn.Module]] = {
+        **{key: lambda c=c: unet.UNet(c) for key, c in unet.PRESETS.items()},
+        **{key: lambda c=c: pixart.PixArt(c) for key, c in pixart.PRESETS.items()},
+        **{key: lambda c=c: dit.DiT(c) for key, c in dit.PRESETS.items()},
+        **{key: lambda c=c: diffit.DiffiT(c) for key, c in diffit.PRESETS.items()},
+        **{key: lambda c=c: vit.ViT(c) for key, c in vit.PRESETS.items()},
+    }
+    with torch.device("meta"):
+        if name in presets:
+            return presets[name]()
+        if (path / "unet" / "config.json").is_file():
+            return unet.UNet(unet_config(read_json(path / "unet" / "config.json"), path))
+        config = optional_json(path / "transformer" / "config.json")
+        if str(config.get("_class_name", "")).startswith("PixArt"):
+            return pixart.PixArt(pixart_config(config, path))
+        tensors = {key: torch.empty(shape) for key, (_, shape) in headers.items()}
+        if any(key.startswith(original_sd.UNET) for key in tensors):
+            return unet.UNet(original_sd.recognise(tensors, original_sd.ORIGINALS, path).unet)
+        if any(".attn.qkv_temb." in key for key in tensors):
+            return diffit.DiffiT(diffit_config(tensors))
+        if any(".adaLN_modulation." in key for key in tensors):
+            return dit.DiT(dit_config(tensors, {}, source=path))
+    raise ValueError(
+        f"No model {source!r} to plan: expected a folder or a safetensors file of FLUX.1, Stable Diffusion, "
+        f"PixArt, DiT or DiffiT, or a name: {', '.join([*PUBLISHED, *presets])}."
+    )
+
+
+class Counted(Control):
+    """Counts the operations of attention, which keeps no scores in memory."""
+
+    def __init__(self) -> None:
+        self.operations = 0
+
+    def around(self, call: Call, attend: Attend) -> Tensor:
+        (batch, heads, queries, dim), keys = call.q.shape, call.k.shape[2]
+        self.operations += 4 * batch * heads * queries * keys * dim
+        return torch.empty_like(call.q)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of new tensors that are alive at once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.alive = {tensor.untyped_storage()._cdata: 0 for tensor in (*network.parameters(), *network.buffers())}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        return out
+
+
+@torch.no_grad()
+def work_of(network: nn.Module, height: int, width: int, batch: int, dtype: torch.dtype) -> Work:
+    """One prediction for images of `height` x `width` pixels. ValueError where they do not fit."""
+    network = network.to(dtype)
+    config, counted = network.config, Counted()
+    side = 1 if isinstance(network, vit.ViT) else 8
+    patch = getattr(config, "patch_size", 1)
+    if height % (side * patch) or width % (side * patch) or min(height, width, batch) < 1:
+        raise ValueError(f"height and width must be multiples of {side * patch}; found {height} x {width}.")
+    channels = 3 if isinstance(network, vit.ViT) else config.in_channels
+    with torch.device("meta"):
+        x, t = torch.empty(batch, channels, height // side, width // side, dtype=dtype), torch.empty(batch)
+        run: Callable[[], object]
+        if isinstance(network, unet.UNet):
+            text = torch.empty(batch, TEXT, config.cross_attention_dim, dtype=dtype)
+            sizes = torch.empty(batch, 6) if config.addition_embed_type else None
+            width = (config.projection_class_embeddings_input_dim or 0) - 6 * (config.addition_time_embed_dim or 0)
+            pooled = None if sizes is None else torch.empty(batch, width, dtype=dtype)
+            run = lambda: network(x, t, text, pooled=pooled, sizes=sizes, controls=[counted])  # noqa: E731
+        elif isinstance(network, pixart.PixArt):
+            text = torch.empty(batch, max(LIMITS.values()), config.caption_channels, dtype=dtype)
+            size = torch.empty(batch, 2, dtype=dtype) if config.sized else None
+            run = lambda: network(x, t, text, size=size, controls=[counted])  # noqa: E731
+        elif isinstance(network, vit.ViT):
+            run = lambda: network(x)  # noqa: E731
+        else:
+            labels = torch.empty(batch, dtype=torch.long)
+            run = lambda: network(x, t, labels, controls=[counted])  # noqa: E731
+        with FlopCounterMode(display=False) as flops, Peak(network) as memory:
+            run()
+    tokens = (height // side // patch) * (width // side // patch)
+    return Work(flops.get_total_flops() + counted.operations, memory.peak, tokens)
