@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import condit
@@ -133,18 +132,15 @@ def load_omini(name: str, pipe: Pipeline, task: str) -> OminiControl:
 
 
 def load_adapter(name: str, pipe: Pipeline) -> Adapter:
-    """An adapter by catalog name, file or folder. Its tensors determine its class."""
-    from condit.weights.catalog import MODELS, adapter_weights
-    from condit.weights.files import read_tensors
+    """An adapter by catalog name, file, folder or name on a hub. Its tensors determine its class."""
+    from condit.weights.catalog import MODELS, adapter_weights, locate_adapter
+    from condit.weights.files import names_in
     from condit.weights.guess import what_is
 
+    path, name = locate_adapter(name)
     if name in MODELS:
         kind = {"ip-adapter": "IPAdapter", "deadiff": "DEADiff"}.get(MODELS[name].kind, "OminiControl")
-    elif Path(name).exists():
-        file = Path(name)
-        kind = what_is(read_tensors(adapter_weights(file) if file.is_dir() else file))
     else:
-        embedded = ", ".join(other for other, entry in MODELS.items() if entry.kind != "model") or "none"
-        raise ValueError(f"no adapter {name!r}: neither a file nor one of the embedded adapters ({embedded})")
+        kind = what_is(names_in(adapter_weights(path)))
     classes = {"IPAdapter": condit.IPAdapter, "DEADiff": condit.DEADiff}
     return classes.get(kind, condit.OminiControl).load(name, pipe)

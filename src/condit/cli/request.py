@@ -11,6 +11,7 @@ from PIL import Image
 import condit
 from condit.cli.adapters import Adapters
 from condit.cli.reference import Reference
+from condit.weights.hub import HubName
 
 if TYPE_CHECKING:
     from condit.drawing.model import Model
@@ -142,6 +143,7 @@ class Studio:
             raise ValueError(f"this studio has loaded {self.model!r}; the request is for {request.model!r}")
         settings = arguments(request, self.pipe.model)
         controls = self.adapters.controls(request.references)
+        request = self.pinned(request)
         how = {"num_images_per_prompt": request.count, "seed": request.seed}
         result = self.pipe(request.prompt, controls=controls, **how, **settings)
         shared = {"format": FORMAT, "condit": condit.__version__, "request": asdict(request), "run": result.recipe}
@@ -150,6 +152,15 @@ class Studio:
             recipes=[{**shared, "index": index} for index in range(request.count)],
             parameters=[request.parameters(i, image.size, result.recipe) for i, image in enumerate(result.images)],
         )
+
+    def pinned(self, request: Request) -> Request:
+        """The request with the commits of what was loaded from a hub, so that it can be repeated exactly."""
+        names = {key[0]: adapter.name for key, adapter in self.adapters.loaded.items() if HubName.of(key[0])}
+        references = tuple(
+            replace(r, use=names.get(r.use, r.use), path=names.get(r.path, r.path)) for r in request.references
+        )
+        model = self.pipe.name if HubName.of(self.model) else request.model
+        return replace(request, model=model, references=references)
 
 
 # Fields of a request -> arguments of the pipeline. The model decides about fields that are None.

@@ -18,6 +18,12 @@ from condit.encoders.image import CLIPImage, TextTower, TinyTextTower
 from condit.encoders.text import Text
 
 
+def within(source: str | Path, *parts: str) -> str | Path:
+    """A file in a folder or in a repository of a hub; empty parts are left out."""
+    names = [part.strip("/") for part in parts if part]
+    return Path(source, *names) if isinstance(source, Path) else "/".join([source, *names])
+
+
 class AdapterFile(Protocol):
     """An adapter's file: its tensors, its configuration, its name and the hash of its content."""
 

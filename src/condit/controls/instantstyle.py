@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from condit.controls.control import Control, Where, check_arguments
-from condit.controls.host import Host
+from condit.controls.host import Host, within
 from condit.controls.ip_adapter import IPAdapter, IPPlacing
 from condit.controls.ip_input import References
 from condit.controls.ip_projectors import HEAD_DIM
@@ -81,13 +81,16 @@ class InstantStyle:
         pipe: Host,
         *,
         preset: str = "all",
+        subfolder: str = "",
+        weight_name: str = "",
         image_encoder: CLIPImage | str | Path | None = None,
         text_encoder: TextTower | str | Path | None = None,
         head_dim: int = HEAD_DIM,
     ) -> InstantStyle:
-        """A published IP-Adapter. preset: load K', V' of its blocks only ("style": 15 % of SDXL's). text_encoder: the
+        """A published IP-Adapter; subfolder, weight_name, image_encoder: see `IPAdapter.load`. preset: load K', V' of its blocks only ("style": 15 % of SDXL's). text_encoder: the
         twin of the image encoder, or its folder; None: the pipeline's own, where it has one (SDXL's second)."""
         where = _preset(preset, pipe.backbone)
+        source = within(source, subfolder, weight_name)
         adapter = IPAdapter.load(source, pipe, image_encoder=image_encoder, where=where, head_dim=head_dim)
         return cls(adapter, text_encoder if isinstance(text_encoder, TextTower) else pipe.text_tower(text_encoder))
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.controls.control import Control, MaskMode, Placing, When, Where, check_arguments, check_reach, one_of
-from condit.controls.host import Host, save_adapter
+from condit.controls.host import Host, save_adapter, within
 from condit.controls.ip_input import (
     Combine,
     Features,
@@ -136,16 +136,21 @@ class IPAdapter(nn.Module):
         source: str | Path,
         pipe: Host,
         *,
+        subfolder: str = "",
+        weight_name: str = "",
         image_encoder: CLIPImage | str | Path | None = None,
         where: Where | str | tuple[str, ...] | None = None,
         head_dim: int = HEAD_DIM,
     ) -> IPAdapter:
-        """From a name ("tiny/style"), a published file or a folder; its kind and sizes are inferred from the tensors.
+        """From a name ("tiny/style"), a published file, a folder, or a name on a hub
+        ("h94/IP-Adapter/models/ip-adapter_sd15.safetensors"); its kind and sizes are inferred from the tensors.
+        subfolder, weight_name: the file in a folder or repository, as in diffusers.
 
         image_encoder: an encoder or its folder; None: the pipeline's, or the folder `image_encoder` next to the file.
         Its size is checked before its weights are read. where: load K', V' of these layers only; the others are
         inactive. head_dim: of a "plus" projector's heads, 64 in every published file. Raises ValueError for a file of
         another base model or encoder."""
+        source = within(source, subfolder, weight_name)
         file = pipe.adapter_file(source, "IPAdapter")
         parts = file.ip_parts(source, pipe, image_encoder, Where.of(where), head_dim)
         with torch.device("meta"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from condit.controls.control import Control, Step, When
-from condit.controls.host import Host
+from condit.controls.host import Host, within
 from condit.controls.omini_tasks import TARGETS
 from condit.nn.lora import LoRA, LowRank, PartialLoRA, linear_shapes, sum_loras, weighted
 
@@ -27,9 +27,18 @@ class StyleLoRA(nn.Module):
         self.lora, self.gated, self.name, self.hash = lora, gated, "", ""
 
     @classmethod
-    def load(cls, source: str | Path, pipe: Host, *, ignore_text: bool = False) -> StyleLoRA:
-        """From a file or a folder in the layout of diffusers, peft or kohya. ignore_text: drop the tensors for text
-        encoders, which changes the LoRA."""
+    def load(
+        cls,
+        source: str | Path,
+        pipe: Host,
+        *,
+        subfolder: str = "",
+        weight_name: str = "",
+        ignore_text: bool = False,
+    ) -> StyleLoRA:
+        """From a file, a folder or a name on a hub, in the layout of diffusers, peft or kohya; subfolder, weight_name:
+        see `IPAdapter.load`. ignore_text: drop the tensors for text encoders, which changes the LoRA."""
+        source = within(source, subfolder, weight_name)
         file = pipe.adapter_file(source, "OminiControl", ignore_text=ignore_text)
         lora = LoRA.from_tensors(file.tensors).requires_grad_(False).to(pipe.device, pipe.dtype)
         for path, (shape, expected) in lora.unfitting(pipe.backbone).items():

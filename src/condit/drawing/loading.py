@@ -1,4 +1,4 @@
-"""`condit.load`: a name, a folder or a file -> the pipeline that generates with it."""
+"""`condit.load`: a name, a folder, a file or a repository -> the pipeline that generates with it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def load(
     offload: Offload | None = None,
     quantize: Quantise | None = None,
 ) -> Any:  # a Pipeline or a ViTPipeline, by the source
-    """A pipeline by name ("tiny", "sd15", "dit-xl-2-256", ...), from a folder or from a single file; the tables in
-    `condit.weights.load` list the names. A ViT gives a `ViTPipeline`, everything else a `Pipeline`.
+    """A pipeline by name ("tiny", "sd15", "dit-xl-2-256", ...), from a folder, from a single file, or from a hub
+    ("owner/name[@revision][/file]", docs/hub.md); the tables in `condit.weights.load` list the names. A ViT
+    gives a `ViTPipeline`, everything else a `Pipeline`.
 
     torch_dtype: another name of dtype. vae: for DiT and DiffiT, an autoencoder, its folder, or "tiny" for the
     embedded one; None: the folder `vae` next to the weights. components: for a single file of FLUX.1, the folder of

@@ -15,6 +15,8 @@ from condit.weights import deadiff
 from condit.weights.files import Json, hash_file, load_strict, own_fields, read_metadata, read_tensors
 from condit.weights.folders import only_weight_file
 from condit.weights.guess import what_is
+from condit.weights.hub import HubName
+from condit.weights.hub_files import download_adapter
 from condit.weights.lora_files import peft_settings, published
 
 if TYPE_CHECKING:
@@ -107,6 +109,7 @@ class AdapterFile:
         """Those of an IP-Adapter, fitted to a pipeline's model; for the arguments see `IPAdapter.load`."""
         from condit.weights.ip_load import ip_parts  # not for `condit models`
 
+        source = self.name if HubName.of(source) else source  # the same commit
         return ip_parts(self.tensors, self.config, source, pipe, image_encoder, where, head_dim)
 
 
@@ -116,16 +119,9 @@ READERS = {"OminiControl": "condit.OminiControl or condit.StyleLoRA"}  # a LoRA'
 
 
 def read_adapter(source: str | Path, method: str, layout: Layout = published) -> AdapterFile:
-    """An adapter by catalog name, file or folder, for the class `method`. ValueError where there is none, or where its
-    tensors are another class's."""
-    name = str(source)
-    path = MODELS[name].path if name in MODELS else Path(source)
-    if not path.exists():
-        embedded = ", ".join(n for n in MODELS if "/" in n) or "none"
-        raise ValueError(
-            f"No adapter {name!r}: neither a file nor one of the embedded ones ({embedded}). Hub names are not "
-            "resolved: download the file and give its path."
-        )
+    """An adapter by catalog name, file, folder or name on a hub, for the class `method`. ValueError where there is
+    none, or where its tensors are another class's."""
+    path, name = locate_adapter(source)
     file = adapter_weights(path)
     tensors, metadata = read_tensors(file), read_metadata(file)
     kind = what_is(tensors)
@@ -137,6 +133,24 @@ def read_adapter(source: str | Path, method: str, layout: Layout = published) ->
         reader, wanted = (READERS.get(name, f"condit.{name}") for name in (kind, method))
         raise ValueError(f"{source} is for {reader}, not {wanted}: first tensor {next(iter(tensors))!r}.")
     return AdapterFile(tensors, own_fields(metadata), name, hash_file(file), kind)
+
+
+def locate_adapter(source: str | Path) -> tuple[Path, str]:
+    """The file or folder of an adapter by catalog name, path or name on a hub, and its name, on a hub with the commit.
+    ValueError where there is none; for a hub's errors see `weights.hub`."""
+    name = str(source)
+    if name in MODELS:
+        return MODELS[name].path, name
+    if Path(source).exists():
+        return Path(source), name
+    if name.split("/")[0] not in MODELS and (asked := HubName.of(source)) is not None:
+        path, hub = download_adapter(asked)
+        return path, str(hub)
+    embedded = ", ".join(n for n in MODELS if "/" in n) or "none"
+    raise ValueError(
+        f"No adapter {name!r}: neither a file, nor one of the embedded ones ({embedded}), nor a name on a hub "
+        "(owner/name/file.safetensors)."
+    )
 
 
 def adapter_weights(path: Path) -> Path:

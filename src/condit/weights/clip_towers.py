@@ -9,6 +9,7 @@ import torch
 from condit.encoders.image import CLIPImage, TextTower, vision_config
 from condit.weights.files import Json, load_strict, read_tensors
 from condit.weights.folders import read_json
+from condit.weights.hub_files import local_folder
 from condit.weights.stable_diffusion import load_tokenizer, make_clip_text
 from condit.weights.vae import frozen
 
@@ -21,6 +22,7 @@ def load_image_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -
     missing or do not fit."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+    folder = local_folder(folder)
     model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(vision_config(folder)))
     tensors = read_tensors(weight_file(folder))
     # A whole CLIP holds the text half too, and old files the numbers of the positions.
@@ -31,7 +33,7 @@ def load_image_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -
 
 def load_text_tower(folder: str | Path) -> TextTower:
     """A CLIP text tower with its projection and its tokenizer, from a folder in transformers' layout."""
-    folder = Path(folder)
+    folder = Path(local_folder(folder))
     config = read_json(folder / "config.json")
     inner: Json = {**config.get("text_config", config)}
     if "text_config" in config:

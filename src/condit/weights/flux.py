@@ -58,10 +58,10 @@ def build_mmdit(config: MMDiTConfig, tensors: Mapping[str, Tensor], source: Path
     return backbone.eval().requires_grad_(False)
 
 
-def load_flux(folder: Path, dtype: torch.dtype) -> Parts:
+def load_flux(folder: Path, dtype: torch.dtype, name: str) -> Parts:
     """The parts in a FLUX.1 folder as diffusers saves it."""
     backbone, vae = load_mmdit(folder / "transformer").to(dtype), load_flux_vae(folder / "vae", dtype)
-    return assemble(folder.name, describe_hash(folder), backbone, folder, vae, dtype)
+    return assemble(name, describe_hash(folder), backbone, folder, vae, dtype)
 
 
 def assemble(name: str, hash: str, backbone: MMDiT, components: Path, vae: AutoencoderKL, dtype: torch.dtype) -> Parts:
@@ -136,7 +136,7 @@ def read_schedule(folder: Path, *, dev: bool) -> tuple[float | None, DynamicShif
 # Single files
 
 
-def load_flux_file(file: Path, components: str | Path, dtype: torch.dtype) -> Parts:
+def load_flux_file(file: Path, components: str | Path, dtype: torch.dtype, name: str) -> Parts:
     """The parts in a single file and, for what it lacks, in the folder `components` in diffusers' layout: text_encoder,
     tokenizer, text_encoder_2, tokenizer_2 and, unless the file holds an autoencoder, `vae` or ae.safetensors.
     ValueError for a missing one, or for a file that is not FLUX.1's."""
@@ -146,7 +146,7 @@ def load_flux_file(file: Path, components: str | Path, dtype: torch.dtype) -> Pa
     config = read_mmdit_config(folder / "transformer") if (folder / "transformer" / "config.json").is_file() else None
     backbone = flux_transformer(tensors, file, like=config).to(dtype)
     vae = load_flux_vae(place, dtype, autoencoder_tensors(tensors) or None)
-    return assemble(file.stem, hash_file(file), backbone, folder, vae, dtype)
+    return assemble(name, hash_file(file), backbone, folder, vae, dtype)
 
 
 def check_components(file: Path, folder: Path) -> Path:

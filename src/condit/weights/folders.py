@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -13,8 +13,8 @@ from condit.weights.files import Json, own_fields, read_metadata, read_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a part
 _PLAIN = re.compile(r"[^.]+\.\w+")  # a name without a variant such as fp16
-_SHARD = re.compile(r"-\d+-of-\d+")
-_ENDINGS = ("safetensors", "bin", "pt", "pth", "npz")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)")
+ENDINGS = ("safetensors", "bin", "pt", "pth", "npz")
 
 
 def read_json(path: Path) -> Json:
@@ -65,7 +65,7 @@ def first_weight_file(path: Path) -> Path | None:
     if not path.is_dir():
         return path
     folder = network_folder(path)
-    return next((file for ending in _ENDINGS for file in sorted(folder.glob(f"*.{ending}"))), None)
+    return next((file for ending in ENDINGS for file in sorted(folder.glob(f"*.{ending}"))), None)
 
 
 def only_weight_file(path: str | Path, what: str) -> Path:
@@ -80,20 +80,35 @@ def only_weight_file(path: str | Path, what: str) -> Path:
     return files[0]
 
 
-def weight_files(folder: Path, endings: tuple[str, ...] = _ENDINGS[:2]) -> list[Path]:
-    """The weights of a part, one file or several shards: by the first ending that there is, full precision before a
-    variant (fp16), diffusers' own name before others. FileNotFoundError without weights, ValueError for several
-    variants."""
+def choose_weights(names: Collection[str], where: object, endings: tuple[str, ...] = ENDINGS[:2]) -> list[str]:
+    """The weights among the names of a folder's files, one file or several shards: by the first ending that there is,
+    full precision before a variant (fp16), diffusers' own name before others, one file before shards; [] without any.
+    ValueError for several variants, FileNotFoundError for a missing shard; `where` names the folder in the message."""
     for ending in endings:
-        files = sorted(folder.glob(f"*.{ending}"))
-        files = [file for file in files if file.name.startswith(Path(WEIGHTS).stem)] or files
-        plain = [file for file in files if _PLAIN.fullmatch(_SHARD.sub("", file.name))]
-        variants = {_SHARD.sub("", file.name).split(".")[1] for file in files if file not in plain}
+        files = sorted(name for name in names if name.endswith(f".{ending}"))
+        files = [name for name in files if name.startswith(Path(WEIGHTS).stem)] or files
+        plain = [name for name in files if _PLAIN.fullmatch(_SHARD.sub("", name))]
+        variants = {_SHARD.sub("", name).split(".")[1] for name in files if name not in plain}
         if len(variants) > 1 and not plain:
-            names = ", ".join(sorted(variants))
-            raise ValueError(f"{folder} holds several variants: {names}. Leave one of them there.")
-        if files:
-            return plain or files
+            found = ", ".join(sorted(variants))
+            raise ValueError(f"{where} holds several variants: {found}. Leave one of them there.")
+        chosen = plain or files
+        if whole := [name for name in chosen if not _SHARD.search(name)]:
+            return whole
+        for name, match in ((name, match) for name in chosen if (match := _SHARD.search(name))):
+            shards = [name.replace(match[0], f"-{i:0{len(match[1])}d}-of-{match[2]}") for i in range(1, int(match[2]) + 1)]
+            if absent := [shard for shard in shards if shard not in names]:
+                raise FileNotFoundError(f"no {absent[0]} at {where}, one of {int(match[2])} files of these weights.")
+        if chosen:
+            return chosen
+    return []
+
+
+def weight_files(folder: Path, endings: tuple[str, ...] = ENDINGS[:2]) -> list[Path]:
+    """`choose_weights` of a folder. FileNotFoundError without weights."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if chosen := choose_weights(names, folder, endings):
+        return [folder / name for name in chosen]
     wanted = " or ".join(f"*.{ending}" for ending in endings)
     raise FileNotFoundError(f"{folder} holds no weights: expected a {wanted} file.")
 

@@ -13,6 +13,7 @@ from condit.controls.host import Host
 from condit.controls.ip_input import IPConfig
 from condit.controls.ip_projectors import IPParts, Layer, TimeResampler, layers_of
 from condit.encoders.image import CLIPImage, encoder_size
+from condit.weights.hub_files import encoder_beside, local_folder
 from condit.weights.ip_files import face_lora, fit_layers, form_of, read_layout
 from condit.weights.ip_projectors import Needs, needs_of, projector_of
 
@@ -115,8 +116,7 @@ def find_encoder(pipe: Host, given: CLIPImage | str | Path | None, source: objec
     if given is None and isinstance(pipe.image, CLIPImage):
         needs.refuse(pipe.image.size, source, f"the image encoder of {pipe.name}")
         return pipe.image
-    beside = Path(str(source)).parent / "image_encoder"
-    folder = given if given is not None else beside if beside.is_dir() else None
+    folder = local_folder(given) if given is not None else encoder_beside(source)
     own = {"embeds": "features", "hidden": "states"}.get(needs.feature)
     if folder is None and pipe.image is not None and own and getattr(pipe.image, own) == needs.width:
         return None  # an encoder of the pipeline's own

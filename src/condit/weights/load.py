@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -21,10 +22,12 @@ from condit.weights.class_models import (
     load_classifier_parts,
     load_pixel_parts,
 )
-from condit.weights.files import names_in
+from condit.weights.files import Json, names_in
 from condit.weights.flux import SIGN, load_flux, load_flux_file
 from condit.weights.folders import first_weight_file, optional_json
 from condit.weights.guess import guess
+from condit.weights.hub import HubName
+from condit.weights.hub_files import BESIDE, COMPONENTS, download_beside, download_model, local_folder
 from condit.weights.latent_models import LatentParts
 from condit.weights.original_sd import load_original
 from condit.weights.parts import Parts
@@ -87,6 +90,7 @@ FOLDERS: dict[str, Kind | None] = {
     "StableDiffusion3": None,
     "StableDiffusion": "stable-diffusion",
     "PixArt": "pixart",
+    "DiTPipeline": "dit",
     "Flux": "flux",
     "IconPixArt": "tiny-pixart",
     "IconUNet": "tiny-unet",
@@ -109,15 +113,18 @@ TENSORS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Model:
-    """What a source is, and where: `name` as the caller wrote it."""
+    """What a source is, and where: `name` as the caller wrote it; hub: the repository at a commit that it is from."""
 
     kind: Kind
     name: str
     path: Path
+    hub: HubName | None = None
 
     @property
     def label(self) -> str:
-        """The name, or that of the folder or file where the name is a path."""
+        """The name (from a hub: with the commit), or that of the folder or file where the name is a path."""
+        if self.hub is not None:
+            return str(self.hub)
         if self.name in PUBLISHED or self.name in MODELS:
             return self.name
         return self.path.name if self.path.is_dir() else self.path.stem
@@ -140,8 +147,10 @@ class Options:
 
 LOADERS: dict[Kind, Callable[[Model, Options], AnyParts]] = {
     "tiny": lambda m, o: load_tiny(m.name, m.path, o.dtype or torch.float32),
-    "flux": lambda m, o: load_flux(m.path, o.dtype or torch.bfloat16),
-    "flux-file": lambda m, o: load_flux_file(m.path, o.components or m.path.parent, o.dtype or torch.bfloat16),
+    "flux": lambda m, o: load_flux(m.path, o.dtype or torch.bfloat16, m.label),
+    "flux-file": lambda m, o: load_flux_file(
+        m.path, o.components or m.path.parent, o.dtype or torch.bfloat16, m.label
+    ),
     "stable-diffusion": lambda m, o: load_stable_diffusion(m.path, o.half, m.label),
     "stable-diffusion-file": lambda m, o: load_original(m.path, o.half, m.label),
     "pixart": lambda m, o: load_pixart(m.path, o.half, m.label),
@@ -162,15 +171,18 @@ OPTIONS: dict[str, tuple[tuple[Kind, ...], str]] = {
 
 
 def identify(source: str | Path) -> Model:
-    """What a published name, an embedded model's name or a path is. FileNotFoundError for a published name whose file
-    is not in the models folder; ValueError for anything that condit does not load."""
-    name, path = str(source), Path(source)
+    """What a published name, an embedded model's name, a path or a name on a hub is, in this order; what is on a hub is
+    downloaded. FileNotFoundError for a published name whose file is not in the models folder; ValueError for anything
+    that condit does not load; for a hub's errors see `weights.hub`."""
+    name, path, hub = str(source), Path(source), None
     if name in PUBLISHED:
         path = _published_path(name)
         if (kind := PUBLISHED[name].kind) is not None:
             return Model(kind, name, path)
     elif name in MODELS:
         path = MODELS[name].path
+    elif name.split("/")[0] not in MODELS and (asked := HubName.of(source)) is not None:
+        path, hub = download_model(asked, partial(_check_index, name))
     if not path.exists():
         raise ValueError(_refusal(name, ""))
     index = str(optional_json(path / "model_index.json").get("_class_name", ""))
@@ -183,7 +195,7 @@ def identify(source: str | Path) -> Model:
     if kind is None and name in MODELS and MODELS[name].kind == "model":
         kind = "tiny"
     if kind is not None:
-        return Model(kind, name, path)
+        return Model(kind, name, path, hub)
     looks = f" It is a {index}." if index else f" It looks like {text}." if (text := guess(names)) else ""
     raise ValueError(_refusal(name, looks))
 
@@ -207,10 +219,21 @@ def load_parts(
     components: see `condit.load`. ValueError for an option that the model does not take; else as `identify`."""
     model = source if isinstance(source, Model) else identify(source)
     check_options(model, vae=vae, components=components, quantize=quantize)
+    if model.hub is not None and model.hub.path and components is None:
+        download_beside(model.hub, BESIDE.get(model.kind, ()))
+    components = None if components is None else local_folder(components, COMPONENTS)
     parts = LOADERS[model.kind](model, Options(dtype, device, vae, components))
     if quantize is not None and isinstance(parts, Parts | LatentParts):
         quantise(parts.backbone, quantize)
     return parts
+
+
+def _check_index(name: str, settings: Json) -> None:
+    """ValueError for a repository's model_index.json or config.json that says it is another model."""
+    pipeline, kind = str(settings.get("_class_name", "")), str(settings.get("model_type", "vit"))
+    known = next((kind for start, kind in FOLDERS.items() if pipeline.startswith(start)), None)
+    if kind != "vit" or (pipeline.endswith("Pipeline") and known is None):
+        raise ValueError(_refusal(name, f" It is a {pipeline or kind}."))
 
 
 def check_options(model: Model, **options: object) -> None:
@@ -237,5 +260,5 @@ def _refusal(name: str, looks: str) -> str:
     return (
         f"No model {name!r}.{looks} Known: {known}; or give a folder with model_index.json (diffusers' FLUX, Stable "
         "Diffusion or PixArt layout), a single file of FLUX.1 (flux1-dev.safetensors), or a file or folder of Stable "
-        "Diffusion, DiT, DiffiT or ViT. For FLUX.1 weights download the repository first and pass its folder."
+        "Diffusion, DiT, DiffiT or ViT, or the name of a repository (owner/name, ms:owner/name)."
     )

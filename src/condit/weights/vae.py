@@ -15,6 +15,7 @@ from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.weights.catalog import MODELS
 from condit.weights.files import Json, load_strict, read_tensors
 from condit.weights.folders import WEIGHTS, floats, read_config, read_folder, read_json
+from condit.weights.hub_files import local_folder
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -46,7 +47,8 @@ FLUX |= {"use_post_quant_conv": False}
 def load_vae(source: str | Path) -> Any:
     """A frozen autoencoder in float32: "tiny" for the embedded one, its folder, or a folder that holds it as `vae`.
     Strict: ValueError where tensors are missing, or for another kind of network."""
-    folder = MODELS["tiny"].path if str(source) == "tiny" and "tiny" in MODELS else Path(source)
+    tiny = str(source) == "tiny" and "tiny" in MODELS
+    folder = MODELS["tiny"].path if tiny else Path(local_folder(source, ["vae"]))
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise ValueError(

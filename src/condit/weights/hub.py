@@ -1,0 +1,255 @@
+"""Repositories by name: `owner/name[@revision][/path]` on the Hugging Face hub, `ms:owner/name...` on ModelScope.
+
+huggingface_hub downloads into its own cache, and reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN. Files whose hash is not the
+repository's are removed. `weights/hub_files.py` says which files a loader reads."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from condit.data.files import atomic_write
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+_PART = r"[A-Za-z0-9][\w.-]*"
+_REVISION = r"refs/[^/@]+/[^/@]+|[^/@]+"  # only those of the hub's own references have a slash
+_NAME = re.compile(rf"(ms:)?({_PART}/{_PART})(?:@({_REVISION}))?(?:/([^/].*?))?/?")
+WEIGHTS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt", ".npz")
+HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository, a revision of it (None: the newest), and a file or folder in it ("": all)."""
+
+    repo: str
+    revision: str | None = None
+    path: str = ""
+    modelscope: bool = False
+
+    @classmethod
+    def of(cls, source: object) -> HubName | None:
+        """None for a `Path`, for a text of another form, and for what exists on disk: that is never looked up."""
+        match = _NAME.fullmatch(source) if isinstance(source, str) else None
+        if match is None or Path(match[0]).exists() or (not match[4] and match[2].endswith(WEIGHTS)):
+            return None
+        return cls(match[2], match[3], match[4] or "", bool(match[1]))
+
+    def __str__(self) -> str:
+        revision, path = self.revision and f"@{self.revision}", self.path and f"/{self.path}"
+        return f"{'ms:' if self.modelscope else ''}{self.repo}{revision or ''}{path}"
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """bytes: None where the repository does not say; sha256: of large files only."""
+
+    bytes: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository at one commit, which is the revision of its name (on ModelScope: the revision asked for), and its
+    files by path. asked: the revision that was asked for; cached: without access to the hub, the folder of the files
+    that are in the cache."""
+
+    name: HubName
+    files: Mapping[str, RemoteFile]
+    asked: str = "main"
+    cached: Path | None = None
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        cache = f" in the cache; the hub was not reached (HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')})"
+        return f"{replace(self.name, path='')}{cache if self.cached else ''}"
+
+    def missing(self, path: str) -> FileNotFoundError:
+        near = get_close_matches(path, self.files, 3, 0.3) or sorted(self.files)[:3]
+        return FileNotFoundError(f"no {path} in {self.where}. It has {', '.join(near) or 'no files'}.")
+
+    def fetch(self, paths: Sequence[str]) -> Path:
+        """The folder of the repository's files on disk, with these downloaded. FileNotFoundError for a file that it
+        does not have, ValueError for one whose hash differs, OSError if the download fails."""
+        for path in paths:
+            if path not in self.files:
+                raise self.missing(path)
+        if self.cached is not None:
+            return self.cached
+        if self.name.modelscope:
+            return Path(_modelscope().snapshot_download(self.name.repo, self.name.revision, allow_patterns=list(paths)))
+        with _in_our_words(self.name):
+            return self._download(paths)
+
+    def _download(self, paths: Sequence[str]) -> Path:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from tqdm.auto import tqdm
+
+        repo, commit = self.name.repo, self.name.revision
+        new = [p for p in paths if not isinstance(try_to_load_from_cache(repo, p, revision=commit), str)]
+        total = sum(self.files[path].bytes or 0 for path in new)
+        if new:
+            log.info("downloading %s: %d files, %.1f MB", self.where, len(new), total / 1e6)
+        hidden = not new or not ("ipykernel" in sys.modules or sys.stderr.isatty())
+        folder = Path()
+        with tqdm(total=total, unit="B", unit_scale=True, desc=repo, disable=hidden) as bar:
+            for path in paths:
+                file = Path(
+                    hf_hub_download(
+                        repo,
+                        path,
+                        revision=commit,
+                        endpoint=_endpoint(),
+                        library_name="condit",
+                        tqdm_class=_share_of(bar),  # type: ignore[arg-type]  # it has the methods that are used
+                    )
+                )
+                if path in new:
+                    self._check(path, file)
+                folder = file.parents[path.count("/")]
+        if self.asked != commit and new:  # so that the cache knows the branch or tag without the hub
+            atomic_write(folder.parents[1] / "refs" / self.asked, lambda ref: ref.write_text(str(commit)))
+        return folder
+
+    def _check(self, path: str, file: Path) -> None:
+        wanted = self.files[path].sha256
+        if wanted is None:
+            return
+        with open(file, "rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if found != wanted:
+            blob = file.resolve()  # the cache links to it
+            file.unlink()
+            blob.unlink(missing_ok=True)
+            raise ValueError(
+                f"{path} of {self.where} arrived damaged (sha256 {found[:12]}..., expected {wanted[:12]}...) and was "
+                "removed. Run again; if it happens again, the server or a proxy (HF_ENDPOINT?) serves another file."
+            )
+
+
+def open_repository(name: HubName) -> Repository:
+    """The repository at the commit that its revision is now; without access to the hub, at the cached one.
+    FileNotFoundError if there is none, PermissionError for one that is gated, OSError if the hub is not reached."""
+    if name.modelscope:
+        listing = _modelscope().hub.api.HubApi().get_model_files(name.repo, revision=name.revision, recursive=True)
+        return Repository(name, {row["Path"]: RemoteFile(row.get("Size")) for row in listing})
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    with _in_our_words(name):
+        try:
+            api = HfApi(endpoint=_endpoint(), library_name="condit")
+            info = api.model_info(name.repo, revision=name.revision, files_metadata=True)
+        except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
+                raise
+            try:
+                folder = snapshot_download(name.repo, revision=name.revision, local_files_only=True, allow_patterns=[])
+            except errors.LocalEntryNotFoundError:
+                raise error from None
+            cached = Path(folder)
+            files = {p.relative_to(cached).as_posix(): RemoteFile() for p in cached.rglob("*") if p.is_file()}
+            return Repository(replace(name, revision=cached.name), files, cached=cached)
+    listed = {s.rfilename: RemoteFile(s.size, s.lfs.sha256 if s.lfs else None) for s in info.siblings or ()}
+    return Repository(replace(name, revision=info.sha), listed, name.revision or "main")
+
+
+def _endpoint() -> str | None:
+    """Read at each call: notebooks set it after huggingface_hub was imported, which reads it once."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _modelscope():
+    try:
+        import modelscope
+        import modelscope.hub.api
+    except ImportError as error:
+        raise ImportError("names with ms: need ModelScope's package: pip install modelscope") from error
+    return modelscope
+
+
+def _share_of(bar: tqdm) -> type:
+    """The bar of one file, as huggingface_hub makes it, moves the bar of all files."""
+
+    class Share:
+        def __init__(self, *_: object, initial: int = 0, **__: object):
+            bar.update(initial)
+
+        def __enter__(self) -> Share:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def close(self) -> None: ...
+
+        def update(self, n: float | None = 1) -> None:
+            bar.update(n)
+
+        def update_transfer(self, n: float | None = 1) -> None:
+            """hf_xet counts what it receives, too."""
+
+        def set_postfix_str(self, *_: object, **__: object) -> None: ...
+
+        set_transfer_postfix_str = set_postfix_str
+
+    return Share
+
+
+@contextmanager
+def _in_our_words(name: HubName) -> Iterator[None]:
+    """huggingface_hub's errors with what to do."""
+    from huggingface_hub import errors, get_token
+
+    page = f"{_endpoint() or HUB}/{name.repo}"
+    token = "the token in use has no access" if get_token() else "no token was found"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise PermissionError(
+            f"{name.repo} is gated: accept its licence at {page}, then set HF_TOKEN or run `hf auth login` with a token "
+            f"of the same account ({token})."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name.repo} has no revision {name.revision!r}: see the branches and tags at {page}/tree/main."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"nothing called {str(name)!r}: no file or folder here, and no repository {page}. Check the spelling; a "
+            f"private one needs HF_TOKEN ({token})."
+        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise FileNotFoundError(
+            f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to download it. Unset HF_HUB_OFFLINE once, or give "
+            "a local folder."
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise OSError(f"{page} answered {error.response.status_code}: {_first_line(error)}") from error
+    except errors.HTTPError as error:
+        raise ConnectionError(
+            f"{page} was not reached ({_first_line(error)}). Check the network; HF_ENDPOINT sets a mirror such as "
+            "https://hf-mirror.com. Files that are complete stay in the cache."
+        ) from error
+    except OSError as error:
+        if error.errno is not None:  # of the disk
+            raise
+        raise OSError(
+            f"the download of {name} broke off: {_first_line(error)}. Run again; files that are complete stay in "
+            "the cache."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
