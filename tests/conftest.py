@@ -38,7 +38,7 @@ from condit.weights.pixart import tell_pixart
 from condit.weights.tiny import UNET_INDEX
 from condit_lab.training.unet import PROCESS, scheduler_config
 
-pytest_plugins = ["random_tiny"]
+pytest_plugins = ["random_tiny", "hub_server"]
 
 SIZE = 32, 48  # pixels; tokens of 8 px stand in 4 rows of 6, so that rows and columns cannot be confused
 CANVAS = 4

@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 LARGE = (".safetensors", ".bin", ".npz", ".ckpt", ".pt", ".png")  # kept in the store, as with Git LFS
 TOKEN = "hf_good"
 
@@ -257,3 +259,23 @@ def serve() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def hub_process() -> Iterator[Hub]:
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(hub_process, tmp_path_factory, monkeypatch) -> Hub:
+    """An empty hub, which HF_ENDPOINT names, and an empty cache."""
+    from huggingface_hub import constants, file_download
+
+    hub_process.repos.clear(), hub_process.damaged.clear(), hub_process.requests.clear()
+    hub_process.cuts, hub_process.down, hub_process.leaked = 0, None, False
+    monkeypatch.setenv("HF_ENDPOINT", hub_process.url)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)  # between two tries
+    return hub_process

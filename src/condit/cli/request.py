@@ -11,7 +11,7 @@ from PIL import Image
 import condit
 from condit.cli.adapters import Adapters
 from condit.cli.reference import Reference
-from condit.weights.hub import HubName
+from condit.data.hub import HubName
 
 if TYPE_CHECKING:
     from condit.drawing.model import Model

@@ -122,8 +122,8 @@ class DEADiff(nn.Module):
 
     @classmethod
     def load(cls, source: str | Path, pipe: Host, *, image_encoder: str | Path | ClipPatches | None = None) -> DEADiff:
-        """From the published `.ckpt`, or a name ("tiny-unet/deadiff", or on a hub), file or folder of ours. image_encoder:
-        the folder of CLIP ViT-L/14, where neither the file nor the model has a tower of its own."""
+        """From the published `.ckpt`, or a name ("tiny-unet/deadiff", or on a hub), file or folder of ours.
+        image_encoder: the folder of CLIP ViT-L/14, where neither the file nor the model has a tower of its own."""
         file = pipe.adapter_file(source, "DEADiff")
         tensors = {n: v for n, v in file.tensors.items() if not n.startswith("tower.")}
         shapes = cross_shapes(pipe.backbone, pipe.name)

@@ -87,8 +87,9 @@ class InstantStyle:
         text_encoder: TextTower | str | Path | None = None,
         head_dim: int = HEAD_DIM,
     ) -> InstantStyle:
-        """A published IP-Adapter; subfolder, weight_name, image_encoder: see `IPAdapter.load`. preset: load K', V' of its blocks only ("style": 15 % of SDXL's). text_encoder: the
-        twin of the image encoder, or its folder; None: the pipeline's own, where it has one (SDXL's second)."""
+        """A published IP-Adapter; subfolder, weight_name, image_encoder: see `IPAdapter.load`. preset: load K', V' of
+        its blocks only ("style": 15 % of SDXL's). text_encoder: the twin of the image encoder, or its folder; None: the
+        pipeline's own, where it has one (SDXL's second)."""
         where = _preset(preset, pipe.backbone)
         source = within(source, subfolder, weight_name)
         adapter = IPAdapter.load(source, pipe, image_encoder=image_encoder, where=where, head_dim=head_dim)

@@ -68,7 +68,7 @@ class OminiControl(nn.Module):
 
     @classmethod
     def load(cls, source: str | Path, pipe: Host, task: str | OminiConfig | None = None) -> OminiControl:
-        """From a name ("tiny/subject", or on a hub), a file or a folder. Rank and targets are inferred from the tensors.
+        """From a name ("tiny/subject", or on a hub), a file or folder. Rank and targets are inferred from the tensors.
 
         task: a row of TASKS or a configuration, for a file without one.
         """

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
+from condit.data.hub import HubName
+from condit.data.messages import text
 from condit.weights import deadiff
 from condit.weights.files import Json, hash_file, load_strict, own_fields, read_metadata, read_tensors
 from condit.weights.folders import only_weight_file
 from condit.weights.guess import what_is
-from condit.weights.hub import HubName
 from condit.weights.hub_files import download_adapter
 from condit.weights.lora_files import peft_settings, published
 
@@ -131,13 +132,14 @@ def read_adapter(source: str | Path, method: str, layout: Layout = published) ->
         tensors = layout(tensors, peft_settings(path if path.is_dir() else None, metadata))
     if kind not in (method, "unknown"):
         reader, wanted = (READERS.get(name, f"condit.{name}") for name in (kind, method))
-        raise ValueError(f"{source} is for {reader}, not {wanted}: first tensor {next(iter(tensors))!r}.")
+        first = repr(next(iter(tensors)))
+        raise ValueError(text("other-class", source=source, reader=reader, wanted=wanted, first=first))
     return AdapterFile(tensors, own_fields(metadata), name, hash_file(file), kind)
 
 
 def locate_adapter(source: str | Path) -> tuple[Path, str]:
     """The file or folder of an adapter by catalog name, path or name on a hub, and its name, on a hub with the commit.
-    ValueError where there is none; for a hub's errors see `weights.hub`."""
+    ValueError where there is none; for a hub's errors see `data.hub`."""
     name = str(source)
     if name in MODELS:
         return MODELS[name].path, name
@@ -147,10 +149,7 @@ def locate_adapter(source: str | Path) -> tuple[Path, str]:
         path, hub = download_adapter(asked)
         return path, str(hub)
     embedded = ", ".join(n for n in MODELS if "/" in n) or "none"
-    raise ValueError(
-        f"No adapter {name!r}: neither a file, nor one of the embedded ones ({embedded}), nor a name on a hub "
-        "(owner/name/file.safetensors)."
-    )
+    raise ValueError(text("no-adapter", name=repr(name), embedded=embedded))
 
 
 def adapter_weights(path: Path) -> Path:

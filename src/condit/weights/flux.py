@@ -22,7 +22,7 @@ from condit.encoders.text import FluxText
 from condit.weights.catalog import describe_hash
 from condit.weights.files import hash_file, load_strict, names_in, read_tensors
 from condit.weights.flux_names import parts
-from condit.weights.folders import read_config, read_folder, read_json
+from condit.weights.folders import check_tokenizer, read_config, read_folder, read_json, weight_files
 from condit.weights.guess import guess
 from condit.weights.parts import Parts
 from condit.weights.vae import autoencoder_tensors, load_flux_vae
@@ -92,6 +92,10 @@ def load_text(folder: Path, dtype: torch.dtype) -> FluxText:
     """Both text encoders and their tokenizers, frozen."""
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
+    check_tokenizer(folder / "tokenizer", "vocab.json", "merges.txt")
+    check_tokenizer(folder / "tokenizer_2", "spiece.model")
+    for part in ("text_encoder", "text_encoder_2"):  # transformers' own messages do not name the file
+        read_json(folder / part / "config.json"), weight_files(folder / part)
     text = FluxText(
         CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True),
         AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),

@@ -32,6 +32,13 @@ def optional_json(path: Path) -> Json:
     return read_json(path) if path.is_file() else {}
 
 
+def check_tokenizer(folder: Path, *names: str) -> None:
+    """FileNotFoundError unless the folder has tokenizer.json, or all of the older files `names`."""
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent and not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"no tokenizer at {folder}: expected tokenizer.json or {' and '.join(names)}.")
+
+
 def read_config(folder: Path) -> Json:
     """config.json without the keys that say who wrote it, with tuples for lists."""
     config = read_json(folder / "config.json")
@@ -96,7 +103,9 @@ def choose_weights(names: Collection[str], where: object, endings: tuple[str, ..
         if whole := [name for name in chosen if not _SHARD.search(name)]:
             return whole
         for name, match in ((name, match) for name in chosen if (match := _SHARD.search(name))):
-            shards = [name.replace(match[0], f"-{i:0{len(match[1])}d}-of-{match[2]}") for i in range(1, int(match[2]) + 1)]
+            shards = [
+                name.replace(match[0], f"-{i:0{len(match[1])}d}-of-{match[2]}") for i in range(1, int(match[2]) + 1)
+            ]
             if absent := [shard for shard in shards if shard not in names]:
                 raise FileNotFoundError(f"no {absent[0]} at {where}, one of {int(match[2])} files of these weights.")
         if chosen:

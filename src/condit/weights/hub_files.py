@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from condit.data.hub import WEIGHTS, HubName, Repository, open_repository
 from condit.weights.files import Json
 from condit.weights.folders import ENDINGS, choose_weights, read_json
-from condit.weights.hub import WEIGHTS, HubName, Repository, open_repository
 
 NETWORKS = ("transformer", "unet")
 TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")

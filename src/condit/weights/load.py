@@ -12,6 +12,8 @@ from typing import Literal, get_args
 
 import torch
 
+from condit.data.hub import HubName
+from condit.data.messages import text
 from condit.encoders.vae import Autoencoder
 from condit.weights.catalog import MODELS, models_folder
 from condit.weights.class_models import (
@@ -26,7 +28,6 @@ from condit.weights.files import Json, names_in
 from condit.weights.flux import SIGN, load_flux, load_flux_file
 from condit.weights.folders import first_weight_file, optional_json
 from condit.weights.guess import guess
-from condit.weights.hub import HubName
 from condit.weights.hub_files import BESIDE, COMPONENTS, download_beside, download_model, local_folder
 from condit.weights.latent_models import LatentParts
 from condit.weights.original_sd import load_original
@@ -148,9 +149,7 @@ class Options:
 LOADERS: dict[Kind, Callable[[Model, Options], AnyParts]] = {
     "tiny": lambda m, o: load_tiny(m.name, m.path, o.dtype or torch.float32),
     "flux": lambda m, o: load_flux(m.path, o.dtype or torch.bfloat16, m.label),
-    "flux-file": lambda m, o: load_flux_file(
-        m.path, o.components or m.path.parent, o.dtype or torch.bfloat16, m.label
-    ),
+    "flux-file": lambda m, o: load_flux_file(m.path, o.components or m.path.parent, o.dtype or torch.bfloat16, m.label),
     "stable-diffusion": lambda m, o: load_stable_diffusion(m.path, o.half, m.label),
     "stable-diffusion-file": lambda m, o: load_original(m.path, o.half, m.label),
     "pixart": lambda m, o: load_pixart(m.path, o.half, m.label),
@@ -173,7 +172,7 @@ OPTIONS: dict[str, tuple[tuple[Kind, ...], str]] = {
 def identify(source: str | Path) -> Model:
     """What a published name, an embedded model's name, a path or a name on a hub is, in this order; what is on a hub is
     downloaded. FileNotFoundError for a published name whose file is not in the models folder; ValueError for anything
-    that condit does not load; for a hub's errors see `weights.hub`."""
+    that condit does not load; for a hub's errors see `data.hub`."""
     name, path, hub = str(source), Path(source), None
     if name in PUBLISHED:
         path = _published_path(name)
@@ -196,7 +195,7 @@ def identify(source: str | Path) -> Model:
         kind = "tiny"
     if kind is not None:
         return Model(kind, name, path, hub)
-    looks = f" It is a {index}." if index else f" It looks like {text}." if (text := guess(names)) else ""
+    looks = f" It is a {index}." if index else f" It looks like {found}." if (found := guess(names)) else ""
     raise ValueError(_refusal(name, looks))
 
 
@@ -248,17 +247,11 @@ def _published_path(name: str) -> Path:
     row, folder = PUBLISHED[name], models_folder()
     path = next((folder / file for file in row.files if (folder / file).exists()), None)
     if path is None:
-        raise FileNotFoundError(
-            f"no weights for {name!r}: {' or '.join(row.files)} is expected in {folder}. Download it from {row.home} "
-            "and put it there (CONDIT_HOME moves the folder), or pass its path."
-        )
+        files = " or ".join(row.files)
+        raise FileNotFoundError(text("no-weights-here", name=repr(name), files=files, folder=folder, home=row.home))
     return path
 
 
 def _refusal(name: str, looks: str) -> str:
     known = ", ".join([*(n for n, entry in MODELS.items() if entry.kind == "model"), *PUBLISHED])
-    return (
-        f"No model {name!r}.{looks} Known: {known}; or give a folder with model_index.json (diffusers' FLUX, Stable "
-        "Diffusion or PixArt layout), a single file of FLUX.1 (flux1-dev.safetensors), or a file or folder of Stable "
-        "Diffusion, DiT, DiffiT or ViT, or the name of a repository (owner/name, ms:owner/name)."
-    )
+    return text("no-model", name=repr(name), looks=looks, known=known)

@@ -14,7 +14,7 @@ from condit.diffusion.vp import Process
 from condit.encoders.text import T5Text, Text
 from condit.nn.lora import LowRank
 from condit.weights.files import Json, hash_file, load_strict
-from condit.weights.folders import read_folder, read_json, weight_files
+from condit.weights.folders import check_tokenizer, read_folder, read_json, weight_files
 from condit.weights.latent_models import Frame, LatentParts, Network, rows_of
 from condit.weights.stable_diffusion import SOLVERS
 from condit.weights.vae import frozen, load_autoencoder
@@ -96,6 +96,7 @@ def load_t5_text(folder: Path, limit: int) -> T5Text:
 
     # Not from_pretrained: it draws a progress bar, and fills missing tensors with random numbers.
     encoder = folder / "text_encoder"
+    check_tokenizer(folder / "tokenizer", "spiece.model")
     with torch.device("meta"):
         t5: nn.Module = T5EncoderModel(T5Config.from_dict(read_json(encoder / "config.json")))
     tensors = read_folder(encoder)

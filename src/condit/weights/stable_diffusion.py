@@ -15,7 +15,7 @@ from condit.backbones.unet import UNet, UNetConfig
 from condit.diffusion.vp import Process, Solver
 from condit.encoders.text import ClipText
 from condit.weights.files import Json, hash_file, load_strict
-from condit.weights.folders import read_folder, read_json, tuples, weight_files
+from condit.weights.folders import check_tokenizer, read_folder, read_json, tuples, weight_files
 from condit.weights.latent_models import LatentParts, tell_unet
 from condit.weights.vae import frozen, load_autoencoder
 
@@ -160,8 +160,7 @@ def load_tokenizer(folder: Path, *, pad_token: str | None = None) -> CLIPTokeniz
     """CLIP's tokenizer. FileNotFoundError without its files, of which transformers would make an empty one."""
     from transformers import CLIPTokenizer
 
-    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise FileNotFoundError(f"no tokenizer at {folder}: vocab.json and merges.txt are expected there")
+    check_tokenizer(folder, "vocab.json", "merges.txt")
     tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     if pad_token is not None:
         tokenizer.pad_token = pad_token

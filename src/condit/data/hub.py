@@ -1,7 +1,7 @@
 """Repositories by name: `owner/name[@revision][/path]` on the Hugging Face hub, `ms:owner/name...` on ModelScope.
 
-huggingface_hub downloads into its own cache, and reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN. Files whose hash is not the
-repository's are removed. `weights/hub_files.py` says which files a loader reads."""
+huggingface_hub downloads into its own cache, and reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN. Files whose hash is not
+the repository's are removed. `weights/hub_files.py` says which files a loader reads."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from condit.data.files import atomic_write
+from condit.data.messages import text
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -79,7 +80,7 @@ class Repository:
 
     def missing(self, path: str) -> FileNotFoundError:
         near = get_close_matches(path, self.files, 3, 0.3) or sorted(self.files)[:3]
-        return FileNotFoundError(f"no {path} in {self.where}. It has {', '.join(near) or 'no files'}.")
+        return FileNotFoundError(text("no-file", file=path, name=self.where, near=", ".join(near) or "-"))
 
     def fetch(self, paths: Sequence[str]) -> Path:
         """The folder of the repository's files on disk, with these downloaded. FileNotFoundError for a file that it
@@ -134,10 +135,7 @@ class Repository:
             blob = file.resolve()  # the cache links to it
             file.unlink()
             blob.unlink(missing_ok=True)
-            raise ValueError(
-                f"{path} of {self.where} arrived damaged (sha256 {found[:12]}..., expected {wanted[:12]}...) and was "
-                "removed. Run again; if it happens again, the server or a proxy (HF_ENDPOINT?) serves another file."
-            )
+            raise ValueError(text("damaged", file=path, name=self.where, found=found[:12], wanted=wanted[:12]))
 
 
 def open_repository(name: HubName) -> Repository:
@@ -190,19 +188,13 @@ def _share_of(bar: tqdm) -> type:
         def __enter__(self) -> Share:
             return self
 
-        def __exit__(self, *_: object) -> None: ...
-
-        def close(self) -> None: ...
-
         def update(self, n: float | None = 1) -> None:
             bar.update(n)
 
-        def update_transfer(self, n: float | None = 1) -> None:
-            """hf_xet counts what it receives, too."""
+        def nothing(self, *_: object, **__: object) -> None: ...
 
-        def set_postfix_str(self, *_: object, **__: object) -> None: ...
-
-        set_transfer_postfix_str = set_postfix_str
+        # hf_xet also counts the bytes that it receives, which are fewer than those of the file.
+        __exit__ = close = update_transfer = set_postfix_str = set_transfer_postfix_str = nothing
 
     return Share
 
@@ -212,44 +204,42 @@ def _in_our_words(name: HubName) -> Iterator[None]:
     """huggingface_hub's errors with what to do."""
     from huggingface_hub import errors, get_token
 
-    page = f"{_endpoint() or HUB}/{name.repo}"
-    token = "the token in use has no access" if get_token() else "no token was found"
+    # The first that fits counts: a class of huggingface_hub, ours, and its message.
+    kinds: tuple[tuple[type[Exception], type[OSError], str], ...] = (
+        (errors.GatedRepoError, PermissionError, "gated"),
+        (errors.RevisionNotFoundError, FileNotFoundError, "no-revision"),
+        (errors.RepositoryNotFoundError, FileNotFoundError, "no-repository"),
+        (errors.OfflineModeIsEnabled, FileNotFoundError, "offline"),
+        (errors.HfHubHTTPError, OSError, "answered"),
+        (errors.HTTPError, ConnectionError, "not-reached"),
+        (OSError, OSError, "broke-off"),
+    )
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise PermissionError(
-            f"{name.repo} is gated: accept its licence at {page}, then set HF_TOKEN or run `hf auth login` with a token "
-            f"of the same account ({token})."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name.repo} has no revision {name.revision!r}: see the branches and tags at {page}/tree/main."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"nothing called {str(name)!r}: no file or folder here, and no repository {page}. Check the spelling; a "
-            f"private one needs HF_TOKEN ({token})."
-        ) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise FileNotFoundError(
-            f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to download it. Unset HF_HUB_OFFLINE once, or give "
-            "a local folder."
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise OSError(f"{page} answered {error.response.status_code}: {_first_line(error)}") from error
-    except errors.HTTPError as error:
-        raise ConnectionError(
-            f"{page} was not reached ({_first_line(error)}). Check the network; HF_ENDPOINT sets a mirror such as "
-            "https://hf-mirror.com. Files that are complete stay in the cache."
-        ) from error
-    except OSError as error:
-        if error.errno is not None:  # of the disk
-            raise
-        raise OSError(
-            f"the download of {name} broke off: {_first_line(error)}. Run again; files that are complete stay in "
-            "the cache."
-        ) from error
+    except (OSError, errors.HTTPError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, errors.HTTPError):
+            raise  # of the disk
+        ours, key = next((ours, key) for theirs, ours, key in kinds if isinstance(error, theirs))
+        refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
+        if key == "answered" and refused:
+            ours, key = PermissionError, "no-write-access"
+        values = {
+            "repo": name.repo,
+            "revision": name.revision,
+            "name": name,
+            "page": f"{_endpoint() or HUB}/{name.repo}",
+        }
+        token = text("wrong-token" if get_token() else "no-token")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ours(text(key, token=token, reason=reason, **values)) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def push_folder(folder: Path, repo: str, *, private: bool | None, token: str | None, message: str) -> str:
+    """Uploads a folder's files as one commit, and returns its address. PermissionError without write access, OSError
+    where the hub refuses otherwise or is not reached."""
+    from huggingface_hub import HfApi
+
+    with _in_our_words(HubName(repo)):
+        api = HfApi(endpoint=_endpoint(), library_name="condit", token=token)
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url)

@@ -1,0 +1,106 @@
+"""An adapter as a folder with a model card, and that folder as a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
+
+from torch import Tensor
+
+from condit.data.files import atomic_write
+from condit.data.hub import HubName, push_folder
+
+ADAPTER = "adapter.safetensors"
+REFERENCE = {"OminiControl": "condition.png"}
+CARD = """# {title}
+
+{article} {method} adapter{base}, made with condit.
+
+```python
+import condit
+
+pipe = condit.load("{model}")
+adapter = condit.{method}.load("{place}", pipe)
+image = pipe("a prompt", controls=[adapter.control("{reference}")], seed=0).images[0]
+```
+
+| field | value |
+|---|---|
+{rows}
+"""
+
+
+class Adapter(Protocol):
+    """tensors(): by published names; metadata(): what `load` reads."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def metadata(self) -> dict: ...
+
+
+def save_pretrained(adapter: Adapter, folder: str | Path, *, license: str | None = None, place: str = "") -> Path:
+    """Writes adapter.safetensors, in the adapter's own precision, and the model card README.md; `load(folder, pipe)`
+    reads them. license: as the hub names it ("apache-2.0"); place: the repository that the card names."""
+    from safetensors.torch import save
+
+    folder, metadata = Path(folder), adapter.metadata()
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in adapter.tensors().items()}
+    content = save(tensors, {"condit": json.dumps(metadata)})
+    atomic_write(folder / ADAPTER, lambda target: target.write_bytes(content))
+    write_card(folder, metadata, base_of(adapter), license=license, place=place)
+    return folder
+
+
+def push_to_hub(
+    adapter: Adapter,
+    repo: str,
+    *,
+    license: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    message: str = "Upload an adapter",
+) -> str:
+    """Writes `save_pretrained`'s folder into a repository ("owner/name"), which is made if there is none, and returns
+    the address of the commit. token: None for HF_TOKEN, or that of `hf auth login`. PermissionError without write
+    access."""
+    with TemporaryDirectory() as folder:
+        save_pretrained(adapter, folder, license=license, place=repo)
+        return push_folder(Path(folder), repo, private=private, token=token, message=message)
+
+
+def base_of(adapter: object) -> str:
+    """The name of the pipeline that an adapter was loaded or made for; "" without one."""
+    pipe = getattr(adapter, "_pipe", [None])[0]
+    return "" if pipe is None else pipe.name
+
+
+def write_card(
+    folder: Path, metadata: Mapping[str, object], base: str, *, license: str | None = None, place: str = ""
+) -> None:
+    """README.md with the header that the hub reads. base: the name of the model that the adapter is for, on a hub with
+    its commit; the header has it only if it is a repository."""
+    from huggingface_hub import ModelCardData
+
+    method, name = str(metadata["method"]), HubName.of(base)
+    header = ModelCardData(
+        base_model=name.repo if name is not None and not name.modelscope else None,
+        library_name="condit",
+        license=license,
+        pipeline_tag="text-to-image",
+        tags=["condit", method.lower()],
+    )
+    text = CARD.format(
+        title=place or folder.name,
+        article="An" if method[0] in "AEIOU" else "A",
+        method=method,
+        base=f" for {base}" if base else "",
+        model=base or "BASE MODEL",
+        place=place or "FOLDER",
+        reference=REFERENCE.get(method, "reference.png"),
+        rows="\n".join(f"| {key} | {json.dumps(value)} |" for key, value in metadata.items() if value is not None),
+    )
+    card = f"---\n{header.to_yaml()}\n---\n\n{text}"
+    atomic_write(folder / "README.md", lambda target: target.write_text(card, encoding="utf-8"))
