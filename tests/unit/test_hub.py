@@ -200,7 +200,7 @@ def test_a_file_with_another_hash_is_removed(hub):
 def test_a_file_of_another_size_is_refused(hub):
     hub.add("a/b", {"x.safetensors": b"other" * 100})
     hub.store[hashlib.sha256(b"other" * 100).hexdigest()] = b"other" * 99
-    with pytest.raises(OSError, match=r"the download of a/b@\w+ broke off: .* should be of size 500 but has size 495"):
+    with pytest.raises(OSError, match=r"the transfer of a/b@\w+ broke off: .* should be of size 500 but has size 495"):
         open_repository(HubName("a/b")).fetch(["x.safetensors"])
 
 
@@ -239,7 +239,7 @@ def test_without_the_hub_the_cache_serves(hub, status, monkeypatch):
     assert again.name.revision == commit and again.fetch(["x.safetensors"]) == folder
     with pytest.raises(FileNotFoundError, match=r"no config.json in a/b@\w+ in the cache; the hub was not reached"):
         again.fetch(["config.json"])
-    with pytest.raises(OSError, match=f"{hub.url}/a/other answered {status}"):
+    with pytest.raises(OSError, match=f"{hub.url}/a/other did not answer .*{status}"):
         open_repository(HubName("a/other"))
 
 
@@ -256,7 +256,7 @@ def test_offline_mode_asks_nobody(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again = open_repository(HubName("a/b"))
     assert again.name.revision == commit and again.fetch(["x.safetensors"]) == folder
-    with pytest.raises(FileNotFoundError, match="a/other is not in the cache, and HF_HUB_OFFLINE forbids"):
+    with pytest.raises(FileNotFoundError, match="'a/other' is not in the cache, and HF_HUB_OFFLINE forbids"):
         open_repository(HubName("a/other"))
     assert hub.requests == []
 

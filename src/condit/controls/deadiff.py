@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from condit.controls import publish
 from condit.controls.control import (
     Control,
     Run,
@@ -186,6 +187,8 @@ class DEADiff(nn.Module):
         words = {word: list(ids) for word, ids in self.config.words.items()}
         layers, heads = list(self.config.content_layers), self.style.config.heads
         return {"method": "DEADiff", "content_layers": layers, "heads": heads, "words": words}
+
+    save_pretrained, push_to_hub = publish.save_pretrained, publish.push_to_hub
 
     def ask(self, name: Name, image: Tensor) -> Tensor:
         """One Q-Former with its word: tower tokens (B, N, W) -> (B, T, width)."""

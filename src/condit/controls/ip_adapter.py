@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condit.controls import publish
 from condit.controls.control import Control, MaskMode, Placing, When, Where, check_arguments, check_reach, one_of
 from condit.controls.host import Host, save_adapter, within
 from condit.controls.ip_input import (
@@ -170,6 +171,8 @@ class IPAdapter(nn.Module):
     def metadata(self) -> dict:
         """The configuration that `load` reads from the file."""
         return {"method": "IPAdapter", **asdict(self.config)}
+
+    save_pretrained, push_to_hub = publish.save_pretrained, publish.push_to_hub
 
     # From features to keys and values
 

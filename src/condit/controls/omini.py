@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condit.controls import publish
 from condit.controls.control import (
     Control,
     Fill,
@@ -97,6 +98,8 @@ class OminiControl(nn.Module):
     def metadata(self) -> dict:
         """The configuration that `load` reads from the file."""
         return {"method": "OminiControl", **asdict(self.config), "alpha": None}  # the tensors hold it
+
+    save_pretrained, push_to_hub = publish.save_pretrained, publish.push_to_hub
 
     def bound(self) -> Host:
         """The pipeline that encodes the references."""

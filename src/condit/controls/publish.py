@@ -14,23 +14,6 @@ from condit.data.files import atomic_write
 from condit.data.hub import HubName, push_folder
 
 ADAPTER = "adapter.safetensors"
-REFERENCE = {"OminiControl": "condition.png"}
-CARD = """# {title}
-
-{article} {method} adapter{base}, made with condit.
-
-```python
-import condit
-
-pipe = condit.load("{model}")
-adapter = condit.{method}.load("{place}", pipe)
-image = pipe("a prompt", controls=[adapter.control("{reference}")], seed=0).images[0]
-```
-
-| field | value |
-|---|---|
-{rows}
-"""
 
 
 class Adapter(Protocol):
@@ -92,14 +75,14 @@ def write_card(
         pipeline_tag="text-to-image",
         tags=["condit", method.lower()],
     )
-    text = CARD.format(
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    text = template.format(
         title=place or folder.name,
         article="An" if method[0] in "AEIOU" else "A",
         method=method,
         base=f" for {base}" if base else "",
         model=base or "BASE MODEL",
         place=place or "FOLDER",
-        reference=REFERENCE.get(method, "reference.png"),
         rows="\n".join(f"| {key} | {json.dumps(value)} |" for key, value in metadata.items() if value is not None),
     )
     card = f"---\n{header.to_yaml()}\n---\n\n{text}"

@@ -225,13 +225,13 @@ def _in_our_words(name: HubName) -> Iterator[None]:
             ours, key = PermissionError, "no-write-access"
         values = {
             "repo": name.repo,
-            "revision": name.revision,
-            "name": name,
+            "revision": repr(name.revision),
+            "name": name if key == "broke-off" else repr(str(name)),
             "page": f"{_endpoint() or HUB}/{name.repo}",
+            "token": text("wrong-token" if get_token() else "no-token"),
+            "reason": (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."),
         }
-        token = text("wrong-token" if get_token() else "no-token")
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ours(text(key, token=token, reason=reason, **values)) from error
+        raise ours(text(key, **values)) from error
 
 
 def push_folder(folder: Path, repo: str, *, private: bool | None, token: str | None, message: str) -> str:
