@@ -205,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             wish = json.loads(body)
             name = wish["name"] if "/" in wish["name"] else f"{wish.get('organization') or 'me'}/{wish['name']}"
-            self.hub.repos.setdefault(name, Repo(private=bool(wish.get("private"))))
+            self.hub.repos.setdefault(name, Repo(private=wish.get("private") or wish.get("visibility") == "private"))
             return self.json({"url": f"{self.hub.url}/{name}", "name": name})
         if path == "/api/validate-yaml":  # of a model card
             return self.json({"errors": [], "warnings": []})
