@@ -17,7 +17,14 @@ from huggingface_hub import constants
 import hub_server
 from condit.data.hub import HubName, RemoteFile, Repository, open_repository
 from condit.weights.catalog import locate_adapter
-from condit.weights.hub_files import component_files, download_adapter, download_model, local_folder, model_files
+from condit.weights.hub_files import (
+    component_files,
+    download_adapter,
+    download_model,
+    local_folder,
+    model_files,
+    of_variant,
+)
 from condit.weights.load import identify
 
 BIG = bytes(range(256)) * 400
@@ -107,6 +114,15 @@ def test_of_flux_the_shards_are_planned_and_the_single_file_is_not():
 def test_half_precision_is_taken_where_there_is_nothing_else():
     half = repository("config.json diffusion_pytorch_model.fp16.safetensors diffusion_pytorch_model.fp16.bin")
     assert model_files(half, "", {}) == ["config.json", "diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_a_variant_is_planned_for_the_parts_that_have_it():
+    files = of_variant(repository(SD15).files, "fp16")
+    plan = model_files(Repository(HubName("a/b", "c0ffee"), files), "", SD15_INDEX)
+    weights = {name for name in plan if name.endswith((".safetensors", ".bin"))}
+    parts = {"unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"}
+    assert weights == {f"{part}.fp16.safetensors" for part in parts}
+    assert of_variant(repository(SD15).files, "bf16") == of_variant(repository(SD15).files, None)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +303,7 @@ def test_a_terminal_shows_the_bytes_of_all_files_together(hub, monkeypatch):
     hub.add("a/b", {"x.safetensors": BIG, "y.safetensors": BIG * 2, "config.json": b"{}"})
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     open_repository(HubName("a/b")).fetch(["x.safetensors", "y.safetensors", "config.json"])
-    assert "307k/307k" in terminal.getvalue().splitlines()[-1].rpartition("\r")[2]
+    assert "307k/307k" in terminal.getvalue()
 
 
 # What is loaded from a repository

@@ -23,9 +23,9 @@ Texts = list[str] | None
 class ModelOptions:
     """Model"""
 
-    model: Annotated[str, typer.Option("--model", "-m", help="A model of `condit models`, a folder or a file.")] = (
-        "tiny"
-    )
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A model of `condit models`, a folder, a file, or owner/name on a hub.")
+    ] = "tiny"
     device: Annotated[str | None, typer.Option(help="cpu, cuda or mps [default: cpu for embedded models].")] = None
     offload: Annotated[
         Literal["encoders", "blocks"] | None, typer.Option(help="Keep these parts on the CPU until they compute.")

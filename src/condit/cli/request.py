@@ -226,6 +226,8 @@ def locate(request: Request, folder: Path) -> Request:
     """The request with the paths of existing references, relative to the current folder or else to `folder`."""
 
     def existing(path: str) -> str:
+        if HubName.of(path):  # of a style LoRA
+            return path
         candidates = [Path(path), folder / path, folder / Path(path).name]
         file = next((candidate for candidate in candidates if candidate.exists()), None)
         if file is None:

@@ -6,39 +6,22 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
 
-from torch import Tensor
-
+from condit.controls.host import Saved, save_adapter
 from condit.data.files import atomic_write
 from condit.data.hub import HubName, push_folder
 
-ADAPTER = "adapter.safetensors"
 
-
-class Adapter(Protocol):
-    """tensors(): by published names; metadata(): what `load` reads."""
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-    def metadata(self) -> dict: ...
-
-
-def save_pretrained(adapter: Adapter, folder: str | Path, *, license: str | None = None, place: str = "") -> Path:
+def save_pretrained(adapter: Saved, folder: str | Path, *, license: str | None = None, place: str = "") -> Path:
     """Writes adapter.safetensors, in the adapter's own precision, and the model card README.md; `load(folder, pipe)`
     reads them. license: as the hub names it ("apache-2.0"); place: the repository that the card names."""
-    from safetensors.torch import save
-
-    folder, metadata = Path(folder), adapter.metadata()
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in adapter.tensors().items()}
-    content = save(tensors, {"condit": json.dumps(metadata)})
-    atomic_write(folder / ADAPTER, lambda target: target.write_bytes(content))
-    write_card(folder, metadata, base_of(adapter), license=license, place=place)
-    return folder
+    file = save_adapter(adapter, folder)
+    write_card(file.parent, adapter.metadata(), base_of(adapter), license=license, place=place)
+    return file.parent
 
 
 def push_to_hub(
-    adapter: Adapter,
+    adapter: Saved,
     repo: str,
     *,
     license: str | None = None,

@@ -9,19 +9,15 @@ import hashlib
 import logging
 import os
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from condit.data.files import atomic_write
 from condit.data.messages import text
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from condit.data.progress import progress_bar
 
 log = logging.getLogger(__name__)
 _PART = r"[A-Za-z0-9][\w.-]*"
@@ -97,16 +93,14 @@ class Repository:
 
     def _download(self, paths: Sequence[str]) -> Path:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
-        from tqdm.auto import tqdm
 
         repo, commit = self.name.repo, self.name.revision
         new = [p for p in paths if not isinstance(try_to_load_from_cache(repo, p, revision=commit), str)]
         total = sum(self.files[path].bytes or 0 for path in new)
         if new:
             log.info("downloading %s: %d files, %.1f MB", self.where, len(new), total / 1e6)
-        hidden = not new or not ("ipykernel" in sys.modules or sys.stderr.isatty())
         folder = Path()
-        with tqdm(total=total, unit="B", unit_scale=True, desc=repo, disable=hidden) as bar:
+        with progress_bar(total, repo, unit="B") if new else nullcontext(lambda n: None) as advance:
             for path in paths:
                 file = Path(
                     hf_hub_download(
@@ -115,7 +109,7 @@ class Repository:
                         revision=commit,
                         endpoint=_endpoint(),
                         library_name="condit",
-                        tqdm_class=_share_of(bar),  # type: ignore[arg-type]  # it has the methods that are used
+                        tqdm_class=_share_of(advance),  # type: ignore[arg-type]  # it has the methods that are used
                     )
                 )
                 if path in new:
@@ -178,18 +172,18 @@ def _modelscope():
     return modelscope
 
 
-def _share_of(bar: tqdm) -> type:
+def _share_of(advance: Callable[[int], None]) -> type:
     """The bar of one file, as huggingface_hub makes it, moves the bar of all files."""
 
     class Share:
         def __init__(self, *_: object, initial: int = 0, **__: object):
-            bar.update(initial)
+            advance(initial)
 
         def __enter__(self) -> Share:
             return self
 
         def update(self, n: float | None = 1) -> None:
-            bar.update(n)
+            advance(int(n or 0))
 
         def nothing(self, *_: object, **__: object) -> None: ...
 

@@ -39,7 +39,9 @@ def progress_bar(
     if interactive():
         from tqdm.auto import tqdm
 
-        with tqdm(total=total, initial=done, desc=text, unit=unit, leave=False, dynamic_ncols=True) as bar:
+        with tqdm(
+            total=total, initial=done, desc=text, unit=unit, unit_scale=unit == "B", leave=False, dynamic_ncols=True
+        ) as bar:
 
             def advance(n: int = 1, note: str = "") -> None:
                 nonlocal count
@@ -58,7 +60,8 @@ def progress_bar(
         if now - last >= SECONDS and count < total:
             last = now
             left = (now - start) * (total - count) / max(count - done, 1)
-            parts = f"{text}: {unit} {count} of {total}", f"{left:.0f} s left", speed(), note
+            done_now = f"{count / 1e6:.0f} of {total / 1e6:.0f} MB" if unit == "B" else f"{unit} {count} of {total}"
+            parts = f"{text}: {done_now}", f"{left:.0f} s left", speed(), note
             log.info(", ".join(part for part in parts if part))
 
     yield line

@@ -24,6 +24,7 @@ def load(
     components: str | Path | None = None,
     offload: Offload | None = None,
     quantize: Quantise | None = None,
+    variant: str | None = None,
 ) -> Any:  # a Pipeline or a ViTPipeline, by the source
     """A pipeline by name ("tiny", "sd15", "dit-xl-2-256", ...), from a folder, from a single file, or from a hub
     ("owner/name[@revision][/file]", docs/hub.md); the tables in `condit.weights.load` list the names. A ViT
@@ -32,9 +33,10 @@ def load(
     torch_dtype: another name of dtype. vae: for DiT and DiffiT, an autoencoder, its folder, or "tiny" for the
     embedded one; None: the folder `vae` next to the weights. components: for a single file of FLUX.1, the folder of
     text encoders, tokenizers and autoencoder; None: the file's own. offload: see `Pipeline`. quantize: see
-    `condit.weights.quantise`; the weights of FLUX's blocks then take one byte each. Raises ValueError for an option
-    that the model does not take."""
-    model = identify(source)
+    `condit.weights.quantise`; the weights of FLUX's blocks then take one byte each. variant: which weights of a
+    repository are downloaded ("fp16"), where it has them. Raises ValueError for an option that the model does not
+    take."""
+    model = identify(source, variant)
     check_options(model, offload=offload)
     dtype = dtype or torch_dtype
     parts = load_parts(model, dtype=dtype, device=device, vae=vae, components=components, quantize=quantize)

@@ -9,7 +9,7 @@ import torch
 
 from condit.drawing.families import AnyParts, Offload
 from condit.weights.class_models import ClassifierParts
-from condit.weights.load import load_parts
+from condit.weights.load import identify, load_parts
 from condit.weights.quantise import Quantise
 from condit.weights.save import save_model
 
@@ -36,9 +36,12 @@ def from_pretrained(
     device: str | torch.device = "cpu",
     offload: Offload | None = None,
     quantize: Quantise | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> P:
-    """`condit.load` for a model that generates. Raises ValueError for a ViT."""
-    parts = load_parts(source, dtype=dtype or torch_dtype, device=device, quantize=quantize)
+    """`condit.load` for a model that generates; revision: of a repository. Raises ValueError for a ViT."""
+    model = identify(f"{source}@{revision}" if revision else source, variant)
+    parts = load_parts(model, dtype=dtype or torch_dtype, device=device, quantize=quantize)
     if isinstance(parts, ClassifierParts):
         raise ValueError(f"{source} is a ViT, which classifies images. Use condit.load.")
     return cls(parts, offload=offload).to(device)

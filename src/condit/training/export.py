@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from condit.controls.publish import ADAPTER, Adapter, base_of, write_card
+from condit.controls.host import Saved
+from condit.controls.publish import base_of, write_card
 from condit.weights.files import save_tensors
 
+ADAPTER = "adapter.safetensors"
 
-def export_adapter(adapter: Adapter, folder: Path, card: dict, **more: str) -> None:
+
+def export_adapter(adapter: Saved, folder: Path, card: dict, **more: str) -> None:
     """Writes the weights in fp16 with their metadata, card.json, and the model card README.md."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.half().contiguous() for k, v in adapter.tensors().items()}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from condit.data.hub import WEIGHTS, HubName, Repository, open_repository
+from condit.data.hub import WEIGHTS, HubName, RemoteFile, Repository, open_repository
 from condit.weights.files import Json
 from condit.weights.folders import ENDINGS, choose_weights, read_json
 
@@ -22,9 +22,10 @@ _ADAPTER = ("safetensors", "bin", "pt", "pth", "ckpt")
 _USUAL = ("model.", "pytorch_model.", "adapter.")  # beginnings of names that are the model of a folder
 
 
-def download_model(name: HubName, check: Callable[[Json], None]) -> tuple[Path, HubName]:
+def download_model(name: HubName, check: Callable[[Json], None], variant: str | None = None) -> tuple[Path, HubName]:
     """A model's folder or file on disk, and its name at a commit. check(model_index.json or config.json) raises for
-    what condit does not load, before weights are downloaded."""
+    what condit does not load, before weights are downloaded. variant: of the weights ("fp16"), of parts that have
+    it."""
     repository = open_repository(name)
     if file := named_file(repository):
         return repository.fetch([file]) / file, repository.name
@@ -32,7 +33,8 @@ def download_model(name: HubName, check: Callable[[Json], None]) -> tuple[Path, 
     index = next((path for path in paths if path in repository.files), None)
     settings = {} if index is None else read_json(repository.fetch([index]) / index)
     check(settings)
-    return repository.fetch(model_files(repository, name.path, settings)) / name.path, repository.name
+    offered = replace(repository, files=of_variant(repository.files, variant))
+    return repository.fetch(model_files(offered, name.path, settings)) / name.path, repository.name
 
 
 def download_beside(name: HubName, parts: Sequence[str]) -> None:
@@ -103,6 +105,16 @@ def part_files(repository: Repository, folder: str) -> list[str]:
     if needed not in repository.files and not (small and part.startswith("tokenizer")):
         raise repository.missing(needed)
     return small if part in SMALL else [*small, *weights(repository, folder, ENDINGS[:2])]
+
+
+def of_variant(files: Mapping[str, RemoteFile], variant: str | None) -> dict[str, RemoteFile]:
+    """The files without those of which the same folder has a variant."""
+    having = {parent(path) for path in files if variant is not None and f".{variant}" in PurePosixPath(path).name}
+    return {
+        path: file
+        for path, file in files.items()
+        if parent(path) not in having or not path.endswith(WEIGHTS) or f".{variant}" in path
+    }
 
 
 def weights(repository: Repository, folder: str, endings: tuple[str, ...]) -> list[str]:

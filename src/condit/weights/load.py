@@ -169,9 +169,9 @@ OPTIONS: dict[str, tuple[tuple[Kind, ...], str]] = {
 }
 
 
-def identify(source: str | Path) -> Model:
+def identify(source: str | Path, variant: str | None = None) -> Model:
     """What a published name, an embedded model's name, a path or a name on a hub is, in this order; what is on a hub is
-    downloaded. FileNotFoundError for a published name whose file is not in the models folder; ValueError for anything
+    downloaded, its weights in a variant ("fp16") where there is one. FileNotFoundError for a published name whose file is not in the models folder; ValueError for anything
     that condit does not load; for a hub's errors see `data.hub`."""
     name, path, hub = str(source), Path(source), None
     if name in PUBLISHED:
@@ -181,7 +181,7 @@ def identify(source: str | Path) -> Model:
     elif name in MODELS:
         path = MODELS[name].path
     elif name.split("/")[0] not in MODELS and (asked := HubName.of(source)) is not None:
-        path, hub = download_model(asked, partial(_check_index, name))
+        path, hub = download_model(asked, partial(_check_index, name), variant)
     if not path.exists():
         raise ValueError(_refusal(name, ""))
     index = str(optional_json(path / "model_index.json").get("_class_name", ""))
