@@ -36,7 +36,7 @@ def test_an_adapter_of_another_base_is_refused(dev, make_pipe, omini, ip_adapter
     file = save_tensors(tmp_path / "a.safetensors", omini(strange).tensors())
     with dev.attach() as guest:
         with pytest.raises(ValueError, match="Was it made for another model"):
-            condit.OminiControl.load(file, guest)
+            condit.OminiControl.load(file, guest, "canny")
         for make in (omini, ip_adapter):
             with pytest.raises(ValueError, match=f"loaded for random, whose.*that of {guest.name}.*load"):
                 draw(guest, controls=[make(strange).control(pictures(1))])

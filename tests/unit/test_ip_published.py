@@ -142,7 +142,7 @@ def test_faceids_lora_of_rank_128_fits_every_attention_at_full_size(real, base, 
     assert len(paths) == attentions and millions(lora) == pytest.approx(size, rel=0.01)
     assert face_tensors(lora, paths).keys() == {f"ip_adapter.{name}" for name in tensors}
     tensors["1.to_k_lora.down.weight"] = torch.empty(128, 99, device="meta")
-    with torch.device("meta"), pytest.raises(ValueError, match="1.*attn2.to_k of shape .*Was it made for another"):
+    with torch.device("meta"), pytest.raises(ValueError, match="attn2.to_k' of shape .*Was it made for another"):
         face_lora(tensors, paths, unet, base)
 
 

@@ -94,7 +94,7 @@ def test_rules_for_fluxs_own_names_equal_diffusers_conversion_of_its_weights(flu
     for path, x in expected.items():
         assert torch.equal(found[f"transformer.{path}.lora_B.weight"], x), path
     lora = LoRA.from_tensors(found)
-    assert lora.unfitting(flux) == {}  # A as wide as each of the layers expects
+    lora.check_fits(flux, "a file", "flux")  # A as wide as each of the layers expects
     assert len(lora.keys) == len(expected) == 2 * 14 + 2 * 6 + 10  # double blocks, single blocks, the rest
 
 

@@ -32,7 +32,7 @@ from condit.controls.control import (
 )
 from condit.controls.host import Host, save_adapter
 from condit.controls.omini_images import Originals
-from condit.controls.omini_tasks import OminiConfig, Side, omini_targets, task_config
+from condit.controls.omini_tasks import OminiConfig, Side, check_streams, file_config, omini_targets, task_config
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, sum_loras
 from condit.nn.streams import Sees, Stream, row_weights
@@ -60,32 +60,23 @@ class OminiControl(nn.Module):
     @classmethod
     def new(cls, backbone: nn.Module, config: OminiConfig) -> OminiControl:
         """An untrained adapter, whose update is zero."""
-        if not hasattr(backbone, "prefill"):
-            raise ValueError(
-                f"OminiControl needs a backbone with streams; {type(backbone).__name__} has none. Use an MM-DiT "
-                "('tiny', 'flux-dev') or condit.IPAdapter."
-            )
+        check_streams(backbone)
         return cls(LoRA(omini_targets(backbone), config.rank, config.alpha), config)
 
     @classmethod
     def load(cls, source: str | Path, pipe: Host, task: str | OminiConfig | None = None) -> OminiControl:
         """From a name ("tiny/subject", or on a hub), a file or folder. Rank and targets are inferred from the tensors.
 
-        task: a row of TASKS or a configuration, for a file without one.
+        task: a row of TASKS or a configuration. None: the file's own, or that of a published file by its name; raises
+        ValueError for any other file.
         """
+        check_streams(pipe.backbone)
         file = pipe.adapter_file(source, "OminiControl")
-        known = {k: v for k, v in file.config.items() if k in OminiConfig.__dataclass_fields__}
-        if isinstance(known.get("delta"), list):
-            known["delta"] = tuple(known["delta"])
-        config = OminiConfig(**known) if task is None else task_config(task)
+        config = file_config(source, file.config) if task is None else task_config(task)
         lora = LoRA.from_tensors(file.tensors, config.alpha)
+        lora.check_fits(pipe.backbone, source, pipe.name)
         lora = lora.requires_grad_(False).to(pipe.device, pipe.dtype)
         adapter = cls(lora, replace(config, rank=lora.rank), pipe)
-        for path, (shape, expected) in lora.unfitting(pipe.backbone).items():
-            raise ValueError(
-                f"{source}: this LoRA adapts {path!r} of shape {shape}; {pipe.name} has {expected or 'none'}. Was it "
-                "made for another model?"
-            )
         adapter.name, adapter.hash = file.name, file.hash
         return adapter
 
@@ -150,7 +141,6 @@ class OminiControl(nn.Module):
         encoded = originals.encoded(pipe, at)
         settings: dict = {} if text_bias else {"text_bias": False}
         settings |= {} if cached is None else {"cached": cached}
-        settings |= {} if delta is None else {"delta": delta if isinstance(delta, str) else list(delta)}
         settings |= {} if size is None else {"size": list(size)}
         if fill is not None:
             settings["fill"] = pipe.describe_source(fill)
@@ -353,10 +343,14 @@ class OminiReference(Control):
         return replace(self, tokens=self.black, empty=True, cache=None)
 
     def describe(self) -> dict:
+        config = self.adapter.config if self.originals is None else self.originals.config
         return {
             "method": "OminiControl",
             "adapter": self.adapter.name,
             "hash": self.adapter.hash,
+            "task": config.task,
+            "delta": config.delta if isinstance(config.delta, str) else list(config.delta),
+            "scale": config.scale,
             "strength": self.strength,
             "when": [self.when.start, self.when.end],
             "reference": self.source,

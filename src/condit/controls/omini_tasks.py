@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
@@ -59,6 +61,13 @@ TASKS: dict[str, OminiConfig] = {
 }
 
 
+# Names of published files, without their ending -> task. "subject" is not among them: experimental/subject needs
+# "subject-512", and what the released code trains under this name "subject".
+FILES = {name: name for name in TASKS if name != "subject"}
+FILES |= {"subject_512": "subject-512", "subject_1024_beta": "subject", "oye-cartoon": "cartoon"}
+FILES |= dict.fromkeys(("ghibli", "irasutoya", "simpsons", "snoopy"), "art")
+
+
 # Targets of the official configurations, without feed-forward inputs, text weights and heads.
 TARGETS = (
     "x_embedder",
@@ -78,6 +87,14 @@ def omini_targets(backbone: nn.Module) -> dict[str, tuple[int, int]]:
     """The linears that the official LoRA adapts, path -> (out, in)."""
     return linear_shapes(backbone, TARGETS)
 
+def check_streams(backbone: nn.Module) -> None:
+    """Raises ValueError for a backbone that takes no streams."""
+    if not hasattr(backbone, "prefill"):
+        raise ValueError(
+            f"OminiControl needs a backbone with streams; {type(backbone).__name__} has none. Use an MM-DiT ('tiny', "
+            "'flux-dev') or condit.IPAdapter. A style LoRA is loaded by condit.StyleLoRA."
+        )
+
 
 def task_config(task: str | OminiConfig) -> OminiConfig:
     """A row of TASKS by name."""
@@ -86,6 +103,25 @@ def task_config(task: str | OminiConfig) -> OminiConfig:
     if task not in TASKS:
         raise ValueError(f"No task {task!r}; there are {', '.join(TASKS)}. Or give an OminiConfig.")
     return TASKS[task]
+
+
+def file_config(source: str | Path, settings: Mapping[str, object]) -> OminiConfig:
+    """The configuration of a file: the settings in its metadata, else the task of a published file by its name. Raises
+    ValueError for a file without either, because a wrong task places the condition wrongly and nothing shows it."""
+    known = {field.name: settings[field.name] for field in fields(OminiConfig) if field.name in settings}
+    if "delta" in known:
+        delta = known["delta"]
+        try:
+            return OminiConfig(**{**known, "delta": tuple(delta) if isinstance(delta, list) else delta})  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: the settings in its metadata are broken ({error}). Give the task.") from error
+    if (name := Path(source).stem) in FILES:
+        return TASKS[FILES[name]]
+    raise ValueError(
+        f"{source} does not say for which task it was trained, and its name is not that of a published file. Give the "
+        f"task, OminiControl.load(file, pipe, task) or --control FILE=REF,task=TASK, one of: {', '.join(TASKS)}. A style "
+        "LoRA is loaded by condit.StyleLoRA."
+    )
 
 
 def condition_ids(config: OminiConfig, grid: tuple[int, int]) -> Tensor:

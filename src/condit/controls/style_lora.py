@@ -40,12 +40,11 @@ class StyleLoRA(nn.Module):
         see `IPAdapter.load`. ignore_text: drop the tensors for text encoders, which changes the LoRA."""
         source = within(source, subfolder, weight_name)
         file = pipe.adapter_file(source, "OminiControl", ignore_text=ignore_text)
-        lora = LoRA.from_tensors(file.tensors).requires_grad_(False).to(pipe.device, pipe.dtype)
-        for path, (shape, expected) in lora.unfitting(pipe.backbone).items():
-            raise ValueError(
-                f"{source}: this LoRA adapts {path!r} of shape {shape}; {pipe.name} has {expected or 'none'}. Was it "
-                "made for another model?"
-            )
+        if file.config.get("method") == "OminiControl":
+            raise ValueError(f"{source} is an OminiControl adapter, not a style LoRA. Use condit.OminiControl.load.")
+        lora = LoRA.from_tensors(file.tensors)
+        lora.check_fits(pipe.backbone, source, pipe.name)
+        lora = lora.requires_grad_(False).to(pipe.device, pipe.dtype)
         adapter = cls(lora, frozenset(linear_shapes(pipe.backbone, TARGETS)))
         adapter.name, adapter.hash = file.name, file.hash
         return adapter

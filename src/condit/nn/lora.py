@@ -108,11 +108,16 @@ class LoRA(nn.Module):
             tensors[f"{path}.lora_B.weight"] = u[:, :rank] * root
         return LoRA.from_tensors(tensors)
 
-    def unfitting(self, model: nn.Module) -> dict[str, tuple[tuple[int, int], tuple[int, int] | None]]:
-        """Paths that the model lacks or has in another shape -> (shape of this LoRA, shape of the model or None)."""
+    def check_fits(self, model: nn.Module, source: object, name: str) -> None:
+        """Raises ValueError, with the first such path, if the model `name` lacks a path or has it in another shape."""
         expected = linear_shapes(model, tuple(self.keys))
-        shapes = {path: (len(self.b[key]), self.a[key].shape[1]) for path, key in self.keys.items()}
-        return {path: (shape, expected.get(path)) for path, shape in shapes.items() if expected.get(path) != shape}
+        for path, key in self.keys.items():
+            shape = len(self.b[key]), self.a[key].shape[1]
+            if expected.get(path) != shape:
+                raise ValueError(
+                    f"{source}: this LoRA adapts {path!r} of shape {shape}; {name} has {expected.get(path) or 'none'}. "
+                    "Was it made for another model?"
+                )
 
 
 @dataclass(frozen=True)

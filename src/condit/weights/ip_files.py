@@ -149,6 +149,5 @@ def face_lora(tensors: Mapping[str, Tensor], paths: Sequence[str], backbone: nn.
         part = "to_out.0" if found[2] == "out" else f"to_{found[2]}"
         named[f"{paths[int(found[1])]}.{part}.lora_{'A' if found[3] == 'down' else 'B'}.weight"] = tensor.float()
     lora = LoRA.from_tensors(named)
-    for path, (here, there) in lora.unfitting(backbone).items():
-        raise ValueError(f"{source}: its LoRA has {path} of shape {here}, the model {there}. Was it made for another?")
+    lora.check_fits(backbone, source, "the model")
     return lora
