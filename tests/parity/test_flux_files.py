@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import types
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import condit
@@ -166,6 +168,20 @@ def test_missing_components_are_named_before_the_file_is_read(saved, tmp_path):
         ValueError, match=r"lacks text_encoder, tokenizer, text_encoder_2, tokenizer_2, vae .*components="
     ):
         condit.load(tmp_path / "flux1.safetensors")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_a_text_encoder_that_lacks_a_tensor_is_refused_and_not_filled_with_random_numbers(saved, tmp_path, part):
+    for entry in saved[1].iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / part).unlink()
+    shutil.copytree(saved[1] / part, tmp_path / part)
+    file = tmp_path / part / "model.safetensors"
+    tensors = load_file(file)
+    lacking = next(name for name in tensors if name.endswith(("q_proj.weight", "q.weight")))
+    save_tensors(file, {name: tensor for name, tensor in tensors.items() if name != lacking})
+    with pytest.raises(ValueError, match=rf"{part} does not fit.*1 missing \(first: .*\.q"):
+        condit.load(tmp_path)
 
 
 def test_a_file_of_another_flux_is_told_by_what_differs(saved, tmp_path):

@@ -33,6 +33,7 @@ from condit.controls.control import (
 from condit.controls.host import Host, save_adapter
 from condit.controls.omini_images import Originals
 from condit.controls.omini_tasks import OminiConfig, Side, check_streams, file_config, omini_targets, task_config
+from condit.data.images import mask_images, mask_list
 from condit.nn.attention import Attend, Call
 from condit.nn.lora import LoRA, sum_loras
 from condit.nn.streams import Sees, Stream, row_weights
@@ -142,10 +143,9 @@ class OminiControl(nn.Module):
         settings: dict = {} if text_bias else {"text_bias": False}
         settings |= {} if cached is None else {"cached": cached}
         settings |= {} if size is None else {"size": list(size)}
-        if fill is not None:
-            settings["fill"] = pipe.describe_source(fill)
+        settings |= {} if fill is None else {"fill": pipe.describe_source(fill)}
         if mask is not None:
-            settings["mask"] = pipe.describe_source(mask)
+            settings["mask"] = pipe.describe_source(mask_list(mask))
         return OminiReference(
             tokens=encoded.tokens,
             black=encoded.black,
@@ -155,7 +155,7 @@ class OminiControl(nn.Module):
             when=When.of(placing.get("when")),
             source=pipe.describe_source(reference),
             text_bias=text_bias,
-            mask=None if mask is None else (pipe.read_images(mask, None, None)[:, 0] + 1) / 2,
+            mask=None if mask is None else (pipe.read_images(mask_images(mask), None)[:, 0] + 1) / 2,
             whole=encoded.whole,
             originals=originals,
             size=at,

@@ -194,13 +194,35 @@ def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Imag
     return Image.alpha_composite(canvas, image).convert("RGB")
 
 
+def mask_list(source: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
+    """The masks of a call, one or one for each image. A mask has no colours, so an array of three dimensions is n masks
+    (n, H, W), except numpy's (H, W, 1|3|4), which is one image. ValueError for a shape that could be both."""
+    if not _is_array(source):
+        return list(source) if isinstance(source, list | tuple) else [cast("ImageSource", source)]
+    if source.ndim == 4 and 1 in (source.shape[1], source.shape[3]):
+        return list(source[:, 0] if source.shape[1] == 1 else source[..., 0])
+    if source.ndim != 3:
+        return [source]
+    first, last = source.shape[0] in (1, 3, 4), source.shape[-1] in (1, 3, 4)
+    if last and (first or not isinstance(source, np.ndarray)):
+        raise ValueError(
+            f"a mask of shape {tuple(source.shape)} could be {source.shape[0]} masks or one image with channels. Pass "
+            "masks as (H, W), as a list of them, or as (n, H, W)."
+        )
+    return [source] if last else list(source)
+
+
+def mask_images(source: ImageSource | Sequence[ImageSource]) -> list[Image.Image]:
+    """`mask_list` as images of luma."""
+    return [load_image(mask).convert("L") for mask in mask_list(source)]
+
+
 def load_masks(source: ImageSource | Sequence[ImageSource]) -> "Tensor":
-    """One mask, or a list with one for each image, at its own size: (n, H, W) in [0, 1], white = 1. ValueError for
+    """One mask, or one for each image (`mask_list`), at its own size: (n, H, W) in [0, 1], white = 1. ValueError for
     masks of different sizes."""
     import torch
 
-    sources = cast("Sequence[ImageSource]", source if isinstance(source, list | tuple) else [source])
-    pictures = [load_image(s).convert("L") for s in sources]
+    pictures = mask_images(source)
     if len({p.size for p in pictures}) != 1:
         raise ValueError(f"masks must have the same size; found {sorted({p.size for p in pictures})}.")
     return torch.stack([torch.from_numpy(np.array(p, dtype=np.float32)) / 255 for p in pictures])

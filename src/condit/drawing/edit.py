@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from condit.controls.control import Control, Pair, region_mask
-from condit.data.images import ImageSource, load_image, to_images
+from condit.data.images import ImageSource, load_image, mask_images, mask_list, to_images
 from condit.diffusion.inversion import Network, Path, Solver, edit_along, round_trip_error, walk
 from condit.diffusion.inversion import invert as to_noise
 from condit.diffusion.steps import Predict, Step, image_noise
@@ -203,8 +203,8 @@ def edit(
         inversion, prompts = None, EditPrompts.of(image, source, target)
         size = size_of(pipe, as_list(image), height, width)
     n, words = len(prompts.targets), model.parts.text.words
-    if mask is not None and len(as_list(mask)) not in (1, n):
-        raise ValueError(f"{len(as_list(mask))} masks for {n} edits. Give one, or one for each edit.")
+    if mask is not None and len(mask_list(mask)) not in (1, n):
+        raise ValueError(f"{len(mask_list(mask))} masks for {n} edits. Give one, or one for each edit.")
     pair = Pair(tuple(words(prompts.sources)), tuple(words(prompts.targets)))
     acting = pipe.sized(edit_controls(controls, pair, pipe.backbone, maps), size)
     layout = Layout(2 * n, size, grid_of(model, size), edit=pair)
@@ -228,7 +228,7 @@ def edit(
     still = torch.tensor([same(s, t, acting) for s, t in zip(prompts.sources, prompts.targets, strict=True)])
     bound = None
     if mask is not None:
-        white = (pipe.read_images(mask, None, size)[:, 0] + 1) / 2
+        white = (pipe.read_images(mask_images(mask), None, size)[:, 0] + 1) / 2
         bound = region_mask(white, layout.grid)[:, 0, :, 0]  # (1 or n, N)
 
     def where(level: int) -> Tensor | None:

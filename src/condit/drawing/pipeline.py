@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from condit.controls.control import Apart, Control, check_controls
 from condit.controls.wrap import sides as joined_sides
 from condit.data.imagenet import ClassNames
-from condit.data.images import to_images
+from condit.data.images import mask_list, to_images
 from condit.diffusion.steps import Noise, PartPath, Predict, Step, draw
 from condit.drawing import edit as editing
 from condit.drawing import pretrained
@@ -216,7 +216,7 @@ class Pipeline:
             "hash": self.parts.hash,
             **model.describe(prompt, negative_prompt, settings),
             **({} if image is None else {"image": describe_source(image), "strength": strength}),
-            **({} if mask_image is None else {"mask_image": describe_source(mask_image)}),
+            **({} if mask_image is None else {"mask_image": describe_source(mask_list(mask_image))}),
             "seeds": seeds,
             "controls": [c.describe() for c in controls],
         }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condit.controls.control import match_batch
-from condit.data.images import ImageSource
+from condit.data.images import ImageSource, mask_images
 from condit.diffusion.steps import Path, draw
 from condit.drawing.model import Layout, Model, TextModel
 from condit.drawing.settings import Settings
@@ -91,7 +91,7 @@ def start_of(
     if image is not None:
         pixels = match_batch(pipe.read_images(image, None, size), batch, "image")
     if mask_image is not None:
-        white = (pipe.read_images(mask_image, None, size)[:, :1] + 1) / 2
+        white = (pipe.read_images(mask_images(mask_image), None, size)[:, :1] + 1) / 2
         mask = match_batch((white >= 0.5).float(), batch, "mask_image")
         small = torch.nn.functional.interpolate(mask, size=shape[1:])
     if pixels is not None and not (model.repaints and strength == 1):

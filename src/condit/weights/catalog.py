@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from condit.data.hub import HubName
 from condit.data.messages import text
 from condit.weights import deadiff
-from condit.weights.files import Json, hash_file, load_strict, own_fields, read_metadata, read_tensors
+from condit.weights.files import Json, check_values, hash_file, load_strict, own_fields, read_metadata, read_tensors
 from condit.weights.folders import only_weight_file
 from condit.weights.guess import what_is
 from condit.weights.hub_files import download_adapter
@@ -125,6 +125,8 @@ def read_adapter(source: str | Path, method: str, layout: Layout = published) ->
     path, name = locate_adapter(source)
     file = adapter_weights(path)
     tensors, metadata = read_tensors(file), read_metadata(file)
+    # Numbers of positions and kohya's alpha may be integers.
+    check_values({n: t for n, t in tensors.items() if not n.endswith((".alpha", "position_ids"))}, source)
     kind = what_is(tensors)
     if kind == "DEADiff":
         tensors = deadiff.adapter_tensors(tensors, source)

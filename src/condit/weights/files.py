@@ -131,7 +131,20 @@ def load_strict(
             lines.append(f"{len(shapes)} of another shape (first: {_first(pairs, 2)})")
         guess = what_is(tensors) if what_is is not None else None
         raise ValueError("; ".join(lines) + (f". It looks like {guess}" if guess else ""))
+    check_values({name: tensors[name] for name, x in module.state_dict().items() if x.is_floating_point()}, source)
     module.load_state_dict(dict(tensors), strict=True, assign=assign)
+
+
+def check_values(tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raises ValueError, with its name, for a tensor that is not of floating-point numbers or holds NaN or infinity."""
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise ValueError(f"{source}: {name!r} is {str(x.dtype).removeprefix('torch.')}; weights are floating-point.")
+        if x.is_meta or not x.numel():
+            continue
+        # The extremes are NaN or infinite if any value is; unlike isfinite, they take one pass and no memory.
+        if not all(end.isfinite() for end in (x.float() if x.itemsize == 1 else x).aminmax()):
+            raise ValueError(f"{source}: {name!r} holds NaN or infinite values. The file is broken; download it again.")
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object] | None = None) -> Path:

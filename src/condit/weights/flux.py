@@ -22,9 +22,11 @@ from condit.encoders.text import FluxText
 from condit.weights.catalog import describe_hash
 from condit.weights.files import hash_file, load_strict, names_in, read_tensors
 from condit.weights.flux_names import parts
-from condit.weights.folders import check_tokenizer, read_config, read_folder, read_json, weight_files
+from condit.weights.folders import check_tokenizer, read_config, read_folder, read_json
 from condit.weights.guess import guess
 from condit.weights.parts import Parts
+from condit.weights.pixart import load_t5
+from condit.weights.stable_diffusion import load_clip_text
 from condit.weights.vae import autoencoder_tensors, load_flux_vae
 
 if TYPE_CHECKING:
@@ -89,17 +91,19 @@ def assemble(name: str, hash: str, backbone: MMDiT, components: Path, vae: Autoe
 
 
 def load_text(folder: Path, dtype: torch.dtype) -> FluxText:
-    """Both text encoders and their tokenizers, frozen."""
-    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+    """Both text encoders, strictly, and their tokenizers; frozen."""
+    from transformers import AutoTokenizer
 
     check_tokenizer(folder / "tokenizer", "vocab.json", "merges.txt")
     check_tokenizer(folder / "tokenizer_2", "spiece.model")
-    for part in ("text_encoder", "text_encoder_2"):  # transformers' own messages do not name the file
-        read_json(folder / part / "config.json"), weight_files(folder / part)
+    t5 = load_t5(folder / "text_encoder_2")
+    for name, part in t5.named_modules():
+        if not list(part.children()):  # in fp16, transformers keeps the outputs of T5's feed-forwards in fp32
+            part.to(torch.float32 if dtype == torch.float16 and name.endswith(".wo") else dtype)
     text = FluxText(
-        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, local_files_only=True),
+        load_clip_text(folder / "text_encoder", projected=False).to(dtype),
         AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=dtype, local_files_only=True),
+        t5,
         AutoTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),
     )
     return text.eval().requires_grad_(False)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from condit.backbones.pixart import PixArt, PixArtConfig
 from condit.controls.control import Control
@@ -18,6 +19,9 @@ from condit.weights.folders import check_tokenizer, read_folder, read_json, weig
 from condit.weights.latent_models import Frame, LatentParts, Network, rows_of
 from condit.weights.stable_diffusion import SOLVERS
 from condit.weights.vae import frozen, load_autoencoder
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
 
 # Fields of a transformer's config.json that are fixed in this network; another value is another network.
 _FIXED = {
@@ -92,13 +96,20 @@ def pixart_config(raw: Json, source: str | Path) -> PixArtConfig:
 
 def load_t5_text(folder: Path, limit: int) -> T5Text:
     """Tokenizer and encoder, strictly."""
-    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+    from transformers import AutoTokenizer
+
+    check_tokenizer(folder / "tokenizer", "spiece.model")
+    t5 = load_t5(folder / "text_encoder")
+    return T5Text(t5, AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), limit=limit)
+
+
+def load_t5(encoder: Path) -> T5EncoderModel:
+    """transformers' T5 encoder from its folder, strictly."""
+    from transformers import T5Config, T5EncoderModel
 
     # Not from_pretrained: it draws a progress bar, and fills missing tensors with random numbers.
-    encoder = folder / "text_encoder"
-    check_tokenizer(folder / "tokenizer", "spiece.model")
     with torch.device("meta"):
-        t5: nn.Module = T5EncoderModel(T5Config.from_dict(read_json(encoder / "config.json")))
+        t5 = T5EncoderModel(T5Config.from_dict(read_json(encoder / "config.json")))
     tensors = read_folder(encoder)
     # One table with two names, of which a file holds one.
     table = next((tensors[n] for n in ("shared.weight", "encoder.embed_tokens.weight") if n in tensors), None)
@@ -106,7 +117,7 @@ def load_t5_text(folder: Path, limit: int) -> T5Text:
     if table is not None:
         tensors |= {n: table for n in ("shared.weight", "encoder.embed_tokens.weight") if n in wanted}
     load_strict(t5, {n: t for n, t in tensors.items() if not n.startswith("decoder.")}, source=encoder, assign=True)
-    return T5Text(t5, AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True), limit=limit)
+    return t5
 
 
 def tell_pixart(network: PixArt, text: Text, frame: Frame | Sequence[Frame]) -> Network:
