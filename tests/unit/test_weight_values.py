@@ -36,7 +36,9 @@ def test_buffers_of_integers_are_read_as_they_are():
     assert norm.num_batches_tracked == 3
 
 
-@pytest.mark.parametrize("change", [lambda x: x.to(torch.uint8), lambda x: x * float("nan"), lambda x: x.to(torch.cfloat)])
+@pytest.mark.parametrize(
+    "change", [lambda x: x.to(torch.uint8), lambda x: x * float("nan"), lambda x: x.to(torch.cfloat)]
+)
 def test_adapters_with_such_tensors_are_refused(make_pipe, make_ip, make_omini, tmp_path, change):
     pipe = make_pipe()
     for kind, adapter in ((IPAdapter, make_ip(pipe)), (OminiControl, make_omini(pipe))):

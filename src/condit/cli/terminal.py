@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,18 @@ import typer
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show details and tracebacks.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the noise; image i uses seed + i.")]
+
+
+def _seed(seed: int) -> int:
+    """-1 is a random seed, as in A1111. The image's recipe and name hold the one that was taken."""
+    if not -1 <= seed < 2**62:
+        raise typer.BadParameter(f"expected a seed from 0 to {2**62 - 1}, or -1 for a random one; found {seed}")
+    return secrets.randbelow(2**31) if seed == -1 else seed
+
+
+Seed = Annotated[
+    int, typer.Option("--seed", help="Seed of the noise; image i uses seed + i. -1: a random one.", callback=_seed)
+]
 
 
 def say(text: str) -> None:

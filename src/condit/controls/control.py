@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -34,7 +35,7 @@ class When:
     curve: Callable[[float], float] | None = None
 
     def __post_init__(self):
-        if not 0 <= self.start < self.end <= 1:
+        if not 0 <= finite("The start of when", self.start) < self.end <= 1:
             raise ValueError(f"When needs 0 <= start < end <= 1; found start {self.start}, end {self.end}.")
 
     @classmethod
@@ -266,6 +267,14 @@ def check_arguments(strength: object, arguments: Mapping[str, object], known: ty
             f"strength, the second argument of control(), is a number; found {type(strength).__name__}. Name the "
             "argument of another reference, such as content=."
         )
+
+
+def finite(name: str, value: object) -> float:
+    """A finite number of Python, numpy or a 0-d tensor as a float. Raises ValueError for anything else."""
+    value = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number; found {value!r}.")
+    return float(value)
 
 
 def check_layers(run: Run, paths: Iterable[str]) -> None:

@@ -361,7 +361,7 @@ class IPAdapter(nn.Module):
         made: Control = acting[0] if len(acting) == 1 else Together(tuple(acting))
         if self.lora is None:
             return made
-        return WithLoRA(made, self, weighted(self.lora, lora_scale))
+        return WithLoRA(made, self, weighted(self.lora, finite("lora_scale", lora_scale)))
 
     def _bound(self) -> Host:
         pipe = self._pipe[0]

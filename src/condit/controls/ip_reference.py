@@ -67,7 +67,11 @@ class IPReference(Control):
     def prepare(self, run: Run) -> IPReference:
         check_layers(run, self.kv)
         kv = {
-            path: (match_batch(k, run.batch, "IPAdapter"), match_batch(v, run.batch, "IPAdapter"))
+            # A control made before the pipeline was moved or cast acts where the pipeline computes now.
+            path: (
+                match_batch(k.to(run.pooled), run.batch, "IPAdapter"),
+                match_batch(v.to(run.pooled), run.batch, "IPAdapter"),
+            )
             for path, (k, v) in self.kv.items()
             if any_site(self.where, path)
         }

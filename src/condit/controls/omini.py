@@ -27,6 +27,7 @@ from condit.controls.control import (
     When,
     check_arguments,
     check_shape,
+    finite,
     match_batch,
     region_mask,
 )
@@ -126,7 +127,7 @@ class OminiControl(nn.Module):
         """
         check_arguments(strength, placing, Placing)
         mask = placing.get("mask")
-        if strength < 0:
+        if (strength := finite("strength", strength)) < 0:
             raise ValueError(f"OminiControl's strength is a factor on attention, >= 0; found {strength}.")
         if cached not in (None, True, False, *get_args(Cached)):
             raise ValueError(f"cached must be True, False, None, 'first-step' or 'independent'; found {cached!r}.")
@@ -272,7 +273,7 @@ class OminiReference(Control):
         ready = self if self.mask is None else self.in_region(self.mask, run)
         if self.cache is not None:
             return replace(ready, memory=self.cache.rows(run))
-        tokens = match_batch(self.tokens, run.batch, "OminiControl")
+        tokens = match_batch(self.tokens.to(run.pooled), run.batch, "OminiControl")
         stream = condition_stream(self.adapter, tokens, self.ids, run, sees="self" if self.alone else "main")
         if self.alone and self.cached:
             return replace(ready, memory=keys_values(stream, run.backbone))

@@ -39,6 +39,8 @@ class OminiConfig:
             raise ValueError(f"delta must be two numbers, 'left' or 'right'; found {self.delta!r}.")
         if not isinstance(self.delta, str) and (len(self.delta) != 2 or not all(map(math.isfinite, self.delta))):
             raise ValueError(f"delta must be two numbers, 'left' or 'right'; found {self.delta!r}.")
+        if self.rank < 1:
+            raise ValueError(f"rank is the width of the LoRA and must be at least 1; found {self.rank}.")
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale spreads the positions of a condition and must be above 0; found {self.scale}.")
 
@@ -86,6 +88,7 @@ TARGETS = (
 def omini_targets(backbone: nn.Module) -> dict[str, tuple[int, int]]:
     """The linears that the official LoRA adapts, path -> (out, in)."""
     return linear_shapes(backbone, TARGETS)
+
 
 def check_streams(backbone: nn.Module) -> None:
     """Raises ValueError for a backbone that takes no streams."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from condit.controls.control import Control, Step, When
+from condit.controls.control import Control, Step, When, finite
 from condit.controls.host import Host, within
 from condit.controls.omini_tasks import TARGETS
 from condit.nn.lora import LoRA, LowRank, PartialLoRA, linear_shapes, sum_loras, weighted
@@ -59,7 +59,7 @@ class StyleLoRA(nn.Module):
             raise ValueError("The official code has no schedule. Leave when= or official= out.")
         unit = copy.copy(self.lora)
         unit.scales = dict.fromkeys(unit.scales, 1.0)
-        return StyleReference(self, strength, When.of(when), unit if official else None)
+        return StyleReference(self, finite("strength", strength), When.of(when), unit if official else None)
 
 
 @dataclass(frozen=True)

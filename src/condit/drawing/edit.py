@@ -28,7 +28,7 @@ from condit.drawing.edit_request import (
 )
 from condit.drawing.model import Conditions, Layout, Side, TextModel
 from condit.drawing.repaint import Reader
-from condit.drawing.settings import Settings, check_size, negative_prompts
+from condit.drawing.settings import Settings, check_size, image_generators, negative_prompts
 
 
 class Editable(Reader, Protocol):
@@ -238,7 +238,8 @@ def edit(
 
     still = still.to(latents.device)
     originals, latents = latents, latents.expand(n, *latents.shape[1:])
-    noise = partial(image_noise([torch.Generator().manual_seed(seed + i) for i in range(n)]), latents)
+    seeds, generators = image_generators(n, seed, None)
+    noise = partial(image_noise(generators), latents)
     edited = method(EditRun(latents, path, partial(kept_equal, predict, still), where, noise, inversion))
     records = {name: record for control in sides[0].controls for name, record in control.records().items()}
     recipe = {
@@ -250,6 +251,7 @@ def edit(
         "solver": None if inversion is None else inversion.solver,
         **method.describe(),
         "size": list(size),
+        "seeds": seeds,
         "controls": [control.describe() for control in acting],
         "hash": model.parts.hash,
     }

@@ -13,6 +13,7 @@ from condit.controls.control import Control, Pair, check_controls
 from condit.controls.dit4edit import attention_recorder
 from condit.controls.wrap import Targets
 from condit.diffusion.inversion import Path
+from condit.drawing.settings import check_text
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def prompts_of(name: str, value: str | Sequence[str]) -> list[str]:
     prompts = as_list(value)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"{name} must be a prompt or a list of prompts; found {value!r}.")
+    for prompt in prompts:
+        check_text(prompt)
     return prompts
 
 

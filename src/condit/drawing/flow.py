@@ -30,6 +30,7 @@ from condit.drawing.model import (
     rows_for,
 )
 from condit.drawing.settings import Settings, negative_prompts, prompt_list
+from condit.encoders.prompts import warn_syntax
 from condit.encoders.text import Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import sum_loras
@@ -117,8 +118,11 @@ class FlowModel:
     def encode_text(self, prompt: object, clip_skip: int | None = None) -> Text:
         if clip_skip is not None:
             raise ValueError(f"{self.parts.name} does not support clip_skip.")
-        text = prompt if isinstance(prompt, Text) else self.on_duty(self.parts.text)(prompt_list(prompt))
-        return text.to(module_device(self.backbone), module_dtype(self.backbone))
+        if not isinstance(prompt, Text):
+            prompts = prompt_list(prompt)
+            warn_syntax(prompts)
+            prompt = self.on_duty(self.parts.text)(prompts)
+        return prompt.to(module_device(self.backbone), module_dtype(self.backbone))
 
     def refuse(self, control: Control) -> str | None:
         return None

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from condit.controls.control import Control, Fill
+from condit.controls.control import Control, Fill, one_of
 from condit.controls.ip_input import References
 from condit.data import annotators
 from condit.data.depth import depth
@@ -47,7 +47,9 @@ def read_references(
     """References as (n, 3, H, W) in [-1, 1] at `size` (height, width), annotated by `annotator`. Raises ValueError
     for sides that are not multiples of `pixels`, a token's side."""
     if any(side % pixels or not 0 < side <= MAX_SIDE for side in size):
-        raise ValueError(f"size must be multiples of {pixels} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
+        raise ValueError(f"size must be positive multiples of {pixels} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
+    if annotator is not None:
+        one_of("annotator", annotator, list(ANNOTATORS))
     sources = reference if isinstance(reference, list | tuple) else [reference]
     images = []
     for source in sources:

@@ -9,9 +9,14 @@ from typing import Any, Literal, cast
 
 import torch
 
+from condit.controls.control import finite
 from condit.drawing.references import MAX_SIDE
 
 MAX_STEPS = 1000
+WHOLE = ("height", "width", "num_inference_steps", "clip_skip", "copies")
+REAL = ("guidance_scale", "guidance_rescale", "guidance_power", "image_guidance_scale", "eta", "strength")
+MAX_SEED = 2**62 - 1
+PUBLIC = {"copies": "num_images_per_prompt"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,17 @@ class Settings:
     crops_coords_top_left: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     copies: int = 1
+
+    def __post_init__(self):
+        """Numbers become Python's, as recipes hold them. Raises ValueError for anything else, and for NaN."""
+        for name in WHOLE:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise ValueError(f"{PUBLIC.get(name, name)} must be a whole number; found {value!r}.")
+            object.__setattr__(self, name, None if value is None else int(value))
+        for name in REAL:
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else finite(name, value))
 
     def filled(self, **defaults: Any) -> Settings:
         """With defaults for what is None."""
@@ -76,7 +92,9 @@ def check_supported(name: str, settings: Settings, supported: frozenset[str]) ->
 def check_size(size: tuple[int, int], side: int) -> None:
     """Raises ValueError unless height and width are multiples of `side`, the model's smallest unit in pixels."""
     if any(pixels % side or not 0 < pixels <= MAX_SIDE for pixels in size):
-        raise ValueError(f"height and width must be multiples of {side} up to {MAX_SIDE}; found {size[0]} x {size[1]}.")
+        raise ValueError(
+            f"height and width must be positive multiples of {side} up to {MAX_SIDE}; found {size[0]} x {size[1]}."
+        )
 
 
 def check_counts(
@@ -98,7 +116,15 @@ def prompt_list(prompt: object) -> list[str]:
     prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
+    for p in prompts:
+        check_text(p)
     return [str(p) for p in prompts]
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for a text that is not Unicode, as a terminal gives bytes of another encoding."""
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise ValueError(f"The prompt is not Unicode text; found {text!r}. Write it in UTF-8.")
 
 
 def negative_prompts(negative: object, n: int) -> list[str]:
@@ -114,7 +140,7 @@ def negative_prompts(negative: object, n: int) -> list[str]:
 def image_generators(
     batch: int, seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
 ) -> tuple[list[int | None], list[torch.Generator]]:
-    """Seeds and generators, one for each image: image i has seed + i (seed None: a random one)."""
+    """Seeds and generators, one for each image: image i has seed + i (seed None or, as in A1111, -1: a random one)."""
     if generator is not None and seed is not None:
         raise ValueError("Give seed or generator, not both.")
     if generator is not None:
@@ -122,5 +148,8 @@ def image_generators(
         if len(generators) != batch:
             raise ValueError(f"{len(generators)} generators for {batch} images.")
         return [None] * batch, generators
-    first = torch.Generator().seed() % 2**31 if seed is None else seed  # torch.seed() would change the global seed
+    if seed is not None and (not isinstance(seed, Integral) or not -1 <= seed <= MAX_SEED):
+        raise ValueError(f"seed must be a whole number from 0 to {MAX_SEED}, or -1 for a random one; found {seed!r}.")
+    # torch.seed() would change the global seed.
+    first = torch.Generator().seed() % 2**31 if seed is None or seed == -1 else int(seed)
     return [first + i for i in range(batch)], [torch.Generator().manual_seed(first + i) for i in range(batch)]

@@ -32,7 +32,8 @@ from condit.drawing.model import (
 )
 from condit.drawing.schedulers import Scheduler, SchedulerPath, find_sampler, run_scheduler, scheduler_path
 from condit.drawing.settings import Settings, prompt_list
-from condit.encoders.text import Text, join_texts
+from condit.encoders.prompts import warn_syntax
+from condit.encoders.text import ClipText, Text, join_texts
 from condit.encoders.vae import decode_latents, encode_latents
 from condit.nn.lora import sum_loras
 from condit.nn.offload import OffloadedBlocks, move_parts, on_device, with_blocks
@@ -162,6 +163,7 @@ class VPModel:
     def encode_text(self, prompt: object, clip_skip: int | None = None) -> Text:
         if not isinstance(prompt, Text):
             prompts, text = prompt_list(prompt), self.on_duty(self.parts.text)
+            warn_syntax(prompts, weights=isinstance(self.parts.text, ClipText))
             prompt = text(prompts) if clip_skip is None else text(prompts, clip_skip=clip_skip)
         return prompt.to(module_device(self.backbone), module_dtype(self.backbone))
 

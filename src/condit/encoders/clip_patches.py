@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.encoders.clip_model import VisionTower
+from condit.encoders.pickling import picklable_state
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModel
@@ -56,6 +57,8 @@ class ClipPatches(nn.Module):
         self.features: int = config.hidden_size
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    __getstate__ = picklable_state
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], heads: int | None = None) -> ClipPatches:

@@ -17,6 +17,8 @@ from condit.encoders.clip import embed_image, embed_text, style_statistics, toke
 from condit.encoders.clip_model import Clip
 from condit.encoders.clip_patches import ClipPatches, TowerSizes
 from condit.encoders.clip_tokenizer import ClipTokenizer
+from condit.encoders.pickling import picklable_state
+from condit.encoders.prompts import warn_cut
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PreTrainedTokenizerBase
@@ -154,6 +156,8 @@ class CLIPImage(nn.Module):
         c = cast("TowerSizes", model.config)
         self.size = EncoderSize(c.hidden_size, c.projection_dim, (c.image_size // c.patch_size) ** 2 + 1, c.image_size)
 
+    __getstate__ = picklable_state
+
     @property
     def features(self) -> int:
         """Width of the embeddings."""
@@ -219,11 +223,14 @@ class TextTower(nn.Module):
         c = cast("TowerSizes", model.config)
         self.hidden, self.projection = c.hidden_size, c.projection_dim
 
+    __getstate__ = picklable_state
+
     @torch.no_grad()
     def forward(self, phrases: Sequence[str]) -> Tensor:
         """Phrases -> embeddings (n, E), not normalised. Phrases are truncated and padded; padding has no effect on the
         tokens before it."""
         limit = self.tokenizer.model_max_length
+        warn_cut(self.tokenizer, phrases, limit)
         batch = self.tokenizer(
             list(phrases), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         )

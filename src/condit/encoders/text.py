@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from condit.encoders.clip import embed_text, token_ids
 from condit.encoders.clip_model import Clip
 from condit.encoders.clip_tokenizer import ClipTokenizer
+from condit.encoders.pickling import picklable_state
+from condit.encoders.prompts import warn_cut, warn_cut_tiny
 from condit.encoders.prompt_weights import has_weights, plain_prompt, weighted_states
 from condit.encoders.words import Words, words_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,7 @@ class TinyText(nn.Module):
     def forward(self, prompts: Sequence[str]) -> Text:
         """Prompts -> states of all 24 tokens, pooled vector of unit variance and canvas, without gradients."""
         with torch.no_grad():
+            warn_cut_tiny(self.tokenizer, prompts)
             ids = token_ids(self.tokenizer, list(prompts)).to(self.canvas.weight.device)
             states, embedding = embed_text(self.clip, ids)
             pooled = self.pooled(embedding)
@@ -115,6 +115,7 @@ class TinyTextStates(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Text:
+        warn_cut_tiny(self.tokenizer, prompts)
         ids = token_ids(self.tokenizer, list(prompts)).to(self.clip.device)
         tokens = embed_text(self.clip, ids)[0]
         return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=ids.ne(self.tokenizer.pad_token_id).long())
@@ -140,6 +141,8 @@ class FluxText(nn.Module):
         self.clip, self.t5, self.limit = clip, t5, limit
         self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
 
+    __getstate__ = picklable_state
+
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Text:
         def ids(tokenizer: PreTrainedTokenizerBase, limit: int) -> Tensor:
@@ -147,6 +150,7 @@ class FluxText(nn.Module):
                 list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
             )["input_ids"]
 
+        warn_cut(self.t5_tokenizer, prompts, self.limit)  # CLIP's pooled vector, of 77 tokens, is a summary
         pooled = self.clip(ids(self.clip_tokenizer, 77).to(self.clip.device)).pooler_output
         tokens = self.t5(ids(self.t5_tokenizer, self.limit).to(self.t5.device))[0]
         return Text(tokens.to(pooled.device), pooled)
@@ -164,9 +168,12 @@ class T5Text(nn.Module):
         super().__init__()
         self.t5, self.tokenizer, self.limit = t5, tokenizer, limit
 
+    __getstate__ = picklable_state
+
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> Text:
         read = {"padding": "max_length", "max_length": self.limit, "truncation": True, "return_tensors": "pt"}
+        warn_cut(self.tokenizer, prompts, self.limit)
         batch = self.tokenizer([p.lower().strip() for p in prompts], **read).to(self.t5.device)
         tokens = self.t5(batch.input_ids, attention_mask=batch.attention_mask)[0]
         return Text(tokens, tokens.new_zeros(len(tokens), 0), mask=batch.attention_mask)
@@ -194,6 +201,8 @@ class ClipText(nn.Module):
         super().__init__()
         self.tokenizers, self.encoders, self.penultimate = list(tokenizers), nn.ModuleList(encoders), penultimate
 
+    __getstate__ = picklable_state
+
     @torch.no_grad()
     def forward(self, prompts: Sequence[str], clip_skip: int | None = None) -> Text:
         """Prompts -> states of all tokens, truncated and padded to the tower's length. clip_skip: the number of last
@@ -206,7 +215,7 @@ class ClipText(nn.Module):
         for tokenizer, encoder in zip(self.tokenizers, encoders, strict=True):
             read = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
             batch = tokenizer(list(prompts), return_tensors="pt", **read).to(encoder.device)
-            log_truncation(tokenizer, prompts)
+            warn_cut(tokenizer, prompts, tokenizer.model_max_length)
             mask = batch.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
             out = encoder(batch.input_ids, attention_mask=mask, output_hidden_states=True)
             hidden = out.hidden_states[-1 - (clip_skip or 0) - self.penultimate]
@@ -231,14 +240,6 @@ class ClipText(nn.Module):
             states = [weighted_states(*tower, prompts[i], normed=not self.penultimate, **how) for tower in towers]
             tokens[i] = torch.cat(states, -1)[0].to(tokens)
         return replace(text, tokens=tokens)
-
-
-def log_truncation(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:
-    """Log a warning for every prompt that is longer than the tower's limit."""
-    limit = tokenizer.model_max_length
-    for prompt in prompts:
-        if len(prompt) > limit // 2 and len(tokenizer(prompt, verbose=False)["input_ids"]) > limit:
-            log.warning("The text encoder reads only the first %d tokens of this prompt: %r", limit, prompt)
 
 
 def join_texts(texts: Sequence[Text]) -> Text:

@@ -84,9 +84,9 @@ class LoRA(nn.Module):
         pairs = {}
         for path in paths:
             a, b = tensors[f"{prefix}{path}.lora_A.weight"], tensors.get(f"{prefix}{path}.lora_B.weight")
-            if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not len(a):
                 actual = "no lora_B" if b is None else f"A {tuple(a.shape)} and B {tuple(b.shape)}"
-                raise ValueError(f"{path}: expected A (rank, in) and B (out, rank); found {actual}.")
+                raise ValueError(f"{path}: expected A (rank, in) and B (out, rank), rank >= 1; found {actual}.")
             pairs[path] = a, b
         alphas = {p: float(tensors[f"{prefix}{p}.alpha"]) for p in paths if f"{prefix}{p}.alpha" in tensors}
         shapes = {p: (b.shape[0], a.shape[1]) for p, (a, b) in pairs.items()}

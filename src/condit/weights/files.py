@@ -139,7 +139,9 @@ def check_values(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Raises ValueError, with its name, for a tensor that is not of floating-point numbers or holds NaN or infinity."""
     for name, x in tensors.items():
         if not x.is_floating_point():
-            raise ValueError(f"{source}: {name!r} is {str(x.dtype).removeprefix('torch.')}; weights are floating-point.")
+            raise ValueError(
+                f"{source}: {name!r} is {str(x.dtype).removeprefix('torch.')}; weights are floating-point."
+            )
         if x.is_meta or not x.numel():
             continue
         # The extremes are NaN or infinite if any value is; unlike isfinite, they take one pass and no memory.
