@@ -1,5 +1,6 @@
 """One generation as a value: `condit generate` runs it, prints it as a command, stores it in a PNG and replays it."""
 
+import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -55,8 +56,19 @@ class Request:
         if not self.prompt.strip():
             raise ValueError("the prompt is empty; describe the image, e.g. 'a red apple'")
         for name, text in (("prompt", self.prompt), ("negative prompt", self.negative or "")):
+            if any("\ud800" <= sign <= "\udfff" for sign in text):
+                raise ValueError(f"the {name} is not text in UTF-8: {text!r}")
             if len(text) > MAX_PROMPT:
                 raise ValueError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are read. Shorten it")
+        if self.image is None and (self.mask is not None or self.change is not None):
+            raise ValueError("--mask and --change are for --image, the image to start from; add it")
+        if self.change is not None and not 0 < self.change <= 1:
+            raise ValueError(f"--change is {self.change:g}; expected above 0, up to 1")
+        numbers = {"--guidance": self.guidance, "--image-guidance": self.image_guidance}
+        numbers |= {f"the strength of {reference.path}": reference.strength for reference in self.references}
+        for name, value in numbers.items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; expected a finite number")
         if not 1 <= self.count <= MAX_COUNT:
             raise ValueError(f"count is {self.count}; expected 1 to {MAX_COUNT} images in one batch")
         if self.eta is not None and not 0 <= self.eta <= 1:

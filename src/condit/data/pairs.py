@@ -180,26 +180,32 @@ def _checked(path: Path) -> Iterator[tuple[str, Pair | str]]:
             problem, pair = _folder_pair(path, row)
             yield place, f"{problem}. Row: {_quoted(row)}" if pair is None else pair
         return
-    for place, tar, parts in _tar_samples(_tars(path)):
-        problem = _bad_sample(parts)
-        if problem:
-            yield place, f"{problem}. Found: {', '.join(parts)}"
-            continue
+    for file in _tars(path):
         try:
-            yield place, TarPairs(((tar, parts),))[0]
-        except (ValueError, KeyError, TypeError) as error:  # a caption that is not text
-            yield place, f"the caption cannot be read: {error}"
+            samples = list(_tar_samples([file]))
+        except ValueError as error:
+            yield file.name, str(error)
+            continue
+        for place, tar, parts in samples:
+            problem = _bad_sample(parts)
+            if problem:
+                yield place, f"{problem}. Found: {', '.join(parts)}"
+                continue
+            try:
+                yield place, TarPairs(((tar, parts),))[0]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:  # a caption that is not text
+                yield place, f"the caption cannot be read: {error}"
 
 
 def _rows(file: Path) -> Iterator[tuple[str, object]]:
     """Place and content of every line that is not empty; the text of a line that is not JSON."""
-    with open(file, encoding="utf-8") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError:
-                    row = line.strip()
+                except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested without end
+                    row = line.strip().decode(errors="replace")
                 yield f"{file.name}:{number}", row
 
 
@@ -239,6 +245,8 @@ def _folder_pair(folder: Path, row: object) -> tuple[str, Pair | None]:
         groups = _groups(row)
     except ValueError as error:
         return str(error), None
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        return f"{error.strerror}: {_quoted(error.filename)}", None
     return "", Pair(target, row.get("text", ""), references, groups)
 
 

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from condit.data.hub import HubName
 from condit.data.messages import text
 from condit.weights import deadiff
-from condit.weights.files import Json, check_values, hash_file, load_strict, own_fields, read_metadata, read_tensors
+from condit.weights.files import (
+    Json,
+    check_values,
+    hash_file,
+    load_strict,
+    named,
+    own_fields,
+    read_metadata,
+    read_tensors,
+)
 from condit.weights.folders import only_weight_file
 from condit.weights.guess import what_is
 from condit.weights.hub_files import download_adapter
@@ -125,13 +134,17 @@ def read_adapter(source: str | Path, method: str, layout: Layout = published) ->
     path, name = locate_adapter(source)
     file = adapter_weights(path)
     tensors, metadata = read_tensors(file), read_metadata(file)
+    if not tensors:
+        raise ValueError(f"{source} holds no tensors. Is it cut off? Download it again.")
     # Numbers of positions and kohya's alpha may be integers.
-    check_values({n: t for n, t in tensors.items() if not n.endswith((".alpha", "position_ids"))}, source)
+    integers = (".alpha", "position_ids")
+    check_values({n: t for n, t in tensors.items() if t.is_floating_point() or not n.endswith(integers)}, source)
     kind = what_is(tensors)
     if kind == "DEADiff":
         tensors = deadiff.adapter_tensors(tensors, source)
     if kind == "OminiControl":
-        tensors = layout(tensors, peft_settings(path if path.is_dir() else None, metadata))
+        with named(source):
+            tensors = layout(tensors, peft_settings(path if path.is_dir() else None, metadata))
     if kind not in (method, "unknown"):
         reader, wanted = (READERS.get(name, f"condit.{name}") for name in (kind, method))
         first = repr(next(iter(tensors)))

@@ -135,6 +135,15 @@ def load_strict(
     module.load_state_dict(dict(tensors), strict=True, assign=assign)
 
 
+@contextlib.contextmanager
+def named(source: object) -> Iterator[None]:
+    """Adds the name of a file to the ValueErrors of what reads its tensors."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
 def check_values(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Raises ValueError, with its name, for a tensor that is not of floating-point numbers or holds NaN or infinity."""
     for name, x in tensors.items():

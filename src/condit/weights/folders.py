@@ -20,11 +20,16 @@ ENDINGS = ("safetensors", "bin", "pt", "pth", "npz")
 def read_json(path: Path) -> Json:
     """FileNotFoundError without the file, ValueError if it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path.name} at {path.parent}: is it a folder in diffusers' layout?") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON that can be read: it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
+    return content
 
 
 def optional_json(path: Path) -> Json:

@@ -171,9 +171,12 @@ OPTIONS: dict[str, tuple[tuple[Kind, ...], str]] = {
 
 def identify(source: str | Path, variant: str | None = None) -> Model:
     """What a published name, an embedded model's name, a path or a name on a hub is, in this order; what is on a hub is
-    downloaded, its weights in a variant ("fp16") where there is one. FileNotFoundError for a published name whose file is not in the models folder; ValueError for anything
-    that condit does not load; for a hub's errors see `data.hub`."""
+    downloaded, its weights in a variant ("fp16") where there is one. FileNotFoundError for a published name whose file
+    is not in the models folder; ValueError for anything that condit does not load; for a hub's errors see
+    `data.hub`."""
+    # A Path is never a name: Path("./sd15") is "sd15" as text.
     name, path, hub = str(source), Path(source), None
+    name = f"./{name}" if isinstance(source, Path) and name in {*PUBLISHED, *MODELS} else name
     if name in PUBLISHED:
         path = _published_path(name)
         if (kind := PUBLISHED[name].kind) is not None:
@@ -248,7 +251,10 @@ def _published_path(name: str) -> Path:
     path = next((folder / file for file in row.files if (folder / file).exists()), None)
     if path is None:
         files = " or ".join(row.files)
-        raise FileNotFoundError(text("no-weights-here", name=repr(name), files=files, folder=folder, home=row.home))
+        raise FileNotFoundError(
+            text("no-weights-here", name=repr(name), files=files, folder=folder, home=row.home)
+            + (f" Or pass './{name}', which is here too." if Path(name).exists() else "")
+        )
     return path
 
 

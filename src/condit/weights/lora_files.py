@@ -68,8 +68,9 @@ def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor
     for name, tensor in tensors.items():
         if name.startswith(TEXT):
             raise ValueError(
-                f"{name!r}: this LoRA also adapts a text encoder, which condit leaves as it is. Remove these tensors "
-                "from the file if its transformer part is to be used alone."
+                f"{name!r}: this LoRA also adapts a text encoder, which condit leaves as it is. For Stable "
+                "Diffusion pass ignore_text=True to leave these tensors out, which changes the LoRA; for FLUX.1 remove them "
+                "from the file."
             )
         if name.endswith(".alpha"):
             continue
@@ -83,7 +84,12 @@ def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor
     for path, pair in pairs.items():
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"{path!r} has only its {next(iter(pair))} matrix. Is the file cut off?")
-        yield path, pair["A"], pair["B"], alphas.get(path)
+        alpha, sizes = alphas.get(path), [tuple(pair[side].shape) for side in "AB"]
+        if min(map(len, sizes)) < 2 or (alpha is not None and alpha.numel() != 1):
+            raise ValueError(
+                f"{path!r} has matrices of shape {sizes[0]} and {sizes[1]}, and alpha {alpha}; no LoRA has."
+            )
+        yield path, pair["A"], pair["B"], alpha
 
 
 def targets(module: str, a: Tensor, b: Tensor) -> list[tuple[str, Tensor]]:

@@ -42,7 +42,8 @@ def unet_lora(
         if path is None or max(a.shape[2:], default=1) > 1 or max(b.shape[2:], default=1) > 1:
             raise ValueError(
                 f"{module!r}: this UNet takes no LoRA there. Supported are linear layers and 1 x 1 convolutions of "
-                "transformers, embeddings and clocks; a LoCon's convolutions and other models' layers are not."
+                "transformers, embeddings and clocks; a LoCon's convolutions and other models' layers are not. Was it "
+                "made for another base, such as SD 1.5 instead of SDXL?"
             )
         alpha = peft_alpha(path, settings) if alpha is None and settings else alpha
         adapted[f"transformer.{path}.lora_A.weight"] = a.flatten(1)
