@@ -11,7 +11,7 @@ from PIL import Image
 import condit
 from condit.cli import main
 from condit.cli.adapters import Adapters
-from condit.cli.generate import output_paths
+from condit.cli.outputs import output_paths
 from condit.cli.reference import Reference, parse_reference
 from condit.cli.request import Request, differences, locate
 from condit.cli.uses import OPTIONS

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import condit
 from condit.cli.own import is_own, load_own
 from condit.cli.reference import LORA, Reference
-from condit.cli.uses import adapter_name, map_readers
+from condit.cli.uses import USES, adapter_name, map_readers
 
 if TYPE_CHECKING:
     from condit.controls.control import Control
@@ -124,6 +125,19 @@ def refuse_settings(reference: Reference, name: str, known: Sequence[str]) -> No
     if unknown:
         known_names = f"; it takes {', '.join(known)}" if known else ""
         raise ValueError(f"{name} takes no {unknown[0]}={known_names}. Leave it out.")
+
+
+def check_uses(model: str, references: Sequence[Reference]) -> None:
+    """Raises ValueError, before a model is loaded, for an option such as --style if the model has no such adapter."""
+    from condit.weights.catalog import MODELS
+
+    for reference in references:
+        name = adapter_name(model, reference.use)
+        if reference.use in USES and name not in MODELS and not Path(name).exists():
+            raise ValueError(
+                f"--{reference.use} uses an adapter that belongs to the model, and {model} has none. Give the "
+                f"adapter's file: --control ip-adapter.safetensors={reference.path}"
+            )
 
 
 def load_omini(name: str, pipe: Pipeline, task: str) -> OminiControl:

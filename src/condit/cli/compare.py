@@ -85,7 +85,8 @@ def compare(
     condit compare "a rocket" --style ref.png --columns strength=0,0.5,1 --rows seed=0,1
     condit compare "a cat" --style ref.png --columns adapter=tiny/style,tiny/style-tokens
     """
-    from condit.cli.generate import output_paths, request_fields, request_of, studio_of
+    from condit.cli.generate import request_fields, request_of, studio_of
+    from condit.cli.outputs import free_paths, output_paths
     from condit.cli.reference import images_of
     from condit.data.images import load_image, save_image
     from condit.data.progress import progress_bar
@@ -106,6 +107,7 @@ def compare(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     (path,) = output_paths(f"compare {prompt}", output.out or output_folder(), sampling.seed, 1)
+    (path,) = free_paths([path], output.out, images_of(base.references), force=output.force)
     for file in images_of(base.references):
         load_image(file)
     studio = studio_of(model)()

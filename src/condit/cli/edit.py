@@ -62,7 +62,8 @@ def edit(
 
     Inverts the image to noise and generates it together with its edit; parts that the prompts do not change are kept.
     """
-    from condit.cli.generate import output_paths, studio_of
+    from condit.cli.generate import studio_of
+    from condit.cli.outputs import free_paths, output_paths
     from condit.cli.reference import images_of, read_references
     from condit.data.images import load_image, save_image
 
@@ -80,12 +81,18 @@ def edit(
         guides = read_references(given, given.pop("strength"))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    for path in (image, *images_of(guides), *([options.mask] if options.mask else [])):
+    inputs = (image, *images_of(guides), *([options.mask] if options.mask else []))
+    for path in inputs:
         load_image(path)  # a broken image raises before the model is loaded, which takes seconds
-    (target_path,) = output_paths(target, output.out, 0, 1)
+    named = output_paths(target, output.out, options.seed, 1)
+    (target_path,) = free_paths(named, output.out, inputs, force=output.force)
     kind, method, page = options.kind, options.method, options.page
     if page is not None and page.suffix.lower() != ".png":
         raise typer.BadParameter(f"--page {page}: expected a name that ends in .png")
+    if page is not None:
+        free_paths([page], page, [*inputs, target_path], force=output.force)
+        if page.resolve() == target_path.resolve():
+            raise typer.BadParameter(f"--page {page} is the name of the edited image; choose another")
     import condit
     from condit.controls.dit4edit import PRESETS
 

@@ -14,6 +14,8 @@ from typing import Annotated, Literal, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from condit.cli.outputs import Force
+from condit.cli.terminal import Seed
 from condit.cli.uses import OPTIONS
 
 Texts = list[str] | None
@@ -62,7 +64,7 @@ class SamplingOptions:
     """Sampling"""
 
     negative: Annotated[str | None, typer.Option("--negative", help="The negative prompt.")] = None
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the noise; image i uses seed + i.")] = 0
+    seed: Seed = 0
     count: Annotated[int, typer.Option("--count", "-n", help="Number of images of each prompt.")] = 1
     steps: Annotated[int | None, typer.Option(help="Number of inference steps [default: the model's].")] = None
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of the text [default: the model's].")] = None
@@ -98,6 +100,7 @@ class OutputOptions:
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A .png, .jpg or .webp file, or a folder.", show_default=False)
     ] = None
+    force: Force = False
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Do not store the recipe in the image.")] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
     debug: Annotated[bool, typer.Option("--debug", help="Show details and tracebacks.")] = False

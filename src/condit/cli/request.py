@@ -69,6 +69,8 @@ class Request:
         for name, value in numbers.items():
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} is {value}; expected a finite number")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed is {self.seed}; expected 0 to {2**62 - 1}")
         if not 1 <= self.count <= MAX_COUNT:
             raise ValueError(f"count is {self.count}; expected 1 to {MAX_COUNT} images in one batch")
         if self.eta is not None and not 0 <= self.eta <= 1:

@@ -21,7 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.controls import publish
-from condit.controls.control import Control, MaskMode, Placing, When, Where, check_arguments, check_reach, one_of
+from condit.controls.control import (
+    Control,
+    MaskMode,
+    Placing,
+    When,
+    Where,
+    check_arguments,
+    check_reach,
+    finite,
+    one_of,
+)
 from condit.controls.host import Host, save_adapter, within
 from condit.controls.ip_input import (
     Combine,

@@ -121,8 +121,8 @@ def file_config(source: str | Path, settings: Mapping[str, object]) -> OminiConf
     if (name := Path(source).stem) in FILES:
         return TASKS[FILES[name]]
     raise ValueError(
-        f"{source} does not say for which task it was trained, and its name is not that of a published file. Give the "
-        f"task, OminiControl.load(file, pipe, task) or --control FILE=REF,task=TASK, one of: {', '.join(TASKS)}. A style "
+        f"{source} does not say for which task it was trained, and its name is not that of a published file. Give "
+        f"it, OminiControl.load(file, pipe, task) or --control FILE=REF,task=TASK, one of: {', '.join(TASKS)}. A style "
         "LoRA is loaded by condit.StyleLoRA."
     )
 

@@ -9,6 +9,7 @@ import torch
 
 from condit.drawing.classifier import ViTPipeline
 from condit.drawing.pipeline import Offload, Pipeline
+from condit.nn.offload import check_device
 from condit.weights.class_models import ClassifierParts
 from condit.weights.load import check_options, identify, load_parts
 from condit.weights.quantise import Quantise
@@ -36,6 +37,7 @@ def load(
     `condit.weights.quantise`; the weights of FLUX's blocks then take one byte each. variant: which weights of a
     repository are downloaded ("fp16"), where it has them. Raises ValueError for an option that the model does not
     take."""
+    check_device(device)
     model = identify(source, variant)
     check_options(model, offload=offload)
     dtype = dtype or torch_dtype

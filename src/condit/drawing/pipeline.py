@@ -30,6 +30,7 @@ from condit.drawing.repaint import Images, check_picture, share_changed, skipped
 from condit.drawing.settings import Settings, check_counts, check_size, check_supported, image_generators
 from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyTextTower
 from condit.encoders.text import Text, given_text
+from condit.nn.offload import check_device
 from condit.weights.catalog import AdapterFile
 from condit.weights.class_models import ClassParts, PixelParts
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
@@ -107,7 +108,8 @@ class Pipeline:
         return module_device(self.backbone)
 
     def to(self, device: str | torch.device) -> Pipeline:
-        """Move every part, in place; returns the pipeline."""
+        """Move every part, in place; returns the pipeline. Raises ValueError for a device that is not there."""
+        check_device(device)
         self.model.to(device)
         return self
 

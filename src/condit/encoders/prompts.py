@@ -27,7 +27,7 @@ def warn_syntax(prompts: Sequence[str], *, weights: bool = False) -> None:
             remedy = "Write a weight as (fox:1.1)." if weights else "This model reads no prompt weights."
             log.warning("%r is read as text, with its brackets. %s", found[0], remedy)
         if found := _NETWORK.search(prompt):
-            log.warning("%r is read as text. Load the LoRA by condit.StyleLoRA, or --lora on the command line.", found[0])
+            log.warning("%r is read as text. Load the LoRA by condit.StyleLoRA, or by --lora in a command.", found[0])
 
 
 def warn_cut(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int) -> None:

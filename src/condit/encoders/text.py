@@ -13,8 +13,8 @@ from condit.encoders.clip import embed_text, token_ids
 from condit.encoders.clip_model import Clip
 from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.encoders.pickling import picklable_state
-from condit.encoders.prompts import warn_cut, warn_cut_tiny
 from condit.encoders.prompt_weights import has_weights, plain_prompt, weighted_states
+from condit.encoders.prompts import warn_cut, warn_cut_tiny
 from condit.encoders.words import Words, words_of
 
 if TYPE_CHECKING:

@@ -90,3 +90,13 @@ def with_blocks(module: M, list_type: type[nn.ModuleList]) -> M:
         for name, child in module._modules.items()
     }
     return copied
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raises ValueError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, NotImplementedError, ImportError) as error:
+        count = torch.cuda.device_count()
+        here = ["cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] if torch.backends.mps.is_available() else [])]
+        raise ValueError(f"Device {str(device)!r} is not available; this machine has {', '.join(here)}.") from error

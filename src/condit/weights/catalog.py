@@ -17,9 +17,9 @@ from condit.weights import deadiff
 from condit.weights.files import (
     Json,
     check_values,
+    errors_of,
     hash_file,
     load_strict,
-    named,
     own_fields,
     read_metadata,
     read_tensors,
@@ -143,7 +143,7 @@ def read_adapter(source: str | Path, method: str, layout: Layout = published) ->
     if kind == "DEADiff":
         tensors = deadiff.adapter_tensors(tensors, source)
     if kind == "OminiControl":
-        with named(source):
+        with errors_of(source):
             tensors = layout(tensors, peft_settings(path if path.is_dir() else None, metadata))
     if kind not in (method, "unknown"):
         reader, wanted = (READERS.get(name, f"condit.{name}") for name in (kind, method))

@@ -136,7 +136,7 @@ def load_strict(
 
 
 @contextlib.contextmanager
-def named(source: object) -> Iterator[None]:
+def errors_of(source: object) -> Iterator[None]:
     """Adds the name of a file to the ValueErrors of what reads its tensors."""
     try:
         yield

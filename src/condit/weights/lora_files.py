@@ -69,8 +69,8 @@ def modules(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor
         if name.startswith(TEXT):
             raise ValueError(
                 f"{name!r}: this LoRA also adapts a text encoder, which condit leaves as it is. For Stable "
-                "Diffusion pass ignore_text=True to leave these tensors out, which changes the LoRA; for FLUX.1 remove them "
-                "from the file."
+                "Diffusion pass ignore_text=True to leave these tensors out, which changes the LoRA; for FLUX.1 remove "
+                "them from the file."
             )
         if name.endswith(".alpha"):
             continue

@@ -16,6 +16,7 @@ from torch import nn
 
 from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
 from condit.nn.cost import activation_bytes, average, cache_bytes, operations, ratio
+from condit.nn.offload import check_device
 from condit.weights.catalog import MODELS
 from condit.weights.flux import PREFIX, SIGN, infer_config, read_mmdit_config, vae_place
 from condit.weights.folders import optional_json
@@ -286,6 +287,7 @@ def pixels_of(folder: Path) -> int:
 
 def measured_rate(device: torch.device | str, dtype: torch.dtype, *, side: int = 2048, seconds: float = 0.5) -> float:
     """Operations a second of a square matrix product, the best of as many as fit into `seconds`."""
+    check_device(device)
     a = torch.randn(side, side, device=device).to(dtype)
     b, best, began = a.clone(), 0.0, time.perf_counter()
 

@@ -1,0 +1,49 @@
+"""Where commands write: never over their own inputs, and over an earlier file only with --force."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from condit.cli.terminal import output_folder
+
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+
+
+def output_paths(prompt: str, out: Path | None, seed: int, count: int) -> list[Path]:
+    """The paths of the images: -o itself, with the seed before its suffix for more than one image, or names in a
+    folder."""
+    if out is None or out.is_dir() or not out.suffix:
+        words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:40].strip("-") or "image"
+        return [(out or output_folder()) / f"{words}-{seed + index}.png" for index in range(count)]
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise typer.BadParameter(f"-o {out}: expected a name that ends in .png, .jpg or .webp, or a folder")
+    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{seed + index}") for index in range(count)]
+
+
+def free_paths(
+    paths: Sequence[Path], out: Path | None, inputs: Iterable[str | Path], *, force: bool = False
+) -> list[Path]:
+    """The paths to write to. A name that condit chose goes on counting where its file exists: fox-0.png, fox-0-2.png.
+    Wrong usage: a file that `out` names and that exists, unless `force`; and always a file that the command reads."""
+    sources = [Path(path) for path in inputs if Path(path).is_file()]
+    named = out is not None and bool(out.suffix) and not out.is_dir()
+    free: list[Path] = []
+    for path in paths:
+        if not named and not force:
+            path = next(p for p in numbered(path) if not p.exists() and p not in free)
+        if path.exists() and any(path.samefile(source) for source in sources):
+            raise typer.BadParameter(f"{path} is read by this command and would be lost. Choose another name with -o")
+        if path.exists() and not force:
+            raise typer.BadParameter(f"{path} exists. Add --force to replace it, or choose another name with -o")
+        free.append(path)
+    return free
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """a.png, a-2.png, a-3.png, ..."""
+    yield path
+    yield from (path.with_stem(f"{path.stem}-{number}") for number in count(2))
