@@ -12,6 +12,7 @@ from condit.data.images import to_images
 from condit.drawing.pipeline import Pipeline
 from condit.training.loop import Loop, LoopConfig
 from condit.training.plugins import added_tasks
+from condit.weights import tiny
 from condit.weights.catalog import TINY
 from condit.weights.tiny import UNET_INDEX
 from condit_lab.training import unet, unet_joint
@@ -21,13 +22,14 @@ from few_icons import few_icons
 
 ICONS, MODEL = few_icons(), str(TINY / "model")
 QFORMER = {"layers": 1, "queries": 2, "hidden": 16}
-CONFIG = LoopConfig(steps=4, batch=4, lr=1e-3, precision="no", warmup=1, ema=0.0, decay=False, save_minutes=0.0)
+CONFIG = LoopConfig(steps=3, batch=4, lr=1e-3, precision="no", warmup=1, ema=0.0, decay=False, save_minutes=0.0)
 
 
 @pytest.fixture
 def make_task(monkeypatch):
     small = replace(PRESETS["tiny-unet"], block_out_channels=(16, 16, 16), attention_head_dim=1, norm_num_groups=4)
     monkeypatch.setitem(unet.PRESETS, "tiny-unet", small)
+    monkeypatch.setattr(tiny, "STEPS", 2)  # of the sheets
 
     def make(**how) -> UNetTask:
         torch.manual_seed(0)

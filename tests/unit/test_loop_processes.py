@@ -3,7 +3,6 @@
 import contextlib
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,11 @@ from pathlib import Path
 import torch
 from condit.training import sharding
 import test_loop_processes as here
-loop = here.{how}(Path({out!r}))
-weights = {{name: sharding.whole(p.detach()) for name, p in loop.parameters.items()}}
-torch.save(weights, Path({out!r}) / f"rank-{{loop.accelerator.process_index}}.pt")
+for run in (here.replicated, here.sharded):  # importing torch once is enough
+    out = Path({out!r}) / run.__name__
+    loop = run(out)
+    weights = {{name: sharding.whole(p.detach()) for name, p in loop.parameters.items()}}
+    torch.save(weights, out / f"rank-{{loop.accelerator.process_index}}.pt")
 """
 
 
@@ -51,10 +52,16 @@ class OfBoth(Toy):
         return torch.stack(losses).mean(), {}
 
 
-def run_two(two_processes: Callable[[str], None], how: str, out: Path) -> list[dict[str, Tensor]]:
-    """A function of this file in two processes that work together, on the CPU; the weights that each ends with."""
-    script = RANK.format(tests=str(Path(__file__).parent), out=str(out), how=how)
-    two_processes(script)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, two_processes) -> Path:
+    """The folders of a replicated and a sharded run of two processes that work together, on the CPU."""
+    out = tmp_path_factory.mktemp("two")
+    two_processes(RANK.format(tests=str(Path(__file__).parent), out=str(out)))
+    return out
+
+
+def weights_of_ranks(out: Path) -> list[dict[str, Tensor]]:
+    """The weights that each process ends with."""
     return [torch.load(out / f"rank-{rank}.pt") for rank in range(2)]
 
 
@@ -64,16 +71,16 @@ def check_one_log(out: Path) -> None:
     assert torch.load(out / "export" / "net.pt")["images"] == 2 * CONFIG.steps * CONFIG.batch
 
 
-def test_two_processes_train_as_one_that_sees_both_batches(tmp_path, two_processes):
+def test_two_processes_train_as_one_that_sees_both_batches(tmp_path, two):
     """Distributed data parallel through accelerate, on the CPU: gradients are averaged, every process ends alike, and
     one of them writes."""
-    one, other = run_two(two_processes, "replicated", tmp_path / "two")
+    one, other = weights_of_ranks(two / "replicated")
     loop = Loop(OfBoth(), CONFIG, tmp_path / "one")
     loop.run()
     for name, weight in loop.parameters.items():
         assert torch.equal(one[name], other[name])
         torch.testing.assert_close(one[name], weight, rtol=0, atol=1e-5)  # sums of gradients in another order
-    check_one_log(tmp_path / "two")
+    check_one_log(two / "replicated")
 
 
 # Sharded weights
@@ -131,24 +138,24 @@ class ShardedOfBoth(OfBoth, Sharded):
     """What two sharded processes see in a step, in one."""
 
 
-def test_two_sharded_processes_train_and_resume_as_one_that_sees_both_batches(tmp_path, two_processes):
+def test_two_sharded_processes_train_and_resume_as_one_that_sees_both_batches(tmp_path, two):
     """FSDP2, two processes on the CPU (gloo)."""
-    ends = run_two(two_processes, "sharded", tmp_path / "two")
+    ends = weights_of_ranks(two / "sharded")
     loop = Loop(ShardedOfBoth(), SHARDED, tmp_path / "one")  # a single process shards nothing
     assert not loop.sharded
     figures = loop.run()
     for name, weight in loop.parameters.items():
         assert torch.equal(ends[0][name], ends[1][name])
         torch.testing.assert_close(ends[0][name], weight, rtol=0, atol=1e-5)  # sums of gradients in another order
-    check_one_log(tmp_path / "two")
-    rows = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    check_one_log(two / "sharded")
+    rows = [json.loads(line) for line in (two / "sharded" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["validation"]["weight"] == pytest.approx(figures["weight"], abs=1e-3)
     # The checkpoint is that of an unsharded run: one process goes on with it, and its export is whole.
-    alone = Loop(Sharded(), SHARDED, tmp_path / "two" / "cut")
+    alone = Loop(Sharded(), SHARDED, two / "sharded" / "cut")
     assert alone.step == SHARDED.steps
     assert all(torch.equal(p, ends[0][name]) for name, p in alone.parameters.items())
-    net = torch.load(tmp_path / "two" / "export" / "net.pt")["net"]
-    average = torch.load(tmp_path / "two" / "state.pt", weights_only=True)["average"]
+    net = torch.load(two / "sharded" / "export" / "net.pt")["net"]
+    average = torch.load(two / "sharded" / "state.pt", weights_only=True)["average"]
     assert all(torch.equal(net[name.removeprefix("net.")], x) for name, x in average.items())
     assert torch.equal(net["3.weight"], Sharded().net.get_parameter("3.weight"))
 
