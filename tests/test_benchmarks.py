@@ -112,7 +112,7 @@ def test_the_official_and_the_fast_settings_of_dit_draw_and_train_the_same(scrip
 
 
 @pytest.mark.gpu
-def test_the_speed_of_dit_is_told_as_ratios_and_shares_of_the_peak_on_an_accelerator(scripts):
+def test_the_speed_of_dit_is_given_as_ratios_and_shares_of_the_peak_on_an_accelerator(scripts):
     module = scripts["dit_speed"]
     found = module.run("DiT-S/2", PRESETS["DiT-S/2"], 8, device="cuda", steps=2, turns=2, side=4096)
     assert all(row.share_of_peak is not None and 0 < row.share_of_peak < 1 for row in found)

@@ -49,7 +49,7 @@ def test_importing_condit_imports_no_heavy_library():
     assert loaded_after("import condit; dir(condit)") == set()
 
 
-def test_reading_pictures_needs_no_torch():
+def test_reading_images_needs_no_torch():
     assert loaded_after("from condit.data.images import load_image, save_image, read_recipe") == set()
 
 

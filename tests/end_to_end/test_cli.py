@@ -158,7 +158,7 @@ def test_doctor_tells_an_output_folder_that_cannot_be_written(run, monkeypatch, 
     assert "bad   output" in out
 
 
-def test_training_never_writes_over_a_run_without_being_asked(run, monkeypatch, tmp_path):
+def test_training_continues_a_run_only_with_resume(run, monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr("condit.training.run.train", lambda path, **options: calls.append((path, options)))
     (tmp_path / "x.toml").touch()

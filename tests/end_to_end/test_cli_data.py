@@ -29,7 +29,7 @@ def test_data_check_counts_pairs_and_quotes_what_is_wrong(tmp_path, capsys):
     assert code == 1 and "metadata.jsonl" in err
 
 
-def test_annotate_writes_the_condition_beside_the_picture(tmp_path, capsys):
+def test_annotate_writes_the_condition_next_to_the_image(tmp_path, capsys):
     picture = Image.new("RGB", (16, 12), "white")
     picture.paste((255, 0, 0), (4, 4, 12, 12))
     picture.save(tmp_path / "a.png")

@@ -33,7 +33,7 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(demo, "ROWS", rows)
 
 
-def test_the_demo_draws_its_grid_and_its_commands_repeat_it(run, random_tiny, small_demo):
+def test_the_demo_generates_its_grid_and_its_commands_repeat_it(run, random_tiny, small_demo):
     check_demo(run)
 
 
@@ -46,7 +46,7 @@ def test_the_demo_leaves_out_what_is_not_there_and_says_so(run, random_tiny, sma
 
 
 @pytest.mark.slow
-def test_the_shipped_demo_draws_its_grid_and_its_commands_repeat_it(run):
+def test_the_shipped_demo_generates_its_grid_and_its_commands_repeat_it(run):
     check_demo(run)
 
 

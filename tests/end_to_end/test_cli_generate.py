@@ -14,14 +14,14 @@ from condit.weights.class_models import write_labels
 from condit.weights.diffit import save_diffit
 
 
-def test_replay_of_a_picture_without_a_recipe_is_a_clear_error(run, picture):
+def test_replay_of_an_image_without_a_recipe_is_a_clear_error(run, picture):
     code, _, err = run("replay", str(picture))
     assert code == 1
     assert "has no condit recipe" in err
 
 
 @pytest.mark.parametrize(("option", "name"), [("--model", "nonsense"), ("--control", "tiny/nonsense=ref.png")])
-def test_an_unknown_model_or_adapter_is_told_with_those_there_are(run, random_tiny, picture, option, name):
+def test_an_unknown_model_or_adapter_raises_with_the_known_ones(run, random_tiny, picture, option, name):
     code, out, err = run("generate", "a red apple", option, name)
     assert (code, out) == (1, "")
     assert "nonsense" in err
@@ -30,7 +30,7 @@ def test_an_unknown_model_or_adapter_is_told_with_those_there_are(run, random_ti
     assert "Traceback" not in err
 
 
-def test_a_generated_png_is_drawn_again_bit_for_bit(run, random_tiny, picture):
+def test_a_generated_png_is_replayed_bit_for_bit(run, random_tiny, picture):
     words = ["--style", "ref.png:0.5", "--subject", "ref.png", "--edges", "ref.png", "--gray", "ref.png:0.3"]
     code, out, err = run("generate", "红苹果", *words, "--seed", "3", "--steps", "2", "-n", "2", "-o", "a.png")
     assert code == 0, err
@@ -58,7 +58,7 @@ def test_a_generated_png_is_drawn_again_bit_for_bit(run, random_tiny, picture):
     assert "ref.png of this image is missing" in err
 
 
-def test_replay_says_that_the_weights_are_others(run, random_tiny, picture):
+def test_replay_warns_of_other_weights(run, random_tiny, picture):
     assert run("generate", "a", "--style", "ref.png", "--steps", "1", "-o", "a.png")[0] == 0
     recipe = read_recipe("a.png")
     recipe["run"]["controls"][0]["hash"] = "0123"  # pyright: ignore[reportIndexIssue]
@@ -68,7 +68,7 @@ def test_replay_says_that_the_weights_are_others(run, random_tiny, picture):
     assert "the image is identical" in err
 
 
-def test_every_control_changes_the_picture_and_none_at_strength_0(run, random_tiny, picture):
+def test_every_control_changes_the_image_and_none_at_strength_0(run, random_tiny, picture):
     def drawn(*words: str) -> bytes:
         code, _, err = run("generate", "a red apple", "--steps", "2", "-o", "a.png", *words)
         assert code == 0, err
@@ -81,7 +81,7 @@ def test_every_control_changes_the_picture_and_none_at_strength_0(run, random_ti
     assert drawn("--style", "ref.png:0", "--edges", "ref.png", "--strength", "0") == plain
 
 
-def test_several_style_references_make_one_control(run, random_tiny, picture):
+def test_all_style_references_make_one_control(run, random_tiny, picture):
     save_image(Image.new("RGB", (64, 64), "blue"), "other.png")
     words = ["--style", "ref.png", "--style", "other.png", "--style", "other.png:0.5", "--subject", "ref.png"]
     code, _, err = run("generate", "a", *words, "--steps", "1", "-o", "a.png")
@@ -111,7 +111,7 @@ def test_generate_answers_in_json(run, random_tiny):
     assert answer["seconds"] > 0
 
 
-def test_a_full_disk_while_saving_is_a_clear_error_and_keeps_the_old_picture(run, random_tiny, picture, monkeypatch):
+def test_a_full_disk_while_saving_is_a_clear_error_and_keeps_the_old_image(run, random_tiny, picture, monkeypatch):
     before = picture.read_bytes()
 
     def full(_: int) -> None:
@@ -129,7 +129,7 @@ def test_a_model_with_one_sampler_takes_no_other(run):
     assert code == 1 and "has one sampler only" in errors
 
 
-def test_a_class_model_draws_a_class_by_name_and_takes_nothing_else(run, picture, tmp_path, monkeypatch):
+def test_a_class_model_generates_a_class_by_name_and_takes_nothing_else(run, picture, tmp_path, monkeypatch):
     config = DiffiTConfig(input_size=16, in_channels=32, hidden_size=16, depth=1, num_heads=2, num_classes=2)
     save_diffit(DiffiT(config), tmp_path / "model" / "x.safetensors")
     write_labels(tmp_path / "model", ["noto", "twemoji"])
@@ -153,7 +153,7 @@ def test_a_class_model_draws_a_class_by_name_and_takes_nothing_else(run, picture
 # Editing
 
 
-def test_edit_writes_the_picture_its_recipe_and_a_page(run, picture, tmp_path):
+def test_edit_writes_the_image_its_recipe_and_a_page(run, picture, tmp_path):
     code, out, err = run(
         *("edit", str(picture), "a red apple", "a green apple", "--type", "attribute", "--steps", "2"),
         *("-o", str(tmp_path / "green.png"), "--page", str(tmp_path / "page.png")),
@@ -175,16 +175,16 @@ def test_edit_writes_the_picture_its_recipe_and_a_page(run, picture, tmp_path):
         (("--page", "page.txt"), "--page page.txt: expected a name that ends in .png"),
     ],
 )
-def test_a_wrong_edit_is_told_before_anything_is_loaded(run, picture, arguments, message):
+def test_a_wrong_edit_raises_before_anything_is_loaded(run, picture, arguments, message):
     code, _, err = run("edit", str(picture), "a red apple", "a green apple", *arguments)
     assert code == 2 and message in " ".join(err.split())
 
 
-def test_an_edit_of_a_size_that_the_model_does_not_draw_is_told(run, picture):
+def test_an_edit_of_a_size_that_the_model_does_not_support_raises(run, picture):
     code, _, err = run("edit", str(picture), "a red apple", "a green apple", "--height", "256", "--width", "128")
     assert code == 1 and "tiny generates 128 x 128; found 256 x 128" in err
 
 
-def test_a_missing_picture_to_edit_is_told(run):
+def test_a_missing_image_to_edit_raises(run):
     code, _, err = run("edit", "nowhere.png", "a cat", "a dog")
     assert code == 1 and "nowhere.png" in err

@@ -81,7 +81,7 @@ def test_every_row_of_the_table_is_an_option_that_is_parsed_and_printed_alike(mo
 
 
 @pytest.mark.parametrize("kind", [condit.DEADiff, condit.IPAdapter, condit.OminiControl])
-def test_a_ready_edge_map_is_refused_by_an_adapter_that_takes_pictures(kind):
+def test_a_ready_edge_map_is_refused_by_an_adapter_that_takes_images(kind):
     adapters = Adapters.__new__(Adapters)  # without the model, which the refusal does not need
     adapters.model = "tiny"
     adapter = kind.__new__(kind)
@@ -104,12 +104,12 @@ def test_a_request_survives_its_recipe():
 @pytest.mark.parametrize(
     "recipe", [{}, {"request": {"prompt": ""}, "index": 0}, {"request": {"prompt": "a"}, "index": 1}]
 )
-def test_a_foreign_recipe_is_told(recipe):
+def test_a_recipe_of_another_program_raises(recipe):
     with pytest.raises(ValueError, match="recipe"):
         Request.from_recipe(recipe)
 
 
-def test_references_of_a_recipe_are_found_beside_the_picture_or_told(tmp_path, monkeypatch):
+def test_references_of_a_recipe_are_looked_for_next_to_the_image(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     request = Request("a", references=(Reference("style", "far/away/ref.png"),))
     with pytest.raises(FileNotFoundError, match="far/away/ref.png of this image is missing"):
@@ -119,7 +119,7 @@ def test_references_of_a_recipe_are_found_beside_the_picture_or_told(tmp_path, m
     assert locate(request, tmp_path / "there").references[0].path == str(tmp_path / "there" / "ref.png")
 
 
-def test_what_changed_since_a_picture_was_drawn_is_named():
+def test_differences_since_an_image_was_generated_are_named():
     def recipe(version: str, model: str, path: str, content: str) -> dict:
         controls = [{"hash": "y", "reference": [{"path": path, "sha256": content}]}]
         return {"condit": version, "run": {"hash": model, "controls": controls}}

@@ -32,7 +32,7 @@ def pictures(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_a_page_finds_what_it_draws(name, pictures, tmp_path):
+def test_a_page_links_what_it_generates(name, pictures, tmp_path):
     if missing := [adapter for adapter in NEEDS[name] if adapter not in MODELS]:
         pytest.skip(f"without {', '.join(missing)}")
     pictures.main([name, "--out", str(tmp_path)])

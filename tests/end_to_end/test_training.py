@@ -147,7 +147,7 @@ def test_adapter_training_leaves_the_base_alone(tmp_path, monkeypatch, random_ti
     assert all(torch.equal(v, before[k]) for k, v in task.transformer.state_dict().items())
 
 
-def test_a_condition_walks_from_the_pictures_place_to_its_own(random_tiny_folder):
+def test_a_condition_walks_from_the_images_place_to_its_own(random_tiny_folder):
     model = str(random_tiny_folder / "model")
     task, there = TokenTask(ICONS, model, rank=4, walk=(0.2, 0.6)), grid_ids(8, 8, delta=(0, -8))
     found = {}

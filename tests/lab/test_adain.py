@@ -53,7 +53,7 @@ def test_both_files_are_known_by_their_tensors(model, tmp_path):
     assert "+" in loaded.hash
 
 
-def test_missing_weights_are_told(model, tmp_path):
+def test_missing_weights_raise(model, tmp_path):
     with pytest.raises(ValueError, match="not shipped. Give their folder: --adain DIR"):
         AdaIN.load(None)
     with pytest.raises(ValueError, match="no folder at"):
@@ -63,7 +63,7 @@ def test_missing_weights_are_told(model, tmp_path):
         AdaIN.load(tmp_path)
 
 
-def test_as_a_method_it_edits_the_pictures_drawn_without_control(model):
+def test_as_a_method_it_edits_the_images_generated_without_control(model):
     g = torch.Generator().manual_seed(2)
     blank, references, true = torch.randint(0, 256, (3, 2, 3, 32, 32), generator=g, dtype=torch.uint8)
     found = by_adain(Stage(None, adain=model), blank, references, true, 1.0)

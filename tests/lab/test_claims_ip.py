@@ -62,7 +62,7 @@ def learning(task) -> set[str]:
     return {name for name, p in task.named_parameters() if p.requires_grad}
 
 
-def test_what_learns_beside_the_text_is_the_projector_alone_unless_the_maps_do(claims, model):
+def test_with_tokens_appended_to_the_text_the_projector_alone_learns_unless_the_maps_do(claims, model):
     decoupled, beside, maps = (learning(built(claims, model, name)) for name in ("decoupled", "beside", "beside-maps"))
     assert beside == {n for n in decoupled if n.startswith("ip.image_proj.")} and beside
     assert maps == decoupled and any(".to_k_ip." in n for n in maps) and any(".to_v_ip." in n for n in maps)
@@ -82,7 +82,7 @@ def test_trials_of_one_question_start_equal_and_see_equal_batches(claims, model)
     assert torch.equal(own.pairs.references, own.pairs.images)
 
 
-def test_tokens_beside_the_text_share_its_softmax_and_its_frozen_maps(claims, model):
+def test_tokens_appended_to_the_text_share_its_softmax_and_its_frozen_maps(claims, model):
     task = built(claims, model, "beside")
     features = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0))
     control = task.acting(features)
@@ -152,7 +152,7 @@ def test_a_wrong_reference_is_of_another_style_and_concept(claims):
     assert torch.equal(scene.batch("style", torch.tensor([0]), torch.tensor([3])).references, style.references[3:4])
 
 
-def test_trials_are_trained_drawn_and_measured_and_their_claims_fill_a_page(claims, run, tmp_path):
+def test_trials_are_trained_generated_and_measured_and_their_claims_fill_a_page(claims, run, tmp_path):
     page = tmp_path / "page.md"
     names = [compared.question.name for compared in claims.COMPARED]
     shipped = (FOLDER.parent / "docs" / "claims.md").read_text()

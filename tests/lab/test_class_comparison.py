@@ -61,7 +61,7 @@ def test_a_backbone_trains_a_step_on_icons_and_its_export_loads_strictly(backbon
     assert "streamline-emojis" not in task.classes  # the style that nobody trains on
 
 
-def test_an_embedded_class_model_is_halved_to_ship_and_draws_by_name(tmp_path, monkeypatch):
+def test_an_embedded_class_model_is_halved_to_ship_and_generates_by_name(tmp_path, monkeypatch):
     task = ClassConditionalTask(
         ClassConditionalData(
             backbone="DiT", sizes=SIZES, icons=ICONS, label="style", flip=False, vae="tiny", predicts="x0"

@@ -98,7 +98,7 @@ def test_a_diffusers_autoencoder_is_sampled_and_scaled(tmp_path, pets):
     )
 
 
-def test_latents_come_from_the_cache_until_a_picture_changes(tmp_path, vae, monkeypatch):
+def test_latents_come_from_the_cache_until_an_image_changes(tmp_path, vae, monkeypatch):
     folder = write_pictures(tmp_path / "flat", count=5, size=(32, 32))
     made = []
     fill = latent_cache.fill
@@ -118,7 +118,7 @@ def test_latents_come_from_the_cache_until_a_picture_changes(tmp_path, vae, monk
     assert len(made) == 2
 
 
-def test_mistakes_in_the_pictures_are_told_by_name(tmp_path, vae):
+def test_mistakes_in_the_images_raise_with_the_name_of_the_file(tmp_path, vae):
     def fails(match: str, **more) -> None:
         with pytest.raises(ValueError, match=match):
             small(str(tmp_path / "p"), vae, **more)
@@ -140,7 +140,7 @@ def test_mistakes_in_the_pictures_are_told_by_name(tmp_path, vae):
     fails("both images .* and subfolders")
 
 
-def test_mistakes_in_a_recipe_are_told(tmp_path, pets, vae):
+def test_mistakes_in_a_recipe_raise(tmp_path, pets, vae):
     def fails(match: str, **more) -> None:
         with pytest.raises(ValueError, match=match):
             small(**{"pets": pets, "vae": vae, **more})

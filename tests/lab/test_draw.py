@@ -182,7 +182,7 @@ def test_an_export_starts_another_run_and_the_count_of_images_goes_on(drawings, 
     steps(again, 1)
 
 
-def test_training_lowers_the_error_on_its_drawings_and_a_sheet_is_drawn(drawings, tmp_path):
+def test_training_lowers_the_error_on_its_drawings_and_a_sheet_is_generated(drawings, tmp_path):
     run = trainer(drawings, tmp_path, images=160, log_every=5, figures_every=80)
     before = figures.errors(run.model, run.probes)
     run.run()

@@ -166,7 +166,7 @@ def test_the_cells_depend_on_the_seed_alone(world):
 WORDS = sets.SPECS[0]
 
 
-def test_a_broken_run_goes_on_with_the_same_pictures(world, tmp_path, monkeypatch):
+def test_a_broken_run_goes_on_with_the_same_images(world, tmp_path, monkeypatch):
     monkeypatch.setattr(sets, "BATCH", 2)
     monkeypatch.setattr(sets, "SAVE_EVERY", 1)
     cells = sets.choose_cells(world[1], "combo", 7)
@@ -179,7 +179,7 @@ def test_a_broken_run_goes_on_with_the_same_pictures(world, tmp_path, monkeypatc
     assert torch.equal(again, whole)
 
 
-def test_pictures_of_another_seed_or_model_are_not_taken(world, tmp_path, pipe):
+def test_images_of_another_seed_or_model_are_not_taken(world, tmp_path, pipe):
     cells = sets.choose_cells(world[1], "combo", 3)
     first, _ = sets.draw_set(pipe, None, WORDS, world[1], cells, tmp_path)
     sets.draw_set(pipe, None, WORDS, world[1], cells, tmp_path)
@@ -264,7 +264,7 @@ def test_an_unknown_set_or_count_is_refused(tmp_path, world):
         tiny.evaluate(tmp_path, data=world[0], count=0)
 
 
-def test_the_subjects_reference_is_measured_beside_the_words_alone_and_the_true_icon(world):
+def test_the_subjects_reference_is_compared_with_the_words_alone_and_the_true_icon(world):
     cells = sets.choose_cells(world[1], "combo", 4)
     scene = rows.Scene("combo", cells, [world[1].icons[c.icon] for c in cells])
     spec = next(s for s in sets.SPECS if s.name == "subject")

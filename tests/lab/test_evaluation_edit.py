@@ -47,7 +47,7 @@ def test_the_background_is_where_neither_icon_has_ink_and_its_figures_see_that_a
     assert edit.background_figures(changed, source, background)[0].item() < 30
 
 
-def test_a_picture_has_no_structure_distance_to_itself_and_more_to_another():
+def test_an_image_has_no_structure_distance_to_itself_and_more_to_another():
     patches = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
     s = edit.similarities(patches)
     assert torch.allclose(s.diagonal(dim1=1, dim2=2), torch.ones(2, 8))
@@ -63,7 +63,7 @@ def test_photographs_are_squares_first_whole_then_windows_in_other_places():
     assert images[4].tobytes() != images[8].tobytes()
 
 
-def test_a_difference_is_of_the_same_pictures():
+def test_a_difference_is_of_the_same_images():
     values = {"a": torch.tensor([1.0, 5.0, 9.0]), "b": torch.tensor([0.0, 4.0, 8.0])}
     (row,) = differences("task", "measure", values, ["x", "y", "z"], [("a", "b"), ("a", "c")])
     assert row.case == "a minus b" and (row.value, row.low, row.high, row.n) == (1.0, 1.0, 1.0, 3)
@@ -87,7 +87,7 @@ def test_round_trips_compare_solvers_step_by_step(make_pipe, make_pixart):
     assert not merging_time(make_pipe(blocks=1), 2, lambda text: None)
 
 
-def test_claims_are_told_of_the_embedded_models_and_of_what_was_measured():
+def test_claims_are_of_the_embedded_models_and_of_what_was_measured():
     row = {"measure": KEPT, "value": 40.0, "low": 39.0, "high": 41.0, "n": 48, "task": "concept"}
     rows = [{**row, "case": case} for case in ("unified", "cross-attention", "unified minus cross-attention")]
     result = {"model": "tiny", "rows": rows, "steps": 10, "command": "condit evaluate edit"}

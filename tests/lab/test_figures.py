@@ -29,7 +29,7 @@ def test_places_are_filled_and_the_rest_stays():
     assert figures.fill(filled, CARDS) == filled
 
 
-def test_a_curve_is_thinned_and_a_missing_part_is_told():
+def test_a_curve_is_thinned_and_a_missing_part_raises():
     assert figures.block("curve:model/x", CARDS).count("\n| ") == 10
     assert "No weights of `tiny/edges`" in figures.block("edges", CARDS)
     assert "No weights of `tiny-unet/style`" in figures.block("tiny-unet/style", CARDS)

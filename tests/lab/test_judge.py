@@ -36,7 +36,7 @@ def test_a_speck_does_not_move_the_frame():
     assert np.array_equal(frame(dirty), frame(drawing(30, 60)))
 
 
-def test_a_blank_picture_stays_white():
+def test_a_blank_image_stays_white():
     assert (frame(np.full((128, 128, 3), 255, np.uint8)) == 255).all()
 
 
@@ -65,7 +65,7 @@ def test_a_saved_judge_says_the_same(tmp_path):
     assert torch.equal(again.probabilities(images), judge.probabilities(images))
 
 
-def test_a_style_that_is_not_asked_for_is_no_answer():
+def test_a_style_that_is_not_a_candidate_has_probability_zero():
     torch.manual_seed(0)
     judge = Judge(["a", "b", "c"]).eval()
     images = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)

@@ -47,7 +47,7 @@ def test_bootstrap_repeats_bit_equal_and_moves_with_its_seed():
     assert measures.bootstrap(values).low != measures.bootstrap(values, seed=1).low
 
 
-def test_pictures_of_one_concept_count_as_one_draw():
+def test_images_of_one_concept_count_as_one_draw():
     values = torch.tensor([0.0, 1.0] * 50).repeat_interleave(4)
     alone = measures.bootstrap(values)
     together = measures.bootstrap(values, [i // 4 for i in range(len(values))])
@@ -90,11 +90,11 @@ def test_concept_ranks_count_the_labels_that_are_nearer():
     assert measures.concept_ranks(images, LABELS, torch.tensor([0, 1, 3])).tolist() == [0, 1, 3]
 
 
-def test_a_picture_that_is_near_to_all_labels_hits_none():
+def test_an_image_that_is_near_to_all_labels_hits_none():
     assert measures.concept_ranks(torch.ones(1, 4), LABELS, torch.tensor([2])).tolist() == [3]
 
 
-def test_one_of_several_references_can_leak():
+def test_any_one_of_the_references_can_leak():
     images = torch.tensor([[0.5, 0.1, 0.9, 0.0]])
     prompted = torch.tensor([0])
     assert measures.leaks(images, LABELS, prompted, torch.tensor([[1, 2]])).tolist() == [True]
@@ -105,7 +105,7 @@ def test_the_reference_that_is_the_prompted_concept_is_no_leak():
     assert not measures.leaks(torch.rand(1, 4), LABELS, torch.tensor([1]), torch.tensor([[1]])).any()
 
 
-def test_edge_similarity_is_one_for_the_same_and_zero_for_a_blank_picture():
+def test_edge_similarity_is_one_for_the_same_and_zero_for_a_blank_image():
     assert measures.edge_similarity(square(20), square(20)).item() == pytest.approx(1, abs=1e-5)
     assert measures.edge_similarity(flat((255, 255, 255)), square(20)).item() == 0
 

@@ -120,13 +120,13 @@ def test_figures_tell_the_error_in_the_flows_units(new_task):
     assert error.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
-def test_words_that_do_not_count_are_told(new_task):
+def test_padding_is_masked_for_an_empty_prompt(new_task):
     found = new_task().words(["a red apple", ""])
     assert found.mask is not None and found.mask.sum(1).tolist()[1] == 2  # begin and end
     assert found.tokens.shape == (2, 24, 192) and found.pooled.shape == (2, 0)
 
 
-def test_bad_settings_and_a_missing_part_are_told(tmp_path, new_task, monkeypatch):
+def test_bad_settings_and_a_missing_part_raise(tmp_path, new_task, monkeypatch):
     with pytest.raises(ValueError, match=r"taught_from is a level of noise, 0 to 1; found 2\."):
         new_task(taught_from=2.0)
     task = new_task()

@@ -34,7 +34,7 @@ def test_a_vit_trains_a_step_on_icons_and_loads_and_starts_another(tmp_path, pet
     assert other.network(torch.zeros(1, 3, 32, 48)).shape == (1, 2)
 
 
-def test_a_vit_is_judged_on_every_held_out_picture(pets):
+def test_a_vit_is_judged_on_every_held_out_image(pets):
     task = ClassifyTask(ClassifyData(folder=pets, size=[32, 48], sizes=VIT))
     task.eval()
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_a_vit_is_judged_on_every_held_out_picture(pets):
     assert task.sheet().size[0] > 300
 
 
-def test_augmentation_moves_every_picture_and_none_when_it_is_off():
+def test_augmentation_moves_every_image_and_none_when_it_is_off():
     from condit.training.classify import augment
 
     images = torch.rand(3, 3, 16, 24) * 2 - 1
@@ -62,7 +62,7 @@ def test_augmentation_moves_every_picture_and_none_when_it_is_off():
 
 
 @pytest.mark.parametrize("icons", [True, False])
-def test_a_u_shape_trains_a_step_on_pixels_and_its_export_draws(icons, tmp_path, pets):
+def test_a_u_shape_trains_a_step_on_pixels_and_its_export_generates(icons, tmp_path, pets):
     source = {"icons": ICONS, "size": 32} if icons else {"folder": pets, "size": [16, 24]}
     task = PixelTask(PixelData(sizes=PIXELS, edm={"sigma_max": 20.0}, **source))
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_a_u_shape_trains_a_step_on_pixels_and_its_export_draws(icons, tmp_path,
     assert [i for i, _ in seen] == [0, 1, 2] and seen[0][1] == 20.0
 
 
-def test_mistakes_with_pixels_are_told(tmp_path, pets):
+def test_mistakes_with_pixels_raise(tmp_path, pets):
     for match, more in (
         ("No backbone 'UNet' for pixels", {"backbone": "UNet"}),
         ("must be multiples of 8", {"size": 12}),

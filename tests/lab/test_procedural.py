@@ -27,7 +27,7 @@ def disc() -> np.ndarray:
     return rgba
 
 
-def test_a_seed_gives_one_style_and_one_style_gives_one_picture(icons) -> None:
+def test_a_seed_gives_one_style_and_one_style_gives_one_image(icons) -> None:
     for seed in range(20):
         style, again = Procedural.sample(Random(seed)), Procedural.sample(Random(seed))
         assert style == again

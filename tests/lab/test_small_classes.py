@@ -16,7 +16,7 @@ def test_all_that_is_embedded_stays_under_70_mb():
 
 
 @pytest.mark.parametrize("name", ["small-dit", "small-diffit"])
-def test_a_style_is_drawn_by_its_name(name):
+def test_a_style_is_generated_by_its_name(name):
     if name not in MODELS:
         pytest.skip("a checkout without it")
     pipe = condit.load(name)
@@ -29,7 +29,7 @@ def test_a_style_is_drawn_by_its_name(name):
 
 
 @pytest.mark.skipif("small-vit" not in MODELS, reason="a checkout without it")
-def test_a_style_is_told_of_icons():
+def test_the_vit_recognises_the_styles_of_icons():
     vit, world = condit.load("small-vit"), IconWorld.open(sample_path())
     assert isinstance(vit, condit.ViTPipeline)
     known = {vit.label(i) for i in range(vit.model.config.classes)}

@@ -117,7 +117,7 @@ def test_blocks_are_ranked_by_leakage_among_those_with_style():
     assert [entry["site"] for entry in none] == ["y", "x"]
 
 
-def test_figures_stand_for_themselves(run):
+def test_figures_of_known_methods_have_their_known_values(run):
     result = run[1]
     assert result["n"] == COUNT and result["concepts"] == COUNT
     # No control leaks nothing above itself; the reference leaks itself and lies where it is asked for.
@@ -148,7 +148,7 @@ def test_every_point_is_compared_with_the_baselines_curve(run):
     assert all(x["baseline"] == "plain" for x in result["comparisons"])
 
 
-def test_methods_that_are_shown_a_subject_are_compared_picture_by_picture(run):
+def test_methods_that_are_shown_a_subject_are_compared_image_by_image(run):
     result = run[1]
     assert {(p["method"], p["other"]) for p in result["pairs"]} == {("subject-tokens", "subject")}
     for measure in (LIKENESS, SUBJECT, TOP5):
@@ -226,7 +226,7 @@ class Silent:
         raise AssertionError("drawn again")
 
 
-def test_the_same_pictures_are_not_drawn_again(run, stage, world):
+def test_the_same_images_are_not_generated_again(run, stage, world):
     folder, result, told = run
     assert sum("pictures" in line for line in told) == 8  # none, plain twice, subtract twice, block, both subjects
     protocol = Protocol(count=COUNT, steps=2)

@@ -123,7 +123,7 @@ def test_the_area_under_the_curve_counts_pairs_and_halves_ties():
     assert own.auc(positive, negative) == pytest.approx(float(((pairs > 0).double() + 0.5 * (pairs == 0)).mean()))
 
 
-def test_a_picture_is_realistic_within_reach_of_a_real_one():
+def test_an_image_is_realistic_within_reach_of_a_real_one():
     bank = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
     reaches = own.reach(bank, neighbours=1)
     assert reaches.tolist() == [1, 1, 1, 1, 7]

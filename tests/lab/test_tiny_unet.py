@@ -41,7 +41,7 @@ def test_the_preset_has_sdxls_blocks():
     ]
 
 
-def test_a_folder_is_drawn_with_by_both_solvers_and_keeps_its_process(folder):
+def test_both_solvers_generate_with_a_folder_which_keeps_its_process(folder):
     pipe = condit.load(folder)
     assert isinstance(pipe, Pipeline) and pipe.parts.process == PROCESS and pipe.parts.solver == "euler-ancestral"
     found = [pipe("a red apple", sampler=sampler, **HOW).images for sampler in (None, "dpm++", "ddim")]
@@ -50,7 +50,7 @@ def test_a_folder_is_drawn_with_by_both_solvers_and_keeps_its_process(folder):
     torch.testing.assert_close(one, found[0][0], rtol=0, atol=1e-4)  # a row of a batch is its single run
 
 
-def test_what_is_not_there_or_not_known_is_told(folder, monkeypatch):
+def test_a_missing_model_and_an_unsupported_scheduler_raise(folder, monkeypatch):
     scheduler = folder / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("EulerAncestralDiscreteScheduler", "LCMScheduler"))
     with pytest.raises(ValueError, match="unsupported scheduler 'LCMScheduler'"):
@@ -82,7 +82,7 @@ shipped = pytest.mark.skipif("tiny-unet" not in MODELS, reason="a checkout witho
 
 
 @shipped
-def test_the_shipped_unet_draws_what_it_is_told():
+def test_the_shipped_unet_follows_the_prompt():
     pipe = condit.load("tiny-unet")
     assert pipe.backbone.config == PRESETS["tiny-unet"] and isinstance(pipe.image, TinyImage)
     red, blue = pipe(["a red apple", "a blue book"], seed=0, num_inference_steps=8, output_type="pt").images

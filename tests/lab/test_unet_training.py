@@ -40,7 +40,7 @@ def make_task(monkeypatch):
     return make
 
 
-def test_the_last_timestep_is_noise_alone_and_half_of_them_have_more_noise_than_picture():
+def test_the_last_timestep_is_noise_alone_and_half_of_them_have_more_noise_than_image():
     levels = PROCESS.alphas_cumprod
     assert float(levels[-1]) < 1e-6 and float(levels[0]) > 0.998
     assert 0.6 < float((levels < 0.5).float().mean()) < 0.7

@@ -219,7 +219,7 @@ def test_a_vit_of_every_layout_equals_transformers(layout, tmp_path):
     assert report.parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_a_vit_that_transformers_has_no_class_for_is_told(tmp_path):
+def test_a_vit_that_transformers_cannot_represent_raises(tmp_path):
     config = replace(VIT, classifier="gap", class_token=False)
     path = save_vit(tmp_path / "x.npz", config, vit.ViT(config).state_dict(), layout="npz")
     reference = verify_file("vit", str(path)).reference

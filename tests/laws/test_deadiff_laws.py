@@ -81,7 +81,7 @@ def close(found: Tensor, expected: Tensor, atol: float) -> None:
 
 
 @every_control
-def test_a_control_changes_the_picture_and_tells_references_apart(world, name):
+def test_a_control_changes_the_image_and_tells_references_apart(world, name):
     one, other = (world.draw([world.control(name, first)]) for first in (0, 2))
     assert (one - world.draw()).abs().max() > 1e-2
     assert (one - other).abs().max() > 1e-3
@@ -139,7 +139,7 @@ def test_references_that_do_not_fit_the_batch_are_counted_in_the_error(world, na
         world.draw([world.control(name, rows=3)], PROMPTS[:2])
 
 
-def test_a_mask_of_another_shape_is_told_before_sampling(world):
+def test_a_mask_of_another_shape_raises_before_sampling(world):
     for mask in (LEFT_HALF[:, :32], np.full((32, 32), 255, np.uint8), np.zeros((32, 32), np.uint8)):
         with pytest.raises(ValueError, match="a mask of 32 x 32 .* for an image of 8 x 12 tokens"):
             world.draw([world.control("both", mask=mask)])
@@ -281,7 +281,7 @@ def test_it_composes_with_ip_adapter_instantstyle_a_mask_and_a_lora_in_any_order
         assert (world.draw(others) - drawn[0]).abs().max() > 1e-3
 
 
-def test_a_row_of_a_batch_beside_other_controls_equals_its_single_run(world, company):
+def test_a_row_of_a_batch_with_other_controls_equals_its_single_run(world, company):
     style, _, *beside = company
     batch = world.draw([style, world.control("both", rows=4), *beside], PROMPTS, guidance_scale=5.0, seed=10)
     for i in (0, 3):

@@ -61,7 +61,7 @@ def test_an_edit_to_the_same_prompt_returns_the_source_bit_for_bit(pipes, photo,
 
 @every_pipe
 @every_set
-def test_an_edit_changes_the_picture_and_each_control_changes_the_edit(pipes, photo, kind, name):
+def test_an_edit_changes_the_image_and_each_control_changes_the_edit(pipes, photo, kind, name):
     """Without this the law above would hold for an edit that does nothing."""
     pipe = pipes[kind]
     plain = pipe.edit(photo, "a red fox", "a red cat", **HOW)
@@ -112,7 +112,7 @@ def test_inversion_asks_without_guidance_and_without_controls(pipes, photo, kind
 
 
 @every_pipe
-def test_outside_a_mask_the_picture_is_the_source(pipes, photo, kind):
+def test_outside_a_mask_the_image_is_the_source(pipes, photo, kind):
     mask = np.zeros((32, 48), np.uint8)
     mask[:, :24] = 255
     pipe = pipes[kind]
@@ -199,7 +199,7 @@ def prepared(control: TokenMerging, batch: int = 1) -> TokenMerging:
     return control.prepare(run)
 
 
-def test_a_backbone_whose_blocks_do_not_merge_is_told():
+def test_a_backbone_whose_blocks_do_not_merge_raises():
     from condit.backbones.diffit import DiffiT, DiffiTConfig
 
     network = DiffiT(DiffiTConfig(input_size=8, hidden_size=16, depth=1, num_heads=2, num_classes=3))
@@ -258,7 +258,7 @@ def test_merging_compiles_into_one_graph_and_is_reused_in_another(make_pipe, kin
         close(predict(compiled, [acting]), predict(network, [acting]), 1e-5)
 
 
-def test_both_sides_of_guidance_and_several_steps_share_one_match(monkeypatch, pipes):
+def test_both_sides_of_guidance_and_all_steps_share_one_match(monkeypatch, pipes):
     from condit.controls import token_merging
 
     made = []

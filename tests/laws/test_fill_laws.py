@@ -20,7 +20,7 @@ every_fill = pytest.mark.parametrize("name", ["filling", "filling_cached"])
 
 
 @every_fill
-def test_known_cells_come_back_as_encoded_and_the_others_are_drawn(world, references, name):
+def test_known_cells_come_back_as_encoded_and_the_others_are_generated(world, references, name):
     control = getattr(world, name).control(references[0], fill=DRAWN)
     drawn = world.draw([control])
     given, _ = world.pipe.encode_condition(world.pipe.read_images(references[0], None))
@@ -30,7 +30,7 @@ def test_known_cells_come_back_as_encoded_and_the_others_are_drawn(world, refere
 
 
 @every_fill
-def test_what_stood_in_the_drawn_cells_does_not_matter(world, references, name):
+def test_what_stood_in_the_generated_cells_does_not_matter(world, references, name):
     control = getattr(world, name).control(references[0], fill=DRAWN)
     other = control.whole.tokens + DRAWN.flatten()[:, None]
     same = replace(control, whole=replace(control.whole, tokens=other))
@@ -38,7 +38,7 @@ def test_what_stood_in_the_drawn_cells_does_not_matter(world, references, name):
 
 
 @every_fill
-def test_the_known_cells_act_on_the_drawn_ones(world, references, name):
+def test_the_known_cells_act_on_the_generated_ones(world, references, name):
     adapter = getattr(world, name)
     seen, other, unseen = (
         world.draw([adapter.control(references[i], fill=DRAWN, strength=s)])[:, DRAWN.flatten()]

@@ -60,7 +60,7 @@ def test_guidance_in_one_call_equals_two(world, references):
     close(world.draw(controls), world.draw(controls, guidance_in_one_call=False), 1e-4)
 
 
-def test_adapters_commute_and_add_up_beside_a_lora(world, references):
+def test_adapters_commute_and_add_up_with_a_lora(world, references):
     lora = LoRA(linear_shapes(world.pipe.backbone, ("to_q",)), 2)
     with torch.no_grad():
         for b in lora.b.values():
@@ -157,7 +157,7 @@ def test_the_ways_to_combine_are_what_they_say(world, references, name):
     assert not torch.equal(world.draw([whole]), world.draw([adapter.control(group, combine="mean")]))
 
 
-def test_combinations_that_cannot_be_are_told(world, references):
+def test_combinations_that_cannot_be_raise(world, references):
     with pytest.raises(ValueError, match="combine must be one of .* found 'max'"):
         world.whole.control(references, combine="max")
     with pytest.raises(ValueError, match="at least two"):

@@ -31,7 +31,7 @@ def small(make_latent) -> World:
 # InstantStyle
 
 
-def test_blocks_that_are_not_there_are_told(world, references):
+def test_blocks_that_are_not_there_raise(world, references):
     xl = world.pipe.backbone.config.addition_embed_type is not None
     # Two levels: SDXL's layout block is not among them; SD 1.5 has no layout preset at all.
     message = "matches none of the .* layers" if xl else "No preset 'layout' for sd15: all, style, style.layout"
@@ -41,7 +41,7 @@ def test_blocks_that_are_not_there_are_told(world, references):
         world.whole.control(references[0], strength={"mid_blok": 1.0})
 
 
-def test_presets_are_told_where_there_are_none(world, make_pipe):
+def test_a_model_without_presets_raises(world, make_pipe):
     with pytest.raises(ValueError, match="No preset 'mood'"):
         preset("mood", world.pipe.backbone)
     with pytest.raises(ValueError, match="No preset for MMDiT: .*probe"):

@@ -34,7 +34,7 @@ def all_equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 
 
 @every_control
-def test_a_control_changes_the_picture_and_tells_references_apart(world, references, name):
+def test_a_control_changes_the_image_and_tells_references_apart(world, references, name):
     """Without this the laws below would hold for a control that does nothing."""
     one, other = (world.draw(world.controls(name, r)) for r in references[:2])
     plain = world.draw()
@@ -80,7 +80,7 @@ def test_strength_acts_continuously_around_one(world, references, name):
     close(near, one, atol=1e-4)
 
 
-def test_the_papers_strength_acts_continuously_around_one_beside_other_controls(world, references):
+def test_the_papers_strength_acts_continuously_around_one_with_other_controls(world, references):
     """Near 1 the text attends apart from the picture, which must change neither side branches nor caches."""
     one, near = (
         world.draw(

@@ -54,7 +54,7 @@ def folder(make_sd, tmp_path):
     return tmp_path
 
 
-def test_a_recipe_trains_an_adapter_that_draws(folder):
+def test_a_recipe_trains_an_adapter_that_generates(folder):
     train(folder / "recipe.toml", out=folder / "run")
     pipe = condit.load(folder / "model")
     adapter = DEADiff.load(folder / "run" / "export", pipe, image_encoder=folder / "clip")

@@ -111,7 +111,7 @@ def both(request, tmp_path_factory, make_flux):
     return theirs, condit.load(folder, dtype=torch.float32)
 
 
-def test_a_folder_saved_by_diffusers_draws_the_same_latents_and_image(both):
+def test_a_folder_saved_by_diffusers_generates_the_same_latents_and_image(both):
     theirs, ours = both
     height, width = 24, 32  # 6 x 8 tokens of 4 px
     noise = torch.randn(2, 6 * 8, 8, generator=torch.Generator().manual_seed(1))
@@ -160,6 +160,6 @@ def test_a_folder_of_another_pipeline_is_refused(tmp_path):
         condit.load(tmp_path)
 
 
-def test_an_unknown_model_is_told_with_what_there_is():
+def test_an_unknown_model_raises_with_the_known_ones():
     with pytest.raises(ValueError, match="No model 'no-such'.*model_index.json"):
         condit.load("no-such")

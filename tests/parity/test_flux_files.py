@@ -96,7 +96,7 @@ def draw(source, **more) -> Tensor:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_single_file_draws_what_its_folder_draws(saved, tmp_path, prefix):
+def test_a_single_file_generates_what_its_folder_generates(saved, tmp_path, prefix):
     _, folder, tensors = saved
     named = {prefix + n: t for n, t in tensors.items()}
     others = {"text_encoders.t5xxl.transformer.shared.weight": torch.zeros(2)} if prefix else {}
@@ -105,7 +105,7 @@ def test_a_single_file_draws_what_its_folder_draws(saved, tmp_path, prefix):
     assert torch.equal(found, draw(folder))
 
 
-def test_a_single_file_finds_its_other_parts_beside_it(saved, tmp_path):
+def test_a_single_file_finds_its_other_parts_in_its_folder(saved, tmp_path):
     _, folder, tensors = saved
     for part in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "vae", "transformer", "scheduler"):
         (tmp_path / part).symlink_to(folder / part)
@@ -184,7 +184,7 @@ def test_a_text_encoder_that_lacks_a_tensor_is_refused_and_not_filled_with_rando
         condit.load(tmp_path)
 
 
-def test_a_file_of_another_flux_is_told_by_what_differs(saved, tmp_path):
+def test_a_file_of_another_flux_raises_with_what_differs(saved, tmp_path):
     _, folder, tensors = saved
     schnell = {n: t for n, t in tensors.items() if not n.startswith("guidance_in.")}
     save_tensors(tmp_path / "schnell.safetensors", schnell)
@@ -202,7 +202,7 @@ def test_a_file_of_another_flux_is_told_by_what_differs(saved, tmp_path):
         (lambda t: t.update({"img_in.scale_weight": torch.zeros(1)}), "scales of their own"),
     ],
 )
-def test_a_file_that_is_not_flux_as_a_whole_is_told_by_its_tensors(saved, tmp_path, change, message):
+def test_a_file_that_is_not_a_whole_flux_raises_with_its_tensors(saved, tmp_path, change, message):
     tensors = dict(saved[2])
     change(tensors)
     save_tensors(tmp_path / "bad.safetensors", tensors)
@@ -215,7 +215,7 @@ def test_heads_that_are_not_fluxs_need_a_configuration(saved):
         flux.infer_config(saved[2], "file")  # type: ignore[arg-type]
 
 
-def test_components_beside_a_whole_folder_are_refused(saved):
+def test_components_together_with_a_whole_folder_raise(saved):
     with pytest.raises(ValueError, match="components= is for a single file"):
         condit.load(saved[1], components=saved[1])
 

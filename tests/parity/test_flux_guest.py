@@ -17,7 +17,7 @@ from flux_guests import CASES, PROMPTS, REFERENCE, Colours, close, draw, host_of
 
 # The same as condit's pipeline
 @pytest.mark.parametrize("case", CASES)
-def test_a_guest_draws_what_condits_own_pipeline_draws(pair, table, pictures, case):
+def test_a_guest_generates_what_condits_own_pipeline_generates(pair, table, pictures, case):
     references = pictures(2)
     with pair.attach() as guest:
         found = draw(guest, PROMPTS, controls=table[case](guest, references))
@@ -26,7 +26,7 @@ def test_a_guest_draws_what_condits_own_pipeline_draws(pair, table, pictures, ca
 
 
 @pytest.mark.parametrize("case", ["joint", "cached", "ip"])
-def test_true_guidance_sees_the_empty_reference_beside_the_negative_prompt(flux_pairs, table, pictures, case):
+def test_true_guidance_uses_the_empty_reference_with_the_negative_prompt(flux_pairs, table, pictures, case):
     """On schnell: condit's pipeline has this guidance for models without a distilled one."""
     pair = flux_pairs["schnell"]
     guided = Pipeline(replace(pair.ours.parts, distilled=False))

@@ -50,7 +50,7 @@ def test_an_ip_adapter_needs_an_image_encoder(dev, ip_adapter, tmp_path):
         condit.IPAdapter.load(file, attach(dev.theirs))
 
 
-def test_a_guest_that_has_left_says_so(dev, omini, pictures):
+def test_a_detached_guest_raises(dev, omini, pictures):
     guest = dev.attach()
     adapter = omini(guest)
     control = adapter.control(pictures(1))
@@ -62,7 +62,7 @@ def test_a_guest_that_has_left_says_so(dev, omini, pictures):
         assert torch.equal(draw(again, controls=[control]), draw(again, controls=[omini(again).control(pictures(1))]))
 
 
-def test_wrong_arguments_are_told(dev, table, pictures):
+def test_wrong_arguments_raise(dev, table, pictures):
     with dev.attach() as guest:
         with pytest.raises(TypeError, match="num_steps"):
             draw(guest, num_steps=3)
@@ -73,7 +73,7 @@ def test_wrong_arguments_are_told(dev, table, pictures):
             draw(guest, PROMPTS, controls=controls, joint_attention_kwargs={"scale": 0.5})
 
 
-def test_group_offloading_is_refused_beside_controls_only(dev):
+def test_group_offloading_raises_with_controls_only(dev):
 
     transformer = copy.deepcopy(dev.theirs.transformer)
     transformer.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
@@ -98,7 +98,7 @@ def test_controls_that_leave_cells_out_or_adapt_the_noisy_tokens_are_refused(dev
             draw(dev.attach(), controls=[control])
 
 
-def test_a_transformer_on_several_devices_is_refused_beside_controls(dev):
+def test_a_transformer_on_several_devices_with_controls_raises(dev):
     transformer = copy.deepcopy(dev.theirs.transformer)
     transformer._parallel_config = object()
     with pytest.raises(ValueError, match="split over devices"):

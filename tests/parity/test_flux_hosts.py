@@ -43,7 +43,7 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_every_host_draws_the_same_by_condits_prediction_and_takes_controls(dev, table, pictures, name):
+def test_every_host_generates_the_same_by_condits_prediction_and_takes_controls(dev, table, pictures, name):
     host = host_of(dev, name, controlnet=controlnet(dev.theirs) if "ControlNet" in name else None)
 
     def call(pipe: Any, **given: Any) -> Tensor:
@@ -112,7 +112,7 @@ def test_the_residuals_of_a_controlnet_arrive_where_diffusers_adds_them(dev, dou
     assert len(residuals(borrow(transformer), given)) == 3 * ((double > 0) + (single > 0))
 
 
-def test_an_offloaded_transformer_draws_the_same(dev, table, pictures):
+def test_an_offloaded_transformer_generates_the_same(dev, table, pictures):
     """Sequential offloading brings each layer in by a hook of its own; the weights rest on no device."""
     from accelerate import cpu_offload
 

@@ -66,7 +66,7 @@ def test_training_changes_the_adapter_alone():
     assert all(p.grad is None for p in unet.parameters()) and all(p.grad is not None for p in adapter.parameters())
 
 
-def test_pictures_of_any_shape_come_to_the_encoders_square():
+def test_images_of_any_shape_come_to_the_encoders_square():
     encoder = golden_pipe(FOLDER, "sd15").image
     assert encoder is not None
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8))

@@ -44,7 +44,7 @@ def test_a_shortcut_tells_the_two_versions_of_faceid_plus_apart():
         assert not torch.allclose(projector(*given), projector(*given, 0.7), atol=1e-2)
 
 
-def test_tensors_of_no_projector_are_told():
+def test_tensors_of_no_projector_raise():
     with pytest.raises(ValueError, match="no projector known here.*found 'weird.weight'"):
         projector_of({"weird.weight": torch.zeros(2, 2)})
     linear = {"proj.weight": torch.zeros(8, 3), "norm.weight": torch.zeros(4), "norm.bias": torch.zeros(4)}

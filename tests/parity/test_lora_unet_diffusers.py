@@ -73,7 +73,7 @@ def test_every_layout_is_the_same_lora(pair, tmp_path: Path, kind: str, layout: 
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_a_lora_draws_what_diffusers_draws_with_it(pair, tmp_path: Path, kind: str):
+def test_a_lora_generates_what_diffusers_generates_with_it(pair, tmp_path: Path, kind: str):
     theirs, ours = pair(kind)
     lora = random_lora(ours.backbone)
     save_file(written(lora, ours.backbone, "diffusers"), tmp_path / "lora.safetensors")
@@ -121,7 +121,7 @@ def test_parts_of_a_text_encoder_are_refused_or_ignored_on_demand(pair, tmp_path
 @pytest.mark.parametrize(
     ("name", "shape"), [("lora_unet_down_blocks_0_resnets_0_conv1", (2, 8, 3, 3)), ("lora_unet_no_such_layer", (2, 8))]
 )
-def test_layers_that_take_no_lora_are_told(pair, tmp_path: Path, name: str, shape: tuple[int, ...]):
+def test_layers_that_take_no_lora_raise(pair, tmp_path: Path, name: str, shape: tuple[int, ...]):
     ones = (1,) * (len(shape) - 2)
     tensors = {f"{name}.lora_down.weight": torch.zeros(shape), f"{name}.lora_up.weight": torch.zeros(8, 2, *ones)}
     save_file(tensors, tmp_path / "lora.safetensors")
@@ -129,7 +129,7 @@ def test_layers_that_take_no_lora_are_told(pair, tmp_path: Path, name: str, shap
         StyleLoRA.load(tmp_path / "lora.safetensors", pair("sd15")[1])
 
 
-def test_a_lora_of_another_width_is_told(pair, tmp_path: Path):
+def test_a_lora_of_another_width_raises(pair, tmp_path: Path):
     ours = pair("sd15")[1]
     path = next(iter(linear_shapes(ours.backbone, ["to_q"])))
     tensors = {f"unet.{path}.lora_A.weight": torch.zeros(2, 320), f"unet.{path}.lora_B.weight": torch.zeros(320, 2)}

@@ -174,7 +174,7 @@ def test_another_metadata_file_is_another_cache(pairs, tmp_path):
         ([SUBJECT], {"height": 18}, "sizes must be multiples of 4; found 18 x 24"),
     ],
 )
-def test_what_cannot_be_trained_is_told_before_it_begins(flux, pairs, conditions, how, message):
+def test_what_cannot_be_trained_raises_before_training(flux, pairs, conditions, how, message):
     with pytest.raises(ValueError, match=message):
         make(flux, pairs, *conditions, **how)
 
@@ -212,7 +212,7 @@ def test_numbers_of_a_condition_stay_as_the_recipe_writes_them():
     )
 
 
-def test_no_conditions_another_model_and_an_unknown_field_are_told(flux, pairs, tmp_path):
+def test_no_conditions_another_model_and_an_unknown_field_raise(flux, pairs, tmp_path):
     with pytest.raises(ValueError, match=r"\[\[data.conditions\]\]"):
         OminiData(model=flux, pairs=pairs, conditions=())
     with pytest.raises(ValueError, match="trains on FLUX.1; tiny is another model"):

@@ -152,7 +152,7 @@ def test_conditions_may_stand_at_positions_of_their_own_in_each_row(flux, pairs)
         assert (found[1:] - predict(slice(1, 2), both[0])).abs().max() > 1e-3
 
 
-def test_encoded_rows_on_disk_train_as_pictures_do_without_the_text_encoders(flux, pairs, tmp_path):
+def test_encoded_rows_on_disk_train_as_images_do_without_the_text_encoders(flux, pairs, tmp_path):
     live, kept = make(flux, pairs, SUBJECT, GRAY), make(flux, pairs, SUBJECT, GRAY, cache=str(tmp_path))
     assert kept.text is None and len(list(tmp_path.glob("*/*.safetensors"))) == 7
     for task in (live, kept):
@@ -167,7 +167,7 @@ def test_encoded_rows_on_disk_train_as_pictures_do_without_the_text_encoders(flu
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_text_and_pictures_are_dropped_apart_and_all_conditions_of_a_pair_together(flux, pairs, monkeypatch):
+def test_text_and_images_are_dropped_apart_and_all_conditions_of_a_pair_together(flux, pairs, monkeypatch):
     task = make(flux, pairs, SUBJECT, GRAY, text_dropout=0.5, image_dropout=0.5)
     seen = []
 

@@ -179,7 +179,7 @@ def single_file(pipe, path: Path, kind: str) -> dict[str, Original]:
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-def test_a_single_file_draws_what_its_folder_draws(make_sd, tmp_path: Path, kind: str):
+def test_a_single_file_generates_what_its_folder_generates(make_sd, tmp_path: Path, kind: str):
     pipe = make_sd(kind)
     pipe.save_pretrained(tmp_path / kind)
     originals = single_file(pipe, tmp_path / "model.safetensors", kind)
@@ -210,7 +210,7 @@ def test_deadiffs_checkpoint_is_a_base_too(make_sd, tmp_path: Path):
     assert torch.equal(Pipeline(parts)("a red fox", **how).images, folder("a red fox", **how).images)
 
 
-def test_a_file_of_another_width_is_told(make_sd, tmp_path: Path):
+def test_a_file_of_another_width_raises(make_sd, tmp_path: Path):
     pipe = make_sd("sd15")
     pipe.save_pretrained(tmp_path / "sd15")
     single_file(pipe, tmp_path / "model.safetensors", "sd15")
@@ -227,7 +227,7 @@ def test_other_files_are_not_taken_for_stable_diffusion(tmp_path: Path):
         identify(tmp_path / "other.safetensors")
 
 
-def test_the_tokenizer_is_looked_for_beside_the_file_and_in_the_models_folder(make_sd, monkeypatch, tmp_path: Path):
+def test_the_tokenizer_is_looked_for_in_the_files_and_in_the_models_folder(make_sd, monkeypatch, tmp_path: Path):
     monkeypatch.setenv("CONDIT_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(original_sd, "cached_clip", lambda: None)
     with pytest.raises(FileNotFoundError, match="tokenizer.*vocab.json"):

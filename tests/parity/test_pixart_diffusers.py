@@ -109,7 +109,7 @@ def test_it_compiles_into_one_graph():
     ("change", "message"),
     [({"size": torch.ones(1, 2)}, "takes no size"), ({"x": torch.zeros(1, 4, 7, 8)}, "multiples of 2")],
 )
-def test_inputs_that_do_not_fit_are_told(change, message):
+def test_inputs_that_do_not_fit_raise(change, message):
     given = {"x": torch.zeros(1, 4, 8, 8), "t": torch.tensor([5]), "text": torch.zeros(1, 7, 10), **change}
     with pytest.raises(ValueError, match=message):
         PixArt(TINY)(**given)

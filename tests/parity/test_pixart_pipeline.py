@@ -109,7 +109,7 @@ def test_a_unet_cannot_be_edited_with(make_sd, tmp_path):
         condit.load(tmp_path).edit(np.zeros((32, 32, 3), np.uint8), "a fox", "snow")
 
 
-def test_a_transformer_of_another_kind_is_told(pair, tmp_path):
+def test_a_transformer_of_another_kind_raises(pair, tmp_path):
     from condit.weights.pixart import pixart_config
 
     raw = dict(pair("alpha-512")[0].transformer.config)

@@ -121,7 +121,7 @@ def test_the_embedded_model_can_be_planned():
     assert found.tokens == 24 + 64 and {p.name for p in found.parts} == {"transformer", "canvas", "clip", "vae"}
 
 
-def test_what_cannot_be_planned_is_told(folder, tmp_path):
+def test_what_cannot_be_planned_raises(folder, tmp_path):
     with pytest.raises(ValueError, match="No model 'nothing' to plan.*flux-dev"):
         plan("nothing", WISH)
     with pytest.raises(ValueError, match="multiples of 4.*found 24 x 30"):

@@ -132,7 +132,7 @@ def test_inpainting_equals_diffusers(pair, kind: str, strength: float):
         torch.testing.assert_close(drawn[kept], latents[kept])
 
 
-def test_sdxl_hears_the_sizes_it_is_told(pair):
+def test_sdxl_receives_the_sizes_of_the_call(pair):
     theirs, ours = pair("sdxl")
     given = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
     sizes = {"original_size": (512, 300), "crops_coords_top_left": (3, 40), "target_size": (900, 1024)}
@@ -187,7 +187,7 @@ def command(capsys, *arguments: str) -> tuple[int | str | None, str, str]:
     return end.value.code, *capsys.readouterr()
 
 
-def test_generate_draws_from_a_folder_and_its_picture_is_drawn_again(make_sd, tmp_path: Path, monkeypatch, capsys):
+def test_generate_loads_a_folder_and_its_image_is_replayed(make_sd, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_sd("sd15").save_pretrained(tmp_path / "sd")
     picture().save("start.png")

@@ -15,7 +15,7 @@ from sd_guests import PROMPTS, close, draw, every_kind, noise
 @every_kind
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("name", ["global", "plus", "style", "deadiff", "lora", "all"])
-def test_a_guest_draws_what_condits_own_pipeline_draws(sd_pairs, pictures, kind, name, guidance):
+def test_a_guest_generates_what_condits_own_pipeline_generates(sd_pairs, pictures, kind, name, guidance):
     pair, references = sd_pairs(kind), pictures(2)
     with attach(pair.theirs) as guest:
         found = draw(guest, PROMPTS, controls=pair.controls(guest, name, references), guidance_scale=guidance)
@@ -25,7 +25,7 @@ def test_a_guest_draws_what_condits_own_pipeline_draws(sd_pairs, pictures, kind,
 
 
 @every_kind
-def test_all_of_them_act_in_one_call_in_any_order(sd_pairs, pictures, kind):
+def test_all_controls_act_in_one_call_in_any_order(sd_pairs, pictures, kind):
     """IP-Adapter in a region, InstantStyle, DEADiff's content and a LoRA."""
     pair = sd_pairs(kind)
     guest = attach(pair.theirs)

@@ -14,7 +14,7 @@ from condit.interop.unet import borrow
 from sd_guests import PROMPTS, Present, close, draw
 
 
-def test_what_a_unet_does_not_take_is_told_before_drawing(sd_pairs, pictures, make_omini, make_pipe):
+def test_what_a_unet_does_not_support_raises_before_sampling(sd_pairs, pictures, make_omini, make_pipe):
     pair = sd_pairs("sd15")
     guest = attach(pair.theirs)
     omini = make_omini(make_pipe(), seed=1).control(pictures(1)[0])
@@ -36,7 +36,7 @@ def test_what_a_unet_does_not_take_is_told_before_drawing(sd_pairs, pictures, ma
         draw(guest, controls=[Present()], cross_attention_kwargs={"scale": 0.5})
 
 
-def test_adapters_of_another_base_or_encoder_are_told(sd_pairs, make_deadiff):
+def test_adapters_of_another_base_or_encoder_raise(sd_pairs, make_deadiff):
     guest = attach(sd_pairs("sd15").theirs)
     with pytest.raises(ValueError, match="made for another base"):
         IPAdapter.load(sd_pairs("sdxl").files["global"], guest, image_encoder=sd_pairs("sdxl").image)
@@ -46,7 +46,7 @@ def test_adapters_of_another_base_or_encoder_are_told(sd_pairs, make_deadiff):
         IPAdapter.load(sd_pairs("sd15").files["global"], guest)
 
 
-def test_what_diffusers_put_into_the_unet_is_not_left_out_silently(sd_pairs):
+def test_lora_and_processors_of_diffusers_in_the_unet_raise(sd_pairs):
     host = sd_pairs("sd15").host("StableDiffusionPipeline", unet=copy.deepcopy(sd_pairs("sd15").theirs.unet))
     guest = attach(host)
     host.enable_freeu(0.9, 0.2, 1.2, 1.4)
@@ -84,7 +84,7 @@ def test_other_pipelines_and_networks_are_refused_by_name(sd_pairs):
     assert isinstance(guest, Guest) and guest.size == (32, 32)
 
 
-def test_group_offloading_is_refused_beside_controls_only(sd_pairs):
+def test_group_offloading_raises_with_controls_only(sd_pairs):
     pair = sd_pairs("sd15")
     unet = copy.deepcopy(pair.theirs.unet)
     unet.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)

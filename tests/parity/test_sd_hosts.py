@@ -37,7 +37,7 @@ def asked(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_host_draws_the_same_by_condits_prediction_and_takes_controls(sd_pairs, pictures, name):
+def test_every_host_generates_the_same_by_condits_prediction_and_takes_controls(sd_pairs, pictures, name):
     pair = sd_pairs("sdxl" if "XL" in name else "sd15")
     host = pair.host(name, **({"controlnet": controlnet(pair.theirs.unet)} if "ControlNet" in name else {}))
 
@@ -71,7 +71,7 @@ def test_a_controlnet_adds_up_with_controls_in_each_of_its_modes(sd_pairs, pictu
     close(draw(guest, controls=[*none, *lora], **given), plain)
 
 
-def test_a_lora_of_diffusers_acts_beside_controls(sd_pairs, pictures):
+def test_a_lora_of_diffusers_acts_together_with_controls(sd_pairs, pictures):
     peft = pytest.importorskip("peft")
     pair = sd_pairs("sd15")
     unet = copy.deepcopy(pair.theirs.unet)
@@ -85,7 +85,7 @@ def test_a_lora_of_diffusers_acts_beside_controls(sd_pairs, pictures):
     assert (both - draw(host)).abs().max() > 1e-2
 
 
-def test_an_offloaded_unet_draws_the_same(sd_pairs, pictures):
+def test_an_offloaded_unet_generates_the_same(sd_pairs, pictures):
     """Sequential offloading brings each layer in by a hook of its own; the weights rest on no device."""
     from accelerate import cpu_offload
 

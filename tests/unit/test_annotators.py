@@ -76,7 +76,7 @@ def test_soft_edges_are_strongest_on_the_outline_and_see_colour_and_alpha():
         assert on_circle(soft > 128) == 1.0
 
 
-def test_a_flat_picture_has_no_soft_edges():
+def test_a_flat_image_has_no_soft_edges():
     assert np.asarray(soft_edges(Image.new("RGB", (16, 16), "red"))).max() == 0
 
 
@@ -140,7 +140,7 @@ def test_canny_keeps_a_weak_line_only_where_it_hangs_on_a_strong_one():
     assert not alone[8].any()
 
 
-def test_canny_sees_colours_of_one_luma_where_a_grey_picture_has_no_edge():
+def test_canny_sees_colours_of_one_luma_where_a_grey_image_has_no_edge():
     picture = np.full((9, 9, 3), (200, 0, 0), np.uint8)
     picture[:, 5:] = (0, 102, 0)  # both of luma 60
     assert canny_array(picture)[:, 4].all()
@@ -170,7 +170,7 @@ def test_canny_equals_opencv_where_that_is_installed(kind):
 
 
 @pytest.mark.parametrize("size", [(150, 201), (64, 65)])
-def test_tiles_of_a_large_picture_give_the_lines_of_the_whole(size, monkeypatch):
+def test_tiles_of_a_large_image_give_the_lines_of_the_whole(size, monkeypatch):
     rng = np.random.default_rng(0)
     small = Image.fromarray(rng.integers(0, 256, (size[0] // 6 + 1, size[1] // 6 + 1, 4), dtype=np.uint8))
     pixels = np.asarray(small.resize(size[::-1], Image.Resampling.BICUBIC))

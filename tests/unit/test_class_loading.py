@@ -61,7 +61,7 @@ def test_the_tensors_tell_every_layout_of_dit(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["sidecar", "folder", "config", "model_index", "metadata"])
-def test_class_names_are_found_beside_the_weights(place, tmp_path):
+def test_class_names_are_read_from_the_folder_of_the_weights(place, tmp_path):
     path = write(tmp_path, names=None)
     numbered = {str(i): name for i, name in enumerate(NAMES)}
     if place == "sidecar":
@@ -79,7 +79,7 @@ def test_class_names_are_found_beside_the_weights(place, tmp_path):
         assert condit.load(source).model.index("red fox") == 2
 
 
-def test_too_few_class_names_are_told(tmp_path):
+def test_too_few_class_names_raise(tmp_path):
     with pytest.raises(ValueError, match=r"model.labels.json has 2 class names, none for 2; the model has 5"):
         condit.load(write(tmp_path, names=NAMES[:2]))
 
@@ -98,7 +98,7 @@ def test_only_class_models_are_recognised(name, kind):
     assert kind_of_tensors([name]) == kind
 
 
-def test_a_file_of_something_else_is_told_with_a_guess(tmp_path):
+def test_a_file_of_something_else_raises_with_a_guess(tmp_path):
     save_file({"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)}, tmp_path / "unet.safetensors")
     with pytest.raises(ValueError, match="It looks like a UNet of diffusers.*dit-xl-2-256"):
         condit.load(tmp_path / "unet.safetensors")

@@ -47,7 +47,7 @@ def diffit(tmp_path_factory) -> Pipeline:
 # Drawing
 
 
-def test_images_come_as_pictures_tensors_or_latents(pipe):
+def test_images_come_as_pil_tensors_or_latents(pipe):
     (picture,) = pipe("snail", seed=0, num_inference_steps=2).images
     assert isinstance(picture, Image.Image) and picture.size == (32, 32)
     tensor = draw(pipe, output_type="pt")
@@ -81,7 +81,7 @@ def test_a_drawing_is_the_official_sampler_over_the_official_guidance(pipe):
         assert torch.equal(found, expected)  # 4.0 is the default of the official sample.py
 
 
-def test_diffit_draws_with_its_power_cosine_schedule_and_forms_its_biases_once(diffit, monkeypatch):
+def test_diffit_generates_with_its_power_cosine_schedule_and_forms_its_biases_once(diffit, monkeypatch):
     formed, told = [], []
     biases, forward = type(diffit.backbone).biases, type(diffit.backbone).forward
     monkeypatch.setattr(DiffiT, "biases", lambda self, grid: formed.append(grid) or biases(self, grid))
@@ -126,7 +126,7 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
     assert seen == [(0, 999.0), (1, 500.0), (2, 0.0)]
 
 
-def test_the_recipe_holds_what_draws_the_picture_again(pipe):
+def test_the_recipe_holds_what_repeats_the_image(pipe):
     result = pipe(["snail", None], seed=3, num_inference_steps=2, output_type="latent")
     assert isinstance(result, Result) and result.seeds == [3, 4]
     assert len(result.recipe.pop("hash")) == 16 and result.recipe.pop("model").endswith("model.safetensors")
@@ -186,13 +186,13 @@ def test_the_batch_is_doubled_only_where_something_is_guided(pipe, diffit):
     assert rows_seen(pipe, [None, None]) == [2, 2]
 
 
-def test_without_a_class_the_null_class_is_drawn(pipe):
+def test_without_a_class_the_null_class_is_generated(pipe):
     assert torch.equal(draw(pipe, None), draw(pipe, [None], guidance_scale=1.0))
     assert not torch.equal(draw(pipe, None), draw(pipe, 0, guidance_scale=1.0))
 
 
 @pytest.mark.parametrize("config", [DIT, DIFFIT])
-def test_an_unconditional_model_draws_and_knows_no_class(config, tmp_path):
+def test_an_unconditional_model_generates_and_knows_no_class(config, tmp_path):
     config = replace(config, num_classes=0, learn_sigma=False)
     model = condit.load(write(tmp_path, config, names=None))
     assert draw(model, None, num_images_per_prompt=2).shape == (2, 4, 4, 4)
@@ -231,7 +231,7 @@ def test_an_export_of_the_trainer_says_what_it_predicts(tmp_path):
     torch.testing.assert_close(found, kept[-1], rtol=0, atol=1e-5)  # the last step lands on the last prediction
 
 
-def test_learned_variances_are_bounded_where_the_picture_is_predicted(pipe, tmp_path):
+def test_learned_variances_are_bounded_where_the_image_is_predicted(pipe, tmp_path):
     assert pipe.model.process(10).variance == "learned"  # as published
     path = write(tmp_path / "transformer", DIT, names=None)
     fields = {"id2label": dict(enumerate(NAMES)), "condit": {"predicts": "x0"}}
@@ -243,7 +243,7 @@ def test_learned_variances_are_bounded_where_the_picture_is_predicted(pipe, tmp_
 
 
 @pytest.mark.parametrize("which", ["pipe", "diffit"])
-def test_a_rectangle_is_drawn(which, request):
+def test_a_rectangle_is_generated(which, request):
     assert draw(request.getfixturevalue(which), height=32, width=48).shape == (1, 4, 4, 6)
 
 
@@ -317,7 +317,7 @@ class Joins(Control):
         ({"controls": Joins()}, "found Joins"),
     ],
 )
-def test_a_wrong_argument_is_told_before_anything_is_drawn(pipe, given, message):
+def test_a_wrong_argument_raises_before_anything_is_generated(pipe, given, message):
     asked = []
     hook = pipe.backbone.register_forward_hook(lambda *_: asked.append(1))
     with pytest.raises(ValueError, match=message):
@@ -326,7 +326,7 @@ def test_a_wrong_argument_is_told_before_anything_is_drawn(pipe, given, message)
     assert not asked
 
 
-def test_a_picture_of_nan_is_told(pipe):
+def test_an_image_of_nan_raises(pipe):
     with pytest.raises(ValueError, match="NaN"):
         pipe(1, num_inference_steps=2, latents=torch.full((1, 4, 4, 4), torch.nan))
 

@@ -80,7 +80,7 @@ def test_a_headless_vit_gives_features_only(tmp_path, pictures):
         bare.classify(pictures(1))
 
 
-def test_wrong_arguments_of_a_classifier_are_told(vit, pictures):
+def test_wrong_arguments_of_a_classifier_raise(vit, pictures):
     with pytest.raises(ValueError, match="top_k must be at least 1; found 0"):
         vit.classify(pictures(1), top_k=0)
     with pytest.raises(ValueError, match="No image in the list"):

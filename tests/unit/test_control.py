@@ -94,7 +94,7 @@ def test_a_control_that_overrides_nothing_changes_nothing():
     assert control.describe() == {"method": "Control"}
 
 
-def test_controls_stand_in_a_list_and_what_is_none_is_told():
+def test_controls_must_be_a_list_of_controls():
     one = Control()
     assert check_controls([one]) == (one,) and check_controls(()) == ()
     with pytest.raises(ValueError, match=r"controls=\[...\]; found Control"):

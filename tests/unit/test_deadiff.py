@@ -55,7 +55,7 @@ def test_the_rule_for_other_unets_gives_the_released_layers_for_sixteen():
     assert coarse_layers(70) == tuple(range(17, 36))  # SDXL
 
 
-def test_a_layer_that_is_not_there_is_told(bench):
+def test_a_layer_that_is_not_there_raises(bench):
     with pytest.raises(ValueError, match="content_layers has 16; there are 16"):
         layer_table(bench.backbone.sites, (4, 16))
 
@@ -127,7 +127,7 @@ def test_each_set_has_its_own_strength(bench, adapter, pictures):
     close(bench.draw([style]), bench.draw([none]))
 
 
-def test_several_references_are_averaged_as_tokens_by_weights(adapter, pictures):
+def test_references_are_averaged_as_tokens_by_weights(adapter, pictures):
     mixed = adapter.control([pictures[:2]], weights=[0.25, 0.75])
     one, other = (adapter.control(picture) for picture in pictures[:2])
     for path, name in mixed.table.items():

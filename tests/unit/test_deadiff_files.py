@@ -75,7 +75,7 @@ def test_the_published_layout_is_read_and_written_bit_by_bit(bench, adapter, pic
     same_controls(loaded, adapter, pictures[0])
 
 
-def test_our_layout_is_read_with_the_image_tower_beside_it(bench, adapter, pictures, tmp_path):
+def test_our_layout_is_read_together_with_its_image_tower(bench, adapter, pictures, tmp_path):
     metadata = {"condit": json.dumps({**adapter.metadata(), "content_layers": [5, 6]})}
     file = save_tensors(tmp_path / "adapter.safetensors", adapter.tensors(), metadata)
     assert what_is(read_tensors(file)) == "DEADiff"
@@ -151,7 +151,7 @@ def test_names_of_the_full_size_checkpoint_go_both_ways():
     assert sum(math.prod(shape) for name, shape in ours.items() if name.startswith("unet.")) == 19_169_280
 
 
-def test_towers_that_differ_are_told(adapter):
+def test_towers_that_differ_raise(adapter):
     tensors = published(adapter)
     tensors["content_blip.visual_encoder.ln_pre.bias"] = torch.ones(64)
     with pytest.raises(ValueError, match="image towers of the two Q-Formers differ .first: ln_pre.bias"):
@@ -199,7 +199,7 @@ def test_missing_queries_are_named_with_their_nearest(bench, adapter, write):
         DEADiff.load(file, bench, image_encoder=adapter.tower)
 
 
-def test_an_adapter_of_another_base_is_told(bench, adapter, tmp_path):
+def test_an_adapter_of_another_base_raises(bench, adapter, tmp_path):
     file = save_tensors(tmp_path / "a.safetensors", adapter.tensors())
     wide = Bench(make_unet(cross_attention_dim=2 * WIDTH))
     with pytest.raises(
@@ -213,7 +213,7 @@ def test_an_adapter_of_another_base_is_told(bench, adapter, tmp_path):
         DEADiff.load(file, cast("Host", fewer), image_encoder=adapter.tower)
 
 
-def test_a_control_of_another_model_is_told(adapter, pictures):
+def test_a_control_of_another_model_raises(adapter, pictures):
     fewer = Bench(
         make_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"))
     )
@@ -221,26 +221,26 @@ def test_a_control_of_another_model_is_told(adapter, pictures):
         fewer.draw([adapter.control(pictures[0])])
 
 
-def test_a_model_without_cross_attention_is_told(make_pipe, adapter, tmp_path):
+def test_a_model_without_cross_attention_raises(make_pipe, adapter, tmp_path):
     file = save_tensors(tmp_path / "a.safetensors", adapter.tensors())
     with pytest.raises(ValueError, match="needs layers of cross-attention to the text; random has none"):
         DEADiff.load(file, make_pipe(), image_encoder=adapter.tower)
 
 
-def test_another_methods_file_is_told(bench, make_pipe, make_ip, tmp_path):
+def test_another_methods_file_raises(bench, make_pipe, make_ip, tmp_path):
     file = save_tensors(tmp_path / "ip.safetensors", make_ip(make_pipe()).tensors())
     with pytest.raises(ValueError, match="is for condit.IPAdapter, not condit.DEADiff"):
         DEADiff.load(file, bench)
 
 
-def test_another_image_encoder_is_told(bench, adapter, write):
+def test_another_image_encoder_raises(bench, adapter, write):
     narrow = ClipPatches(adapter.tower.tower)
     narrow.features = 32
     with pytest.raises(ValueError, match="reads image tokens of width 64; the image encoder gives 32"):
         DEADiff.load(write({}), bench, image_encoder=narrow)
 
 
-def test_a_broken_checkpoint_is_told(bench, adapter, tmp_path):
+def test_a_broken_checkpoint_raises(bench, adapter, tmp_path):
     file = save_published(tmp_path / "d.ckpt", split(published(adapter)))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match="broken or cut off"):
@@ -294,7 +294,7 @@ def test_references_that_do_not_fit_the_batch_are_counted(bench, adapter, pictur
         bench.draw([adapter.control(pictures[:3])], batch=2)
 
 
-def test_pictures_of_any_kind_are_read(adapter, pictures, tmp_path):
+def test_images_of_any_kind_are_read(adapter, pictures, tmp_path):
     Image.fromarray(pictures[0]).save(tmp_path / "a.png")
     kinds = [pictures[0], tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), load_image(pictures[0])]
     first, *others = (adapter.control(kind) for kind in kinds)

@@ -263,7 +263,7 @@ def test_a_recipe_that_cannot_work_says_why(make_task, how, message):
         make_task(**how)
 
 
-def test_a_folder_without_pairs_of_a_wanted_kind_is_told(make_task, tmp_path):
+def test_a_folder_without_pairs_of_a_wanted_kind_raises(make_task, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "style_group": "s", "content_group": "c"}\n')
     with pytest.raises(ValueError, match="no style pair"):

@@ -163,7 +163,7 @@ def test_biases_formed_once_give_the_same_output(model):
         assert torch.equal(model(x, t, y, biases=model.biases((4, 6))), model(x, t, y))
 
 
-def test_biases_of_another_grid_are_told(model):
+def test_biases_of_another_grid_raise(model):
     with pytest.raises(ValueError, match=r"biases are for 24 tokens; this latent has 16. Use biases\(\(4, 4\)\)"):
         model(*latents(8, 8), biases=model.biases((4, 6)))
 
@@ -210,7 +210,7 @@ def test_without_dropout_there_is_no_null_class():
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 7, 8), (2, 3, 8, 8), (4, 8, 8)])
-def test_a_latent_that_does_not_fit_is_told(model, shape):
+def test_a_latent_that_does_not_fit_raises(model, shape):
     with pytest.raises(ValueError, match=r"\(B, 4, H, W\) with H and W multiples of 2.*found"):
         model(torch.zeros(shape), torch.zeros(2), torch.zeros(2, dtype=torch.long))
 

@@ -127,7 +127,7 @@ def test_controls_see_every_site_of_the_u_shape(image_model):
     assert all(modules[site.path].site == site for site in image_model.sites)  # type: ignore[union-attr]
 
 
-def test_an_image_that_does_not_divide_into_windows_is_told(image_model):
+def test_an_image_that_does_not_divide_into_windows_raises(image_model):
     with pytest.raises(ValueError, match=r"multiples of 8 are expected.*found \(2, 3, 12, 8\)"):
         image_model(torch.zeros(2, 3, 12, 8), torch.zeros(2))
 

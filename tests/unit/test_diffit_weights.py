@@ -102,7 +102,7 @@ def test_a_pytorch_file_and_half_precision_load_as_they_are(model, tmp_path):
     assert load_diffit(tmp_path / "a.pt").final_layer.linear.weight.dtype == torch.bfloat16
 
 
-def test_a_folder_as_the_trainer_exports_it_is_read_and_one_with_other_files_told(model, tmp_path):
+def test_a_folder_as_the_trainer_exports_it_is_read_and_one_with_other_files_raises(model, tmp_path):
     save_diffit(model, tmp_path / "export" / "transformer" / "model.safetensors")
     for folder in (tmp_path / "export", tmp_path / "export" / "transformer"):
         assert load_diffit(folder).config == TINY
@@ -134,7 +134,7 @@ def test_a_tensor_too_many_is_named(model, tmp_path):
         load_diffit(saved(tmp_path / "a.safetensors", tensors))
 
 
-def test_a_missing_block_is_told_by_the_next_ones_names(model, tmp_path):
+def test_a_missing_block_raises_with_the_names_of_the_next_one(model, tmp_path):
     tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("blocks.0.")}
     with pytest.raises(ValueError, match="missing.*blocks.0.attn.relative_position_bias_table"):
         load_diffit(saved(tmp_path / "a.safetensors", tensors))
@@ -183,7 +183,7 @@ def test_tensors_that_tell_nothing_are_measured_against_xl_2():
     assert config_of({}) == config_of({"pos_embed": torch.zeros(3)}) == PRESETS["DiffiT-XL/2"]
 
 
-def test_indices_are_written_only_when_asked_for(model, tmp_path):
+def test_indices_are_written_only_on_request(model, tmp_path):
     names = read_tensors(save_diffit(model, tmp_path / "a.safetensors")).keys()
     assert names == model.state_dict().keys()
     with_indices = read_tensors(save_diffit(model, tmp_path / "b.safetensors", indices=True)).keys()

@@ -93,7 +93,7 @@ def test_refinement_leaves_new_words_their_own_map():
     torch.testing.assert_close(found[1], expected / expected.sum(-1, keepdim=True))
 
 
-def test_in_joint_attention_only_the_pictures_rows_and_the_texts_columns_change_and_keep_their_share():
+def test_in_joint_attention_only_the_images_rows_and_the_texts_columns_change_and_keep_their_share():
     control = acting(DiT4Edit(self_form=None), "a cat sits", "a dog sits")
     plain, found = maps_of(joint_call()), maps_of(joint_call(), [control])
     assert torch.equal(found[0], plain[0]) and torch.equal(found[1, :, :L], plain[1, :, :L])
@@ -221,7 +221,7 @@ def test_the_kept_maps_bound_the_edit_after_the_blends_start():
         ({"blend": Blend(threshold=0)}, "start and threshold"),
     ],
 )
-def test_settings_outside_the_schedule_are_told(fields, message):
+def test_settings_outside_the_schedule_raise(fields, message):
     with pytest.raises(ValueError, match=message):
         DiT4Edit(**fields)
 
@@ -234,7 +234,7 @@ def test_settings_outside_the_schedule_are_told(fields, message):
         (DiT4Edit(reweight={"bird": 2}), "a dog", "'bird' is not in the prompt 'a dog'. Its words are a, dog"),
     ],
 )
-def test_prompts_that_do_not_fit_the_edit_are_told(make_pipe, control, target, message):
+def test_prompts_that_do_not_fit_the_edit_raise(make_pipe, control, target, message):
     pipe = make_pipe(blocks=1)
     with pytest.raises(ValueError, match=message):
         pipe.edit(np.zeros((32, 48, 3), np.uint8), "a cat", target, controls=[control], num_inference_steps=1)
@@ -248,7 +248,7 @@ def test_prompts_that_do_not_fit_the_edit_are_told(make_pipe, control, target, m
         (DiT4Edit(blend=Blend(layers=(0.6, 0.9))), "a dog", "blend.layers, 0.6 to 0.9, contains none"),
     ],
 )
-def test_words_and_layers_are_told_before_the_picture_is_inverted(make_pipe, control, target, message):
+def test_unknown_words_and_layers_raise_before_the_inversion(make_pipe, control, target, message):
     pipe, asked = make_pipe(blocks=1), []
     hook = pipe.backbone.register_forward_hook(lambda *_: asked.append(1))
     with pytest.raises(ValueError, match=message):
@@ -266,7 +266,7 @@ def test_a_window_shorter_than_a_step_does_nothing_as_the_docstring_says():
     assert ready.at(Step(0, 4, 1.0)) is not None
 
 
-def test_words_that_differ_behind_what_the_encoder_reads_are_told():
+def test_words_that_differ_after_the_encoders_limit_raise():
     def cut(words: Words) -> Words:
         return replace(words, tokens=tuple(t if t and t[-1] < 3 else () for t in words.tokens))
 
@@ -308,7 +308,7 @@ def test_it_acts_in_an_edit_only(make_pipe):
         make_pipe(blocks=1)("a cat", controls=[DiT4Edit()], num_inference_steps=1)
 
 
-def test_pictures_of_odd_sizes_are_fitted_and_wrong_ones_told(make_pipe):
+def test_images_of_odd_sizes_are_fitted_and_wrong_ones_raise(make_pipe):
     pipe = make_pipe(blocks=1, canvas=False)  # draws 32 x 48 in tokens of 8 px
     odd = Image.new("RGB", (101, 67), "red")
     found = pipe.edit(odd, "a cat", "a dog", num_inference_steps=1)
@@ -342,7 +342,7 @@ def test_pictures_of_odd_sizes_are_fitted_and_wrong_ones_told(make_pipe):
         ({"mask": [np.zeros((32, 48), np.uint8)] * 3, "target": ["a dog", "a fox"]}, "3 masks for 2 edits"),
     ],
 )
-def test_calls_that_make_no_sense_are_told(make_pipe, given, message):
+def test_calls_that_make_no_sense_raise(make_pipe, given, message):
     how = {"image": np.zeros((32, 48, 3), np.uint8), "source": "a cat", "target": "a dog", **given}
     with pytest.raises(ValueError, match=message):
         make_pipe(blocks=1).edit(how.pop("image"), how.pop("source"), how.pop("target"), **how)

@@ -71,7 +71,7 @@ def test_our_own_file_keeps_the_whole_configuration(config, tmp_path):
     assert_same(found, model)
 
 
-def test_what_our_own_file_says_counts_beside_a_config_json(tmp_path):
+def test_metadata_of_our_own_file_precede_a_config_json(tmp_path):
     """The trainer writes both; without it the last class would be taken for the null class."""
     config = replace(build().config, class_dropout_prob=0.0)
     save_dit(build(config), tmp_path / "transformer" / "model.safetensors")
@@ -87,7 +87,7 @@ def test_the_heads_of_published_widths_are_known(name, tmp_path):
     assert load_dit(tmp_path / "dit.pt").config == config
 
 
-def test_a_file_without_gates_or_labels_is_told_by_its_tensors(tmp_path):
+def test_a_file_without_gates_or_labels_is_recognised_by_its_tensors(tmp_path):
     config = replace(TINY, num_classes=0, gates=False)
     save_dit(build(config), tmp_path / "dit.pt")
     found = load_dit(tmp_path / "dit.pt", num_heads=4).config
@@ -130,7 +130,7 @@ def test_a_file_with_the_released_list_of_names_loads_strictly(release, tmp_path
 # Training files
 
 
-def test_a_training_file_gives_its_average_unless_asked_otherwise(tmp_path):
+def test_a_training_file_gives_its_average_by_default(tmp_path):
     model, ema = build(), build(seed=1)
     save_dit(model, tmp_path / "training.pt", layout="training", ema=ema)
     assert_same(load_dit(tmp_path / "training.pt", num_heads=4), ema)
@@ -327,6 +327,6 @@ def test_a_field_of_a_later_version_is_refused(tmp_path):
         load_dit(tmp_path / "dit.safetensors")
 
 
-def test_an_empty_folder_is_told(tmp_path):
+def test_an_empty_folder_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no weights"):
         load_dit(tmp_path)

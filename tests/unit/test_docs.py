@@ -122,7 +122,7 @@ def tables(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("page", PAPERS, ids=lambda page: page.name)
-def test_a_paper_is_told_in_the_houses_order_and_its_figures_have_their_commands(page):
+def test_a_page_of_a_paper_has_the_common_order_and_a_command_for_its_figures(page):
     found = sections(page)
     names = list(found)
     assert names[0] == "Why" and names[-2:] == ["What we measured", "Limits"]

@@ -69,7 +69,7 @@ def test_without_a_network_the_denoiser_is_the_best_linear_one():
     torch.testing.assert_close(denoise(start(), sigma), ideal(0.0, DESIGN.sigma_data)(start(), sigma))
 
 
-def test_the_network_sees_and_is_asked_for_deviation_one():
+def test_inputs_and_targets_of_the_network_have_deviation_one():
     g, seen = torch.Generator().manual_seed(0), []
     x0 = 0.5 * torch.randn(3, 3, 64, 64, generator=g)
     noise, sigma = torch.randn(x0.shape, generator=g), torch.tensor([0.01, 0.5, 40.0])
@@ -111,7 +111,7 @@ def test_levels_and_factors_are_those_of_diffusers():
         torch.testing.assert_close(found, theirs.precondition_outputs(x, y, torch.tensor(sigma)), rtol=1e-5, atol=1e-5)
 
 
-def test_training_levels_have_the_told_logarithm():
+def test_training_levels_have_the_given_distribution_of_logarithms():
     logs = training_sigmas(20_000, DESIGN, generator=torch.Generator().manual_seed(0)).log()
     assert float(logs.mean()) == pytest.approx(-1.2, abs=0.03) and float(logs.std()) == pytest.approx(1.2, abs=0.03)
 

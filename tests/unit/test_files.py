@@ -76,7 +76,7 @@ def test_views_and_tied_tensors_are_saved_without_their_base(tmp_path):
     assert path.stat().st_size < 50_000
 
 
-def test_pytorch_files_are_read_told_by_content_and_flattened(tmp_path):
+def test_pytorch_files_are_recognised_by_content_and_flattened(tmp_path):
     weight = torch.randn(2)
     state = {"ema": {"x.weight": weight}, "args": argparse.Namespace(model="DiT-XL/2"), "step": 7}
     torch.save(state, tmp_path / "named.safetensors")  # the name lies
@@ -131,14 +131,14 @@ def test_the_trap_would_have_worked(tmp_path):
         (b"PK\x03\x04 not a zip", "broken or cut off"),
     ],
 )
-def test_what_is_no_weight_file_is_told(tmp_path, content, said):
+def test_a_file_without_weights_raises(tmp_path, content, said):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=said):
         read_tensors(path)
 
 
-def test_an_npz_is_told_from_a_broken_pytorch_file(tmp_path):
+def test_an_npz_is_distinguished_from_a_broken_pytorch_file(tmp_path):
     np.savez(tmp_path / "x.npz", cls=np.zeros(3))
     assert arrays_in(tmp_path / "x.npz") == ["cls"]
     with pytest.raises(ValueError, match="an .npz of numpy arrays, .*: load it with load_vit"):
@@ -152,7 +152,7 @@ def test_a_whole_module_is_refused_by_its_class(tmp_path):
         read_tensors(tmp_path / "x.pt")
 
 
-def test_a_cut_off_weight_file_is_told(tmp_path):
+def test_a_cut_off_weight_file_raises(tmp_path):
     whole = save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1000)}).read_bytes()
     torch.save({"a": torch.zeros(1000)}, tmp_path / "b.pt")
     (tmp_path / "a.safetensors").write_bytes(whole[:-100])
@@ -162,7 +162,7 @@ def test_a_cut_off_weight_file_is_told(tmp_path):
             read_tensors(tmp_path / name)
 
 
-def test_missing_files_and_folders_are_told(tmp_path):
+def test_missing_files_and_folders_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weight file at"):
         read_tensors(tmp_path / "absent.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
@@ -306,7 +306,7 @@ def test_a_stop_between_the_two_renames_is_mended_on_opening(tmp_path, monkeypat
     assert (open_folder(folder) / "sub" / "a.txt").read_text() == "old"
 
 
-def test_half_and_missing_folders_are_told(tmp_path):
+def test_half_and_missing_folders_raise(tmp_path):
     (tmp_path / "half").mkdir()
     with pytest.raises(ValueError, match="was not written to its end"):
         open_folder(tmp_path / "half")

@@ -54,7 +54,7 @@ def test_the_other_official_schedules_have_their_shapes():
     assert g.beta_schedule("squaredcos_cap_v2", 1000)[-1] == 0.999
 
 
-def test_an_unknown_schedule_is_told_with_those_there_are():
+def test_an_unknown_schedule_raises_with_the_known_ones():
     with pytest.raises(ValueError, match="'cosine'.*squaredcos_cap_v2"):
         g.beta_schedule("cosine")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1 step; found 0"):
@@ -160,7 +160,7 @@ def test_clip_bounds_the_estimate_and_nothing_else():
 
 
 @pytest.mark.parametrize(("process", "channels"), [(LEARNED, 4), (FIXED, 8)])
-def test_an_output_that_does_not_fit_the_variance_is_told(process, channels):
+def test_an_output_that_does_not_fit_the_variance_raises(process, channels):
     output = torch.zeros(3, channels, 6, 5)
     with pytest.raises(ValueError, match=r"must put out.*learn_sigma must fit"):
         g.reverse(process, output, X0, torch.zeros(3, dtype=torch.long))
@@ -187,7 +187,7 @@ def test_the_bound_trains_the_variance_alone():
     assert gradient[:, :4].abs().max() > 0
 
 
-def test_the_network_is_told_the_trained_timestep():
+def test_the_network_receives_the_trained_timestep():
     asked = []
     process = g.gaussian(respacing="10", predicts="x0", variance="small")
     loss = g.training_loss(lambda x, t: asked.append(t) or X0, process, X0, torch.tensor([0, 5, 9]), NOISE)

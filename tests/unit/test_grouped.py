@@ -45,7 +45,7 @@ def grid(i: int) -> dict:
     return {"file_name": f"{i}.png", "text": f"t{i}", "style_group": f"s{i % 3}", "content_group": f"c{i // 3}"}
 
 
-def test_style_pairs_share_their_style_and_are_two_pictures(make_folder):
+def test_style_pairs_share_their_style_and_are_two_images(make_folder):
     pairs = make_folder(*(grid(i) for i in range(6)))
     assert drawn(pairs, "style") == {(i, j) for i in range(6) for j in range(6) if i != j and i % 3 == j % 3}
 
@@ -58,7 +58,7 @@ def test_content_pairs_share_their_content_in_different_styles(make_folder):
     assert drawn(pairs, "content", 600) == expected
 
 
-def test_reconstruction_is_the_picture_itself(make_folder):
+def test_reconstruction_is_the_image_itself(make_folder):
     assert drawn(make_folder(grid(0), grid(1)), "reconstruction") == {(0, 0), (1, 1)}
 
 
@@ -93,7 +93,7 @@ def test_a_group_that_is_no_name_is_quoted(make_folder, tmp_path):
     assert "style_group must be a name" in check(tmp_path).problems[0]
 
 
-def test_groups_of_tars_come_from_their_json_and_no_picture_is_read_for_them(tmp_path):
+def test_groups_of_tars_come_from_their_json_and_no_image_is_read_for_them(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for i in range(3):
             told = {"text": f"t{i}", "style_group": "s", "content_group": f"c{i}"}

@@ -113,7 +113,7 @@ def test_every_style_is_pinned_and_named() -> None:
     assert len(UI_STYLES) == 12
 
 
-def test_an_unknown_style_is_told_with_the_known_ones() -> None:
+def test_an_unknown_style_raises_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no icon style 'notto'; there are noto, "):
         style_of("notto")
 

@@ -61,7 +61,7 @@ def test_case_spaces_underscores_and_synonyms_are_understood(name, index):
         ("", "No class ''"),
     ],
 )
-def test_an_ambiguous_or_unknown_name_is_told_with_what_is_near(name, message):
+def test_an_ambiguous_or_unknown_name_raises_with_similar_names(name, message):
     with pytest.raises(ValueError, match=message):
         imagenet().index(name)
 

@@ -48,7 +48,7 @@ def test_every_allowed_format_is_read_from_path_and_bytes(tmp_path, kind):
         assert np.abs(np.asarray(image).astype(int) - np.asarray(picture)).max() <= 3  # JPEG is lossy
 
 
-def test_arrays_tensors_and_images_give_the_same_picture():
+def test_arrays_tensors_and_images_give_the_same_image():
     pixels = noise()
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     sources = [
@@ -160,7 +160,7 @@ def test_missing_files_folders_text_and_other_formats_are_clear_errors(tmp_path)
 
 
 @pytest.mark.parametrize("url", ["https://example.org/a.png", "file:///etc/passwd", "ftp://example.org/a.png"])
-def test_urls_are_refused_unless_asked_for(url):
+def test_urls_raise_unless_allowed(url):
     with pytest.raises(ValueError, match="is a URL"):
         load_image(url)
     if not url.startswith("https"):
@@ -195,7 +195,7 @@ def test_other_endings_are_refused(tmp_path):
     assert load_image(save_image(Image.new("RGBA", (4, 4)), tmp_path / "a.jpg")).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_full_disk_leaves_the_old_picture_and_no_temporary_file(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_image_and_no_temporary_file(tmp_path, monkeypatch):
     path = save_image(Image.new("RGB", (4, 4), "red"), tmp_path / "a.png")
     before = path.read_bytes()
 
@@ -215,13 +215,13 @@ def test_saving_onto_a_folder_is_a_clear_error(tmp_path):
         save_image(Image.new("RGB", (4, 4)), tmp_path / "a.png")
 
 
-def test_a_saved_picture_has_the_usual_permissions(tmp_path):
+def test_a_saved_image_has_the_usual_permissions(tmp_path):
     path = save_image(Image.new("RGB", (4, 4)), tmp_path / "a.png")
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_tensor_and_picture_turn_into_each_other_exactly():
+def test_tensor_and_image_turn_into_each_other_exactly():
     pixels = noise()
     tensor = to_tensor(pixels, (8, 12))
     assert (tensor.shape, tensor.dtype) == ((3, 8, 12), torch.float32)
@@ -242,7 +242,7 @@ def test_fit_squashes_crops_or_pads():
         to_tensor(wide, 20, fit="stretch")  # pyright: ignore[reportArgumentType]
 
 
-def test_nan_never_becomes_a_picture():
+def test_nan_never_becomes_an_image():
     with pytest.raises(ValueError, match="NaN"):
         to_images(torch.full((1, 3, 4, 4), float("nan")))
 

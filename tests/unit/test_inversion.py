@@ -82,7 +82,7 @@ def test_a_solver_asks_the_network_as_often_as_it_says(pictures, solver, calls):
     assert len(asked) == calls
 
 
-def test_a_trajectory_ends_in_the_picture_bit_for_bit(pictures):
+def test_a_trajectory_ends_in_the_image_bit_for_bit(pictures):
     up = invert(noise_of, pictures, dpm_path(CUMPROD, 6))
     assert up.shape == (7, 6, 64) and torch.equal(up[-1], pictures)
 
@@ -100,7 +100,7 @@ def test_a_flow_goes_up_and_comes_back_nearer_with_fixed_points(pictures):
         invert(velocity_of, pictures, path, "dpmpp2m")
 
 
-def test_an_unknown_solver_and_an_impossible_number_of_steps_are_told(pictures):
+def test_an_unknown_solver_and_an_impossible_number_of_steps_raise(pictures):
     with pytest.raises(ValueError, match="No solver 'euler'"):
         invert(noise_of, pictures, dpm_path(CUMPROD, 4), "euler")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="1 to 1000; found 0"):

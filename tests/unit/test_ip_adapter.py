@@ -125,7 +125,7 @@ def test_a_curve_scales_the_strength(pipe, adapter, pictures):
     assert isinstance(weight, torch.Tensor) and float(weight) == pytest.approx(0.4)
 
 
-def test_features_made_elsewhere_act_as_their_picture_and_those_of_another_encoder_are_refused(adapter, pictures):
+def test_features_made_elsewhere_act_as_their_image_and_those_of_another_encoder_are_refused(adapter, pictures):
     picture, other = pictures(2)
     both = adapter.features([picture, other])
     for embeds, reference in ((both[:1], picture), (both[None], [[picture, other]])):
@@ -155,7 +155,7 @@ def test_a_saved_adapter_comes_back(pipe, make_ip, tmp_path):
     assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in adapter.tensors().items())
 
 
-def test_an_adapter_of_another_model_or_encoder_is_told(pipe, adapter, tmp_path):
+def test_an_adapter_of_another_model_or_encoder_raises(pipe, adapter, tmp_path):
     tensors = adapter.tensors()
     fewer = {name: t for name, t in tensors.items() if ".3." not in name}
     features = tensors | {"image_proj.proj.weight": torch.zeros(24, 99)}

@@ -36,7 +36,7 @@ def file(pipe, tmp_path) -> Path:
 # What is read
 
 
-def test_the_encoder_beside_the_file_is_found_and_one_that_is_given_comes_first(pipe, file, tmp_path, pictures):
+def test_the_encoder_in_the_files_folder_is_used_unless_one_is_given(pipe, file, tmp_path, pictures):
     found = IPAdapter.load(file, pipe)
     assert found._encoder[0] is not None and found._encoder[0].size == EncoderSize(20, 12, 5, 28)
     given = IPAdapter.load(file, pipe, image_encoder=vision(tmp_path / "other"))
@@ -86,7 +86,7 @@ def test_every_spelling_of_a_file_is_the_same_adapter(pipe, file, layout):
     assert found.keys() == expected.keys() and all(torch.equal(found[n], t) for n, t in expected.items())
 
 
-def test_only_the_layers_asked_for_are_held(pipe, file):
+def test_only_the_selected_layers_are_loaded(pipe, file):
     part = IPAdapter.load(file, pipe, where="up_blocks.0.*")
     whole = IPAdapter.load(file, pipe)
     assert part.sites == tuple(path for path in whole.sites if path.startswith("up_blocks.0."))
@@ -156,7 +156,7 @@ def test_faceids_lora_is_read_acts_and_is_saved(pipe, file, tmp_path):
 # What does not fit
 
 
-def test_the_wrong_encoder_is_told_before_its_weights_are_read(pipe, file, tmp_path):
+def test_the_wrong_encoder_raises_before_its_weights_are_read(pipe, file, tmp_path):
     wrong = vision(tmp_path / "wrong", hidden=24, projection=16)
     (wrong / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"needs image embeddings .* of width 12.*wrong is a CLIP \(hidden states 24"):
@@ -202,7 +202,7 @@ def test_without_any_encoder_the_file_names_what_it_needs(pipe, tmp_path):
         IPAdapter.load(tmp_path / "x.safetensors", pipe)
 
 
-def test_an_adapter_of_another_base_is_told(pipe, xl, file, tmp_path):
+def test_an_adapter_of_another_base_raises(pipe, xl, file, tmp_path):
     wider = {n: torch.zeros(t.shape[0], 2048) if "_ip." in n else t for n, t in published(pipe).items()}
     save_file(wider, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"tokens of width 2048 \(SDXL\).* has width 12.*made for another base"):
@@ -220,7 +220,7 @@ def test_what_is_no_adapter_for_this_model_says_what_would_be(pipe, file, make_p
         StyleLoRA.load(file, pipe)
 
 
-def test_a_corrupt_bin_is_told(pipe, file):
+def test_a_corrupt_bin_raises(pipe, file):
     path = file.parent / "cut.bin"
     torch.save(nested(published(pipe)), path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -244,7 +244,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(pipe, tmp_path):
         assert not (tmp_path / "touched").exists()
 
 
-def test_a_file_that_is_not_whole_is_told(pipe, file, tmp_path):
+def test_a_file_that_is_not_whole_raises(pipe, file, tmp_path):
     tensors = published(pipe)
     layers = IPAdapter.load(file, pipe).layers
     value = f"ip_adapter.{layers[0].number}.to_v_ip.weight"
@@ -263,7 +263,7 @@ def test_a_file_that_is_not_whole_is_told(pipe, file, tmp_path):
             IPAdapter.load(path, pipe)
 
 
-def test_a_missing_layer_among_its_neighbours_is_told(xl, tmp_path):
+def test_a_missing_layer_between_present_ones_raises(xl, tmp_path):
     """Of SDXL's attention modules each has several layers: one of them alone cannot be left out on purpose."""
     vision(tmp_path / "image_encoder")
     tensors = published(xl)
@@ -273,7 +273,7 @@ def test_a_missing_layer_among_its_neighbours_is_told(xl, tmp_path):
         IPAdapter.load(tmp_path / "hole.safetensors", xl)
 
 
-def test_masks_of_another_shape_are_told_before_sampling(pipe, file, pictures):
+def test_masks_of_another_shape_raise_before_sampling(pipe, file, pictures):
     adapter = IPAdapter.load(file, pipe)
     control = adapter.control(pictures(1)[0], mask=torch.ones(32, 32))
     with pytest.raises(ValueError, match="a mask of 32 x 32 .* for an image of 8 x 12 tokens"):

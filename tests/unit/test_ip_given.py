@@ -42,7 +42,7 @@ STRENGTH = "strength must be a finite number, one for each image, or numbers by 
         ({"content": torch.zeros(3, 12)}, "content for 3 images, references for 1"),
     ],
 )
-def test_what_cannot_be_is_told_when_the_control_is_made(adapter, pictures, how, message):
+def test_an_impossible_control_raises_when_it_is_made(adapter, pictures, how, message):
     with pytest.raises(ValueError, match=message):
         adapter.control([pictures(2)], combine="mean", **how)
 
@@ -56,7 +56,7 @@ def test_a_pair_says_when(adapter, pictures):
     assert adapter.control(pictures(1)[0], when=(0.2, 0.8)).when == When(0.2, 0.8)
 
 
-def test_a_control_of_another_model_is_told(adapter, pictures, make_latent, make_pipe):
+def test_a_control_of_another_model_raises(adapter, pictures, make_latent, make_pipe):
     """It would act at the layers that happen to have the same path, or nowhere at all."""
     control = adapter.control(pictures(1)[0])
     assert isinstance(control, IPReference)
@@ -65,7 +65,7 @@ def test_a_control_of_another_model_is_told(adapter, pictures, make_latent, make
             other("a fox", controls=[control], seed=0)
 
 
-def test_controls_that_are_none_are_told(pipe, adapter, pictures, make_pipe):
+def test_controls_that_are_none_raise(pipe, adapter, pictures, make_pipe):
     control = adapter.control(pictures(1)[0])
     for drawing in (pipe, make_pipe()):
         for given, message in (

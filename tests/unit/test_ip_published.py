@@ -156,7 +156,7 @@ def test_faceid_plus_of_both_versions_has_heads_of_64():
 
 
 @pytest.mark.parametrize("shortcut", [None, 0.7])
-def test_faceid_plus_reads_a_face_and_a_picture(make_latent, tmp_path, pictures, shortcut):
+def test_faceid_plus_reads_a_face_and_an_image(make_latent, tmp_path, pictures, shortcut):
     from condit.controls.ip_projectors import IdentityProjection
 
     pipe = make_latent("sd15", cross_attention_dim=64)

@@ -36,7 +36,7 @@ class Words(TextTower):
         return torch.stack(rows)
 
 
-def test_words_are_subtracted_before_the_projector_alone_or_several(pipe, file, pictures):
+def test_one_or_more_phrases_are_subtracted_before_the_projector(pipe, file, pictures):
     style = InstantStyle(IPAdapter.load(file, pipe), Words(16, 12))
     assert style.text is not None
     e = style.adapter.features(pictures(2))
@@ -57,7 +57,7 @@ def test_words_are_subtracted_before_the_projector_alone_or_several(pipe, file, 
         assert control.kv.keys() == expected.kv.keys()  # type: ignore[attr-defined]
 
 
-def test_words_that_cannot_be_subtracted_are_told(pipe, file, pictures, tmp_path):
+def test_words_that_cannot_be_subtracted_raise(pipe, file, pictures, tmp_path):
     adapter = IPAdapter.load(file, pipe)
     style, picture = InstantStyle(adapter, Words(16, 12)), pictures(1)[0]
     for empty in ("", "  ", [], ["a dog", ""], [["a dog"], []]):

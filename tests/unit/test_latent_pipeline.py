@@ -202,7 +202,7 @@ def test_a_repeat_is_bit_equal(pipes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_draws_nearly_the_same(make_latent, pipes, dtype: torch.dtype):
+def test_half_precision_generates_nearly_the_same(make_latent, pipes, dtype: torch.dtype):
     pipe = make_latent("sdxl")
     pipe.backbone.to(dtype)
     found, wanted = draw(pipe, guidance_scale=1.0), draw(pipes("sdxl"), guidance_scale=1.0)
@@ -236,7 +236,7 @@ BLACK = np.zeros((32, 48), np.uint8)
         ("sd15-inpainting", {"image": BLACK}, "inpainting model"),
     ],
 )
-def test_a_wrong_call_is_told(pipes, kind: str, how: dict, message: str):
+def test_a_wrong_call_raises(pipes, kind: str, how: dict, message: str):
     with pytest.raises(ValueError, match=message):
         pipes(kind)(**{"prompt": PROMPTS, **how})
 
@@ -262,7 +262,7 @@ def test_an_unknown_scheduler_asks_for_a_sampler(pipes):
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_a_published_model_that_is_not_there_is_told_with_its_place(monkeypatch, tmp_path, name: str):
+def test_a_published_model_that_is_missing_raises_with_its_place(monkeypatch, tmp_path, name: str):
     monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="models.*huggingface.co"):
         condit.load(name)

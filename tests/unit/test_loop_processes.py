@@ -160,7 +160,7 @@ def test_two_sharded_processes_train_and_resume_as_one_that_sees_both_batches(tm
     assert torch.equal(net["3.weight"], Sharded().net.get_parameter("3.weight"))
 
 
-def test_what_cannot_be_sharded_is_told(tmp_path, monkeypatch):
+def test_what_cannot_be_sharded_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     with pytest.raises(ValueError, match="Toy cannot be sharded"):
         Loop(Toy(), SHARDED, tmp_path)
@@ -171,7 +171,7 @@ def test_what_cannot_be_sharded_is_told(tmp_path, monkeypatch):
         Loop(Sharded(), SHARDED, tmp_path)
 
 
-def test_processes_that_do_not_see_each_other_are_told(tmp_path, monkeypatch):
+def test_processes_that_do_not_see_each_other_raise(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(Accelerator, "num_processes", 1)

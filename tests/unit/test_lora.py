@@ -67,7 +67,7 @@ def test_the_published_layout_is_read_back_with_and_without_prefix(prefix):
     assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in lora.tensors().items())
 
 
-def test_a_file_without_lora_is_told_by_what_it_holds():
+def test_a_file_without_lora_raises_with_what_it_holds():
     with pytest.raises(ValueError, match="No LoRA in the file.*'image_proj.norm.weight'"):
         LoRA.from_tensors({"image_proj.norm.weight": torch.zeros(1)})
 
@@ -97,7 +97,7 @@ def test_a_saved_scale_stands_in_b_so_that_a_reader_without_alpha_computes_the_s
     torch.testing.assert_close(again.delta("to_q", x), lora.delta("to_q", x), rtol=0, atol=1e-6)
 
 
-def test_alpha_beside_a_pair_is_read_unless_one_is_given():
+def test_the_file_of_alpha_next_to_a_pair_is_read_unless_one_is_given():
     tensors = filled(rank=2).tensors() | {"transformer.to_q.alpha": torch.tensor(6.0)}
     assert LoRA.from_tensors(tensors).scales == {"inner.0": 1, "to_q": 3}
     assert LoRA.from_tensors(tensors, 4.0).scales == {"inner.0": 2, "to_q": 2}

@@ -46,7 +46,7 @@ def test_one_weight_needs_one_row(merged):
     torch.testing.assert_close(own.exp(), torch.tensor([0.5] * 5 + [1])[None, None, None])
 
 
-def test_rows_of_the_image_are_told_apart_from_text_and_condition():
+def test_rows_of_the_image_are_separate_from_text_and_condition():
     given, _ = context(torch.tensor(0.5).log(), merged=False)
     x = torch.zeros(1, 0)
     apart = [Stream(x, x, x, x, log_weight=torch.tensor(0.5).log(), weight_text=False, sees="main")]

@@ -9,7 +9,7 @@ X0, NOISE = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([0.1, 0.5, 0.9])
 
 
-def test_time_zero_is_the_picture_and_time_one_the_noise():
+def test_time_zero_is_the_image_and_time_one_the_noise():
     assert torch.equal(add_noise(X0, NOISE, torch.zeros(3)), X0)
     assert torch.equal(add_noise(X0, NOISE, torch.ones(3)), NOISE)
 
@@ -20,13 +20,13 @@ def test_each_sample_has_its_own_time():
         torch.testing.assert_close(found[i], (1 - t) * X0[i] + t * NOISE[i])
 
 
-def test_the_true_velocity_is_noise_minus_picture_in_both_predictions():
+def test_the_true_velocity_is_noise_minus_image_in_both_predictions():
     x_t = add_noise(X0, NOISE, T)
     assert torch.equal(to_velocity(NOISE - X0, x_t, T, "velocity"), NOISE - X0)
     torch.testing.assert_close(to_velocity(X0, x_t, T, "x"), NOISE - X0, rtol=0, atol=1e-5)  # division by 0.1
 
 
-def test_the_velocity_of_a_picture_stays_finite_at_time_zero():
+def test_the_velocity_of_an_image_stays_finite_at_time_zero():
     found = to_velocity(X0 + 1, X0, torch.zeros(3), "x")
     torch.testing.assert_close(found, torch.full_like(X0, -1 / SMALLEST_T))
 

@@ -46,7 +46,7 @@ def test_blocks_come_one_at_a_time_and_the_model_itself_is_not_changed(make_pipe
 
 @pytest.mark.parametrize("offload", ["encoders", "blocks"])
 @pytest.mark.parametrize("independent", [True, False])
-def test_offloading_draws_the_same_picture(make_pipe, make_omini, pictures, offload, independent):
+def test_offloading_generates_the_same_image(make_pipe, make_omini, pictures, offload, independent):
     plain, saving = make_pipe(), Pipeline(make_pipe().parts, offload=offload).to("cpu")
     control = make_omini(plain, independent=independent).control(pictures(1))
     assert torch.equal(*[pipe("a fox", controls=[control], **GIVEN).images for pipe in (plain, saving)])
@@ -87,7 +87,7 @@ def test_an_unknown_kind_of_offloading_is_refused(make_pipe):
 # Quantised weights
 
 
-def test_float8_halves_the_weights_of_the_blocks_and_hardly_changes_the_picture(make_pipe, make_omini, pictures):
+def test_float8_halves_the_weights_of_the_blocks_and_hardly_changes_the_image(make_pipe, make_omini, pictures):
     pipe, plain = make_pipe(), make_pipe()
     quantise(pipe.backbone, "float8")
     kept = {n: p for n, p in pipe.backbone.named_parameters() if p.dtype == torch.float8_e4m3fn}
@@ -120,7 +120,7 @@ class Int8(nn.Module):
         return self.bytes.float() * self.scale
 
 
-def test_int8_is_torchaos_and_is_asked_for_the_same_layers(make_pipe, make_omini, pictures, monkeypatch):
+def test_int8_is_torchaos_for_the_same_layers(make_pipe, make_omini, pictures, monkeypatch):
     """torchao itself puts a subclass of tensor in the weight's place; here a parametrisation does."""
     seen = []
 

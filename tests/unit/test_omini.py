@@ -62,7 +62,7 @@ def test_a_condition_has_clock_zero_guidance_one_and_the_prompts_pooled_text(pip
     assert stream.tokens.shape == (2, 24, 20) and not stream.tokens[..., 16:].any()  # no canvas in a condition
 
 
-def test_joint_conditions_see_the_picture_and_independent_ones_themselves_through_a_cache(pipe, make_omini, pictures):
+def test_joint_conditions_see_the_image_and_independent_ones_themselves_through_a_cache(pipe, make_omini, pictures):
     joint = make_omini(pipe).control(pictures(1)).prepare(run_of(pipe))
     assert joint.streams()[0].sees == "main" and joint.memory is None
     cached = make_omini(pipe, independent=True).control(pictures(1)).prepare(run_of(pipe))
@@ -85,13 +85,13 @@ def test_a_curve_over_the_schedule_changes_the_factor(pipe, make_omini, pictures
     assert float(weight.exp()) == pytest.approx(0.5)
 
 
-def test_the_empty_reference_of_guidance_is_an_encoded_black_picture(pipe, make_omini, pictures):
+def test_the_empty_reference_of_guidance_is_an_encoded_black_image(pipe, make_omini, pictures):
     negative = make_omini(pipe).control(pictures(2)).negative()
     black, _ = pipe.encode_condition(-torch.ones(1, 3, 32, 48))
     assert torch.equal(negative.tokens, black)
 
 
-def test_a_compact_condition_is_encoded_small_and_spread_over_the_picture(pipe, make_omini, pictures):
+def test_a_compact_condition_is_encoded_small_and_spread_over_the_image(pipe, make_omini, pictures):
     control = make_omini(pipe, scale=2).control(pictures(1))
     assert control.tokens.shape == (1, 6, 16) and control.black.shape == (1, 6, 16)
     assert control.ids[:, 1].unique().tolist() == [0.5, 2.5] and control.ids[:, 2].max() == 4.5
@@ -117,7 +117,7 @@ def test_a_saved_adapter_comes_back_with_its_weights_and_settings(pipe, make_omi
     assert not any(p.requires_grad for p in again.parameters())
 
 
-def test_a_lora_of_another_model_is_told_by_its_first_strange_layer(pipe, make_omini, tmp_path):
+def test_a_lora_of_another_model_raises_with_its_first_unknown_layer(pipe, make_omini, tmp_path):
     tensors = make_omini(pipe).tensors()
     strange = {name.replace("x_embedder", "y_embedder"): tensor for name, tensor in tensors.items()}
     wide = tensors | {"transformer.x_embedder.lora_A.weight": torch.zeros(4, 64)}
@@ -139,7 +139,7 @@ def test_the_recipe_of_a_control_says_how_to_make_it_again(pipe, make_omini, pic
 # Sizes and parts of a picture
 
 
-def test_a_condition_is_read_at_the_size_that_is_asked_for(pipe, make_omini, pictures):
+def test_a_condition_is_read_at_the_size_of_the_argument(pipe, make_omini, pictures):
     control = make_omini(pipe).control(pictures(1), size=(16, 40))
     assert control.ids[-1].tolist() == [0, 1, 4] and control.tokens.shape == (1, 10, 16)
     assert control.describe()["size"] == [16, 40]
@@ -148,7 +148,7 @@ def test_a_condition_is_read_at_the_size_that_is_asked_for(pipe, make_omini, pic
 
 
 @pytest.mark.parametrize("config", [{}, {"scale": 2.0}, {"annotator": "gray"}])
-def test_an_aligned_condition_has_the_size_that_the_call_draws(make_pipe, make_omini, pictures, config):
+def test_an_aligned_condition_has_the_size_that_the_call_generates(make_pipe, make_omini, pictures, config):
     pipe = make_pipe(canvas=False)
     adapter, given = make_omini(pipe, **config), {"prompt": "a fox", "height": 48, "width": 64}
     fixed = latents(pipe, [adapter.control(pictures(1), size=(48, 64))], **given)
@@ -157,7 +157,7 @@ def test_an_aligned_condition_has_the_size_that_the_call_draws(make_pipe, make_o
     assert not torch.allclose(small, fixed, atol=1e-3)
 
 
-def test_at_another_size_the_empty_reference_is_black_and_posterior_draws_repeat(make_pipe, make_omini, pictures):
+def test_at_another_size_the_empty_reference_is_black_and_posterior_generates_repeat(make_pipe, make_omini, pictures):
     pipe = make_pipe(canvas=False)
     adapter = make_omini(pipe)
     control = adapter.control(pictures(1)).sampled(torch.Generator().manual_seed(3))
@@ -168,21 +168,21 @@ def test_at_another_size_the_empty_reference_is_black_and_posterior_draws_repeat
     assert control.sized(control.size, pipe) is control
 
 
-def test_a_condition_beside_the_picture_keeps_its_size(make_pipe, make_omini, pictures):
+def test_a_condition_that_is_not_aligned_keeps_its_size(make_pipe, make_omini, pictures):
     for how in ({"delta": (0, -6)}, {"delta": "left"}):
         pipe = make_pipe(canvas=False)
         control = make_omini(pipe, **how).control(pictures(1))
         assert control.sized((48, 64), pipe) is control
 
 
-def test_a_picture_to_fill_follows_the_call_too(make_pipe, make_omini, pictures):
+def test_an_image_to_fill_follows_the_call_too(make_pipe, make_omini, pictures):
     pipe = make_pipe(canvas=False)
     control = make_omini(pipe).control(pictures(1), fill=LEFT)
     assert latents(pipe, [control], height=64, width=96).shape == (1, 96, 16)
     assert int(control.sized((64, 96), pipe).whole.generated.sum()) == 48
 
 
-def test_a_picture_to_fill_must_have_the_size_of_the_call(make_pipe, make_omini, pictures):
+def test_an_image_to_fill_must_have_the_size_of_the_call(make_pipe, make_omini, pictures):
     pipe = make_pipe(canvas=False)
     control = make_omini(pipe).control(pictures(1), fill=LEFT, size=(16, 48))
     with pytest.raises(ValueError, match="image to fill has 2 x 6 cells, this call generates 4 x 6"):
@@ -190,14 +190,14 @@ def test_a_picture_to_fill_must_have_the_size_of_the_call(make_pipe, make_omini,
     assert latents(pipe, [control], height=16).shape == (1, 12, 16)
 
 
-def test_two_pictures_cannot_be_filled_at_once(pipe, make_omini, pictures):
+def test_two_images_cannot_be_filled_at_once(pipe, make_omini, pictures):
     control = make_omini(pipe).control(pictures(1), fill=LEFT)
     with pytest.raises(ValueError, match="2 controls fill a part of the image; at most one can"):
         latents(pipe, [control, control])
 
 
 @pytest.mark.parametrize("config", [{"delta": (0, -6)}, {"scale": 2}, {"annotator": "gray"}])
-def test_only_an_adapter_of_the_picture_itself_can_fill(pipe, make_omini, pictures, config):
+def test_only_an_adapter_of_the_image_itself_can_fill(pipe, make_omini, pictures, config):
     with pytest.raises(ValueError, match="fill keeps cells of the image in place"):
         make_omini(pipe, **config).control(pictures(1), fill=LEFT)
 
@@ -299,7 +299,7 @@ def test_scales_and_offsets_that_are_no_place_are_refused(config, message):
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_a_condition_on_the_picture_that_leaves_its_grid_is_refused(make_pipe, make_omini, pictures, scale):
+def test_a_condition_on_the_image_that_leaves_its_grid_is_refused(make_pipe, make_omini, pictures, scale):
     pipe = make_pipe(canvas=False)
     control = make_omini(pipe, scale=scale).control(pictures(1), size=(48, 96))
     assert latents(pipe, [control], height=48, width=96).isfinite().all()

@@ -91,7 +91,7 @@ def test_a_jointly_trained_adapter_refuses_a_cache_and_says_why(pipe, make_omini
 
 
 @pytest.mark.parametrize("cached", ["first-step", "independent"])
-def test_an_approximation_must_be_asked_for_and_is_one(pipe, make_omini, pictures, cached):
+def test_an_approximate_cache_must_be_requested_and_differs(pipe, make_omini, pictures, cached):
     adapter = make_omini(pipe)
     rough = adapter.control(pictures(1), cached=cached)
     assert rough.describe()["cached"] == cached

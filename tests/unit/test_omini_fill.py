@@ -26,7 +26,7 @@ def test_a_mask_that_leaves_nothing_to_do_is_refused(value, message):
         generated_cells(np.full((32, 48), value, np.uint8), (4, 6), 8)
 
 
-def test_the_hidden_part_of_a_picture_is_black_and_the_rest_as_it_was():
+def test_the_hidden_part_of_an_image_is_black_and_the_rest_as_it_was():
     picture = np.random.default_rng(0).integers(1, 256, (8, 12, 3), dtype=np.uint8)
     mask = np.zeros((4, 6), np.uint8)
     mask[1, 2] = 255
@@ -77,7 +77,7 @@ def test_one_cell_cannot_be_split():
         sample_generated_cells((1, 1), torch.Generator())
 
 
-def test_a_picture_is_completed_row_by_row_and_the_given_tokens_stay_as_they_were():
+def test_an_image_is_completed_row_by_row_and_the_given_tokens_stay_as_they_were():
     drawn = torch.tensor([[True, False], [False, True]])
     fill = Fill(torch.zeros(1, 4, 3), drawn)
     whole = fill.complete(torch.arange(12.0).reshape(2, 2, 3))

@@ -63,7 +63,7 @@ def test_captions_leave_to_the_reference_what_it_shows(source):
     assert 60 < nameless < 140 and not any(caption.startswith(NAMELESS) for caption in style)
 
 
-def test_icons_without_pairs_are_told():
+def test_icons_without_pairs_raise():
     icons = IconSet.open(few_icons())
     alone = IconSet(icons.icons[:1], icons.concepts, icons.rgba[:1])
     with pytest.raises(ValueError, match="no style pair"):
@@ -107,7 +107,7 @@ def test_pairs_of_a_folder_follow_its_groups(folder, kind, partners):
         torch.testing.assert_close(reference[None], resize_antialiased(whole, (8, 8)), rtol=0, atol=1e-6)
 
 
-def test_what_a_picture_was_cut_from_is_told_row_by_row():
+def test_the_network_receives_the_crop_of_each_row():
     wide, whole = cropped((100, 200), (64, 64)), cropped((64, 64), (64, 64))
     assert wide == Frame((64, 64), (100, 200), (0, 32), (64, 64)) and whole.crop == (0, 0)
     seen = {}

@@ -89,7 +89,7 @@ def test_a_bad_row_is_quoted_with_its_line(folder, name):
     assert report.pairs == 2 and len(report.problems) == 1 and message in report.problems[0]
 
 
-def test_a_broken_picture_is_found_by_the_check_which_may_be_told_not_to_look(folder):
+def test_the_check_detects_a_broken_image_unless_images_are_skipped(folder):
     (folder / "p" / "b.png").write_bytes(png("b")[:40])
     write(folder, GOOD)
     assert "metadata.jsonl:1: style: " in check(folder).problems[0]
@@ -115,7 +115,7 @@ def test_tars_give_the_same_pairs_as_folders(tmp_path):
     assert check(tmp_path).roles == {"style": 1, "edges": 1} and len(open_pairs(tmp_path / "0.tar")) == 1
 
 
-def test_bad_samples_of_a_tar_are_told_by_name(tmp_path):
+def test_bad_samples_of_a_tar_raise_with_their_names(tmp_path):
     tar(tmp_path / "0.tar", {"a.png": png("t"), "b.txt": b"x", "c.png": png("t"), "c.json": b'{"words": 1}'})
     problems = check(tmp_path).problems
     assert "0.tar:a: no caption" in problems[0] and "0.tar:b: no target" in problems[1]
@@ -127,7 +127,7 @@ def test_bad_samples_of_a_tar_are_told_by_name(tmp_path):
         open_pairs(tmp_path)
 
 
-def test_a_place_without_pairs_is_told_what_is_expected(tmp_path):
+def test_a_folder_without_pairs_raises_with_what_is_expected(tmp_path):
     with pytest.raises(ValueError, match="expected a folder with metadata.jsonl"):
         open_pairs(tmp_path)
 
@@ -166,7 +166,7 @@ def test_the_filter_of_subjects200k_wants_three_marks_of_at_least_five():
     assert subjects200k(rows).kept == (2, 5)
 
 
-def test_a_picture_of_another_size_and_a_missing_reader_are_told(monkeypatch):
+def test_an_image_of_another_size_and_a_missing_reader_raise(monkeypatch):
     row = subject_row(FIVE) | {"image": Image.new("RGB", (1024, 512))}
     with pytest.raises(ValueError, match="1056, 528.*1024, 512"):
         subjects200k([row])[0]

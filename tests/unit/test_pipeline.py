@@ -31,7 +31,7 @@ def latents(pipe: Pipeline, prompt: str | list[str] = "a fox", **how) -> Tensor:
 # What comes back
 
 
-def test_images_come_as_pictures_tensors_or_latents(pipe):
+def test_images_come_as_pil_tensors_or_latents(pipe):
     (picture,) = pipe("a fox", seed=0).images
     assert isinstance(picture, Image.Image) and picture.size == (48, 32)
     tensor = pipe("a fox", seed=0, output_type="pt").images
@@ -41,7 +41,7 @@ def test_images_come_as_pictures_tensors_or_latents(pipe):
     assert latents(pipe).shape == (1, 24, 16)
 
 
-def test_the_recipe_holds_what_draws_the_picture_again(pipe):
+def test_the_recipe_holds_what_repeats_the_image(pipe):
     result = pipe(["a fox", "snow"], "fog", seed=3, num_inference_steps=2, guidance_scale=2.0)
     assert result.seeds == [3, 4]
     assert result.recipe == {
@@ -115,7 +115,7 @@ def test_one_generator_draws_the_images_in_turn_and_a_list_one_each(pipe):
     assert torch.equal(one[0], several[0]) and not torch.equal(one[1], several[1])
 
 
-def test_without_a_seed_pictures_differ_and_can_be_drawn_again(pipe):
+def test_without_a_seed_images_differ_and_can_be_repeated(pipe):
     first, second = (pipe("a fox", output_type="latent") for _ in range(2))
     assert not torch.equal(first.images, second.images)
     assert torch.equal(latents(pipe, seed=first.seeds[0]), first.images)
@@ -233,7 +233,7 @@ def test_an_x_prediction_is_turned_into_a_velocity(make_pipe):
         ({"latents": torch.zeros(1, 16, 4, 6)}, r"packed tokens of shape \(1, 24, 16\); found \(1, 16, 4, 6\)"),
     ],
 )
-def test_a_wrong_argument_is_told_before_anything_is_drawn(pipe, given, message):
+def test_a_wrong_argument_raises_before_anything_is_generated(pipe, given, message):
     asked = []
     hook = pipe.backbone.register_forward_hook(lambda *_: asked.append(1))
     with pytest.raises(ValueError, match=message):
@@ -247,7 +247,7 @@ def test_the_embedded_model_refuses_other_sizes(make_pipe):
         make_pipe(name="tiny")("a fox", height=48)
 
 
-def test_a_picture_of_nan_is_told(pipe):
+def test_an_image_of_nan_raises(pipe):
     with pytest.raises(ValueError, match="NaN"):
         pipe("a fox", latents=torch.full((1, 24, 16), torch.nan))
 
@@ -255,7 +255,7 @@ def test_a_picture_of_nan_is_told(pipe):
 # What adapters ask for
 
 
-def test_another_size_is_drawn_by_a_model_without_a_canvas(make_pipe):
+def test_another_size_is_generated_by_a_model_without_a_canvas(make_pipe):
     assert make_pipe(canvas=False)("a fox", height=16, width=40).images[0].size == (40, 16)
 
 
@@ -265,7 +265,7 @@ def test_references_are_read_at_the_models_size_in_minus_one_to_one(pipe):
     assert torch.equal(found[0], torch.ones(3, 32, 48)) and torch.equal(found[1], -torch.ones(3, 32, 48))
 
 
-def test_an_annotator_makes_the_condition_picture(pipe, pictures):
+def test_an_annotator_makes_the_condition_image(pipe, pictures):
     gray = pipe.read_images(pictures(1)[0], "gray")
     assert torch.equal(gray[:, 0], gray[:, 1]) and torch.equal(gray[:, 0], gray[:, 2])
 

@@ -35,7 +35,7 @@ def test_a_table_is_seeded_and_a_subject_keeps_its_styles_when_others_come():
     assert prompt_table(["x"], ["y"], per_subject=1, template="{style} of {subject}") == [PromptRow("x", "y", "y of x")]
 
 
-def test_pairs_of_a_drawn_set_share_their_prompt_or_their_subject(tmp_path):
+def test_pairs_of_a_generated_set_share_their_prompt_or_their_subject(tmp_path):
     table = prompt_table(SUBJECTS, STYLES, per_subject=2)
     painter = Painter()
     draw_groups(tmp_path, table, painter, images=3)
@@ -75,7 +75,7 @@ def test_a_run_that_stopped_goes_on_and_a_table_may_grow(tmp_path):
     assert len(file.read_text().splitlines()) == 14
 
 
-def test_what_cannot_be_drawn_says_why(tmp_path):
+def test_what_cannot_be_generated_says_why(tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("# subjects\n a fox \n\na rocket\n")
     assert read_words(words) == ["a fox", "a rocket"]

@@ -24,7 +24,7 @@ def test_a_straight_flow_arrives_exactly_in_any_number_of_steps(steps):
     torch.testing.assert_close(found, X0, rtol=0, atol=1e-6)
 
 
-def test_a_prediction_of_the_picture_lands_on_it():
+def test_a_prediction_of_the_image_lands_on_it():
     def velocity(x, step):
         return to_velocity(X0, x, torch.tensor([step.time]), "x")
 
@@ -48,7 +48,7 @@ def test_eta_1_is_the_stochastic_sampling_of_diffusers():
     torch.testing.assert_close(found, theirs, rtol=0, atol=1e-6)
 
 
-def test_any_eta_lands_on_a_known_picture_and_0_is_the_plain_step():
+def test_any_eta_lands_on_a_known_image_and_0_is_the_plain_step():
     sigmas, generator = flow_path(4), torch.Generator().manual_seed(0)
 
     def noise(x):
@@ -64,7 +64,7 @@ def test_any_eta_lands_on_a_known_picture_and_0_is_the_plain_step():
         euler(known, NOISE, sigmas, eta=0.5)
 
 
-def test_the_network_is_asked_once_a_step_at_its_level():
+def test_the_network_predicts_once_a_step_at_its_level():
     asked = []
     sigmas = flow_path(3)
     euler(lambda x, step: asked.append((step.index, step.t)) or x, NOISE, sigmas)

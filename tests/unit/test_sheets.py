@@ -10,7 +10,7 @@ def colours(sheet: Image.Image) -> set:
     return {colour for _, colour in sheet.getcolors(1 << 20) or []}
 
 
-def test_every_picture_is_on_the_sheet_and_inputs_are_framed():
+def test_every_image_is_on_the_sheet_and_inputs_are_framed():
     red, blue = Image.new("RGB", (32, 32), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
     sheet = contact_sheet(
         [[red, None], [None, SheetCell(blue, "reference", is_input=True)]], ["one", "two"], title="A title"

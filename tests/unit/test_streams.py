@@ -91,7 +91,7 @@ def test_the_official_inference_counts_delta_in_tokens_of_the_condition():
         grid_ids(1, 2, order="mine")  # type: ignore[arg-type]
 
 
-def test_text_takes_the_mean_weight_of_the_picture_or_none():
+def test_text_takes_the_mean_weight_of_the_image_or_none():
     weight = torch.tensor([[1.0, 0.5, 0.0]]).log()
     assert row_weights(weight, 5, slice(2, 5)).exp()[0].tolist() == pytest.approx([0.5, 0.5, 1, 0.5, 0])
     assert row_weights(weight, 5, slice(2, 5), weight_text=False).exp().tolist()[0][:2] == [1, 1]

@@ -158,7 +158,7 @@ def test_a_style_of_another_model_is_refused(pipe, tmp_path):
         StyleLoRA.load(file, pipe)
 
 
-def test_a_kohya_file_draws_what_its_weights_draw(pipe, tmp_path):
+def test_a_kohya_file_generates_what_its_weights_generate(pipe, tmp_path):
     """qkv of one block in kohya's names: three layers of ours."""
     torch.manual_seed(0)
     a, b = torch.randn(2, 32), 0.3 * torch.randn(96, 2)

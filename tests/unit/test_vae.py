@@ -59,7 +59,7 @@ def test_the_fitted_deviations_are_those_of_the_codes_and_fall():
 
 
 @pytest.mark.parametrize("whiten", [0.5, 1.0])
-def test_whitening_divides_the_components_and_leaves_the_picture_as_it_is(whiten):
+def test_whitening_divides_the_components_and_leaves_the_image_as_it_is(whiten):
     plain, white = autoencoder(latent_channels=5), autoencoder(latent_channels=5, whiten=whiten)
     plain.fit(images())
     white.fit(images())
@@ -70,7 +70,7 @@ def test_whitening_divides_the_components_and_leaves_the_picture_as_it_is(whiten
     torch.testing.assert_close(white.decode(w).sample, plain.decode(z).sample, rtol=0, atol=1e-5)
 
 
-def test_a_complete_code_gives_the_picture_back():
+def test_a_complete_code_gives_the_image_back():
     vae = autoencoder()  # 12 channels for patches of 12 numbers; the residual starts at zero
     vae.fit(images())
     torch.testing.assert_close(vae.decode(vae.encode(images()).latent_dist.mode()).sample, images(), rtol=0, atol=1e-5)
@@ -106,12 +106,12 @@ def test_tokens_are_shifted_then_scaled_and_decoding_undoes_both():
     torch.testing.assert_close(decode_tokens(vae, tokens, (2, 3)), images(), rtol=0, atol=1e-5)
 
 
-def test_decoded_pictures_are_clamped():
+def test_decoded_images_are_clamped():
     vae = autoencoder()
     vae.fit(images())
     assert decode_tokens(vae, torch.full((1, 6, 48), 50.0), (2, 3)).abs().max() <= 1
 
 
-def test_a_picture_that_does_not_fit_the_patches_is_refused():
+def test_an_image_that_does_not_fit_the_patches_is_refused():
     with pytest.raises(ValueError, match=r"\(8, 11\) is not a multiple of 2"):
         autoencoder().encode(images()[..., :11])

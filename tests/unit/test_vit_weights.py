@@ -120,7 +120,7 @@ def save_file_of(folder: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def test_pytorch_files_and_folders_of_several_files_are_read(tmp_path):
+def test_pytorch_files_and_folders_of_shards_are_read(tmp_path):
     state = random_vit().state_dict()
     torch.save(state, tmp_path / "a.pth")
     assert read_vit(tmp_path / "a.pth", heads=3)[1].keys() == state.keys()
@@ -132,7 +132,7 @@ def test_pytorch_files_and_folders_of_several_files_are_read(tmp_path):
     assert read_vit(folder, heads=3)[1].keys() == state.keys()
 
 
-def test_a_config_of_timm_beside_our_own_file_does_not_hide_its_metadata(tmp_path):
+def test_a_config_of_timm_next_to_our_own_file_does_not_hide_its_metadata(tmp_path):
     path, model = write(tmp_path, "timm")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny"}))
     assert path.parent == tmp_path
@@ -274,7 +274,7 @@ def test_an_npz_with_python_objects_is_refused_and_runs_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_broken_archive_is_told(tmp_path):
+def test_a_broken_archive_raises(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("cls.npy", b"not an array")
     with pytest.raises(ValueError, match="a.npz is broken"):

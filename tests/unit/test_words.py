@@ -55,13 +55,13 @@ def test_words_are_found_in_any_case_as_phrases_and_every_time():
     assert words.places("a cat") == (6, 7, 8, 9)
 
 
-def test_an_absent_word_is_told_with_those_that_are_there():
+def test_an_absent_word_raises_with_those_that_are_there():
     (words,) = words_of(clip_like(), ["a fox"], 77)
     with pytest.raises(ValueError, match="'dog' is not in the prompt 'a fox'. Its words are a, fox"):
         words.places("dog")
 
 
-def test_a_word_behind_the_limit_is_told():
+def test_a_word_after_the_limit_raises():
     (words,) = words_of(clip_like(), ["a fox and a cat"], 6)
     assert words.tokens[0] == (1,) and words.tokens[-1] == ()
     with pytest.raises(ValueError, match="beyond the first 6 tokens"):

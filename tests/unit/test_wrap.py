@@ -271,7 +271,7 @@ def test_acts_are_the_methods_that_a_class_defines():
 # Several controls as one
 
 
-def test_several_wrap_as_the_call_does_and_the_rest_adds_up():
+def test_controls_together_wrap_in_the_order_of_the_call_and_the_rest_adds_up():
     double = make("Double", {"around": lambda self, call, attend: 2 * attend(call)})()
     plus = control_that("around", "residual", "streams")
     ones = torch.ones(1, 1, 2, 4)

@@ -39,7 +39,7 @@ def test_the_pages_own_test_holds(blocks, within, make_pipe, make_ip, pictures):
     tests[0](make_pipe, make_ip, pictures)
 
 
-def test_half_a_picture_of_merged_tokens_differs_from_none_and_all(within, make_pipe, make_ip, pictures):
+def test_half_an_image_of_merged_tokens_differs_from_none_and_all(within, make_pipe, make_ip, pictures):
     pipe = make_pipe()
     inner, half = make_ip(pipe).control(pictures(1)[0]), torch.zeros(1, 32, 48)
     half[:, :, :24] = 1
