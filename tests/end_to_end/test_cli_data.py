@@ -53,7 +53,7 @@ def test_annotate_writes_the_condition_next_to_the_image(tmp_path, capsys):
     assert run(capsys, "annotate", str(tmp_path / "b.png"), "gray")[0] == 1
 
 
-def test_annotate_depth_without_weights_says_what_to_download(tmp_path, capsys, monkeypatch):
+def test_annotate_depth_without_weights_names_the_download(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("condit.data.depth.MODEL", "nobody/nothing")

@@ -37,7 +37,7 @@ def test_the_demo_generates_its_grid_and_its_commands_repeat_it(run, random_tiny
     check_demo(run)
 
 
-def test_the_demo_leaves_out_what_is_not_there_and_says_so(run, random_tiny, small_demo, monkeypatch):
+def test_the_demo_skips_rows_without_an_adapter_and_names_them(run, random_tiny, small_demo, monkeypatch):
     monkeypatch.setattr(demo, "ROWS", [row for row in demo.ROWS if row.label.startswith(("plain", "gray"))])
     monkeypatch.delitem(catalog.MODELS, "tiny/gray")
     code, _, err = run("demo")

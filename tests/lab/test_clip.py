@@ -69,7 +69,7 @@ def test_image_states_start_with_the_embedding_layer_and_keep_all_patches(clip):
     assert hidden.shape == (7, 2, 65, 192) and embedding.shape == (2, 256)
 
 
-def test_style_statistics_do_not_know_where_a_patch_stands():
+def test_style_statistics_do_not_depend_on_the_place_of_a_patch():
     hidden = torch.randn(7, 2, 65, 192)
     shuffled = torch.cat([hidden[:, :, :1], hidden[:, :, 1:].flip(2)], 2)
     assert style_statistics(hidden).shape == (2, 768)

@@ -140,7 +140,7 @@ def test_style_references_come_from_training(world):
     assert all(icons[i].split == "train" for cell in sets.choose_cells(world[1], "combo", 100) for i in cell.style)
 
 
-def test_the_judge_has_not_seen_what_stands_for_the_never_trained_style(world):
+def test_the_judge_has_not_seen_the_icons_of_the_never_trained_style(world):
     icons = world[1].icons
     for cell in sets.choose_cells(world[1], "style", 100):
         assert not any(is_for_judge(icons[i]) for i in (cell.icon, *cell.style))
@@ -206,7 +206,7 @@ def suite(world, pipe, folder, **settings):
     return bench, scenes
 
 
-def test_missing_adapters_are_skipped_and_said(world, tmp_path, pipe, no_adapters):
+def test_missing_adapters_are_skipped_and_listed(world, tmp_path, pipe, no_adapters):
     bench, scenes = suite(world, pipe, tmp_path)
     assert {name for scene in scenes for name in scene.specs} == {"words", "none", "concept-words", "new-none"}
     assert {"set": "style", "why": "no adapter tiny/style"} in bench.skipped

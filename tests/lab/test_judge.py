@@ -54,7 +54,7 @@ def test_about_half_of_the_never_trained_style_is_kept_from_the_judge():
     assert 400 < sum(kept) < 600
 
 
-def test_a_saved_judge_says_the_same(tmp_path):
+def test_a_saved_judge_gives_the_same_probabilities(tmp_path):
     torch.manual_seed(0)
     judge = Judge(["a", "b", "c"]).eval()
     judge.load_state_dict({n: x.half().float() if x.is_floating_point() else x for n, x in judge.state_dict().items()})
@@ -75,7 +75,7 @@ def test_a_style_that_is_not_a_candidate_has_probability_zero():
     torch.testing.assert_close(without_b.sum(1), torch.ones(2))
 
 
-def test_a_missing_judge_says_how_to_train_one(tmp_path):
+def test_a_missing_judge_raises_with_how_to_train_one(tmp_path):
     with pytest.raises(ValueError, match="condit_lab.suites.judge"):
         load_judge(tmp_path)
 

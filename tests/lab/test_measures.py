@@ -90,7 +90,7 @@ def test_concept_ranks_count_the_labels_that_are_nearer():
     assert measures.concept_ranks(images, LABELS, torch.tensor([0, 1, 3])).tolist() == [0, 1, 3]
 
 
-def test_an_image_that_is_near_to_all_labels_hits_none():
+def test_an_image_that_is_equally_near_to_all_labels_matches_no_label():
     assert measures.concept_ranks(torch.ones(1, 4), LABELS, torch.tensor([2])).tolist() == [3]
 
 

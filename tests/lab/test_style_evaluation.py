@@ -64,7 +64,7 @@ def value(result, method, measure, strength=1.0):
     return rows[0]["value"] if rows else None
 
 
-def test_a_method_comes_with_its_no_control_and_its_baseline():
+def test_a_method_is_run_with_its_no_control_and_its_baseline():
     assert [m.name for m in choose(["subtract"])] == ["none", "plain", "subtract"]
     assert [m.name for m in choose(["subject"])] == ["none", "subject"]
     with pytest.raises(ValueError, match="no method 'worms'; there are none, words, plain"):
@@ -351,6 +351,6 @@ def test_subtraction_feeds_the_adapter_the_difference_and_leaves_the_statistics(
     )
 
 
-def test_markdown_says_what_was_left_out(run):
+def test_markdown_names_what_was_left_out(run):
     result = {**run[1], "skipped": [{"method": "adain", "why": "no weights"}]}
     assert style_rows.markdown(result).endswith("Left out: adain (no weights).\n")

@@ -171,7 +171,7 @@ def test_where_there_is_much_noise_the_mmdit_teaches_rows_without_a_reference_al
     assert not torch.equal(seen[0][:2], seen[1][:2]) and torch.equal(seen[0][2:], seen[1][2:])
 
 
-def test_a_layer_is_silent_for_a_row_in_words_and_references_and_all_speak_in_the_others(make_task):
+def test_a_silent_layer_adds_nothing_for_its_rows_and_all_layers_act_on_the_others(make_task):
     task = make_task(silent=0.5)
     generator = torch.Generator().manual_seed(0)
     drawn = Silence.draw(task.unet, 2000, 0.5, generator)

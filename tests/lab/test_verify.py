@@ -143,13 +143,13 @@ SPOILT = {
 }
 
 
-def test_a_wheel_without_fixtures_says_where_they_are(monkeypatch, tmp_path):
+def test_without_fixtures_the_error_names_their_folder_in_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(fixtures, "__file__", str(tmp_path / "site-packages" / "condit" / "verify" / "fixtures.py"))
     with pytest.raises(FileNotFoundError, match="does not contain. Run this in a checkout, or pass"):
         find_golden()
 
 
-def test_a_folder_may_hold_some_kinds_only_but_none_that_nobody_compares(tmp_path):
+def test_a_folder_may_hold_some_kinds_only_but_no_unknown_one(tmp_path):
     (tmp_path / "vit").mkdir()
     with pytest.raises(FileNotFoundError, match=r"has none of vit_\*\.safetensors"):
         verify_fixtures("vit", tmp_path)

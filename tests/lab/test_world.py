@@ -55,7 +55,7 @@ def test_every_style_has_a_set_a_kind_and_names_in_both_languages():
     assert len({look.key for look in looks()}) >= 60
 
 
-def test_every_name_has_a_chinese_label_and_stands_once():
+def test_every_name_is_unique_and_has_a_chinese_label():
     rows = read_table("names.tsv")
     for row in rows:
         assert row["name"] and CHINESE.search(row["zh"]), row
@@ -73,7 +73,7 @@ def test_a_synonym_leads_to_a_concept_not_to_another_synonym():
         assert fine or slug(row["concept"]) in emoji, row
 
 
-def test_a_synonym_to_nowhere_is_an_error():
+def test_a_synonym_of_an_unknown_name_raises():
     with pytest.raises(ValueError, match="names no concept"):
         phrases({})
 

@@ -81,7 +81,7 @@ def close(found: Tensor, expected: Tensor, atol: float) -> None:
 
 
 @every_control
-def test_a_control_changes_the_image_and_tells_references_apart(world, name):
+def test_a_control_changes_the_image_and_distinguishes_references(world, name):
     one, other = (world.draw([world.control(name, first)]) for first in (0, 2))
     assert (one - world.draw()).abs().max() > 1e-2
     assert (one - other).abs().max() > 1e-3

@@ -24,7 +24,7 @@ def world(request, make_latent) -> World:
 
 
 @every
-def test_it_acts_and_tells_references_apart(world, references, name):
+def test_a_control_changes_the_image_and_distinguishes_references(world, references, name):
     one, other = (world.draw(world.controls(name, r)) for r in references[:2])
     assert (one - world.draw()).abs().max() > 1e-2 and (one - other).abs().max() > 1e-4
 
@@ -182,7 +182,7 @@ def test_a_region_of_zeros_is_plain_and_of_ones_is_everywhere_at_odd_sizes_too(w
         assert torch.equal(world.draw(masked, **how), world.draw(expected, **how))
 
 
-def test_a_region_stands_at_its_place_on_every_level(world, references):
+def test_a_region_has_the_same_place_on_every_level(world, references):
     control = world.whole.control(references[0], mask=LEFT)
     run = Run(world.pipe.backbone, 1, (9, 11), torch.zeros(1, 10), None, 4)
     acting = control.prepare(run).at(Step(0, 1, 1.0))

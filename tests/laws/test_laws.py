@@ -34,7 +34,7 @@ def all_equal(left: Sequence[Tensor], right: Sequence[Tensor]) -> bool:
 
 
 @every_control
-def test_a_control_changes_the_image_and_tells_references_apart(world, references, name):
+def test_a_control_changes_the_image_and_distinguishes_references(world, references, name):
     """Without this the laws below would hold for a control that does nothing."""
     one, other = (world.draw(world.controls(name, r)) for r in references[:2])
     plain = world.draw()

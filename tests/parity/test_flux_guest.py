@@ -103,7 +103,7 @@ def test_the_transformer_itself_predicts_where_no_control_acts(dev, omini, pictu
     assert counts == [4, 2, 0]
 
 
-def test_leaving_leaves_the_pipeline_as_it_was(dev, table, pictures):
+def test_detaching_leaves_the_pipeline_unchanged(dev, table, pictures):
     pipe = dev.theirs
     before, config = draw(pipe), dict(pipe.config)
     attributes = {name: id(value) for name, value in vars(pipe).items()}
@@ -120,7 +120,7 @@ def test_leaving_leaves_the_pipeline_as_it_was(dev, table, pictures):
     assert torch.equal(draw(pipe), before)
 
 
-def test_the_lent_layers_hold_the_very_parameters_of_the_transformer(dev):
+def test_the_shared_layers_hold_the_parameters_of_the_transformer_itself(dev):
     def ids(module: nn.Module) -> set[int]:
         return {id(p) for p in module.parameters()}
 

@@ -43,7 +43,9 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_every_host_generates_the_same_by_condits_prediction_and_takes_controls(dev, table, pictures, name):
+def test_every_supported_pipeline_generates_the_same_and_takes_controls(
+    dev, table, pictures, name
+):
     host = host_of(dev, name, controlnet=controlnet(dev.theirs) if "ControlNet" in name else None)
 
     def call(pipe: Any, **given: Any) -> Tensor:
@@ -150,7 +152,7 @@ def test_in_bfloat16_a_controlled_pipeline_drifts_no_further_than_the_plain_one(
 
 
 @pytest.mark.parametrize("form", ["int8", "float8"])
-def test_quantised_layers_are_lent_as_they_are(dev, omini, pictures, form):
+def test_quantised_layers_are_shared_unchanged(dev, omini, pictures, form):
     """int8: layers of another class, packed weights; float8: weights that a hook on each layer casts for its use."""
     transformer = copy.deepcopy(dev.theirs.transformer)
     if form == "int8":

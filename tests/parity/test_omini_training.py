@@ -132,7 +132,7 @@ def test_a_row_of_a_batch_has_the_loss_of_the_row_alone(flux, pairs, integrate):
         assert len({int(d.sum()) for d in rows.drawn}) > 1  # masks of their own
 
 
-def test_conditions_may_stand_at_positions_of_their_own_in_each_row(flux, pairs):
+def test_each_row_may_have_its_own_positions_of_conditions(flux, pairs):
     from condit.nn.streams import grid_ids
     from condit.training.omini import Placed
 

@@ -191,7 +191,7 @@ def test_a_single_file_generates_what_its_folder_generates(make_sd, tmp_path: Pa
     assert torch.equal(ours("a red fox", **how).images, folder("a red fox", **how).images)
 
 
-def test_deadiffs_checkpoint_is_a_base_too(make_sd, tmp_path: Path):
+def test_deadiffs_checkpoint_can_be_loaded_as_a_base_model(make_sd, tmp_path: Path):
     """Lightning's wrapper, image maps inside the UNet, Q-Formers beside it: the base is what is left."""
     pipe = make_sd("sd15")
     pipe.save_pretrained(tmp_path / "sd15")

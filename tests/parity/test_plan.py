@@ -57,7 +57,7 @@ def test_parameters_and_bytes_of_every_part_are_those_of_the_loaded_model(folder
     assert disk["transformer"] == {"F32": found["transformer"][1]}
 
 
-def test_a_cache_has_the_planned_bytes_and_a_joint_condition_none(folder, pipe, pictures):
+def test_a_cache_has_the_planned_bytes_and_a_joint_condition_has_no_cache(folder, pipe, pictures):
     adapter = OminiControl.new(pipe.backbone, OminiConfig(independent=True))
     adapter = OminiControl(adapter.lora.requires_grad_(False), adapter.config, pipe)
     control = adapter.control(pictures(1), size=(16, 24)).prefill("a fox")

@@ -151,7 +151,7 @@ def test_sdxl_clip_skip_equals_diffusers(pair, guidance: float):
     assert_equal(found, wanted)
 
 
-def test_clip_skip_takes_the_states_of_an_earlier_layer_behind_the_final_norm(pair):
+def test_clip_skip_takes_the_states_of_an_earlier_layer_after_the_final_norm(pair):
     theirs, ours = pair("sd15")
     ids = theirs.tokenizer(PROMPTS, padding="max_length", max_length=77, return_tensors="pt").input_ids
     tower = getattr(theirs.text_encoder, "text_model", theirs.text_encoder)

@@ -51,7 +51,7 @@ def test_references_of_a_batch_equal_single_runs(sd_pairs, pictures, kind, guida
 
 
 @every_kind
-def test_negative_prompts_and_copies_stand_where_diffusers_puts_them(sd_pairs, pictures, kind):
+def test_negative_prompts_and_copies_are_ordered_as_in_diffusers(sd_pairs, pictures, kind):
     pair, references, start = sd_pairs(kind), pictures(2), noise(4)
     given = {"negative_prompt": ["snow", "a fox"], "num_images_per_prompt": 2, "latents": start}
     found = draw(guest := attach(pair.theirs), PROMPTS, controls=pair.controls(guest, "all", references), **given)
@@ -78,7 +78,7 @@ def test_without_an_acting_control_a_guest_is_the_plain_pipeline_bit_by_bit(sd_p
 
 
 @every_kind
-def test_leaving_leaves_the_pipeline_as_it_was(sd_pairs, pictures, kind):
+def test_detaching_leaves_the_pipeline_unchanged(sd_pairs, pictures, kind):
     pair, pipe = sd_pairs(kind), sd_pairs(kind).theirs
     before, config = draw(pipe), dict(pipe.config)
     attributes = {name: id(value) for name, value in vars(pipe).items()}
@@ -101,7 +101,7 @@ def test_leaving_leaves_the_pipeline_as_it_was(sd_pairs, pictures, kind):
 
 
 @every_kind
-def test_the_lent_layers_hold_the_very_parameters_of_the_unet(sd_pairs, kind):
+def test_the_shared_layers_hold_the_parameters_of_the_unet_itself(sd_pairs, kind):
     pair = sd_pairs(kind)
     lent = {id(p) for p in attach(pair.theirs).backbone.parameters()}
     assert lent == {id(p) for p in pair.theirs.unet.parameters()}
@@ -124,7 +124,7 @@ def test_the_text_is_projected_once_a_run_and_the_unet_itself_predicts_where_no_
     assert counts == [(3, 3), (2, 3), (0, 1)]
 
 
-def test_a_calls_keys_and_values_end_with_it(sd_pairs, pictures):
+def test_keys_and_values_are_freed_after_the_call(sd_pairs, pictures):
     """No circle of references keeps them until memory is searched for such."""
     pair = sd_pairs("sd15")
     guest = attach(pair.theirs)

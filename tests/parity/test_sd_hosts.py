@@ -37,7 +37,9 @@ def asked(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_host_generates_the_same_by_condits_prediction_and_takes_controls(sd_pairs, pictures, name):
+def test_every_supported_pipeline_generates_the_same_and_takes_controls(
+    sd_pairs, pictures, name
+):
     pair = sd_pairs("sdxl" if "XL" in name else "sd15")
     host = pair.host(name, **({"controlnet": controlnet(pair.theirs.unet)} if "ControlNet" in name else {}))
 
@@ -98,7 +100,7 @@ def test_an_offloaded_unet_generates_the_same(sd_pairs, pictures):
         close(found, draw(plain, controls=pair.controls(plain, "all", pictures(1)[0])))
 
 
-def test_layers_stored_in_8_bits_are_lent_as_they_are(sd_pairs, pictures):
+def test_layers_stored_in_8_bits_are_shared_unchanged(sd_pairs, pictures):
     """A hook on each layer casts its weights for its use."""
     pair = sd_pairs("sd15")
     unet = copy.deepcopy(pair.theirs.unet)

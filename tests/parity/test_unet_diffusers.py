@@ -84,7 +84,7 @@ def test_text_keys_and_values_can_be_made_once_a_run(kind: str):
 
 
 @every_kind
-def test_sites_stand_in_the_order_of_diffusers_processors(kind: str):
+def test_sites_have_the_order_of_diffusers_processors(kind: str):
     theirs, ours = make_pair(SMALL[kind])
     names = [name.removesuffix(".processor") for name in theirs.attn_processors]
     assert [site.path for site in ours.sites] == names

@@ -64,7 +64,7 @@ def test_higher_thresholds_give_fewer_lines():
 
 
 @pytest.mark.parametrize("bad", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((8, 8, 2), np.uint8)])
-def test_edges_array_tells_what_it_expects(bad):
+def test_an_edge_array_of_another_shape_raises_with_the_expected_one(bad):
     with pytest.raises(ValueError, match="expected uint8"):
         edges_array(bad)
 
@@ -130,7 +130,7 @@ def test_canny_marks_a_step_above_the_upper_threshold_with_one_line():
         assert (lines[:, 4] == 255).all() and lines.sum() == 9 * 255  # of two equal pixels the first
 
 
-def test_canny_keeps_a_weak_line_only_where_it_hangs_on_a_strong_one():
+def test_canny_keeps_a_weak_line_only_if_connected_to_a_strong_one():
     weak = step(30)  # 120: between the thresholds
     assert not canny_array(weak).any()
     weak[:3, 5:] = 240

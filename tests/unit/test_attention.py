@@ -45,7 +45,7 @@ def test_a_log_weight_may_differ_from_query_to_query():
     close(found[:, :, 0], sdpa(call())[:, :, 0])  # weight 0: unseen
 
 
-def test_keys_are_appended_behind_an_existing_bias():
+def test_keys_are_appended_after_an_existing_bias():
     bias = torch.linspace(-1, 1, 7)[None, None, None]
     found = call(bias=bias).append_kv(call(keys=2).k, call(keys=2).v)
     assert found.bias is not None

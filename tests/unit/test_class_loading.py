@@ -33,7 +33,7 @@ def pipe(home) -> Pipeline:
     return condit.load(home / "model.safetensors")
 
 
-def test_a_published_name_stands_for_its_file_in_the_models_folder(tmp_path, monkeypatch):
+def test_a_published_name_is_loaded_from_its_file_in_the_models_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
     (tmp_path / "models").mkdir()
     with pytest.raises(FileNotFoundError, match="DiT-XL-2-256x256.pt is expected in .*facebookresearch/DiT.*its path"):

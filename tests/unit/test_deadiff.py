@@ -95,7 +95,7 @@ def test_the_unconditional_side_has_zeros_for_both_sets(bench, adapter, pictures
     assert (bench.draw([control]) - bench.draw([])).abs().max() > 1e-3  # zeros dilute, as in the released code
 
 
-def test_strength_zero_leaves_empty_tokens_as_released_or_none(bench, adapter, pictures):
+def test_strength_zero_leaves_empty_tokens_as_released_or_no_tokens(bench, adapter, pictures):
     zero = {
         acts: bench.draw([adapter.control(pictures[0], strength=0, acts=acts)]) for acts in ("keys-values", "attention")
     }

@@ -283,7 +283,7 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(bench, adapter, tmp_
         ({"style": 0, "where": "up_blocks.1"}, r"matches none of the .* layers.*'up_blocks.1.\*'"),
     ],
 )
-def test_a_control_that_cannot_be_made_says_why(adapter, pictures, how, message):
+def test_an_impossible_control_raises_with_the_reason(adapter, pictures, how, message):
     given = {name: pictures[0] if name in ("style", "content") and value == 0 else value for name, value in how.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         adapter.control(**given)

@@ -258,7 +258,7 @@ def test_the_icon_world_is_a_source(make_task):
         ({"qformer": {"width": 8}}, "tokens have width 8"),
     ],
 )
-def test_a_recipe_that_cannot_work_says_why(make_task, how, message):
+def test_an_impossible_recipe_raises_with_the_reason(make_task, how, message):
     with pytest.raises(ValueError, match=message):
         make_task(**how)
 

@@ -328,7 +328,7 @@ def test_a_control_sees_every_attention_call_with_all_tokens_as_image():
     assert all(model.get_submodule(site.path).site is site for site in model.sites)
 
 
-def test_a_residual_is_added_behind_its_block():
+def test_a_residual_is_added_after_its_block():
     model, (_, t, y) = build(), inputs()
     context = DiTContext(model.embed(t, y), controls=(Addition(),))
     tokens = torch.randn(3, 4, 16)
@@ -337,7 +337,7 @@ def test_a_residual_is_added_behind_its_block():
     assert second.abs().max() == 0
 
 
-def test_a_lora_acts_on_every_linear_and_at_zero_on_none():
+def test_a_lora_acts_on_every_linear_and_a_zero_lora_changes_nothing():
     model, (x, t, y) = build(), inputs()
     paths = linear_shapes(model, ["qkv", "proj", "fc1", "fc2", "linear", "adaLN_modulation.1", "mlp.0", "mlp.2"])
     assert len(paths) == 2 + 2 * 5 + 2

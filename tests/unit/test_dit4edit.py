@@ -163,7 +163,7 @@ def test_windows_of_steps_and_layers_follow_prompt_to_prompt():
 # Words
 
 
-def test_pieces_that_differ_in_number_keep_the_words_behind_them_aligned():
+def test_words_after_one_with_another_number_of_pieces_stay_aligned():
     source, target = said("a cat sits", length=7), said("a skyscraper sits", {"skyscraper": 3}, length=7)
     aligned, official = (replacement_table(source, target, tail=t) for t in ("aligned", "official"))
     assert aligned[2, 4] == 1 and aligned[1, 1:4].tolist() == pytest.approx([1 / 3] * 3)
@@ -257,7 +257,7 @@ def test_unknown_words_and_layers_raise_before_the_inversion(make_pipe, control,
     assert not asked
 
 
-def test_a_window_shorter_than_a_step_does_nothing_as_the_docstring_says():
+def test_a_window_shorter_than_a_step_does_nothing():
     short = DiT4Edit(cross=None, self_steps=(0.0, 0.3))
     pair = Pair((said("a cat"),), (said("a dog"),))
     run = Run(Backbone(), 2, (2, 3), torch.zeros(2, 1), None, 4, edit=pair)  # type: ignore[arg-type]

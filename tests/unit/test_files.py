@@ -86,7 +86,7 @@ def test_pytorch_files_are_recognised_by_content_and_flattened(tmp_path):
     assert list(read_tensors(tmp_path / "old.pt")) == ["ema.x.weight"]
 
 
-def test_a_lightning_checkpoint_is_read_with_its_bystanders_and_without_lightning(tmp_path, monkeypatch):
+def test_a_lightning_checkpoint_is_read_with_its_other_entries_and_without_lightning(tmp_path, monkeypatch):
     """A callback's class as a key, numbers of numpy: neither is imported, called or kept."""
     module, weight = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint"), torch.randn(2)
     callback = type("ModelCheckpoint", (), {"__module__": module.__name__})

@@ -291,7 +291,7 @@ def test_an_image_does_not_depend_on_its_batch(eta):
     assert torch.equal(sample(7, 5)[1], together[0])
 
 
-def test_ddim_asks_for_noise_where_eta_needs_it_only():
+def test_ddim_generates_noise_only_for_a_positive_eta():
     def none(x: Tensor) -> Tensor:
         raise AssertionError("asked for noise")
 

@@ -78,7 +78,7 @@ def test_a_file_named_by_two_rows_is_not_paired_with_itself(make_folder):
         make_folder(row, row).draw(random.Random(0), "style")
 
 
-def test_a_set_without_a_kind_of_pair_says_what_is_missing(make_folder):
+def test_a_set_without_a_kind_of_pair_raises_with_the_kind(make_folder):
     one_style = [{"file_name": f"{i}.png", "content_group": "c", "style_group": "s"} for i in range(3)]
     with pytest.raises(ValueError, match="no content pair: two rows with the same content_group and different style"):
         make_folder(*one_style).need(PAIR_KINDS)

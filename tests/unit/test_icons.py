@@ -100,7 +100,7 @@ def test_the_index_survives_writing_and_reading(world: IconWorld) -> None:
     assert read_index(write_index(world.icons)) == world.icons
 
 
-def test_an_index_without_a_column_says_which() -> None:
+def test_an_index_without_a_column_raises_with_its_name() -> None:
     with pytest.raises(ValueError, match="no column 'licence'"):
         read_index("style\ticon\thex\tbase\tlabel\tgroup\tsplit\tok\n")
 
@@ -182,7 +182,7 @@ def test_a_filter_that_fits_nothing_tells_what_there_is() -> None:
         IconWorld.open(sample_path(), styles="noto")
 
 
-def test_a_missing_or_foreign_path_says_how_to_build_a_world(tmp_path: Path) -> None:
+def test_a_path_without_a_world_raises_with_how_to_build_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="condit data icons --out"):
         IconWorld.open(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="index.tsv is missing"):

@@ -86,7 +86,7 @@ def test_arrays_of_another_range_type_or_shape_are_refused(array):
         load_image(array)
 
 
-def test_alpha_goes_on_white_or_stays():
+def test_alpha_is_composited_on_white_or_kept():
     half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
     assert load_image(half).getpixel((0, 0)) == (127, 127, 127)
     assert load_image(half, background=(0, 0, 0)).getpixel((0, 0)) == (0, 0, 0)
@@ -178,7 +178,7 @@ def test_a_png_carries_recipe_and_parameters(tmp_path):
         assert image.info["parameters"] == "红苹果\nSeed: 3"
 
 
-def test_an_image_without_a_recipe_says_so(tmp_path):
+def test_an_image_without_a_recipe_raises(tmp_path):
     plain = save_image(Image.new("RGB", (4, 4)), tmp_path / "a.png")
     with pytest.raises(ValueError, match="has no condit recipe"):
         read_recipe(plain)

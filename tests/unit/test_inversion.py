@@ -71,12 +71,12 @@ def test_the_solvers_round_trips_stand_in_the_known_order(pictures, steps):
     assert exact > second + 3
 
 
-def test_more_steps_come_nearer(pictures):
+def test_more_steps_give_a_smaller_error(pictures):
     assert psnr(pictures, 40, "dpmpp2m") > psnr(pictures, 20, "dpmpp2m") > psnr(pictures, 10, "dpmpp2m")
 
 
 @pytest.mark.parametrize(("solver", "calls"), [("first_order", 4), ("dpmpp2m", 4), ("fixed_point", 12)])
-def test_a_solver_asks_the_network_as_often_as_it_says(pictures, solver, calls):
+def test_a_solver_calls_the_network_as_often_as_documented(pictures, solver, calls):
     asked = []
     invert(lambda x, t: asked.append(t) or noise_of(x, t), pictures, dpm_path(CUMPROD, 4), solver, iterations=2)
     assert len(asked) == calls
@@ -177,5 +177,5 @@ def test_the_source_is_set_back_to_its_trajectory_in_every_step(pictures):
     assert torch.equal(torch.stack(seen), up[:-1])
 
 
-def test_rows_stand_in_turn():
+def test_rows_are_interleaved():
     assert interleave(torch.tensor([0, 2]), torch.tensor([1, 3])).tolist() == [0, 1, 2, 3]

@@ -87,7 +87,7 @@ def test_a_mask_limits_the_tokens(pipe, adapter, pictures):
         pipe("a fox", controls=[square], seed=0)
 
 
-def test_references_of_one_image_are_averaged_or_stand_side_by_side(adapter, pictures):
+def test_references_of_one_image_are_averaged_or_concatenated(adapter, pictures):
     one, two = pictures(2)
     mean = adapter.control([[one, two]])
     concat = adapter.control([[one, two]], combine="concat")

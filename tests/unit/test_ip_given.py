@@ -52,7 +52,7 @@ def test_a_number_of_any_library_is_a_strength(adapter, pictures, strength):
     assert adapter.control(pictures(1)[0], strength=strength).strength == 0.5
 
 
-def test_a_pair_says_when(adapter, pictures):
+def test_a_pair_is_limited_to_its_part_of_the_schedule(adapter, pictures):
     assert adapter.control(pictures(1)[0], when=(0.2, 0.8)).when == When(0.2, 0.8)
 
 

@@ -168,7 +168,7 @@ def test_figures_and_sheet_of_held_out_pairs(make_task):
         ({"icons": None}, "either icons .* or pairs"),
     ],
 )
-def test_a_recipe_that_cannot_work_says_why(make_task, how, message):
+def test_an_impossible_recipe_raises_with_the_reason(make_task, how, message):
     with pytest.raises(ValueError, match=message):
         make_task(**how)
 

@@ -82,7 +82,7 @@ def test_words_that_cannot_be_subtracted_raise(pipe, file, pictures, tmp_path):
         IPAdapter.load(file.parent / "plus.safetensors", pipe).control(picture, content=torch.zeros(12))
 
 
-def test_a_tower_of_the_right_width_but_another_family_is_no_twin():
+def test_a_text_tower_of_another_clip_raises_though_its_width_fits():
     bigg, h = EncoderSize(1664, 1280, 257, 224), EncoderSize(1280, 1024, 257, 224)
     Words(1280, 1280).check_twin(bigg)
     Words(1024, 1024).check_twin(h)

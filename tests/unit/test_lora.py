@@ -90,7 +90,7 @@ def test_ranks_and_alphas_may_differ_from_layer_to_layer():
     assert [len(again.a[k]) for k in ("to_q", "inner/0")] == [1, 2]
 
 
-def test_a_saved_scale_stands_in_b_so_that_a_reader_without_alpha_computes_the_same():
+def test_the_scale_is_saved_in_b_so_that_a_reader_without_alpha_computes_the_same():
     lora, x = filled(rank=2, alpha=3.0), torch.randn(2, 3)
     again = LoRA.from_tensors(lora.tensors())
     assert again.scales["to_q"] == 1

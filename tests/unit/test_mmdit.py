@@ -27,7 +27,7 @@ def context(weight: Tensor, *, merged: bool) -> tuple[MMDiTContext, list[Tensor]
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_weight_a_token_stands_in_both_directions(merged):
+def test_the_weight_of_a_token_acts_in_both_directions(merged):
     given, keys = context(REGION.log(), merged=merged)
     main, own = (score_bias(group, keys, given) for group in given.groups)
     assert main is not None and own is not None

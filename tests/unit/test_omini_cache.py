@@ -80,7 +80,7 @@ def test_the_unconditional_side_of_guidance_fills_its_own_cache(make_pipe, make_
     assert torch.equal(latents(pipe, [control.prefill("a fox")]), latents(pipe, [control]))
 
 
-def test_a_jointly_trained_adapter_refuses_a_cache_and_says_why(pipe, make_omini, pictures):
+def test_a_jointly_trained_adapter_with_a_cache_raises(pipe, make_omini, pictures):
     adapter = make_omini(pipe)
     with pytest.raises(ValueError, match="trained jointly: its condition attends to text and image"):
         adapter.control(pictures(1)).prefill("a fox")

@@ -27,7 +27,7 @@ def source() -> IconSource:
     return IconSource(IconSet.open(few_icons()), (64, 64), 32)
 
 
-def test_icons_of_a_pair_share_what_their_kind_says_and_nothing_is_its_own_reference(source):
+def test_icons_of_a_pair_share_what_their_kind_names_and_no_icon_is_its_own_reference(source):
     rng, icons = random.Random(0), source.icons.icons
     for kind in ("style", "content"):
         for i in source.rows[kind][:200]:

@@ -31,7 +31,7 @@ def test_visibility_is_the_table_of_the_official_code(sees, of_a, of_b):
     assert found == {TEXT: EVERY, IMAGE: EVERY, A: of_a, B: of_b}
 
 
-def test_conditions_of_different_kinds_stand_side_by_side():
+def test_conditions_of_different_kinds_are_joined_in_one_sequence():
     found = visible(groups(TEXT, IMAGE, [None, None, stream("self"), stream("main")]))
     assert found == {TEXT: EVERY, IMAGE: EVERY, A: {A}, B: {TEXT, IMAGE, B}}
 
@@ -63,7 +63,7 @@ def test_each_condition_has_its_own_strength():
     assert a.weights == (HALF, HALF, None) and b.weights == (DOUBLE, DOUBLE, None)
 
 
-def test_a_strength_between_conditions_that_see_each_other_is_none():
+def test_the_strength_between_conditions_that_see_each_other_is_one():
     found = groups(TEXT, IMAGE, [None, None, stream("all", HALF), stream("all", DOUBLE)])
     assert found[1] == Group((A,), (TEXT, IMAGE, A, B), (HALF, HALF, None, None))
 

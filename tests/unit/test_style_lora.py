@@ -142,7 +142,7 @@ def test_the_official_form_knows_no_schedule(style):
 # Files
 
 
-def test_a_saved_style_loads_and_says_what_it_is(pipe, style, tmp_path):
+def test_a_saved_style_loads_with_its_description(pipe, style, tmp_path):
     file = save_tensors(tmp_path / "style.safetensors", style.lora.tensors())
     again = StyleLoRA.load(file, pipe)
     assert again.gated == style.gated and again.hash

@@ -105,7 +105,7 @@ def test_a_plain_file_gets_the_flavour_of_its_layout_and_the_heads_of_its_width(
     assert found == replace(config, flavour=FLAVOURS[flavour])
 
 
-def test_an_unpublished_width_needs_its_heads_from_somebody(tmp_path):
+def test_an_unpublished_width_needs_the_number_of_heads(tmp_path):
     path = save_file_of(tmp_path, random_vit().state_dict())
     with pytest.raises(ValueError, match="no published ViT has width 24. Give heads="):
         read_vit(path)
@@ -307,7 +307,7 @@ def test_a_state_that_does_not_fit_its_configuration_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_bf16_survives_but_in_npz_where_numpy_has_none(tmp_path):
+def test_bf16_is_kept_except_in_npz_which_has_no_bf16(tmp_path):
     model = random_vit().bfloat16()
     timm = save_vit(tmp_path / "a.safetensors", TINY, model.state_dict(), layout="timm")
     npz = save_vit(tmp_path / "a.npz", TINY, model.state_dict(), layout="npz")

@@ -44,7 +44,7 @@ def test_t5s_pieces_belong_to_their_words_from_the_first_token_on():
     assert len(words.ids) == 6 and words.ids[-1] == 1  # the end token
 
 
-def test_clips_pieces_stand_behind_the_begin_token():
+def test_clips_pieces_follow_the_begin_token():
     (words,) = words_of(clip_like(), ["a fox"], 77)
     assert words.tokens == ((1,), (2, 3, 4))
 
