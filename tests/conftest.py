@@ -62,13 +62,13 @@ class StubText(nn.Module):
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
         """A token a word, from the second on: the first stands for a begin token."""
-        found = []
+        results = []
         for prompt in prompts:
             words = tuple(prompt.split())
             ids = (0, *(zlib.crc32(word.encode()) for word in words))[:5]
             places = tuple((i + 1,) if i + 1 < 5 else () for i in range(len(words)))
-            found.append(Words(prompt, words, places, ids, 5))
-        return found
+            results.append(Words(prompt, words, places, ids, 5))
+        return results
 
 
 class StubImage(nn.Module):

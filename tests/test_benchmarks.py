@@ -23,13 +23,13 @@ def scripts():
     """The scripts as modules; they import each other by plain name, as scripts do."""
     sys.path.insert(0, str(FOLDER))
     try:
-        found = {}
+        values = {}
         for name in SCRIPTS:
             spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
             assert spec is not None and spec.loader is not None
-            found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(found[name])
-        yield found
+            values[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(values[name])
+        yield values
     finally:
         sys.path.remove(str(FOLDER))
         for name in SCRIPTS:
@@ -39,14 +39,14 @@ def scripts():
 def test_a_longer_call_is_measured_as_longer_and_the_table_has_its_ratio(scripts, tmp_path):
     timing = scripts["timing"]
     calls = {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}
-    found = timing.measure(calls, turns=3, warm=0)
-    assert found["long"].seconds > 3 * found["short"].seconds
-    assert all(t.low <= t.seconds <= t.high for t in found.values())
-    page = timing.table("sleep", found, "long")
+    report = timing.measure(calls, turns=3, warm=0)
+    assert report["long"].seconds > 3 * report["short"].seconds
+    assert all(t.low <= t.seconds <= t.high for t in report.values())
+    page = timing.table("sleep", report, "long")
     assert page.count("\n| ") == 3 and "| 1.00 |" in page  # a head and two rows
     with pytest.raises(SystemExit, match="--turns is at least 2"):
         timing.measure(calls, turns=1)
-    timing.save(tmp_path / "found.json", {"sleep": found})
+    timing.save(tmp_path / "found.json", {"sleep": report})
     assert json.loads((tmp_path / "found.json").read_text())["figures"]["sleep"]["long"]["seconds"] >= 0.02
 
 
@@ -79,8 +79,8 @@ def test_every_form_of_deadiff_computes_the_same(scripts):
 
 def test_a_table_sets_every_form_against_both_references_and_tells_emulation(scripts, monkeypatch):
     timing, module = scripts["timing"], scripts["backbones"]
-    found = {name: timing.Timing(s, s, s) for name, s in {"theirs": 3.0, "plain": 2.0, "ours": 1.0}.items()}
-    lines = timing.table("x", found, "plain", "theirs").splitlines()
+    values = {name: timing.Timing(s, s, s) for name, s in {"theirs": 3.0, "plain": 2.0, "ours": 1.0}.items()}
+    lines = timing.table("x", values, "plain", "theirs").splitlines()
     assert lines[2].count("times as fast as") == 2
     assert lines[-2 if lines[-1] == "" else -1].endswith("| 2.00 | 3.00 |")
     monkeypatch.setattr(module, "fast_precision", lambda: "no")
@@ -103,8 +103,8 @@ def test_the_official_and_the_fast_settings_of_dit_draw_and_train_the_same(scrip
     assert losses[1] == pytest.approx(losses[0], rel=0.02)  # bfloat16
     assert module.forward_flops(PRESETS["DiT-XL/2"], 1) / 2e9 == pytest.approx(118.621, abs=1e-3)
     monkeypatch.setattr(module, "matmul_peak", lambda device, side: 1e12)
-    found = module.run("tiny", config, 2, device="cpu", steps=2, turns=2, side=8)
-    assert len(found) == 6 and found[0].times == found[3].times == 1 and found[0].share_of_peak is None
+    report = module.run("tiny", config, 2, device="cpu", steps=2, turns=2, side=8)
+    assert len(report) == 6 and report[0].times == report[3].times == 1 and report[0].share_of_peak is None
     t = module.Timing(2.0, 2.0, 2.0)
     (row,) = module.rows("sampling", {"official": t}, amount=32 * 10 / 250, flops=8e12, peak=1e13)
     assert (row.per_s, row.share_of_peak) == (0.64, 0.4)
@@ -114,8 +114,8 @@ def test_the_official_and_the_fast_settings_of_dit_draw_and_train_the_same(scrip
 @pytest.mark.gpu
 def test_the_speed_of_dit_is_given_as_ratios_and_shares_of_the_peak_on_an_accelerator(scripts):
     module = scripts["dit_speed"]
-    found = module.run("DiT-S/2", PRESETS["DiT-S/2"], 8, device="cuda", steps=2, turns=2, side=4096)
-    assert all(row.share_of_peak is not None and 0 < row.share_of_peak < 1 for row in found)
+    report = module.run("DiT-S/2", PRESETS["DiT-S/2"], 8, device="cuda", steps=2, turns=2, side=4096)
+    assert all(row.share_of_peak is not None and 0 < row.share_of_peak < 1 for row in report)
 
 
 # OminiControl: the closed forms against figures computed apart for FLUX.1 (D = 3072, 57 layers, 512 text tokens), and
@@ -136,9 +136,9 @@ ROWS = {  # image tokens, condition tokens, conditions: joint, independent, read
 def test_the_closed_forms_equal_the_table_for_flux(scripts, row):
     module, (image, c, count) = scripts["omini"], row
     n = 512 + image
-    found = [module.ratio(mode, 3072, n, c, count) for mode in ("joint", "independent", "cached")]
-    found.append(module.average(3072, n, c, count))
-    for value, printed in zip(found, ROWS[row], strict=True):
+    results = [module.ratio(mode, 3072, n, c, count) for mode in ("joint", "independent", "cached")]
+    results.append(module.average(3072, n, c, count))
+    for value, printed in zip(results, ROWS[row], strict=True):
         # The last digit was rounded twice: 1.07448 stands there as 1.075.
         assert value == pytest.approx(printed, abs=0.006 if printed in (4.01, 3.80, 5.90, 5.19) else 0.0006)
 
@@ -172,17 +172,17 @@ def test_every_omini_variant_runs_and_equal_ones_are_equal(scripts, small_flux):
     with torch.inference_mode():
         calls = module.variants(small_flux)
         assert list(calls) == [module.BASE, *module.CASES]
-        found = {name: call() for name, call in calls.items()}
-        filled = found.pop("filling the cache of one, once a picture")
+        values = {name: call() for name, call in calls.items()}
+        filled = values.pop("filling the cache of one, once a picture")
         assert [len(r.memory) for r in filled] == [3]
         # Layers and their outputs are small here, as the weights are.
-        scale = float(found[module.BASE].abs().max())
-        plain = found["no condition"]
-        torch.testing.assert_close(plain, found[module.BASE], rtol=0, atol=1e-5 * scale)
+        scale = float(values[module.BASE].abs().max())
+        plain = values["no condition"]
+        torch.testing.assert_close(plain, values[module.BASE], rtol=0, atol=1e-5 * scale)
         torch.testing.assert_close(
-            found["cached, read step"], found["independent, not cached"], rtol=0, atol=1e-5 * scale
+            values["cached, read step"], values["independent, not cached"], rtol=0, atol=1e-5 * scale
         )
-    different = [plain, *(found[name] for name in module.CASES if name in found and "not cached" not in name)][1:]
+    different = [plain, *(values[name] for name in module.CASES if name in values and "not cached" not in name)][1:]
     for i, one in enumerate(different):
         assert one.shape == plain.shape
         assert all(not torch.equal(one, other) for other in different[:i])
@@ -203,18 +203,18 @@ def test_every_omini_variant_runs_as_flux_does_in_bfloat16_with_guidance(scripts
     with torch.inference_mode():
         s = module.setting(config, text=8, side=4, device="cpu", dtype=torch.bfloat16)
         for name, call in module.variants(s).items():
-            found = call()
+            generated = call()
             if module.CASES.get(name, module.CASES["joint"]).mode != "prefill":
-                assert found.dtype == torch.bfloat16 and found.isfinite().all()
+                assert generated.dtype == torch.bfloat16 and generated.isfinite().all()
     assert torch.get_default_dtype() == torch.float32
 
 
 def test_the_tables_hold_every_variant_and_the_memory_of_a_cache_is_as_computed(scripts, small_flux):
     module, timing = scripts["omini"], scripts["timing"]
     with torch.inference_mode():
-        found = {name: timing.Timing(2.0, 1.0, 3.0) for name in (module.BASE, *module.CASES)}
-        page = module.table(small_flux, found)
-        assert page.count("\n| ") == len(found) + 1 and f"{module.average(32, 24, 16):.3f}" in page
+        values = {name: timing.Timing(2.0, 1.0, 3.0) for name in (module.BASE, *module.CASES)}
+        page = module.table(small_flux, values)
+        assert page.count("\n| ") == len(values) + 1 and f"{module.average(32, 24, 16):.3f}" in page
         rows = [line.split(" | ") for line in module.memory(small_flux).splitlines()[2:]]
     assert len(rows) == 5  # one, compact, two, four, four compact
     assert all(row[1] == row[2].removesuffix(" |") for row in rows)
@@ -234,8 +234,8 @@ MERGED = {  # tokens: self-attention alone at 25, 50, 75 %; with the MLP
 def test_the_share_of_operations_left_by_merging_equals_the_table_for_pixart(scripts, tokens):
     module = scripts["edit"]
     for mlp, printed in zip((False, True), MERGED[tokens], strict=True):
-        found = [module.bound(tokens, 1152, 120, ratio, mlp=mlp) for ratio in (0.25, 0.5, 0.75)]
-        assert found == pytest.approx(printed, rel=0.02)
+        results = [module.bound(tokens, 1152, 120, ratio, mlp=mlp) for ratio in (0.25, 0.5, 0.75)]
+        assert results == pytest.approx(printed, rel=0.02)
 
 
 def test_every_edit_step_runs_and_merging_nothing_is_the_plain_step(scripts):
@@ -245,9 +245,9 @@ def test_every_edit_step_runs_and_merging_nothing_is_the_plain_step(scripts):
     )
     with torch.inference_mode():
         s = module.setting(config, side=6, text=5, device="cpu", dtype=torch.float32)
-        found = {name: module.edit_step(s, case)() for name, case in module.CASES.items()}
-        plain = found[module.PLAIN]
-        for name, sides in found.items():
+        values = {name: module.edit_step(s, case)() for name, case in module.CASES.items()}
+        plain = values[module.PLAIN]
+        for name, sides in values.items():
             assert [x.shape for x in sides] == [x.shape for x in plain]
             if name != module.PLAIN:
                 assert not torch.equal(sides[0], plain[0])
@@ -292,14 +292,14 @@ def test_every_ip_adapter_variant_runs_and_equal_ones_are_equal(scripts):
     )
     with torch.inference_mode():
         s = module.setting(config, tokens=4, side=8, features=12)
-        found = {name: call() for name, call in module.variants(s).items()}
-        plain, acting = found["diffusers, no adapter"], found["diffusers, adapter"]
+        actual = {name: call() for name, call in module.variants(s).items()}
+        plain, acting = actual["diffusers, no adapter"], actual["diffusers, adapter"]
         assert not torch.allclose(plain, acting, atol=1e-3)
-        for name, value in found.items():
+        for name, value in actual.items():
             expected = plain if "no adapter" in name else acting
             torch.testing.assert_close(value, expected, rtol=0, atol=2e-5)  # sums in another order
-        page = module.table({name: timing.Timing(2.0, 1.0, 3.0) for name in found})
-        assert page.count("\n| ") == len(found) and "1.000 | 1.000" in page
+        page = module.table({name: timing.Timing(2.0, 1.0, 3.0) for name in actual})
+        assert page.count("\n| ") == len(actual) and "1.000 | 1.000" in page
         differences = module.batch_differences(s)
     for guidance in (1.0, 5.0):
         assert differences["condit", guidance] < 1e-4
@@ -315,9 +315,9 @@ def test_parts_of_the_unet_are_left_out_one_at_a_time_and_come_back(scripts, mak
             if isinstance(m, module.Transformer):
                 m.proj_out.weight.normal_()
     before = [p.clone() for p in parts.backbone.parameters()]
-    found = module.rises(parts, module.held_out(parts, few_icons(), 4, 0.9))
-    assert len([name for name in found if name.startswith("words at ")]) == 11 and len(found) == 11 + 7
-    assert all(x.value != 0 and x.n == 4 for name, x in found.items() if "attentions" in name)
+    actual = module.rises(parts, module.held_out(parts, few_icons(), 4, 0.9))
+    assert len([name for name in actual if name.startswith("words at ")]) == 11 and len(actual) == 11 + 7
+    assert all(x.value != 0 and x.n == 4 for name, x in actual.items() if "attentions" in name)
     assert all(torch.equal(p, kept) for p, kept in zip(parts.backbone.parameters(), before, strict=True))
     module.main(["--icons", few_icons(), "--model", str(folder), "--count", "2", "--out", str(tmp_path / "o")])
     assert "| mid_block |" in capsys.readouterr().out and len([*(tmp_path / "o").iterdir()]) == 2

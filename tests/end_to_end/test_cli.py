@@ -16,9 +16,9 @@ from condit.cli.uses import USES
 VERBS = ("demo", "generate", "edit", "replay", "train", "evaluate", "verify", "models", "doctor", "data")
 
 
-@pytest.mark.parametrize("asked", ["--help", "-h"])
-def test_help_names_every_verb_and_goes_to_stdout(run, asked):
-    code, out, err = run(asked)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_names_every_verb_and_goes_to_stdout(run, option):
+    code, out, err = run(option)
     assert (code, err) == (0, "")
     assert all(f"  {verb} " in out for verb in VERBS)
     assert "..." not in out.partition("Commands:")[2]  # no summary is cut off

@@ -68,8 +68,8 @@ def test_data_draw_makes_a_set_that_data_check_counts(tmp_path, capsys):
     lists = ("--subjects", str(tmp_path / "subjects.txt"), "--styles", str(tmp_path / "styles.txt"))
     small = ("--per-subject", "2", "-n", "2", "--steps", "1", "-o", str(tmp_path / "set"))
     assert run(capsys, "data", "draw", *lists, *small)[:2] == (0, f"{tmp_path / 'set'}\n")
-    told = "8 pairs; with references: none; groups: style 4, content 2\n"
-    assert run(capsys, "data", "check", str(tmp_path / "set"))[:2] == (0, told)
+    counts = "8 pairs; with references: none; groups: style 4, content 2\n"
+    assert run(capsys, "data", "check", str(tmp_path / "set"))[:2] == (0, counts)
     code, _, err = run(capsys, "data", "draw", *lists, "-o", str(tmp_path / "other"))
     assert code == 1 and "per_subject must be 1 to 2, the number of styles; found 14" in err
     code, _, err = run(capsys, "data", "draw", "--subjects", "none.txt", *lists[2:], *small)

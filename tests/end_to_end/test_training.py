@@ -88,8 +88,8 @@ def test_the_style_adapter_may_train_along_with_the_model_and_go_on_alone(tmp_pa
     again = JointTask(ICONS, str(model / "clip"), str(model / "vae"), init=str(folder))
     for name, p in task.ip.named_parameters():
         for other in (alone, again):
-            found = dict(other.ip.named_parameters())[name]
-            torch.testing.assert_close(found, p, atol=2e-3, rtol=2e-3)  # written in fp16
+            actual = dict(other.ip.named_parameters())[name]
+            torch.testing.assert_close(actual, p, atol=2e-3, rtol=2e-3)  # written in fp16
     name = "ip_adapter.0.to_v_ip.weight"
     written = read_tensors(folder / "style" / ADAPTER)[name].float()
     torch.testing.assert_close(written, STYLE_GAIN * task.ip.get_parameter(name), atol=4e-3, rtol=4e-3)
@@ -100,12 +100,12 @@ def test_rows_without_a_reference_do_not_pass_through_the_style_adapter(random_t
     task = JointTask(ICONS, str(model / "clip"), str(model / "vae"))
     torch.nn.init.normal_(task.transformer.proj_out.weight)
     batch = task.batch(random.Random(0), 8)
-    found = []
+    results = []
     for scale in (0.0, 1.0):
         for pair in task.ip.ip_adapter.values():
             torch.nn.init.normal_(pair.get_parameter("to_v_ip.weight"), std=scale)
-        found.append(task(batch, torch.Generator().manual_seed(0))[1])
-    assert found[0]["plain"] == found[1]["plain"]
+        results.append(task(batch, torch.Generator().manual_seed(0))[1])
+    assert results[0]["plain"] == results[1]["plain"]
 
 
 def test_style_adapter_trains_a_step_and_loads(tmp_path, monkeypatch, random_tiny, random_tiny_folder):
@@ -150,12 +150,12 @@ def test_adapter_training_leaves_the_base_alone(tmp_path, monkeypatch, random_ti
 def test_a_condition_walks_from_the_images_place_to_its_own(random_tiny_folder):
     model = str(random_tiny_folder / "model")
     task, there = TokenTask(ICONS, model, rank=4, walk=(0.2, 0.6)), grid_ids(8, 8, delta=(0, -8))
-    found = {}
+    values = {}
     for task.progress in (0.0, 0.2, 0.4, 0.6, 1.0):
-        found[task.progress] = task.positions()
-    assert torch.equal(found[0.0], grid_ids(8, 8)) and torch.equal(found[0.2], grid_ids(8, 8))
-    torch.testing.assert_close(found[0.4], grid_ids(8, 8, delta=(0, -4)))
-    assert torch.equal(found[0.6], there) and torch.equal(found[1.0], there)
+        values[task.progress] = task.positions()
+    assert torch.equal(values[0.0], grid_ids(8, 8)) and torch.equal(values[0.2], grid_ids(8, 8))
+    torch.testing.assert_close(values[0.4], grid_ids(8, 8, delta=(0, -4)))
+    assert torch.equal(values[0.6], there) and torch.equal(values[1.0], there)
     assert torch.equal(TokenTask(ICONS, model, rank=4).positions(), there)
 
 

@@ -19,9 +19,9 @@ def model():
 def test_the_content_takes_the_styles_statistics():
     g = torch.Generator().manual_seed(0)
     content, style = torch.randn(2, 3, 8, 8, generator=g) * 2 + 1, torch.randn(2, 3, 6, 6, generator=g) * 5 - 3
-    found = adain(content, style)
-    assert torch.allclose(found.mean((2, 3)), style.mean((2, 3)), atol=1e-5)
-    assert torch.allclose(found.std((2, 3)), style.std((2, 3)), atol=1e-4)
+    actual = adain(content, style)
+    assert torch.allclose(actual.mean((2, 3)), style.mean((2, 3)), atol=1e-5)
+    assert torch.allclose(actual.std((2, 3)), style.std((2, 3)), atol=1e-4)
     assert torch.allclose(adain(content, content), content, atol=1e-4)  # eps in the deviation
 
 
@@ -66,9 +66,9 @@ def test_missing_weights_raise(model, tmp_path):
 def test_as_a_method_it_edits_the_images_generated_without_control(model):
     g = torch.Generator().manual_seed(2)
     blank, references, true = torch.randint(0, 256, (3, 2, 3, 32, 32), generator=g, dtype=torch.uint8)
-    found = by_adain(Stage(None, adain=model), blank, references, true, 1.0)
+    actual = by_adain(Stage(None, adain=model), blank, references, true, 1.0)
     expected = model(blank[1:].float() / 255, references[1:].float() / 255)
-    assert found.dtype == torch.uint8 and found.shape == blank.shape
-    assert torch.equal(found[1:], (expected * 255).round().to(torch.uint8))
+    assert actual.dtype == torch.uint8 and actual.shape == blank.shape
+    assert torch.equal(actual[1:], (expected * 255).round().to(torch.uint8))
     with pytest.raises(ValueError, match="needs its weights"):
         by_adain(Stage(None), blank, references, true, 1.0)

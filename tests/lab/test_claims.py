@@ -60,9 +60,9 @@ SOME = "gray", "gray-add", "gray-double", "gray-joint"  # every kind of variant
 
 
 def test_a_trial_of_every_kind_trains_a_step_and_is_measured_with_intervals(claims, model, tmp_path):
-    found = run(claims, model, tmp_path, "--only", ",".join(SOME))
+    report = run(claims, model, tmp_path, "--only", ",".join(SOME))
     assert set(SOME) <= set(claims.TRIALS) and all(set(names) <= set(claims.TRIALS) for names in claims.CLAIMS.values())
-    assert set(found["trials"]) == set(SOME) and set(found["strengths"]) == {
+    assert set(report["trials"]) == set(SOME) and set(report["strengths"]) == {
         "0",
         "0.25",
         "0.5",
@@ -70,12 +70,12 @@ def test_a_trial_of_every_kind_trains_a_step_and_is_measured_with_intervals(clai
         "1.5",
         "2",
     }
-    for row in (*found["trials"].values(), *found["strengths"].values()):
+    for row in (*report["trials"].values(), *report["strengths"].values()):
         assert row["error"]["n"] == 4 and row["error"]["low"] <= row["error"]["value"] <= row["error"]["high"]
-    assert found["strengths"]["1"] == found["trials"]["gray"]
+    assert report["strengths"]["1"] == report["trials"]["gray"]
     # Without a condition at all, another one changes nothing.
-    assert found["strengths"]["0"]["wrong"]["value"] == 1
-    values = [row["error"]["value"] for row in found["trials"].values()]
+    assert report["strengths"]["0"]["wrong"]["value"] == 1
+    values = [row["error"]["value"] for row in report["trials"].values()]
     assert len(set(values)) == len(values)  # none is another one under its name
     page = (tmp_path / "claims.md").read_text()
     assert "benchmarks/claims_omini.py --icons" in page and page.count("| gray |") == len(claims.CLAIMS)

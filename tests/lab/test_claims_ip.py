@@ -63,8 +63,10 @@ def learning(task) -> set[str]:
 
 
 def test_with_tokens_appended_to_the_text_the_projector_alone_learns_unless_the_maps_do(claims, model):
-    decoupled, beside, maps = (learning(built(claims, model, name)) for name in ("decoupled", "beside", "beside-maps"))
-    assert beside == {n for n in decoupled if n.startswith("ip.image_proj.")} and beside
+    decoupled, appended, maps = (
+        learning(built(claims, model, name)) for name in ("decoupled", "beside", "beside-maps")
+    )
+    assert appended == {n for n in decoupled if n.startswith("ip.image_proj.")} and appended
     assert maps == decoupled and any(".to_k_ip." in n for n in maps) and any(".to_v_ip." in n for n in maps)
     assert all(n.startswith(("ip.image_proj.", "ip.ip_adapter.")) for n in maps)
 
@@ -91,16 +93,16 @@ def test_tokens_appended_to_the_text_share_its_softmax_and_its_frozen_maps(claim
     width = task.unet.get_submodule(site.path).to_k.out_features
     g = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, heads, n, width // heads, generator=g) for n in (6, 5, 5))
-    found = attend(Call(q, k, v, site), [control])
+    actual = attend(Call(q, k, v, site), [control])
     layer, tokens = task.unet.get_submodule(site.path), task.ip.image_proj(features)
     image_k, image_v = (m(tokens).unflatten(-1, (heads, -1)).transpose(1, 2) for m in (layer.to_k, layer.to_v))
     scores = torch.cat([q @ k.mT, q @ image_k.mT], -1) / math.sqrt(width // heads)
     expected = scores.softmax(-1) @ torch.cat([v, image_v], 2)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     # One softmax: not the text's answer with the image's added to it, which is what the decoupled control gives.
     plain = attend(Call(q, k, v, site))
     added = plain + (q @ image_k.mT / math.sqrt(width // heads)).softmax(-1) @ image_v
-    assert (found - added).abs().max() > 1e-2
+    assert (actual - added).abs().max() > 1e-2
     other = next(s for s in task.unet.sites if s.kind == "self")
     assert torch.equal(attend(Call(q, k, v, other), [control]), plain)
 
@@ -129,11 +131,11 @@ def test_readers_may_start_from_finished_adapters_and_the_maps_never_do(claims, 
                 p.mul_(1.5)
         finished.export(tmp_path / "done" / folder, {})
         fresh = built(claims, model, name).state_dict()
-        found = built(claims, model, name, "--readers", str(tmp_path / "done")).state_dict()
+        actual = built(claims, model, name, "--readers", str(tmp_path / "done")).state_dict()
         ready = finished.state_dict()
         reader = ("ip.image_proj.",) if name == "decoupled" else ("adapter.style.", "adapter.content.")
-        assert any(n.startswith(reader) for n in found)
-        for n, x in found.items():
+        assert any(n.startswith(reader) for n in actual)
+        for n, x in actual.items():
             if n.startswith(reader):
                 torch.testing.assert_close(x, ready[n], rtol=1e-3, atol=1e-4)  # kept in halves
             else:
@@ -158,12 +160,12 @@ def test_trials_are_trained_generated_and_measured_and_their_claims_fill_a_page(
     shipped = (FOLDER.parent / "docs" / "claims.md").read_text()
     assert all(f"<!-- claims:{name} -->" in shipped for name in names)
     page.write_text("".join(f"<!-- claims:{name} -->\nNot run yet\n<!-- /claims -->\n" for name in names))
-    asked = "decoupled,decoupled-own,deadiff,deadiff-swapped"
-    found = run("--only", asked, "--claims", str(page))
-    assert set(found["trials"]) == set(asked.split(",")) and set(found["drawn"]["deadiff"]) == set()
-    for row in (kind for trial in found["trials"].values() for kind in trial.values()):
+    trials = "decoupled,decoupled-own,deadiff,deadiff-swapped"
+    report = run("--only", trials, "--claims", str(page))
+    assert set(report["trials"]) == set(trials.split(",")) and set(report["drawn"]["deadiff"]) == set()
+    for row in (kind for trial in report["trials"].values() for kind in trial.values()):
         assert row["error"]["n"] == 4 and row["error"]["low"] <= row["error"]["value"] <= row["error"]["high"]
-    values = [row["error"]["value"] for trial in found["trials"].values() for row in trial.values()]
+    values = [row["error"]["value"] for trial in report["trials"].values() for row in trial.values()]
     assert len(set(values)) == len(values)  # none is another one under its name
     text = page.read_text()
 
@@ -176,10 +178,10 @@ def test_trials_are_trained_generated_and_measured_and_their_claims_fill_a_page(
     for kind in ("style", "content"):
         assert f"| error on {kind} pairs, deadiff-swapped minus deadiff, the same icons |" in place("deadiff-layers")
     # Another run reads what was trained and drawn; another setting trains anew.
-    states = [tmp_path / "out" / "runs" / name / "state.pt" for name in asked.split(",")]
+    states = [tmp_path / "out" / "runs" / name / "state.pt" for name in trials.split(",")]
     before = [file.stat().st_mtime_ns for file in states]
-    again = run("--only", asked)
-    assert again["trials"] == found["trials"] and again["drawn"] == found["drawn"]
+    again = run("--only", trials)
+    assert again["trials"] == report["trials"] and again["drawn"] == report["drawn"]
     assert [file.stat().st_mtime_ns for file in states] == before
     run("--only", "deadiff", "--seed", "1")
     assert states[2].stat().st_mtime_ns != before[2] and states[3].stat().st_mtime_ns == before[3]

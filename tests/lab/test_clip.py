@@ -51,10 +51,10 @@ def test_prompts_of_any_length_fill_the_limit_and_keep_their_end(tokenizer):
 
 
 def test_concept_and_style_fill_the_space_and_have_unit_length_each():
-    found = normalise(torch.randn(3, STYLE.stop))
+    actual = normalise(torch.randn(3, STYLE.stop))
     assert CONCEPT.stop == STYLE.start
     for part in (CONCEPT, STYLE):
-        torch.testing.assert_close(found[:, part].norm(dim=-1), torch.ones(3))
+        torch.testing.assert_close(actual[:, part].norm(dim=-1), torch.ones(3))
 
 
 def test_padding_does_not_change_the_embedding(clip, tokenizer):

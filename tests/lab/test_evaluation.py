@@ -218,9 +218,9 @@ def test_real_icons_are_their_own_ceiling(world, tmp_path, pipe, no_adapters):
     for scene in scenes:
         scene.specs.clear()
         scene.images.clear()
-    found, threshold = tiny.measure(bench, scenes)
+    actual, threshold = tiny.measure(bench, scenes)
     assert threshold >= 0
-    table = {(r.measure, r.split, r.case): r for r in found}
+    table = {(r.measure, r.split, r.case): r for r in actual}
     for split in ("combo", "concept", "style"):
         similarity = table[rows.SIMILARITY, split, rows.LATENT]
         assert similarity.value == pytest.approx(1, abs=1e-4)  # this latent loses nothing
@@ -274,12 +274,12 @@ def test_the_subjects_reference_is_compared_with_the_words_alone_and_the_true_ic
     scene.images = {"real": green, "other": red, "subject": red.clone(), "words": green.clone()}
     assert rows.subject_rows(scene) == []  # the set was not drawn
     scene.specs["subject"] = spec
-    found = {(r.measure, r.case): r.value for r in rows.subject_rows(scene)}
-    assert len(found) == 6
-    assert found[rows.SUBJECT_EDGES, spec.what] == pytest.approx(1, abs=1e-3)
-    assert found[rows.SUBJECT_COLOUR, spec.what] == 0
-    assert found[rows.SUBJECT_EDGES, rows.WORDS_ALONE] == found[rows.SUBJECT_EDGES, rows.REAL] < 0.9
-    assert found[rows.SUBJECT_COLOUR, rows.WORDS_ALONE] == found[rows.SUBJECT_COLOUR, rows.REAL] > 50
+    values = {(r.measure, r.case): r.value for r in rows.subject_rows(scene)}
+    assert len(values) == 6
+    assert values[rows.SUBJECT_EDGES, spec.what] == pytest.approx(1, abs=1e-3)
+    assert values[rows.SUBJECT_COLOUR, spec.what] == 0
+    assert values[rows.SUBJECT_EDGES, rows.WORDS_ALONE] == values[rows.SUBJECT_EDGES, rows.REAL] < 0.9
+    assert values[rows.SUBJECT_COLOUR, rows.WORDS_ALONE] == values[rows.SUBJECT_COLOUR, rows.REAL] > 50
     scene.images["real"] = rows._gray(green)  # a black and white target cannot have the reference's colours
     assert {r.measure for r in rows.subject_rows(scene)} == {rows.SUBJECT_EDGES}
 

@@ -75,10 +75,10 @@ def test_round_trips_compare_solvers_step_by_step(make_pipe, make_pixart):
     rows = round_trips(pipe, "photographs", images, prompts, (2, 4), lambda text: None)
     cases = {row.case for row in rows if row.measure == TRIP}
     assert "dpmpp2m, 2 steps, 2 network calls" in cases and "fixed_point, 4 steps, 12 network calls" in cases
-    told = {case for case in cases if " minus " in case}
+    differences = {case for case in cases if " minus " in case}
     name = "{}, {} steps, {} network calls"
     pairs = ((2, 2), (2, 4), (4, 4))
-    assert told == {difference(name.format("dpmpp2m", a, a), name.format("first_order", b, b)) for a, b in pairs}
+    assert differences == {difference(name.format("dpmpp2m", a, a), name.format("first_order", b, b)) for a, b in pairs}
     sheet = show_trips(pipe, images, prompts, 2)
     assert sheet.width > sheet.height
     times = merging_time(pipe, 2, lambda text: None)
@@ -91,9 +91,9 @@ def test_claims_are_of_the_embedded_models_and_of_what_was_measured():
     row = {"measure": KEPT, "value": 40.0, "low": 39.0, "high": 41.0, "n": 48, "task": "concept"}
     rows = [{**row, "case": case} for case in ("unified", "cross-attention", "unified minus cross-attention")]
     result = {"model": "tiny", "rows": rows, "steps": 10, "command": "condit evaluate edit"}
-    told = edit_claims(result)
-    assert told.keys() == {"dit4edit-unified/tiny", "dit4edit-merging/tiny"}
-    assert "| background PSNR, dB, concept: unified minus cross-attention | 40.000 |" in told["dit4edit-unified/tiny"]
+    claims = edit_claims(result)
+    assert claims.keys() == {"dit4edit-unified/tiny", "dit4edit-merging/tiny"}
+    assert "| background PSNR, dB, concept: unified minus cross-attention | 40.000 |" in claims["dit4edit-unified/tiny"]
     with pytest.raises(ValueError, match="Leave --claims out"):
         edit_claims({**result, "model": "elsewhere"})
 

@@ -44,8 +44,8 @@ def test_slugs_drop_accents_and_marks() -> None:
 
 
 def test_names_resolve_by_label_then_shortcode_then_squeezed() -> None:
-    found = resolve(["cat", "lorry", "nonsense"], concepts(), {}, {}, {}, {})
-    assert found == {"1F408": "cat", "1F69B": "lorry"}
+    matches = resolve(["cat", "lorry", "nonsense"], concepts(), {}, {}, {}, {})
+    assert matches == {"1F408": "cat", "1F69B": "lorry"}
     assert resolve(["articulatedlorry"], concepts(), {}, {}, {}, {}) == {"1F69B": "articulatedlorry"}
 
 
@@ -79,11 +79,11 @@ def test_code_point_names_resolve_to_themselves() -> None:
 
 
 def test_ui_concepts_are_names_without_their_variant() -> None:
-    found = ui_concepts(
+    actual = ui_concepts(
         ["bell", "bell-bold", "bell-bold-duotone", "x-logo", "x-logo-bold", "x-logo-bold-duotone", "cup-bold"],
         ["regular", "bold", "bold-duotone"],
     )
-    assert found == {"bell": {"regular": "bell", "bold": "bell-bold", "bold-duotone": "bell-bold-duotone"}}
+    assert actual == {"bell": {"regular": "bell", "bold": "bell-bold", "bold-duotone": "bell-bold-duotone"}}
 
 
 def test_a_package_with_another_hash_is_refused(tmp_path: Path) -> None:
@@ -138,14 +138,14 @@ def tiny_sets(tmp_path: Path, monkeypatch) -> Path:
     """Two UI packages of three concepts, one of them blank in one variant."""
     sets = tmp_path / "packages"
     sets.mkdir()
-    found = {}
+    values = {}
     for package in dict.fromkeys(style.package for style in UI_STYLES.values()):
         variants = [key.split("-", 1)[1] for key, style in UI_STYLES.items() if style.package == package]
         icons = {f"{name}-{v}" if v != "regular" else name: SQUARE for name in ("bell", "key", "sun") for v in variants}
         if "thin" in variants:
             icons["sun-thin"] = "<g/>"
-        found[package] = tarball(sets, f"{package.split('/')[1]}.tgz", icons)
-    monkeypatch.setattr(icons_build, "fetch", lambda packages, folder: found)
+        values[package] = tarball(sets, f"{package.split('/')[1]}.tgz", icons)
+    monkeypatch.setattr(icons_build, "fetch", lambda packages, folder: values)
     return sets
 
 

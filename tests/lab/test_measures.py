@@ -28,17 +28,17 @@ def line(column, size=32, rows=slice(None)):
 
 
 def test_bootstrap_of_equal_values_has_no_width():
-    found = measures.bootstrap(torch.ones(50))
-    assert (found.value, found.low, found.high, found.n) == (1, 1, 1, 50)
+    actual = measures.bootstrap(torch.ones(50))
+    assert (actual.value, actual.low, actual.high, actual.n) == (1, 1, 1, 50)
 
 
 def test_bootstrap_interval_has_the_width_of_theory():
     values = torch.arange(400) % 2
-    found = measures.bootstrap(values)
+    actual = measures.bootstrap(values)
     half = 1.96 * math.sqrt(0.25 / 400)
-    assert found.value == 0.5
-    assert found.high - 0.5 == pytest.approx(half, rel=0.15)  # 2,000 resamples leave a few percent
-    assert 0.5 - found.low == pytest.approx(half, rel=0.15)
+    assert actual.value == 0.5
+    assert actual.high - 0.5 == pytest.approx(half, rel=0.15)  # 2,000 resamples leave a few percent
+    assert 0.5 - actual.low == pytest.approx(half, rel=0.15)
 
 
 def test_bootstrap_repeats_bit_equal_and_moves_with_its_seed():
@@ -68,9 +68,9 @@ def test_clusters_must_be_as_many_as_values():
 
 def test_a_ratio_draws_both_sides_together():
     ceiling = torch.rand(100, generator=torch.Generator().manual_seed(0)) + 0.1
-    found = measures.ratio(ceiling / 2, ceiling)
-    assert found is not None
-    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    actual = measures.ratio(ceiling / 2, ceiling)
+    assert actual is not None
+    assert (actual.value, actual.low, actual.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_a_ratio_to_a_ceiling_of_zero_is_none():
@@ -146,8 +146,8 @@ def test_edge_f1_of_empty_maps():
 
 def test_nearest_finds_the_copy_at_distance_zero():
     bank = torch.rand(9, 3 * 32 * 32, generator=torch.Generator().manual_seed(0))
-    distance, found = measures.nearest(bank[[4, 7]], bank)
-    assert found.tolist() == [4, 7]
+    distance, actual = measures.nearest(bank[[4, 7]], bank)
+    assert actual.tolist() == [4, 7]
     assert distance.tolist() == [0, 0]
 
 

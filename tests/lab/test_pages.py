@@ -50,13 +50,13 @@ def interval(value: float) -> dict:
 
 
 def result(**other) -> dict:
-    told = {"depth": 6, "width": 256, "steps": 500, "images_seen": 32000}
+    common = {"depth": 6, "width": 256, "steps": 500, "images_seen": 32000}
     models = {
-        "small-dit": {**told, "backbone": "DiT", "adaln": "zero", "parameters": 8_000_000},
-        "small-diffit": {**told, "backbone": "DiffiT", "adaln": None, "parameters": 6_000_000, **other},
-        "small-dit-adaln": {**told, "backbone": "DiT", "adaln": "plain", "parameters": 7_000_000},
-        "vit": {**told, "backbone": "ViT", "adaln": None, "parameters": 3_000_000},
-        "vit-concept": {**told, "backbone": "ViT", "adaln": None, "parameters": 3_100_000},
+        "small-dit": {**common, "backbone": "DiT", "adaln": "zero", "parameters": 8_000_000},
+        "small-diffit": {**common, "backbone": "DiffiT", "adaln": None, "parameters": 6_000_000, **other},
+        "small-dit-adaln": {**common, "backbone": "DiT", "adaln": "plain", "parameters": 7_000_000},
+        "vit": {**common, "backbone": "ViT", "adaln": None, "parameters": 3_000_000},
+        "vit-concept": {**common, "backbone": "ViT", "adaln": None, "parameters": 3_100_000},
     }
     figures = [
         {"model": name, "measure": measure, "interval": interval(value + i), "less": interval(float(i)) if i else None}
@@ -74,16 +74,16 @@ def result(**other) -> dict:
 
 
 def test_class_claims_hold_the_figures_of_their_own_runs():
-    found = class_claims(result())
-    assert found.keys() == CLAIMS.keys()
-    assert "| parameters, DiffiT | 6,000,000 |" in found["diffit-dit"] and "8,000,000" in found["diffit-dit"]
-    assert f"| {ERROR}, DiffiT minus DiT, the same icons | 1.0000 | 0.9900 to 1.0100 | 64 |" in found["diffit-dit"]
-    assert f"| {ERROR}, DiT, plain adaLN minus DiT, the same icons | 2.0000 |" in found["adaln-zero"]
-    assert "Depth 6, width 256, trained for 500 steps on 32,000 pictures" in found["adaln-zero"]
-    assert f"| {ACCURACY}, ViT | 70.0 |" in found["vit-style"] and f"{JUDGE} | 77.0 |" in found["vit-style"]
-    assert f"| {ACCURACY}, {JUDGE} minus ViT, the same icons | 7.0 |" in found["vit-style"]
-    assert f"| {CONCEPT}, {CLIP} | 23.0 |" in found["vit-concept"] and "49.0" in found["vit-concept"]
-    assert "Not run yet" not in "".join(found.values())
+    actual = class_claims(result())
+    assert actual.keys() == CLAIMS.keys()
+    assert "| parameters, DiffiT | 6,000,000 |" in actual["diffit-dit"] and "8,000,000" in actual["diffit-dit"]
+    assert f"| {ERROR}, DiffiT minus DiT, the same icons | 1.0000 | 0.9900 to 1.0100 | 64 |" in actual["diffit-dit"]
+    assert f"| {ERROR}, DiT, plain adaLN minus DiT, the same icons | 2.0000 |" in actual["adaln-zero"]
+    assert "Depth 6, width 256, trained for 500 steps on 32,000 pictures" in actual["adaln-zero"]
+    assert f"| {ACCURACY}, ViT | 70.0 |" in actual["vit-style"] and f"{JUDGE} | 77.0 |" in actual["vit-style"]
+    assert f"| {ACCURACY}, {JUDGE} minus ViT, the same icons | 7.0 |" in actual["vit-style"]
+    assert f"| {CONCEPT}, {CLIP} | 23.0 |" in actual["vit-concept"] and "49.0" in actual["vit-concept"]
+    assert "Not run yet" not in "".join(actual.values())
 
 
 @pytest.mark.parametrize("other", [{"depth": 12}, {"width": 384}, {"steps": 700}, {"images_seen": 1}])
@@ -95,12 +95,12 @@ def test_the_page_of_claims_says_of_each_what_was_measured_or_that_it_was_not():
     text = DOCS.read_text(encoding="utf-8")
     claims = CLAIMS | STYLE_CLAIMS
     assert len(claims) == len(CLAIMS) + len(STYLE_CLAIMS) and set(claims) <= set(pages.names(text, KIND))
-    for found in re.finditer(r"<!-- claims:(\S+) -->\n(.*?)<!-- /claims -->", text, re.S):
-        assert "**The paper.**" in found[2]
-        measured = re.search(r"\*\*Measured\*\* by `(condit|python benchmarks/\w+\.py) ", found[2])
-        assert (measured is not None) != ("Not run yet" in found[2])
-        if found[1] in claims and "Not run yet" in found[2]:
-            assert found[2] == block(claims[found[1]])
+    for actual in re.finditer(r"<!-- claims:(\S+) -->\n(.*?)<!-- /claims -->", text, re.S):
+        assert "**The paper.**" in actual[2]
+        measured = re.search(r"\*\*Measured\*\* by `(condit|python benchmarks/\w+\.py) ", actual[2])
+        assert (measured is not None) != ("Not run yet" in actual[2])
+        if actual[1] in claims and "Not run yet" in actual[2]:
+            assert actual[2] == block(claims[actual[1]])
 
 
 def test_measured_claims_replace_what_was_not_run(tmp_path):

@@ -97,8 +97,8 @@ def test_the_teacher_changes_the_aim_at_high_noise_and_never_the_input(new_task)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([10, 100, 500, 900])
     with torch.no_grad():
-        found, other = task.teacher(x0, noise, t, batch.captions)
-    before, after = (training_pair(PROCESS, x, e, t) for x, e in ((x0, noise), (found, other)))
+        actual, other = task.teacher(x0, noise, t, batch.captions)
+    before, after = (training_pair(PROCESS, x, e, t) for x, e in ((x0, noise), (actual, other)))
     assert torch.allclose(before[0], after[0], atol=1e-4)  # x0 moves by some units, and x is their sum with noise
     changed = (before[1] - after[1]).abs().flatten(1).amax(1) > 1e-3
     assert changed.tolist() == [False, False, True, True]
@@ -121,9 +121,9 @@ def test_figures_tell_the_error_in_the_flows_units(new_task):
 
 
 def test_padding_is_masked_for_an_empty_prompt(new_task):
-    found = new_task().words(["a red apple", ""])
-    assert found.mask is not None and found.mask.sum(1).tolist()[1] == 2  # begin and end
-    assert found.tokens.shape == (2, 24, 192) and found.pooled.shape == (2, 0)
+    actual = new_task().words(["a red apple", ""])
+    assert actual.mask is not None and actual.mask.sum(1).tolist()[1] == 2  # begin and end
+    assert actual.tokens.shape == (2, 24, 192) and actual.pooled.shape == (2, 0)
 
 
 def test_bad_settings_and_a_missing_part_raise(tmp_path, new_task, monkeypatch):

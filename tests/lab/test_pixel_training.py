@@ -71,14 +71,14 @@ def test_a_u_shape_trains_a_step_on_pixels_and_its_export_generates(icons, tmp_p
     folder = step(task.train(), tmp_path, ONE_STEP.model_copy(update={"steps": 3, "lr": 1e-2}))
     pipe = condit.load(folder)
     assert (pipe.parts.size, pipe.parts.edm.sigma_max) == (task.size, 20.0)
-    found = pipe(num_images_per_prompt=2, num_inference_steps=3, seed=5, output_type="pt")
-    assert found.images.shape == (2, 3, *task.size) and found.seeds == [5, 6]
+    generated = pipe(num_images_per_prompt=2, num_inference_steps=3, seed=5, output_type="pt")
+    assert generated.images.shape == (2, 3, *task.size) and generated.seeds == [5, 6]
     # The sampler by hand, of the second picture alone.
     noise = torch.randn(3, *task.size, generator=torch.Generator().manual_seed(6))[None]
     edm, network = EDM(sigma_max=20.0), load_diffit_image(folder / WEIGHTS)
     with torch.no_grad():
         alone = heun(by_timestep(precondition(network, edm)), 20.0 * noise, edm_path(3, edm)).clamp(-1, 1)
-    torch.testing.assert_close(found.images[1:], alone, rtol=0, atol=1e-4)  # a row of a batch
+    torch.testing.assert_close(generated.images[1:], alone, rtol=0, atol=1e-4)  # a row of a batch
     again = pipe(latents=noise, num_inference_steps=3, output_type="pt").images
     torch.testing.assert_close(again, alone, rtol=0, atol=1e-6)
     assert pipe(num_inference_steps=2, seed=0, height=16, width=16).images[0].size == (16, 16)

@@ -40,10 +40,10 @@ def test_one_adapter_is_shipped_and_the_rest_stays(runs):
         make_run(runs / "runs", *ADAPTERS[name], 2.0)
     make_run(runs / "runs", *ADAPTERS["gray"], 3.0)  # not asked for
     ship(runs / "runs", runs / "out", only=["edges", "subject"])
-    found = {
+    values = {
         n: float(read_tensors(runs / "out" / n / "weights.safetensors")["x"]) for n in ("edges", "subject", "gray")
     }
-    assert found == {"edges": 2.0, "subject": 2.0, "gray": 1.0}
+    assert values == {"edges": 2.0, "subject": 2.0, "gray": 1.0}
     cards = json.loads((runs / "out" / "cards.json").read_text())
     assert [*cards][-3:] == ["subject", "edges", "gray"] and cards["gray"]["figures"] == {"error": 1.0}
     assert (runs / "out" / "COMPLETE").exists() and (runs / "out" / "ATTRIBUTION.md").exists()

@@ -34,6 +34,6 @@ def test_the_vit_recognises_the_styles_of_icons():
     assert isinstance(vit, condit.ViTPipeline)
     known = {vit.label(i) for i in range(vit.model.config.classes)}
     rows = [i for i, icon in enumerate(world.icons) if icon.style in known][::7]
-    told = vit.classify([Image.fromarray(on_white(world.rgba(i))) for i in rows], top_k=1)
-    right = [answer.label == world.icons[i].style for (answer,), i in zip(told, rows, strict=True)]
+    answers = vit.classify([Image.fromarray(on_white(world.rgba(i))) for i in rows], top_k=1)
+    right = [answer.label == world.icons[i].style for (answer,), i in zip(answers, rows, strict=True)]
     assert len(right) >= 30 and sum(right) / len(right) > 0.6

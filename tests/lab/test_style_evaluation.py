@@ -51,12 +51,12 @@ def world():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """One small run, and what it told."""
-    folder, told = tmp_path_factory.mktemp("style"), []
+    folder, messages = tmp_path_factory.mktemp("style"), []
     sites = ("transformer_blocks.0.attn",)
     protocol = Protocol(count=COUNT, steps=2, methods=ASKED, strengths=STRENGTHS, sites=sites)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(style_rulers, "BANK", 60)  # the manifold of real icons is half of the time otherwise
-        return folder, evaluate_style(folder, protocol, tell=told.append), told
+        return folder, evaluate_style(folder, protocol, tell=messages.append), messages
 
 
 def value(result, method, measure, strength=1.0):
@@ -111,8 +111,8 @@ def test_references_are_not_from_training_and_show_another_concept(world):
 
 def test_blocks_are_ranked_by_leakage_among_those_with_style():
     layers = [("idle", 0.0, -0.01), ("style", 0.2, 0.02), ("both", 0.3, 0.2), ("weak", 0.1, 0.0)]
-    found = rank_blocks([{"site": s, "style": a, "leakage": b, "n": 4} for s, a, b in layers])
-    assert [entry["site"] for entry in found] == ["style", "both", "weak", "idle"]
+    actual = rank_blocks([{"site": s, "style": a, "leakage": b, "n": 4} for s, a, b in layers])
+    assert [entry["site"] for entry in actual] == ["style", "both", "weak", "idle"]
     none = rank_blocks([{"site": s, "style": a, "leakage": 0.0, "n": 4} for s, a in (("x", -0.2), ("y", -0.1))])
     assert [entry["site"] for entry in none] == ["y", "x"]
 
@@ -162,18 +162,18 @@ def test_methods_that_are_shown_a_subject_are_compared_image_by_image(run):
 
 def test_the_claims_hold_the_figures_of_the_run(run):
     result = run[1]
-    found = style_claims(result)
-    assert found.keys() == CLAIMS.keys() - {"deadiff-prompt"}  # which a UNet answers
-    assert all("`condit evaluate style --count 4" in text for text in found.values())
+    actual = style_claims(result)
+    assert actual.keys() == CLAIMS.keys() - {"deadiff-prompt"}  # which a UNet answers
+    assert all("`condit evaluate style --count 4" in text for text in actual.values())
     assert (
         f"| {LIKENESS}, OminiControl shown the subject | {value(result, 'subject-tokens', LIKENESS):.3f} |"
-        in (found["ip-subject"])
+        in (actual["ip-subject"])
     )
     for entry in result["comparisons"]:
         if entry["measure"] != LEAKAGE or entry["method"] not in ("subtract", "block"):
             continue
         what = {m["name"]: m["what"] for m in result["methods"]}[entry["method"]] + f" at {entry['strength']:g}"
-        lines = [line for line in found["instantstyle-leakage"].splitlines() if f", {what} " in line]
+        lines = [line for line in actual["instantstyle-leakage"].splitlines() if f", {what} " in line]
         difference = entry["gap"]["difference"]
         if not entry["strength"]:
             assert not lines  # nothing is subtracted
@@ -188,8 +188,8 @@ def test_the_claims_hold_the_figures_of_the_run(run):
 def test_the_command_writes_tables_and_claims_into_their_pages(run, tmp_path, monkeypatch, capsys):
     from condit.cli import main
 
-    asked = []
-    monkeypatch.setattr(style, "evaluate_style", lambda out, protocol, **how: asked.append(protocol) or run[1])
+    protocols = []
+    monkeypatch.setattr(style, "evaluate_style", lambda out, protocol, **how: protocols.append(protocol) or run[1])
     page, claims = tmp_path / "page.md", tmp_path / "claims.md"
     page.write_text("<!-- style-evaluation -->\n<!-- /style-evaluation -->\n")
     places = style_claims(run[1])
@@ -211,8 +211,8 @@ def test_the_command_writes_tables_and_claims_into_their_pages(run, tmp_path, mo
             ]
         )
     assert not end.value.code, capsys.readouterr().err
-    assert asked == [Protocol(count=8, bf16=True)]
-    assert " --count 8 --seed 0 --bf16" in asked[0].command(data=False, adain=False)
+    assert protocols == [Protocol(count=8, bf16=True)]
+    assert " --count 8 --seed 0 --bf16" in protocols[0].command(data=False, adain=False)
     assert "| no control |" in page.read_text() and "Not run yet" not in claims.read_text()
 
 
@@ -227,8 +227,8 @@ class Silent:
 
 
 def test_the_same_images_are_not_generated_again(run, stage, world):
-    folder, result, told = run
-    assert sum("pictures" in line for line in told) == 8  # none, plain twice, subtract twice, block, both subjects
+    folder, result, messages = run
+    assert sum("pictures" in line for line in messages) == 8  # none, plain twice, subtract twice, block, both subjects
     protocol = Protocol(count=COUNT, steps=2)
     silent = {"tiny": replace(stage, pipe=Silent(stage.pipe))}
     cells, _ = choose_pairs(world, protocol)
@@ -240,9 +240,9 @@ def test_the_same_images_are_not_generated_again(run, stage, world):
 
 
 def test_rulers_are_examined_on_real_icons(run):
-    found = {row["ruler"].split(" (")[0]: row for row in run[1]["rulers"]}
-    assert found["judge's logits"]["style"] > 0.8 and abs(found["judge's logits"]["concept"] - 0.5) < 0.1
-    assert found["CLIP's concept half"]["concept"] > 0.8 and abs(found["CLIP's concept half"]["style"] - 0.5) < 0.1
+    values = {row["ruler"].split(" (")[0]: row for row in run[1]["rulers"]}
+    assert values["judge's logits"]["style"] > 0.8 and abs(values["judge's logits"]["concept"] - 0.5) < 0.1
+    assert values["CLIP's concept half"]["concept"] > 0.8 and abs(values["CLIP's concept half"]["style"] - 0.5) < 0.1
 
 
 def test_the_run_leaves_a_page_and_figures(run):
@@ -277,9 +277,9 @@ def test_what_cannot_run_is_said_or_refused(tmp_path, world):
     assert [m.name for m in style.runnable(study, METHODS)] == ["none", "words", "copy", "real"]
     assert {"method": "unet-none", "why": "no model tiny-unet"} in study.skipped
     assert {"method": "adain", "why": "no weights of AdaIN; give their folder: --adain DIR"} in study.skipped
-    asked = replace(study, protocol=Protocol(methods=("subject-tokens",)))
+    requested = replace(study, protocol=Protocol(methods=("subject-tokens",)))
     with pytest.raises(ValueError, match="subject-tokens: no adapter tiny/subject"):
-        style.runnable(asked, METHODS)
+        style.runnable(requested, METHODS)
 
 
 @pytest.fixture
@@ -317,10 +317,10 @@ def test_the_unets_rows_are_held_against_its_own_adapter(unet, tmp_path, monkeyp
     assert value(result, "unet-none", LEAKAGE) == 0
     drawn = {name: value(result, name, SCORE) for name in ("unet-none", "unet-plain", *names)}
     assert len(set(drawn.values())) == len(drawn)
-    found = style_claims(result)
-    assert found.keys() == {"instantstyle-leakage", "deadiff-prompt"}
-    assert "UNet, InstantStyle's style block at 1" in found["instantstyle-leakage"]
-    assert f"| {ALIGNMENT}, UNet, plain IP-Adapter at 1, where" in found["deadiff-prompt"]
+    actual = style_claims(result)
+    assert actual.keys() == {"instantstyle-leakage", "deadiff-prompt"}
+    assert "UNet, InstantStyle's style block at 1" in actual["instantstyle-leakage"]
+    assert f"| {ALIGNMENT}, UNet, plain IP-Adapter at 1, where" in actual["deadiff-prompt"]
 
 
 @pytest.fixture(scope="module")

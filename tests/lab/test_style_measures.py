@@ -27,11 +27,11 @@ def curve():
 
 def test_rows_are_resampled_together():
     a, b = noise(0), noise(1)
-    found = resample([a, b, a - b], CLUSTERS)
-    assert found.shape == (3, 2000)
-    np.testing.assert_allclose(found[0] - found[1], found[2], atol=1e-8)  # a - b was rounded to fp32
+    actual = resample([a, b, a - b], CLUSTERS)
+    assert actual.shape == (3, 2000)
+    np.testing.assert_allclose(actual[0] - actual[1], actual[2], atol=1e-8)  # a - b was rounded to fp32
     interval = bootstrap(a, CLUSTERS)
-    assert np.percentile(found[0], [2.5, 97.5]) == pytest.approx([interval.low, interval.high])
+    assert np.percentile(actual[0], [2.5, 97.5]) == pytest.approx([interval.low, interval.high])
     with pytest.raises(ValueError, match="all are of the same pictures"):
         resample([a, b[:3]], None)
 
@@ -106,8 +106,8 @@ def test_leakage_above_others_forgets_what_all_references_share():
     texts = torch.eye(3)
     picture = torch.tensor([[0.8, 0.4, 0.4]]).expand(3, 3)
     length = float(picture[0].norm())
-    found = own.above_others(picture, texts, torch.arange(3))
-    assert found.tolist() == pytest.approx([0.4 / length, -0.2 / length, -0.2 / length])
+    actual = own.above_others(picture, texts, torch.arange(3))
+    assert actual.tolist() == pytest.approx([0.4 / length, -0.2 / length, -0.2 / length])
     # Two references of one label are no foils to each other.
     same = own.above_others(picture, texts[[0, 0, 1]], torch.tensor([0, 0, 1]))
     assert same.tolist() == pytest.approx([0.4 / length, 0.4 / length, -0.4 / length])

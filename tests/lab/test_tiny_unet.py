@@ -44,10 +44,10 @@ def test_the_preset_has_sdxls_blocks():
 def test_both_solvers_generate_with_a_folder_which_keeps_its_process(folder):
     pipe = condit.load(folder)
     assert isinstance(pipe, Pipeline) and pipe.parts.process == PROCESS and pipe.parts.solver == "euler-ancestral"
-    found = [pipe("a red apple", sampler=sampler, **HOW).images for sampler in (None, "dpm++", "ddim")]
-    assert all(x.shape == (1, 32, 16, 16) and x.isfinite().all() for x in found)
+    results = [pipe("a red apple", sampler=sampler, **HOW).images for sampler in (None, "dpm++", "ddim")]
+    assert all(x.shape == (1, 32, 16, 16) and x.isfinite().all() for x in results)
     one = pipe(["a house", "a red apple"], **{**HOW, "seed": 4}).images[1]
-    torch.testing.assert_close(one, found[0][0], rtol=0, atol=1e-4)  # a row of a batch is its single run
+    torch.testing.assert_close(one, results[0][0], rtol=0, atol=1e-4)  # a row of a batch is its single run
 
 
 def test_a_missing_model_and_an_unsupported_scheduler_raise(folder, monkeypatch):
@@ -63,7 +63,7 @@ def test_a_missing_model_and_an_unsupported_scheduler_raise(folder, monkeypatch)
 def test_adapters_are_trained_and_loaded_on_it_with_its_own_image_encoder(folder, tmp_path):
     pipe, icons, picture = condit.load(folder), str(sample_path()), np.full((128, 128, 3), 90, np.uint8)
     sizes = {"layers": 1, "queries": 2, "hidden": 8}
-    found = [pipe("a rocket", **HOW).images]
+    results = [pipe("a rocket", **HOW).images]
     tasks = (
         IPAdapterTask(IPAdapterData(model=str(folder), icons=icons)),
         DEADiffTask(DEADiffData(model=str(folder), icons=icons, qformer=sizes)),
@@ -74,8 +74,8 @@ def test_adapters_are_trained_and_loaded_on_it_with_its_own_image_encoder(folder
         task.export(tmp_path / type(task).__name__, {})
         kind = condit.DEADiff if isinstance(task, DEADiffTask) else condit.IPAdapter
         adapter = kind.load(tmp_path / type(task).__name__, pipe)
-        found.append(pipe("a rocket", controls=[adapter.control(picture)], **HOW).images)
-        assert not any(torch.equal(found[-1], other) for other in found[:-1])
+        results.append(pipe("a rocket", controls=[adapter.control(picture)], **HOW).images)
+        assert not any(torch.equal(results[-1], other) for other in results[:-1])
 
 
 shipped = pytest.mark.skipif("tiny-unet" not in MODELS, reason="a checkout without the embedded UNet")
@@ -100,9 +100,9 @@ def test_the_shipped_ip_adapter_and_instantstyle_act_in_their_blocks():
     plain = pipe("a rocket", **HOW).images
     assert torch.equal(pipe("a rocket", controls=[adapter.control(picture, strength=0.0)], **HOW).images, plain)
     style = InstantStyle.load("tiny-unet/style", pipe)
-    found = [pipe("a rocket", controls=[c.control(picture)], **HOW).images for c in (adapter, style)]
-    assert not torch.equal(found[0], plain) and not torch.equal(found[1], plain)
-    assert not torch.equal(found[0], found[1])
+    results = [pipe("a rocket", controls=[c.control(picture)], **HOW).images for c in (adapter, style)]
+    assert not torch.equal(results[0], plain) and not torch.equal(results[1], plain)
+    assert not torch.equal(results[0], results[1])
 
 
 @pytest.mark.skipif("tiny-unet/deadiff" not in MODELS, reason="a checkout without the adapter")
@@ -111,8 +111,8 @@ def test_the_shipped_deadiff_reads_with_the_models_own_tower():
     adapter = condit.DEADiff.load("tiny-unet/deadiff", pipe)
     plain = pipe("a rocket", **HOW).images
     controls = adapter.control(style=picture), adapter.control(content=picture)
-    found = [pipe("a rocket", controls=[c], **HOW).images for c in controls]
-    assert not torch.equal(found[0], plain) and not torch.equal(found[0], found[1])
+    results = [pipe("a rocket", controls=[c], **HOW).images for c in controls]
+    assert not torch.equal(results[0], plain) and not torch.equal(results[0], results[1])
 
 
 @pytest.mark.skipif("tiny-unet/style" not in MODELS, reason="a checkout without the adapter")

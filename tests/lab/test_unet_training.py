@@ -68,8 +68,8 @@ def test_a_run_that_stops_continues_bit_by_bit_and_its_export_is_a_pipeline(make
     pipe = condit.load(tmp_path / "whole" / "export")
     assert isinstance(pipe, Pipeline) and pipe.size == (128, 128) and not pipe.model.repaints
     how = {"num_inference_steps": 2, "seed": 0, "output_type": "latent"}
-    told = pipe(["a red apple", "a house"], **how).images
-    assert told.shape == (2, 32, 16, 16) and not torch.equal(told[0], told[1])
+    latents = pipe(["a red apple", "a house"], **how).images
+    assert latents.shape == (2, 32, 16, 16) and not torch.equal(latents[0], latents[1])
     wide = pipe("a red apple", height=128, width=256, **how).images
     assert wide.shape == (1, 32, 16, 32)
     goes_on = make_task(init=str(tmp_path / "whole" / "export"))
@@ -162,9 +162,9 @@ def test_where_there_is_much_noise_the_mmdit_teaches_rows_without_a_reference_al
     make_task()
     tasks = [UNetJointTask(ICONS, MODEL, style_share=0.5, taught_from=x) for x in (1.0, 0.4)]
     batch, seen = tasks[0].batch(random.Random(0), 4), []
-    told = unet_joint.errors
+    errors = unet_joint.errors
     monkeypatch.setattr(
-        unet_joint, "errors", lambda parts, x0, *rest: seen.append(x0.clone()) or told(parts, x0, *rest)
+        unet_joint, "errors", lambda parts, x0, *rest: seen.append(x0.clone()) or errors(parts, x0, *rest)
     )
     for task in tasks:
         task(batch, torch.Generator().manual_seed(1))

@@ -73,5 +73,5 @@ class World:
 every = pytest.mark.parametrize("name", ["whole", "plus", "style", "both"])
 
 
-def close(found: Tensor, expected: Tensor, atol: float) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)  # latents of random UNets reach 60
+def close(actual: Tensor, expected: Tensor, atol: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=atol)  # latents of random UNets reach 60

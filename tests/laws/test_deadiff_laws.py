@@ -43,14 +43,16 @@ class World:
         """The control of a row of the table with references from number `first` on; `rows`: one of each picture."""
 
         def chosen(value, row: int):
-            several = [self.pictures[(v + first + row) % 6] for v in (value if isinstance(value, tuple) else (value,))]
-            return several if isinstance(value, tuple) else several[0]
+            chosen_pictures = [
+                self.pictures[(v + first + row) % 6] for v in (value if isinstance(value, tuple) else (value,))
+            ]
+            return chosen_pictures if isinstance(value, tuple) else chosen_pictures[0]
 
         given = {**TABLE[name], **how}
         for part in ("style", "content"):
             if part in TABLE[name]:
-                found = [chosen(TABLE[name][part], row) for row in range(rows or 1)]
-                given[part] = found if rows or isinstance(TABLE[name][part], tuple) else found[0]
+                results = [chosen(TABLE[name][part], row) for row in range(rows or 1)]
+                given[part] = results if rows or isinstance(TABLE[name][part], tuple) else results[0]
         return self.adapter.control(**given)
 
     def draw(self, controls: Sequence[Control] = (), prompts: str | list[str] = "a fox", **how) -> Tensor:
@@ -76,8 +78,8 @@ def weights(world: World) -> list[Tensor]:
     return [value.clone() for module in modules for value in module.state_dict().values()]
 
 
-def close(found: Tensor, expected: Tensor, atol: float) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def close(actual: Tensor, expected: Tensor, atol: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 @every_control
@@ -193,9 +195,9 @@ def first_run(world: World) -> Run:
 
 
 def at_step(world: World, control: Control) -> Control:
-    found = control.prepare(first_run(world)).at(Step(0, 3, 1.0))
-    assert found is not None
-    return found
+    active = control.prepare(first_run(world)).at(Step(0, 3, 1.0))
+    assert active is not None
+    return active
 
 
 def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,9 +268,9 @@ def company(world) -> list[Control]:
         for p in (*ip.parameters(), *lora.parameters()):
             p.add_(0.3 * torch.randn(p.shape))
     ip._encoder[0] = encoder
-    beside = [StyleLoRA(lora, frozenset()).control(0.5), ip.control(world.pictures[5], strength=0.4)]
+    others = [StyleLoRA(lora, frozenset()).control(0.5), ip.control(world.pictures[5], strength=0.4)]
     style = InstantStyle(ip).control(world.pictures[4], preset="style", strength=0.8, mask=LEFT_HALF)
-    return [style, world.control("content", strength=0.7), *beside]
+    return [style, world.control("content", strength=0.7), *others]
 
 
 def test_it_composes_with_ip_adapter_instantstyle_a_mask_and_a_lora_in_any_order(world, company):
@@ -282,8 +284,8 @@ def test_it_composes_with_ip_adapter_instantstyle_a_mask_and_a_lora_in_any_order
 
 
 def test_a_row_of_a_batch_with_other_controls_equals_its_single_run(world, company):
-    style, _, *beside = company
-    batch = world.draw([style, world.control("both", rows=4), *beside], PROMPTS, guidance_scale=5.0, seed=10)
+    style, _, *others = company
+    batch = world.draw([style, world.control("both", rows=4), *others], PROMPTS, guidance_scale=5.0, seed=10)
     for i in (0, 3):
-        alone = world.draw([style, world.control("both", i), *beside], PROMPTS[i], guidance_scale=5.0, seed=10 + i)
+        alone = world.draw([style, world.control("both", i), *others], PROMPTS[i], guidance_scale=5.0, seed=10 + i)
         close(batch[i : i + 1], alone, atol=1e-4)

@@ -49,9 +49,9 @@ def test_the_known_cells_act_on_the_generated_ones(world, references, name):
 
 @every_fill
 def test_a_filled_row_of_a_batch_equals_its_single_run(world, references, name):
-    adapter, beside = getattr(world, name), world.ip
-    both = [adapter.control(references[:2], fill=DRAWN), beside.control(references[2], mask=LEFT_HALF)]
-    alone = [adapter.control(references[1], fill=DRAWN), beside.control(references[2], mask=LEFT_HALF)]
+    adapter, ip = getattr(world, name), world.ip
+    both = [adapter.control(references[:2], fill=DRAWN), ip.control(references[2], mask=LEFT_HALF)]
+    alone = [adapter.control(references[1], fill=DRAWN), ip.control(references[2], mask=LEFT_HALF)]
     batch = world.draw(both, PROMPTS[:2], seed=10)
     close(batch[1:], world.draw(alone, PROMPTS[1], seed=11), atol=1e-4)
 

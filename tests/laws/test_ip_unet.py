@@ -65,8 +65,8 @@ def test_adapters_commute_and_add_up_with_a_lora(world, references):
     with torch.no_grad():
         for b in lora.b.values():
             b.add_(0.2)
-    beside = StyleLoRA(lora.requires_grad_(False), frozenset()).control(0.7)
-    parts = [*world.controls("both", references[0], strength=0.6), beside]
+    style = StyleLoRA(lora.requires_grad_(False), frozenset()).control(0.7)
+    parts = [*world.controls("both", references[0], strength=0.6), style]
     drawn = [world.draw(list(order)) for order in permutations(parts)]
     for other in drawn[1:]:
         close(other, drawn[0], 1e-4)
@@ -137,8 +137,8 @@ def test_the_ways_to_combine_are_what_they_say(world, references, name):
     def same(control: Control, features: Tensor) -> None:
         expected = adapter.reference(features, empty=empty)
         for path, pair in expected.kv.items():
-            for found, wanted in zip(control.kv[path], pair, strict=True):  # type: ignore[attr-defined]
-                torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+            for actual, wanted in zip(control.kv[path], pair, strict=True):  # type: ignore[attr-defined]
+                torch.testing.assert_close(actual, wanted, rtol=0, atol=2e-5)
 
     group = [[one, two, three]]
     same(adapter.control(group, combine="mean"), f.mean(0, keepdim=True))

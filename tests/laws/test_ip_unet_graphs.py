@@ -66,7 +66,7 @@ def test_the_probe_ranks_blocks_by_what_they_do(world, references):
     for weight in pairs:
         weight.zero_()  # type: ignore[union-attr,operator]
     try:
-        found = probe(
+        actual = probe(
             lambda controls: list(world.draw(controls, PROMPTS[:2])),
             world.whole,
             references[:2],
@@ -76,10 +76,10 @@ def test_the_probe_ranks_blocks_by_what_they_do(world, references):
     finally:
         for weight, value in zip(pairs, kept, strict=True):
             weight.copy_(value)  # type: ignore[union-attr,operator]
-    assert {score.block for score in found} == set(blocks)
-    assert [s.style for s in found] == sorted((s.style for s in found), reverse=True)
-    assert found[-1].block == blocks[0] and found[-1].style == 0
-    assert all(isinstance(s, BlockScore) and s.n == 4 and s.leakage == 0 and s.style_error >= 0 for s in found)
+    assert {score.block for score in actual} == set(blocks)
+    assert [s.style for s in actual] == sorted((s.style for s in actual), reverse=True)
+    assert actual[-1].block == blocks[0] and actual[-1].style == 0
+    assert all(isinstance(s, BlockScore) and s.n == 4 and s.leakage == 0 and s.style_error >= 0 for s in actual)
 
 
 def test_a_reference_can_act_against_itself_on_the_negative_side(world, references):
@@ -104,8 +104,8 @@ def inputs(world: World, seed: int = 0) -> tuple[tuple, dict]:
 
 def at_step(world: World, controls: Sequence[Control]) -> list[Control]:
     run = Run(world.pipe.backbone, 1, (8, 8), torch.zeros(1, 10), None, 4)
-    found = [control.prepare(run).at(Step(0, 3, 1.0)) for control in controls]
-    return [control for control in found if control is not None]
+    results = [control.prepare(run).at(Step(0, 3, 1.0)) for control in controls]
+    return [control for control in results if control is not None]
 
 
 @pytest.mark.parametrize("name", ["whole", "plus"])
@@ -142,8 +142,8 @@ def test_strengths_references_masks_and_steps_share_one_graph(small, references,
         given, more = inputs(small, i)
         controls = at_step(small, small.controls("both", references[i], strength=strength, mask=region))
         with torch.no_grad():
-            found, graphs = compiled(*given, controls=controls, **more)
-            close(found, small.pipe.backbone(*given, controls=controls, **more), 1e-5)
+            actual, graphs = compiled(*given, controls=controls, **more)
+            close(actual, small.pipe.backbone(*given, controls=controls, **more), 1e-5)
     assert graphs == 1
 
 
@@ -155,8 +155,8 @@ def test_with_one_graph_changing_the_preset_compiles_nothing_and_changes_nothing
         once = at_step(small, [small.whole.control(references[0], where=where, one_graph=True)])
         plain = at_step(small, [small.whole.control(references[0], where=where)])
         with torch.no_grad():
-            found, graphs = compiled(*given, controls=once, **more)
-            assert torch.equal(found, small.pipe.backbone(*given, controls=plain, **more))
+            actual, graphs = compiled(*given, controls=once, **more)
+            assert torch.equal(actual, small.pipe.backbone(*given, controls=plain, **more))
         assert graphs == 1
     by_block = at_step(small, [small.whole.control(references[0], strength={blocks[0]: 0.3}, one_graph=True)])
     with torch.no_grad():
@@ -187,8 +187,8 @@ def test_a_preset_holds_no_keys_of_other_blocks(world, references):
 def test_a_recipe_can_be_written(world, references):
     for how in ({}, {"strength": [0.5]}, {"strength": {"mid_block": 0.5}}, {"combine": "sum"}):
         control = world.whole.control([references[:2]], **how)
-        told = json.loads(json.dumps(control.describe()))
-        assert told["method"] == "IPAdapter" and len(told["reference"]) == 2
+        recipe = json.loads(json.dumps(control.describe()))
+        assert recipe["method"] == "IPAdapter" and len(recipe["reference"]) == 2
 
 
 def test_a_control_serves_two_runs_of_different_batches(world, references):

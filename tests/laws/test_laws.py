@@ -136,7 +136,7 @@ def test_image_guidance_equal_to_the_text_guidance_changes_nothing(world, refere
     close(apart, together, atol=1e-4)  # u + s (t - u) + s (c - t) rounds otherwise than u + s (c - u)
 
 
-@pytest.mark.parametrize("beside", [None, {}, {"text_bias": False, "strength": 0.5}])
+@pytest.mark.parametrize("joint", [None, {}, {"text_bias": False, "strength": 0.5}])
 @pytest.mark.parametrize(
     "how",
     [
@@ -148,11 +148,11 @@ def test_image_guidance_equal_to_the_text_guidance_changes_nothing(world, refere
         {"mask": LEFT_HALF, "strength": 0.5, "text_bias": False},
     ],
 )
-def test_a_cached_condition_equals_the_uncached_one(world, references, how, beside):
+def test_a_cached_condition_equals_the_uncached_one(world, references, how, joint):
     """Beside a joint condition too: conditions never see each other, so neither may see the other's cached keys."""
     cached, uncached = (world.cached.control(references[0], cached=cached, **how) for cached in (None, False))
     assert cached.prepare(first_run(world)).streams() == () and len(uncached.prepare(first_run(world)).streams()) == 1
-    others = [] if beside is None else [world.joint.control(references[1], **beside)]
+    others = [] if joint is None else [world.joint.control(references[1], **joint)]
     close(world.draw([*others, cached]), world.draw([*others, uncached]), atol=1e-5)  # three guided steps of 1e-6 each
 
 
@@ -217,8 +217,8 @@ def streams_of(controls: Sequence[Control]) -> list[Stream]:
 
 
 def at_step(world: World, controls: Sequence[Control]) -> list[Control]:
-    found = [control.prepare(first_run(world)).at(Step(0, 3, 1.0)) for control in controls]
-    return [control for control in found if control is not None]
+    results = [control.prepare(first_run(world)).at(Step(0, 3, 1.0)) for control in controls]
+    return [control for control in results if control is not None]
 
 
 @every_control
@@ -241,9 +241,9 @@ def test_gradients_reach_the_adapter_and_nothing_else(world, references, name):
         close(out, plain, atol=1e-5)  # training attends in the plain form, drawing in the fused one
         out.square().mean().backward()
         for adapter in adapters:
-            found = [p.grad for p in adapter.parameters() if p.grad is not None]
-            assert found and all(g.isfinite().all() for g in found)
-            assert sum(bool(g.any()) for g in found) > len(list(adapter.parameters())) / 2
+            results = [p.grad for p in adapter.parameters() if p.grad is not None]
+            assert results and all(g.isfinite().all() for g in results)
+            assert sum(bool(g.any()) for g in results) > len(list(adapter.parameters())) / 2
         others = [p for m in world.modules if m not in adapters for p in m.parameters()]
         assert all(p.grad is None for p in others)
     finally:

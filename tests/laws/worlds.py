@@ -46,8 +46,8 @@ TABLE = {
 every_control = pytest.mark.parametrize("name", TABLE)
 
 
-def close(found: Tensor, expected: Tensor, atol: float) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def close(actual: Tensor, expected: Tensor, atol: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 LEFT_HALF = np.zeros((32, 48), np.uint8)

@@ -238,13 +238,13 @@ def dotted(part: str) -> str:
 
 def authors_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Diffusers' tensors in the authors' names: the rules backwards."""
-    found = {}
+    values = {}
 
     def take(path: str, name: str, kind: str) -> None:
         key = f"{path}.{kind}"
         if key in tensors:
             shift_first = path == "norm_out.linear"
-            found[f"{name}.{kind}"] = torch.cat(tensors[key].chunk(2)[::-1]) if shift_first else tensors[key]
+            values[f"{name}.{kind}"] = torch.cat(tensors[key].chunk(2)[::-1]) if shift_first else tensors[key]
 
     for name, path in WHOLE.items():
         for kind in ("weight", "bias"):
@@ -258,10 +258,10 @@ def authors_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for name, paths in paths_of.items():
                 for kind in ("weight", "bias"):
                     cut = [tensors[f"{ours}.{i}.{path}.{kind}"] for path in paths]
-                    found[f"{theirs}.{i}.{dotted(name)}.{kind}"] = torch.cat(cut)
+                    values[f"{theirs}.{i}.{dotted(name)}.{kind}"] = torch.cat(cut)
             for name, path in NORMS[theirs.split("_")[0]].items():
-                found[f"{theirs}.{i}.{dotted(name)}.scale"] = tensors[f"{ours}.{i}.{path}.weight"]
-    return found
+                values[f"{theirs}.{i}.{dotted(name)}.scale"] = tensors[f"{ours}.{i}.{path}.weight"]
+    return values
 
 
 @pytest.fixture(scope="session")

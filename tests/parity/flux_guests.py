@@ -64,7 +64,7 @@ def shaken(module: nn.Module, scale: float = 0.1) -> nn.Module:
 
 @pytest.fixture(scope="session")
 def flux_pairs(tmp_path_factory, make_flux) -> dict[str, Pair]:
-    found = {}
+    values = {}
     for name in ("dev", "schnell"):
         dynamic = name == "dev"
         theirs = make_flux(replace(CONFIG, guidance_embeds=dynamic), dynamic=dynamic)
@@ -73,8 +73,8 @@ def flux_pairs(tmp_path_factory, make_flux) -> dict[str, Pair]:
         theirs.save_pretrained(folder)
         parts = condit.load(folder, dtype=torch.float32).parts
         parts.text.limit = WORDS
-        found[name] = Pair(theirs, Pipeline(replace(parts, image=Colours())))
-    return found
+        values[name] = Pair(theirs, Pipeline(replace(parts, image=Colours())))
+    return values
 
 
 @pytest.fixture(params=["dev", "schnell"])
@@ -167,8 +167,8 @@ def draw(pipe: Any, prompts: str | list[str] = PROMPTS[0], **given: Any) -> Tens
     return pipe(prompts, **named).images
 
 
-def close(found: Tensor, expected: Tensor, atol: float) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def close(actual: Tensor, expected: Tensor, atol: float) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 # What diffusers brings along

@@ -125,14 +125,14 @@ def shapes(c: dict, diffit: bool) -> dict[str, tuple[int, ...]]:
     linears["final_layer.linear"] = (size**2 * channels * (1 + c["learn_sigma"]), d)
     if not diffit:
         linears["final_layer.adaLN_modulation.1"] = (2 * d, d)
-    found: dict[str, tuple[int, ...]] = {
+    values: dict[str, tuple[int, ...]] = {
         "x_embedder.proj.weight": (d, channels, size, size),
         "x_embedder.proj.bias": (d,),
     }
-    found |= {"y_embedder.embedding_table.weight": (rows, d)} | tables
+    values |= {"y_embedder.embedding_table.weight": (rows, d)} | tables
     for name, shape in linears.items():
-        found |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return found
+        values |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return values
 
 
 def weights(c: dict, seed: int, diffit: bool = False) -> Tensors:
@@ -176,19 +176,19 @@ def write_dit(folder: Path, name: str, c: dict, *, seed: int, scales: tuple[floa
     x = random(g, 3, c["in_channels"], c["input_size"], c["input_size"])
     t, y, fractional = torch.tensor([0, 417, 999]), torch.tensor([0, 1, 2]), torch.tensor([0.5, 333.25, 998.75])
     acts = dit(p, c, x, t, y)
-    found = {"input.x": x, "input.t": t, "input.y": y, "input.t_fractional": fractional}
-    found |= {"output.eps_sigma": acts.pop("out")} | {f"act.{k}": v for k, v in acts.items()}
-    found["output.t_embed_fractional"] = embedding(p, fractional, y)[0]
+    values = {"input.x": x, "input.t": t, "input.y": y, "input.t_fractional": fractional}
+    values |= {"output.eps_sigma": acts.pop("out")} | {f"act.{k}": v for k, v in acts.items()}
+    values["output.t_embed_fractional"] = embedding(p, fractional, y)[0]
     if c["class_dropout_prob"]:
         dropped = torch.tensor([1, 0, 1])
-        found["input.force_drop_ids"] = dropped
+        values["input.force_drop_ids"] = dropped
         table = p["y_embedder.embedding_table.weight"]
-        found["output.y_embed_forced_drop"] = table[torch.where(dropped == 1, c["num_classes"], y)]
-        found |= {f"output.cfg_{s}": guided(p, c, dit, x, t, y, lambda _, s=s: s) for s in scales}
+        values["output.y_embed_forced_drop"] = table[torch.where(dropped == 1, c["num_classes"], y)]
+        values |= {f"output.cfg_{s}": guided(p, c, dit, x, t, y, lambda _, s=s: s) for s in scales}
     counts = {k: v.numel() for k, v in p.items()}
     facts = {"kind": "dit_forward", "config": c, "num_parameters": sum(counts.values())}
     facts["num_trainable"] = facts["num_parameters"] - counts["pos_embed"]
-    write(folder, name, facts, found | {f"state.{k}": v for k, v in p.items()})
+    write(folder, name, facts, values | {f"state.{k}": v for k, v in p.items()})
     return p
 
 
@@ -242,16 +242,16 @@ def vit_weights(c: dict, seed: int) -> Tensors:
         dense["pre_logits"] = (d, wide), (wide,)
     if c["num_classes"]:
         dense["head"] = (wide, c["num_classes"]), (c["num_classes"],)
-    found = {"Transformer/posembed_input/pos_embedding": random(g, 1, count + token, d, scale=0.3)}
-    found |= {"cls": random(g, 1, 1, d)} if token else {}
+    values = {"Transformer/posembed_input/pos_embedding": random(g, 1, count + token, d, scale=0.3)}
+    values |= {"cls": random(g, 1, 1, d)} if token else {}
     for name, (kernel, bias) in dense.items():
-        found |= {f"{name}/kernel": random(g, *kernel, scale=0.15), f"{name}/bias": random(g, *bias, scale=0.15)}
+        values |= {f"{name}/kernel": random(g, *kernel, scale=0.15), f"{name}/bias": random(g, *bias, scale=0.15)}
     for name in norms:
-        found |= {
+        values |= {
             f"{name}/scale": 1 + random(g, d, scale=0.1).float().double(),
             f"{name}/bias": random(g, d, scale=0.1),
         }
-    return {k: v.float().double() for k, v in found.items()}
+    return {k: v.float().double() for k, v in values.items()}
 
 
 def vit(p: Tensors, c: dict, images: Tensor) -> Tensors:
@@ -298,8 +298,8 @@ def write_vit(folder: Path, name: str, c: dict, *, seed: int) -> Tensors:
     p = vit_weights(c, seed)
     images = random(torch.Generator().manual_seed(seed + 1), 2, c["image_size"], c["image_size"], 3)
     acts = vit(p, c, images)
-    found = {"input.image_nhwc": images, "output.logits": acts.pop("out")} | {f"act.{k}": v for k, v in acts.items()}
-    write(folder, name, {"kind": "vit_forward", "config": c}, found | {f"npz.{k}": v for k, v in p.items()})
+    actual = {"input.image_nhwc": images, "output.logits": acts.pop("out")} | {f"act.{k}": v for k, v in acts.items()}
+    write(folder, name, {"kind": "vit_forward", "config": c}, actual | {f"npz.{k}": v for k, v in p.items()})
     return p
 
 
@@ -316,7 +316,7 @@ def write_legacy(folder: Path, name: str, p: Tensors) -> None:
 
 def write_resizing(folder: Path, name: str, cases: list[dict], seed: int) -> None:
     """Linear between the nearest rows and columns, corners on corners."""
-    g, found = torch.Generator().manual_seed(seed), {}
+    g, actual = torch.Generator().manual_seed(seed), {}
     for i, case in enumerate(cases):
         old, new, first = case["old_grid"], case["new_grid"], int(case["has_class_token"])
         table = random(g, 1, old**2 + first, case["dim"])
@@ -328,9 +328,9 @@ def write_resizing(folder: Path, name: str, cases: list[dict], seed: int) -> Non
                 fy, fx = y - y0, x - x0
                 top = maps[y0, x0] * (1 - fx) + maps[y0, x0 + 1] * fx
                 rows.append(top * (1 - fy) + (maps[y0 + 1, x0] * (1 - fx) + maps[y0 + 1, x0 + 1] * fx) * fy)
-        found[f"case{i}.input"] = table
-        found[f"case{i}.output"] = torch.cat([table[:, :first], torch.stack(rows)[None]], 1)
-    write(folder, name, {"cases": cases}, found)
+        actual[f"case{i}.input"] = table
+        actual[f"case{i}.output"] = torch.cat([table[:, :first], torch.stack(rows)[None]], 1)
+    write(folder, name, {"cases": cases}, actual)
 
 
 def write_positions(folder: Path, cases: list[dict]) -> None:

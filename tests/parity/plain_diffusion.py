@@ -88,14 +88,14 @@ class Tables:
 
 
 def bits(p: Tables, out: Tensor, x0: Tensor, x: Tensor, i: Tensor, options: dict) -> Tensor:
-    true, found = p.posterior(x0, x, i), p.reverse(out, x, i, options)
-    ratio = found["log_variance"] - true["log_variance_clipped"]
-    kl = 0.5 * (-1 + ratio + (-ratio).exp() + (true["mean"] - found["mean"]) ** 2 * (-found["log_variance"]).exp())
+    true, actual = p.posterior(x0, x, i), p.reverse(out, x, i, options)
+    ratio = actual["log_variance"] - true["log_variance_clipped"]
+    kl = 0.5 * (-1 + ratio + (-ratio).exp() + (true["mean"] - actual["mean"]) ** 2 * (-actual["log_variance"]).exp())
 
     def cdf(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
-    scaled = [(x0 - found["mean"] + d / 255) * (-0.5 * found["log_variance"]).exp() for d in (1, -1)]
+    scaled = [(x0 - actual["mean"] + d / 255) * (-0.5 * actual["log_variance"]).exp() for d in (1, -1)]
     upper, lower = map(cdf, scaled)
     mass = torch.where(x0 > 0.999, 1 - lower, upper - lower)
     nll = -torch.where(x0 < -0.999, upper, mass).clamp(min=1e-12).log()
@@ -121,17 +121,17 @@ def walk(p: Tables, denoise, x: Tensor, noises: Tensor, options: dict, *, eta: f
     seen = []
     for number, step in enumerate(reversed(range(len(p.betas)))):
         i = torch.full((len(x),), step)
-        found = p.reverse(denoise(x, torch.tensor(p.timestep_map)[i]), x, i, options, clip)
+        actual = p.reverse(denoise(x, torch.tensor(p.timestep_map)[i]), x, i, options, clip)
         if eta is None:
-            after, spread = found["mean"], (0.5 * found["log_variance"]).exp()
+            after, spread = actual["mean"], (0.5 * actual["log_variance"]).exp()
         else:
             bar, before = p.alphas_cumprod[step], p.before[step]
             sigma = eta * math.sqrt((1 - before) / (1 - bar)) * math.sqrt(1 - bar / before)
-            direction = p.noise_in(x, found["pred_xstart"], i)
-            after = math.sqrt(before) * found["pred_xstart"] + math.sqrt(1 - before - sigma**2) * direction
+            direction = p.noise_in(x, actual["pred_xstart"], i)
+            after = math.sqrt(before) * actual["pred_xstart"] + math.sqrt(1 - before - sigma**2) * direction
             spread = sigma
         x = after + (spread * noises[number] if step else 0)
-        seen.append((x, found["pred_xstart"]))
+        seen.append((x, actual["pred_xstart"]))
     return torch.stack([x for x, _ in seen]), torch.stack([x0 for _, x0 in seen])
 
 
@@ -148,7 +148,7 @@ def write_diffusion(
     x0, noise = random(g, *shape, scale=0.7), random(g, *shape)
     i, y = torch.tensor([1, 120, 500, 999]), torch.tensor([0, 1, 2, 0])
     leaves = {k: v.clone().requires_grad_(k != "pos_embed") for k, v in p.items()}
-    found: Tensors = {"input.x_start": x0, "input.noise": noise, "input.t": i, "input.y": y}
+    values: Tensors = {"input.x_start": x0, "input.noise": noise, "input.t": i, "input.y": y}
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         return dit(leaves, c, x, t, y)["out"]
@@ -156,35 +156,35 @@ def write_diffusion(
     for variant, options in variants.items():
         process = Tables(options.get("noise_schedule", "linear"))
         terms = losses(process, network, x0, noise, i, options)
-        found |= {f"loss.{variant}.{k}": v for k, v in terms.items()}
+        values |= {f"loss.{variant}.{k}": v for k, v in terms.items()}
         if variant == "default":
             terms["loss"].mean().backward()
-    found["grad_norms"] = torch.tensor([-1.0 if v.grad is None else float(v.grad.norm()) for v in leaves.values()])
-    found |= {f"grad.{k}": gradient(leaves[k]) for k in ("x_embedder.proj.weight", "final_layer.linear.weight")}
+    values["grad_norms"] = torch.tensor([-1.0 if v.grad is None else float(v.grad.norm()) for v in leaves.values()])
+    values |= {f"grad.{k}": gradient(leaves[k]) for k in ("x_embedder.proj.weight", "final_layer.linear.weight")}
     options, process = variants["default"], Tables()
-    x = found["q_sample"] = process.noised(x0, noise, i)
-    found |= {f"q_posterior.{k}": v for k, v in process.posterior(x0, x, i).items()}
+    x = values["q_sample"] = process.noised(x0, noise, i)
+    values |= {f"q_posterior.{k}": v for k, v in process.posterior(x0, x, i).items()}
     for clip in (0, 1):
         step = process.reverse(network(x, i), x, i, options, bool(clip))
-        found |= {f"p_mean_variance.clip_{clip}.{k}": v for k, v in step.items()}
+        values |= {f"p_mean_variance.clip_{clip}.{k}": v for k, v in step.items()}
     bar = process.alphas_cumprod[-1]
     kl = 0.5 * (-1 - math.log(1 - bar) + (1 - bar) + bar * x0**2)
-    found["prior_bpd"] = kl.flatten(1).mean(1) / math.log(2)
-    sample(found, c, p, Tables(respacing=respacing), options, scale, g)
+    values["prior_bpd"] = kl.flatten(1).mean(1) / math.log(2)
+    sample(values, c, p, Tables(respacing=respacing), options, scale, g)
     facts = {"kind": "dit_diffusion", "model_fixture": model, "config": c, "variants": variants}
     facts |= {"sampling": {"respacing": respacing, "cfg_scale": scale}, "grad_norm_order": list(leaves)}
-    write(folder, name, facts, found)
+    write(folder, name, facts, values)
 
 
 def sample(
-    found: Tensors, c: dict, p: Tensors, process: Tables, options: dict, scale: float, g: torch.Generator
+    actual: Tensors, c: dict, p: Tensors, process: Tables, options: dict, scale: float, g: torch.Generator
 ) -> None:
     """Trajectories of every sampler, guided as the official batch of [z; z] is, and one inversion."""
     n, side = 2, c["input_size"]
     z, y = random(g, n, c["in_channels"], side, side), torch.tensor([2, 1])
     noises = random(g, len(process.betas), 2 * n, c["in_channels"], side, side)
-    found |= {"sample.z": z, "sample.y": y, "sample.step_noise": noises}
-    found["sample.timesteps"] = torch.tensor(process.timestep_map[::-1].copy())
+    actual |= {"sample.z": z, "sample.y": y, "sample.step_noise": noises}
+    actual["sample.timesteps"] = torch.tensor(process.timestep_map[::-1].copy())
 
     def both(x: Tensor, t: Tensor) -> Tensor:
         return guided(p, c, dit, x[:n], t[:n], y, lambda _: scale)
@@ -193,28 +193,28 @@ def sample(
     ways = {"ddpm": {}, "ddpm_clip": {"clip": True}, "ddim_eta0": {"eta": 0.0}, "ddim_eta1": {"eta": 1.0}}
     for name, how in ways.items():
         xs, x0s = walk(process, both, doubled, noises, options, **how)
-        found |= {f"sample.{name}.x": xs, f"sample.{name}.pred_xstart": x0s}
-    found["sample.ddpm_nocfg.x"] = walk(process, lambda x, t: dit(p, c, x, t, y)["out"], z, noises[:, :n], options)[0]
+        actual |= {f"sample.{name}.x": xs, f"sample.{name}.pred_xstart": x0s}
+    actual["sample.ddpm_nocfg.x"] = walk(process, lambda x, t: dit(p, c, x, t, y)["out"], z, noises[:, :n], options)[0]
     i = torch.tensor([1, 2])
     times = torch.tensor(process.timestep_map)[i]
     x0 = process.reverse(dit(p, c, z, times, y)["out"], z, i, options)["pred_xstart"]
     after = np.append(process.alphas_cumprod[1:], 0.0)
     inverted = process(np.sqrt(after), i) * x0 + process(np.sqrt(1 - after), i) * process.noise_in(z, x0, i)
-    found |= {"ddim_reverse.t_index": i, "ddim_reverse.x": inverted}
+    actual |= {"ddim_reverse.t_index": i, "ddim_reverse.x": inverted}
 
 
 def write_schedules(folder: Path, respacings: tuple[str, ...]) -> None:
-    found: Tensors = {}
+    values: Tensors = {}
     for schedule in ("linear", "squaredcos_cap_v2"):
         tables = {k: v for k, v in vars(Tables(schedule)).items() if k not in ("before", "timestep_map")}
-        found |= {f"{schedule}.1000.{k}": torch.tensor(v) for k, v in tables.items()}
+        values |= {f"{schedule}.1000.{k}": torch.tensor(v) for k, v in tables.items()}
     for how in respacings:
         process = Tables(respacing=how)
         key = f"linear.respaced_{how.replace(',', '_')}"
-        found |= {
+        values |= {
             f"{key}.{k}": torch.tensor(getattr(process, k)) for k in ("timestep_map", "betas", "posterior_variance")
         }
-    write(folder, "schedules_b", {"respaced_timesteps": dict.fromkeys(respacings, [])}, found)
+    write(folder, "schedules_b", {"respaced_timesteps": dict.fromkeys(respacings, [])}, values)
 
 
 def write_diffit(
@@ -225,8 +225,8 @@ def write_diffit(
     x, noise, t, y = random(g, *shape), random(g, *shape), torch.tensor([5, 417, 999]), torch.tensor([0, 1, 2])
     options, leaves = {"learn_sigma": c["learn_sigma"]}, {k: v.clone().requires_grad_() for k, v in p.items()}
     acts = diffit(p, c, x, t, y)
-    found = {"input.x": x, "input.noise": noise, "input.t": t, "input.y": y, "output.eps_sigma": acts.pop("out")}
-    found |= {f"act.{k}": v for k, v in acts.items()}
+    values = {"input.x": x, "input.noise": noise, "input.t": t, "input.y": y, "output.eps_sigma": acts.pop("out")}
+    values |= {f"act.{k}": v for k, v in acts.items()}
 
     def schedule(scale: float, power: float):
         if guidance == "constant":
@@ -235,12 +235,12 @@ def write_diffit(
 
     for case in cases:
         key = f"output.cfg_{case['scale']}_pow_{case['power']}"
-        found[key] = guided(p, c, diffit, x, t, y, schedule(case["scale"], case["power"]))
+        values[key] = guided(p, c, diffit, x, t, y, schedule(case["scale"], case["power"]))
     terms = losses(Tables(), lambda x, t: diffit(leaves, c, x, t, y)["out"], x, noise, t, options)
     terms["loss"].mean().backward()
-    found |= {f"loss.{k}": v for k, v in terms.items()}
+    values |= {f"loss.{k}": v for k, v in terms.items()}
     tracked = ("blocks.0.attn.qkv_temb.weight", "blocks.0.attn.relative_position_bias_table")
-    found |= {f"grad.{k}": gradient(leaves[k]) for k in tracked}
+    values |= {f"grad.{k}": gradient(leaves[k]) for k in tracked}
     settings = {"respacing": respacing, "cfg_scale": 1.0, "scale_pow": 4.0, "diffusion_steps": 1000}
     if cases:
         settings |= {"cfg_scale": cases[0]["scale"], "scale_pow": cases[0]["power"]}
@@ -251,7 +251,7 @@ def write_diffit(
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             return guided(p, c, diffit, x[:2], t[:2], y[:2], rule)
 
-        found["sample.ddpm.x"], _ = walk(process, denoise, torch.cat([x[:2], x[:2]]), noises, options)
-        found |= {"sample.step_noise": noises, "sample.timesteps": torch.tensor(process.timestep_map[::-1].copy())}
+        values["sample.ddpm.x"], _ = walk(process, denoise, torch.cat([x[:2], x[:2]]), noises, options)
+        values |= {"sample.step_noise": noises, "sample.timesteps": torch.tensor(process.timestep_map[::-1].copy())}
     facts = {"config": c, "guidance": guidance, "guidance_cases": cases, "sampling": settings}
-    write(folder, name, facts, found | {f"state.{k}": v for k, v in p.items()})
+    write(folder, name, facts, values | {f"state.{k}": v for k, v in p.items()})

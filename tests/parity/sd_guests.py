@@ -105,7 +105,7 @@ def sd_pairs(make_sd, make_deadiff, tmp_path_factory) -> Callable[[str], Pair]:
             }
             tensors = {name: shaken(adapter, 0.3).tensors() for name, adapter in adapters.items()}
         tensors["lora"] = {n.replace("transformer.", "unet.", 1): t for n, t in tensors["lora"].items()}
-        files = {name: save_tensors(folder / name, found) for name, found in tensors.items()}
+        files = {name: save_tensors(folder / name, actual) for name, actual in tensors.items()}
         deadiff = make_deadiff(ours)
         config = {"condit": deadiff.metadata()}
         files["deadiff"] = save_tensors(folder / "deadiff", deadiff.tensors(), config)
@@ -125,9 +125,9 @@ def draw(pipe: Any, prompts: str | Sequence[str] = PROMPTS[0], **given: Any) -> 
     return pipe(prompts, **{"latents": start, **GIVEN, **given}).images
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(actual: Tensor, expected: Tensor) -> None:
     # Sums in another order, over a few guided steps of a network that amplifies; values reach 10.
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 # What diffusers brings along

@@ -108,10 +108,10 @@ def test_schedules_respacings_and_positions_equal_the_plain_ones(tmp_path):
     ids=["patch_1", "constant", "fixed_variance", "no_null_class"],
 )
 def test_a_diffit_of_other_sizes_and_guidance_equals_the_plain_one(other, guidance, cases, respacing, tmp_path):
-    told = [{"scale": scale, "power": power} for scale, power in cases]
+    guidance_cases = [{"scale": scale, "power": power} for scale, power in cases]
     config = {**DIT, **other}
     plain_diffusion.write_diffit(
-        tmp_path / "diffit", "latent_x", config, seed=11, guidance=guidance, cases=told, respacing=respacing
+        tmp_path / "diffit", "latent_x", config, seed=11, guidance=guidance, cases=guidance_cases, respacing=respacing
     )
     assert_all_equal("diffit", tmp_path, rows=4)
 

@@ -59,9 +59,9 @@ def test_forward_equals_diffusers_on_a_rectangular_grid(name):
     guidance = torch.tensor([3.5, 1.0]) if config.guidance_embeds else None
     with torch.no_grad():
         expected = theirs(x, text, pooled, t, ids, text_ids, guidance).sample
-        found = ours(Stream(x, ids, t, pooled, guidance), text, text_ids)
-    assert found.shape == (2, 10, config.out_channels or config.in_channels)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # SDPA may sum in another order
+        actual = ours(Stream(x, ids, t, pooled, guidance), text, text_ids)
+    assert actual.shape == (2, 10, config.out_channels or config.in_channels)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)  # SDPA may sum in another order
 
 
 @pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "flux-fill"])
@@ -129,9 +129,9 @@ def test_a_folder_saved_by_diffusers_generates_the_same_latents_and_image(both):
         ).images
 
     given = {"height": height, "width": width, "num_inference_steps": 4, "guidance_scale": 3.5, "latents": noise}
-    found = ours(prompts, output_type="latent", **given).images
+    images = ours(prompts, output_type="latent", **given).images
     # Four steps, and diffusers forms sigmas in float32 where ours are rounded from float64.
-    torch.testing.assert_close(found, call("latent"), rtol=0, atol=1e-4)
+    torch.testing.assert_close(images, call("latent"), rtol=0, atol=1e-4)
     picture = ours(prompts, output_type="pt", **given).images
     torch.testing.assert_close((picture + 1) / 2, call("pt"), rtol=0, atol=1e-4)
 

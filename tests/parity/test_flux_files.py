@@ -49,12 +49,12 @@ def test_the_rules_equal_diffusers_converter_and_undo_the_rules_backwards(author
     ours = random_state(replace(TINY, guidance_embeds=guidance))
     given = authors(ours)
     expected = diffusers_converter(TINY.dim)(dict(given))
-    found = flux.to_diffusers(given, TINY.dim, "file")
-    assert found.keys() == expected.keys() == ours.keys()
-    assert all(torch.equal(found[n], expected[n]) and torch.equal(found[n], ours[n]) for n in ours)
+    actual = flux.to_diffusers(given, TINY.dim, "file")
+    assert actual.keys() == expected.keys() == ours.keys()
+    assert all(torch.equal(actual[n], expected[n]) and torch.equal(actual[n], ours[n]) for n in ours)
     # Without the other order of the head's modulation the test would not see it.
     swapped = given["final_layer.adaLN_modulation.1.weight"]
-    assert not torch.equal(found["norm_out.linear.weight"], swapped)
+    assert not torch.equal(actual["norm_out.linear.weight"], swapped)
 
 
 def test_flux_dev_in_its_authors_names_covers_all_1160_tensors(authors):
@@ -62,18 +62,18 @@ def test_flux_dev_in_its_authors_names_covers_all_1160_tensors(authors):
         wanted = MMDiT(PRESETS["flux-dev"]).state_dict()
     given = authors(wanted)
     assert len(given) == 780 and sum(n.startswith("double_blocks.18.") for n in given) == 24
-    found = flux.flux_transformer(given, "file")  # type: ignore[arg-type]
-    assert found.config == replace(PRESETS["flux-dev"], out_channels=64) and len(found.state_dict()) == 1160
-    assert {n: t.shape for n, t in found.state_dict().items()} == {n: t.shape for n, t in wanted.items()}
+    actual = flux.flux_transformer(given, "file")  # type: ignore[arg-type]
+    assert actual.config == replace(PRESETS["flux-dev"], out_channels=64) and len(actual.state_dict()) == 1160
+    assert {n: t.shape for n, t in actual.state_dict().items()} == {n: t.shape for n, t in wanted.items()}
 
 
 @pytest.mark.parametrize("name", ["flux-schnell", "flux-fill"])
 def test_sizes_of_the_other_published_transformers_are_read_off_their_shapes(authors, name):
     with torch.device("meta"):
         given = authors(MMDiT(PRESETS[name]).state_dict())
-    found = flux.infer_config(given, "file")  # type: ignore[arg-type]
-    assert replace(found, out_channels=None) == replace(PRESETS[name], out_channels=None)
-    assert found.out_channels == 64
+    actual = flux.infer_config(given, "file")  # type: ignore[arg-type]
+    assert replace(actual, out_channels=None) == replace(PRESETS[name], out_channels=None)
+    assert actual.out_channels == 64
 
 
 # Through condit.load
@@ -101,8 +101,8 @@ def test_a_single_file_generates_what_its_folder_generates(saved, tmp_path, pref
     named = {prefix + n: t for n, t in tensors.items()}
     others = {"text_encoders.t5xxl.transformer.shared.weight": torch.zeros(2)} if prefix else {}
     save_tensors(tmp_path / "flux1.safetensors", named | others)
-    found = draw(tmp_path / "flux1.safetensors", components=folder)
-    assert torch.equal(found, draw(folder))
+    generated = draw(tmp_path / "flux1.safetensors", components=folder)
+    assert torch.equal(generated, draw(folder))
 
 
 def test_a_single_file_finds_its_other_parts_in_its_folder(saved, tmp_path):
@@ -116,7 +116,7 @@ def test_a_single_file_finds_its_other_parts_in_its_folder(saved, tmp_path):
 
 def authors_vae(vae) -> dict[str, Tensor]:
     """The autoencoder in its authors' names."""
-    levels, found = len(vae.config.block_out_channels), {}
+    levels, actual = len(vae.config.block_out_channels), {}
     for name, t in vae.state_dict().items():
         name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
@@ -126,8 +126,8 @@ def authors_vae(vae) -> dict[str, Tensor]:
         name = name.replace(".resnets.", ".block.").replace("mid_block.attentions.0", "mid.attn_1")
         name = re.sub(r"attn_1\.to_([qkv])", r"attn_1.\1", name).replace("to_out.0", "proj_out")
         name = name.replace("group_norm", "norm")
-        found[name] = t[:, :, None, None] if re.search(r"attn_1\.([qkv]|proj_out)\.weight", name) else t
-    return found
+        actual[name] = t[:, :, None, None] if re.search(r"attn_1\.([qkv]|proj_out)\.weight", name) else t
+    return actual
 
 
 def test_the_autoencoders_rules_equal_diffusers_converter(saved):
@@ -136,9 +136,9 @@ def test_the_autoencoders_rules_equal_diffusers_converter(saved):
     vae = saved[0].vae
     given = authors_vae(vae)
     expected = convert_ldm_vae_checkpoint(dict(given), vae.config)
-    found = vae_to_diffusers(autoencoder_tensors({f"vae.{n}": t for n, t in given.items()}))
-    assert found.keys() == expected.keys() == vae.state_dict().keys()
-    assert all(torch.equal(found[n], expected[n]) and torch.equal(found[n], t) for n, t in vae.state_dict().items())
+    actual = vae_to_diffusers(autoencoder_tensors({f"vae.{n}": t for n, t in given.items()}))
+    assert actual.keys() == expected.keys() == vae.state_dict().keys()
+    assert all(torch.equal(actual[n], expected[n]) and torch.equal(actual[n], t) for n, t in vae.state_dict().items())
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in the checkpoint", "ae.safetensors"])
@@ -245,11 +245,11 @@ def test_a_folders_own_shifts_draw_as_in_diffusers(saved, tmp_path, settings):
     noise = torch.randn(1, 48, 8, generator=torch.Generator().manual_seed(0))
     given = {"height": 24, "width": 32, "num_inference_steps": 3, "latents": noise, "output_type": "latent"}
     expected = theirs("a red fox", **given).images
-    found = condit.load(tmp_path, dtype=torch.float32)("a red fox", **given).images
+    actual = condit.load(tmp_path, dtype=torch.float32)("a red fox", **given).images
     # diffusers forms sigmas in float32 where ours are rounded from float64.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
     standard = condit.load(folder, dtype=torch.float32)("a red fox", **given).images
-    assert (found - standard).abs().max() > 1e-2
+    assert (actual - standard).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["use_karras_sigmas", "shift_terminal"])
@@ -270,8 +270,8 @@ def test_stochastic_sampling_of_a_scheduler_is_eta_1(tmp_path):
 
 
 def test_the_configuration_of_diffusers_and_of_a_single_file_are_one(saved):
-    found = flux.infer_config(saved[2], "file", TINY)  # type: ignore[arg-type]
-    assert asdict(found) == asdict(TINY)
+    actual = flux.infer_config(saved[2], "file", TINY)  # type: ignore[arg-type]
+    assert asdict(actual) == asdict(TINY)
 
 
 # Memory

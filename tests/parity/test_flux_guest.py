@@ -20,9 +20,9 @@ from flux_guests import CASES, PROMPTS, REFERENCE, Colours, close, draw, host_of
 def test_a_guest_generates_what_condits_own_pipeline_generates(pair, table, pictures, case):
     references = pictures(2)
     with pair.attach() as guest:
-        found = draw(guest, PROMPTS, controls=table[case](guest, references))
-    close(found, draw(pair.ours, PROMPTS, controls=table[case](pair.ours, references)), atol=1e-5)
-    assert (found - draw(pair.theirs, PROMPTS)).abs().max() > 1e-2
+        generated = draw(guest, PROMPTS, controls=table[case](guest, references))
+    close(generated, draw(pair.ours, PROMPTS, controls=table[case](pair.ours, references)), atol=1e-5)
+    assert (generated - draw(pair.theirs, PROMPTS)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("case", ["joint", "cached", "ip"])
@@ -33,13 +33,13 @@ def test_true_guidance_uses_the_empty_reference_with_the_negative_prompt(flux_pa
     references, negative = pictures(2), ["a fox", "in the snow"]
     with pair.attach() as guest:
         controls = table[case](guest, references)
-        found = draw(guest, PROMPTS, controls=controls, negative_prompt=negative, true_cfg_scale=3.0)
+        actual = draw(guest, PROMPTS, controls=controls, negative_prompt=negative, true_cfg_scale=3.0)
         unguided = draw(guest, PROMPTS, controls=controls)
     expected = draw(
         guided, PROMPTS, controls=table[case](guided, references), negative_prompt=negative, guidance_scale=3.0
     )
-    close(found, expected, atol=1e-4)  # three times the difference of two predictions, four steps
-    assert (found - unguided).abs().max() > 1e-2
+    close(actual, expected, atol=1e-4)  # three times the difference of two predictions, four steps
+    assert (actual - unguided).abs().max() > 1e-2
 
 
 def test_adapters_load_from_files_for_a_guest_as_for_a_pipeline(dev, omini, ip_adapter, pictures, tmp_path):
@@ -51,8 +51,8 @@ def test_adapters_load_from_files_for_a_guest_as_for_a_pipeline(dev, omini, ip_a
         return [loader.load(file, p).control(pictures(1)) for loader, file in zip(loaders, files, strict=True)]
 
     with condit.interop.attach(dev.theirs, size=REFERENCE, image=Colours()) as guest:
-        found = draw(guest, controls=controls(guest))
-    close(found, draw(dev.ours, controls=controls(dev.ours)), atol=1e-5)
+        generated = draw(guest, controls=controls(guest))
+    close(generated, draw(dev.ours, controls=controls(dev.ours)), atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["joint", "cached", "ip"])

@@ -43,9 +43,7 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_every_supported_pipeline_generates_the_same_and_takes_controls(
-    dev, table, pictures, name
-):
+def test_every_supported_pipeline_generates_the_same_and_takes_controls(dev, table, pictures, name):
     host = host_of(dev, name, controlnet=controlnet(dev.theirs) if "ControlNet" in name else None)
 
     def call(pipe: Any, **given: Any) -> Tensor:
@@ -108,8 +106,8 @@ def test_the_residuals_of_a_controlnet_arrive_where_diffusers_adds_them(dev, dou
     with torch.no_grad():
         (expected,) = transformer(**vars(given))
         plain = transformer(**vars(inputs_of(transformer))).sample
-        (found,) = predict(borrow(transformer), given, [Present()])
-    close(found, expected, atol=1e-5)
+        (actual,) = predict(borrow(transformer), given, [Present()])
+    close(actual, expected, atol=1e-5)
     assert (expected - plain).abs().max() > 1e-2
     assert len(residuals(borrow(transformer), given)) == 3 * ((double > 0) + (single > 0))
 
@@ -123,8 +121,8 @@ def test_an_offloaded_transformer_generates_the_same(dev, table, pictures):
     assert all(p.device.type == "meta" for p in transformer.parameters())
     host = host_of(dev, transformer=transformer)
     with attach(host, size=REFERENCE, image=Colours()) as guest, dev.attach() as plain:
-        found = draw(guest, controls=table["all"](guest, pictures(1)))
-        close(found, draw(plain, controls=table["all"](plain, pictures(1))), atol=1e-6)
+        generated = draw(guest, controls=table["all"](guest, pictures(1)))
+        close(generated, draw(plain, controls=table["all"](plain, pictures(1))), atol=1e-6)
 
 
 def test_in_bfloat16_a_controlled_pipeline_drifts_no_further_than_the_plain_one(
@@ -136,19 +134,19 @@ def test_in_bfloat16_a_controlled_pipeline_drifts_no_further_than_the_plain_one(
     host = host_of(dev, **modules)
     made = omini(dev.ours, independent=True), omini(dev.ours), ip_adapter(dev.ours)
     files = [save_tensors(tmp_path / f"{i}", a.tensors(), {"condit": a.metadata()}) for i, a in enumerate(made)]
-    found = []
+    results = []
     for guest in (attach(host, size=REFERENCE, image=Colours()), dev.attach()):
         loaders = condit.OminiControl, condit.OminiControl, condit.IPAdapter
         adapters = [loader.load(file, guest) for loader, file in zip(loaders, files, strict=True)]
         controls = [adapter.control(pictures(1), strength=0.8) for adapter in adapters]
-        found.append(draw(guest, controls=controls, latents=noise(1).to(guest.dtype)))
-    assert found[0].dtype == torch.bfloat16
+        results.append(draw(guest, controls=controls, latents=noise(1).to(guest.dtype)))
+    assert results[0].dtype == torch.bfloat16
     latents = noise(1).bfloat16()
     plain = draw(host, latents=latents)
     close(draw(attach(host), controls=[Present()], latents=latents).float(), plain.float(), atol=0.05)
     # Random weights drift far in 8 bits; controls must not make it worse.
     drift = (plain.float() - draw(dev.theirs)).abs().mean()
-    assert (found[0].float() - found[1]).abs().mean() < 1.5 * drift
+    assert (results[0].float() - results[1]).abs().mean() < 1.5 * drift
 
 
 @pytest.mark.parametrize("form", ["int8", "float8"])
@@ -163,9 +161,9 @@ def test_quantised_layers_are_shared_unchanged(dev, omini, pictures, form):
     host = host_of(dev, transformer=transformer)
     guest, plain = attach(host, size=REFERENCE), draw(host)
     close(draw(guest, controls=[Present()]), plain, atol=1e-5)
-    found = draw(guest, controls=[omini(guest, independent=True).control(pictures(1))])
+    generated = draw(guest, controls=[omini(guest, independent=True).control(pictures(1))])
     assert (plain - draw(dev.theirs)).abs().max() > 1e-2
-    assert (found - plain).abs().max() > 1e-2
+    assert (generated - plain).abs().max() > 1e-2
 
 
 def test_the_hook_that_brings_a_whole_transformer_in_runs_at_every_step(dev, table, pictures):

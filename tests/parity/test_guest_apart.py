@@ -75,13 +75,13 @@ def test_reference_only_on_a_guest_equals_condits_own_pipeline(pairs, reference_
     plain = drawn(theirs, name, **guidance)
     with attach(theirs, size=(32, 32)) as guest:
         control = reference_only.ReferenceOnly([PICTURE, PICTURE[::-1].copy()], strength=0.7)
-        found = drawn(guest, name, [control], **guidance)
+        actual = drawn(guest, name, [control], **guidance)
         assert torch.equal(drawn(guest, name, [replace(control, strength=0.0)], **guidance), plain)
         late = drawn(guest, name, [replace(control, when=When(0.5, 1))], **guidance)
     expected = drawn(ours, name, [control], **guidance)
     # Sums in another order, amplified by guided steps of a random network.
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
-    assert (found - plain).abs().max() > 1e-2 and not torch.equal(late, found)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+    assert (actual - plain).abs().max() > 1e-2 and not torch.equal(late, actual)
 
 
 def test_a_reference_takes_the_size_of_the_image_that_image_to_image_starts_from(pairs, reference_only):

@@ -27,29 +27,29 @@ def random_lora(backbone: torch.nn.Module, rank: int = 2) -> LoRA:
 
 def written(lora: LoRA, backbone: UNet, layout: str) -> dict[str, Tensor]:
     """The file of a LoRA of scale 1 as another tool would write it."""
-    found = {}
+    values = {}
     for path, key in lora.keys.items():
         a, b = lora.a[key], lora.b[key]
         if backbone.get_parameter(f"{path}.weight").ndim == 4:
             a, b = a[:, :, None, None], b[:, :, None, None]
         if layout == "diffusers":
-            found |= {f"unet.{path}.lora_A.weight": a, f"unet.{path}.lora_B.weight": b}
+            values |= {f"unet.{path}.lora_A.weight": a, f"unet.{path}.lora_B.weight": b}
         elif layout == "processors":
             if ".attn" in path:
                 module, _, part = path.removesuffix(".0").rpartition(".")
-                found |= {
+                values |= {
                     f"unet.{module}.processor.{part}_lora.{side}.weight": w for side, w in (("down", a), ("up", b))
                 }
             else:
-                found |= {f"unet.{path}.lora.down.weight": a, f"unet.{path}.lora.up.weight": b}
+                values |= {f"unet.{path}.lora.down.weight": a, f"unet.{path}.lora.up.weight": b}
         else:
             name = f"lora_unet_{path.replace('.', '_')}"
-            found |= {
+            values |= {
                 f"{name}.lora_down.weight": a,
                 f"{name}.lora_up.weight": b / 2,
                 f"{name}.alpha": torch.tensor(4.0),
             }
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+    return {name: tensor.contiguous() for name, tensor in values.items()}
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def test_every_layout_is_the_same_lora(pair, tmp_path: Path, kind: str, layout: 
     adapter = StyleLoRA.load(tmp_path / "lora.safetensors", ours)
     assert adapter.lora.keys == lora.keys
     how = {"seed": 0, "num_inference_steps": 2, "output_type": "latent"}
-    found = ours("a red fox", controls=[adapter.control(0.8)], **how).images
+    images = ours("a red fox", controls=[adapter.control(0.8)], **how).images
     wanted = ours("a red fox", controls=[StyleLoRA(lora, frozenset()).control(0.8)], **how).images
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
-    assert (found - ours("a red fox", **how).images).abs().max() > 0.01
+    torch.testing.assert_close(images, wanted, rtol=1e-5, atol=1e-4)
+    assert (images - ours("a red fox", **how).images).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
@@ -83,8 +83,8 @@ def test_a_lora_generates_what_diffusers_generates_with_it(pair, tmp_path: Path,
     wanted = theirs("a red fox", generator=torch.Generator().manual_seed(1), **how).images
     theirs.unload_lora_weights()
     control = StyleLoRA.load(tmp_path / "lora.safetensors", ours).control(0.7)
-    found = ours("a red fox", controls=[control], generator=torch.Generator().manual_seed(1), **how).images
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    images = ours("a red fox", controls=[control], generator=torch.Generator().manual_seed(1), **how).images
+    torch.testing.assert_close(images, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_sdxl_layers_in_the_authors_names_find_their_place():

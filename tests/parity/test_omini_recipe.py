@@ -86,10 +86,10 @@ def test_a_recipe_trains_adapters_of_their_own_that_the_pipeline_loads(trained, 
 
 def test_the_log_says_whether_the_condition_is_used_and_followed(trained):
     lines = [json.loads(line) for line in (trained / "run" / "log.jsonl").read_text().splitlines()]
-    found = next(line["validation"] for line in lines if "validation" in line)
+    actual = next(line["validation"] for line in lines if "validation" in line)
     levels = (0.5, 0.7, 0.9)
     wanted = {f"{what}_{t}" for what in ("error", "wrong_reference", "no_reference") for t in levels}
-    assert set(found) == wanted | {"follow_canny_f1"} and 0 <= found["follow_canny_f1"] <= 1
+    assert set(actual) == wanted | {"follow_canny_f1"} and 0 <= actual["follow_canny_f1"] <= 1
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
@@ -133,12 +133,12 @@ def test_float32_adapters_train_over_a_base_of_bfloat16_and_of_float8(flux, pair
 
 
 def test_checkpointing_changes_no_gradient(flux, pairs):
-    found = []
+    results = []
     for checkpointing in (True, False):
         task = shake(make(flux, pairs, checkpointing=checkpointing)).train()
         task(task.batch(random.Random(0), 2), torch.Generator().manual_seed(0))[0].backward()
-        found.append([p.grad for p in task.model.adapters.parameters() if p.grad is not None])
-    assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append([p.grad for p in task.model.adapters.parameters() if p.grad is not None])
+    assert results[0] and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_conditions_share_an_adapter_or_have_their_own(flux, pairs):

@@ -62,8 +62,8 @@ CASES = {
 }
 
 
-def equal(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def equal(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -104,8 +104,8 @@ def test_a_step_of_the_trainer_equals_the_official_trainers(official, pairs, cas
         if owner == owner_of_case:
             parameter = {"lora_A": lora.a, "lora_B": lora.b}[side][lora.keys[path]]
             # What a condition computes last is thrown away, so some weights have no gradient; there it is zero.
-            found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            equal(found, expected, atol=1e-5 * float(norm))
+            actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            equal(actual, expected, atol=1e-5 * float(norm))
             checked += 1
     assert checked
 
@@ -126,8 +126,8 @@ def test_a_row_of_a_batch_has_the_loss_of_the_row_alone(flux, pairs, integrate):
         one = [slice(i, i + 1)]
         drawn = None if rows.drawn is None else rows.drawn[i : i + 1]
         alone = Rows(rows.target[i : i + 1], (), rows.text[i : i + 1], rows.pooled[i : i + 1], drawn)
-        found = task.loss(alone, x0[one[0]], [c[one[0]] for c in tokens], noise[one[0]], t[one[0]])
-        torch.testing.assert_close(together[i : i + 1], found, rtol=0, atol=1e-5)
+        actual = task.loss(alone, x0[one[0]], [c[one[0]] for c in tokens], noise[one[0]], t[one[0]])
+        torch.testing.assert_close(together[i : i + 1], actual, rtol=0, atol=1e-5)
     if rows.drawn is not None:
         assert len({int(d.sum()) for d in rows.drawn}) > 1  # masks of their own
 
@@ -146,10 +146,10 @@ def test_each_row_may_have_its_own_positions_of_conditions(flux, pairs):
         return task.model(x[pick], grid_ids(4, 6), t[pick], rows.text[pick], rows.pooled[pick], placed)
 
     with torch.no_grad():
-        found = predict(slice(2), both)
+        actual = predict(slice(2), both)
         for i in range(2):
-            torch.testing.assert_close(found[i : i + 1], predict(slice(i, i + 1), both[i]), rtol=0, atol=1e-5)
-        assert (found[1:] - predict(slice(1, 2), both[0])).abs().max() > 1e-3
+            torch.testing.assert_close(actual[i : i + 1], predict(slice(i, i + 1), both[i]), rtol=0, atol=1e-5)
+        assert (actual[1:] - predict(slice(1, 2), both[0])).abs().max() > 1e-3
 
 
 def test_encoded_rows_on_disk_train_as_images_do_without_the_text_encoders(flux, pairs, tmp_path):

@@ -55,18 +55,18 @@ def original_unet_name(name: str, c: UNetConfig) -> str:
     if mid:
         number = 1 if mid[1] == "attentions" else 2 * int(mid[2])
         return f"middle_block.{number}.{inside(mid[3]) if mid[1] == 'resnets' else mid[3]}"
-    found = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", name)
-    assert found is not None, name
-    level, layer, rest = int(found[2]), int(found[4]), found[5]
-    down = found[1] == "down"
+    matches = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", name)
+    assert matches is not None, name
+    level, layer, rest = int(matches[2]), int(matches[4]), matches[5]
+    down = matches[1] == "down"
     a_level = c.layers_per_block + 1
     number = level * a_level + layer + 1 if down else level * a_level + layer
     place = f"{'input' if down else 'output'}_blocks"
-    if found[3] == "resnets":
+    if matches[3] == "resnets":
         return f"{place}.{number}.0.{inside(rest)}"
-    if found[3] == "attentions":
+    if matches[3] == "attentions":
         return f"{place}.{number}.1.{rest}"
-    if found[3] == "downsamplers":
+    if matches[3] == "downsamplers":
         return f"{place}.{(level + 1) * a_level}.0.{rest.replace('conv.', 'op.')}"
     behind = 2 if c.up_block_types[level] == CROSS_UP else 1
     return f"{place}.{(level + 1) * a_level - 1}.{behind}.{rest}"
@@ -100,7 +100,7 @@ def original_vae(vae: torch.nn.Module) -> dict[str, Tensor]:
 def open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """A text tower of transformers under OpenCLIP's names."""
     state = {n.removeprefix("text_model."): t for n, t in state.items()}
-    found = {"logit_scale": torch.ones(())}
+    values = {"logit_scale": torch.ones(())}
     for name, tensor in state.items():
         if re.search(r"self_attn\.[kv]_proj", name):
             continue
@@ -113,8 +113,8 @@ def open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         name = name.replace("embeddings.position_embedding.weight", "positional_embedding")
         if name == "text_projection.weight":
             name, tensor = "text_projection", tensor.mT.contiguous()
-        found[name] = tensor
-    return {prefix + name: tensor for name, tensor in found.items()}
+        values[name] = tensor
+    return {prefix + name: tensor for name, tensor in values.items()}
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sd15-inpainting", "sdxl"])
@@ -183,9 +183,9 @@ def test_a_single_file_generates_what_its_folder_generates(make_sd, tmp_path: Pa
     pipe = make_sd(kind)
     pipe.save_pretrained(tmp_path / kind)
     originals = single_file(pipe, tmp_path / "model.safetensors", kind)
-    found = identify(tmp_path / "model.safetensors")
-    assert found.kind == "stable-diffusion-file"
-    parts = load_original(found.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
+    actual = identify(tmp_path / "model.safetensors")
+    assert actual.kind == "stable-diffusion-file"
+    parts = load_original(actual.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
     how = {"seed": 1, "num_inference_steps": 2, "output_type": "pt", "sampler": "ddim"}
     ours, folder = Pipeline(parts), condit.load(tmp_path / kind)
     assert torch.equal(ours("a red fox", **how).images, folder("a red fox", **how).images)
@@ -202,9 +202,9 @@ def test_deadiffs_checkpoint_can_be_loaded_as_a_base_model(make_sd, tmp_path: Pa
         tensors |= {n.replace(f".to_{letter}", f".i_to_{letter}"): torch.randn(tensors[n].shape) for n in texts}
     tensors |= {"style_blip.query_tokens": torch.zeros(1, 2, 3), "content_proj_layer.dense1.bias": torch.zeros(2)}
     torch.save({"state_dict": tensors, "global_step": 5}, tmp_path / "deadiff_v1.ckpt")
-    found = identify(tmp_path / "deadiff_v1.ckpt")
-    assert found.kind == "stable-diffusion-file"
-    parts = load_original(found.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
+    actual = identify(tmp_path / "deadiff_v1.ckpt")
+    assert actual.kind == "stable-diffusion-file"
+    parts = load_original(actual.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
     how = {"seed": 1, "num_inference_steps": 2, "output_type": "pt"}
     folder = condit.load(tmp_path / "sd15")
     assert torch.equal(Pipeline(parts)("a red fox", **how).images, folder("a red fox", **how).images)

@@ -60,9 +60,9 @@ def test_forward_equals_diffusers_at_any_size_with_padded_text(name, latent):
     given = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]} if config.sized else None
     with torch.no_grad():
         expected = reference(x, text, t, given, encoder_attention_mask=mask).sample
-        found = ours(x, t, text, mask, size=size if config.sized else None)
-    assert found.shape == (2, config.out_channels, *latent) and found.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # SDPA may sum in another order
+        actual = ours(x, t, text, mask, size=size if config.sized else None)
+    assert actual.shape == (2, config.out_channels, *latent) and actual.std() > 0.1
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)  # SDPA may sum in another order
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "pixart-tiny"])

@@ -54,10 +54,10 @@ def test_text_to_image_equals_diffusers(pair, kind, how):
     else:
         theirs_given = {**given, "negative_prompt": [""] * 2}
     wanted = theirs(PROMPTS, latents=noise, output_type="latent", **theirs_given, **raw).images
-    found = ours(PROMPTS, latents=noise, output_type="latent", **given).images
+    images = ours(PROMPTS, latents=noise, output_type="latent", **given).images
     assert wanted.std() > 0.05
     # Steps of a network that amplifies; sums in another order.
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4 * float(wanted.abs().max()))
+    torch.testing.assert_close(images, wanted, rtol=1e-5, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_the_defaults_are_the_published_ones(pair):
@@ -76,16 +76,16 @@ EVERYTHING = [DiT4Edit(blend=Blend(start=0.0, layers=(0, 1))), TokenMerging(0.5,
 
 
 def test_an_edit_to_the_same_prompt_is_the_source_bit_for_bit(pipe, photo):
-    found = pipe.edit(photo, "a red fox", "a red fox", controls=EVERYTHING, **HOW)
-    assert torch.equal(found.images, found.sources)
+    actual = pipe.edit(photo, "a red fox", "a red fox", controls=EVERYTHING, **HOW)
+    assert torch.equal(actual.images, actual.sources)
     other = pipe.edit(photo, "a red fox", "a snow fox", controls=EVERYTHING, **HOW)
     assert not torch.equal(other.images, other.sources)
 
 
 def test_the_first_photo_keeps_its_shape_in_whole_tokens(pipe, photo):
-    found = pipe.edit(photo, "a fox", "a snow", controls=[PRESETS["swap"]], num_inference_steps=2)
-    assert found.images[0].size == (36, 28)  # 56 x 40 in the area of the model's 32 x 32, tokens of 4 px
-    assert found.grid == (7, 9)
+    actual = pipe.edit(photo, "a fox", "a snow", controls=[PRESETS["swap"]], num_inference_steps=2)
+    assert actual.images[0].size == (36, 28)  # 56 x 40 in the area of the model's 32 x 32, tokens of 4 px
+    assert actual.grid == (7, 9)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -99,8 +99,10 @@ def test_every_preset_runs_at_a_rectangle_and_a_row_equals_its_single_run(pipe, 
 
 
 def test_second_order_edits_and_first_order_ones_differ(pipe, photo):
-    found = [pipe.edit(photo, "a fox", "a snow", solver=s, **HOW).images for s in ("dpmpp2m", "fixed_point", "entered")]
-    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    results = [
+        pipe.edit(photo, "a fox", "a snow", solver=s, **HOW).images for s in ("dpmpp2m", "fixed_point", "entered")
+    ]
+    assert not torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
 
 
 def test_a_unet_cannot_be_edited_with(make_sd, tmp_path):

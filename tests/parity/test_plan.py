@@ -31,9 +31,9 @@ WISH = Wish(24, 32, steps=3, dtype=torch.float32)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, make_flux):
-    found = tmp_path_factory.mktemp("flux") / "model"
-    make_flux(CONFIG, dynamic=True).save_pretrained(found)
-    return found
+    actual = tmp_path_factory.mktemp("flux") / "model"
+    make_flux(CONFIG, dynamic=True).save_pretrained(actual)
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,13 @@ def size(module: torch.nn.Module) -> tuple[int, int]:
 
 
 def test_parameters_and_bytes_of_every_part_are_those_of_the_loaded_model(folder, pipe):
-    found = {p.name: (p.parameters, p.loaded) for p in plan(folder, WISH).parts}
+    values = {p.name: (p.parameters, p.loaded) for p in plan(folder, WISH).parts}
     real = {"transformer": pipe.backbone, "text_encoder": pipe.parts.text.clip, "text_encoder_2": pipe.parts.text.t5}
-    assert found == {name: size(module) for name, module in {**real, "vae": pipe.parts.vae}.items()}
+    assert values == {name: size(module) for name, module in {**real, "vae": pipe.parts.vae}.items()}
     half = {p.name: p.loaded for p in plan(folder, replace(WISH, dtype=torch.bfloat16)).parts}
-    assert half == {name: loaded // 2 for name, (_, loaded) in found.items()}
+    assert half == {name: loaded // 2 for name, (_, loaded) in values.items()}
     disk = {p.name: p.disk for p in plan(folder, WISH).parts}
-    assert disk["transformer"] == {"F32": found["transformer"][1]}
+    assert disk["transformer"] == {"F32": values["transformer"][1]}
 
 
 def test_a_cache_has_the_planned_bytes_and_a_joint_condition_has_no_cache(folder, pipe, pictures):
@@ -64,18 +64,18 @@ def test_a_cache_has_the_planned_bytes_and_a_joint_condition_has_no_cache(folder
     assert control.cache is not None
     real = sum(t.nbytes for pair in control.cache.keys_values.values() for t in pair)
     wish = replace(WISH, controls=1, condition_size=(16, 24), mode="cached")
-    found = plan(folder, wish)
-    assert found.cache == real and found.condition_tokens == 24
+    actual = plan(folder, wish)
+    assert actual.cache == real and actual.condition_tokens == 24
     assert plan(folder, replace(wish, controls=3, batch=2)).cache == 6 * real
     assert plan(folder, replace(wish, mode="joint")).cache == 0
 
 
 def test_quantised_bytes_are_those_of_quantised_blocks(folder):
     small = condit.load(folder, dtype=torch.float32, quantize="float8")
-    found = plan(folder, replace(WISH, quantize="float8"))
-    assert found.parts[0].loaded == size(small.backbone)[1]
+    actual = plan(folder, replace(WISH, quantize="float8"))
+    assert actual.parts[0].loaded == size(small.backbone)[1]
     rows = sum(m.out_features for n, m in small.backbone.named_modules() if isinstance(m, Linear) and "blocks." in n)
-    assert plan(folder, replace(WISH, quantize="int8")).parts[0].loaded == found.parts[0].loaded + 4 * rows
+    assert plan(folder, replace(WISH, quantize="int8")).parts[0].loaded == actual.parts[0].loaded + 4 * rows
 
 
 def test_offloading_leaves_the_largest_block_and_one_encoder_on_the_device(folder, pipe):
@@ -91,9 +91,9 @@ def test_offloading_leaves_the_largest_block_and_one_encoder_on_the_device(folde
 
 def test_operations_are_those_of_the_cost_model_and_time_is_theirs_at_the_rate(folder):
     n, d, layers = 512 + 48, 32, 5
-    found = plan(folder, replace(WISH, batch=2), rate=1e9)
-    assert found.operations_a_step == 2 * layers * (24 * d * d * n + 4 * d * n * n)
-    assert found.seconds == pytest.approx(3 * found.operations_a_step / 1e9)
+    actual = plan(folder, replace(WISH, batch=2), rate=1e9)
+    assert actual.operations_a_step == 2 * layers * (24 * d * d * n + 4 * d * n * n)
+    assert actual.seconds == pytest.approx(3 * actual.operations_a_step / 1e9)
     joint = plan(folder, replace(WISH, controls=1)).operations_a_step
     cached = plan(folder, replace(WISH, controls=1, mode="cached", steps=28)).operations_a_step
     plain = plan(folder, WISH).operations_a_step
@@ -107,18 +107,18 @@ def test_operations_are_those_of_the_cost_model_and_time_is_theirs_at_the_rate(f
 def test_a_single_file_is_planned_by_its_header(folder, authors, tmp_path):
     tensors = condit.load(folder, dtype=torch.bfloat16).backbone.state_dict()
     save_tensors(tmp_path / "flux1.safetensors", authors(tensors))
-    found = plan(tmp_path / "flux1.safetensors", WISH, components=folder)
+    actual = plan(tmp_path / "flux1.safetensors", WISH, components=folder)
     expected = plan(folder, WISH)
-    assert [(p.name, p.parameters, p.loaded) for p in found.parts] == [
+    assert [(p.name, p.parameters, p.loaded) for p in actual.parts] == [
         (p.name, p.parameters, p.loaded) for p in expected.parts
     ]
-    assert set(found.parts[0].disk) == {"BF16"} and found.resident == expected.resident
+    assert set(actual.parts[0].disk) == {"BF16"} and actual.resident == expected.resident
     assert header(tmp_path / "flux1.safetensors")["img_in.weight"] == ("BF16", (32, 8))
 
 
 def test_the_embedded_model_can_be_planned():
-    found = plan("tiny", replace(WISH, height=128, width=128))
-    assert found.tokens == 24 + 64 and {p.name for p in found.parts} == {"transformer", "canvas", "clip", "vae"}
+    actual = plan("tiny", replace(WISH, height=128, width=128))
+    assert actual.tokens == 24 + 64 and {p.name for p in actual.parts} == {"transformer", "canvas", "clip", "vae"}
 
 
 def test_what_cannot_be_planned_raises(folder, tmp_path):

@@ -18,9 +18,9 @@ PROMPTS = ["a red fox", "in the snow"]
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def assert_equal(found: Tensor, wanted: Tensor) -> None:
+def assert_equal(actual: Tensor, wanted: Tensor) -> None:
     # Sums in another order, over a few steps of a network that amplifies; values reach 10.
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-4)
 
 
 def generators(n: int, seed: int = 5) -> list[torch.Generator]:
@@ -64,9 +64,9 @@ def test_text_to_image_equals_diffusers(pair, kind: str, how: dict):
     n = 2 * how.get("num_images_per_prompt", 1)
     given = {"num_inference_steps": 3, **how}
     wanted = images(theirs, PROMPTS, generator=generators(n), **given)
-    found = ours(PROMPTS, generator=generators(n), output_type="pt", **given).images
+    generated = ours(PROMPTS, generator=generators(n), output_type="pt", **given).images
     assert wanted.std() > 0.05
-    assert_equal(found, wanted)
+    assert_equal(generated, wanted)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
@@ -95,8 +95,8 @@ def test_every_sampler_equals_diffusers_scheduler(pair, sampler: str):
     eta = {"eta": 0.7} if sampler == "ddim" else {}
     given = {"num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "latent", **eta}
     wanted = other(PROMPTS, generator=generators(2), **given).images
-    found = ours(PROMPTS, generator=generators(2), sampler=sampler, **given).images
-    assert_equal(found, wanted)
+    generated = ours(PROMPTS, generator=generators(2), sampler=sampler, **given).images
+    assert_equal(generated, wanted)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
@@ -109,8 +109,8 @@ def test_image_to_image_equals_diffusers(pair, kind: str, strength: float):
     given = {"strength": strength, "num_inference_steps": 4, "guidance_scale": 4.0}
     pictures = [picture(1).resize((32, 32)), picture(2).resize((32, 32))]
     wanted = images(other, PROMPTS, image=pictures, generator=generators(2), **given)
-    found = ours(PROMPTS, image=pictures, generator=generators(2), output_type="pt", **given).images
-    assert_equal(found, wanted)
+    generated = ours(PROMPTS, image=pictures, generator=generators(2), output_type="pt", **given).images
+    assert_equal(generated, wanted)
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl", "sd15-inpainting"])
@@ -123,8 +123,8 @@ def test_inpainting_equals_diffusers(pair, kind: str, strength: float):
     given = {"strength": strength, "num_inference_steps": 4, "guidance_scale": 4.0, "height": 32, "width": 32}
     how = {"image": picture(), "mask_image": white()}
     wanted = images(other, PROMPTS[0], generator=generators(1), **how, **given)
-    found = ours(PROMPTS[0], generator=generators(1), output_type="pt", **how, **given).images
-    assert_equal(found, wanted)
+    generated = ours(PROMPTS[0], generator=generators(1), output_type="pt", **how, **given).images
+    assert_equal(generated, wanted)
     if kind != "sd15-inpainting":
         latents = ours.encode_images(ours.read_images(picture(), None), generators(1))
         drawn = ours(PROMPTS[0], generator=generators(1), output_type="latent", **how, **given).images
@@ -137,9 +137,9 @@ def test_sdxl_receives_the_sizes_of_the_call(pair):
     given = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"}
     sizes = {"original_size": (512, 300), "crops_coords_top_left": (3, 40), "target_size": (900, 1024)}
     wanted = theirs(PROMPTS, generator=generators(2), **given, **sizes).images
-    found = ours(PROMPTS, generator=generators(2), **given, **sizes).images
-    assert_equal(found, wanted)
-    assert (found - ours(PROMPTS, generator=generators(2), **given).images).abs().max() > 1e-3
+    generated = ours(PROMPTS, generator=generators(2), **given, **sizes).images
+    assert_equal(generated, wanted)
+    assert (generated - ours(PROMPTS, generator=generators(2), **given).images).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -147,8 +147,8 @@ def test_sdxl_clip_skip_equals_diffusers(pair, guidance: float):
     theirs, ours = pair("sdxl")
     given = {"num_inference_steps": 2, "guidance_scale": guidance, "clip_skip": 1, "output_type": "latent"}
     wanted = theirs(PROMPTS, generator=generators(2), negative_prompt=["", "fox"], **given).images
-    found = ours(PROMPTS, ["", "fox"], generator=generators(2), **given).images
-    assert_equal(found, wanted)
+    generated = ours(PROMPTS, ["", "fox"], generator=generators(2), **given).images
+    assert_equal(generated, wanted)
 
 
 def test_clip_skip_takes_the_states_of_an_earlier_layer_after_the_final_norm(pair):
@@ -192,9 +192,9 @@ def test_generate_loads_a_folder_and_its_image_is_replayed(make_sd, tmp_path: Pa
     make_sd("sd15").save_pretrained(tmp_path / "sd")
     picture().save("start.png")
     white().save("mask.png")
-    asked = ["generate", "a red fox", "--model", "sd", "--steps", "3", "--sampler", "dpm++", "--seed", "2"]
+    arguments = ["generate", "a red fox", "--model", "sd", "--steps", "3", "--sampler", "dpm++", "--seed", "2"]
     repaint = ["--image", "start.png", "--mask", "mask.png", "--change", "0.7", "--height", "24", "-o", "fox.png"]
-    code, _, errors = command(capsys, *asked, *repaint)
+    code, _, errors = command(capsys, *arguments, *repaint)
     assert code == 0, errors
     recipe = load_recipe("fox.png")
     assert recipe["request"]["sampler"] == "dpm++" and recipe["run"]["strength"] == 0.7

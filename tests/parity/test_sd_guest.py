@@ -18,10 +18,10 @@ from sd_guests import PROMPTS, close, draw, every_kind, noise
 def test_a_guest_generates_what_condits_own_pipeline_generates(sd_pairs, pictures, kind, name, guidance):
     pair, references = sd_pairs(kind), pictures(2)
     with attach(pair.theirs) as guest:
-        found = draw(guest, PROMPTS, controls=pair.controls(guest, name, references), guidance_scale=guidance)
+        generated = draw(guest, PROMPTS, controls=pair.controls(guest, name, references), guidance_scale=guidance)
     controls = pair.controls(pair.ours, name, references)
-    close(found, draw(pair.ours, PROMPTS, controls=controls, guidance_scale=guidance))
-    assert (found - draw(pair.theirs, PROMPTS, guidance_scale=guidance)).abs().max() > 1e-2
+    close(generated, draw(pair.ours, PROMPTS, controls=controls, guidance_scale=guidance))
+    assert (generated - draw(pair.theirs, PROMPTS, guidance_scale=guidance)).abs().max() > 1e-2
 
 
 @every_kind
@@ -54,9 +54,9 @@ def test_references_of_a_batch_equal_single_runs(sd_pairs, pictures, kind, guida
 def test_negative_prompts_and_copies_are_ordered_as_in_diffusers(sd_pairs, pictures, kind):
     pair, references, start = sd_pairs(kind), pictures(2), noise(4)
     given = {"negative_prompt": ["snow", "a fox"], "num_images_per_prompt": 2, "latents": start}
-    found = draw(guest := attach(pair.theirs), PROMPTS, controls=pair.controls(guest, "all", references), **given)
+    generated = draw(guest := attach(pair.theirs), PROMPTS, controls=pair.controls(guest, "all", references), **given)
     controls = pair.controls(pair.ours, "all", references)
-    close(found, draw(pair.ours, PROMPTS, controls=controls, **given))
+    close(generated, draw(pair.ours, PROMPTS, controls=controls, **given))
 
 
 # Plain, and left as it was
@@ -133,7 +133,7 @@ def test_keys_and_values_are_freed_after_the_call(sd_pairs, pictures):
     gc.disable()
     try:
         draw(guest, controls=controls)
-        left = [found for found in gc.get_objects() if type(found) is ControlledUNet]
+        left = [actual for actual in gc.get_objects() if type(actual) is ControlledUNet]
     finally:
         gc.enable()
     assert left == []

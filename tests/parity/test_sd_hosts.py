@@ -28,18 +28,16 @@ MASK = (torch.arange(32) < 16).float().expand(1, 1, 32, 32)
 def asked(name: str) -> dict[str, Any]:
     """The arguments of a kind of pipeline."""
     change = "Img2Img" in name or "Inpaint" in name
-    found: dict[str, Any] = {"image": PICTURE, "strength": 0.8} if change else {"latents": noise(1)}
+    actual: dict[str, Any] = {"image": PICTURE, "strength": 0.8} if change else {"latents": noise(1)}
     if "Inpaint" in name:
-        found |= {"mask_image": MASK, "height": 32, "width": 32}
+        actual |= {"mask_image": MASK, "height": 32, "width": 32}
     if "ControlNet" in name:
-        found["control_image" if change else "image"] = PICTURE
-    return found
+        actual["control_image" if change else "image"] = PICTURE
+    return actual
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_supported_pipeline_generates_the_same_and_takes_controls(
-    sd_pairs, pictures, name
-):
+def test_every_supported_pipeline_generates_the_same_and_takes_controls(sd_pairs, pictures, name):
     pair = sd_pairs("sdxl" if "XL" in name else "sd15")
     host = pair.host(name, **({"controlnet": controlnet(pair.theirs.unet)} if "ControlNet" in name else {}))
 
@@ -96,8 +94,8 @@ def test_an_offloaded_unet_generates_the_same(sd_pairs, pictures):
     cpu_offload(unet, execution_device=torch.device("cpu"))
     assert all(p.device.type == "meta" for p in unet.parameters())
     with attach(pair.host("StableDiffusionXLPipeline", unet=unet)) as guest, attach(pair.theirs) as plain:
-        found = draw(guest, controls=pair.controls(guest, "all", pictures(1)[0]))
-        close(found, draw(plain, controls=pair.controls(plain, "all", pictures(1)[0])))
+        generated = draw(guest, controls=pair.controls(guest, "all", pictures(1)[0]))
+        close(generated, draw(plain, controls=pair.controls(plain, "all", pictures(1)[0])))
 
 
 def test_layers_stored_in_8_bits_are_shared_unchanged(sd_pairs, pictures):
@@ -125,11 +123,11 @@ def test_words_are_subtracted_by_sdxls_own_text_tower(sd_pairs, pictures):
     assert isinstance(style.text, TextTower) and style.text.model is pair.theirs.text_encoder_2
     other = condit.InstantStyle.load(pair.files["global"], pair.ours, image_encoder=pair.image)
     words = {"content": "a fox", "content_scale": 0.5}
-    found, expected = (s.control(pictures(1)[0], **words) for s in (style, other))
-    path = next(iter(found.kv))  # type: ignore[attr-defined]
-    close(found.kv[path][0], expected.kv[path][0])  # type: ignore[attr-defined]
+    actual, expected = (s.control(pictures(1)[0], **words) for s in (style, other))
+    path = next(iter(actual.kv))  # type: ignore[attr-defined]
+    close(actual.kv[path][0], expected.kv[path][0])  # type: ignore[attr-defined]
     plain = style.control(pictures(1)[0])
-    assert not torch.equal(found.kv[path][0], plain.kv[path][0])  # type: ignore[attr-defined]
+    assert not torch.equal(actual.kv[path][0], plain.kv[path][0])  # type: ignore[attr-defined]
     alone = condit.InstantStyle.load(
         sd_pairs("sd15").files["global"], attach(sd_pairs("sd15").theirs), image_encoder=pair.image
     )
@@ -138,10 +136,10 @@ def test_words_are_subtracted_by_sdxls_own_text_tower(sd_pairs, pictures):
 
 @every_kind
 def test_deadiffs_content_layers_may_read_another_prompt(sd_pairs, pictures, kind):
-    pair, found = sd_pairs(kind), []
+    pair, actual = sd_pairs(kind), []
     for pipe in (attach(pair.theirs), pair.ours):
         controls = pair.controls(pipe, "deadiff", pictures(1)[0], content_prompt="snow")
-        found.append(draw(pipe, controls=controls))
-    close(*found)
+        actual.append(draw(pipe, controls=controls))
+    close(*actual)
     guest = attach(pair.theirs)
-    assert (found[0] - draw(guest, controls=pair.controls(guest, "deadiff", pictures(1)[0]))).abs().max() > 1e-3
+    assert (actual[0] - draw(guest, controls=pair.controls(guest, "deadiff", pictures(1)[0]))).abs().max() > 1e-3

@@ -49,15 +49,15 @@ def make_pair(config: UNetConfig) -> tuple[UNet2DConditionModel, UNet]:
 
 def inputs(config: UNetConfig, size: tuple[int, int] = (16, 24)) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(1)
-    found = {
+    values = {
         "x": torch.randn(2, config.in_channels, *size, generator=g),
         "t": torch.tensor([981, 13]),
         "text": torch.randn(2, 7, config.cross_attention_dim, generator=g),
     }
     if config.addition_embed_type:
-        found["pooled"] = torch.randn(2, 12, generator=g)
-        found["sizes"] = torch.tensor([[1024, 768, 0, 0, 1024, 1024], [512, 512, 3, 4, 640, 896]])
-    return found
+        values["pooled"] = torch.randn(2, 12, generator=g)
+        values["sizes"] = torch.tensor([[1024, 768, 0, 0, 1024, 1024], [512, 512, 3, 4, 640, 896]])
+    return values
 
 
 def predict(theirs: UNet2DConditionModel, given: dict[str, Tensor]) -> Tensor:
@@ -99,9 +99,9 @@ def test_sites_have_the_order_of_diffusers_processors(kind: str):
 def test_presets_have_the_names_and_shapes_of_the_published_weights(name: str, tensors: int, attentions: int):
     with torch.device("meta"):
         ours, theirs = UNet(PRESETS[name]), UNet2DConditionModel(**asdict(PRESETS[name]))
-    found = {n: tuple(t.shape) for n, t in ours.state_dict().items()}
-    assert found == {n: tuple(t.shape) for n, t in theirs.state_dict().items()}
-    assert len(found) == tensors
+    values = {n: tuple(t.shape) for n, t in ours.state_dict().items()}
+    assert values == {n: tuple(t.shape) for n, t in theirs.state_dict().items()}
+    assert len(values) == tensors
     assert [s.path for s in ours.sites] == [n.removesuffix(".processor") for n in theirs.attn_processors]
     assert len(ours.sites) == attentions
 

@@ -76,5 +76,5 @@ def test_a_folder_that_we_save_is_read_by_transformers_without_a_missing_or_unex
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        for found, expected in zip(again(x).to_tuple(), theirs(x).to_tuple(), strict=True):
-            assert torch.equal(found, expected)
+        for actual, expected in zip(again(x).to_tuple(), theirs(x).to_tuple(), strict=True):
+            assert torch.equal(actual, expected)

@@ -79,17 +79,17 @@ class Bench:
 
 def make_adapter(bench: Bench) -> DEADiff:
     torch.manual_seed(2)
-    found = DEADiff.new(bench.backbone, QFORMER, make_tower(), pipe=bench)
+    actual = DEADiff.new(bench.backbone, QFORMER, make_tower(), pipe=bench)
     g = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in actual.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
-    return found.eval().requires_grad_(False)
+    return actual.eval().requires_grad_(False)
 
 
 def make_pictures() -> list[np.ndarray]:
     return list(np.random.default_rng(0).integers(0, 256, (4, 24, 20, 3), dtype=np.uint8))
 
 
-def close(found: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def close(actual: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)

@@ -39,11 +39,11 @@ def published(pipe: Pipeline, features: int = 12, tokens: int = 4) -> dict[str, 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """As a `.bin` has it."""
-    found: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    values: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
-        found[part][rest] = tensor
-    return found
+        values[part][rest] = tensor
+    return values
 
 
 def resampler(features: int, out: int, dim: int = 768, heads: int = 12) -> dict[str, Tensor]:

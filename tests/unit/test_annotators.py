@@ -125,8 +125,8 @@ def test_canny_marks_a_step_above_the_upper_threshold_with_one_line():
     """The Sobel sum of a step of h is 4 h: 51 gives 204, 50 gives 200, and a threshold must be exceeded."""
     assert not canny_array(step(50)).any()
     for across in ("columns", "rows"):
-        found = canny_array(step(51, across))
-        lines = found if across == "columns" else found.T
+        actual = canny_array(step(51, across))
+        lines = actual if across == "columns" else actual.T
         assert (lines[:, 4] == 255).all() and lines.sum() == 9 * 255  # of two equal pixels the first
 
 
@@ -134,8 +134,8 @@ def test_canny_keeps_a_weak_line_only_if_connected_to_a_strong_one():
     weak = step(30)  # 120: between the thresholds
     assert not canny_array(weak).any()
     weak[:3, 5:] = 240
-    found = canny_array(weak)
-    assert found[8, 4] == 255  # six pixels away from the strong part
+    actual = canny_array(weak)
+    assert actual[8, 4] == 255  # six pixels away from the strong part
     alone = canny_array(np.where(np.arange(9)[:, None, None] == 3, 40, weak).astype(np.uint8))
     assert not alone[8].any()
 
@@ -151,13 +151,13 @@ def test_canny_follows_both_diagonals_in_stairs():
     """Compared along the gradient a stair has two equal pixels a row; compared across it none would be left."""
     rows, columns = np.mgrid[:20, :20]
     for picture in (rows > columns, rows > 19 - columns):
-        found = canny_array(np.repeat(picture[..., None], 3, 2).astype(np.uint8) * 255)
-        assert (found[2:18].sum(1) == 2 * 255).all()
+        actual = canny_array(np.repeat(picture[..., None], 3, 2).astype(np.uint8) * 255)
+        assert (actual[2:18].sum(1) == 2 * 255).all()
 
 
 def test_canny_gives_three_equal_channels():
-    found = np.asarray(canny(step(200)))
-    assert found.shape == (9, 9, 3) and (found[..., 0] == found[..., 2]).all() and found.max() == 255
+    actual = np.asarray(canny(step(200)))
+    assert actual.shape == (9, 9, 3) and (actual[..., 0] == actual[..., 2]).all() and actual.max() == 255
 
 
 @pytest.mark.parametrize("kind", ["photo", "noise"])

@@ -21,8 +21,8 @@ def by_hand(call: Call, weights: Tensor | None = None) -> Tensor:
     return scores / scores.sum(-1, keepdim=True) @ call.v
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # another order of sums
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)  # another order of sums
 
 
 def test_sdpa_is_softmax_of_the_scaled_scores():
@@ -31,25 +31,25 @@ def test_sdpa_is_softmax_of_the_scaled_scores():
 
 def test_a_log_weight_multiplies_the_appended_keys_in_the_softmax():
     more = call(keys=2)
-    found = sdpa(call().append_kv(more.k, more.v, torch.tensor(0.5).log()))
+    actual = sdpa(call().append_kv(more.k, more.v, torch.tensor(0.5).log()))
     joined = Call(call().q, torch.cat([call().k, more.k], 2), torch.cat([call().v, more.v], 2), SITE)
-    close(found, by_hand(joined, torch.tensor([1.0] * 7 + [0.5] * 2)))
+    close(actual, by_hand(joined, torch.tensor([1.0] * 7 + [0.5] * 2)))
 
 
 def test_a_log_weight_may_differ_from_query_to_query():
     more, weights = call(keys=2), torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0])
-    found = sdpa(call().append_kv(more.k, more.v, weights.log()[None, None, :, None]))
+    actual = sdpa(call().append_kv(more.k, more.v, weights.log()[None, None, :, None]))
     joined = Call(call().q, torch.cat([call().k, more.k], 2), torch.cat([call().v, more.v], 2), SITE)
     rows = torch.cat([torch.ones(5, 7), weights[:, None].expand(-1, 2)], 1)
-    close(found, by_hand(joined, rows))
-    close(found[:, :, 0], sdpa(call())[:, :, 0])  # weight 0: unseen
+    close(actual, by_hand(joined, rows))
+    close(actual[:, :, 0], sdpa(call())[:, :, 0])  # weight 0: unseen
 
 
 def test_keys_are_appended_after_an_existing_bias():
     bias = torch.linspace(-1, 1, 7)[None, None, None]
-    found = call(bias=bias).append_kv(call(keys=2).k, call(keys=2).v)
-    assert found.bias is not None
-    assert torch.equal(found.bias, torch.cat([bias, torch.zeros(1, 1, 1, 2)], -1))
+    actual = call(bias=bias).append_kv(call(keys=2).k, call(keys=2).v)
+    assert actual.bias is not None
+    assert torch.equal(actual.bias, torch.cat([bias, torch.zeros(1, 1, 1, 2)], -1))
 
 
 def test_appending_without_any_weight_needs_no_bias():
@@ -73,9 +73,9 @@ def test_edit_map_receives_probabilities_and_its_result_is_used():
 def test_the_plain_form_for_training_equals_the_fused_one():
     given = call(bias=torch.linspace(-1, 1, 7)[None, None, None])
     trained = Call(given.q, given.k, given.v.clone().requires_grad_(), SITE, bias=given.bias)
-    found = sdpa(trained)
-    assert found.requires_grad
-    close(found.detach(), sdpa(given))
+    actual = sdpa(trained)
+    assert actual.requires_grad
+    close(actual.detach(), sdpa(given))
 
 
 class Note:

@@ -40,11 +40,13 @@ def test_a_published_name_is_loaded_from_its_file_in_the_models_folder(tmp_path,
         condit.load("dit-xl-2-256")
     model = DiT(DiTConfig(input_size=4, hidden_size=384, depth=1, num_heads=6))  # a published width tells the heads
     save_dit(model, tmp_path / "models" / "DiT-XL-2-256x256.pt")
-    found = condit.load("dit-xl-2-256")
+    loaded = condit.load("dit-xl-2-256")
     assert (
-        isinstance(found, Pipeline) and found.name == "dit-xl-2-256" and cast("ClassModel", found.model).classes == 1000
+        isinstance(loaded, Pipeline)
+        and loaded.name == "dit-xl-2-256"
+        and cast("ClassModel", loaded.model).classes == 1000
     )
-    assert cast("ClassModel", found.model).index("golden retriever") == 207
+    assert cast("ClassModel", loaded.model).index("golden retriever") == 207
     write(tmp_path, DIFFIT).rename(tmp_path / "models" / "diffit_512.safetensors")
     assert isinstance(condit.load("diffit-512").backbone, DiffiT)
 

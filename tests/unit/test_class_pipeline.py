@@ -77,17 +77,17 @@ def test_a_drawing_is_the_official_sampler_over_the_official_guidance(pipe):
         denoise = class_guidance(model, torch.tensor([1, 2]), 5, 4.0, channels=channels)
         with torch.no_grad():
             expected = ancestral(by_timestep(denoise), start, gaussian(respacing="5"), noise=noise)
-        found = draw(pipe, [1, 2], seed=7, num_inference_steps=5, guidance_channels=given)
-        assert torch.equal(found, expected)  # 4.0 is the default of the official sample.py
+        actual = draw(pipe, [1, 2], seed=7, num_inference_steps=5, guidance_channels=given)
+        assert torch.equal(actual, expected)  # 4.0 is the default of the official sample.py
 
 
 def test_diffit_generates_with_its_power_cosine_schedule_and_forms_its_biases_once(diffit, monkeypatch):
-    formed, told = [], []
+    formed, received = [], []
     biases, forward = type(diffit.backbone).biases, type(diffit.backbone).forward
     monkeypatch.setattr(DiffiT, "biases", lambda self, grid: formed.append(grid) or biases(self, grid))
-    monkeypatch.setattr(DiffiT, "forward", lambda self, *a, **k: told.append(k["biases"]) or forward(self, *a, **k))
-    found = draw(diffit, num_inference_steps=4)
-    assert formed == [(2, 2)] and len(told) == 4 and all(given is told[0] for given in told)
+    monkeypatch.setattr(DiffiT, "forward", lambda self, *a, **k: received.append(k["biases"]) or forward(self, *a, **k))
+    actual = draw(diffit, num_inference_steps=4)
+    assert formed == [(2, 2)] and len(received) == 4 and all(given is received[0] for given in received)
     g = torch.Generator().manual_seed(0)
     noise = image_noise([g])
     start = noise(torch.empty(1, 4, 4, 4))
@@ -95,8 +95,8 @@ def test_diffit_generates_with_its_power_cosine_schedule_and_forms_its_biases_on
     denoise = class_guidance(network, torch.tensor([1]), 5, lambda t: power_cosine_scale(t, 4.4))
     with torch.no_grad():
         expected = ancestral(by_timestep(denoise), start, gaussian(respacing="4"), noise=noise)
-    assert torch.equal(found, expected)
-    assert not torch.equal(found, draw(diffit, num_inference_steps=4, guidance_power=0.0))
+    assert torch.equal(actual, expected)
+    assert not torch.equal(actual, draw(diffit, num_inference_steps=4, guidance_power=0.0))
 
 
 @pytest.mark.parametrize("side", [32, 64])
@@ -225,10 +225,10 @@ def test_an_export_of_the_trainer_says_what_it_predicts(tmp_path):
     (path.parent / "config.json").write_text(json.dumps(fields))
     pipe, kept = condit.load(tmp_path), []
     hook = pipe.backbone.register_forward_hook(lambda module, inputs, out: kept.append(out))
-    found = draw(pipe, "snail", sampler="ddim", guidance_scale=1.0)
+    generated = draw(pipe, "snail", sampler="ddim", guidance_scale=1.0)
     hook.remove()
-    assert not torch.equal(found, noise)
-    torch.testing.assert_close(found, kept[-1], rtol=0, atol=1e-5)  # the last step lands on the last prediction
+    assert not torch.equal(generated, noise)
+    torch.testing.assert_close(generated, kept[-1], rtol=0, atol=1e-5)  # the last step lands on the last prediction
 
 
 def test_learned_variances_are_bounded_where_the_image_is_predicted(pipe, tmp_path):
@@ -279,8 +279,8 @@ def test_halves_one_after_the_other_equal_the_doubled_batch(pipe):
         def negative(self) -> Control:
             return self
 
-    found = draw(pipe, controls=[Nothing()])
-    torch.testing.assert_close(found, draw(pipe), rtol=1e-5, atol=1e-4)  # other sums in a larger batch
+    generated = draw(pipe, controls=[Nothing()])
+    torch.testing.assert_close(generated, draw(pipe), rtol=1e-5, atol=1e-4)  # other sums in a larger batch
 
 
 class Joins(Control):
@@ -318,12 +318,12 @@ class Joins(Control):
     ],
 )
 def test_a_wrong_argument_raises_before_anything_is_generated(pipe, given, message):
-    asked = []
-    hook = pipe.backbone.register_forward_hook(lambda *_: asked.append(1))
+    forwards = []
+    hook = pipe.backbone.register_forward_hook(lambda *_: forwards.append(1))
     with pytest.raises(ValueError, match=message):
         pipe(**{"label": 1, **given})
     hook.remove()
-    assert not asked
+    assert not forwards
 
 
 def test_an_image_of_nan_raises(pipe):

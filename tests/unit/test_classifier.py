@@ -39,9 +39,9 @@ def test_classes_are_those_of_the_logits_under_the_names_of_the_folder(vit, pict
     images = pictures(2)
     with torch.no_grad():
         expected = vit.model(vit.preprocess(images)).softmax(-1)
-    found = vit.classify(images, top_k=3)
-    assert [len(row) for row in found] == [3, 3]
-    for row, probabilities in zip(found, expected, strict=True):
+    actual = vit.classify(images, top_k=3)
+    assert [len(row) for row in actual] == [3, 3]
+    for row, probabilities in zip(actual, expected, strict=True):
         assert [p.index for p in row] == probabilities.topk(3).indices.tolist()
         assert [p.label for p in row] == [NAMES[p.index] for p in row]
         assert [p.probability for p in row] == probabilities.topk(3).values.tolist()
@@ -49,10 +49,10 @@ def test_classes_are_those_of_the_logits_under_the_names_of_the_folder(vit, pict
 
 
 def test_features_are_the_tokens_of_the_model(vit, pictures):
-    found = vit.features(pictures(2))
-    assert found.patches.shape == (2, 16, 24) and found.cls is not None and found.cls.shape == (2, 24)
+    actual = vit.features(pictures(2))
+    assert actual.patches.shape == (2, 16, 24) and actual.cls is not None and actual.cls.shape == (2, 24)
     with torch.no_grad():
-        assert torch.equal(found.cls, vit.model.features(vit.preprocess(pictures(2))).cls)
+        assert torch.equal(actual.cls, vit.model.features(vit.preprocess(pictures(2))).cls)
 
 
 def test_placeholder_names_count_as_none_and_a_thousand_classes_as_imagenet(tmp_path, pictures):
@@ -106,8 +106,8 @@ def test_the_authors_squash_without_smoothing_and_timm_crops_the_middle():
     stripes = np.zeros((32, 32, 3), np.uint8)
     stripes[::4] = 255
     jax = Preprocess((8, 8), Image.Resampling.BILINEAR, antialias=False)
-    found = prepare(Image.fromarray(stripes), jax)
-    assert torch.equal(found, -torch.ones(3, 8, 8))  # rows 1.5, 5.5, ... stand between the stripes
+    control = prepare(Image.fromarray(stripes), jax)
+    assert torch.equal(control, -torch.ones(3, 8, 8))  # rows 1.5, 5.5, ... stand between the stripes
     timm = Preprocess((20, 20), Image.Resampling.BICUBIC, crop=0.5)
     wide = Image.fromarray(np.arange(80 * 40 * 3, dtype=np.uint32).reshape(40, 80, 3).astype(np.uint8))
     cut = torch.from_numpy(np.array(wide.crop((30, 10, 50, 30)))).permute(2, 0, 1) / 127.5 - 1
@@ -116,8 +116,8 @@ def test_the_authors_squash_without_smoothing_and_timm_crops_the_middle():
 
 @pytest.mark.parametrize(("layout", "crop", "antialias"), [("npz", None, False), ("timm", 0.9, True)])
 def test_the_preprocessing_is_that_of_the_publication(layout, crop, antialias, tmp_path):
-    found = condit.load(write_vit(tmp_path, layout)).parts.preprocess
-    assert (found.size, found.crop, found.antialias, found.mean, found.std) == (
+    actual = condit.load(write_vit(tmp_path, layout)).parts.preprocess
+    assert (actual.size, actual.crop, actual.antialias, actual.mean, actual.std) == (
         (16, 16),
         crop,
         antialias,
@@ -130,5 +130,5 @@ def test_timms_own_configuration_is_followed(tmp_path):
     model = condit.load(write_vit(tmp_path, "timm")).model
     fields = {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1], "interpolation": "bilinear", "crop_pct": 1.0}
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": fields}))
-    found = read_preprocess(tmp_path, model)
-    assert found == Preprocess((16, 16), Image.Resampling.BILINEAR, True, 1.0, (0.1, 0.2, 0.3), (1, 1, 1))
+    loaded = read_preprocess(tmp_path, model)
+    assert loaded == Preprocess((16, 16), Image.Resampling.BILINEAR, True, 1.0, (0.1, 0.2, 0.3), (1, 1, 1))

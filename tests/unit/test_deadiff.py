@@ -234,11 +234,13 @@ def test_the_content_layers_may_read_another_prompt(bench, adapter, pictures):
 
 def test_a_recipe_keeps_what_made_the_control(adapter, pictures):
     how = {"strength": 0.5, "acts": "values", "empty": "absent", "where": "up_blocks.*", "content_prompt": "a cat"}
-    told = adapter.control(pictures[0], when=When(0.2, 0.9), **how).describe()
-    assert told["method"] == "DEADiff" and told["when"] == [0.2, 0.9] and told["reference"] == {"style": ["given"]}
-    assert told["strength"] == {"style": 0.5, "content": 0.5} and told["where"] == ["up_blocks.*"]
-    assert all(told[name] == how[name] for name in ("acts", "empty", "content_prompt"))
-    json.dumps(told)
+    recipe = adapter.control(pictures[0], when=When(0.2, 0.9), **how).describe()
+    assert (
+        recipe["method"] == "DEADiff" and recipe["when"] == [0.2, 0.9] and recipe["reference"] == {"style": ["given"]}
+    )
+    assert recipe["strength"] == {"style": 0.5, "content": 0.5} and recipe["where"] == ["up_blocks.*"]
+    assert all(recipe[name] == how[name] for name in ("acts", "empty", "content_prompt"))
+    json.dumps(recipe)
 
 
 def test_references_are_squashed_by_pillows_bicubic_as_in_the_released_script(adapter, pictures):

@@ -55,9 +55,9 @@ def published(adapter: DEADiff) -> dict[str, Tensor]:
     return join(Checkpoint(adapter.tensors(), tower, base, rest))
 
 
-def same_controls(found: DEADiff, expected: DEADiff, picture) -> None:
+def same_controls(actual: DEADiff, expected: DEADiff, picture) -> None:
     for one, other in zip(
-        found.control(picture, content=picture).kv.values(),
+        actual.control(picture, content=picture).kv.values(),
         expected.control(picture, content=picture).kv.values(),
         strict=True,
     ):
@@ -141,7 +141,7 @@ def test_names_of_the_full_size_checkpoint_go_both_ways():
                 )
     widths = {"input_blocks": {1: 320, 2: 320, 4: 640, 5: 640, 7: 1280, 8: 1280}}
     widths["output_blocks"] = {i: (1280, 640, 320)[i // 3 - 1] for i in range(3, 12)}
-    places = {f"{side}.{i}.1": width for side, found in widths.items() for i, width in found.items()}
+    places = {f"{side}.{i}.1": width for side, actual in widths.items() for i, width in actual.items()}
     for place, width in {**places, "middle_block.1": 1280}.items():
         for kind in ("k", "v"):
             name = f"model.diffusion_model.{place}.transformer_blocks.0.attn2.i_to_{kind}.weight"

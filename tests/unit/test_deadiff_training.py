@@ -144,14 +144,14 @@ def test_the_loss_is_the_plain_error_of_what_the_base_predicts(make_task, predic
     t, text = torch.tensor([100, 900]), task.text(["a", "b"])
     tokens = {"style": torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(1))}
     with torch.no_grad():
-        found = task.errors(x0, noise, t, text, tokens)
+        actual = task.errors(x0, noise, t, text, tokens)
         for i in range(2):
             a = float(task.process.alphas_cumprod[t[i]])
             x_t = a**0.5 * x0[i] + (1 - a) ** 0.5 * noise[i]
             target = noise[i] if prediction == "epsilon" else a**0.5 * noise[i] - (1 - a) ** 0.5 * x0[i]
             control = task.control({"style": tokens["style"][i : i + 1]}, x0[:1])
             out = task.unet(x_t[None], t[i : i + 1], text.tokens[i : i + 1], controls=[control])
-            torch.testing.assert_close(found[i], (out[0] - target).square().mean(), rtol=1e-5, atol=0)
+            torch.testing.assert_close(actual[i], (out[0] - target).square().mean(), rtol=1e-5, atol=0)
 
 
 def test_dropout_draws_from_the_batchs_generator_and_leaves_the_global_one_alone(make_task):

@@ -56,9 +56,9 @@ def test_a_map_equals_that_of_transformers_pipeline(network):
     model = DepthAnythingForDepthEstimation.from_pretrained(network)
     theirs = pipeline("depth-estimation", model=model, image_processor=DPTImageProcessorPil.from_pretrained(network))
     expected = np.asarray(theirs(photo())["depth"])
-    found = depth(photo(), network)
-    assert found.mode == "RGB" and found.size == (70, 50)
-    pixels = np.asarray(found)
+    actual = depth(photo(), network)
+    assert actual.mode == "RGB" and actual.size == (70, 50)
+    pixels = np.asarray(actual)
     assert pixels.min() == 0 and pixels.max() == 255 and len(np.unique(pixels)) > 20
     assert np.array_equal(pixels[:, :, 0], expected) and np.array_equal(pixels[:, :, 1], expected)
 

@@ -39,7 +39,7 @@ def test_tmsa_is_attention_of_tokens_and_time_projected_as_one():
     attn = TMSA(8, 6, 2, (2, 3), SITE)
     torch.nn.init.normal_(attn.relative_position_bias_table)
     xs, xt = torch.randn(2, 1, 6, 8), torch.randn(2, 6)
-    found, _ = attn(xs, DiffiTContext(xt, (2, 3)))
+    actual, _ = attn(xs, DiffiTContext(xt, (2, 3)))
     joined = torch.cat([xs[:, 0], xt[:, None].expand(-1, 6, -1)], -1)
     weight = torch.cat([attn.qkv.weight, attn.qkv_temb.weight], 1)
     q, k, v = F.linear(joined, weight, attn.qkv.bias + attn.qkv_temb.bias).chunk(3, -1)
@@ -48,7 +48,7 @@ def test_tmsa_is_attention_of_tokens_and_time_projected_as_one():
         part = slice(4 * h, 4 * h + 4)
         scores = q[..., part] @ k[..., part].mT / 2 + attn.bias((2, 3))[0, h]
         heads.append(scores.softmax(-1) @ v[..., part])
-    close(found[:, 0], attn.proj(torch.cat(heads, -1)))
+    close(actual[:, 0], attn.proj(torch.cat(heads, -1)))
 
 
 def test_bias_is_the_tables_entry_of_the_offset_query_minus_key():
@@ -281,8 +281,8 @@ def test_a_lora_acts_and_leaves_the_model_alone(model):
 
 
 def test_the_scale_is_one_in_pure_noise_and_full_at_the_image():
-    found = power_cosine_scale(torch.tensor([0, 1000]), 4.4)
-    close(found, torch.tensor([4.4, 1.0]))
+    actual = power_cosine_scale(torch.tensor([0, 1000]), 4.4)
+    close(actual, torch.tensor([4.4, 1.0]))
 
 
 def test_the_scale_falls_with_noise_and_a_larger_power_falls_sooner():

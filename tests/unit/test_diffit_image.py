@@ -76,9 +76,9 @@ def test_a_window_attends_to_itself_alone(image_model):
 
 
 def test_noise_features_are_sines_first_and_end_at_one_ten_thousandth():
-    found = noise_features(torch.tensor([2.0]), 4)
+    actual = noise_features(torch.tensor([2.0]), 4)
     close(
-        found,
+        actual,
         torch.tensor([[2.0, 2e-4, 0, 0]]).sin() + torch.tensor([[0, 0, 2.0, 2e-4]]).cos() * torch.tensor([0, 0, 1, 1]),
     )
 
@@ -140,11 +140,11 @@ def test_a_u_shape_that_does_not_fit_is_refused(wrong):
 
 def test_checkpointing_the_u_shape_changes_no_gradient_with_dropout():
     model = randomised(DiffiTImage(replace(IMAGE, dropout=0.3))).train()
-    found = []
+    results = []
     for checkpointing in (False, True):
         model.zero_grad()
         out = model(*images(16, 16), generator=torch.Generator().manual_seed(3), checkpointing=checkpointing)
         out.square().mean().backward()
-        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    assert len(found[0]) > 10
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

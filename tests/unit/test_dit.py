@@ -125,8 +125,8 @@ def test_positions_tell_the_column_first_and_the_row_second_on_a_rectangle():
     for row in range(2):
         for column in range(3):
             halves = [f(p * w) for p in (column, row) for f in (math.sin, math.cos) for w in (1.0, 0.01)]
-            found = table[row * 3 + column]
-            torch.testing.assert_close(found, torch.tensor(halves, dtype=torch.float64), rtol=0, atol=1e-12)
+            actual = table[row * 3 + column]
+            torch.testing.assert_close(actual, torch.tensor(halves, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_a_network_of_another_grid_computes_what_one_made_for_it_would():
@@ -169,7 +169,7 @@ def test_a_latent_that_does_not_fit_is_refused(shape):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"input_size": 5}, "multiple of patch_size"),
         ({"num_heads": 3}, "multiple of num_heads"),
@@ -179,8 +179,8 @@ def test_a_latent_that_does_not_fit_is_refused(shape):
         ({"patch_size": 0}, "at least 1"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(fields, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_configuration_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
         replace(TINY, **fields)
 
 
@@ -213,7 +213,7 @@ def test_without_dropout_there_is_no_null_class():
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "message"),
     [
         (torch.tensor([0, 6, 1]), "No class 6: this network has the labels 0 to 5"),
         (torch.tensor([0, -1, 1]), "No class -1"),
@@ -223,9 +223,9 @@ def test_without_dropout_there_is_no_null_class():
         (torch.zeros(3, 5, dtype=torch.long), r"\(3, 5\)"),
     ],
 )
-def test_labels_that_are_no_classes_are_refused(labels, told):
+def test_labels_that_are_no_classes_are_refused(labels, message):
     x, t, _ = inputs()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         build()(x, t, labels)
 
 
@@ -285,9 +285,9 @@ def test_checkpointing_keeps_less_between_forward_and_backward():
 
 def test_half_precision_is_the_parameters_business():
     model, (x, t, y) = build(), inputs()
-    found = model.to(torch.bfloat16)(x.bfloat16(), t, y)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), build()(x, t, y), rtol=0, atol=0.1)  # eight bits of mantissa
+    actual = model.to(torch.bfloat16)(x.bfloat16(), t, y)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), build()(x, t, y), rtol=0, atol=0.1)  # eight bits of mantissa
 
 
 @pytest.mark.parametrize("latent", [(4, 4), (4, 6)])
@@ -320,8 +320,8 @@ class Addition(Control):
 
 def test_a_control_sees_every_attention_call_with_all_tokens_as_image():
     model, (x, t, y), recorder = build(), inputs(), Recorder()
-    plain, found = model(x, t, y), model(x, t, y, controls=[recorder])
-    assert torch.equal(found, plain)
+    plain, actual = model(x, t, y), model(x, t, y, controls=[recorder])
+    assert torch.equal(actual, plain)
     assert [call.site for call in recorder.seen] == model.sites
     assert [site.path for site in model.sites] == ["blocks.0.attn", "blocks.1.attn"]
     assert all(call.image == slice(0, 4) and call.q.shape == (3, 2, 4, 8) for call in recorder.seen)

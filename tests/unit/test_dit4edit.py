@@ -37,9 +37,9 @@ class Backbone:
 def acting(control: DiT4Edit, source: str, target: str, step: Step | None = None, length: int = L) -> DiT4Edit:
     pair = Pair((said(source, length=length),), (said(target, length=length),))
     run = Run(Backbone(), 2, (2, 3), torch.zeros(2, 1), None, 4, edit=pair)  # type: ignore[arg-type]
-    found = control.prepare(run).at(step or Step(0, 10, 1.0))
-    assert found is not None
-    return found
+    active = control.prepare(run).at(step or Step(0, 10, 1.0))
+    assert active is not None
+    return active
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -77,43 +77,43 @@ def maps_of(call: Call, controls=()) -> Tensor:
 
 def test_the_target_sees_the_sources_map_for_shared_words_and_its_own_else():
     control = acting(DiT4Edit(self_form=None), "a cat sits", "a dog sits")
-    plain, found = maps_of(cross_call()), maps_of(cross_call(), [control])
-    assert torch.equal(found[0], plain[0])
+    plain, actual = maps_of(cross_call()), maps_of(cross_call(), [control])
+    assert torch.equal(actual[0], plain[0])
     # Replacement: three words and the end stand in the source's place; the padding stays; rows sum to 1.
     shared = plain[0, :, :, :4]
     expected = torch.cat([shared, plain[1, :, :, 4:]], -1)
-    torch.testing.assert_close(found[1], expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(actual[1], expected / expected.sum(-1, keepdim=True))
 
 
 def test_refinement_leaves_new_words_their_own_map():
     control = acting(DiT4Edit(cross="refine", self_form=None), "a cat", "a big cat")
-    plain, found = maps_of(cross_call()), maps_of(cross_call(), [control])
+    plain, actual = maps_of(cross_call()), maps_of(cross_call(), [control])
     old, new = plain[0], plain[1]
     expected = torch.stack([old[..., 0], new[..., 1], old[..., 1], old[..., 2], new[..., 4]], -1)
-    torch.testing.assert_close(found[1], expected / expected.sum(-1, keepdim=True))
+    torch.testing.assert_close(actual[1], expected / expected.sum(-1, keepdim=True))
 
 
 def test_in_joint_attention_only_the_images_rows_and_the_texts_columns_change_and_keep_their_share():
     control = acting(DiT4Edit(self_form=None), "a cat sits", "a dog sits")
-    plain, found = maps_of(joint_call()), maps_of(joint_call(), [control])
-    assert torch.equal(found[0], plain[0]) and torch.equal(found[1, :, :L], plain[1, :, :L])
-    assert torch.equal(found[1, :, L:, L:], plain[1, :, L:, L:])
-    assert not torch.allclose(found[1, :, L:, :L], plain[1, :, L:, :L])
-    torch.testing.assert_close(found.sum(-1), plain.sum(-1))
+    plain, actual = maps_of(joint_call()), maps_of(joint_call(), [control])
+    assert torch.equal(actual[0], plain[0]) and torch.equal(actual[1, :, :L], plain[1, :, :L])
+    assert torch.equal(actual[1, :, L:, L:], plain[1, :, L:, L:])
+    assert not torch.allclose(actual[1, :, L:, :L], plain[1, :, L:, :L])
+    torch.testing.assert_close(actual.sum(-1), plain.sum(-1))
 
 
 def test_a_factor_multiplies_the_maps_of_a_word():
     control = acting(DiT4Edit(cross=None, self_form=None, reweight={"dog": 2.5}), "a cat", "a dog")
-    plain, found = maps_of(cross_call()), maps_of(cross_call(), [control])
-    torch.testing.assert_close(found[1, ..., 1], 2.5 * plain[1, ..., 1])
-    torch.testing.assert_close(found[1, ..., [0, 2, 3, 4]], plain[1, ..., [0, 2, 3, 4]])
+    plain, actual = maps_of(cross_call()), maps_of(cross_call(), [control])
+    torch.testing.assert_close(actual[1, ..., 1], 2.5 * plain[1, ..., 1])
+    torch.testing.assert_close(actual[1, ..., [0, 2, 3, 4]], plain[1, ..., [0, 2, 3, 4]])
 
 
 def test_a_words_exchange_may_end_before_the_others():
     control = DiT4Edit(self_form=None, cross_until=1.0, word_until={"dog": 0.0})
-    plain, found = maps_of(cross_call()), maps_of(cross_call(), [acting(control, "a cat sits", "a dog sits")])
-    unequal = (found[1] / found[1].sum(-1, keepdim=True) - plain[1]).abs().amax((0, 1))
-    ratio = found[1, ..., 1] / plain[1, ..., 1]  # its own map but for the row's new sum
+    plain, actual = maps_of(cross_call()), maps_of(cross_call(), [acting(control, "a cat sits", "a dog sits")])
+    unequal = (actual[1] / actual[1].sum(-1, keepdim=True) - plain[1]).abs().amax((0, 1))
+    ratio = actual[1, ..., 1] / plain[1, ..., 1]  # its own map but for the row's new sum
     assert unequal[0] > 1e-3 and ratio.std() > 0
     late = control.prepare(
         Run(Backbone(), 2, (2, 3), torch.zeros(2, 1), None, 4, edit=Pair((said("a cat"),), (said("a dog"),)))  # type: ignore[arg-type]
@@ -126,10 +126,10 @@ def test_the_target_looks_up_the_sources_keys_and_values_or_takes_its_map(form):
     q, k, v = tensors((N, 4), (N, 4), (N, 4))
     call = Call(q, k, v, SELF, image=slice(0, N), keys=slice(0, N))
     control = acting(DiT4Edit(cross=None, self_form=form, self_steps=(0, 1)), "a cat", "a dog")
-    found = attend(call, [control])
+    actual = attend(call, [control])
     pick = torch.tensor([0, 0])
     taken = {"kv": Call(q, k[pick], v[pick], SELF), "map": Call(q[pick], k[pick], v, SELF)}[form]
-    assert torch.equal(found[0], attend(call)[0]) and torch.equal(found, attend(taken))
+    assert torch.equal(actual[0], attend(call)[0]) and torch.equal(actual, attend(taken))
 
 
 def test_keys_of_text_and_conditions_stay_the_targets_own():
@@ -249,12 +249,12 @@ def test_prompts_that_do_not_fit_the_edit_raise(make_pipe, control, target, mess
     ],
 )
 def test_unknown_words_and_layers_raise_before_the_inversion(make_pipe, control, target, message):
-    pipe, asked = make_pipe(blocks=1), []
-    hook = pipe.backbone.register_forward_hook(lambda *_: asked.append(1))
+    pipe, forwards = make_pipe(blocks=1), []
+    hook = pipe.backbone.register_forward_hook(lambda *_: forwards.append(1))
     with pytest.raises(ValueError, match=message):
         pipe.edit(np.zeros((32, 48, 3), np.uint8), "a cat", target, controls=[control], num_inference_steps=1)
     hook.remove()
-    assert not asked
+    assert not forwards
 
 
 def test_a_window_shorter_than_a_step_does_nothing():
@@ -284,7 +284,7 @@ def acting_on(control: DiT4Edit, source: Words, target: Words) -> None:
 def test_each_edit_may_have_its_own_mask(make_pipe):
     pipe = make_pipe(blocks=1)
     white, black = np.full((32, 48), 255, np.uint8), np.zeros((32, 48), np.uint8)
-    found = pipe.edit(
+    actual = pipe.edit(
         np.zeros((32, 48, 3), np.uint8),
         "a cat",
         ["a dog", "a dog"],
@@ -292,15 +292,15 @@ def test_each_edit_may_have_its_own_mask(make_pipe):
         num_inference_steps=2,
         output_type="latent",
     )
-    source = found.sources[0]
-    assert not torch.equal(found.images[0], source) and torch.equal(found.images[1], source)
+    source = actual.sources[0]
+    assert not torch.equal(actual.images[0], source) and torch.equal(actual.images[1], source)
 
 
 def test_one_word_for_another_has_no_word_in_common_and_is_replaced(make_pipe):
-    found = make_pipe(blocks=1).edit(
+    actual = make_pipe(blocks=1).edit(
         np.zeros((32, 48, 3), np.uint8), "cat", "dog", controls=[PRESETS["swap"]], num_inference_steps=1
     )
-    assert len(found.images) == 1
+    assert len(actual.images) == 1
 
 
 def test_it_acts_in_an_edit_only(make_pipe):
@@ -311,8 +311,8 @@ def test_it_acts_in_an_edit_only(make_pipe):
 def test_images_of_odd_sizes_are_fitted_and_wrong_ones_raise(make_pipe):
     pipe = make_pipe(blocks=1, canvas=False)  # draws 32 x 48 in tokens of 8 px
     odd = Image.new("RGB", (101, 67), "red")
-    found = pipe.edit(odd, "a cat", "a dog", num_inference_steps=1)
-    assert found.images[0].size == (48, 32) and found.inversion.size == (32, 48)
+    actual = pipe.edit(odd, "a cat", "a dog", num_inference_steps=1)
+    assert actual.images[0].size == (48, 32) and actual.inversion.size == (32, 48)
     small = pipe.edit(Image.new("RGB", (20, 20)), "a cat", "a dog", num_inference_steps=1)
     assert small.images[0].size == (16, 16)  # whole tokens, never larger than given
     fixed = make_pipe(blocks=1).edit(Image.new("RGB", (20, 20)), "a cat", "a dog", num_inference_steps=1)
@@ -369,11 +369,11 @@ def test_the_result_page_shows_the_words_that_differ(make_pipe):
     from condit.drawing.edit_page import edit_page, edited_words
 
     pipe = make_pipe(blocks=1)
-    found = pipe.edit(
+    actual = pipe.edit(
         np.zeros((32, 48, 3), np.uint8), "a cat", "a dog", controls=[PRESETS["swap"]], num_inference_steps=2, maps=True
     )
-    assert found.maps is not None and found.maps.shape == (1, 2, 24, 5)
-    torch.testing.assert_close(found.maps[0, 0].sum(-1) > 0, torch.ones(24, dtype=torch.bool))
-    assert [[word for word, _ in side] for side in edited_words(found, 0)] == [["cat"], ["dog"]]
-    page = edit_page(found, "a cat", "a dog")
+    assert actual.maps is not None and actual.maps.shape == (1, 2, 24, 5)
+    torch.testing.assert_close(actual.maps[0, 0].sum(-1) > 0, torch.ones(24, dtype=torch.bool))
+    assert [[word for word, _ in side] for side in edited_words(actual, 0)] == [["cat"], ["dog"]]
+    page = edit_page(actual, "a cat", "a dog")
     assert page.height > 3 * 128 and page.getcolors(1 << 20)

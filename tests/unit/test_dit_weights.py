@@ -35,9 +35,9 @@ def inputs(config: DiTConfig = TINY) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([0, 417, 999]), torch.tensor([0, 4, 2])
 
 
-def assert_same(found: DiT, expected: DiT) -> None:
-    assert list(found.state_dict()) == list(expected.state_dict())
-    assert all(torch.equal(found.state_dict()[name], value) for name, value in expected.state_dict().items())
+def assert_same(actual: DiT, expected: DiT) -> None:
+    assert list(actual.state_dict()) == list(expected.state_dict())
+    assert all(torch.equal(actual.state_dict()[name], value) for name, value in expected.state_dict().items())
 
 
 def diffusers_dit(**fields):
@@ -54,10 +54,10 @@ def diffusers_dit(**fields):
 def test_every_layout_returns_the_same_weights(layout, tmp_path):
     model, path = build(), tmp_path / LAYOUTS[layout]
     assert save_dit(model, path, layout=layout) == path
-    found = load_dit(path, num_heads=None if layout == "diffusers" else 4)  # a .pt has no room for them
-    assert_same(found, model)
-    assert found.config == TINY and not found.training
-    assert not found.pos_embed.requires_grad and found.x_embedder.proj.weight.requires_grad
+    loaded = load_dit(path, num_heads=None if layout == "diffusers" else 4)  # a .pt has no room for them
+    assert_same(loaded, model)
+    assert loaded.config == TINY and not loaded.training
+    assert not loaded.pos_embed.requires_grad and loaded.x_embedder.proj.weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -66,17 +66,17 @@ def test_every_layout_returns_the_same_weights(layout, tmp_path):
 def test_our_own_file_keeps_the_whole_configuration(config, tmp_path):
     model = build(config)
     save_dit(model, tmp_path / "dit.safetensors")
-    found = load_dit(tmp_path / "dit.safetensors")
-    assert found.config == config
-    assert_same(found, model)
+    loaded = load_dit(tmp_path / "dit.safetensors")
+    assert loaded.config == config
+    assert_same(loaded, model)
 
 
 def test_metadata_of_our_own_file_precede_a_config_json(tmp_path):
     """The trainer writes both; without it the last class would be taken for the null class."""
     config = replace(build().config, class_dropout_prob=0.0)
     save_dit(build(config), tmp_path / "transformer" / "model.safetensors")
-    told = {"num_attention_heads": config.num_heads, "sample_size": config.input_size}
-    (tmp_path / "transformer" / "config.json").write_text(json.dumps(told))
+    config_of_diffusers = {"num_attention_heads": config.num_heads, "sample_size": config.input_size}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config_of_diffusers))
     assert load_dit(tmp_path).config == load_dit(tmp_path / "transformer").config == config
 
 
@@ -90,14 +90,14 @@ def test_the_heads_of_published_widths_are_known(name, tmp_path):
 def test_a_file_without_gates_or_labels_is_recognised_by_its_tensors(tmp_path):
     config = replace(TINY, num_classes=0, gates=False)
     save_dit(build(config), tmp_path / "dit.pt")
-    found = load_dit(tmp_path / "dit.pt", num_heads=4).config
-    assert (found.num_classes, found.gates) == (0, False)
+    actual = load_dit(tmp_path / "dit.pt", num_heads=4).config
+    assert (actual.num_classes, actual.gates) == (0, False)
 
 
 def test_the_last_label_may_be_a_class(tmp_path):
     save_dit(build(ODD), tmp_path / "dit.pt")
-    found = load_dit(tmp_path / "dit.pt", num_heads=4, null_class=False, input_size=(4, 12))
-    assert found.config == ODD
+    loaded = load_dit(tmp_path / "dit.pt", num_heads=4, null_class=False, input_size=(4, 12))
+    assert loaded.config == ODD
     assert load_dit(tmp_path / "dit.pt", num_heads=4, input_size=(4, 12)).config.num_classes == 4
 
 
@@ -108,22 +108,22 @@ def test_the_dtype_of_the_file_is_kept(tmp_path):
 
 def test_an_official_file_is_flat_and_read_without_code(tmp_path):
     save_dit(build(), tmp_path / "dit.pt")
-    found = torch.load(tmp_path / "dit.pt", weights_only=True)
-    assert list(found) == list(build().state_dict())
+    loaded = torch.load(tmp_path / "dit.pt", weights_only=True)
+    assert list(loaded) == list(build().state_dict())
 
 
 @pytest.mark.parametrize("release", ["layout_dit_xl_2_256", "layout_dit_xl_2_512"])
 def test_a_file_with_the_released_list_of_names_loads_strictly(release, tmp_path):
     """The network of 28 blocks, 48 channels wide instead of 1152, so that the file is small."""
-    told = json.loads((GOLDEN / f"{release}.json").read_text())["keys"]
+    released = json.loads((GOLDEN / f"{release}.json").read_text())["keys"]
     side = 32 if release.endswith("256") else 64
     config = DiTConfig(input_size=side, hidden_size=48, num_heads=16, num_classes=1000)
     state = DiT(config).state_dict()
-    assert list(state) == list(told) and len(told) == 292
-    torch.save({name: state[name] for name in told}, tmp_path / "dit.pt")
+    assert list(state) == list(released) and len(released) == 292
+    torch.save({name: state[name] for name in released}, tmp_path / "dit.pt")
     assert load_dit(tmp_path / "dit.pt", num_heads=16).config == config
-    torch.save({name: state[name] for name in list(told)[:-1]}, tmp_path / "dit.pt")
-    with pytest.raises(ValueError, match=rf"1 missing \(first: {list(told)[-1]}\).*It looks like a DiT"):
+    torch.save({name: state[name] for name in list(released)[:-1]}, tmp_path / "dit.pt")
+    with pytest.raises(ValueError, match=rf"1 missing \(first: {list(released)[-1]}\).*It looks like a DiT"):
         load_dit(tmp_path / "dit.pt", num_heads=16)
 
 
@@ -169,8 +169,8 @@ def test_names_and_shapes_of_the_published_folder_equal_diffusers():
                 num_attention_heads=16, attention_head_dim=72, num_layers=28, sample_size=32, num_embeds_ada_norm=1000
             ),
         )
-    found = {name: value.shape for name, value in to_diffusers(ours.state_dict()).items()}
-    assert found == {name: value.shape for name, value in theirs.state_dict().items()}
+    values = {name: value.shape for name, value in to_diffusers(ours.state_dict()).items()}
+    assert values == {name: value.shape for name, value in theirs.state_dict().items()}
 
 
 def test_a_folder_of_ours_is_loaded_by_diffusers_and_computes_the_same_but_for_its_timestep_features(tmp_path):
@@ -205,9 +205,9 @@ def test_a_folder_saved_by_diffusers_is_read_as_the_official_function(root, safe
         block.norm1.emb.load_state_dict(first.state_dict())  # type: ignore[union-attr] - published blocks hold copies
         block.norm1.emb.time_proj.downscale_freq_shift = 0  # type: ignore[union-attr]
     theirs.save_pretrained(tmp_path / "transformer", safe_serialization=safe)
-    found = load_dit(tmp_path if root else tmp_path / "transformer")
-    assert found.config == TINY
-    torch.testing.assert_close(found(x, t, y), theirs(x, timestep=t, class_labels=y).sample, rtol=0, atol=1e-5)
+    loaded = load_dit(tmp_path if root else tmp_path / "transformer")
+    assert loaded.config == TINY
+    torch.testing.assert_close(loaded(x, t, y), theirs(x, timestep=t, class_labels=y).sample, rtol=0, atol=1e-5)
 
 
 def test_a_single_file_in_diffusers_layout_needs_its_heads_only(tmp_path):
@@ -226,7 +226,7 @@ def test_a_folder_whose_blocks_were_trained_apart_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         (ODD, "without a null class"),
         (replace(TINY, mlp_ratio=3.0), "mlp_ratio 3.0"),
@@ -235,8 +235,8 @@ def test_a_folder_whose_blocks_were_trained_apart_is_refused(tmp_path):
         (replace(TINY, input_size=(4, 12)), "only squares"),
     ],
 )
-def test_diffusers_has_no_place_for_some_networks(config, told, tmp_path):
-    with pytest.raises(ValueError, match=f"{told}.*'official'"):
+def test_diffusers_has_no_place_for_some_networks(config, message, tmp_path):
+    with pytest.raises(ValueError, match=f"{message}.*'official'"):
         save_dit(DiT(config), tmp_path / "t", layout="diffusers")
     assert not (tmp_path / "t").exists()
 
@@ -258,7 +258,7 @@ def saved(tmp_path: Path, names: list[str], shape: tuple[int, ...] = (4, 4)) -> 
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "guess"),
     [
         (["blocks.0.attn.qkv_temb.weight", "blocks.0.attn.qkv.weight"], "a latent DiffiT; load it with load_diffit"),
         (["down_blocks.0.resnets.0.conv1.weight"], "a UNet of diffusers"),
@@ -271,8 +271,8 @@ def saved(tmp_path: Path, names: list[str], shape: tuple[int, ...] = (4, 4)) -> 
         (["transformer_blocks.0.attn1.to_q.weight", "adaln_single.linear.weight"], "a PixArt"),
     ],
 )
-def test_a_file_of_another_model_is_refused_with_what_is_missing_and_a_guess(names, told, tmp_path):
-    with pytest.raises(ValueError, match=rf"missing \(first: .*It looks like {told}"):
+def test_a_file_of_another_model_is_refused_with_what_is_missing_and_a_guess(names, guess, tmp_path):
+    with pytest.raises(ValueError, match=rf"missing \(first: .*It looks like {guess}"):
         load_dit(saved(tmp_path, names))
 
 

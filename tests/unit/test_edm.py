@@ -46,16 +46,16 @@ def test_the_mean_of_the_data_is_a_fixed_point():
 
 
 def test_steps_ask_twice_but_the_last_and_may_be_replaced():
-    asked: list[float] = []
+    levels_seen: list[float] = []
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        asked.append(float(sigma[0]))
+        levels_seen.append(float(sigma[0]))
         return torch.zeros_like(x)
 
     seen: list[int] = []
     out = heun(by_timestep(denoise), start(), edm_path(4, DESIGN), on_step=lambda i, x, x0: seen.append(i))
     levels = edm_path(4, DESIGN).sigmas
-    assert asked == [levels[0], levels[1], levels[1], levels[2], levels[2], levels[3], levels[3]]
+    assert levels_seen == [levels[0], levels[1], levels[1], levels[2], levels[2], levels[3], levels[3]]
     assert seen == [0, 1, 2, 3] and float(out.abs().max()) < 1e-12  # it ends in the last estimate
     replaced = heun(
         by_timestep(denoise), start(), edm_path(4, DESIGN), on_step=lambda i, x, x0: x + 1 if i == 3 else None
@@ -107,8 +107,8 @@ def test_levels_and_factors_are_those_of_diffusers():
     torch.testing.assert_close(torch.tensor(edm_path(18, DESIGN).sigmas), theirs.sigmas, rtol=1e-6, atol=0)
     x, y = start(torch.float32), torch.randn(2, 3, 4, 4)
     for sigma in (0.002, 0.7, 80.0):
-        found = precondition(lambda x, c: y, DESIGN)(x, torch.full((2,), sigma))
-        torch.testing.assert_close(found, theirs.precondition_outputs(x, y, torch.tensor(sigma)), rtol=1e-5, atol=1e-5)
+        actual = precondition(lambda x, c: y, DESIGN)(x, torch.full((2,), sigma))
+        torch.testing.assert_close(actual, theirs.precondition_outputs(x, y, torch.tensor(sigma)), rtol=1e-5, atol=1e-5)
 
 
 def test_training_levels_have_the_given_distribution_of_logarithms():

@@ -53,10 +53,12 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("told", "fields"), [({"class": "DiT"}, {"class": "DiT"}), ("transformer", {}), ([1], {}), (None, {})]
+    ("metadata", "fields"), [({"class": "DiT"}, {"class": "DiT"}), ("transformer", {}), ([1], {}), (None, {})]
 )
-def test_what_condit_noted_of_a_file_is_read_and_a_plain_name_is_none_of_it(told, fields, tmp_path):
-    path = save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {} if told is None else {"condit": told})
+def test_what_condit_noted_of_a_file_is_read_and_a_plain_name_is_none_of_it(metadata, fields, tmp_path):
+    path = save_tensors(
+        tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {} if metadata is None else {"condit": metadata}
+    )
     assert own_fields(read_metadata(path)) == fields
 
 
@@ -94,12 +96,12 @@ def test_a_lightning_checkpoint_is_read_with_its_other_entries_and_without_light
     with monkeypatch.context() as there:
         for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
             there.setitem(sys.modules, name, module)
-        told = {"best_model_score": torch.tensor(0.1), "wait": np.float64(1.5), "n": np.int64(3)}
-        state = {"state_dict": {"model.x": weight}, "callbacks": {callback: told}, "global_step": 7}
+        entries = {"best_model_score": torch.tensor(0.1), "wait": np.float64(1.5), "n": np.int64(3)}
+        state = {"state_dict": {"model.x": weight}, "callbacks": {callback: entries}, "global_step": 7}
         torch.save(state, tmp_path / "model.ckpt")
-    found = read_tensors(tmp_path / "model.ckpt")
-    assert torch.equal(found["state_dict.model.x"], weight)
-    assert list(inner_state(found)) == ["model.x"]
+    loaded = read_tensors(tmp_path / "model.ckpt")
+    assert torch.equal(loaded["state_dict.model.x"], weight)
+    assert list(inner_state(loaded)) == ["model.x"]
     assert inner_state({"x": weight}).keys() == {"x"}
 
 

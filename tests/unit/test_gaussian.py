@@ -81,7 +81,7 @@ def test_respacing_keeps_the_official_timesteps(respacing, expected):
 
 
 @pytest.mark.parametrize(
-    ("respacing", "told"),
+    ("respacing", "message"),
     [
         ("ddim6", "No whole stride over 10 timesteps gives 6"),
         ("11", "Section 1 of '11' has 10 timesteps; 11 cannot"),
@@ -91,8 +91,8 @@ def test_respacing_keeps_the_official_timesteps(respacing, expected):
         ("ddim", "found 'ddim'"),
     ],
 )
-def test_a_respacing_that_cannot_be_is_refused(respacing, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_respacing_that_cannot_be_is_refused(respacing, message):
+    with pytest.raises(ValueError, match=message):
         g.respaced_timesteps(10, respacing)
 
 
@@ -115,41 +115,41 @@ def test_tables_stay_in_float64_and_what_meets_images_is_float32():
 def test_noise_of_level_i_and_back():
     i = torch.tensor([0, 5, 9])
     x = g.add_noise(FIXED, X0, i, NOISE)
-    found = g.reverse(FIXED, NOISE, x, i)
+    actual = g.reverse(FIXED, NOISE, x, i)
     # At the last level alpha_bar is 4e-5: x0 is a difference of numbers 157 times as large.
-    torch.testing.assert_close(found.x0, X0, rtol=0, atol=1e-3)
-    torch.testing.assert_close(found.mean, g.posterior(FIXED, X0, x, i).mean, rtol=0, atol=1e-3)
+    torch.testing.assert_close(actual.x0, X0, rtol=0, atol=1e-3)
+    torch.testing.assert_close(actual.mean, g.posterior(FIXED, X0, x, i).mean, rtol=0, atol=1e-3)
 
 
 def test_learned_variances_run_between_the_two_bounds():
     i = torch.tensor([1, 5, 9])
-    found = [
+    results = [
         g.reverse(LEARNED, torch.cat([NOISE, torch.full_like(NOISE, v)], 1), X0, i).log_variance[:, 0, 0, 0]
         for v in (-1.0, 0.0, 1.0)
     ]
-    torch.testing.assert_close(found[0].double(), LEARNED.posterior_variance[i].log(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found[2].double(), LEARNED.betas[i].log(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found[1], (found[0] + found[2]) / 2, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0].double(), LEARNED.posterior_variance[i].log(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[2].double(), LEARNED.betas[i].log(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[1], (results[0] + results[2]) / 2, rtol=1e-6, atol=1e-6)
 
 
 def test_bounded_variances_stay_between_the_two_bounds():
     process, i = g.gaussian(respacing="10", variance="bounded"), torch.tensor([1, 5, 9])
     beyond = [torch.cat([NOISE, torch.full_like(NOISE, v)], 1) for v in (-7.0, 0.5, 7.0)]
-    found = [g.reverse(process, output, X0, i).variance[:, 0, 0, 0].double() for output in beyond]
-    torch.testing.assert_close(found[0], process.posterior_variance[i], rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[2], process.betas[i], rtol=1e-6, atol=0)
+    results = [g.reverse(process, output, X0, i).variance[:, 0, 0, 0].double() for output in beyond]
+    torch.testing.assert_close(results[0], process.posterior_variance[i], rtol=1e-6, atol=0)
+    torch.testing.assert_close(results[2], process.betas[i], rtol=1e-6, atol=0)
     inside = g.reverse(g.gaussian(respacing="10"), beyond[1], X0, i).variance[:, 0, 0, 0].double()
-    torch.testing.assert_close(found[1], inside, rtol=0, atol=0)
+    torch.testing.assert_close(results[1], inside, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("variance", ["large", "small"])
 def test_fixed_variances_are_the_bounds(variance):
     process = g.gaussian(respacing="10", variance=variance)
-    found = g.reverse(process, NOISE, X0, torch.tensor([0, 4, 9]))
+    actual = g.reverse(process, NOISE, X0, torch.tensor([0, 4, 9]))
     expected = process.betas if variance == "large" else process.posterior_variance
-    torch.testing.assert_close(found.variance[1:, 0, 0, 0].double(), expected[[4, 9]], rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.variance[1:, 0, 0, 0].double(), expected[[4, 9]], rtol=1e-6, atol=0)
     # At step 0 the logarithm is that of the posterior's second entry: its own would be minus infinity.
-    assert found.log_variance[0].item() == pytest.approx(process.posterior_variance[1].log().item())
+    assert actual.log_variance[0].item() == pytest.approx(process.posterior_variance[1].log().item())
 
 
 def test_clip_bounds_the_estimate_and_nothing_else():
@@ -188,10 +188,10 @@ def test_the_bound_trains_the_variance_alone():
 
 
 def test_the_network_receives_the_trained_timestep():
-    asked = []
+    timesteps = []
     process = g.gaussian(respacing="10", predicts="x0", variance="small")
-    loss = g.training_loss(lambda x, t: asked.append(t) or X0, process, X0, torch.tensor([0, 5, 9]), NOISE)
-    assert asked[0].tolist() == process.timesteps[[0, 5, 9]].tolist() == [0, 555, 999]
+    loss = g.training_loss(lambda x, t: timesteps.append(t) or X0, process, X0, torch.tensor([0, 5, 9]), NOISE)
+    assert timesteps[0].tolist() == process.timesteps[[0, 5, 9]].tolist() == [0, 555, 999]
     assert loss.loss.tolist() == [0, 0, 0] and loss.vb is None
 
 
@@ -219,8 +219,8 @@ def test_the_decoder_gives_all_256_pixel_values_the_mass_one():
 def test_equal_normals_have_no_distance_and_others_the_known_one():
     zero = torch.zeros(4)
     assert g.kl_normal(zero, zero, zero, zero).abs().max() == 0
-    found = g.kl_normal(zero + 1, zero + math.log(4), zero, zero)  # (s^2 - 1 - ln s^2 + m^2) / 2
-    torch.testing.assert_close(found, zero + (4 - 1 - math.log(4) + 1) / 2)
+    actual = g.kl_normal(zero + 1, zero + math.log(4), zero, zero)  # (s^2 - 1 - ln s^2 + m^2) / 2
+    torch.testing.assert_close(actual, zero + (4 - 1 - math.log(4) + 1) / 2)
 
 
 def test_the_prior_costs_next_to_nothing():
@@ -231,8 +231,8 @@ def test_the_prior_costs_next_to_nothing():
 
 
 def test_ddim_with_the_true_noise_arrives_at_the_image():
-    found = samplers.ddim(by_timestep(knowing(FIXED, X0)), NOISE, FIXED)
-    torch.testing.assert_close(found, X0, rtol=0, atol=1e-4)
+    actual = samplers.ddim(by_timestep(knowing(FIXED, X0)), NOISE, FIXED)
+    torch.testing.assert_close(actual, X0, rtol=0, atol=1e-4)
 
 
 def test_ancestral_steps_with_the_true_noise_arrive_at_the_image():
@@ -267,8 +267,8 @@ def test_inversion_and_back_returns_the_image_the_closer_the_more_steps():
 
 
 def test_the_last_reverse_step_ends_in_pure_noise():
-    found = samplers.ddim_reverse_step(FIXED, NOISE, X0, torch.tensor([9] * 3))
-    torch.testing.assert_close(found.x, NOISE, rtol=0, atol=1e-4)
+    actual = samplers.ddim_reverse_step(FIXED, NOISE, X0, torch.tensor([9] * 3))
+    torch.testing.assert_close(actual.x, NOISE, rtol=0, atol=1e-4)
 
 
 def shrinking(x: Tensor, t: Tensor) -> Tensor:
@@ -310,10 +310,10 @@ def test_generators_must_be_as_many_as_images():
 
 @pytest.mark.parametrize("name", ["ancestral", "ddim", "ddim_invert"])
 def test_on_step_sees_every_step_and_may_replace_it(name):
-    seen, asked = [], []
+    seen, received = [], []
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        asked.append((t.tolist(), x.abs().max().item()))
+        received.append((t.tolist(), x.abs().max().item()))
         return shrinking(x, t)
 
     def on_step(number: int, x: Tensor, x0: Tensor) -> Tensor | None:
@@ -325,8 +325,8 @@ def test_on_step_sees_every_step_and_may_replace_it(name):
     steps = 9 if name == "ddim_invert" else 10
     assert seen == [(n, X0.shape, X0.shape) for n in range(steps)]
     order = LEARNED.timesteps.tolist()[:9] if name == "ddim_invert" else LEARNED.timesteps.tolist()[::-1]
-    assert [t for t, _ in asked] == [[t] * 3 for t in order]
-    assert asked[4][1] == 0 and asked[3][1] > 0
+    assert [t for t, _ in received] == [[t] * 3 for t in order]
+    assert received[4][1] == 0 and received[3][1] > 0
 
 
 def test_the_start_is_not_changed():
@@ -354,28 +354,28 @@ LABELS, T = torch.tensor([1, 2, 3]), torch.tensor([999, 500, 0])
 
 @pytest.mark.parametrize(("channels", "guided"), [(3, 3), (None, 4), (1, 1), (9, 4)])
 def test_guidance_moves_its_channels_from_the_null_class_and_leaves_the_rest(channels, guided):
-    found = class_guidance(Network(), LABELS, 10, 4.0, channels=channels)(X0, T) - torch.cat([X0, X0], 1)
+    actual = class_guidance(Network(), LABELS, 10, 4.0, channels=channels)(X0, T) - torch.cat([X0, X0], 1)
     labels = LABELS[:, None, None, None].float()
-    expected = labels.expand_as(found).clone()
+    expected = labels.expand_as(actual).clone()
     expected[:, :guided] = 10 + 4 * (labels - 10)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_scale_one_asks_for_no_second_prediction():
     network = Network()
-    found = class_guidance(network, LABELS, 10, 1.0)(X0, T)
+    actual = class_guidance(network, LABELS, 10, 1.0)(X0, T)
     class_guidance(network, LABELS, 10, 1.5)(X0, T)
     assert network.rows == [3, 6]
-    assert torch.equal(found, network(X0, T, LABELS))
+    assert torch.equal(actual, network(X0, T, LABELS))
 
 
 def test_a_scale_may_depend_on_the_timestep():
-    found = class_guidance(Network(), LABELS, 10, lambda t: power_cosine_scale(t, 4.0), channels=None)(X0, T)
+    actual = class_guidance(Network(), LABELS, 10, lambda t: power_cosine_scale(t, 4.0), channels=None)(X0, T)
     for row, scale in enumerate(power_cosine_scale(T, 4.0).tolist()):
         alone = class_guidance(Network(), LABELS[row : row + 1], 10, scale, channels=None)(
             X0[row : row + 1], T[row : row + 1]
         )
-        torch.testing.assert_close(found[row], alone[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(actual[row], alone[0], rtol=0, atol=1e-5)
 
 
 def test_guided_images_do_not_depend_on_their_batch():
@@ -394,5 +394,5 @@ def test_guided_images_do_not_depend_on_their_batch():
 
 def test_guide_channels_takes_a_scale_for_each_image():
     scale = torch.tensor([0.0, 1.0, 2.0])[:, None, None, None]
-    found = guide_channels(X0, NOISE, scale, 4)
-    torch.testing.assert_close(found, torch.stack([NOISE[0], X0[1], 2 * X0[2] - NOISE[2]]), rtol=0, atol=1e-5)
+    actual = guide_channels(X0, NOISE, scale, 4)
+    torch.testing.assert_close(actual, torch.stack([NOISE[0], X0[1], 2 * X0[2] - NOISE[2]]), rtol=0, atol=1e-5)

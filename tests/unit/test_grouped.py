@@ -36,8 +36,8 @@ def make_folder(tmp_path):
 
 def drawn(pairs: GroupedPairs, kind, count: int = 200) -> set[tuple[int, int]]:
     rng = random.Random(0)
-    found = [pairs.draw(rng, kind) for _ in range(count)]
-    return {(number(target.image), number(reference)) for target, reference in found}
+    results = [pairs.draw(rng, kind) for _ in range(count)]
+    return {(number(target.image), number(reference)) for target, reference in results}
 
 
 def grid(i: int) -> dict:
@@ -96,8 +96,8 @@ def test_a_group_that_is_no_name_is_quoted(make_folder, tmp_path):
 def test_groups_of_tars_come_from_their_json_and_no_image_is_read_for_them(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for i in range(3):
-            told = {"text": f"t{i}", "style_group": "s", "content_group": f"c{i}"}
-            for name, content in ((f"{i}.png", png(i)), (f"{i}.json", json.dumps(told).encode())):
+            row = {"text": f"t{i}", "style_group": "s", "content_group": f"c{i}"}
+            for name, content in ((f"{i}.png", png(i)), (f"{i}.json", json.dumps(row).encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))

@@ -7,8 +7,8 @@ from condit.diffusion.guidance import guide, guide_text_image
 BOTH, TEXT, NONE = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # another order of sums
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)  # another order of sums
 
 
 def test_scale_one_is_the_conditional_and_zero_the_unconditional():

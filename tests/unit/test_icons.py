@@ -75,7 +75,7 @@ def test_sister_styles_share_their_split(world: IconWorld) -> None:
     splits = defaultdict(set)
     for icon in world.icons:
         splits[icon.base, family(icon.style)].add(icon.split)
-    assert all(len(found) == 1 for found in splits.values())
+    assert all(len(actual) == 1 for actual in splits.values())
 
 
 def test_a_combination_stays_in_training_where_too_few_families_draw_the_concept() -> None:
@@ -126,13 +126,13 @@ def test_the_sample_is_small_licensed_and_has_enough_held_out_rows(world: IconWo
 
 
 def test_the_sample_names_every_author_and_licence(world: IconWorld) -> None:
-    beside = (sample_path().parent / "ATTRIBUTION.md").read_text(encoding="utf-8")
-    assert world.attribution == beside
+    text = (sample_path().parent / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    assert world.attribution == text
     for key in {icon.style for icon in world.icons}:
         style = STYLES[key]
-        row = next(line for line in beside.splitlines() if line.startswith(f"| {key} |"))
+        row = next(line for line in text.splitlines() if line.startswith(f"| {key} |"))
         assert style.package in row and style.author in row and style.licence in row
-    assert "rasterised" in beside and "Permission is hereby granted" in beside
+    assert "rasterised" in text and "Permission is hereby granted" in text
 
 
 def test_rasters_have_straight_alpha_and_ink(world: IconWorld) -> None:

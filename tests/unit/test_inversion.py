@@ -77,9 +77,9 @@ def test_more_steps_give_a_smaller_error(pictures):
 
 @pytest.mark.parametrize(("solver", "calls"), [("first_order", 4), ("dpmpp2m", 4), ("fixed_point", 12)])
 def test_a_solver_calls_the_network_as_often_as_documented(pictures, solver, calls):
-    asked = []
-    invert(lambda x, t: asked.append(t) or noise_of(x, t), pictures, dpm_path(CUMPROD, 4), solver, iterations=2)
-    assert len(asked) == calls
+    received = []
+    invert(lambda x, t: received.append(t) or noise_of(x, t), pictures, dpm_path(CUMPROD, 4), solver, iterations=2)
+    assert len(received) == calls
 
 
 def test_a_trajectory_ends_in_the_image_bit_for_bit(pictures):
@@ -89,11 +89,11 @@ def test_a_trajectory_ends_in_the_image_bit_for_bit(pictures):
 
 def test_a_flow_goes_up_and_comes_back_nearer_with_fixed_points(pictures):
     path = FlowPath(tuple(flow_sigmas(20, shift=3.0).tolist()))
-    found = {}
+    values = {}
     for solver in ("first_order", "entered", "fixed_point"):
         up = invert(velocity_of, pictures, path, solver)
-        found[solver] = float(round_trip_error(up, walk(velocity_of, up[0], path))[1].mean())
-    assert found["fixed_point"] > found["first_order"] + 10
+        values[solver] = float(round_trip_error(up, walk(velocity_of, up[0], path))[1].mean())
+    assert values["fixed_point"] > values["first_order"] + 10
     up = invert(velocity_of, pictures, path, "fixed_point")
     assert float(up[0].std()) == pytest.approx(1, abs=0.35)  # noise, too large by coarse steps
     with pytest.raises(ValueError, match="flow takes"):

@@ -25,9 +25,9 @@ def adapter(pipe, make_ip) -> IPAdapter:
 
 def at_step(pipe: Pipeline, control: IPReference, batch: int = 1) -> IPReference:
     run = Run(pipe.backbone, batch, (4, 6), torch.zeros(batch, 10), None, 20)
-    found = control.prepare(run).at(Step(0, 1, 1.0))
-    assert found is not None
-    return found
+    active = control.prepare(run).at(Step(0, 1, 1.0))
+    assert active is not None
+    return active
 
 
 def call_of(pipe: Pipeline, batch: int = 1) -> Call:

@@ -37,10 +37,10 @@ def file(pipe, tmp_path) -> Path:
 
 
 def test_the_encoder_in_the_files_folder_is_used_unless_one_is_given(pipe, file, tmp_path, pictures):
-    found = IPAdapter.load(file, pipe)
-    assert found._encoder[0] is not None and found._encoder[0].size == EncoderSize(20, 12, 5, 28)
+    loaded = IPAdapter.load(file, pipe)
+    assert loaded._encoder[0] is not None and loaded._encoder[0].size == EncoderSize(20, 12, 5, 28)
     given = IPAdapter.load(file, pipe, image_encoder=vision(tmp_path / "other"))
-    one, other = (adapter.features(pictures(1)) for adapter in (found, given))
+    one, other = (adapter.features(pictures(1)) for adapter in (loaded, given))
     assert one.shape == (1, 12) and torch.equal(one, other)
 
 
@@ -82,8 +82,8 @@ def test_every_spelling_of_a_file_is_the_same_adapter(pipe, file, layout):
             for n, t in tensors.items()
         }
         torch.save(spelt | ({"unet.conv_in.weight": torch.zeros(2)} if layout == "raw" else {}), path)
-    found, expected = IPAdapter.load(path, pipe).tensors(), IPAdapter.load(file, pipe).tensors()
-    assert found.keys() == expected.keys() and all(torch.equal(found[n], t) for n, t in expected.items())
+    actual, expected = IPAdapter.load(path, pipe).tensors(), IPAdapter.load(file, pipe).tensors()
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[n], t) for n, t in expected.items())
 
 
 def test_only_the_selected_layers_are_loaded(pipe, file):
@@ -145,8 +145,8 @@ def test_faceids_lora_is_read_acts_and_is_saved(pipe, file, tmp_path):
     faces = torch.cat([face, -face])
     side_by_side, path = adapter.control(identity=faces[None]).inner, adapter.sites[0]  # type: ignore[attr-defined]
     apart = adapter.control(identity=faces).inner.kv[path]  # type: ignore[attr-defined]
-    for found, each in zip(side_by_side.kv[path], apart, strict=True):
-        torch.testing.assert_close(found, torch.cat([each[:1], each[1:]], 2), rtol=0, atol=1e-5)
+    for actual, each in zip(side_by_side.kv[path], apart, strict=True):
+        torch.testing.assert_close(actual, torch.cat([each[:1], each[1:]], 2), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="is a FaceID adapter: give identity="):
         adapter.control(embeds=torch.zeros(1, 12))
     with pytest.raises(ValueError, match=r"identity must be \(n, 8\) or \(n, R, 8\); found \(1, 9\)"):

@@ -72,15 +72,15 @@ def real() -> dict[str, UNet]:
 
 def key_list(unet: UNet, projector: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a published file: numbers odd, in the order of diffusers' processors."""
-    found = {f"image_proj.{n}": t for n, t in projector.items()}
+    values = {f"image_proj.{n}": t for n, t in projector.items()}
     count = {"sd15": 16, "sdxl": 70}["sdxl" if unet.config.addition_embed_type else "sd15"]
     widths = [unet.get_submodule(s.path).to_q.out_features for s in unet.sites if s.kind == "cross"]  # type: ignore[union-attr]
     assert len(widths) == count
     for i, width in enumerate(widths):
         for part in "kv":
             shape = width, unet.config.cross_attention_dim
-            found[f"ip_adapter.{2 * i + 1}.to_{part}_ip.weight"] = torch.empty(shape, device="meta")  # type: ignore[arg-type]
-    return found
+            values[f"ip_adapter.{2 * i + 1}.to_{part}_ip.weight"] = torch.empty(shape, device="meta")  # type: ignore[arg-type]
+    return values
 
 
 def millions(module: nn.Module) -> float:

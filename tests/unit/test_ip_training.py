@@ -114,13 +114,13 @@ def test_a_clip_from_a_folder_is_read_as_published(make_task, monkeypatch, clip,
     monkeypatch.setattr(ip_adapter, "load_image_encoder", lambda folder: clip)
     task = make_task(image_encoder="folder", projector=projector)
     pictures, kept = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([1.0, 0.0])
-    found = task.features(pictures, kept)
+    actual = task.features(pictures, kept)
     numbers = ((pictures[0].movedim(0, -1) + 1) * 127.5).round().to(torch.uint8).numpy()
     pixels = clip.pixels([ip_adapter.Image.fromarray(numbers)])
     read, none = (clip.embeds, torch.zeros(1, 6)) if projector == "global" else (clip.hidden, clip.hidden(clip.zeros()))
-    torch.testing.assert_close(found[:1], read(pixels), rtol=0, atol=0.05)  # 8 bits a colour
-    torch.testing.assert_close(found[1:], none, rtol=0, atol=1e-6)
-    assert task.ip.tokens(found).shape == (2, 4 if projector == "global" else 16, 12)
+    torch.testing.assert_close(actual[:1], read(pixels), rtol=0, atol=0.05)  # 8 bits a colour
+    torch.testing.assert_close(actual[1:], none, rtol=0, atol=1e-6)
+    assert task.ip.tokens(actual).shape == (2, 4 if projector == "global" else 16, 12)
     task(task.batch(random.Random(0), 2), torch.Generator().manual_seed(0))[0].backward()
 
 

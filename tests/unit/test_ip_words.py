@@ -51,8 +51,8 @@ def test_one_or_more_phrases_are_subtracted_before_the_projector(pipe, file, pic
         control = style.control(pictures(2), preset="style", content=words, content_scale=0.5, join=join)
         expected = style.adapter.reference(e - taken, where=preset("style", pipe.backbone))
         for path, pair in expected.kv.items():
-            for found, wanted in zip(control.kv[path], pair, strict=True):  # type: ignore[attr-defined]
-                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)  # the encoder saw one picture at a time
+            for actual, wanted in zip(control.kv[path], pair, strict=True):  # type: ignore[attr-defined]
+                torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)  # the encoder saw one picture at a time
             assert torch.equal(control.negative().kv[path][1], expected.empty[path][1])  # type: ignore[union-attr]
         assert control.kv.keys() == expected.kv.keys()  # type: ignore[attr-defined]
 

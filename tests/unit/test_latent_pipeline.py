@@ -136,8 +136,8 @@ def test_a_style_lora_acts_and_its_strength_zero_is_the_plain_model(pipes):
 def test_encoded_prompts_may_be_given_instead_of_words(pipes, kind: str):
     pipe = pipes(kind)
     text, negative = pipe.encode_text(PROMPTS), pipe.encode_text(["x"])
-    found = draw(pipe, text, negative_prompt=negative)
-    torch.testing.assert_close(found, draw(pipe, negative_prompt="x"), rtol=0, atol=1e-6)
+    generated = draw(pipe, text, negative_prompt=negative)
+    torch.testing.assert_close(generated, draw(pipe, negative_prompt="x"), rtol=0, atol=1e-6)
 
 
 def test_sdxl_without_a_negative_prompt_is_guided_away_from_zeros(pipes):
@@ -154,9 +154,9 @@ def test_the_callback_sees_every_step_and_may_change_the_latents(pipes):
         seen.append((i, t))
         return {"latents": torch.zeros_like(state["latents"])} if i == 2 else None
 
-    found = draw(pipe, callback_on_step_end=watch)
+    generated = draw(pipe, callback_on_step_end=watch)
     assert its_times(seen) == [667.0, 334.0, 1.0]  # a third of 1000, and Stable Diffusion's offset
-    assert not found.any()
+    assert not generated.any()
 
 
 def test_the_steps_may_be_those_of_the_released_code_or_a_list(pipes):
@@ -205,9 +205,9 @@ def test_a_repeat_is_bit_equal(pipes):
 def test_half_precision_generates_nearly_the_same(make_latent, pipes, dtype: torch.dtype):
     pipe = make_latent("sdxl")
     pipe.backbone.to(dtype)
-    found, wanted = draw(pipe, guidance_scale=1.0), draw(pipes("sdxl"), guidance_scale=1.0)
-    assert found.dtype == torch.float32
-    assert (found - wanted).std() < 0.1 * wanted.std()
+    actual, wanted = draw(pipe, guidance_scale=1.0), draw(pipes("sdxl"), guidance_scale=1.0)
+    assert actual.dtype == torch.float32
+    assert (actual - wanted).std() < 0.1 * wanted.std()
 
 
 BLACK = np.zeros((32, 48), np.uint8)
@@ -283,7 +283,7 @@ def test_a_compiled_backbone_is_one_graph_for_all_steps_and_strengths(make_laten
     torch._dynamo.reset()
     pipe.backbone = torch.compile(pipe.backbone, fullgraph=True, backend=backend)
     for control, picture in zip(louder, wanted, strict=True):
-        found = draw(pipe, "a fox", controls=[control], **how)
-        torch.testing.assert_close(found, picture, rtol=1e-5, atol=1e-4)
+        generated = draw(pipe, "a fox", controls=[control], **how)
+        torch.testing.assert_close(generated, picture, rtol=1e-5, atol=1e-4)
     assert graphs == 1
     torch._dynamo.reset()

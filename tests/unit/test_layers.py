@@ -26,9 +26,9 @@ def test_position_zero_does_not_rotate():
 
 def test_rope_rotates_adjacent_pairs_by_position_times_frequency():
     x = torch.randn(1, 1, 1, 4)
-    found = apply_rope(x, rope_frequencies(torch.tensor([[3.0]]), (4,)))
+    actual = apply_rope(x, rope_frequencies(torch.tensor([[3.0]]), (4,)))
     turned = torch.view_as_complex(x.unflatten(-1, (2, 2))) * torch.polar(torch.ones(2), torch.tensor([3.0, 3 / 100]))
-    torch.testing.assert_close(found, torch.view_as_real(turned).flatten(-2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual, torch.view_as_real(turned).flatten(-2), rtol=0, atol=1e-6)
 
 
 def test_scores_depend_on_differences_of_positions_only():
@@ -44,8 +44,8 @@ def test_scores_depend_on_differences_of_positions_only():
 def test_ids_of_each_sample_are_rotated_apart():
     ids = torch.stack([grid_ids(1, 4), grid_ids(1, 4, delta=(0, 3))])
     x = torch.randn(1, 2, 4, 16).expand(2, -1, -1, -1)
-    found = apply_rope(x, rope_frequencies(ids, AXES))
-    for row, one in zip(found, ids, strict=True):
+    actual = apply_rope(x, rope_frequencies(ids, AXES))
+    for row, one in zip(actual, ids, strict=True):
         assert torch.equal(row[None], apply_rope(x[:1], rope_frequencies(one, AXES)))
 
 
@@ -56,9 +56,9 @@ def test_rope_keeps_the_dtype_of_its_input():
 
 
 def test_timestep_features_are_cosines_then_sines_without_a_frequency_shift():
-    found = timestep_features(torch.tensor([2.0]), 4)
+    actual = timestep_features(torch.tensor([2.0]), 4)
     expected = [math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]
-    torch.testing.assert_close(found, torch.tensor([expected]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual, torch.tensor([expected]), rtol=0, atol=1e-6)
 
 
 def test_adaptive_norm_reads_shift_then_scale_then_gates():

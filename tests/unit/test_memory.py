@@ -10,8 +10,8 @@ CODE = "from condit.cli.memory import keep_memory; print(keep_memory())"
 
 def said(**environment) -> str:
     env = {"PATH": "", "PYTHONPATH": ":".join(sys.path), **environment}
-    found = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=env, check=True)
-    return found.stdout.strip()
+    report = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=env, check=True)
+    return report.stdout.strip()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")

@@ -15,9 +15,9 @@ def test_time_zero_is_the_image_and_time_one_the_noise():
 
 
 def test_each_sample_has_its_own_time():
-    found = add_noise(X0, NOISE, T)
+    actual = add_noise(X0, NOISE, T)
     for i, t in enumerate(T):
-        torch.testing.assert_close(found[i], (1 - t) * X0[i] + t * NOISE[i])
+        torch.testing.assert_close(actual[i], (1 - t) * X0[i] + t * NOISE[i])
 
 
 def test_the_true_velocity_is_noise_minus_image_in_both_predictions():
@@ -27,8 +27,8 @@ def test_the_true_velocity_is_noise_minus_image_in_both_predictions():
 
 
 def test_the_velocity_of_an_image_stays_finite_at_time_zero():
-    found = to_velocity(X0 + 1, X0, torch.zeros(3), "x")
-    torch.testing.assert_close(found, torch.full_like(X0, -1 / SMALLEST_T))
+    converted = to_velocity(X0 + 1, X0, torch.zeros(3), "x")
+    torch.testing.assert_close(converted, torch.full_like(X0, -1 / SMALLEST_T))
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "x"])
@@ -37,9 +37,9 @@ def test_the_loss_is_the_squared_error_of_the_velocity(prediction):
     output = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(1))
     error = to_velocity(output, x_t, T, prediction) - (NOISE - X0)
     expected = error.square().mean((1, 2))
-    found = flow_loss(output, X0, NOISE, T, prediction)
-    assert found.shape == (3,)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)  # x_t - x0 cancels digits at t = 0.1
+    actual = flow_loss(output, X0, NOISE, T, prediction)
+    assert actual.shape == (3,)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)  # x_t - x0 cancels digits at t = 0.1
 
 
 def test_the_loss_of_the_truth_is_zero_and_in_float32():

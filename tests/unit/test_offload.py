@@ -76,7 +76,7 @@ def test_two_threads_share_an_offloaded_model(make_pipe, make_omini, pictures):
     alone = [draw(0), draw(1)]
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(draw, [0, 1, 0, 1]))
-    assert all(torch.equal(found, alone[i % 2]) for i, found in enumerate(together))
+    assert all(torch.equal(actual, alone[i % 2]) for i, actual in enumerate(together))
 
 
 def test_an_unknown_kind_of_offloading_is_refused(make_pipe):
@@ -97,8 +97,8 @@ def test_float8_halves_the_weights_of_the_blocks_and_hardly_changes_the_image(ma
     )
     assert pipe.dtype == torch.float32
     for controls in ([], [make_omini(plain).control(pictures(1))]):
-        found = [p("a fox", controls=controls, **GIVEN).images for p in (pipe, plain)]
-        assert 1e-4 < (found[0] - found[1]).abs().mean() < 0.1  # e4m3 has three bits behind the first
+        results = [p("a fox", controls=controls, **GIVEN).images for p in (pipe, plain)]
+        assert 1e-4 < (results[0] - results[1]).abs().mean() < 0.1  # e4m3 has three bits behind the first
 
 
 def test_gradients_pass_through_float8_weights_to_an_adapter(make_pipe):
@@ -139,8 +139,8 @@ def test_int8_is_torchaos_for_the_same_layers(make_pipe, make_omini, pictures, m
     assert {c for _, c in seen} == {"int8"}
     assert {p for p, _ in seen} == {n for n, m in plain.backbone.named_modules() if in_blocks(m, n)}
     control = make_omini(plain).control(pictures(1))
-    found = [p("a fox", controls=[control], **GIVEN).images for p in (pipe, plain)]
-    assert 1e-5 < (found[0] - found[1]).abs().mean() < 0.05
+    results = [p("a fox", controls=[control], **GIVEN).images for p in (pipe, plain)]
+    assert 1e-5 < (results[0] - results[1]).abs().mean() < 0.05
 
 
 def test_without_torchao_int8_tells_what_to_do(make_pipe, monkeypatch):

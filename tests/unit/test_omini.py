@@ -305,8 +305,8 @@ def test_a_condition_on_the_image_that_leaves_its_grid_is_refused(make_pipe, mak
     assert latents(pipe, [control], height=48, width=96).isfinite().all()
     with pytest.raises(ValueError, match=r"reaches position \(.*the call generates 4 x 6 cells. Leave size= out"):
         latents(pipe, [control])
-    beside = make_omini(pipe, delta=(0, -6)).control(pictures(1), size=(48, 96))
-    assert latents(pipe, [beside]).isfinite().all()  # nothing to lie on
+    shifted = make_omini(pipe, delta=(0, -6)).control(pictures(1), size=(48, 96))
+    assert latents(pipe, [shifted]).isfinite().all()  # nothing to lie on
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4, 4)])
@@ -330,6 +330,6 @@ def test_two_threads_with_different_controls_on_one_model_give_what_each_gives_a
 
     alone = [draw(0), draw(1)]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(draw, range(6)))
-    assert all(torch.equal(x, alone[i % 2]) for i, x in enumerate(found))
+        actual = list(pool.map(draw, range(6)))
+    assert all(torch.equal(x, alone[i % 2]) for i, x in enumerate(actual))
     assert not torch.allclose(alone[0], alone[1])

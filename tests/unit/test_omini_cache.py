@@ -47,16 +47,16 @@ def test_one_prefill_serves_seeds_steps_guidance_and_copies(pipe, make_omini, pi
     settings = [{}, {"seed": 3}, {"num_inference_steps": 5}, {"guidance_scale": 2.0}, {"num_images_per_prompt": 2}]
     drawn = [latents(pipe, [ready], **how) for how in settings]
     assert len(prefills) == 1
-    for how, found in zip(settings, drawn, strict=True):
-        torch.testing.assert_close(found, latents(pipe, [control], **how), rtol=0, atol=1e-5)  # copies: a larger batch
+    for how, actual in zip(settings, drawn, strict=True):
+        torch.testing.assert_close(actual, latents(pipe, [control], **how), rtol=0, atol=1e-5)  # copies: a larger batch
     assert len(prefills) == 1 + len(settings)
 
 
 def test_one_prefill_serves_every_size(make_pipe, make_omini, pictures):
     pipe = make_pipe(canvas=False, guidance_embeds=True, distilled=True)
     control = make_omini(pipe, independent=True, delta=(0, -6)).control(pictures(1))
-    found = latents(pipe, [control.prefill("a fox")], height=16, width=40)
-    assert found.shape == (1, 10, 16) and torch.equal(found, latents(pipe, [control], height=16, width=40))
+    generated = latents(pipe, [control.prefill("a fox")], height=16, width=40)
+    assert generated.shape == (1, 10, 16) and torch.equal(generated, latents(pipe, [control], height=16, width=40))
 
 
 def test_prompts_with_references_of_their_own_are_prefilled_together(pipe, make_omini, pictures):
@@ -111,12 +111,12 @@ def test_the_cache_of_the_first_step_joins_once_and_begins_anew_in_every_call(pi
     rough, joint = adapter.control(pictures(1), cached="first-step"), adapter.control(pictures(1))
     one = latents(pipe, [rough], num_inference_steps=1)
     assert torch.equal(one, latents(pipe, [joint], num_inference_steps=1))  # its only step is the first
-    found = latents(pipe, [rough])
-    assert torch.equal(found, latents(pipe, [rough]))
+    generated = latents(pipe, [rough])
+    assert torch.equal(generated, latents(pipe, [rough]))
     late = [replace(c, when=When(0.5, 1)) for c in (rough, joint)]
     half = [latents(pipe, [c], num_inference_steps=2) for c in late]
     assert torch.equal(*half)  # the first step in which it acts
-    assert not torch.equal(found, latents(pipe, [rough], seed=5))
+    assert not torch.equal(generated, latents(pipe, [rough], seed=5))
 
 
 def test_a_row_of_a_batch_equals_its_single_run_with_the_cache_of_the_first_step(pipe, make_omini, pictures):

@@ -118,8 +118,8 @@ def test_the_network_receives_the_crop_of_each_row():
         def text_keys_values(self, tokens):
             return {}
 
-        def __call__(self, x, t, text, **told):
-            seen.update(told)
+        def __call__(self, x, t, text, **more):
+            seen.update(more)
             return x
 
     text = Text(torch.zeros(2, 3, 4), torch.zeros(2, 5))

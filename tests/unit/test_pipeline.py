@@ -111,8 +111,8 @@ def test_a_seed_means_the_noise_of_a_generator_of_that_seed(pipe):
 
 def test_one_generator_draws_the_images_in_turn_and_a_list_one_each(pipe):
     one = noise_of(pipe, image_generators(2, None, torch.Generator().manual_seed(5))[1])
-    several = noise_of(pipe, [torch.Generator().manual_seed(s) for s in (5, 6)])
-    assert torch.equal(one[0], several[0]) and not torch.equal(one[1], several[1])
+    each = noise_of(pipe, [torch.Generator().manual_seed(s) for s in (5, 6)])
+    assert torch.equal(one[0], each[0]) and not torch.equal(one[1], each[1])
 
 
 def test_without_a_seed_images_differ_and_can_be_repeated(pipe):
@@ -206,9 +206,9 @@ def test_an_x_prediction_is_turned_into_a_velocity(make_pipe):
     kept: list[Tensor] = []
 
     hook = pipe.backbone.register_forward_hook(lambda module, inputs, out: kept.append(out))
-    found = latents(pipe, guidance_scale=1.0, num_inference_steps=2)
+    generated = latents(pipe, guidance_scale=1.0, num_inference_steps=2)
     hook.remove()
-    torch.testing.assert_close(found, kept[-1], rtol=0, atol=1e-5)  # the last step lands on the last prediction
+    torch.testing.assert_close(generated, kept[-1], rtol=0, atol=1e-5)  # the last step lands on the last prediction
 
 
 # What is refused
@@ -234,12 +234,12 @@ def test_an_x_prediction_is_turned_into_a_velocity(make_pipe):
     ],
 )
 def test_a_wrong_argument_raises_before_anything_is_generated(pipe, given, message):
-    asked = []
-    hook = pipe.backbone.register_forward_hook(lambda *_: asked.append(1))
+    forwards = []
+    hook = pipe.backbone.register_forward_hook(lambda *_: forwards.append(1))
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": "a fox", **given})
     hook.remove()
-    assert not asked
+    assert not forwards
 
 
 def test_the_embedded_model_refuses_other_sizes(make_pipe):
@@ -260,9 +260,9 @@ def test_another_size_is_generated_by_a_model_without_a_canvas(make_pipe):
 
 
 def test_references_are_read_at_the_models_size_in_minus_one_to_one(pipe):
-    found = pipe.read_images([Image.new("RGB", (7, 9), "white"), np.zeros((4, 4, 3), np.uint8)], None)
-    assert found.shape == (2, 3, 32, 48)
-    assert torch.equal(found[0], torch.ones(3, 32, 48)) and torch.equal(found[1], -torch.ones(3, 32, 48))
+    loaded = pipe.read_images([Image.new("RGB", (7, 9), "white"), np.zeros((4, 4, 3), np.uint8)], None)
+    assert loaded.shape == (2, 3, 32, 48)
+    assert torch.equal(loaded[0], torch.ones(3, 32, 48)) and torch.equal(loaded[1], -torch.ones(3, 32, 48))
 
 
 def test_an_annotator_makes_the_condition_image(pipe, pictures):

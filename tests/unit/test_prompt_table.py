@@ -41,8 +41,8 @@ def test_pairs_of_a_generated_set_share_their_prompt_or_their_subject(tmp_path):
     draw_groups(tmp_path, table, painter, images=3)
     assert [(prompt, count) for prompt, _, count in painter.asked] == [(row.prompt, 3) for row in table]
     assert len({seed + k for _, seed, count in painter.asked for k in range(count)}) == 18  # no noise twice
-    found = check(tmp_path)
-    assert (found.pairs, found.problems, found.groups) == (18, (), {"style": 6, "content": 3})
+    report = check(tmp_path)
+    assert (report.pairs, report.problems, report.groups) == (18, (), {"style": 6, "content": 3})
     pairs, rng = GroupedPairs(open_pairs(tmp_path)), random.Random(0)
     subject = {row.prompt: row.subject for row in table}
     text_of = {str(pair.image): pair.text for pair in (pairs.pairs[i] for i in range(18))}

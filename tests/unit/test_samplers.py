@@ -20,8 +20,8 @@ X0, NOISE = torch.randn(2, 1, 6, 4, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize("steps", [1, 7])
 def test_a_straight_flow_arrives_exactly_in_any_number_of_steps(steps):
-    found = euler(lambda x, step: NOISE - X0, NOISE, flow_path(steps, shift=2.0))
-    torch.testing.assert_close(found, X0, rtol=0, atol=1e-6)
+    actual = euler(lambda x, step: NOISE - X0, NOISE, flow_path(steps, shift=2.0))
+    torch.testing.assert_close(actual, X0, rtol=0, atol=1e-6)
 
 
 def test_a_prediction_of_the_image_lands_on_it():
@@ -38,14 +38,14 @@ def test_eta_1_is_the_stochastic_sampling_of_diffusers():
     theirs, generators = NOISE, [torch.Generator().manual_seed(3) for _ in range(2)]
     for t in scheduler.timesteps:
         theirs = scheduler.step(theirs.sin(), t, theirs, generator=generators[0], return_dict=False)[0]
-    found = euler(
+    actual = euler(
         lambda x, step: x.sin(),
         NOISE,
         sigmas,
         eta=1.0,
         noise=lambda x: torch.randn(NOISE.shape, generator=generators[1]),
     )
-    torch.testing.assert_close(found, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual, theirs, rtol=0, atol=1e-6)
 
 
 def test_any_eta_lands_on_a_known_image_and_0_is_the_plain_step():
@@ -65,10 +65,10 @@ def test_any_eta_lands_on_a_known_image_and_0_is_the_plain_step():
 
 
 def test_the_network_predicts_once_a_step_at_its_level():
-    asked = []
+    received = []
     sigmas = flow_path(3)
-    euler(lambda x, step: asked.append((step.index, step.t)) or x, NOISE, sigmas)
-    assert asked == list(enumerate(sigmas.sigmas[:-1]))
+    euler(lambda x, step: received.append((step.index, step.t)) or x, NOISE, sigmas)
+    assert received == list(enumerate(sigmas.sigmas[:-1]))
 
 
 def test_on_step_sees_each_result_and_may_replace_it():
@@ -78,9 +78,9 @@ def test_on_step_sees_each_result_and_may_replace_it():
         seen.append(i)
         return torch.zeros_like(x) if i == 1 else None
 
-    found = euler(lambda x, step: torch.ones_like(x), NOISE, FlowPath((1.0, 0.5, 0.25, 0.0)), on_step=on_step)
+    actual = euler(lambda x, step: torch.ones_like(x), NOISE, FlowPath((1.0, 0.5, 0.25, 0.0)), on_step=on_step)
     assert seen == [0, 1, 2]
-    torch.testing.assert_close(found, torch.full_like(NOISE, -0.25))
+    torch.testing.assert_close(actual, torch.full_like(NOISE, -0.25))
 
 
 def test_the_start_is_not_changed():

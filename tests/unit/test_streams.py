@@ -14,9 +14,9 @@ def stream(sees: Sees = "main", weight: torch.Tensor | None = None, weight_text:
     return Stream(empty, empty, empty, empty, sees=sees, log_weight=weight, weight_text=weight_text)
 
 
-def visible(found: list[Group]) -> dict[int, set[int]]:
+def visible(actual: list[Group]) -> dict[int, set[int]]:
     """Row -> the streams that it sees."""
-    return {row: set(group.cols) for group in found for row in group.rows}
+    return {row: set(group.cols) for group in actual for row in group.rows}
 
 
 EVERY = {TEXT, IMAGE, A, B}
@@ -27,13 +27,13 @@ EVERY = {TEXT, IMAGE, A, B}
     [("main", {TEXT, IMAGE, A}, {TEXT, IMAGE, B}), ("self", {A}, {B}), ("all", EVERY, EVERY)],
 )
 def test_visibility_is_the_table_of_the_official_code(sees, of_a, of_b):
-    found = visible(groups(TEXT, IMAGE, [None, None, stream(sees), stream(sees)]))
-    assert found == {TEXT: EVERY, IMAGE: EVERY, A: of_a, B: of_b}
+    actual = visible(groups(TEXT, IMAGE, [None, None, stream(sees), stream(sees)]))
+    assert actual == {TEXT: EVERY, IMAGE: EVERY, A: of_a, B: of_b}
 
 
 def test_conditions_of_different_kinds_are_joined_in_one_sequence():
-    found = visible(groups(TEXT, IMAGE, [None, None, stream("self"), stream("main")]))
-    assert found == {TEXT: EVERY, IMAGE: EVERY, A: {A}, B: {TEXT, IMAGE, B}}
+    actual = visible(groups(TEXT, IMAGE, [None, None, stream("self"), stream("main")]))
+    assert actual == {TEXT: EVERY, IMAGE: EVERY, A: {A}, B: {TEXT, IMAGE, B}}
 
 
 def test_without_conditions_all_rows_share_one_call_without_weights():
@@ -47,8 +47,8 @@ def test_one_joint_condition_shares_the_call_of_the_main_rows_unless_kept_apart(
 
 
 def test_main_rows_are_one_stream_in_the_single_blocks():
-    found = groups(None, 0, [None, stream("self", HALF)])
-    assert found == [Group((0,), (0, 1), (None, HALF)), Group((1,), (1,), (None,))]
+    actual = groups(None, 0, [None, stream("self", HALF)])
+    assert actual == [Group((0,), (0, 1), (None, HALF)), Group((1,), (1,), (None,))]
 
 
 def test_a_strength_weighs_the_condition_for_the_main_rows_and_the_main_rows_for_the_condition():
@@ -64,8 +64,8 @@ def test_each_condition_has_its_own_strength():
 
 
 def test_the_strength_between_conditions_that_see_each_other_is_one():
-    found = groups(TEXT, IMAGE, [None, None, stream("all", HALF), stream("all", DOUBLE)])
-    assert found[1] == Group((A,), (TEXT, IMAGE, A, B), (HALF, HALF, None, None))
+    actual = groups(TEXT, IMAGE, [None, None, stream("all", HALF), stream("all", DOUBLE)])
+    assert actual[1] == Group((A,), (TEXT, IMAGE, A, B), (HALF, HALF, None, None))
 
 
 def test_the_papers_strength_leaves_text_out():
@@ -85,8 +85,8 @@ def test_compact_ids_are_centres_of_their_cells_and_delta_counts_in_image_tokens
 
 
 def test_the_official_inference_counts_delta_in_tokens_of_the_condition():
-    found = grid_ids(1, 2, scale=2, delta=(1, -4), order="official-inference")
-    assert found.tolist() == [[0, 2.5, -7.5], [0, 2.5, -5.5]]
+    actual = grid_ids(1, 2, scale=2, delta=(1, -4), order="official-inference")
+    assert actual.tolist() == [[0, 2.5, -7.5], [0, 2.5, -5.5]]
     with pytest.raises(ValueError, match="'scale-first' or 'official-inference'; found 'mine'"):
         grid_ids(1, 2, order="mine")  # type: ignore[arg-type]
 

@@ -54,15 +54,15 @@ def draw(pipe: Pipeline, controls=(), **how) -> Tensor:
     return pipe("a fox", controls=controls, **{"seed": 0, "output_type": "latent", **how}).images
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # guided steps; x W + x A B against x (W + A B)
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)  # guided steps; x W + x A B against x (W + A B)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.4, -0.5])
 def test_a_style_equals_its_merged_weights(pipe, style, strength):
-    found = draw(pipe, [style.control(strength)])
-    close(found, draw(merged(pipe, style, strength)))
-    assert (found - draw(pipe)).abs().max() > 1e-2
+    generated = draw(pipe, [style.control(strength)])
+    close(generated, draw(merged(pipe, style, strength)))
+    assert (generated - draw(pipe)).abs().max() > 1e-2
 
 
 def test_alpha_scales_the_update(pipe):
@@ -113,15 +113,15 @@ def test_the_official_form_leaks_where_omini_adapts_nothing(pipe, style, make_om
     """Leaking everywhere outside the gate is what merged weights do; inside it the style keeps to text and image."""
     adapter = make_omini(pipe, independent=True)
     control = adapter.control(pictures(1), cached=cached)
-    found = draw(pipe, [control, style.control(strength, official=True)])
+    generated = draw(pipe, [control, style.control(strength, official=True)])
     outside = merged(pipe, style, strength, without=style.gated)
     inside = copy.deepcopy(style)
     for path in [p for p in inside.lora.keys if p not in inside.gated]:
         del inside.lora.keys[path]
     again = OminiControl(adapter.lora, adapter.config, outside).control(pictures(1), cached=cached)
-    close(found, draw(outside, [again, inside.control()]))  # factor 1 in the gate, whatever the strength
+    close(generated, draw(outside, [again, inside.control()]))  # factor 1 in the gate, whatever the strength
     strict = draw(pipe, [control, style.control(strength)])
-    assert (found - strict).abs().max() > 1e-3
+    assert (generated - strict).abs().max() > 1e-3
 
 
 def test_the_official_form_ignores_alpha_inside_the_gate(pipe, make_omini, pictures):

@@ -30,8 +30,8 @@ def pictures(height: int = 16, width: int = 16, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def equal(found: Tensor, expected: Tensor, atol: float = 1e-6) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+def equal(actual: Tensor, expected: Tensor, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 # Published sizes.
@@ -105,23 +105,23 @@ def test_the_other_presets_differ_from_the_published_by_patches_and_class_token_
 @pytest.mark.parametrize("resize", ["linear_aligned", "bicubic_antialias", "bicubic"])
 def test_resizing_keeps_the_class_row_and_a_constant_table(resize):
     table = torch.cat([torch.randn(1, 1, 6), torch.ones(1, 12, 6)], 1)
-    found = resize_positions(table, (3, 4), (5, 2), resize)
-    assert torch.equal(found[:, 0], table[:, 0])
-    equal(found[:, 1:], torch.ones(1, 10, 6))
+    actual = resize_positions(table, (3, 4), (5, 2), resize)
+    assert torch.equal(actual[:, 0], table[:, 0])
+    equal(actual[:, 1:], torch.ones(1, 10, 6))
 
 
 def test_the_authors_rule_keeps_the_corners_of_the_table():
     table = torch.randn(1, 12, 6)
-    found = resize_positions(table, (3, 4), (7, 5), "linear_aligned").unflatten(1, (7, 5))
+    actual = resize_positions(table, (3, 4), (7, 5), "linear_aligned").unflatten(1, (7, 5))
     for row in (0, -1):
         for column in (0, -1):
-            equal(found[:, row, column], table.unflatten(1, (3, 4))[:, row, column])
+            equal(actual[:, row, column], table.unflatten(1, (3, 4))[:, row, column])
 
 
 def test_the_rules_of_resizing_differ():
     table = torch.randn(1, 16, 6)
-    found = [resize_positions(table, (4, 4), (3, 3), f.resize) for f in FLAVOURS.values()]
-    assert all((a - b).abs().max() > 1e-2 for a, b in zip(found, found[1:] + found[:1], strict=True))
+    results = [resize_positions(table, (4, 4), (3, 3), f.resize) for f in FLAVOURS.values()]
+    assert all((a - b).abs().max() > 1e-2 for a, b in zip(results, results[1:] + results[:1], strict=True))
 
 
 def test_the_same_grid_is_not_touched():
@@ -230,13 +230,13 @@ def test_unpooled_heads_read_every_token():
 
 @torch.no_grad()
 def test_the_three_gelus_differ_and_only_by_little():
-    model, found = random_vit(), []
+    model, actual = random_vit(), []
     for gelu in ("exact", "tanh", "quick"):
         other = ViT(replace(TINY, flavour=replace(TINY.flavour, gelu=gelu))).eval()
         other.load_state_dict(model.state_dict())
-        found.append(other(pictures()))
-    assert 1e-6 < (found[0] - found[1]).abs().max() < 1e-2
-    assert 1e-3 < (found[0] - found[2]).abs().max() < 1
+        actual.append(other(pictures()))
+    assert 1e-6 < (actual[0] - actual[1]).abs().max() < 1e-2
+    assert 1e-3 < (actual[0] - actual[2]).abs().max() < 1
 
 
 @torch.no_grad()
@@ -275,12 +275,12 @@ def test_controls_wrap_the_attention_of_the_site_they_name():
     model = random_vit()
     assert [s.path for s in model.sites] == ["blocks.0.attn", "blocks.1.attn"]
     assert {s.path for s in model.sites} <= {path for path, _ in model.named_modules()}
-    found = model(pictures(), controls=[Mute("blocks.1.attn")])
+    actual = model(pictures(), controls=[Mute("blocks.1.attn")])
     block = model.blocks[1]
     assert isinstance(block, ViTBlock)
     block.attn.proj.weight.zero_()
-    equal(found, model(pictures()))
-    assert torch.equal(found, model(pictures(), controls=[Mute("blocks.7.attn")]))
+    equal(actual, model(pictures()))
+    assert torch.equal(actual, model(pictures(), controls=[Mute("blocks.7.attn")]))
 
 
 @torch.no_grad()
@@ -290,11 +290,11 @@ def test_a_lora_equals_the_weights_with_its_update_added():
     g = torch.Generator().manual_seed(2)
     for weight in (*lora.a.values(), *lora.b.values()):
         weight.normal_(std=0.3, generator=g)
-    found = model(pictures(), lora=lora)
-    assert (found - model(pictures())).abs().max() > 1e-2
+    actual = model(pictures(), lora=lora)
+    assert (actual - model(pictures())).abs().max() > 1e-2
     for path, key in lora.keys.items():
         model.get_submodule(path).weight.add_(lora.scales[path] * lora.b[key] @ lora.a[key])  # type: ignore[operator]
-    equal(found, model(pictures()), atol=1e-5)  # x W + x A B against x (W + A B)
+    equal(actual, model(pictures()), atol=1e-5)  # x W + x A B against x (W + A B)
 
 
 # Initial weights and training.
@@ -351,16 +351,16 @@ def test_dropout_acts_in_training_only_and_is_drawn_from_the_generator():
 def test_checkpointing_gives_the_same_output_and_gradients_with_the_same_dropout(rate, drawn):
     """drawn: from a generator of its own, else from the global one."""
     model = random_vit(replace(TINY, dropout=rate)).train()
-    found = []
+    results = []
     for checkpointing in (False, True):
         model.zero_grad()
         torch.manual_seed(5)
         generator = torch.Generator().manual_seed(5) if drawn else None
         out = model(pictures(), generator=generator, checkpointing=checkpointing)
         out.square().mean().backward()
-        found.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    assert len(found[0]) > 10
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_checkpointing_keeps_less_between_forward_and_backward():
@@ -382,9 +382,9 @@ def test_checkpointing_keeps_less_between_forward_and_backward():
 def test_bf16_stays_near_fp32():
     model = random_vit()
     exact = model(pictures(20, 16))
-    found = model.bfloat16()(pictures(20, 16).bfloat16())
-    assert found.dtype is torch.bfloat16
-    equal(found.float(), exact, atol=0.05 * exact.abs().max().item())  # eight bits of mantissa through two blocks
+    actual = model.bfloat16()(pictures(20, 16).bfloat16())
+    assert actual.dtype is torch.bfloat16
+    equal(actual.float(), exact, atol=0.05 * exact.abs().max().item())  # eight bits of mantissa through two blocks
 
 
 def test_compiled_in_one_graph_equals_eager_on_a_resized_table_and_under_a_control():

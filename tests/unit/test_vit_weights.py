@@ -101,8 +101,8 @@ def test_a_plain_file_gets_the_flavour_of_its_layout_and_the_heads_of_its_width(
         np.savez(tmp_path / "a", **{k: x.numpy() for k, x in tensors.items()})  # type: ignore[arg-type]
     else:
         save_file(tensors, tmp_path / "a.safetensors")
-    found, _ = read_vit(next(tmp_path.iterdir()))
-    assert found == replace(config, flavour=FLAVOURS[flavour])
+    actual, _ = read_vit(next(tmp_path.iterdir()))
+    assert actual == replace(config, flavour=FLAVOURS[flavour])
 
 
 def test_an_unpublished_width_needs_the_number_of_heads(tmp_path):
@@ -144,8 +144,10 @@ SMALLER = {768: 12, 3072: 48, 2304: 36, 64: 1, 21843: 7, 1000: 7}
 
 
 def published(layout: str) -> dict[str, Tensor]:
-    told = json.loads((GOLDEN / f"layout_{layout}.json").read_text())
-    shapes = {row["hub"]: row["shape"] for row in told["keys"].values()} if "keys" in told else told
+    layout_file = json.loads((GOLDEN / f"layout_{layout}.json").read_text())
+    shapes = (
+        {row["hub"]: row["shape"] for row in layout_file["keys"].values()} if "keys" in layout_file else layout_file
+    )
     g = torch.Generator().manual_seed(0)
     return {
         name: torch.randn([SMALLER.get(int(n), int(n)) for n in shape], generator=g) for name, shape in shapes.items()

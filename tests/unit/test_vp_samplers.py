@@ -89,9 +89,9 @@ def our_run(
 def test_solver_equals_diffusers(solver: str, config: dict, steps: int, prediction: str):
     config = {**config, "prediction_type": prediction}
     wanted, times = diffusers_run(solver, config, steps)
-    found, our_times = our_run(solver, config, steps)
+    actual, our_times = our_run(solver, config, steps)
     torch.testing.assert_close(our_times.float(), times.float(), rtol=0, atol=1e-3)
-    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)  # theirs are coefficients in float32, ours in 64
+    torch.testing.assert_close(actual, wanted, rtol=2e-5, atol=2e-5)  # theirs are coefficients in float32, ours in 64
 
 
 CUSTOM = [999, 850, 700, 431, 100, 7]
@@ -102,9 +102,9 @@ CUSTOM = [999, 850, 700, 431, 100, 7]
 )
 def test_given_timesteps_equal_diffusers(solver: str, config: dict):
     wanted, times = diffusers_run(solver, config, 0, timesteps=CUSTOM)
-    found, our_times = our_run(solver, config, 0, timesteps=CUSTOM)
+    actual, our_times = our_run(solver, config, 0, timesteps=CUSTOM)
     assert our_times.tolist() == times.tolist() == CUSTOM
-    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(actual, wanted, rtol=2e-5, atol=2e-5)
 
 
 def ldm_ddim(timesteps: list[int]) -> Tensor:
@@ -159,9 +159,9 @@ def test_impossible_timesteps_are_refused(solver, process: Process, steps: int, 
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_ddim_with_noise_equals_diffusers(eta: float):
     wanted, _ = diffusers_run("ddim", CASES[0][1], 8, eta)
-    found, _ = our_run("ddim", CASES[0][1], 8, eta)
-    torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
-    assert (found - our_run("ddim", CASES[0][1], 8)[0]).abs().max() > 0.01
+    actual, _ = our_run("ddim", CASES[0][1], 8, eta)
+    torch.testing.assert_close(actual, wanted, rtol=2e-5, atol=2e-5)
+    assert (actual - our_run("ddim", CASES[0][1], 8)[0]).abs().max() > 0.01
 
 
 def test_zero_terminal_snr_equals_diffusers():
@@ -173,15 +173,15 @@ def test_zero_terminal_snr_equals_diffusers():
 
 def test_first_order_of_dpm_solver_is_ddim():
     x = 2 * NOISE
-    found = estimate(network(x, 500), x, 0.3, "epsilon")
-    torch.testing.assert_close(dpm_step(x, found.x0, 0.3, 0.6), ddim_step(found, 0.3, 0.6))
+    actual = estimate(network(x, 500), x, 0.3, "epsilon")
+    torch.testing.assert_close(dpm_step(x, actual.x0, 0.3, 0.6), ddim_step(actual, 0.3, 0.6))
 
 
 def test_a_step_of_ddim_is_undone_by_the_step_back():
     x = 2 * NOISE
-    found = estimate(network(x, 500), x, 0.3, "epsilon")
-    there = ddim_step(found, 0.3, 0.6)
-    back = ddim_step(estimate(found.eps, there, 0.6, "epsilon"), 0.6, 0.3)
+    actual = estimate(network(x, 500), x, 0.3, "epsilon")
+    there = ddim_step(actual, 0.3, 0.6)
+    back = ddim_step(estimate(actual.eps, there, 0.6, "epsilon"), 0.6, 0.3)
     torch.testing.assert_close(back, x)
 
 

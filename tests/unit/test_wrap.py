@@ -95,11 +95,11 @@ def made(kind: type, inner: Control) -> Any:
     """A wrapper of this kind; of fields without a default, tuples are empty, tensors masks, others None."""
     given: dict[str, Any] = {}
     for part in dataclasses.fields(kind):
-        several = str(part.type).startswith("tuple")
+        is_tuple = str(part.type).startswith("tuple")
         if part.name == "inner":
-            given["inner"] = (inner,) if several else inner
+            given["inner"] = (inner,) if is_tuple else inner
         elif part.default is part.default_factory is dataclasses.MISSING:
-            given[part.name] = () if several else torch.ones(1, 8, 12) if part.type == "Tensor" else None
+            given[part.name] = () if is_tuple else torch.ones(1, 8, 12) if part.type == "Tensor" else None
     return kind(**given)
 
 
