@@ -11,7 +11,7 @@ JOBS ?= auto
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint fmt clean
+.PHONY: demo test test-slow lint fmt clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -19,6 +19,10 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 --dist worksteal
+
+# The tests that need minutes (marker `slow`), which `make test` leaves out.
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 -m slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check src lab tests benchmarks

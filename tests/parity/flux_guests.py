@@ -102,12 +102,16 @@ Make = Callable[[Any, Sequence[np.ndarray]], list[Control]]
 
 
 def again(make: Callable) -> Callable:
-    """The same adapter for every pipeline: what is random in it is drawn anew from one seed."""
+    """Equal adapters for every pipeline, from one seed; each is made once, as a guest borrows its network each time."""
+    made: dict[Any, tuple[Any, Any]] = {}
 
     def seeded(pipe: Any, **how: Any) -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return make(pipe, **how)
+        key = id(pipe), *sorted(how.items())
+        if key not in made:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                made[key] = pipe, make(pipe, **how)  # with the pipe, so that its id stays its own
+        return made[key][1]
 
     return seeded
 

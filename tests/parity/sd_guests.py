@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Pair:
     files: dict[str, Path]
     image: CLIPImage
     tower: Any
+    adapters: dict[int, tuple[Any, dict[str, Any]]] = field(default_factory=dict)
 
     def host(self, name: str, **parts: Any) -> Any:
         """Another pipeline of diffusers over the same parts, or others."""
@@ -69,17 +70,27 @@ class Pair:
         if name == "all":
             parts = [("global", {"strength": 0.6, "mask": LEFT}), ("style", {}), ("deadiff", {}), ("lora", {})]
             return [c for part, given in parts for c in self.controls(pipe, part, references, **given, **how)]
+        adapter = self.adapter(pipe, name)
         if name == "lora":
-            return [StyleLoRA.load(self.files["lora"], pipe).control(0.7)]
+            return [adapter.control(0.7)]
+        given = {"content": references} if name == "deadiff" else {"reference": references}
+        return [adapter.control(**given, **how)]
+
+    def adapter(self, pipe: Any, name: str) -> Any:
+        """Loaded once for each pipe: a guest borrows its network anew for each adapter."""
+        _, loaded = self.adapters.setdefault(id(pipe), (pipe, {}))  # with the pipe, so that its id stays its own
+        if name not in loaded:
+            loaded[name] = self.load(pipe, name)
+        return loaded[name]
+
+    def load(self, pipe: Any, name: str) -> Any:
+        if name == "lora":
+            return StyleLoRA.load(self.files["lora"], pipe)
         if name == "deadiff":
-            adapter = condit.DEADiff.load(self.files["deadiff"], pipe, image_encoder=self.tower)
-            return [adapter.control(content=references, **how)]
+            return condit.DEADiff.load(self.files["deadiff"], pipe, image_encoder=self.tower)
         if name == "style":
-            file = self.files["global"]
-            style = condit.InstantStyle.load(file, pipe, preset="style", image_encoder=self.image)
-            return [style.control(references, **how)]
-        adapter = IPAdapter.load(self.files[name], pipe, image_encoder=self.image, head_dim=8)
-        return [adapter.control(references, **how)]
+            return condit.InstantStyle.load(self.files["global"], pipe, preset="style", image_encoder=self.image)
+        return IPAdapter.load(self.files[name], pipe, image_encoder=self.image, head_dim=8)
 
 
 @pytest.fixture(scope="session")
