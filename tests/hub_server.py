@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,13 +55,13 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     leaked: bool = False  # the store was sent a token
 
-    def add(self, name: str, source: Path | Mapping[str, bytes], **how: bool) -> str:
+    def add(self, name: str, source: Path | Mapping[str, bytes], *, gated: bool = False, private: bool = False) -> str:
         """A commit of a folder's files, or of these; returns its hash."""
         if isinstance(source, Path):
             source = {p.relative_to(source).as_posix(): p.read_bytes() for p in source.rglob("*") if p.is_file()}
         for content in source.values():
             self.store[hashlib.sha256(content).hexdigest()] = content
-        return self.repos.setdefault(name, Repo(**how)).commit(source)
+        return self.repos.setdefault(name, Repo(gated=gated, private=private)).commit(source)
 
     def downloads(self) -> list[str]:
         """The files whose content was asked for, in order."""
@@ -272,13 +273,15 @@ def hub_process() -> Iterator[Hub]:
 @pytest.fixture
 def hub(hub_process, tmp_path_factory, monkeypatch) -> Hub:
     """An empty hub, which HF_ENDPOINT names, and an empty cache."""
-    from huggingface_hub import constants, file_download
 
-    hub_process.repos.clear(), hub_process.damaged.clear(), hub_process.requests.clear()
+    from huggingface_hub import constants
+
+    for held in (hub_process.repos, hub_process.damaged, hub_process.requests):
+        held.clear()
     hub_process.cuts, hub_process.down, hub_process.leaked = 0, None, False
     monkeypatch.setenv("HF_ENDPOINT", hub_process.url)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(file_download.time, "sleep", lambda seconds: None)  # between two tries
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between two tries
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # uploads to its own servers
     return hub_process

@@ -161,7 +161,8 @@ def test_the_command_line_takes_names_and_replays_the_commit(hub, sd, tmp_path, 
     with pytest.raises(SystemExit) as end:
         main(["generate", "a red fox", "-m", "me/sd", "--steps", "2", "-o", "fox.png"])
     assert end.value.code == 0, capsys.readouterr().err
-    assert read_recipe("fox.png")["request"]["model"] == f"me/sd@{commit}"
+    recipe: Any = read_recipe("fox.png")
+    assert recipe["request"]["model"] == f"me/sd@{commit}"
     newer = {p.relative_to(sd).as_posix(): p.read_bytes() for p in sd.rglob("*") if p.is_file()}
     newer["unet/diffusion_pytorch_model.safetensors"] = changed(sd / "unet" / "diffusion_pytorch_model.safetensors")
     hub.add("me/sd", newer)
@@ -179,7 +180,7 @@ def test_the_command_line_takes_an_adapter_by_name(hub, random_tiny, tmp_path, m
     with pytest.raises(SystemExit) as end:
         main(["generate", "a red apple", "--steps", "2", "--control", "me/style@main=ref.png", "-o", "a.png"])
     assert end.value.code == 0, capsys.readouterr().err
-    recipe = read_recipe("a.png")
+    recipe: Any = read_recipe("a.png")
     assert recipe["request"]["references"][0]["use"] == f"me/style@{commit}"
     with pytest.raises(SystemExit) as end:
         main(["generate", "a red apple", "--control", "me/nothing=ref.png", "-o", "b.png"])

@@ -27,8 +27,15 @@ def repositories(make_sd, tmp_path_factory) -> dict[str, dict[str, bytes]]:
 
     home = tmp_path_factory.mktemp("published")
     make_sd("sd15").save_pretrained(home / "sd")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tower = CLIPVisionConfig(**sizes, image_size=28, patch_size=14, projection_dim=12)
+    tower = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        projection_dim=12,
+    )
     CLIPVisionModelWithProjection(tower).save_pretrained(home / "ip" / "models" / "image_encoder")
     adapter = IPAdapter.new(condit.load(home / "sd"), IPConfig(12, 4, 10))
     tensors = {name: tensor.clone().contiguous() for name, tensor in adapter.tensors().items()}

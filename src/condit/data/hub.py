@@ -144,7 +144,7 @@ def open_repository(name: HubName) -> Repository:
         try:
             api = HfApi(endpoint=_endpoint(), library_name="condit")
             info = api.model_info(name.repo, revision=name.revision, files_metadata=True)
-        except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+        except (errors.OfflineModeIsEnabled, _http_error()) as error:
             if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500:
                 raise
             try:
@@ -161,6 +161,13 @@ def open_repository(name: HubName) -> Repository:
 def _endpoint() -> str | None:
     """Read at each call: notebooks set it after huggingface_hub was imported, which reads it once."""
     return os.environ.get("HF_ENDPOINT") or None
+
+
+def _http_error() -> type[Exception]:
+    """What all errors of the HTTP library are that huggingface_hub stands on: httpx, or its successor."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
 
 
 def _modelscope():
@@ -205,13 +212,13 @@ def _in_our_words(name: HubName) -> Iterator[None]:
         (errors.RepositoryNotFoundError, FileNotFoundError, "no-repository"),
         (errors.OfflineModeIsEnabled, FileNotFoundError, "offline"),
         (errors.HfHubHTTPError, OSError, "answered"),
-        (errors.HTTPError, ConnectionError, "not-reached"),
+        (_http_error(), ConnectionError, "not-reached"),
         (OSError, OSError, "broke-off"),
     )
     try:
         yield
-    except (OSError, errors.HTTPError) as error:
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, errors.HTTPError):
+    except (OSError, _http_error()) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _http_error()):
             raise  # of the disk
         ours, key = next((ours, key) for theirs, ours, key in kinds if isinstance(error, theirs))
         refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403)
