@@ -81,11 +81,16 @@ def changed(file: Path) -> bytes:
     return save({name: tensor * 1.5 for name, tensor in load_file(file).items()}, {"format": "pt"})
 
 
-def test_a_style_lora_is_loaded_by_name_for_a_model_by_name(hub, sd, tmp_path):
+def lora_file(file: Path) -> Path:
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 8, generator=g), torch.randn(8, 2, generator=g)
-    save_file({f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}, tmp_path / "x.safetensors")
+    save_file({f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}, file)
+    return file
+
+
+def test_a_style_lora_is_loaded_by_name_for_a_model_by_name(hub, sd, tmp_path):
+    lora_file(tmp_path / "x.safetensors")
     hub.add("me/sd", sd)
     files = {"sub/x.safetensors": (tmp_path / "x.safetensors").read_bytes(), "sub/y.safetensors": b""}
     commit = hub.add("me/styles", files)
@@ -158,14 +163,17 @@ def test_the_command_line_takes_names_and_replays_the_commit(hub, sd, tmp_path, 
 
     monkeypatch.chdir(tmp_path)
     commit = hub.add("me/sd", sd)
+    style = hub.add("me/style", {"x.safetensors": lora_file(tmp_path / "x.safetensors").read_bytes()})
     with pytest.raises(SystemExit) as end:
-        main(["generate", "a red fox", "-m", "me/sd", "--steps", "2", "-o", "fox.png"])
+        main(["generate", "a red fox", "-m", "me/sd", "--lora", "me/style:0.7", "--steps", "2", "-o", "fox.png"])
     assert end.value.code == 0, capsys.readouterr().err
     recipe: Any = read_recipe("fox.png")
     assert recipe["request"]["model"] == f"me/sd@{commit}"
+    assert recipe["request"]["references"][0]["path"] == f"me/style@{style}"
     newer = {p.relative_to(sd).as_posix(): p.read_bytes() for p in sd.rglob("*") if p.is_file()}
     newer["unet/diffusion_pytorch_model.safetensors"] = changed(sd / "unet" / "diffusion_pytorch_model.safetensors")
     hub.add("me/sd", newer)
+    hub.add("me/style", {"x.safetensors": b"another"})
     with pytest.raises(SystemExit) as end:
         main(["replay", "fox.png"])
     assert "the image is identical" in capsys.readouterr().err

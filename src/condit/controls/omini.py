@@ -31,7 +31,7 @@ from condit.controls.control import (
     match_batch,
     region_mask,
 )
-from condit.controls.host import Host, save_adapter
+from condit.controls.host import Host, save_adapter, within
 from condit.controls.omini_images import Originals
 from condit.controls.omini_tasks import OminiConfig, Side, check_streams, file_config, omini_targets, task_config
 from condit.data.images import mask_images, mask_list
@@ -66,13 +66,17 @@ class OminiControl(nn.Module):
         return cls(LoRA(omini_targets(backbone), config.rank, config.alpha), config)
 
     @classmethod
-    def load(cls, source: str | Path, pipe: Host, task: str | OminiConfig | None = None) -> OminiControl:
+    def load(
+        cls, source: str | Path, pipe: Host, task: str | OminiConfig | None = None, *, weight_name: str = ""
+    ) -> OminiControl:
         """From a name ("tiny/subject", or on a hub), a file or folder. Rank and targets are inferred from the tensors.
+        weight_name: the file in a folder or repository.
 
         task: a row of TASKS or a configuration. None: the file's own, or that of a published file by its name; raises
         ValueError for any other file.
         """
         check_streams(pipe.backbone)
+        source = within(source, weight_name)
         file = pipe.adapter_file(source, "OminiControl")
         config = file_config(source, file.config) if task is None else task_config(task)
         lora = LoRA.from_tensors(file.tensors, config.alpha)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from condit.data.files import atomic_write, read_bounded
+from condit.data.messages import text
 
 if TYPE_CHECKING:  # importing torch takes seconds; a missing file should raise before that
     from torch import Tensor
@@ -95,7 +96,7 @@ def _read_bytes(source: object, max_bytes: int, allow_url: bool) -> tuple[bytes,
         try:
             data = read_bounded(source, max_bytes)
         except FileNotFoundError:
-            raise FileNotFoundError(f"no image at {name}") from None
+            raise FileNotFoundError(text("no-image", name=name)) from None
         except IsADirectoryError:
             raise ValueError(f"{name} is a folder; expected an image file") from None
         except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 
 from condit.controls.control import finite
+from condit.data.messages import text
 from condit.drawing.references import MAX_SIDE
 
 MAX_STEPS = 1000
@@ -92,9 +93,7 @@ def check_supported(name: str, settings: Settings, supported: frozenset[str]) ->
 def check_size(size: tuple[int, int], side: int) -> None:
     """Raises ValueError unless height and width are multiples of `side`, the model's smallest unit in pixels."""
     if any(pixels % side or not 0 < pixels <= MAX_SIDE for pixels in size):
-        raise ValueError(
-            f"height and width must be positive multiples of {side} up to {MAX_SIDE}; found {size[0]} x {size[1]}."
-        )
+        raise ValueError(text("wrong-size", side=side, most=MAX_SIDE, height=size[0], width=size[1]))
 
 
 def check_counts(
