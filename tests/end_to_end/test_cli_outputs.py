@@ -106,3 +106,10 @@ def test_wrong_values_are_named_in_the_words_of_the_command_line(run, picture, o
 def test_a_prompt_that_is_no_unicode_is_refused():
     with pytest.raises(ValueError, match=r"the prompt is not text in UTF-8: 'a \\udcff'"):
         Request("a \udcff", references=(Reference("style", "ref.png"),))
+
+
+def test_resuming_a_run_that_is_not_there_is_wrong_usage(run, monkeypatch):
+    Path("r.toml").write_text("task = 'omini'\n[data]\n[train]\nsteps = 1\nbatch = 1\n")
+    code, _, err = run("train", "r.toml", "-o", "runs/mistyped", "--resume")
+    assert code == 2 and "runs/mistyped holds no run to resume" in " ".join(err.split())
+    assert not Path("runs").exists()

@@ -1,6 +1,6 @@
 """The commands train, data draw and data check."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +8,7 @@ import typer
 
 from condit.cli.options import ModelOptions, with_options
 from condit.cli.terminal import Debug, Json, Seed, answer, say
+from condit.data.locks import has_files
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,13 @@ def train(
     if not recipe.is_file():
         raise typer.BadParameter(f"no recipe at {recipe}")
     folder = out or Path("runs") / recipe.stem
-    if not resume and folder.is_dir() and any(folder.iterdir()):
+    if resume and not folder.is_dir():
+        raise typer.BadParameter(f"{folder} holds no run to resume. Is -o the folder of the run? Or leave --resume out")
+    if not resume and has_files(folder):
         raise typer.BadParameter(
             f"{folder} already holds a run; add --resume to continue it, or choose another folder with -o"
         )
+    folder.mkdir(parents=True, exist_ok=True)  # before the long imports: a run that is stopped in them can be resumed
     from condit.training.run import train as run
 
     run(recipe, out=folder, resume=resume)
@@ -52,15 +56,17 @@ def generate_data(
     per_subject: Annotated[int, typer.Option("--per-subject", help="Styles for each subject.")] = 14,
     images: Annotated[int, typer.Option("--images", "-n", help="Images for each prompt.")] = 4,
     template: Annotated[str, typer.Option(help="Template of the prompts.")] = "{subject}, {style}",
+    prune: Annotated[bool, typer.Option("--prune", help="Delete images that the lists no longer give.")] = False,
     debug: Debug = False,
 ) -> None:
     """Generate a data set of image pairs.
 
     Every subject is generated in a number of styles, with more than one image per prompt. Images of a prompt share
     their style, images of a subject their content. DEADiff and IP-Adapter train on such pairs.
-    An interrupted run continues where it stopped.
+    An interrupted run continues where it stopped, with the same model and settings.
     """
-    from condit.data.prompt_table import draw_groups, prompt_table, read_words
+    from condit.data.locks import locked
+    from condit.data.prompt_table import draw_groups, prepare_folder, prompt_table, read_words
 
     for file in (subjects, styles):
         if not file.is_file():
@@ -77,8 +83,11 @@ def generate_data(
         s = sampling
         return studio.generate(Request(prompt, model.model, (), s.negative, first, count, s.steps, s.guidance)).images
 
-    with progress_bar(len(rows), "generating", unit="prompt", images=len(rows) * images) as advance:
-        draw_groups(out, rows, generate, images=images, seed=sampling.seed, progress=lambda *_: advance())
+    settings = {"model": studio.pipe.name, "hash": studio.pipe.parts.hash, **asdict(sampling)}
+    with locked(out, "generating"):
+        prepare_folder(out, rows, settings, images=images, prune=prune)
+        with progress_bar(len(rows), "generating", unit="prompt", images=len(rows) * images) as advance:
+            draw_groups(out, rows, generate, images=images, seed=sampling.seed, progress=lambda *_: advance())
     typer.echo(str(out))
 
 

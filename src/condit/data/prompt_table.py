@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from condit.data.files import atomic_write
 from condit.data.images import save_image
 from condit.data.pairs import METADATA
 
+SETTINGS = "settings.json"
 TEMPLATE = "{subject}, {style}"
 PER_SUBJECT = 14  # styles of each subject in the paper
 IMAGES = 4  # images of each prompt in the paper
@@ -70,6 +71,41 @@ def prompt_table(
     ]
 
 
+def named(row: PromptRow, images: int, seed: int) -> tuple[int, list[str]]:
+    """The first seed and the files of a row's images."""
+    digest = hashlib.sha256(f"{seed} {row.prompt}".encode()).hexdigest()
+    # Each prompt has its own seeds: equal noise gives equal layouts, so pairs would share more than a style.
+    return int(digest[:7], 16), [f"images/{digest[:16]}-{k}.png" for k in range(images)]
+
+
+def prepare_folder(
+    folder: str | Path, rows: Sequence[PromptRow], settings: Mapping[str, object], *, images: int, prune: bool = False
+) -> None:
+    """A folder for `draw_groups` with these settings, of which "seed" is one; they are kept in settings.json. prune:
+    deletes images of other tables. ValueError, and nothing is changed, for a folder made with other settings or,
+    without prune, with images that the table does not have."""
+    root = Path(folder)
+    file, there = root / SETTINGS, set(root.glob(f"images/{'[0-9a-f]' * 16}-*.png"))
+    made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    differ = [name for name in settings if made.get(name) != settings[name]] if there else []
+    if differ:
+        name = differ[0]
+        was = f"{name} = {made[name]!r}" if name in made else "settings that it does not record"
+        raise ValueError(
+            f"{root} holds images made with {was}, not {settings[name]!r}. Use the same, or choose another folder."
+        )
+    strays = sorted(there - {root / name for row in rows for name in named(row, images, int(str(settings["seed"])))[1]})
+    if strays and not prune:
+        raise ValueError(
+            f"{root} holds {len(strays)} images that the table of prompts does not have (first: {strays[0].name}). "
+            "Add --prune to delete them, or choose another folder."
+        )
+    for stray in [*strays, *root.glob("images/.*.tmp")]:  # a process that was killed leaves temporary files
+        stray.unlink()
+    text = json.dumps(dict(settings), indent=1) + "\n"
+    atomic_write(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
 def draw_groups(
     folder: str | Path,
     rows: Sequence[PromptRow],
@@ -90,10 +126,7 @@ def draw_groups(
         raise ValueError("The table has no prompt.")
     root, lines = Path(folder), []
     for done, row in enumerate(rows):
-        digest = hashlib.sha256(f"{seed} {row.prompt}".encode()).hexdigest()
-        # Each prompt has its own seeds: equal noise gives equal layouts, so pairs would share more than a style.
-        first = int(digest[:7], 16)
-        names = [f"images/{digest[:16]}-{k}.png" for k in range(images)]
+        first, names = named(row, images, seed)
         if not all((root / name).is_file() for name in names):
             pictures = generate(row.prompt, first, images)
             if len(pictures) != images:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from condit.data.locks import locked
 from condit.training.fields import first_error
 from condit.training.loop import Loop, LoopConfig, Task
 from condit.training.plugins import added_tasks
@@ -71,16 +74,19 @@ def placed(key: str, value: object, folder: Path) -> object:
 
 
 def train(path: str | Path, *, out: Path, resume: bool = True) -> dict[str, float]:
-    """Run a recipe into `out`; continues exactly where an earlier run stopped. Returns the last validation figures."""
+    """Run a recipe into `out`; continues exactly where an earlier run stopped. Returns the last validation figures.
+    Raises ValueError while another process trains there."""
     recipe = read_recipe(path)
     known, added = tasks(), added_tasks()
     if recipe.task not in known and recipe.task not in added:
         raise ValueError(f"{path}: no task {recipe.task!r}. Known: {', '.join([*known, *added])}.")
     kind = known[recipe.task] if recipe.task in known else added[recipe.task].load()
-    # The seed also initialises the weights, so that a recipe determines the whole run.
-    torch.manual_seed(recipe.train.seed)
-    task = make_task(kind, recipe, path)
-    return Loop(task, recipe.train, out, resume=resume, progress=True).run()
+    # Of processes that train together, the first holds the lock.
+    with locked(out, "training") if os.environ.get("RANK", "0") == "0" else nullcontext():
+        # The seed also initialises the weights, so that a recipe determines the whole run.
+        torch.manual_seed(recipe.train.seed)
+        task = make_task(kind, recipe, path)
+        return Loop(task, recipe.train, out, resume=resume, progress=True).run()
 
 
 def make_task(kind: type[Task], recipe: Recipe, path: str | Path) -> Task:
