@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+from condit.nn.layers import timestep_features
 
 Differences = dict[str, float]  # name of what was compared -> largest difference; inf where it cannot be compared
 
@@ -99,6 +103,35 @@ def compare(
         else math.inf
         for name in sorted(names)
     }
+
+
+def recorded_features(dit: Path) -> Callable[[Tensor, int], Tensor]:
+    """`timestep_features` with the 128 frequencies of the machine that recorded the fixtures, read from the features in
+    the folder `dit`; without the folder, this machine's.
+
+    The exponential of float32 differs in the last bit between processors (MKL rounds on Intel as on no other), and t =
+    999 turns that bit into a difference of 3e-5, three times the tolerance of what follows.
+    """
+    file = dit / "model_a.safetensors"
+    if not file.is_file():
+        return timestep_features
+    recorded = load_file(file)
+    t, features = recorded["input.t"], recorded["act.t_sinusoid"].double()
+    own = torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    above, below = own.nextafter(torch.ones(())), own.nextafter(torch.zeros(()))
+    nearest = torch.stack([own, above, below, above.nextafter(torch.ones(())), below.nextafter(torch.zeros(()))])
+    angles = (t[:, None, None].float() * nearest).double()  # (B, candidates, 128)
+    cosines, sines = (part[:, None] for part in features.chunk(2, -1))
+    errors = ((angles.cos() - cosines).abs() + (angles.sin() - sines).abs()).amax(0)
+    omega = nearest.gather(0, errors.argmin(0)[None])[0]
+
+    def of(t: Tensor, dim: int = 256) -> Tensor:
+        if dim != 256:
+            return timestep_features(t, dim)
+        angle = t[:, None].float() * omega
+        return torch.cat([angle.cos(), angle.sin()], -1)
+
+    return of
 
 
 def layout_differences(tensors: Mapping[str, Tensor], recorded: Mapping[str, Sequence[int]]) -> Differences:

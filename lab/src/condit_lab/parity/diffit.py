@@ -20,7 +20,7 @@ from condit.diffusion.gaussian_samplers import ancestral
 from condit.diffusion.guidance import class_guidance, power_cosine_scale
 from condit.diffusion.steps import by_timestep
 from condit.weights.diffit import INDEX, diffit_of, relative_position_index
-from condit_lab.parity.check import Check, Differences, difference, layout_differences, part
+from condit_lab.parity.check import Check, Differences, difference, layout_differences, part, recorded_features
 
 TOLERANCE = 1e-5  # the fused kernel sums in another order: 1e-6 measured on outputs up to 2
 
@@ -32,7 +32,9 @@ def told(golden: Path, name: str) -> dict:
 def load(golden: Path, name: str) -> tuple[DiffiT, dict[str, Tensor]]:
     """The fixture's network through the reader of release files, and the fixture's tensors."""
     tensors, config = load_file(golden / f"{name}.safetensors"), told(golden, name)["config"]
-    return diffit_of(part(tensors, "state."), source=golden / f"{name}.safetensors", config=config), tensors
+    model = diffit_of(part(tensors, "state."), source=golden / f"{name}.safetensors", config=config)
+    model.t_embedder.features = recorded_features(golden.parent / "dit")
+    return model, tensors
 
 
 def variance_of(model: DiffiT) -> Variance:
