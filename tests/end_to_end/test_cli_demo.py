@@ -21,7 +21,7 @@ def check_demo(run) -> None:
         call = [call for call in result["calls"] if part in call["command"]][-1]
         before = load_image(call["path"])
         assert call["command"] in err
-        assert run(*shlex.split(call["command"])[1:-1], "again.png")[0] == 0
+        assert run(*shlex.split(call["command"])[1:-1], "again.png", "--force")[0] == 0
         assert load_image("again.png").tobytes() == before.tobytes()
 
 

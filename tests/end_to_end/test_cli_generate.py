@@ -48,7 +48,7 @@ def test_a_generated_png_is_replayed_bit_for_bit(run, random_tiny, picture):
     assert load_image("again.png").tobytes() == load_image("a-4.png").tobytes()
 
     save_image(Image.new("RGB", (64, 64), "blue"), "ref.png")
-    err = run("replay", "a-4.png", "-o", "again.png")[2]
+    err = run("replay", "a-4.png", "-o", "again.png", "--force")[2]
     assert "warning: a reference differs from the one it was generated with" in err
     assert "the image differs" in err
 
@@ -70,7 +70,7 @@ def test_replay_warns_of_other_weights(run, random_tiny, picture):
 
 def test_every_control_changes_the_image_and_none_at_strength_0(run, random_tiny, picture):
     def drawn(*words: str) -> bytes:
-        code, _, err = run("generate", "a red apple", "--steps", "2", "-o", "a.png", *words)
+        code, _, err = run("generate", "a red apple", "--steps", "2", "-o", "a.png", "--force", *words)
         assert code == 0, err
         return load_image("a.png").tobytes()
 
@@ -92,7 +92,7 @@ def test_all_style_references_make_one_control(run, random_tiny, picture):
 
 def test_an_adapter_may_be_a_file_or_a_folder(run, random_tiny, picture):
     for path in (random_tiny / "style", random_tiny / "edges" / "adapter.safetensors"):
-        code, _, err = run("generate", "a", "--control", f"{path}=ref.png", "--steps", "1", "-o", "a.png")
+        code, _, err = run("generate", "a", "--control", f"{path}=ref.png", "--steps", "1", "-o", "a.png", "--force")
         assert code == 0, err
 
 
@@ -118,7 +118,7 @@ def test_a_full_disk_while_saving_is_a_clear_error_and_keeps_the_old_image(run, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    code, out, err = run("generate", "a red apple", "--steps", "1", "-o", "ref.png")
+    code, out, err = run("generate", "a red apple", "--steps", "1", "-o", "ref.png", "--force")
     assert (code, out) == (1, "")
     assert "error: no space left while writing" in err
     assert picture.read_bytes() == before
