@@ -28,11 +28,13 @@ SETTINGS = {"model": "tiny", "hash": "00", "steps": 4, "seed": 0}
 def test_a_second_process_is_told_the_owner_and_a_killed_owner_leaves_no_lock(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == "held\n"
-        with pytest.raises(
-            ValueError, match=rf"^process {owner.pid} on .*, since 20.* is training in {tmp_path}\. Wait"
+        with (
+            pytest.raises(
+                ValueError, match=rf"^process {owner.pid} on .*, since 20.* is training in {tmp_path}\. Wait"
+            ),
+            locked(tmp_path, "training"),
         ):
-            with locked(tmp_path, "training"):
-                pytest.fail("two owners")
+            pytest.fail("two owners")
         recipe = tmp_path / "recipe.toml"
         recipe.write_text(RECIPE)
         with pytest.raises(ValueError, match="is training in"):

@@ -48,7 +48,8 @@ def check_shares(shares: tuple[float, ...]) -> tuple[float, ...]:
 def first_error(error: ValidationError) -> str:
     """The first field that is wrong, in one line: `held_out: Input should be ... (found -3)`."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    # pydantic names the members of a union by their validators: tuple[...], literal[...].
+    where = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
     text = f"{where}: {first['msg'].removeprefix('Value error, ')}"
     # The messages of our own validators include the value.
     return text.rstrip(".") if first["type"] == "value_error" else f"{text} (found {first.get('input')!r})"

@@ -42,7 +42,7 @@ T = TypeVar("T")
 class LoopConfig(BaseModel):
     """`[train]` of a recipe. Intervals are in steps or, where the name says so, in minutes."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     steps: Count
     batch: Count
