@@ -13,7 +13,7 @@ from condit.data.pairs import check, open_pairs
 from condit.training.run import make_task, read_recipe, tasks
 from condit.weights.files import save_tensors
 from condit.weights.folders import read_json
-from condit.weights.load import identify
+from condit.weights.load import LOADERS, identify, load_parts
 
 
 def lora_of(unet, rank: int = 2) -> dict[str, torch.Tensor]:
@@ -67,6 +67,20 @@ def test_a_json_file_that_is_no_object_is_refused(tmp_path, text):
     for read in (lambda: read_json(tmp_path / "model_index.json"), lambda: identify(tmp_path)):
         with pytest.raises(ValueError, match=r"model_index.json (is not JSON|holds a JSON \w+; expected an object)"):
             read()
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), IndexError("x"), RuntimeError("x")])
+def test_what_a_loader_raises_on_strange_values_names_the_folder(tmp_path, monkeypatch, error):
+    def fails(model, options):
+        raise error
+
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    monkeypatch.setitem(LOADERS, "flux", fails)
+    with pytest.raises(ValueError, match=f"^{tmp_path} is broken or has values that condit does not read .*x"):
+        load_parts(tmp_path)
+    monkeypatch.setitem(LOADERS, "flux", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("too big")))
+    with pytest.raises(torch.OutOfMemoryError):
+        load_parts(tmp_path)
 
 
 def test_a_folder_beside_you_with_a_published_name_is_named_and_a_path_is_never_a_name(tmp_path, monkeypatch):

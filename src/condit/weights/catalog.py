@@ -120,7 +120,8 @@ class AdapterFile:
         from condit.weights.ip_load import ip_parts  # not for `condit models`
 
         source = self.name if HubName.of(source) else source  # the same commit
-        return ip_parts(self.tensors, self.config, source, pipe, image_encoder, where, head_dim)
+        with errors_of(source):
+            return ip_parts(self.tensors, self.config, source, pipe, image_encoder, where, head_dim)
 
 
 # layout(tensors, peft's settings): a LoRA's tensors under the names of its backbone.

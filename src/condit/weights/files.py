@@ -135,12 +135,33 @@ def load_strict(
     module.load_state_dict(dict(tensors), strict=True, assign=assign)
 
 
+# What code raises on a value of a kind that it does not expect, such as a configuration's list in place of a number.
+_STRANGE = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+
+
 @contextlib.contextmanager
-def errors_of(source: object) -> Iterator[None]:
-    """Adds the name of a file to the ValueErrors of what reads its tensors."""
+def reading(source: object) -> Iterator[None]:
+    """Turns errors of Python in what reads a user's file or folder into a ValueError that names it."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
+    except _STRANGE as error:
+        raise ValueError(
+            f"{source} is broken or has values that condit does not read ({type(error).__name__}: {error}). "
+            "Download it again."
+        ) from error
+
+
+@contextlib.contextmanager
+def errors_of(source: object) -> Iterator[None]:
+    """`reading`, and adds the name of the file to the ValueErrors that do not name it."""
+    try:
+        with reading(source):
+            yield
     except ValueError as error:
+        if str(error).startswith(str(source)):
+            raise
         raise ValueError(f"{source}: {error}") from error
 
 

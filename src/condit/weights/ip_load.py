@@ -13,7 +13,6 @@ from condit.controls.host import Host
 from condit.controls.ip_input import IPConfig
 from condit.controls.ip_projectors import IPParts, Layer, TimeResampler, layers_of
 from condit.encoders.image import CLIPImage, encoder_size
-from condit.weights.files import errors_of
 from condit.weights.hub_files import encoder_beside, local_folder
 from condit.weights.ip_files import face_lora, fit_layers, form_of, read_layout
 from condit.weights.ip_projectors import Needs, needs_of, projector_of
@@ -92,8 +91,7 @@ def published_parts(
     kept = fit_layers(layout, layers, width, where, source, pipe.name)
     if not kept:
         raise ValueError(f"{source}: none of its layers is in where={where.patterns}.")
-    with errors_of(source):
-        projector = projector_of(layout.projector, head_dim)
+    projector = projector_of(layout.projector, head_dim)
     if isinstance(projector, TimeResampler):
         raise ValueError(f"{source} is an adapter of SD 3.5, which {pipe.name} is not.")
     needs = needs_of(projector)

@@ -24,7 +24,7 @@ from condit.weights.class_models import (
     load_classifier_parts,
     load_pixel_parts,
 )
-from condit.weights.files import Json, names_in
+from condit.weights.files import Json, names_in, reading
 from condit.weights.flux import SIGN, load_flux, load_flux_file
 from condit.weights.folders import first_weight_file, optional_json
 from condit.weights.guess import guess
@@ -224,7 +224,8 @@ def load_parts(
     if model.hub is not None and model.hub.path and components is None:
         download_beside(model.hub, BESIDE.get(model.kind, ()))
     components = None if components is None else local_folder(components, COMPONENTS)
-    parts = LOADERS[model.kind](model, Options(dtype, device, vae, components))
+    with reading(model.path):
+        parts = LOADERS[model.kind](model, Options(dtype, device, vae, components))
     if quantize is not None and isinstance(parts, Parts | LatentParts):
         quantise(parts.backbone, quantize)
     return parts
