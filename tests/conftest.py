@@ -40,6 +40,7 @@ from condit_lab.training.unet import PROCESS, scheduler_config
 
 pytest_plugins = ["random_tiny", "hub_server"]
 
+os.environ["CONDIT_LANG"] = "en"  # tests match messages
 SIZE = 32, 48  # pixels; tokens of 8 px stand in 4 rows of 6, so that rows and columns cannot be confused
 CANVAS = 4
 

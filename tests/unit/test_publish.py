@@ -50,9 +50,10 @@ def test_a_card_names_no_base_model_that_is_no_repository(make_pipe, make_ip, tm
 
 
 def test_a_trained_adapter_has_a_card(make_pipe, make_ip, tmp_path):
-    export_adapter(make_ip(make_pipe()), tmp_path, {"steps": 10}, base="c0ffee")
+    export_adapter(make_ip(make_pipe()), tmp_path, {"steps": 10}, model="me/base@v1", base="c0ffee")
     assert json.loads((tmp_path / "card.json").read_text())["steps"] == 10
-    assert "condit.IPAdapter.load" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert header(card)["base_model"] == "me/base" and "| steps | 10 |" in card
 
 
 def test_a_pushed_adapter_loads_by_the_name_of_its_repository(hub, make_pipe, make_ip, monkeypatch):

@@ -192,7 +192,7 @@ class DEADiffTask(Task):
         return pipe(batch.captions, "", controls=[control], sampler="ddim", output_type="pt", **how).images
 
     def export(self, folder: Path, card: dict) -> None:
-        export_adapter(self.adapter, folder, card, base=self.parts.hash)
+        export_adapter(self.adapter, folder, card, model=self.parts.name, base=self.parts.hash)
 
 
 @contextmanager

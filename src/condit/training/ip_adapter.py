@@ -186,7 +186,7 @@ class IPAdapterTask(Task):
         return self.ip.reference(features, empty=empty)
 
     def export(self, folder: Path, card: dict) -> None:
-        export_adapter(self.ip, folder, card, base=self.parts.hash)
+        export_adapter(self.ip, folder, card, model=self.parts.name, base=self.parts.hash)
 
 
 @torch.no_grad()

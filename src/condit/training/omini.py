@@ -386,6 +386,8 @@ class OminiTask(Task):
         alone = len(self.model.adapters) == 1
         for name, adapter in self.model.adapters.items():
             assert isinstance(adapter, OminiControl)
-            export_adapter(adapter, folder if alone else folder / name, card, base=self.base_hash)
+            export_adapter(
+                adapter, folder if alone else folder / name, card, model=self.parts.name, base=self.base_hash
+            )
         specs = [s.model_dump() for s in self.specs]
         (folder / "conditions.json").write_text(json.dumps(specs, indent=1) + "\n")
