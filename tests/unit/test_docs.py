@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import sys
 import types
 from collections.abc import Iterator
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+
+import cli_page
+from condit.cli import app
 
 ROOT = Path(__file__).parents[2]
 PAPERS = sorted((ROOT / "docs" / "papers").glob("*.md"))
@@ -104,6 +109,35 @@ def test_the_control_of_the_chinese_page_acts_and_does_nothing_at_factor_one(mak
 
     assert torch.equal(generate(module.Sharpen(1.0)), generate())
     assert not torch.equal(generate(module.Sharpen(1.5)), generate())
+
+
+def test_the_page_of_the_command_line_is_that_of_the_commands():
+    assert cli_page.PAGE.read_text(encoding="utf-8") == cli_page.page(), "run python tests/cli_page.py"
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of every `condit` in a page's blocks of commands."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(
+        r"^```(?:bash)?\n(.*?)^```", re.sub(r"```(?:python|toml)\n.*?```", "", text, flags=re.S), re.M | re.S
+    )
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("condit ")]
+
+
+@each_page
+def test_every_command_of_a_page_is_understood(page):
+    for arguments in commands(page):
+        command = typer.main.get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[arguments.pop(0)]
+        command.make_context("condit", arguments)  # raises for an unknown option or a missing argument
+
+
+def test_the_options_of_the_words_of_other_programs_are_there():
+    words = (ROOT / "docs" / "words.md").read_text(encoding="utf-8")
+    known = cli_page.PAGE.read_text(encoding="utf-8")
+    assert [option for option in re.findall(r"--[a-z-]+", words) if f"{option} " not in known.replace("`", " ")] == []
 
 
 def sections(page: Path) -> dict[str, str]:

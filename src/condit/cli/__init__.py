@@ -39,6 +39,7 @@ for command in (
     generate.annotate,
     generate.plan,
     study.train,
+    study.convert,
 ):
     app.command(cls=Grouped)(command)
 data_app.command("draw", cls=Grouped)(study.generate_data)

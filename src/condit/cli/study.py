@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -89,6 +89,33 @@ def generate_data(
         with progress_bar(len(rows), "generating", unit="prompt", images=len(rows) * images) as advance:
             draw_groups(out, rows, generate, images=images, seed=sampling.seed, progress=lambda *_: advance())
     typer.echo(str(out))
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(help="A model's file or folder, or an adapter's file.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="A folder for a model, a .safetensors file for an adapter.")],
+    to: Annotated[Literal["diffusers", "peft", "kohya"] | None, typer.Option(help="Layout of a LoRA.")] = None,
+    base: Annotated[str, typer.Option(help="The model that a LoRA is for: flux, sd15, sd21 or sdxl.")] = "flux",
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of a model.")] = "float32",
+    debug: Debug = False,
+) -> None:
+    """Convert a model to a folder of diffusers, or an adapter between layouts.
+
+    A single file of Stable Diffusion or FLUX.1 becomes a folder that diffusers and condit load.
+    """
+    if target.suffix == ".safetensors":
+        from condit.weights.convert import convert_adapter
+
+        typer.echo(str(convert_adapter(source, target, to, base)))
+        return
+    if target.suffix or to is not None:
+        raise typer.BadParameter(f"{target}: --to and files are for adapters, which end in .safetensors")
+    import torch
+
+    import condit
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    typer.echo(str(condit.Pipeline.from_pretrained(source, dtype=kinds[dtype]).save_pretrained(target)))
 
 
 def check_data(

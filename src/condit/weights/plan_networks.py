@@ -72,7 +72,7 @@ def network_of(source: str, path: Path, headers: Shapes) -> nn.Module:
         if any(".attn.qkv_temb." in key for key in tensors):
             return diffit.DiffiT(diffit_config(tensors))
         if any(".adaLN_modulation." in key for key in tensors):
-            return dit.DiT(dit_config(tensors, {}, source=path))
+            return dit.DiT(dit_config(tensors, config, source=path))
     raise ValueError(
         f"No model {source!r} to plan: expected a folder or a safetensors file of FLUX.1, Stable Diffusion, "
         f"PixArt, DiT or DiffiT, or a name: {', '.join([*PUBLISHED, *presets])}."

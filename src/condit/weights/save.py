@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,21 +24,20 @@ from condit.weights.stable_diffusion import SOLVERS
 
 
 def save_model(parts: object, folder: str | Path) -> Path:
-    """Writes Stable Diffusion, PixArt or FLUX.1 with its encoders, tokenizers and scheduler; copies an embedded model.
-    Whole or not at all. ValueError for other models, quantised weights, or a folder that is not empty."""
+    """Writes Stable Diffusion, PixArt or FLUX.1 with its encoders, tokenizers and scheduler, whole or not at all.
+    ValueError for other models, quantised weights, or a folder that is not empty."""
     if not isinstance(parts, Parts | LatentParts):
         raise ValueError(f"{type(parts).__name__} has no folder layout in diffusers; save its network's state_dict().")
+    if parts.name in MODELS:
+        raise ValueError(f"{parts.name!r} is part of condit and is loaded by its name; there is nothing to save.")
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is not an empty folder; choose another one.")
     if any(p.dtype in (torch.float8_e4m3fn, torch.int8) for p in parts.backbone.parameters()):
         raise ValueError("Quantised weights cannot be saved. Load the model without quantize= and save that.")
     with save_folder(target) as made:
-        if parts.name in MODELS:
-            shutil.copytree(MODELS[parts.name].path, made, dirs_exist_ok=True)
-        else:
-            index = {name: [library, kind] for name, (library, kind) in write_parts(parts, made).items()}
-            write_json(made / "model_index.json", {"_class_name": pipeline_class(parts), **index, **options(parts)})
+        index = {name: [library, kind] for name, (library, kind) in write_parts(parts, made).items()}
+        write_json(made / "model_index.json", {"_class_name": pipeline_class(parts), **index, **options(parts)})
     return target
 
 
