@@ -1,7 +1,11 @@
 """The whole library from the command line: settings of references, several prompts, rows of a file, grids."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -292,3 +296,26 @@ def test_a_style_lora_is_loaded_by_its_option(monkeypatch, make_pipe):
     assert adapters.controls([reference]) == [(0.7, (0.0, 0.5))] and calls == ["ink.safetensors"]
     with pytest.raises(ValueError, match="takes no mask="):
         adapters.controls([read_reference("lora", "ink.safetensors,mask=m.png")])
+
+
+@pytest.mark.slow
+def test_rows_of_a_process_killed_at_any_moment_end_with_the_files_of_one_that_was_not(tmp_path):
+    write_rows([{"prompt": f"a fox {i}", "seed": i} for i in range(6)], str(tmp_path / "rows.jsonl"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(condit.__file__).parent.parent)}
+    words = ["generate", "--from", "rows.jsonl", "--steps", "2", "-o"]
+
+    def start(folder: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "condit.cli", *words, folder]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+
+    assert start("whole").wait(timeout=300) == 0
+    for made in range(1, 5):  # killed at some moment after the next image is there
+        process = start("killed")
+        while len(list((tmp_path / "killed").glob("*.png"))) < made and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(0.01 * made)
+        process.kill()
+        process.wait()
+    assert start("killed").wait(timeout=300) == 0
+    whole, killed = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("whole", "killed"))
+    assert killed == whole

@@ -261,3 +261,20 @@ def test_a_wrong_field_of_data_is_named_with_the_file(tmp_path, task, data, wher
     with pytest.raises(ValueError, match=f"r.toml: .data. does not fit task '{task}': {where}"):
         train(path, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_paths_of_a_recipe_are_relative_to_its_folder(tmp_path, monkeypatch):
+    from condit.training.run import read_recipe
+
+    (tmp_path / "recipes" / "pairs").mkdir(parents=True)
+    recipe = tmp_path / "recipes" / "a.toml"
+    data = 'pairs = "pairs"\nicons = "elsewhere"\nmodel = "tiny"\nwhere = "pairs"'
+    recipe.write_text(f'task = "omini"\n[data]\n{data}\n[train]\nsteps = 1\nbatch = 1\n')
+    monkeypatch.chdir(tmp_path)
+    found = read_recipe(recipe).data
+    assert found["pairs"] == str(tmp_path / "recipes" / "pairs")  # there
+    assert (found["icons"], found["model"], found["where"]) == (
+        "elsewhere",
+        "tiny",
+        "pairs",
+    )  # not there; a name; no path

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from condit.backbones import diffit, dit, pixart, unet, vit
+from condit.backbones import diffit, dit, mmdit, pixart, unet, vit
 from condit.controls.control import Control
 from condit.nn.attention import Attend, Call
 from condit.weights import original_sd
@@ -75,7 +75,7 @@ def network_of(source: str, path: Path, headers: Shapes) -> nn.Module:
             return dit.DiT(dit_config(tensors, config, source=path))
     raise ValueError(
         f"No model {source!r} to plan: expected a folder or a safetensors file of FLUX.1, Stable Diffusion, "
-        f"PixArt, DiT or DiffiT, or a name: {', '.join([*PUBLISHED, *presets])}."
+        f"PixArt, DiT or DiffiT, or a name: {', '.join([*mmdit.PRESETS, *PUBLISHED, *presets])}."
     )
 
 
