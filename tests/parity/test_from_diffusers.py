@@ -6,7 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+
+import condit
+from condit.controls.ip_adapter import IPConfig
+from sd_guests import shaken
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "from-diffusers.md").read_text(encoding="utf-8")
@@ -18,10 +24,14 @@ ON_CPU = {"torch.float16": "torch.float32", '"cuda"': '"cpu"'}
 def folder(sd_pairs, tmp_path, monkeypatch) -> Path:
     """The files that the scripts name."""
     pair = sd_pairs("sdxl")
+    width = pair.ours.backbone.config.cross_attention_dim
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        adapter = shaken(condit.IPAdapter.new(pair.ours, IPConfig(12, 4, width)), 0.3)  # diffusers counts on 4 tokens
     pair.theirs.save_pretrained(tmp_path / "stable-diffusion-xl-base-1.0")
     models = tmp_path / "IP-Adapter" / "sdxl_models"
     pair.image.model.save_pretrained(models / "image_encoder")
-    shutil.copy(pair.files["global"], models / "ip-adapter_sdxl.safetensors")
+    save_file(adapter.tensors(), models / "ip-adapter_sdxl.safetensors")
     (tmp_path / "loras").mkdir()
     shutil.copy(pair.files["lora"], tmp_path / "loras" / "ink.safetensors")
     for seed, name in enumerate(("photo.png", "ref.png")):

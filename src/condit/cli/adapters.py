@@ -85,7 +85,7 @@ class Adapters:
                     f"{ready[0].path}. Use the image itself (ready=False) or an adapter of edges."
                 )
         if isinstance(adapter, condit.OminiControl):
-            image = readers[adapter.config.annotator](first.path) if ready else first.path
+            image = map_readers()[adapter.config.annotator or ""](first.path) if ready else first.path
             how = {"strength": first.strength, "when": first.when, "mask": first.mask, "cached": first.cached}
             return adapter.control(image, annotate=not ready, **how)
         where = first.where or None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 _A1111 = re.compile(r"\(([^():]+):\s*(\d*\.?\d+)\s*\)")
 _WEIGHT = re.compile(r"\(([^()]+)\)(\d*\.?\d+|\++|-+)")
@@ -33,5 +33,6 @@ def weighted_states(
     layer = "PENULTIMATE" if penultimate else "LAST"
     kind = ReturnedEmbeddingsType[f"{layer}_HIDDEN_STATES_{'NORMALIZED' if normed else 'NON_NORMALIZED'}"]
     dtype = next(encoder.parameters()).dtype
-    compel = Compel(tokenizer, encoder, dtype_for_device_getter=lambda _: dtype, returned_embeddings_type=kind)
-    return compel.build_conditioning_tensor(_A1111.sub(r"(\1)\2", prompt))
+    tower = cast("CLIPTextModel", encoder)
+    compel = Compel(tokenizer, tower, dtype_for_device_getter=lambda _: dtype, returned_embeddings_type=kind)
+    return cast("Tensor", compel.build_conditioning_tensor(_A1111.sub(r"(\1)\2", prompt)))

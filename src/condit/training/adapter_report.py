@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from condit.data.pairs import Pairs
 from condit.data.progress import progress_bar
 from condit.drawing.pipeline import Pipeline
 from condit.drawing.references import ANNOTATORS
+from condit.encoders.image import CLIPImage
 
 QUESTIONS = {
     "follows": "similarity to its reference minus similarity to another pair's",
@@ -60,16 +60,17 @@ class Eyes:
 def eyes_of(pipe: Pipeline, annotator: str | None, clip: str | None) -> Eyes:
     """By the adapter's annotator, and by the CLIP in a folder (None: the model's own). ValueError for an adapter
     without an annotator and a model without an image encoder."""
-    encoder: Any = pipe.image if clip is None else pipe.image_encoder(clip)
+    encoder = pipe.image if clip is None else pipe.image_encoder(clip)
     words = pipe.text_tower(clip) if clip is not None or encoder is not None else None
 
     def seen(images: Sequence[Image.Image]) -> Tensor:
-        if hasattr(encoder, "embeds"):
+        if isinstance(encoder, CLIPImage):
             return encoder.embeds(encoder.pixels(images))
+        assert encoder is not None
         return encoder(torch.stack([to_tensor(image, pipe.size) for image in images]).to(pipe.device))
 
     def maps(images: Sequence[Image.Image]) -> Tensor:
-        made = [ANNOTATORS[annotator or ""](image.resize(pipe.size[::-1])) for image in images]
+        made = [ANNOTATORS[annotator or ""](image.resize((pipe.size[1], pipe.size[0]))) for image in images]
         flat = torch.stack([to_tensor(image, 64).mean(0).flatten() for image in made])
         return flat - flat.mean(-1, keepdim=True)
 

@@ -153,8 +153,8 @@ def plan_network(source: str | Path, wish: Wish, rate: float | None = None) -> P
     sizes = [sum(p.numel() for p in block.parameters()) * wish.dtype.itemsize for block in blocks]
     sides = 1 if type(network).__name__ == "ViT" else 2
     work = work_of(network, wish.height, wish.width, wish.batch * sides, wish.dtype)
-    rest = {None: sum(p.loaded for p in parts[1:]) + work.activations}
-    peak = loaded + rest.get(wish.offload, max([work.activations, *(p.loaded for p in parts[1:])]))
+    rest = [p.loaded for p in parts[1:]]
+    peak = loaded + (work.activations + sum(rest) if wish.offload is None else max([work.activations, *rest]))
     peak -= sum(sizes) - max(sizes) if wish.offload == "blocks" and sizes else 0
     return Plan(
         name, tuple(parts), work.tokens, 0, 0, work.activations, work.operations, wish.steps, peak, wish.offload, rate

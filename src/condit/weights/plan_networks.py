@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,8 +115,8 @@ class Peak(TorchDispatchMode):
 @torch.no_grad()
 def work_of(network: nn.Module, height: int, width: int, batch: int, dtype: torch.dtype) -> Work:
     """One prediction for images of `height` x `width` pixels. ValueError where they do not fit."""
-    network = network.to(dtype)
-    config, counted = network.config, Counted()
+    network, counted = network.to(dtype), Counted()
+    config = cast("Any", network.config)
     side = 1 if isinstance(network, vit.ViT) else 8
     patch = getattr(config, "patch_size", 1)
     if height % (side * patch) or width % (side * patch) or min(height, width, batch) < 1:
