@@ -1,6 +1,7 @@
 """What a process imports: help, version and usage errors none of the heavy libraries, the embedded model only torch."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,16 @@ def loaded_after(code: str, codes: tuple[int | None, ...] = (None, 0)) -> set[st
 )
 def test_the_command_line_starts_without_heavy_libraries(arguments, code):
     assert loaded_after(f"from condit.cli import main; sys.exit(main({arguments!r}))", (code,)) == set()
+
+
+def test_help_takes_less_than_three_tenths_of_a_second():
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "condit.cli", "--help"], env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.3  # of the processor: other processes may share it
 
 
 def test_importing_condit_imports_no_heavy_library():

@@ -162,6 +162,9 @@ class Notes(Control):
     def leak(self):
         return LEAK
 
+    def text_lora(self):
+        return {"layer": (REGION, REGION)}
+
     def differs(self):
         return False
 
@@ -197,6 +200,8 @@ def dropped_hooks(kind: type) -> list[str]:
                 dropped.append(f"{hook} that gives None")
     if made(kind, Notes()).leak() is not LEAK:
         dropped.append("leak")
+    if set(made(kind, Notes()).text_lora()) != {"layer"}:
+        dropped.append("text_lora")
     if made(kind, Notes()).differs():
         dropped.append("differs")
     if made(kind, Notes()).records() != {"note": REGION}:
@@ -225,7 +230,7 @@ def test_a_wrapper_passes_on_every_hook(kind):
 def test_the_walk_finds_the_wrappers_and_every_method_of_a_control_is_tested():
     assert {"Within", "Wrapper", "Together", "Targets", "Sides", "WithLoRA"} <= {kind.__name__ for kind in WRAPPERS}
     methods = {name for name, value in vars(Control).items() if inspect.isfunction(value) and name[0] != "_"}
-    assert methods == {*ACTS.values(), *HOOKS, "leak", "describe", "differs", "records"}
+    assert methods == {*ACTS.values(), *HOOKS, "leak", "text_lora", "describe", "differs", "records"}
 
 
 @pytest.mark.parametrize("act", ACTS)

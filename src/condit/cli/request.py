@@ -11,7 +11,7 @@ from PIL import Image
 
 import condit
 from condit.cli.adapters import Adapters
-from condit.cli.reference import Reference
+from condit.cli.reference import LORA, Reference
 from condit.data.hub import HubName
 
 if TYPE_CHECKING:
@@ -240,8 +240,6 @@ def locate(request: Request, folder: Path) -> Request:
     """The request with the paths of existing references, relative to the current folder or else to `folder`."""
 
     def existing(path: str) -> str:
-        if HubName.of(path):  # of a style LoRA
-            return path
         candidates = [Path(path), folder / path, folder / Path(path).name]
         file = next((candidate for candidate in candidates if candidate.exists()), None)
         if file is None:
@@ -251,7 +249,11 @@ def locate(request: Request, folder: Path) -> Request:
     def optional(path: str | None) -> str | None:
         return None if path is None else existing(path)
 
-    references = tuple(replace(r, path=existing(r.path), mask=optional(r.mask)) for r in request.references)
+    def placed(r: Reference) -> Reference:
+        on_hub = r.use == LORA and not Path(r.path).exists() and HubName.of(r.path) is not None
+        return replace(r, path=r.path if on_hub else existing(r.path), mask=optional(r.mask))
+
+    references = tuple(placed(reference) for reference in request.references)
     return replace(request, references=references, image=optional(request.image), mask=optional(request.mask))
 
 

@@ -99,7 +99,7 @@ def convert(
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of a model.")] = "float32",
     debug: Debug = False,
 ) -> None:
-    """Convert a model to a folder of diffusers, or an adapter between layouts.
+    """Convert a model or an adapter to another layout.
 
     A single file of Stable Diffusion or FLUX.1 becomes a folder that diffusers and condit load.
     """

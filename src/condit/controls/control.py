@@ -199,6 +199,11 @@ class Control:
         """Adapt: a low-rank update for the tokens of text and image."""
         return None
 
+    def text_lora(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Updates of the text encoders for both sides of the guidance: a layer as its file names it -> A (r, in), and B
+        (out, r) with every factor. They hold for the whole call."""
+        return {}
+
     def leak(self) -> LowRank | None:
         """An update that this control also applies to the conditions of other controls, as official code may."""
         return None

@@ -36,6 +36,9 @@ class AdapterFile(Protocol):
     @property
     def hash(self) -> str: ...
 
+    # A and B of each layer of text encoders that a LoRA updates, by the layer's name in the file.
+    def text_pairs(self) -> dict[str, tuple[Tensor, Tensor]]: ...
+
     # All tensors of the file, or these, into all of a module. Raises ValueError where they differ.
     def load_into(
         self, module: nn.Module, tensors: Mapping[str, Tensor] | None = None, *, assign: bool = False
@@ -82,6 +85,10 @@ class Host(Protocol):
     # Pixels of a token's side.
     @property
     def pixels(self) -> int: ...
+
+    # Whether `Control.text_lora` acts on its text encoders.
+    @property
+    def adapts_text(self) -> bool: ...
 
     # The network, an nn.Module with `sites` and `config`; its type is that of the family.
     @property

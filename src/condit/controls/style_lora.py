@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from condit.controls.control import Control, Step, When, finite
 from condit.controls.host import Host, within
@@ -25,6 +25,7 @@ class StyleLoRA(nn.Module):
         """gated: the paths at which the official OminiControl code disables it for conditions."""
         super().__init__()
         self.lora, self.gated, self.name, self.hash = lora, gated, "", ""
+        self.text: dict[str, tuple[Tensor, Tensor]] = {}  # updates of text encoders, by the layer's name in the file
 
     @classmethod
     def load(
@@ -37,9 +38,10 @@ class StyleLoRA(nn.Module):
         ignore_text: bool = False,
     ) -> StyleLoRA:
         """From a file, a folder or a name on a hub, in the layout of diffusers, peft or kohya; subfolder, weight_name:
-        see `IPAdapter.load`. ignore_text: drop the tensors for text encoders, which changes the LoRA."""
+        see `IPAdapter.load`. ignore_text: drop the tensors for text encoders, which changes the LoRA. CLIP's act
+        on condit's own pipelines."""
         source = within(source, subfolder, weight_name)
-        file = pipe.adapter_file(source, "OminiControl", ignore_text=ignore_text)
+        file = pipe.adapter_file(source, "OminiControl", ignore_text=ignore_text or pipe.adapts_text)
         if file.config.get("method") == "OminiControl":
             raise ValueError(f"{source} is an OminiControl adapter, not a style LoRA. Use condit.OminiControl.load.")
         lora = LoRA.from_tensors(file.tensors)
@@ -47,6 +49,8 @@ class StyleLoRA(nn.Module):
         lora = lora.requires_grad_(False).to(pipe.device, pipe.dtype)
         adapter = cls(lora, frozenset(linear_shapes(pipe.backbone, TARGETS)))
         adapter.name, adapter.hash = file.name, file.hash
+        pairs = {} if ignore_text else file.text_pairs()
+        adapter.text = {name: (a.to(pipe.device), b.to(pipe.device)) for name, (a, b) in pairs.items()}
         return adapter
 
     def control(
@@ -85,6 +89,10 @@ class StyleReference(Control):
 
     def lora(self) -> LowRank | None:
         return self.update
+
+    def text_lora(self) -> dict[str, tuple[Tensor, Tensor]]:
+        pairs = self.adapter.text if self.strength else {}
+        return {name: (a, b * self.strength) for name, (a, b) in pairs.items()}
 
     def leak(self) -> LowRank | None:
         return self.weighted(self.strength, without=self.adapter.gated) if self.official is not None else None

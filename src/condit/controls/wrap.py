@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Self
@@ -69,6 +69,9 @@ class Wrapper(Control):
 
     def lora(self) -> LowRank | None:
         return sum_loras(control.lora() for control in self.inside)
+
+    def text_lora(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        return {name: update for control in self.inside for name, update in control.text_lora().items()}
 
     def leak(self) -> LowRank | None:
         return sum_loras(control.leak() for control in self.inside)

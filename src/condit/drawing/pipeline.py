@@ -28,8 +28,9 @@ from condit.drawing.model import Conditions, Layout, Model, Side, TextModel, mod
 from condit.drawing.references import describe_source, find_fill, read_references
 from condit.drawing.repaint import Images, check_picture, share_changed, skipped, start_of
 from condit.drawing.settings import Settings, check_counts, check_size, check_supported, image_generators
+from condit.drawing.text_lora import with_text_loras
 from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyTextTower
-from condit.encoders.text import Text, given_text
+from condit.encoders.text import ClipText, Text, given_text
 from condit.nn.offload import check_device
 from condit.weights.catalog import AdapterFile
 from condit.weights.class_models import ClassParts, PixelParts
@@ -201,7 +202,8 @@ class Pipeline:
         chosen, path = model.path(settings, layout)
         if image is not None:
             path = cast("PartPath", path).since(skipped(len(path), strength))
-        sides = self.sides(model.conditions(prompt, negative_prompt, settings), controls, layout, settings)
+        conditions = with_text_loras(model, controls).conditions(prompt, negative_prompt, settings)
+        sides = self.sides(conditions, controls, layout, settings)
         start = start_of(self, image, mask_image, strength, layout, path, generators, latents)
         predict = self.predictor(sides, layout, settings, start.extra)
 
@@ -252,7 +254,8 @@ class Pipeline:
         controls = self.sized(controls, settings.size)
         layout = self.layout(len(x), settings.size, controls)
         settings = replace(settings, copies=layout.batch // self.model.count(prompt))
-        sides = self.sides(self.model.conditions(prompt, negative_prompt, settings), controls, layout, settings)
+        conditions = with_text_loras(self.model, controls).conditions(prompt, negative_prompt, settings)
+        sides = self.sides(conditions, controls, layout, settings)
         return self.predictor(sides, layout, settings)(x.float().to(self.device), self.model.step_at(t))
 
     # The parts of a call
@@ -353,6 +356,10 @@ class Pipeline:
     def encode_text(self, prompt: Prompt, clip_skip: int | None = None) -> Text:
         """Prompts through the model's own text encoder, on its device; a `Text` is moved there."""
         return self.text_model.encode_text(prompt, clip_skip)
+
+    @property
+    def adapts_text(self) -> bool:
+        return isinstance(getattr(self.parts, "text", None), ClipText)
 
     def adapter_file(self, source: str | FilePath, method: str, *, ignore_text: bool = False) -> AdapterFile:
         """The tensors and the configuration of an adapter by name, file or folder."""

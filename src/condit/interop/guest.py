@@ -131,6 +131,8 @@ class Guest:
 
     # The interface for adapters
 
+    adapts_text = False  # diffusers encodes the prompt
+
     def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile:
         """`weights.lora_unet.adapter_for` for this network."""
         return adapter_for(self.backbone, source, method, ignore_text=ignore_text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,7 +27,8 @@ from condit.weights.files import (
 from condit.weights.folders import only_weight_file
 from condit.weights.guess import what_is
 from condit.weights.hub_files import download_adapter
-from condit.weights.lora_files import peft_settings, published
+from condit.weights.lora_files import TEXT, peft_settings, published
+from condit.weights.lora_text import text_pairs
 
 if TYPE_CHECKING:
     from condit.controls.control import Where
@@ -105,6 +106,11 @@ class AdapterFile:
     name: str
     hash: str
     guess: str
+    text_tensors: Mapping[str, Tensor] = field(default_factory=dict)  # a LoRA's for text encoders, as the file has them
+
+    def text_pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of each layer of text encoders that a LoRA updates; see `lora_text.text_pairs`."""
+        return text_pairs(self.text_tensors)
 
     def load_into(
         self, module: nn.Module, tensors: Mapping[str, Tensor] | None = None, *, assign: bool = False
@@ -143,6 +149,7 @@ def read_adapter(source: str | Path, method: str, layout: Layout = published) ->
     kind = what_is(tensors)
     if kind == "DEADiff":
         tensors = deadiff.adapter_tensors(tensors, source)
+    encoders = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
     if kind == "OminiControl":
         with errors_of(source):
             tensors = layout(tensors, peft_settings(path if path.is_dir() else None, metadata))
@@ -150,7 +157,7 @@ def read_adapter(source: str | Path, method: str, layout: Layout = published) ->
         reader, wanted = (READERS.get(name, f"condit.{name}") for name in (kind, method))
         first = repr(next(iter(tensors)))
         raise ValueError(text("other-class", source=source, reader=reader, wanted=wanted, first=first))
-    return AdapterFile(tensors, own_fields(metadata), name, hash_file(file), kind)
+    return AdapterFile(tensors, own_fields(metadata), name, hash_file(file), kind, encoders)
 
 
 def locate_adapter(source: str | Path) -> tuple[Path, str]:
