@@ -1,6 +1,6 @@
 """`condit evaluate`: measurements. The laboratory adds its own to this group."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,20 +12,26 @@ from condit.cli.terminal import Debug, Json, Seed, answer, say
 app = typer.Typer(help="Measure adapters and models.", no_args_is_help=True, rich_markup_mode=None)
 
 
+@dataclass(frozen=True)
+class MeasureOptions:
+    """Measurement"""
+
+    pairs: Annotated[Path, typer.Option("--pairs", help="A folder with metadata.jsonl, or tars.", show_default=False)]
+    role: Annotated[str, typer.Option("--role", help="The role of its references in the pairs.")] = "style"
+    count: Annotated[int, typer.Option("--count", "-n", help="Number of pairs.")] = 32
+    strength: Annotated[float, typer.Option(help="Strength of the references.")] = 1.0
+    clip: Annotated[
+        str | None, typer.Option("--clip", help="Folder of a CLIP that compares [default: the model's own].")
+    ] = None
+    steps: Annotated[int | None, typer.Option(help="Number of inference steps [default: the model's].")] = None
+    seed: Seed = 0
+
+
 @app.command(cls=Grouped)
 @with_options
 def adapter(
     source: Annotated[str, typer.Argument(help="An adapter by name, file or folder.", show_default=False)],
-    pairs: Annotated[Path, typer.Option("--pairs", help="A folder with metadata.jsonl, or tars.", show_default=False)],
-    role: Annotated[str, typer.Option("--role", help="The role of its references in the pairs.")] = "style",
-    count: Annotated[int, typer.Option("--count", "-n", help="Number of pairs.")] = 32,
-    strength: Annotated[float, typer.Option(help="Strength of the references.")] = 1.0,
-    clip: Annotated[
-        str | None, typer.Option("--clip", help="Folder of a CLIP that compares [default: the model's own].")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of inference steps [default: the model's].")] = None,
-    seed: Seed = 0,
-    *,
+    options: MeasureOptions,
     model: ModelOptions,
     as_json: Json = False,
     debug: Debug = False,
@@ -36,10 +42,10 @@ def adapter(
     """
     from condit.data.pairs import open_pairs
 
-    data = open_pairs(pairs)
-    if not min(count, len(data)) >= 2:
-        raise typer.BadParameter(f"an interval needs at least two pairs; found {min(count, len(data))}")
-    data[0].one(role)  # raises before the model is loaded
+    data = open_pairs(options.pairs)
+    if not min(options.count, len(data)) >= 2:
+        raise typer.BadParameter(f"an interval needs at least two pairs; found {min(options.count, len(data))}")
+    data[0].one(options.role)  # raises before the model is loaded
     import condit
     from condit.cli.generate import studio_of
     from condit.cli.reference import Reference
@@ -49,16 +55,17 @@ def adapter(
     loaded = studio.adapters.adapter(Reference(source, ""))
     if isinstance(loaded, condit.StyleLoRA):
         raise ValueError(f"{source} is a style LoRA, which reads no reference")
-    eyes = eyes_of(studio.pipe, loaded.config.annotator if isinstance(loaded, condit.OminiControl) else None, clip)
+    annotator = loaded.config.annotator if isinstance(loaded, condit.OminiControl) else None
+    eyes = eyes_of(studio.pipe, annotator, options.clip)
     answers = evaluate_adapter(
         studio.pipe,
-        lambda image: loaded.control(image, strength),
+        lambda image: loaded.control(image, options.strength),
         data,
-        role,
+        options.role,
         eyes,
-        count=count,
-        seed=seed,
-        steps=steps,
+        count=options.count,
+        seed=options.seed,
+        steps=options.steps,
     )
     if as_json:
         answer([{**asdict(row), "reading": row.reading} for row in answers])

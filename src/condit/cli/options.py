@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -122,7 +122,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             option = copy(option)  # several groups may share it
             option.rich_help_panel = group.__doc__
             shown = Annotated[kind, option]
-            parameters.append(inspect.Parameter(field.name, keyword, default=field.default, annotation=shown))
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=shown))
 
     @wraps(command)
     def run(**values: object) -> None:

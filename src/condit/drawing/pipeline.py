@@ -64,6 +64,7 @@ class Pipeline:
         self.model: Model = make_model(parts, offload)
         self.parts, self.offload = self.model.parts, offload
         self.name: str = parts.name
+        self.adapts_text = isinstance(getattr(parts, "text", None), ClipText)
         self.image: CLIPImage | TinyImage | None = getattr(parts, "image", None)
 
     from_pretrained = classmethod(pretrained.from_pretrained)
@@ -356,10 +357,6 @@ class Pipeline:
     def encode_text(self, prompt: Prompt, clip_skip: int | None = None) -> Text:
         """Prompts through the model's own text encoder, on its device; a `Text` is moved there."""
         return self.text_model.encode_text(prompt, clip_skip)
-
-    @property
-    def adapts_text(self) -> bool:
-        return isinstance(getattr(self.parts, "text", None), ClipText)
 
     def adapter_file(self, source: str | FilePath, method: str, *, ignore_text: bool = False) -> AdapterFile:
         """The tensors and the configuration of an adapter by name, file or folder."""
