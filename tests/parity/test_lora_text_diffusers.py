@@ -24,7 +24,7 @@ def folders(make_sd, tmp_path_factory) -> dict[str, Path]:
     return {kind: folder / kind for kind in ("sd15", "sdxl")}
 
 
-def tensors_of(pipe: condit.Pipeline, layout: str, *, alpha: float = 3.0) -> dict[str, Tensor]:
+def tensors_of(pipe: condit.Pipeline, layout: str, *, alpha: float = 4.0) -> dict[str, Tensor]:
     """A LoRA of rank 2 of the network's queries and of the attention and MLP of every text encoder."""
     generator = torch.Generator().manual_seed(0)
     unet = LoRA(linear_shapes(pipe.backbone, ("to_q",)), 2)
@@ -79,7 +79,7 @@ def test_kohyas_layout_is_the_same_and_strength_0_and_ignore_text_do_not_act(fol
         save_file(tensors_of(ours, layout), tmp_path / f"{layout}.safetensors")
         adapter = StyleLoRA.load(tmp_path / f"{layout}.safetensors", ours)
         made.append(ours("a red fox", seed=0, controls=[adapter.control()], **HOW).images)
-    torch.testing.assert_close(made[0], made[1], rtol=1e-5, atol=1e-4)
+    assert torch.equal(made[0], made[1])
     without = StyleLoRA.load(tmp_path / "kohya.safetensors", ours, ignore_text=True).control()
     assert not torch.equal(ours("a red fox", seed=0, controls=[without], **HOW).images, made[1])
     off = StyleLoRA.load(tmp_path / "kohya.safetensors", ours).control(0.0)
