@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import cast
 
 from condit.data.files import atomic_write
 from condit.data.messages import text
@@ -167,7 +168,7 @@ def _http_error() -> type[Exception]:
     """What all errors of the HTTP library are that huggingface_hub stands on: httpx, or its successor."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return HfHubHTTPError.__bases__[0]
+    return cast("type[Exception]", HfHubHTTPError.__bases__[0])
 
 
 def _modelscope():
