@@ -145,7 +145,7 @@ class PixArtBlock(nn.Module):
 
     def __init__(self, c: PixArtConfig, i: int):
         super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.randn(6, c.dim) / c.dim**0.5)
+        self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(6, c.dim), std=c.dim**-0.5))
         self.attn1 = PixArtAttention(c, Site(f"transformer_blocks.{i}.attn1", "self", i))
         self.attn2 = PixArtAttention(c, Site(f"transformer_blocks.{i}.attn2", "cross", i))
         self.ff = FeedForward(c.dim)
@@ -226,7 +226,7 @@ class PixArt(nn.Module):
         c = self.config = config
         self.pos_embed = PatchEmbedder(c.in_channels, c.dim, c.patch_size)
         self.transformer_blocks = nn.ModuleList(PixArtBlock(c, i) for i in range(c.num_layers))
-        self.scale_shift_table = nn.Parameter(torch.randn(2, c.dim) / c.dim**0.5)
+        self.scale_shift_table = nn.Parameter(nn.init.normal_(torch.empty(2, c.dim), std=c.dim**-0.5))
         self.proj_out = Linear(c.dim, c.patch_size**2 * c.out_channels)
         self.adaln_single = AdaLNSingle(c)
         self.caption_projection = CaptionProjection(c.caption_channels, c.dim)

@@ -33,7 +33,7 @@ PROMPTS = ("a red apple", "a penguin", "a guitar", "红苹果")
 
 
 @dataclass(frozen=True)
-class Icon:
+class DemoIcon:
     """A reference of the demo: an icon of the sample, by style and concept. use: see `Reference`."""
 
     use: str
@@ -42,11 +42,11 @@ class Icon:
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """A row of the grid: its references, and one image for every (prompt, strength)."""
 
     label: str
-    icons: tuple[Icon, ...] = ()
+    icons: tuple[DemoIcon, ...] = ()
     prompts: tuple[str, ...] = PROMPTS
     strengths: tuple[float, ...] = (1.0,)
     model: str = "tiny"
@@ -56,7 +56,7 @@ class Row:
 class Change:
     """A row of the grid that edits an icon: the prompts of the icon and of its edits."""
 
-    icon: Icon
+    icon: DemoIcon
     source: str
     targets: tuple[str, ...]
     kind: str
@@ -69,25 +69,25 @@ class Change:
 
 CHANGES = (
     Change(
-        Icon("source", "noto", "red apple"),
+        DemoIcon("source", "noto", "red apple"),
         "a red apple, noto style",
         ("a green apple, noto style", "a yellow apple, noto style"),
         "attribute",
     ),
 )
 ROWS = (
-    Row("plain\ntext to image"),
-    Row("+ style\nof the reference", (Icon("style", "fluent-emoji-high-contrast", "key"),)),
-    Row("+ style\nof another", (Icon("style", "fluent-emoji-3d", "tulip"),), PROMPTS[:3]),
-    Row("+ style\nof a third", (Icon("style", "emojione-monotone", "guitar"),), PROMPTS[:3]),
-    Row(
+    DemoRow("plain\ntext to image"),
+    DemoRow("+ style\nof the reference", (DemoIcon("style", "fluent-emoji-high-contrast", "key"),)),
+    DemoRow("+ style\nof another", (DemoIcon("style", "fluent-emoji-3d", "tulip"),), PROMPTS[:3]),
+    DemoRow("+ style\nof a third", (DemoIcon("style", "emojione-monotone", "guitar"),), PROMPTS[:3]),
+    DemoRow(
         "+ subject\nas another hand drew it",
-        (Icon("subject", "fluent-emoji-flat", "automobile"),),
+        (DemoIcon("subject", "fluent-emoji-flat", "automobile"),),
         ("an automobile", "an automobile, noto style", "an automobile, emojione monochrome style", "汽车"),
     ),
-    Row(
+    DemoRow(
         "+ edges\nof the reference",
-        (Icon("edges", "noto", "mushroom"),),
+        (DemoIcon("edges", "noto", "mushroom"),),
         (
             "a mushroom",
             "a mushroom, fluent flat style",
@@ -95,35 +95,35 @@ ROWS = (
             "蘑菇",
         ),
     ),
-    Row(
+    DemoRow(
         "gray -> colour",
-        (Icon("gray", "fluent-emoji-flat", "automobile"),),
+        (DemoIcon("gray", "fluent-emoji-flat", "automobile"),),
         ("an automobile", "a red car", "an automobile, twemoji style"),
     ),
-    Row(
+    DemoRow(
         "all together\nstyle + subject + edges",
         (
-            Icon("style", "fluent-emoji-3d", "tulip"),
-            Icon("subject", "twemoji", "crab"),
-            Icon("edges", "fluent-emoji-flat", "crab"),
+            DemoIcon("style", "fluent-emoji-3d", "tulip"),
+            DemoIcon("subject", "twemoji", "crab"),
+            DemoIcon("edges", "fluent-emoji-flat", "crab"),
         ),
         ("a crab", "a crab, fluent 3d style", "螃蟹"),
     ),
-    Row(
+    DemoRow(
         "style strength\n0, 0.5, 1, 1.5",
-        (Icon("style", "fluent-emoji-high-contrast", "key"),),
+        (DemoIcon("style", "fluent-emoji-high-contrast", "key"),),
         ("a rocket",),
         (0.0, 0.5, 1.0, 1.5),
     ),
-    Row(
+    DemoRow(
         "UNet: style\nby IP-Adapter",
-        (Icon("style", "fluent-emoji-high-contrast", "key"),),
+        (DemoIcon("style", "fluent-emoji-high-contrast", "key"),),
         PROMPTS[:3],
         model="tiny-unet",
     ),
-    Row(
+    DemoRow(
         "UNet: style\nby DEADiff",
-        (Icon("tiny-unet/deadiff", "fluent-emoji-high-contrast", "key"),),
+        (DemoIcon("tiny-unet/deadiff", "fluent-emoji-high-contrast", "key"),),
         PROMPTS[:3],
         model="tiny-unet",
     ),
@@ -165,7 +165,7 @@ def generate_demo(folder: Path, *, seed: int = 0, tell: Callable[[str], None] = 
     return {"grid": str(grid), "calls": calls, "seconds": seconds}
 
 
-def available(rows: Iterable[Row], tell: Callable[[str], None]) -> list[Row]:
+def available(rows: Iterable[DemoRow], tell: Callable[[str], None]) -> list[DemoRow]:
     """The rows whose model and adapters are installed; `tell` receives the names of the others."""
     from condit.weights.catalog import MODELS
 
@@ -180,7 +180,7 @@ def available(rows: Iterable[Row], tell: Callable[[str], None]) -> list[Row]:
     return kept
 
 
-def requests(row: Row, paths: dict[Icon, Path], seed: int) -> list[Request]:
+def requests(row: DemoRow, paths: dict[DemoIcon, Path], seed: int) -> list[Request]:
     """One request for every prompt and strength; a sweep changes the first reference."""
     return [
         Request(
@@ -230,13 +230,13 @@ def generate_edits(
     return cells
 
 
-def write_reference(icon: Icon, folder: Path) -> Path:
+def write_reference(icon: DemoIcon, folder: Path) -> Path:
     """Writes the icon, with its alpha, to the file that the printed commands read."""
     name = f"{icon.label.replace(' ', '-')}-{icon.style}.png"
     return save_image(sample_icon(icon.style, icon.label), folder / "references" / name)
 
 
-def reference_cell(icon: Icon, path: Path) -> SheetCell:
+def reference_cell(icon: DemoIcon, path: Path) -> SheetCell:
     """The reference after the adapter's annotator: lines for edges, gray for gray."""
     annotator = USES[icon.use].annotator if icon.use in USES else None
     image = load_image(path) if annotator is None else ANNOTATORS[annotator](path)

@@ -24,7 +24,7 @@ def within(source: str | Path, *parts: str) -> str | Path:
     return Path(source, *names) if isinstance(source, Path) else "/".join([source, *names])
 
 
-class AdapterFile(Protocol):
+class AdapterTensors(Protocol):
     """An adapter's file: its tensors, its configuration, its name and the hash of its content."""
 
     @property
@@ -99,7 +99,7 @@ class Host(Protocol):
     def image(self) -> Any: ...
 
     # An adapter by name, file or folder, for the class `method`. Raises ValueError for another class's file.
-    def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterFile: ...
+    def adapter_file(self, source: str | Path, method: str, *, ignore_text: bool = False) -> AdapterTensors: ...
 
     # References as (n, 3, H, W) in [-1, 1] at `size` (height, width).
     def read_images(

@@ -105,7 +105,7 @@ class Attention(nn.Module):
         return self.out_proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class ClipMLP(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -120,7 +120,7 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(c.hidden_size, c.num_attention_heads)
         self.layer_norm1 = nn.LayerNorm(c.hidden_size)
-        self.mlp = MLP(c.hidden_size, c.intermediate_size)
+        self.mlp = ClipMLP(c.hidden_size, c.intermediate_size)
         self.layer_norm2 = nn.LayerNorm(c.hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -157,7 +157,7 @@ class TextEmbeddings(nn.Module):
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[-1]]
 
 
-class TextTower(nn.Module):
+class CLIPTextTransformer(nn.Module):
     """Token ids (B, L) -> states, and the state of the first end token as pooled vector."""
 
     def __init__(self, c: TextConfig):
@@ -213,7 +213,7 @@ class Clip(nn.Module):
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = config
-        self.text_model = TextTower(config.text_config)
+        self.text_model = CLIPTextTransformer(config.text_config)
         self.vision_model = VisionTower(config.vision_config)
         self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
         self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)

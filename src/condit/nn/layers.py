@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from condit.nn.lora import Linear, LowRank
@@ -60,6 +61,16 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     cos, sin = rope
     real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([real * cos - imag * sin, imag * cos + real * sin], -1).flatten(-2).to(x.dtype)
+
+
+class Uninitialised(TorchFunctionMode):
+    """With `torch.device("meta")`, makes modules without normal initialisation: torch imports its compiler to compute
+    one on that device, which takes a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = kwargs or {}
+        skipped = func in (Tensor.normal_, nn.init.normal_)
+        return (args[0] if args else given["tensor"]) if skipped else func(*args, **given)
 
 
 def timestep_features(t: Tensor, dim: int = 256) -> Tensor:

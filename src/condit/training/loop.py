@@ -12,6 +12,7 @@ import math
 import os
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ class LoopConfig(BaseModel):
     sheet_minutes: NotNegative = 8.0
 
 
-class Task(nn.Module):
+class Task(nn.Module, ABC):
     """What is trained. Only parameters with requires_grad are optimised, averaged and saved.
 
     data_type: the type of a recipe's `[data]`, the constructor's only argument; None: the constructor takes the fields
@@ -90,14 +91,14 @@ class Task(nn.Module):
         """What `shard = true` shards: the name of the network's attribute, and its blocks, gathered one at a time."""
         raise ValueError(f"{type(self).__name__} cannot be sharded; leave `shard` out.")
 
+    @abstractmethod
     def batch(self, rng: random.Random, size: int) -> object:
         """One batch on the CPU, a tensor or a dataclass of tensors, a pure function of `rng`. Called in a background
         thread."""
-        raise NotImplementedError(f"{type(self).__name__} has no batch().")
 
+    @abstractmethod
     def forward(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss (0-d) and figures for the log."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward().")
 
     def validate(self) -> dict[str, float]:
         """Figures on held-out data, with averaged weights."""

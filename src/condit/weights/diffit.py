@@ -17,6 +17,7 @@ from torch import Tensor
 
 from condit.backbones.diffit import PRESETS, DiffiT, DiffiTConfig
 from condit.backbones.diffit_image import DiffiTImage, DiffiTImageConfig
+from condit.nn.layers import Uninitialised
 from condit.weights.files import Json, load_strict, read_tensors, save_tensors
 from condit.weights.folders import network_folder, only_weight_file, own_config
 from condit.weights.guess import guess
@@ -42,7 +43,7 @@ def diffit_of(tensors: Mapping[str, Tensor], *, source: str | Path, config: Json
     """`load_diffit` for tensors in memory. source: names them in errors. config: fields of `DiffiTConfig`; None or {}:
     by the shapes."""
     c = DiffiTConfig(**config) if config else config_of(tensors)
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         model = DiffiT(c)
     load_strict(model, without_indices(tensors, c, source), source=source, what_is=guess, assign=True)
     return model.eval()
@@ -51,7 +52,7 @@ def diffit_of(tensors: Mapping[str, Tensor], *, source: str | Path, config: Json
 def load_diffit_image(path: str | Path) -> DiffiTImage:
     """The image-space model in a file or folder of ours, strictly, in evaluation mode; there are no official files."""
     path = file_of(path)
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         model = DiffiTImage(DiffiTImageConfig(**own_config(path, "DiffiTImage", DiffiTImageConfig)))
     load_strict(model, read_tensors(path), source=path, what_is=guess, assign=True)
     return model.eval()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from condit.backbones.dit import PRESETS, DiT, DiTConfig, sincos_positions
+from condit.nn.layers import Uninitialised
 from condit.weights.files import Json, atomic_write, load_strict, read_tensors, save_folder, save_tensors
 from condit.weights.folders import network_folder, own_config, read_json, weight_files
 from condit.weights.guess import guess
@@ -71,7 +72,7 @@ def load_dit(
     if "pos_embed" not in tensors and "x_embedder.proj.weight" in tensors:  # a fixed table: some writers leave it out
         table = sincos_positions(config.grid, config.hidden_size)[None]
         tensors = {"pos_embed": table.to(tensors["x_embedder.proj.weight"].dtype), **tensors}
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         model = DiT(config)
     load_strict(model, tensors, source=source, what_is=guess, assign=True)
     return model.eval()

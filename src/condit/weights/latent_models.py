@@ -32,7 +32,7 @@ def rows_of(frame: Frame | Sequence[Frame], count: int) -> Sequence[Frame]:
     return [frame] * count if isinstance(frame, Frame) else frame
 
 
-class Network(Protocol):
+class LatentNetwork(Protocol):
     """A network with its text: latents (B, C, h, w), timesteps (B,) -> prediction (B, latent channels, h, w)."""
 
     def __call__(self, x: Tensor, t: Tensor, lora: LowRank | None, controls: Sequence[Control]) -> Tensor: ...
@@ -40,7 +40,7 @@ class Network(Protocol):
 
 # tell(backbone, text, frame): the network of a run. What does not change from step to step is computed here. One frame
 # for all rows, or one a row.
-Tell = Callable[[Any, Text, Frame | Sequence[Frame]], Network]
+Tell = Callable[[Any, Text, Frame | Sequence[Frame]], LatentNetwork]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LatentParts:
     zero_negative: bool = False
 
 
-def tell_unet(unet: UNet, text: Text, frame: Frame | Sequence[Frame]) -> Network:
+def tell_unet(unet: UNet, text: Text, frame: Frame | Sequence[Frame]) -> LatentNetwork:
     """Stable Diffusion's UNet with a text, whose keys and values are projected once a run."""
     sizes = None
     if unet.config.addition_embed_type is not None:

@@ -113,7 +113,7 @@ TENSORS: dict[str, Kind] = {
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSource:
     """What a source is, and where: `name` as the caller wrote it; hub: the repository at a commit that it is from."""
 
     kind: Kind
@@ -146,7 +146,7 @@ class Options:
         return self.dtype or (torch.float16 if torch.device(self.device).type == "cuda" else torch.float32)
 
 
-LOADERS: dict[Kind, Callable[[Model, Options], AnyParts]] = {
+LOADERS: dict[Kind, Callable[[ModelSource, Options], AnyParts]] = {
     "tiny": lambda m, o: load_tiny(m.name, m.path, o.dtype or torch.float32),
     "flux": lambda m, o: load_flux(m.path, o.dtype or torch.bfloat16, m.label),
     "flux-file": lambda m, o: load_flux_file(m.path, o.components or m.path.parent, o.dtype or torch.bfloat16, m.label),
@@ -169,7 +169,7 @@ OPTIONS: dict[str, tuple[tuple[Kind, ...], str]] = {
 }
 
 
-def identify(source: str | Path, variant: str | None = None) -> Model:
+def identify(source: str | Path, variant: str | None = None) -> ModelSource:
     """What a published name, an embedded model's name, a path or a name on a hub is, in this order; what is on a hub is
     downloaded, its weights in a variant ("fp16") where there is one. FileNotFoundError for a published name whose file
     is not in the models folder; ValueError for anything that condit does not load; for a hub's errors see
@@ -180,7 +180,7 @@ def identify(source: str | Path, variant: str | None = None) -> Model:
     if name in PUBLISHED:
         path = _published_path(name)
         if (kind := PUBLISHED[name].kind) is not None:
-            return Model(kind, name, path)
+            return ModelSource(kind, name, path)
     elif name in MODELS:
         path = MODELS[name].path
     elif name.split("/")[0] not in MODELS and (asked := HubName.of(source)) is not None:
@@ -197,7 +197,7 @@ def identify(source: str | Path, variant: str | None = None) -> Model:
     if kind is None and name in MODELS and MODELS[name].kind == "model":
         kind = "tiny"
     if kind is not None:
-        return Model(kind, name, path, hub)
+        return ModelSource(kind, name, path, hub)
     looks = f" It is a {index}." if index else f" It looks like {found}." if (found := guess(names)) else ""
     raise ValueError(_refusal(name, looks))
 
@@ -208,7 +208,7 @@ def kind_of_tensors(names: Collection[str]) -> Kind | None:
 
 
 def load_parts(
-    source: str | Path | Model,
+    source: str | Path | ModelSource,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -219,7 +219,7 @@ def load_parts(
     """The parts of a pipeline, on the CPU. dtype None: float32 for "tiny", bfloat16 for FLUX.1, the file's for DiT,
     DiffiT and ViT (float32 for the embedded ones), and for the rest float16 where `device` is a GPU, else float32. vae,
     components: see `condit.load`. ValueError for an option that the model does not take; else as `identify`."""
-    model = source if isinstance(source, Model) else identify(source)
+    model = source if isinstance(source, ModelSource) else identify(source)
     check_options(model, vae=vae, components=components, quantize=quantize)
     if model.hub is not None and model.hub.path and components is None:
         download_beside(model.hub, BESIDE.get(model.kind, ()))
@@ -239,7 +239,7 @@ def _check_index(name: str, settings: Json) -> None:
         raise ValueError(_refusal(name, f" It is a {pipeline or kind}."))
 
 
-def check_options(model: Model, **options: object) -> None:
+def check_options(model: ModelSource, **options: object) -> None:
     """ValueError for an option that is not None and that this kind of model does not take."""
     for option, value in options.items():
         kinds, what = OPTIONS[option]

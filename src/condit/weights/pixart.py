@@ -13,10 +13,11 @@ from condit.backbones.pixart import PixArt, PixArtConfig
 from condit.controls.control import Control
 from condit.diffusion.vp import Process
 from condit.encoders.text import T5Text, Text
+from condit.nn.layers import Uninitialised
 from condit.nn.lora import LowRank
 from condit.weights.files import Json, hash_file, load_strict
 from condit.weights.folders import check_tokenizer, read_folder, read_json, weight_files
-from condit.weights.latent_models import Frame, LatentParts, Network, rows_of
+from condit.weights.latent_models import Frame, LatentNetwork, LatentParts, rows_of
 from condit.weights.stable_diffusion import SOLVERS
 from condit.weights.vae import frozen, load_autoencoder
 
@@ -74,7 +75,7 @@ def load_pixart(folder: Path, dtype: torch.dtype, name: str) -> LatentParts:
 def load_transformer(folder: Path) -> PixArt:
     """The network, strictly."""
     config = pixart_config(read_json(folder / "config.json"), folder)
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         network = PixArt(config)
     load_strict(network, read_folder(folder), source=folder, assign=True)
     return network
@@ -108,7 +109,7 @@ def load_t5(encoder: Path) -> T5EncoderModel:
     from transformers import T5Config, T5EncoderModel
 
     # Not from_pretrained: it draws a progress bar, and fills missing tensors with random numbers.
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialised():
         t5 = T5EncoderModel(T5Config.from_dict(read_json(encoder / "config.json")))
     tensors = read_folder(encoder)
     # One table with two names, of which a file holds one.
@@ -120,7 +121,7 @@ def load_t5(encoder: Path) -> T5EncoderModel:
     return t5
 
 
-def tell_pixart(network: PixArt, text: Text, frame: Frame | Sequence[Frame]) -> Network:
+def tell_pixart(network: PixArt, text: Text, frame: Frame | Sequence[Frame]) -> LatentNetwork:
     """PixArt with a text: the noise that it predicts, without its learned variance, which no solver here reads."""
     size = None
     if network.config.sized:

@@ -122,20 +122,26 @@ def load_unet(folder: Path) -> UNet:
 def unet_config(raw: Json, source: str | Path) -> UNetConfig:
     """The configuration in a config.json of diffusers, with diffusers' defaults. ValueError for a setting that this
     network does not support."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    signature = inspect.signature(UNet2DConditionModel.__init__).parameters
-    defaults: Json = {name: p.default for name, p in signature.items() if name != "self"}
     ours = {field.name for field in fields(UNetConfig)}
+    others = {name for name in raw if not name.startswith("_")} - ours - set(_IDLE)
+    # A complete configuration, such as the embedded model's, needs no defaults, and diffusers takes seconds to import.
+    defaults = _defaults() if others or not ours <= raw.keys() else {}
     # The middle block's own switch: published files repeat the default of only_cross_attention.
     defaults["mid_block_only_cross_attention"] = raw.get("mid_block_only_cross_attention") or None
     for name, value in raw.items():
         idle = name.startswith("_") or name in ours or name in _IDLE or value == defaults.get(name)
         if not idle and name != "mid_block_only_cross_attention":
             raise ValueError(f"{source}: the UNet has {name} = {value!r}, which Stable Diffusion's does not have.")
-    config = {name: raw.get(name, defaults[name]) for name in ours}
+    config = {name: raw[name] if name in raw else defaults[name] for name in ours}
     config["sample_size"] = config["sample_size"] or 64
     return UNetConfig(**tuples(config))
+
+
+def _defaults() -> Json:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    signature = inspect.signature(UNet2DConditionModel.__init__).parameters
+    return {name: p.default for name, p in signature.items() if name != "self"}
 
 
 def load_clip_text(folder: Path, *, projected: bool) -> ClipTower:

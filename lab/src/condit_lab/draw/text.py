@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.encoders.clip import embed_text
-from condit.encoders.clip_model import TextConfig, TextTower
+from condit.encoders.clip_model import CLIPTextTransformer, TextConfig
 from condit.encoders.clip_tokenizer import SPECIAL_TOKENS, ClipTokenizer
 from condit.weights.tiny import load_clip
 from condit_lab.draw.data import Drawing, all_captions
@@ -53,7 +53,7 @@ class TrainedText(nn.Module):
     def __init__(self, tokenizer: ClipTokenizer, *, width: int, layers: int):
         super().__init__()
         self.tokenizer, self.width, self.pooled_width = tokenizer, width, width
-        self.text_model = TextTower(
+        self.text_model = CLIPTextTransformer(
             TextConfig(
                 hidden_size=width,
                 intermediate_size=4 * width,

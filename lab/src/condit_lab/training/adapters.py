@@ -306,7 +306,7 @@ class TokenTask(AdapterTask):
         with torch.no_grad():
             shown = batch.references[:, 0]
             if self.leave is not None and batch.lots is not None:
-                own = batch.lots >= risen(self.leave, self.progress)
+                own = batch.lots >= at_progress(self.leave, self.progress)
                 shown = torch.where(own[:, None, None, None], batch.images, shown)
             # The empty condition is a black picture, encoded like any other.
             shown = torch.where(dropped[:, None, None, None], torch.full_like(batch.images, -1.0), shown)
@@ -320,7 +320,9 @@ class TokenTask(AdapterTask):
         there = condition_ids(config, grid)
         if self.walk is None:
             return there
-        return torch.lerp(condition_ids(replace(config, delta=(0, 0)), grid), there, risen(self.walk, self.progress))
+        return torch.lerp(
+            condition_ids(replace(config, delta=(0, 0)), grid), there, at_progress(self.walk, self.progress)
+        )
 
     def predict(self, x_t: Tensor, t: Tensor, text: Text, streams: list[Stream], controls: list[Control]) -> Tensor:
         if self.variant.what != "add":
@@ -341,7 +343,7 @@ def widened(small: dict[str, Tensor], large: dict[str, Tensor]) -> dict[str, Ten
     return found
 
 
-def risen(between: tuple[float, float], progress: float) -> float:
+def at_progress(between: tuple[float, float], progress: float) -> float:
     """0 before the first share of the run, 1 after the second, a line between them."""
     begin, end = between
     return min(1.0, max(0.0, (progress - begin) / (end - begin)))

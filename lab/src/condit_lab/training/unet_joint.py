@@ -163,7 +163,7 @@ class UNetJointTask(UNetTask):
         passes = [(slice(0, first), controls)]
         if batch.deadiff:
             with dropout_from(generator, x0.device):
-                control = self.asked(batch.deadiff, kept[first:]).prepare(run_of(self.parts, x0[first:]))
+                control = self.deadiff_control(batch.deadiff, kept[first:]).prepare(run_of(self.parts, x0[first:]))
             passes.append((slice(first, len(x0)), [control]))
         loss = torch.cat(
             [
@@ -184,7 +184,7 @@ class UNetJointTask(UNetTask):
         spread[rows], region[rows] = features, 1
         return adapter.reference(spread).within(region)
 
-    def asked(self, pairs: tuple[Paired, ...], kept: Tensor) -> DEADiffReference:
+    def deadiff_control(self, pairs: tuple[Paired, ...], kept: Tensor) -> DEADiffReference:
         """DEADiff's tokens for rows of several tasks: zeros for what a task is not shown, and where not `kept`."""
         assert self.deadiff is not None
         images = self.tower(torch.cat([p.references for p in pairs]))
