@@ -111,7 +111,7 @@ def test_a_transformer_of_another_shape_of_configuration_is_refused(dev):
     transformer.register_to_config(pooled_layers=2)
     vars(odd)["transformer"] = transformer
     with pytest.raises(ValueError, match="'pooled_layers', which FLUX.1's does not"):
-        attach(odd)
+        draw(attach(odd), controls=[Present()])  # without controls it is diffusers' own
 
 
 def test_borrowed_layers_are_those_an_adapter_is_trained_on(dev, omini):

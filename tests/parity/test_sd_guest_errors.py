@@ -77,7 +77,7 @@ def test_other_pipelines_and_networks_are_refused_by_name(sd_pairs):
     unet.register_to_config(class_embed_type="timestep")
     vars(odd)["unet"] = unet
     with pytest.raises(ValueError, match="class_embed_type = 'timestep', which Stable Diffusion's does not have"):
-        attach(odd)
+        draw(attach(odd), controls=[Present()])  # without controls it is diffusers' own
     with pytest.raises(ValueError, match=r"multiples of 2; found \(33, 32\)"):
         attach(pair.theirs, size=(33, 32))
     guest = attach(pair.theirs)

@@ -33,13 +33,26 @@ def asked(name: str) -> dict[str, Any]:
         actual |= {"mask_image": MASK, "height": 32, "width": 32}
     if "ControlNet" in name:
         actual["control_image" if change else "image"] = PICTURE
-    return actual
+    return actual | ({"image": PICTURE} if "Adapter" in name else {})
+
+
+def parts(name: str, unet: Any) -> dict[str, Any]:
+    """The networks that a kind of pipeline has beside its UNet."""
+    if "ControlNet" in name:
+        return {"controlnet": controlnet(unet)}
+    if "Adapter" not in name:
+        return {}
+    torch.manual_seed(3)
+    # Features of the size of the UNet's levels; SDXL's first level has no attention and gives half its size.
+    kind, factor = ("full_adapter_xl", 4) if "XL" in name else ("full_adapter", 2)
+    adapter = diffusers.T2IAdapter(channels=[8, 16], num_res_blocks=1, downscale_factor=factor, adapter_type=kind)
+    return {"adapter": shaken(adapter.eval(), 0.1)}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_supported_pipeline_generates_the_same_and_takes_controls(sd_pairs, pictures, name):
     pair = sd_pairs("sdxl" if "XL" in name else "sd15")
-    host = pair.host(name, **({"controlnet": controlnet(pair.theirs.unet)} if "ControlNet" in name else {}))
+    host = pair.host(name, **parts(name, pair.theirs.unet))
 
     def call(pipe: Any, **given: Any) -> Tensor:
         start = torch.Generator().manual_seed(4)
@@ -52,8 +65,9 @@ def test_every_supported_pipeline_generates_the_same_and_takes_controls(sd_pairs
         controlled = call(guest, controls=pair.controls(guest, "all", pictures(1)[0]))
     assert (controlled - plain).abs().max() > 1e-2
     assert torch.equal(call(host), plain)
-    if "ControlNet" in name:
-        assert (plain - call(host, controlnet_conditioning_scale=0.0)).abs().max() > 1e-2
+    if "ControlNet" in name or "Adapter" in name:
+        scale = f"{'controlnet' if 'ControlNet' in name else 'adapter'}_conditioning_scale"
+        assert (plain - call(host, **{scale: 0.0})).abs().max() > 1e-2
 
 
 @every_kind

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from condit.nn.attention import BlockControl, Call, Site, attend, join_heads, split_heads
 from condit.nn.layers import Embedder, UpProjection, timestep_features
-from condit.nn.lora import Linear, LowRank, Pointwise, name_linears
+from condit.nn.lora import Conv, Linear, LowRank, Pointwise, name_linears
 from condit.nn.offload import OffloadedBlocks, on_device
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]  # path of a cross-attention -> keys and values, each (B, H, L, D)
 
 CROSS_DOWN, CROSS_UP, DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UpBlock2D"
+CROSS_MID, MID = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
+Depth = int | tuple[int, ...]  # transformer blocks of a level, the same in each of its `Transformer`s or one by one
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class UNetConfig:
     """Fields and names of diffusers' `UNet2DConditionModel`; the defaults are Stable Diffusion 1.5.
 
     attention_head_dim is, despite its name, the number of heads, of all levels or of each; this is how it is published.
-    So is transformer_layers_per_block. addition_embed_type "text_time": SDXL's pooled text and sizes.
+    So is transformer_layers_per_block; for pruned models (SSD-1B) each entry may have a number for each layer, and
+    reverse_transformer_layers_per_block those of the way up, coarsest level first. mid_block_type: MID is one resnet,
+    None no middle (BK-SDM). addition_embed_type "text_time": SDXL's pooled text and sizes. time_cond_proj_dim: width of
+    the embedded guidance scale (LCM).
     """
 
     in_channels: int = 4
@@ -35,12 +40,15 @@ class UNetConfig:
     down_block_types: tuple[str, ...] = (CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, DOWN)
     up_block_types: tuple[str, ...] = (UP, CROSS_UP, CROSS_UP, CROSS_UP)
     layers_per_block: int = 2
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    mid_block_type: str | None = CROSS_MID
+    transformer_layers_per_block: int | tuple[Depth, ...] = 1
+    reverse_transformer_layers_per_block: tuple[Depth, ...] | None = None
     attention_head_dim: int | tuple[int, ...] = 8
     cross_attention_dim: int = 768
     use_linear_projection: bool = False
     addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None
+    time_cond_proj_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -63,25 +71,33 @@ class UNetConfig:
                 f"Block type {sorted(unknown)[0]!r} is not supported; "
                 f"expected {CROSS_DOWN}, {DOWN}, {CROSS_UP} or {UP}."
             )
+        if self.mid_block_type not in (CROSS_MID, MID, None):
+            raise ValueError(
+                f"mid_block_type {self.mid_block_type!r} is not supported; expected {CROSS_MID}, {MID} or None."
+            )
         if self.addition_embed_type not in (None, "text_time"):
             raise ValueError(f"addition_embed_type must be None or 'text_time'; found {self.addition_embed_type!r}.")
 
     @property
     def heads(self) -> tuple[int, ...]:
         """Attention heads of each level, finest first."""
-        return self._each(self.attention_head_dim)
+        heads = self.attention_head_dim
+        return (heads,) * len(self.block_out_channels) if isinstance(heads, int) else tuple(heads)
 
     @property
-    def depths(self) -> tuple[int, ...]:
-        """Transformer blocks in each `Transformer` of a level, finest level first."""
-        return self._each(self.transformer_layers_per_block)
+    def depths(self) -> tuple[Depth, ...]:
+        """Transformer blocks of a level on the way down, finest level first."""
+        depths = self.transformer_layers_per_block
+        return (depths,) * len(self.block_out_channels) if isinstance(depths, int) else tuple(depths)
+
+    @property
+    def depths_up(self) -> tuple[Depth, ...]:
+        """Those on the way up, coarsest level first."""
+        return self.reverse_transformer_layers_per_block or self.depths[::-1]
 
     @property
     def time_dim(self) -> int:
         return 4 * self.block_out_channels[0]
-
-    def _each(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
-        return (value,) * len(self.block_out_channels) if isinstance(value, int) else tuple(value)
 
 
 _SDXL = UNetConfig(
@@ -139,17 +155,17 @@ class Resnet(nn.Module):
     def __init__(self, c: UNetConfig, c_in: int, c_out: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(c.norm_num_groups, c_in, eps=c.norm_eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv(c_in, c_out, 3, padding=1)
         self.time_emb_proj = Linear(c.time_dim, c_out)
         self.norm2 = nn.GroupNorm(c.norm_num_groups, c_out, eps=c.norm_eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.conv2 = Conv(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = Conv(c_in, c_out, 1) if c_in != c_out else None
 
     def forward(self, x: Tensor, context: UNetContext) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(F.silu(self.norm1(x)), context.lora)
         h = h + self.time_emb_proj(F.silu(context.clock), context.lora)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.conv2(F.silu(self.norm2(h)), context.lora)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x, context.lora))
 
 
 class UNetAttention(nn.Module):
@@ -227,10 +243,10 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
+        self.conv = Conv(dim, dim, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+    def forward(self, x: Tensor, lora: LowRank | None) -> Tensor:
+        return self.conv(x, lora)
 
 
 class Upsample(nn.Module):
@@ -238,10 +254,10 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv = Conv(dim, dim, 3, padding=1)
 
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
-        return self.conv(F.interpolate(x, size=list(size), mode="nearest"))
+    def forward(self, x: Tensor, size: Sequence[int], lora: LowRank | None) -> Tensor:
+        return self.conv(F.interpolate(x, size=list(size), mode="nearest"), lora)
 
 
 class Level(nn.Module):
@@ -262,17 +278,23 @@ class Level(nn.Module):
         x = self.resnets[i](x, context)
         return x if self.attentions is None else self.attentions[i](x, context)
 
-    def down(self, x: Tensor, context: UNetContext) -> list[Tensor]:
-        """The skips of this level; the last one is the input of the next level."""
+    def down(self, x: Tensor, context: UNetContext, features: Tensor | None = None) -> list[Tensor]:
+        """The skips of this level; the last one is the input of the next level. features: those of a T2I-Adapter, which
+        add to the last attention or, without attention, to what leaves the level."""
         skips = []
         for i in range(len(self.resnets)):
             skips.append(x := self.step(i, x, context))
+        if features is not None and self.attentions is not None:
+            x = skips[-1] = x + features
         if self.downsamplers is not None:
-            skips.append(self.downsamplers[0](x))
+            skips.append(self.downsamplers[0](x, context.lora))
+        if features is not None and self.attentions is None:
+            skips[-1] = skips[-1] + features
         return skips
 
     def middle(self, x: Tensor, context: UNetContext) -> Tensor:
-        return self.resnets[1](self.step(0, x, context), context)
+        x = self.step(0, x, context)
+        return self.resnets[1](x, context) if len(self.resnets) > 1 else x
 
     def up(self, x: Tensor, skips: list[Tensor], context: UNetContext) -> Tensor:
         """The way up, which removes the level's skips from the end of `skips`."""
@@ -281,7 +303,7 @@ class Level(nn.Module):
         if self.upsamplers is None:
             return x
         # The size of the next skip is twice this one, or one less where the way down rounded up.
-        return self.upsamplers[0](x, skips[-1].shape[2:])
+        return self.upsamplers[0](x, skips[-1].shape[2:], context.lora)
 
 
 class UNet(nn.Module):
@@ -291,21 +313,23 @@ class UNet(nn.Module):
         super().__init__()
         c = self.config = config
         dims, levels = c.block_out_channels, len(c.block_out_channels)
-        self.conv_in = nn.Conv2d(c.in_channels, dims[0], 3, padding=1)
+        self.conv_in = Conv(c.in_channels, dims[0], 3, padding=1)
         self.time_embedding = Embedder(dims[0], c.time_dim)
         added = c.projection_class_embeddings_input_dim
+        if c.time_cond_proj_dim is not None:
+            self.time_embedding.cond_proj = Linear(c.time_cond_proj_dim, dims[0], bias=False)
         self.add_embedding = Embedder(added, c.time_dim) if c.addition_embed_type and added else None
 
-        def transformers(path: str, level: int, n: int) -> list[Transformer]:
-            shape = dims[level], c.depths[level], c.heads[level]
-            return [Transformer(c, *shape, f"{path}.attentions.{i}") for i in range(n)]
+        def transformers(path: str, level: int, depth: Depth, n: int) -> list[Transformer]:
+            depths = (depth,) * n if isinstance(depth, int) else depth
+            return [Transformer(c, dims[level], depths[i], c.heads[level], f"{path}.attentions.{i}") for i in range(n)]
 
         self.down_blocks, self.up_blocks, skips = nn.ModuleList(), nn.ModuleList(), [dims[0]]
         for i, dim in enumerate(dims):
             widths = [skips[-1], *[dim] * (c.layers_per_block - 1)]
             n = c.layers_per_block if c.down_block_types[i] == CROSS_DOWN else 0
             last = i == levels - 1
-            attentions = transformers(f"down_blocks.{i}", i, n)
+            attentions = transformers(f"down_blocks.{i}", i, c.depths[i], n)
             self.down_blocks.append(Level(c, widths, dim, attentions, "" if last else "down"))
             skips += [dim] * (c.layers_per_block + (not last))
         before = dims[-1]
@@ -313,12 +337,16 @@ class UNet(nn.Module):
             n = c.layers_per_block + 1
             widths = [width + skips.pop() for width in (before, *[dim] * c.layers_per_block)]
             n, last, before = n if c.up_block_types[i] == CROSS_UP else 0, i == levels - 1, dim
-            attentions = transformers(f"up_blocks.{i}", levels - 1 - i, n)
+            attentions = transformers(f"up_blocks.{i}", levels - 1 - i, c.depths_up[i], n)
             self.up_blocks.append(Level(c, widths, dim, attentions, "" if last else "up"))
         # Constructed last, as in diffusers: published adapters number the middle's attention after that of the way up.
-        self.mid_block = Level(c, [dims[-1]] * 2, dims[-1], transformers("mid_block", levels - 1, 1), "")
+        self.mid_block = None
+        if c.mid_block_type is not None:
+            n = int(c.mid_block_type == CROSS_MID)
+            attentions = transformers("mid_block", levels - 1, c.depths[-1], n)
+            self.mid_block = Level(c, [dims[-1]] * (n + 1), dims[-1], attentions, "")
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, dims[0], eps=c.norm_eps)
-        self.conv_out = nn.Conv2d(dims[0], c.out_channels, 3, padding=1)
+        self.conv_out = Conv(dims[0], c.out_channels, 3, padding=1)
         for i, block in enumerate(m for m in self.modules() if isinstance(m, UNetBlock)):
             block.attn1.site, block.attn2.site = replace(block.attn1.site, index=i), replace(block.attn2.site, index=i)
         self._attentions = [
@@ -340,11 +368,20 @@ class UNet(nn.Module):
         return {a.site.path: a.keys_values(text, lora) for a in layers}
 
     def clock(
-        self, t: Tensor, pooled: Tensor | None, sizes: Tensor | None, lora: LowRank | None, dtype: torch.dtype
+        self,
+        t: Tensor,
+        pooled: Tensor | None,
+        sizes: Tensor | None,
+        lora: LowRank | None,
+        dtype: torch.dtype,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """MLP(t), and for SDXL + MLP(pooled text and sinusoidal features of the sizes): (B, time_dim). ValueError if
         SDXL's are missing."""
-        clock = self.time_embedding(timestep_features(t, self.config.block_out_channels[0]).to(dtype), lora)
+        features = timestep_features(t, self.config.block_out_channels[0]).to(dtype)
+        if guidance is not None:
+            features = features + self.time_embedding.cond_proj(guidance.to(dtype), lora)
+        clock = self.time_embedding(features, lora)
         if self.add_embedding is None:
             return clock
         if pooled is None or sizes is None:
@@ -364,22 +401,28 @@ class UNet(nn.Module):
         lora: LowRank | None = None,
         controls: Sequence[BlockControl] = (),
         residuals: Sequence[Tensor] = (),
+        features: Sequence[Tensor] = (),
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Latents (B, in_channels, H, W), t (B,) in [0, 1000) -> (B, out_channels, H, W).
 
         text: states (B, L, cross_attention_dim), or their `text_keys_values`. SDXL: pooled text (B, P) and sizes (B, 6)
         in pixels: height and width of the original, top and left of the crop, height and width of the target.
         residuals: those of a ControlNet (arXiv:2302.05543); the last adds to the middle, the others to the skips.
+        features: those of a T2I-Adapter (arXiv:2302.08453), one a level and one of the middle's size, or fewer.
+        guidance (B, time_cond_proj_dim): the embedded guidance scale of an LCM (arXiv:2310.04378).
         """
         keys_values = self.text_keys_values(text, lora) if isinstance(text, Tensor) else text
-        context = UNetContext(self.clock(t, pooled, sizes, lora, x.dtype), keys_values, lora, tuple(controls))
-        skips = [self.conv_in(x)]
+        context = UNetContext(self.clock(t, pooled, sizes, lora, x.dtype, guidance), keys_values, lora, tuple(controls))
+        skips, added = [self.conv_in(x, lora)], list(features)
         for level in cast("Iterable[Level]", self.down_blocks):
-            skips += level.down(skips[-1], context)
-        x = self.mid_block.middle(skips[-1], context)
+            skips += level.down(skips[-1], context, added.pop(0) if added else None)
+        x = skips[-1] if self.mid_block is None else self.mid_block.middle(skips[-1], context)
+        if added and added[0].shape == x.shape:
+            x = x + added[0]
         if residuals:
             x = x + residuals[-1]
             skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
         for level in cast("Iterable[Level]", self.up_blocks):
             x = level.up(x, skips, context)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)), lora)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from condit.nn.lora import linear_shapes
+from condit.nn.lora import Shape, linear_shapes
 from condit.nn.streams import Order, grid_ids
 
 Side = Literal["left", "right"]
@@ -85,7 +85,7 @@ TARGETS = (
 )
 
 
-def omini_targets(backbone: nn.Module) -> dict[str, tuple[int, int]]:
+def omini_targets(backbone: nn.Module) -> dict[str, Shape]:
     """The linears that the official LoRA adapts, path -> (out, in)."""
     return linear_shapes(backbone, TARGETS)
 

@@ -37,14 +37,14 @@ class StyleLoRA(nn.Module):
         weight_name: str = "",
         ignore_text: bool = False,
     ) -> StyleLoRA:
-        """From a file, a folder or a name on a hub, in the layout of diffusers, peft or kohya; subfolder, weight_name:
-        see `IPAdapter.load`. ignore_text: drop the tensors for text encoders, which changes the LoRA. CLIP's act
-        on condit's own pipelines."""
+        """From a file, a folder or a name on a hub, in one of the layouts of docs/files.md; subfolder, weight_name: see
+        `IPAdapter.load`. ignore_text: drop the tensors for text encoders, which changes the LoRA. CLIP's act on
+        condit's own pipelines."""
         source = within(source, subfolder, weight_name)
         file = pipe.adapter_file(source, "OminiControl", ignore_text=ignore_text or pipe.adapts_text)
         if file.config.get("method") == "OminiControl":
             raise ValueError(f"{source} is an OminiControl adapter, not a style LoRA. Use condit.OminiControl.load.")
-        lora = LoRA.from_tensors(file.tensors)
+        lora = LoRA.from_tensors(file.tensors, model=pipe.backbone)
         lora.check_fits(pipe.backbone, source, pipe.name)
         lora = lora.requires_grad_(False).to(pipe.device, pipe.dtype)
         adapter = cls(lora, frozenset(linear_shapes(pipe.backbone, TARGETS)))

@@ -32,7 +32,8 @@ def load(
     gives a `ViTPipeline`, everything else a `Pipeline`.
 
     torch_dtype: another name of dtype. vae: for DiT and DiffiT, an autoencoder, its folder, or "tiny" for the
-    embedded one; None: the folder `vae` next to the weights. components: for a single file of FLUX.1, the folder of
+    embedded one; None: the folder `vae` next to the weights. For Stable Diffusion an autoencoder, its folder or file,
+    instead of the model's own. components: for a single file of FLUX.1, the folder of
     text encoders, tokenizers and autoencoder; None: the file's own. offload: see `Pipeline`. quantize: see
     `condit.weights.quantise`; the weights of FLUX's blocks then take one byte each. variant: which weights of a
     repository are downloaded ("fp16"), where it has them. Raises ValueError for an option that the model does not

@@ -70,10 +70,19 @@ class ControlledTransformer(StandIn):
     """Replaces a transformer and counts its predictions: in a step first the prompt's, then, if there are two, the
     negative prompt's."""
 
-    def __init__(self, guest: GuestPipeline, controls: tuple[Control, ...], host: NativePipeline, predictions: int):
+    def __init__(
+        self,
+        guest: GuestPipeline,
+        controls: tuple[Control, ...],
+        host: NativePipeline,
+        predictions: int,
+        image_share: float | None = None,
+    ):
+        """image_share: the scale of the controls in units of that of the text, if it is another."""
         super().__init__(guest, controls, host, predictions)
         absent = tuple(c for c in (control.negative() for control in controls) if c is not None)
-        self.sides: list[tuple[Control, ...]] = [controls, absent][:predictions]
+        self.sides: list[tuple[Control, ...]] = [controls, absent]
+        self.image_share, self.plain = image_share, absent  # plain: the controls of the prompt without references
         self.backbone = borrow(self.native) if controls else None
 
     def forward(self, **kwargs: Any) -> Any:
@@ -89,17 +98,28 @@ class ControlledTransformer(StandIn):
             if index == 0:
                 run = run_of(self.backbone, inputs)
                 self.sides[side] = tuple(control.prepare(run) for control in self.sides[side])
+                if side == 0 and self.image_share is not None:
+                    self.plain = tuple(control.prepare(run) for control in self.plain)
             step = Step(index, self.host.num_timesteps, self.levels[index])
             acting = [c for c in (control.at(step) for control in self.sides[side]) if c is not None]
             if acting:
-                return predict(self.backbone, inputs, acting)
+                out = predict(self.backbone, inputs, acting)
+                if side == 0 and self.image_share is not None:
+                    plain = [c for c in (control.at(step) for control in self.plain) if c is not None]
+                    text = predict(self.backbone, inputs, plain)
+                    out = text + self.image_share * (out - text)
+                return output_of(out, inputs.return_dict)
         return self.native(**kwargs)
 
 
-def predict(backbone: MMDiT, inputs: FluxInputs, acting: Sequence[Control]) -> Transformer2DModelOutput | tuple[Tensor]:
-    """A prediction of condit's MM-DiT as diffusers' output, or as a tuple without return_dict."""
-    out = run(backbone, inputs, [*acting, BlockResiduals(residuals(backbone, inputs))])
-    if not inputs.return_dict:
+def predict(backbone: MMDiT, inputs: FluxInputs, acting: Sequence[Control]) -> Tensor:
+    """A prediction of condit's MM-DiT."""
+    return run(backbone, inputs, [*acting, BlockResiduals(residuals(backbone, inputs))])
+
+
+def output_of(out: Tensor, return_dict: bool) -> Transformer2DModelOutput | tuple[Tensor]:
+    """As diffusers' output, or as a tuple."""
+    if not return_dict:
         return (out,)
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
@@ -230,7 +250,10 @@ def stand_in(
     if controls:
         size = image_size(guest.pipe, arguments, guest.pixels)
         controls = tuple(control.sized(size, guest) for control in controls)
-    return ControlledTransformer(guest, controls, host, predictions_a_step(arguments))
+    predictions = predictions_a_step(arguments)
+    scale: float | None = arguments["image_guidance_scale"]
+    share = None if scale is None else scale / (arguments["true_cfg_scale"] if predictions > 1 else 1.0)
+    return ControlledTransformer(guest, controls, host, predictions, share)
 
 
 def image_size(pipe: NativePipeline, arguments: Arguments, pixels: int) -> tuple[int, int]:

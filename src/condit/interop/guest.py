@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from condit.backbones.mmdit import MMDiT
-from condit.backbones.unet import UNet
+from condit.backbones.mmdit import MMDiT, MMDiTConfig
+from condit.backbones.unet import UNet, UNetConfig
 from condit.controls.control import Control, check_controls
 from condit.controls.wrap import unwrapped
 from condit.data.images import ImageSource
@@ -21,7 +21,7 @@ from condit.encoders.image import CLIPImage, ImageEncoder, TextTower
 from condit.encoders.text import Text
 from condit.encoders.vae import encode_tokens, pack, scale_shift
 from condit.interop.flux import FLUX
-from condit.interop.lend import NativePipeline, PipelineFamily, call_arguments, classes, native, plain
+from condit.interop.lend import NativePipeline, PipelineFamily, call_arguments, classes, host_of, native, plain
 from condit.interop.unet import STABLE_DIFFUSION
 from condit.weights.catalog import AdapterFile
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
@@ -29,6 +29,8 @@ from condit.weights.lora_unet import adapter_for
 
 FAMILIES: tuple[PipelineFamily, ...] = (FLUX, STABLE_DIFFUSION)
 PIPELINES = tuple(name for family in FAMILIES for name in family.pipelines)
+# Hooks of diffusers on single layers, which run with controls too. All others act on blocks.
+LAYER_HOOKS = {"layerwise_casting", "peft_autocast_disable"}
 
 
 def attach(pipe: object, *, size: tuple[int, int] | None = None, image: ImageEncoder | None = None) -> Guest:
@@ -63,7 +65,17 @@ class Guest:
         self._pipe: NativePipeline | None = pipe
         self.family, self.size, self.image = family, size, image
         self.name = Path(pipe.name_or_path or type(pipe).__name__).name
-        self.config = family.config_of(plain(self.network))
+        try:
+            self._config: MMDiTConfig | UNetConfig | ValueError = family.config_of(plain(self.network))
+        except ValueError as error:  # without controls every network runs
+            self._config = error
+
+    @property
+    def config(self) -> MMDiTConfig | UNetConfig:
+        """condit's configuration of the network. ValueError for a network that takes no controls."""
+        if isinstance(self._config, ValueError):
+            raise self._config
+        return self._config
 
     def __enter__(self) -> Guest:
         return self
@@ -87,20 +99,31 @@ class Guest:
         """diffusers' network, perhaps compiled."""
         return getattr(self.pipe, self.family.part)
 
-    def __call__(self, *args: object, controls: Sequence[Control] = (), **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        *args: object,
+        controls: Sequence[Control] = (),
+        image_guidance_scale: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The pipeline's call, with its own arguments and result, and `controls` of adapters loaded for this guest.
+        image_guidance_scale guides the controls separately from the text, as in condit's own pipelines.
 
         n references serve n prompts. In the prediction for a negative prompt every control is its `negative()`.
         Raises TypeError for an argument that the pipeline does not have, ValueError for a control of another model,
-        with group offloading, or on more than one device.
+        with a step cache or group offloading, or on more than one device.
         """
         pipe = self.pipe
         refuse_strangers(controls, self)
-        host = copy.copy(pipe)
+        host = host_of(pipe)
         # This precedes offloading, which loads the network and unloads the autoencoder.
         # A proxy, as in a circle of references a call's keys and values would outlive it.
         proxy = cast("NativePipeline", weakref.proxy(host))
-        arguments = call_arguments(pipe, args, kwargs)
+        arguments = {**call_arguments(pipe, args, kwargs), "image_guidance_scale": image_guidance_scale}
+        if image_guidance_scale is not None and arguments.get("guidance_rescale"):
+            raise ValueError(
+                "guidance_rescale has no meaning with image_guidance_scale on a guest. Leave one of them out."
+            )
         stand_in = self.family.stand_in(self, proxy, tuple(controls), arguments)
         # diffusers' setattr would write the stand-in's class into the configuration.
         vars(host).update(
@@ -215,9 +238,16 @@ def refuse_strangers(controls: Sequence[Control], guest: Guest) -> None:
     if getattr(network, "_parallel_config", None) is not None:
         raise ValueError(f"This {family.part} is split over devices; controls need it on one device.")
     for module in network.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and registry.get_hook("group_offloading") is not None:
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        if "group_offloading" in hooks:
             raise ValueError(
                 "Group offloading loads layers with diffusers' blocks, which do not run with controls. Use "
                 "enable_model_cpu_offload() or enable_sequential_cpu_offload()."
+            )
+        unknown = sorted(hooks.keys() - LAYER_HOOKS)
+        if unknown:
+            raise ValueError(
+                f"This {family.part} has diffusers' hook {unknown[0]!r} (a step cache?), which skips or changes "
+                f"blocks; with controls other blocks run, and ignore it. Call pipe.{family.part}.disable_cache(), "
+                "or leave the controls out."
             )

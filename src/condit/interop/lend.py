@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -15,7 +17,7 @@ from condit.backbones.unet import UNet, UNetConfig
 from condit.controls.control import Control
 from condit.controls.host import Host
 from condit.encoders.vae import Autoencoder
-from condit.nn.lora import Linear, LowRank, Pointwise
+from condit.nn.lora import Conv, Linear, LowRank, Pointwise
 
 # Arguments that diffusers' own signatures define, by name: of a pipeline's call, or of a network's forward.
 Arguments = Mapping[str, Any]
@@ -58,6 +60,7 @@ class NativePipeline(Protocol):
     scheduler: Scheduler
     num_timesteps: int
     do_classifier_free_guidance: bool
+    guidance_scale: float
     maybe_free_model_hooks: Callable[[], None]
     _execution_device: torch.device
 
@@ -111,11 +114,14 @@ class StandIn(nn.Module):
         """Counts a prediction: the number of its step, and its own in that step."""
         self.calls += 1
         index, part = divmod(self.calls - 1, self.predictions)
-        if self.controls and index >= self.host.num_timesteps:
-            raise RuntimeError(
-                f"{self.calls} predictions in {self.host.num_timesteps} steps: unsupported version of diffusers."
-            )
+        if self.controls and index >= self.steps:
+            raise RuntimeError(f"{self.calls} predictions in {self.steps} steps: unsupported version of diffusers.")
         return index, part
+
+    @property
+    def steps(self) -> int:
+        """The number of steps. T2I-Adapter's pipelines do not count them."""
+        return getattr(self.host, "num_timesteps", len(self.host.scheduler.timesteps))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -133,6 +139,11 @@ class BorrowedLinear(Linear):
         self.native, self.path, self.convolution = native, like.path, isinstance(like, Pointwise)
         self.in_features, self.out_features = like.in_features, like.out_features
 
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own, also inside peft's wrapper."""
+        return cast("Tensor", self.native.weight)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
 
@@ -142,17 +153,41 @@ class BorrowedLinear(Linear):
         return y if delta is None else y + delta
 
 
+class BorrowedConv(Conv):
+    """A `Conv` that calls a layer of diffusers' network."""
+
+    def __init__(self, native: nn.Module, like: Conv):
+        nn.Module.__init__(self)  # no weights of its own
+        self.native, self.path, self.stride = native, like.path, like.stride
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own, also inside peft's wrapper."""
+        return cast("Tensor", self.native.weight)
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}"
+
+    def forward(self, input: Tensor, lora: LowRank | None = None) -> Tensor:
+        y = self.native(input)
+        delta = None if lora is None else lora.delta(self.path, input, self.stride[0])
+        return y if delta is None else y + delta
+
+
 def with_layers(
     backbone: Backbone, network: nn.Module, linear: type[BorrowedLinear], others: tuple[type[nn.Module], ...]
 ) -> Backbone:
     """A network of condit's whose layers are those of diffusers' network, which have the same names: linears inside
-    `linear`, modules of `others` as they are."""
+    `linear`, convolutions inside `BorrowedConv`, modules of `others` as they are."""
     for path, module in list(backbone.named_modules()):
-        if isinstance(module, (Linear, Pointwise, *others)):
+        if isinstance(module, (Linear, Pointwise, Conv, *others)):
             parent, _, name = path.rpartition(".")
             layer = network.get_submodule(path)
-            borrowed = linear(layer, module) if isinstance(module, Linear | Pointwise) else layer
-            backbone.get_submodule(parent).add_module(name, borrowed)
+            if isinstance(module, Linear | Pointwise):
+                layer = linear(layer, module)
+            elif isinstance(module, Conv):
+                layer = BorrowedConv(layer, module)
+            backbone.get_submodule(parent).add_module(name, layer)
     return backbone.eval()
 
 
@@ -193,6 +228,29 @@ def native(network: nn.Module) -> NativeNetwork:
 def classes(value: object) -> set[str]:
     """Names of the diffusers classes of `value`. Importing all of them for isinstance would take seconds."""
     return {c.__name__ for c in type(value).__mro__ if c.__module__.startswith("diffusers.")}
+
+
+def host_of(pipe: NativePipeline) -> NativePipeline:
+    """A copy of the pipeline for one call, over the same parts."""
+    host = copy.copy(pipe)
+    vars(host)["origin"] = pipe
+    host.__class__ = _host_class(type(pipe))
+    return host
+
+
+@cache
+def _host_class(kind: type) -> type:
+    """The class of a pipeline's copies. Who stops a run from outside, and step caches, look at the pipeline itself: the
+    copy keeps its `_interrupt` and `_current_timestep` there."""
+
+    def shared(name: str) -> property:
+        return property(
+            lambda host: getattr(vars(host)["origin"], name),
+            lambda host, value: setattr(vars(host)["origin"], name, value),
+        )
+
+    names = ("_interrupt", "_current_timestep")
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **{name: shared(name) for name in names}})
 
 
 def call_arguments(pipe: NativePipeline, args: Sequence[object], kwargs: Arguments) -> Arguments:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 # Pipelines with one negative prompt, which comes first in the batch. InstructPix2Pix has three sides of guidance;
-# T2I-Adapter and GLIGEN have other inputs of the network.
+# GLIGEN has other layers.
 PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -45,12 +45,14 @@ PIPELINES = (
     "StableDiffusionControlNetPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionAdapterPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLControlNetPipeline",
     "StableDiffusionXLControlNetImg2ImgPipeline",
     "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLAdapterPipeline",
 )
 # Processors that compute plain attention. Others, such as those of diffusers' IP-Adapter, replace them.
 PROCESSORS = {"AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "SlicedAttnProcessor"}
@@ -79,6 +81,13 @@ class UNetInputs:
         unsupported = [f.name for f in fields(self) if f.name in _UNSUPPORTED and getattr(self, f.name) is not None]
         if unsupported:
             raise ValueError(f"condit's UNet does not support {unsupported[0]}. Call without it, or without controls.")
+        texts = {"prompt_embeds": self.encoder_hidden_states, **(self.added_cond_kwargs or {})}
+        wrong = next((name for name, rows in texts.items() if len(rows) != len(self.sample)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{wrong} has {len(texts[wrong])} rows for {len(self.sample)} latents. A callback that switches the "
+                "guidance off must cut prompt_embeds (for SDXL add_text_embeds, add_time_ids too) to their last half."
+            )
 
     def rows(self, index: slice) -> UNetInputs:
         """Some rows of the batch."""
@@ -94,23 +103,25 @@ class UNetInputs:
         return replace(self, **{field.name: select(getattr(self, field.name)) for field in fields(self)})
 
 
-_UNSUPPORTED = {
-    "class_labels",
-    "timestep_cond",
-    "attention_mask",
-    "down_intrablock_additional_residuals",
-    "encoder_attention_mask",
-}
+_UNSUPPORTED = {"class_labels", "attention_mask", "encoder_attention_mask"}
 
 
 class ControlledUNet(StandIn):
     """Replaces a UNet, which predicts once a step for all sides of the guidance: the negative prompts' rows, then the
-    prompts'. host: the pipeline of the call, with its number of steps and whether it is guided."""
+    prompts'. host: the pipeline of the call, with its number of steps and whether it is guided, which a callback may
+    change. image_scale: the guidance of the controls, if it is another than the text's."""
 
-    def __init__(self, guest: GuestPipeline, controls: tuple[Control, ...], host: NativePipeline):
+    def __init__(
+        self,
+        guest: GuestPipeline,
+        controls: tuple[Control, ...],
+        host: NativePipeline,
+        image_scale: float | None = None,
+    ):
         super().__init__(guest, controls, host)
-        self.guest = guest
-        self.sides: list[tuple[Control, ...]] = []
+        self.guest, self.image_scale = guest, image_scale
+        self.sides: list[tuple[Control, ...]] = []  # the negative prompt's, if it is guided, and the prompt's
+        self.plain: tuple[Control, ...] = ()  # those of the prompt without references
         self.backbone = borrow(self.native) if controls else None
         self.cached: tuple[Tensor, KeyValues] | None = None  # the last states of `text`, and their keys and values
 
@@ -126,15 +137,31 @@ class ControlledUNet(StandIn):
             # UNet on the device meanwhile.
             size = sample.shape[-2] * self.guest.pixels, sample.shape[-1] * self.guest.pixels
             self.controls = tuple(control.sized(size, self.guest) for control in self.controls)
+        guided = self.host.do_classifier_free_guidance
+        rows = len(sample) // (1 + guided)
         with Onloaded(self.native):
             if index == 0:
                 self.levels = levels_from(self.host.scheduler.timesteps, float(timestep))
-                self.sides = prepared(self.backbone, self.controls, inputs, self.host)
-            step = Step(index, self.host.num_timesteps, self.levels[index] / train_steps(self.host.scheduler))
-            acting = [[c for c in (control.at(step) for control in side) if c is not None] for side in self.sides]
+            if len(self.sides) < 1 + guided:
+                found = prepared(self.backbone, self.controls, inputs, self.host, plain=self.image_scale is not None)
+                self.sides, self.plain = found[: 1 + guided], found[-1]
+            step = Step(index, self.steps, self.levels[index] / train_steps(self.host.scheduler))
+            acting = [at(side, step) for side in self.sides[-1 - guided :]]
             if any(acting):
-                return predict(self.backbone, inputs, acting, self.text)
+                out = predict(self.backbone, inputs, acting, self.text)
+                if self.image_scale is not None:
+                    share = self.image_scale / (self.host.guidance_scale if guided else 1.0)
+                    out = self.shared(out, inputs.rows(slice(-rows, None)), at(self.plain, step), share)
+                return output_of(out, inputs.return_dict)
         return self.native(sample, timestep, encoder_hidden_states, **kwargs)
+
+    def shared(self, out: Tensor, inputs: UNetInputs, plain: Sequence[Control], share: float) -> Tensor:
+        """The prediction with other last rows c, of which the pipeline makes none + s_T (c - none): it then is none +
+        s_T (text - none) + s_T share (both - text). inputs: of the last rows; plain: the controls of the text."""
+        assert self.backbone is not None
+        n = len(inputs.sample)
+        text = predict(self.backbone, inputs, [plain], self.backbone.text_keys_values)
+        return torch.cat([out[:-n], text + share * (out[-n:] - text)])
 
     def text(self, states: Tensor) -> KeyValues:
         """Keys and values of the text, computed once a run."""
@@ -148,15 +175,21 @@ def train_steps(scheduler: Scheduler) -> int:
     return scheduler.config["num_train_timesteps"]
 
 
+def at(controls: Sequence[Control], step: Step) -> list[Control]:
+    """Those that act at a step."""
+    return [c for c in (control.at(step) for control in controls) if c is not None]
+
+
 def prepared(
-    backbone: UNet, controls: Sequence[Control], inputs: UNetInputs, host: NativePipeline
+    backbone: UNet, controls: Sequence[Control], inputs: UNetInputs, host: NativePipeline, *, plain: bool
 ) -> list[tuple[Control, ...]]:
-    """The controls of each side of the guidance for a run."""
+    """The controls of each side of the guidance for a run; plain: and last those of the prompts without references."""
     absent = [c for c in (control.negative() for control in controls) if c is not None]
-    parts: list[Sequence[Control]] = [absent, controls] if host.do_classifier_free_guidance else [controls]
-    batch, memory, result = len(inputs.sample) // len(parts), {}, []
-    for i, part in enumerate(parts):
-        rows = inputs.rows(slice(i * batch, (i + 1) * batch))
+    guided = host.do_classifier_free_guidance
+    batch, memory, result = len(inputs.sample) // (1 + guided), {}, []
+    prompts = slice(-batch, None)
+    for part, which in [(absent, slice(batch))] * guided + [(controls, prompts)] + [(absent, prompts)] * plain:
+        rows = inputs.rows(which)
         run = replace(run_of(backbone, rows, memory), apart=apart(backbone, rows, host.scheduler))
         result.append(tuple(control.prepare(run) for control in part))
     return result
@@ -172,9 +205,14 @@ def run_of(backbone: UNet, inputs: UNetInputs, memory: dict) -> Run:
 
 
 def apart(backbone: UNet, inputs: UNetInputs, scheduler: Scheduler) -> Apart:
-    """`Run.apart`: predictions under the prompt of these inputs, without the residuals of a ControlNet. A UNet of
-    inpainting sees the mask and the masked image of the call."""
-    inputs = replace(inputs, down_block_additional_residuals=None, mid_block_additional_residual=None)
+    """`Run.apart`: predictions under the prompt of these inputs, without the residuals of a ControlNet or T2I-Adapter.
+    A UNet of inpainting sees the mask and the masked image of the call."""
+    inputs = replace(
+        inputs,
+        down_block_additional_residuals=None,
+        mid_block_additional_residual=None,
+        down_intrablock_additional_residuals=None,
+    )
     given = inputs.sample[:, backbone.config.out_channels :]
     text = cache(lambda: backbone.text_keys_values(inputs.encoder_hidden_states))
     levels: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
@@ -195,9 +233,8 @@ def apart(backbone: UNet, inputs: UNetInputs, scheduler: Scheduler) -> Apart:
 
 def predict(
     backbone: UNet, inputs: UNetInputs, acting: Sequence[Sequence[Control]], text: Callable[[Tensor], KeyValues]
-) -> UNet2DConditionOutput | tuple[Tensor]:
-    """A prediction of condit's UNet as diffusers' output, or as a tuple without return_dict. A LoRA acts on all rows,
-    so each side runs on its own if there is one."""
+) -> Tensor:
+    """A prediction of condit's UNet. A LoRA acts on all rows, so each side runs on its own if there is one."""
     loras = [sum_loras(control.lora() for control in side) for side in acting]
     if any(lora is not None for lora in loras):
         n = len(inputs.sample) // len(acting)
@@ -206,10 +243,13 @@ def predict(
             run(backbone, p, p.encoder_hidden_states, lora, side)
             for p, lora, side in zip(parts, loras, acting, strict=True)
         ]
-        out = torch.cat(predictions)
-    else:
-        out = run(backbone, inputs, text(inputs.encoder_hidden_states), None, sides(acting))
-    if not inputs.return_dict:
+        return torch.cat(predictions)
+    return run(backbone, inputs, text(inputs.encoder_hidden_states), None, sides(acting))
+
+
+def output_of(out: Tensor, return_dict: bool) -> UNet2DConditionOutput | tuple[Tensor]:
+    """As diffusers' output, or as a tuple."""
+    if not return_dict:
         return (out,)
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
@@ -224,8 +264,18 @@ def run(
     t = torch.as_tensor(inputs.timestep, device=x.device).expand(len(x))
     down, middle = inputs.down_block_additional_residuals, inputs.mid_block_additional_residual
     residuals = [] if down is None or middle is None else [*down, middle]
-    pooled, sizes = added.get("text_embeds"), added.get("time_ids")
-    return backbone(x, t, text, pooled=pooled, sizes=sizes, lora=lora, controls=controls, residuals=residuals)
+    return backbone(
+        x,
+        t,
+        text,
+        pooled=added.get("text_embeds"),
+        sizes=added.get("time_ids"),
+        lora=lora,
+        controls=controls,
+        residuals=residuals,
+        features=inputs.down_intrablock_additional_residuals or (),
+        guidance=inputs.timestep_cond,
+    )
 
 
 # The UNet's layers
@@ -236,7 +286,7 @@ def borrow(unet: nn.Module) -> UNet:
     unet = plain(unet)
     with torch.device("meta"):
         backbone = UNet(config_of(unet))
-    return with_layers(backbone, unet, BorrowedLinear, (nn.Conv2d, nn.GroupNorm, nn.LayerNorm))
+    return with_layers(backbone, unet, BorrowedLinear, (nn.GroupNorm, nn.LayerNorm))
 
 
 def config_of(unet: nn.Module) -> UNetConfig:
@@ -258,7 +308,7 @@ def stand_in(
 ) -> ControlledUNet:
     if controls:
         refuse_changed(guest.network)
-    return ControlledUNet(guest, controls, host)
+    return ControlledUNet(guest, controls, host, arguments["image_guidance_scale"])
 
 
 def refuse_changed(unet: nn.Module) -> None:

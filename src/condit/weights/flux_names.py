@@ -29,6 +29,8 @@ SINGLE = {
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "linear2": ("proj_out",),
 }
+# Modules that adapters name and the authors' weights do not: the first three parts of linear1.
+SINGLE_ADAPTED = {"qkv": ("attn.to_q", "attn.to_k", "attn.to_v")}
 WHOLE = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -66,7 +68,8 @@ def parts(module: str, rows: Tensor, width: int) -> list[tuple[str, Tensor]] | N
     kind, number, part = match.groups()
     spelled = part.replace(".", "_")
     norm = NORMS[kind].get(spelled)
-    paths = (norm,) if norm else (DOUBLE if kind == "double" else SINGLE).get(spelled)
+    table = DOUBLE if kind == "double" else SINGLE | SINGLE_ADAPTED
+    paths = (norm,) if norm else table.get(spelled)
     if paths is None:
         raise ValueError(f"{module!r}: FLUX's {kind} blocks have no {part!r}. Is this of another model?")
     blocks = "transformer_blocks" if kind == "double" else "single_transformer_blocks"

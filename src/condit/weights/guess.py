@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 # A piece of a name that one model has -> that model. The first that fits counts: telling pieces stand before loose
@@ -43,7 +44,8 @@ _SIGNS = {
 }
 DEADIFF = ("style_blip.", "state_dict.style_blip.")  # as published, and inside Lightning's wrapper
 _DEADIFF = (*DEADIFF, "style.qformer.", "content.qformer.")
-_LORA = (".lora_A.", ".lora_down.", ".lora.down.")
+_LORA = (".lora_A.", ".lora_down.", ".lora.down.", ".hada_w1", ".lokr_w")
+_OLD_LORA = re.compile(r"\.processor\.\w+_lora\d?\.down\.|\.diff(_b)?$")  # diffusers in 2023, XLabs; ComfyUI
 _IP_ADAPTER = ("image_proj.", "image_proj_model.", "ip_adapter_proj_model.", "adapter_modules.")
 
 
@@ -52,7 +54,7 @@ def what_is(names: Collection[str]) -> str:
     "unknown"."""
     if any(name.startswith(_DEADIFF) for name in names):
         return "DEADiff"
-    if any(piece in name for name in names for piece in _LORA):
+    if any(piece in name for name in names for piece in _LORA) or any(map(_OLD_LORA.search, names)):
         return "OminiControl"
     if any(name.startswith(_IP_ADAPTER) or ".to_k_ip." in name for name in names):
         return "IPAdapter"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from condit.controls.control import Where
@@ -34,6 +35,15 @@ TIMED: tuple[tuple[str, str], ...] = (
     (r"^layers\.(\d+)\.1\.3\.", r"layers.\1.ff.net.2."),
     (r"^layers\.(\d+)\.2\.1\.", r"layers.\1.adaln_proj."),
 )
+# The projector of a "plus" file in diffusers' names -> the official ones.
+PLUS: tuple[tuple[str, str], ...] = (
+    (r"^layers\.(\d+)\.ln0\.", r"layers.\1.0.norm1."),
+    (r"^layers\.(\d+)\.ln1\.", r"layers.\1.0.norm2."),
+    (r"^layers\.(\d+)\.attn\.to_(q|k|v|kv|out)\.(0\.)?", r"layers.\1.0.to_\2."),
+    (r"^layers\.(\d+)\.ff\.0\.", r"layers.\1.1.0."),
+    (r"^layers\.(\d+)\.ff\.1\.net\.0\.proj\.", r"layers.\1.1.1."),
+    (r"^layers\.(\d+)\.ff\.1\.net\.2\.", r"layers.\1.1.3."),
+)
 BASES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 4096: "FLUX.1", 2432: "SD 3.5"}
 
 
@@ -58,6 +68,8 @@ def read_layout(tensors: Mapping[str, Tensor], source: object) -> IPFile:
     projector = {n.removeprefix("image_proj."): t for n, t in named.items() if n.startswith("image_proj.")}
     if "time_embedding.linear_1.weight" in projector:
         projector = {respelt(name, TIMED): t for name, t in projector.items()}
+    elif "layers.0.attn.to_q.weight" in projector:
+        projector = official_plus(projector)
     layers: dict[int, dict[str, Tensor]] = {}
     lora: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
@@ -78,6 +90,15 @@ def read_layout(tensors: Mapping[str, Tensor], source: object) -> IPFile:
             if part not in parts:
                 raise ValueError(f"{source}: ip_adapter.{number} has no {part}. The file is broken; fetch it again.")
     return IPFile(projector, dict(sorted(layers.items())), lora, others)
+
+
+def official_plus(projector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A "plus" projector in diffusers' names under the official ones, which keep keys and values in one matrix."""
+    named = {respelt(name, PLUS): tensor for name, tensor in projector.items()}
+    for name in [name for name in named if name.endswith(".0.to_k.weight")]:
+        value = named.pop(name.replace("to_k", "to_v"))
+        named[name.replace("to_k", "to_kv")] = torch.cat([named.pop(name), value])
+    return named
 
 
 def respelt(name: str, spellings: Sequence[tuple[str, str]] = SPELLINGS) -> str:

@@ -150,8 +150,8 @@ LOADERS: dict[Kind, Callable[[ModelSource, Options], AnyParts]] = {
     "tiny": lambda m, o: load_tiny(m.name, m.path, o.dtype or torch.float32),
     "flux": lambda m, o: load_flux(m.path, o.dtype or torch.bfloat16, m.label),
     "flux-file": lambda m, o: load_flux_file(m.path, o.components or m.path.parent, o.dtype or torch.bfloat16, m.label),
-    "stable-diffusion": lambda m, o: load_stable_diffusion(m.path, o.half, m.label),
-    "stable-diffusion-file": lambda m, o: load_original(m.path, o.half, m.label),
+    "stable-diffusion": lambda m, o: load_stable_diffusion(m.path, o.half, m.label, o.vae),
+    "stable-diffusion-file": lambda m, o: load_original(m.path, o.half, m.label, vae=o.vae),
     "pixart": lambda m, o: load_pixart(m.path, o.half, m.label),
     "tiny-unet": lambda m, o: load_tiny_unet(m.path, o.half, m.label),
     "tiny-pixart": lambda m, o: load_tiny_pixart(m.path, o.half, m.label),
@@ -162,7 +162,7 @@ LOADERS: dict[Kind, Callable[[ModelSource, Options], AnyParts]] = {
 }
 # Which kinds take an option of `condit.load`, and how an error names them.
 OPTIONS: dict[str, tuple[tuple[Kind, ...], str]] = {
-    "vae": (("dit", "diffit"), "DiT and DiffiT"),
+    "vae": (("dit", "diffit", "stable-diffusion", "stable-diffusion-file"), "Stable Diffusion, DiT and DiffiT"),
     "components": (("flux-file",), "a single file of FLUX.1"),
     "offload": (("tiny", "flux", "flux-file", *LATENT), "FLUX.1, Stable Diffusion and PixArt"),
     "quantize": (("tiny", "flux", "flux-file", *LATENT), "FLUX.1, Stable Diffusion and PixArt"),

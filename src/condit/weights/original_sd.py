@@ -24,9 +24,10 @@ from condit.weights.deadiff import IMAGE_MAP
 from condit.weights.files import Json, hash_file, inner_state, load_strict, read_tensors
 from condit.weights.latent_models import LatentParts
 from condit.weights.stable_diffusion import assemble, load_tokenizer, make_clip_text
-from condit.weights.vae import make_autoencoder, vae_names
+from condit.weights.vae import chosen_autoencoder, make_autoencoder, vae_names
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTokenizer
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -91,6 +92,7 @@ ORIGINALS: dict[str, Original] = {
     ),
 }
 
+EDM = {"edm_vpred.sigma_max": "a CosXL", "edm_mean": "a Playground 2.5"}
 # Rules: the beginning of an original name, or a pattern in it -> its replacement.
 _RESNET = {
     "in_layers.0": "norm1",
@@ -127,9 +129,10 @@ def load_original(
     name: str,
     originals: Mapping[str, Original] = ORIGINALS,
     tokenizer: CLIPTokenizer | None = None,
+    vae: AutoencoderKL | str | Path | None = None,
 ) -> LatentParts:
     """The parts in such a file. ValueError unless it holds one of `originals`, whole. tokenizer None: see
-    `find_tokenizer`."""
+    `find_tokenizer`. vae: an autoencoder to use instead of the file's, or its folder or file."""
     tensors = inner_state(read_tensors(file))
     # DEADiff's file is a Stable Diffusion with image maps inside its UNet; those are its adapter's.
     tensors = {name: tensor for name, tensor in tensors.items() if not IMAGE_MAP.fullmatch(name)}
@@ -137,7 +140,8 @@ def load_original(
     with torch.device("meta"):
         unet = UNet(original.unet)
     load_strict(unet, unet_names(part(tensors, UNET), original.unet), source=file, assign=True)
-    vae = make_autoencoder(original.vae, vae_names(part(tensors, VAE)), file)
+    own = None if vae is not None else make_autoencoder(original.vae, vae_names(part(tensors, VAE)), file)
+    autoencoder = own or chosen_autoencoder(vae, original.vae)
     towers = []
     for n, tower in enumerate(original.towers):
         own = part(tensors, tower.prefix)
@@ -145,7 +149,7 @@ def load_original(
         encoder = make_clip_text(tower.config, own, file, projected=tower.open_clip)
         towers.append((tokenizer or find_tokenizer(file, n), encoder))
     solver = "ddim" if original.unet.addition_embed_type is None else "euler"
-    return assemble(name, hash_file(file), unet, towers, vae, original.process, solver, dtype)
+    return assemble(name, hash_file(file), unet, towers, autoencoder, original.process, solver, dtype)
 
 
 def recognise(tensors: Mapping[str, Tensor], originals: Mapping[str, Original], source: Path) -> Original:
@@ -156,12 +160,30 @@ def recognise(tensors: Mapping[str, Tensor], originals: Mapping[str, Original], 
         has_text = all(any(n.startswith(tower.prefix) for n in tensors) for tower in original.towers)
         if width == original.unet.cross_attention_dim and has_text:
             channels = tensors[f"{UNET}input_blocks.0.0.weight"].shape[1]
-            return replace(original, unet=replace(original.unet, in_channels=channels))
+            process = marked(original.process, tensors, source)
+            return replace(original, unet=replace(original.unet, in_channels=channels), process=process)
     known = ", ".join(f"{name} reads text of width {o.unet.cross_attention_dim}" for name, o in originals.items())
     raise ValueError(
         f"{source}: a UNet that reads text of width {width}. Supported in one file are: {known}. Others load from a "
         "folder in diffusers' layout."
     )
+
+
+def marked(process: Process, tensors: Mapping[str, Tensor], source: Path) -> Process:
+    """The process that the empty tensors of a file name, which its trainer adds: `v_pred` and `ztsnr` (NoobAI). With
+    zero terminal SNR a run begins at the last timestep (Lin et al. 2023, arXiv:2305.08891, section 3.3). ValueError for
+    a process that condit does not run."""
+    for name, model in EDM.items():
+        if name in tensors:
+            raise ValueError(
+                f"{source}: {name!r} marks {model}, whose noise levels are EDM's (arXiv:2206.00364). condit runs "
+                "Stable Diffusion's only; use diffusers' pipeline with its EDM schedulers, and condit.interop.attach."
+            )
+    if "v_pred" in tensors:
+        process = replace(process, prediction_type="v_prediction")
+    if "ztsnr" in tensors:
+        process = replace(process, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return process
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

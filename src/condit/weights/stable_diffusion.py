@@ -17,7 +17,7 @@ from condit.encoders.text import ClipText
 from condit.weights.files import Json, hash_file, load_strict
 from condit.weights.folders import check_tokenizer, read_folder, read_json, tuples, weight_files
 from condit.weights.latent_models import LatentParts, tell_unet
-from condit.weights.vae import frozen, load_autoencoder
+from condit.weights.vae import chosen_autoencoder, frozen, load_autoencoder
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -37,8 +37,11 @@ SOLVERS: dict[str, Solver] = {
 _IDLE = ("upcast_attention", "addition_embed_type_num_heads", "dropout", "sample_size")
 
 
-def load_stable_diffusion(folder: Path, dtype: torch.dtype, name: str) -> LatentParts:
-    """The parts in a folder with model_index.json. ValueError where one is missing or is not Stable Diffusion's."""
+def load_stable_diffusion(
+    folder: Path, dtype: torch.dtype, name: str, vae: AutoencoderKL | str | Path | None = None
+) -> LatentParts:
+    """The parts in a folder with model_index.json. ValueError where one is missing or is not Stable Diffusion's. vae:
+    an autoencoder to use instead of the folder's, or its folder or file."""
     index = read_json(folder / "model_index.json")
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     towers = [
@@ -54,7 +57,9 @@ def load_stable_diffusion(folder: Path, dtype: torch.dtype, name: str) -> Latent
         hash_file(weight_files(folder / "unet")[0]),
         load_unet(folder / "unet"),
         towers,
-        load_autoencoder(folder / "vae"),
+        load_autoencoder(folder / "vae")
+        if vae is None
+        else chosen_autoencoder(vae, read_json(folder / "vae" / "config.json")),
         Process.from_config(scheduler),
         SOLVERS.get(scheduler.get("_class_name", "")),
         dtype,
@@ -82,6 +87,18 @@ def assemble(
         raise ValueError(
             f"{name}: a UNet of {c.in_channels} channels on latents of {channels}. Supported are {channels} and, for "
             f"inpainting, {2 * channels + 1}."
+        )
+    if vae.config.get("latents_mean") is not None:
+        raise ValueError(f"{name}: an autoencoder with latents_mean (Playground 2.5), which is not Stable Diffusion's.")
+    sizes = (c.projection_class_embeddings_input_dim or 0) - 6 * (c.addition_time_embed_dim or 0)
+    if c.addition_embed_type is not None and sizes != towers[-1][1].config.projection_dim:
+        raise ValueError(
+            f"{name}: a UNet that is told {c.projection_class_embeddings_input_dim} numbers of text and sizes. SDXL's "
+            "refiner, which is told an aesthetic score, is not supported; use diffusers' pipeline for it, after condit."
+        )
+    if c.time_cond_proj_dim is not None:
+        raise ValueError(
+            f"{name}: a UNet that is told the guidance scale (LCM). Use diffusers' pipeline with condit.interop.attach."
         )
     width = sum(encoder.config.hidden_size for _, encoder in towers)
     if width != c.cross_attention_dim:
@@ -134,6 +151,11 @@ def unet_config(raw: Json, source: str | Path) -> UNetConfig:
             raise ValueError(f"{source}: the UNet has {name} = {value!r}, which Stable Diffusion's does not have.")
     config = {name: raw[name] if name in raw else defaults[name] for name in ours}
     config["sample_size"] = config["sample_size"] or 64
+    widths = config["cross_attention_dim"]
+    if not isinstance(widths, int):
+        if len(set(widths)) > 1:
+            raise ValueError(f"{source}: cross_attention_dim = {widths!r}; the levels of the UNet read one width here.")
+        config["cross_attention_dim"] = widths[0]
     return UNetConfig(**tuples(config))
 
 

@@ -3,6 +3,7 @@ Diffusion and FLUX.1 give the same network in single files."""
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
 from condit.weights.catalog import MODELS
-from condit.weights.files import Json, load_strict, read_tensors
+from condit.weights.files import Json, inner_state, load_strict, read_tensors
 from condit.weights.folders import WEIGHTS, floats, read_config, read_folder, read_json
 from condit.weights.hub_files import local_folder
 
@@ -75,6 +76,19 @@ def load_latent(folder: str | Path) -> PatchAutoencoder:
 def load_autoencoder(folder: Path) -> AutoencoderKL:
     """diffusers' AutoencoderKL from its folder, strictly."""
     return make_autoencoder(read_json(folder / "config.json"), read_folder(folder), folder)
+
+
+def chosen_autoencoder(vae: AutoencoderKL | str | Path, config: Json) -> AutoencoderKL:
+    """An autoencoder given for a model whose own has this configuration: itself, its folder, or a single file in
+    diffusers' names or the authors' (vae-ft-mse-840000-ema-pruned.safetensors)."""
+    if not isinstance(vae, str | Path):
+        return copy.deepcopy(vae)  # the pipeline sets its own dtype
+    path = Path(vae)
+    if path.is_dir():
+        return load_autoencoder(path / "vae" if (path / "vae").is_dir() else path)
+    tensors = inner_state(read_tensors(path))
+    own = autoencoder_tensors(tensors)
+    return make_autoencoder(config, vae_names(own) if own else tensors, path)
 
 
 def make_autoencoder(config: Json, tensors: Mapping[str, Tensor], source: str | Path) -> AutoencoderKL:
