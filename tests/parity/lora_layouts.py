@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from condit.backbones.unet import CROSS_DOWN, CROSS_UP, UNet
+from condit.backbones.unet import UNet
 from condit.weights.flux_names import DOUBLE, WHOLE
+from single_files import original_unet_name
 
 LINEAR = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 LOCON = (
@@ -78,49 +79,9 @@ def kohya(
     return found
 
 
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_WHOLE = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-}
-
-
 def authors(unet: UNet) -> Callable[[str], str]:
     """diffusers' path -> the authors' (SDXL, kohya)."""
-    c = unet.config
-    n = c.layers_per_block
-
-    def spell(path: str) -> str:
-        if path in _WHOLE:
-            return _WHOLE[path]
-        side, *rest = path.split(".")
-        if side == "mid_block":
-            kind, number, *inner = rest
-            place = 1 if kind == "attentions" else 2 * int(number)
-            return ".".join(["middle_block", str(place), *map(lambda p: _RESNET.get(p, p), inner)])
-        level, kind, layer, *inner = int(rest[0]), rest[1], int(rest[2]), *rest[3:]
-        inner = [_RESNET.get(part, part) for part in inner]
-        if side == "down_blocks":
-            if kind == "downsamplers":
-                return f"input_blocks.{1 + level * (n + 1) + n}.0.op"
-            return ".".join([f"input_blocks.{1 + level * (n + 1) + layer}.{int(kind == 'attentions')}", *inner])
-        if kind == "upsamplers":
-            return f"output_blocks.{level * (n + 1) + n}.{1 + (c.up_block_types[level] == CROSS_UP)}.conv"
-        return ".".join([f"output_blocks.{level * (n + 1) + layer}.{int(kind == 'attentions')}", *inner])
-
-    assert CROSS_DOWN in c.down_block_types
-    return spell
+    return lambda path: original_unet_name(f"{path}.weight", unet.config).removesuffix(".weight")
 
 
 def comfy(parts: Parts) -> dict[str, Tensor]:

@@ -12,9 +12,15 @@ import pytest
 import torch
 
 from file_rows import Row, World, flux_rows, unet_rows
+from model_rows import adapter_rows, file_rows, folder_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "files.md"
-TABLES: dict[str, list[Row]] = {"lora": [*unet_rows("sd15"), *unet_rows("sdxl"), *flux_rows()]}
+TABLES: dict[str, list[Row]] = {
+    "files": file_rows(),
+    "folders": folder_rows(),
+    "lora": [*unet_rows("sd15"), *unet_rows("sdxl"), *flux_rows()],
+    "ip-adapter": adapter_rows(),
+}
 ROWS = [row for rows in TABLES.values() for row in rows]
 
 

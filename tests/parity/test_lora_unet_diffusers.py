@@ -119,7 +119,8 @@ def test_parts_of_a_text_encoder_are_refused_or_ignored_on_demand(pair, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("lora_unet_down_blocks_0_resnets_0_conv1", (2, 8, 3, 3)), ("lora_unet_no_such_layer", (2, 8))]
+    ("name", "shape"),
+    [("lora_unet_down_blocks_0_attentions_0_proj_in", (2, 8, 3, 3)), ("lora_unet_no_such_layer", (2, 8))],
 )
 def test_layers_that_take_no_lora_raise(pair, tmp_path: Path, name: str, shape: tuple[int, ...]):
     ones = (1,) * (len(shape) - 2)

@@ -169,11 +169,28 @@ def test_alpha_as_diffusers_keeps_it_in_the_file_is_read(tmp_path):
     assert LoRA.from_tensors(read_adapter(file, "OminiControl").tensors).scales == {"a.to_q": 4}
 
 
-@pytest.mark.parametrize("name", ["use_rslora", "use_dora"])
-def test_another_arithmetic_than_plain_lora_is_refused(name):
-    given = {"base_model.model.a.lora_A.weight": torch.ones(2, 4), "base_model.model.a.lora_B.weight": torch.ones(4, 2)}
-    with pytest.raises(ValueError, match=f"{name} is set: this is no plain LoRA"):
-        published(given, {name: True})
+PAIR = {"base_model.model.a.lora_A.weight": torch.ones(4, 6), "base_model.model.a.lora_B.weight": torch.ones(6, 4)}
+
+
+def test_rslora_divides_by_the_root_of_the_rank():
+    assert LoRA.from_tensors(published(PAIR, {"use_rslora": True, "lora_alpha": 6})).scales == {"a": 3}
+
+
+def test_a_dora_needs_its_magnitudes_and_the_model():
+    with pytest.raises(ValueError, match="use_dora is set, and the file has no lora_magnitude_vector"):
+        published(PAIR, {"use_dora": True})
+    tensors = published(PAIR | {"base_model.model.a.lora_magnitude_vector": torch.ones(6)}, {"use_dora": True})
+    with pytest.raises(ValueError, match="a: a DoRA scales the rows of the layer's own weight"):
+        LoRA.from_tensors(tensors)
+    model = torch.nn.ModuleDict({"a": Linear(6, 6)})
+    lora, x = LoRA.from_tensors(tensors, model=model), torch.randn(3, 6)
+    updated = model["a"].weight + torch.full((6, 6), 4.0)
+    rows = updated / updated.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(model["a"](x) + lora.delta("a", x), x @ rows.mT + model["a"].bias)
+    quantised = model["a"].weight.detach().to(torch.int8)  # as a quantised layer keeps it
+    model["a"].weight = torch.nn.Parameter(quantised, requires_grad=False)
+    with pytest.raises(ValueError, match="without quantised"):
+        LoRA.from_tensors(tensors, model=model)
 
 
 def test_our_files_with_an_alpha_load_into_diffusers_flux_and_do_there_what_they_do_here(make_pipe, tmp_path):
@@ -212,8 +229,8 @@ def test_our_files_with_an_alpha_load_into_diffusers_flux_and_do_there_what_they
     [
         (["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"], "also adapts a text encoder"),
         (["text_encoder.text_model.q_proj.lora_A.weight"], "also adapts a text encoder"),
-        (["lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a"], "in no LoRA layout that condit reads"),
-        (["double_blocks.0.processor.qkv_lora1.down.weight"], "in no LoRA layout"),
+        (["lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a"], "in no LoRA layout that condit reads.*It is of LoHa"),
+        (["double_blocks.0.processor.qkv_lora1.down.weight"], "has only its A matrix"),
         (["transformer.x.lora_A.weight"], "'transformer.x' has only its A matrix"),
         (["lora_unet_single_blocks_0_linear3.lora_down.weight"] * 2, "FLUX's single blocks have no 'linear3'"),
     ],

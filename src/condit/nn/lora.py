@@ -125,8 +125,10 @@ class LoRA(nn.Module):
     def decompose(self, path: str, magnitude: Tensor, model: nn.Module | None) -> None:
         """Give the rows of the layer's updated weight these norms (out,). Raises ValueError without a model, or where
         its weight is quantised or elsewhere."""
-        weight = None if path not in linear_shapes(model or self, (path,)) else model.get_submodule(path).weight
-        if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+        layer = dict(model.named_modules()).get(path) if model is not None else None
+        weight = layer.weight if isinstance(layer, Linear | Pointwise | Conv) else None
+        plain = isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+        if weight is None or not plain or weight.is_meta:
             raise ValueError(
                 f"{path}: a DoRA scales the rows of the layer's own weight, which is not at hand here: it needs a "
                 "model without quantised or sequentially offloaded weights, and cannot be an OminiControl."
