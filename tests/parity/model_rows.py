@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from condit.weights.files import save_tensors
 from condit.weights.ip_files import read_layout
 from condit.weights.ip_projectors import projector_of
 from condit.weights.load import identify, kind_of_tensors
-from condit.weights.original_sd import load_original
+from condit.weights.original_sd import ORIGINALS, load_original
 from file_rows import Row, World
 from single_files import single_file
 
@@ -37,7 +38,7 @@ def in_one_file(world: World, kind: str, marks: Iterable[str] = ()) -> Pipeline:
     pipe = world.theirs(kind)
     pipe.save_pretrained(world.folder / kind)
     file = world.folder / "model.safetensors"
-    originals = single_file(pipe, file, kind)
+    originals = {n: replace(o, process=ORIGINALS[n].process) for n, o in single_file(pipe, file, kind).items()}
     save_file(load_file(file) | {name: torch.zeros(1) for name in marks}, file)
     return Pipeline(load_original(identify(file).path, torch.float32, "model", originals, tokenizer=pipe.tokenizer))
 
@@ -253,7 +254,7 @@ def reads_as(
 
 
 def plus() -> Resampler:
-    return Resampler(16, 8, 10, inner=64, heads=1, depth=2, hidden=16, queries=3)
+    return Resampler(16, 8, 10, inner=64, heads=1, depth=4, hidden=32, queries=3)
 
 
 def by_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
