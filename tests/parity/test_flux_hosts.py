@@ -14,7 +14,7 @@ from condit.controls.control import Control
 from condit.interop import attach
 from condit.interop.flux import FluxInputs, borrow, predict, residuals, run_of
 from condit.weights.files import save_tensors
-from flux_guests import REFERENCE, Colours, Present, close, draw, host_of, noise, shaken
+from flux_guests import GIVEN, REFERENCE, Colours, Present, close, draw, host_of, noise, shaken
 
 
 def controlnet(theirs: Any) -> Any:
@@ -106,7 +106,7 @@ def test_the_residuals_of_a_controlnet_arrive_where_diffusers_adds_them(dev, dou
     with torch.no_grad():
         (expected,) = transformer(**vars(given))
         plain = transformer(**vars(inputs_of(transformer))).sample
-        (actual,) = predict(borrow(transformer), given, [Present()])
+        actual = predict(borrow(transformer), given, [Present()])
     close(actual, expected, atol=1e-5)
     assert (expected - plain).abs().max() > 1e-2
     assert len(residuals(borrow(transformer), given)) == 3 * ((double > 0) + (single > 0))
@@ -231,3 +231,13 @@ def test_a_callback_may_stop_a_guest(dev, table, pictures):
     with dev.attach() as guest:
         draw(guest, controls=table["joint"](guest, pictures(1)), callback_on_step_end=stop)
         assert seen == [0] and len(draw(guest)) == 1
+
+
+def test_max_sequence_length_is_that_of_diffusers(dev):
+    start = noise(1)
+    how = {"latents": start, "output_type": "latent", **GIVEN, "max_sequence_length": 4}
+    found, wanted = (pipe("a red fox in the snow", **how).images for pipe in (dev.ours, dev.theirs))
+    close(found, wanted, atol=1e-4)
+    assert (found - draw(dev.ours, "a red fox in the snow")).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="max_sequence_length must be 1 to 32.*found 33"):
+        draw(dev.ours, max_sequence_length=33)

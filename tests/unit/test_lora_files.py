@@ -182,13 +182,16 @@ def test_a_dora_needs_its_magnitudes_and_the_model():
     tensors = published(PAIR | {"base_model.model.a.lora_magnitude_vector": torch.ones(6)}, {"use_dora": True})
     with pytest.raises(ValueError, match="a: a DoRA scales the rows of the layer's own weight"):
         LoRA.from_tensors(tensors)
-    model = torch.nn.ModuleDict({"a": Linear(6, 6)})
+    layer = Linear(6, 6)
+    model = torch.nn.ModuleDict({"a": layer})
     lora, x = LoRA.from_tensors(tensors, model=model), torch.randn(3, 6)
-    updated = model["a"].weight + torch.full((6, 6), 4.0)
+    updated = layer.weight + torch.full((6, 6), 4.0)
     rows = updated / updated.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(model["a"](x) + lora.delta("a", x), x @ rows.mT + model["a"].bias)
-    quantised = model["a"].weight.detach().to(torch.int8)  # as a quantised layer keeps it
-    model["a"].weight = torch.nn.Parameter(quantised, requires_grad=False)
+    delta = lora.delta("a", x)
+    assert delta is not None
+    torch.testing.assert_close(layer(x) + delta, x @ rows.mT + layer.bias)
+    quantised = layer.weight.detach().to(torch.int8)  # as a quantised layer keeps it
+    layer.weight = torch.nn.Parameter(quantised, requires_grad=False)
     with pytest.raises(ValueError, match="without quantised"):
         LoRA.from_tensors(tensors, model=model)
 

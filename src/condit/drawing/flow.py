@@ -31,7 +31,7 @@ from condit.drawing.model import (
 )
 from condit.drawing.settings import Settings, negative_prompts, prompt_list
 from condit.encoders.prompts import warn_syntax
-from condit.encoders.text import Text
+from condit.encoders.text import FluxText, Text
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import sum_loras
 from condit.nn.offload import OffloadedBlocks, move_parts, on_device, with_blocks
@@ -46,7 +46,7 @@ class FlowModel:
     second prediction only to guide the controls."""
 
     reads: Literal["prompt", "class", "nothing"] = "prompt"
-    supports = frozenset({"guidance_scale", "image_guidance_scale", "eta", "strength"})
+    supports = frozenset({"guidance_scale", "image_guidance_scale", "eta", "strength", "max_sequence_length"})
     kinds = ("pil", "pt", "np", "latent")
     fewest_steps = 1
     repaints = False
@@ -93,6 +93,7 @@ class FlowModel:
             "guidance_scale": settings.scale,
             "image_guidance_scale": settings.image_guidance_scale,
             "eta": settings.eta,
+            **({} if settings.max_sequence_length is None else {"max_sequence_length": settings.max_sequence_length}),
             "height": settings.height,
             "width": settings.width,
         }
@@ -110,18 +111,21 @@ class FlowModel:
         other = negative if isinstance(negative, Text) else negative_prompts(negative, count)
 
         def condition(positive: bool) -> Text:
-            text = self.encode_text(prompt if positive else other, None)
+            text = self.encode_text(prompt if positive else other, limit=settings.max_sequence_length)
             return rows_for(text, count, settings.copies)
 
         return condition
 
-    def encode_text(self, prompt: object, clip_skip: int | None = None) -> Text:
+    def encode_text(self, prompt: object, clip_skip: int | None = None, *, limit: int | None = None) -> Text:
+        """limit: of T5's tokens, FLUX.1's `max_sequence_length`."""
         if clip_skip is not None:
             raise ValueError(f"{self.parts.name} does not support clip_skip.")
         if not isinstance(prompt, Text):
-            prompts = prompt_list(prompt)
+            prompts, encoder = prompt_list(prompt), self.on_duty(self.parts.text)
             warn_syntax(prompts)
-            prompt = self.on_duty(self.parts.text)(prompts)
+            if limit is not None and not isinstance(encoder, FluxText):
+                raise ValueError(f"{self.parts.name} does not support max_sequence_length; found {limit}.")
+            prompt = encoder(prompts) if limit is None else encoder(prompts, limit)
         return prompt.to(module_device(self.backbone), module_dtype(self.backbone))
 
     def refuse(self, control: Control) -> str | None:

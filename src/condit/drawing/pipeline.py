@@ -87,6 +87,11 @@ class Pipeline:
         self.model.backbone = backbone
 
     @property
+    def vae(self) -> Any:
+        """The autoencoder; diffusers' has enable_tiling() and enable_slicing() for large images."""
+        return self.parts.vae
+
+    @property
     def size(self) -> tuple[int, int]:
         """The default height and width in pixels of images and references."""
         return self.model.size
@@ -138,6 +143,7 @@ class Pipeline:
         sampler: str | None = None,
         eta: float | None = None,
         clip_skip: int | None = None,
+        max_sequence_length: int | None = None,
         original_size: tuple[int, int] | None = None,
         crops_coords_top_left: tuple[int, int] | None = None,
         target_size: tuple[int, int] | None = None,
@@ -165,9 +171,10 @@ class Pipeline:
         s_I (text and controls - text). guidance_power, guidance_channels: DiffiT's schedule, and how many channels of
         the latent are guided. sampler, eta, clip_skip: None for the model's own ("ddim-ldm": the steps of the released
         Stable Diffusion and DEADiff); eta is the share of a step's noise that is new. timesteps: the steps themselves,
-        falling, instead of their number. prompt_embeds and the like: the text as `encode_text` gives it. progress:
-        show the steps, on a terminal or in a notebook as a bar. original_size, crops_..., target_size: SDXL's
-        conditions, in pixels. latents: the first noise, of unit variance. label: `prompt`, for classes."""
+        falling, instead of their number. max_sequence_length: of T5's tokens, FLUX.1. prompt_embeds and the like: the
+        text as `encode_text` gives it. progress: show the steps, on a terminal or in a notebook as a bar. latents: the
+        first noise. original_size, crops_..., target_size: SDXL's conditions, in pixels. label: `prompt`, for classes.
+        """
         requested = Settings(
             height=height,
             width=width,
@@ -183,6 +190,7 @@ class Pipeline:
             eta=eta,
             strength=strength,
             clip_skip=clip_skip,
+            max_sequence_length=max_sequence_length,
             original_size=original_size,
             crops_coords_top_left=crops_coords_top_left,
             target_size=target_size,

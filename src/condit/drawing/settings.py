@@ -41,6 +41,7 @@ class Settings:
     eta: float | None = None
     strength: float | None = None
     clip_skip: int | None = None
+    max_sequence_length: int | None = None
     original_size: tuple[int, int] | None = None
     crops_coords_top_left: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None

@@ -144,7 +144,11 @@ class FluxText(nn.Module):
     __getstate__ = picklable_state
 
     @torch.no_grad()
-    def forward(self, prompts: Sequence[str]) -> Text:
+    def forward(self, prompts: Sequence[str], limit: int | None = None) -> Text:
+        """limit: of T5's tokens, None: the model's. Raises ValueError for one that is not 1 to that of the model."""
+        if limit is not None and not 1 <= limit <= self.limit:
+            raise ValueError(f"max_sequence_length must be 1 to {self.limit}, T5's tokens of FLUX.1; found {limit}.")
+
         def ids(tokenizer: PreTrainedTokenizerBase, limit: int) -> Tensor:
             return tokenizer(
                 list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
@@ -152,7 +156,7 @@ class FluxText(nn.Module):
 
         warn_cut(self.t5_tokenizer, prompts, self.limit)  # CLIP's pooled vector, of 77 tokens, is a summary
         pooled = self.clip(ids(self.clip_tokenizer, 77).to(self.clip.device)).pooler_output
-        tokens = self.t5(ids(self.t5_tokenizer, self.limit).to(self.t5.device))[0]
+        tokens = self.t5(ids(self.t5_tokenizer, limit or self.limit).to(self.t5.device))[0]
         return Text(tokens.to(pooled.device), pooled)
 
     def words(self, prompts: Sequence[str]) -> list[Words]:
