@@ -286,7 +286,7 @@ def adapter_rows() -> list[Row]:
 
     return [
         same("h94: `image_proj.*`, `ip_adapter.N.*`", dict),
-        same("a checkpoint of `tutorial_train.py`: `image_proj_model.*`", trainer),
+        same("a checkpoint of the official trainer: `image_proj_model.*`", trainer),
         same('"plus" in the official names', dict, plus),
         same('"plus" in diffusers\' names: `layers.0.attn.to_q`', by_diffusers, plus),
         Row("InstantX's for FLUX.1", "FLUX.1", "refused", "InstantX's are not", refuses_instantx),

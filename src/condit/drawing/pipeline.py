@@ -87,11 +87,6 @@ class Pipeline:
         self.model.backbone = backbone
 
     @property
-    def vae(self) -> Any:
-        """The autoencoder; diffusers' has enable_tiling() and enable_slicing() for large images."""
-        return self.parts.vae
-
-    @property
     def size(self) -> tuple[int, int]:
         """The default height and width in pixels of images and references."""
         return self.model.size

@@ -124,20 +124,19 @@ class LoRA(nn.Module):
 
     def decompose(self, path: str, magnitude: Tensor, model: nn.Module | None) -> None:
         """Give the rows of the layer's updated weight these norms (out,). Raises ValueError without a model, or where
-        its weight is quantised or elsewhere."""
+        its weight is quantised or elsewhere. A layer that the model does not have is left to `check_fits`."""
         layer = dict(model.named_modules()).get(path) if model is not None else None
         weight = layer.weight if isinstance(layer, Linear | Pointwise | Conv) else None
-        plain = isinstance(weight, Tensor) and type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
-        if weight is None or not plain or weight.is_meta:
+        update = self.scales[path] * (self.b[self.keys[path]] @ self.a[self.keys[path]].flatten(1))
+        if model is not None and (weight is None or weight.flatten(1).shape != update.shape):
+            return
+        if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
             raise ValueError(
                 f"{path}: a DoRA scales the rows of the layer's own weight, which is not at hand here: it needs a "
                 "model without quantised or sequentially offloaded weights, and cannot be an OminiControl."
             )
-        key = self.keys[path]
-        updated = weight.detach().float().flatten(1) + self.scales[path] * (self.b[key] @ self.a[key].flatten(1)).to(
-            weight.device
-        )
-        self.gains[key], self.bases[path] = nn.Parameter(magnitude.to(updated) / updated.norm(dim=1)), weight
+        norms = (weight.detach().float().flatten(1) + update.to(weight.device)).norm(dim=1)
+        self.gains[self.keys[path]], self.bases[path] = nn.Parameter(magnitude.to(norms) / norms), weight
 
     @torch.no_grad()
     def resized(self, rank: int) -> LoRA:
