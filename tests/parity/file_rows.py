@@ -170,9 +170,9 @@ def check_vector(world: World, kind: str) -> None:
     """peft's names of a DoRA."""
 
     def make(unet: UNet) -> dict[str, Tensor]:
-        found = layouts.diffusers(parts(unet))
+        tensors = layouts.diffusers(parts(unet))
         vectors = {p: 1.5 * unet.get_parameter(f"{p}.weight").flatten(1).norm(dim=1) for p in parts(unet)}
-        return found | {f"unet.{p}.lora_magnitude_vector": v for p, v in vectors.items()}
+        return tensors | {f"unet.{p}.lora_magnitude_vector": v for p, v in vectors.items()}
 
     equals_formula(world, kind, make, dora_formula(parts(world.ours(kind))))
 
@@ -213,9 +213,9 @@ def one(name: str, *shape: int) -> Make:
 
 
 def columns(unet: UNet) -> dict[str, Tensor]:
-    found = layouts.kohya(parts(unet, ("attn1.to_q",)))
-    name = next(iter(found)).split(".")[0]
-    return found | {f"{name}.dora_scale": torch.ones(1, found[f"{name}.lora_down.weight"].shape[1])}
+    tensors = layouts.kohya(parts(unet, ("attn1.to_q",)))
+    name = next(iter(tensors)).split(".")[0]
+    return tensors | {f"{name}.dora_scale": torch.ones(1, tensors[f"{name}.lora_down.weight"].shape[1])}
 
 
 BY_DIFFUSERS, BY_HAND = "`load_lora_weights`, every layer's output", "the formula, every layer's output"
@@ -237,7 +237,7 @@ def unet_rows(kind: str) -> list[Row]:
 
     every = layouts.LINEAR + layouts.LOCON + (layouts.ADDED if kind == "sdxl" else ())
     peft = lambda unet: layouts.diffusers(parts(unet, ("to_q",)))  # noqa: E731
-    found = [
+    rows = [
         same("diffusers and peft: `unet.PATH.lora_A.weight`", lambda unet: layouts.diffusers(parts(unet))),
         same("the same with `unet.lora_alpha` in its metadata", peft, LORA, 2),
         same("rsLoRA of peft", peft, RS, 2),
@@ -248,9 +248,9 @@ def unet_rows(kind: str) -> list[Row]:
         ),
     ]
     if kind == "sdxl":
-        return found
+        return rows
     return [
-        *found,
+        *rows,
         formula("LoCon with `lora_mid` (LyCORIS, Tucker)", check_tucker),
         formula("DoRA: `dora_scale` of outputs (LyCORIS, kohya)", check_dora),
         formula("DoRA: `lora_magnitude_vector` (peft)", check_vector),

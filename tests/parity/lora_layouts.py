@@ -39,13 +39,13 @@ Parts = dict[str, Part]
 def parts_of(model: nn.Module, endings: Iterable[str]) -> Parts:
     """Random updates of the modules whose path ends so, in the shapes of their weights."""
     g = torch.Generator().manual_seed(0)
-    found = {}
+    tensors = {}
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is not None and any(path == e or path.endswith("." + e) for e in endings):
             a, b = torch.randn(RANK, *weight.shape[1:], generator=g), torch.randn(len(weight), RANK, generator=g)
-            found[path] = Part(0.3 * a, 0.3 * b)
-    return found
+            tensors[path] = Part(0.3 * a, 0.3 * b)
+    return tensors
 
 
 def diffusers(parts: Parts, prefix: str = "unet.") -> dict[str, Tensor]:
@@ -58,25 +58,25 @@ def diffusers(parts: Parts, prefix: str = "unet.") -> dict[str, Tensor]:
 
 def processors(parts: Parts) -> dict[str, Tensor]:
     """diffusers in 2023: attention processors keep the LoRA of an attention."""
-    found = {}
+    tensors = {}
     for path, part in parts.items():
         module, _, name = path.removesuffix(".0").rpartition(".")
         attention = module.endswith(("attn1", "attn2"))
         key = f"unet.{module}.processor.{name}_lora" if attention else f"unet.{path}.lora"
-        found |= {f"{key}.down.weight": part.a, f"{key}.up.weight": part.up}
-    return found
+        tensors |= {f"{key}.down.weight": part.a, f"{key}.up.weight": part.up}
+    return tensors
 
 
 def kohya(
     parts: Parts, spell: Callable[[str], str] = lambda path: path, prefix: str = "lora_unet_"
 ) -> dict[str, Tensor]:
     """With an alpha of 2 r, and B half as large, so that the update is the same."""
-    found = {}
+    tensors = {}
     for path, part in parts.items():
         name = prefix + spell(path).replace(".", "_")
-        found |= {f"{name}.lora_down.weight": part.a, f"{name}.lora_up.weight": part.up / 2}
-        found[f"{name}.alpha"] = torch.tensor(2.0 * RANK)
-    return found
+        tensors |= {f"{name}.lora_down.weight": part.a, f"{name}.lora_up.weight": part.up / 2}
+        tensors[f"{name}.alpha"] = torch.tensor(2.0 * RANK)
+    return tensors
 
 
 def authors(unet: UNet) -> Callable[[str], str]:
@@ -95,22 +95,22 @@ def comfy(parts: Parts) -> dict[str, Tensor]:
 
 def tucker(parts: Parts) -> dict[str, Tensor]:
     """LyCORIS with use_tucker: A of a 3 x 3 convolution as a product of two."""
-    found = kohya(parts)
+    tensors = kohya(parts)
     g = torch.Generator().manual_seed(3)
-    for name in [n for n in found if n.endswith("lora_down.weight") and found[n].shape[2:] == (3, 3)]:
-        found[name.replace("lora_down", "lora_mid")] = torch.randn(RANK, RANK, 3, 3, generator=g)
-        found[name] = found[name][..., 1:2, 1:2].clone()
-    return found
+    for name in [n for n in tensors if n.endswith("lora_down.weight") and tensors[n].shape[2:] == (3, 3)]:
+        tensors[name.replace("lora_down", "lora_mid")] = torch.randn(RANK, RANK, 3, 3, generator=g)
+        tensors[name] = tensors[name][..., 1:2, 1:2].clone()
+    return tensors
 
 
 def dora(parts: Parts, model: nn.Module) -> dict[str, Tensor]:
     """kohya's names with LyCORIS's dora_scale over outputs: the norms of the rows, all 1.5 times too large."""
-    found = kohya(parts)
+    tensors = kohya(parts)
     for path in parts:
         weight = model.get_parameter(f"{path}.weight")
         norm = 1.5 * weight.flatten(1).norm(dim=1)
-        found[f"lora_unet_{path.replace('.', '_')}.dora_scale"] = norm.reshape(-1, *[1] * (weight.ndim - 1))
-    return found
+        tensors[f"lora_unet_{path.replace('.', '_')}.dora_scale"] = norm.reshape(-1, *[1] * (weight.ndim - 1))
+    return tensors
 
 
 # FLUX.1, of one block each in the authors' widths: diffusers' converters have them written down
@@ -118,27 +118,27 @@ def dora(parts: Parts, model: nn.Module) -> dict[str, Tensor]:
 
 def flux_shapes(width: int) -> dict[str, tuple[int, int]]:
     """Modules of FLUX.1 in its authors' names -> (rows, columns)."""
-    found = {}
+    tensors = {}
     for name in DOUBLE:
         dotted = re.sub(r"^(img|txt)_(attn|mlp|mod)_", r"\1_\2.", name)
         rows = 6 if name.endswith("mod_lin") else 3 if name.endswith("qkv") else 4 if name.endswith("mlp_0") else 1
-        found[f"double_blocks.0.{dotted}"] = rows * width, (4 if name.endswith("mlp_2") else 1) * width
-    found |= {"single_blocks.0.linear1": (7 * width, width), "single_blocks.0.linear2": (width, 5 * width)}
-    found["single_blocks.0.modulation.lin"] = 3 * width, width
+        tensors[f"double_blocks.0.{dotted}"] = rows * width, (4 if name.endswith("mlp_2") else 1) * width
+    tensors |= {"single_blocks.0.linear1": (7 * width, width), "single_blocks.0.linear2": (width, 5 * width)}
+    tensors["single_blocks.0.modulation.lin"] = 3 * width, width
     for name, columns in (("img_in", 64), ("txt_in", 4096), ("final_layer.adaLN_modulation.1", width)):
-        found[name] = (2 * width if "final" in name else width), columns
+        tensors[name] = (2 * width if "final" in name else width), columns
     for name, columns in (("time_in", 256), ("guidance_in", 256), ("vector_in", 768)):
-        found |= {f"{name}.in_layer": (width, columns), f"{name}.out_layer": (width, width)}
-    return found | {"final_layer.linear": (64, width)}
+        tensors |= {f"{name}.in_layer": (width, columns), f"{name}.out_layer": (width, width)}
+    return tensors | {"final_layer.linear": (64, width)}
 
 
 def random_pairs(shapes: dict[str, tuple[int, int]], a: str, b: str, spell: Callable[[str], str]) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(1)
-    found = {}
+    tensors = {}
     for name, (rows, columns) in shapes.items():
-        found[f"{spell(name)}.{a}.weight"] = torch.randn(1, columns, generator=g)
-        found[f"{spell(name)}.{b}.weight"] = torch.randn(rows, 1, generator=g)
-    return found
+        tensors[f"{spell(name)}.{a}.weight"] = torch.randn(1, columns, generator=g)
+        tensors[f"{spell(name)}.{b}.weight"] = torch.randn(rows, 1, generator=g)
+    return tensors
 
 
 def xlabs(width: int) -> dict[str, Tensor]:
@@ -157,5 +157,5 @@ def one_trainer(width: int) -> dict[str, Tensor]:
     paths = [f"transformer_blocks.0.{p}" for p in ("attn.to_q", "attn.add_k_proj", "attn.to_out.0", "attn.to_add_out")]
     paths += ["single_transformer_blocks.0.attn.to_v", *(path for path in WHOLE.values())]
     shapes = {f"lora_transformer_{path.replace('.', '_')}": (width, width) for path in paths}
-    found = random_pairs(shapes, "lora_down", "lora_up", str)
-    return found | {f"{name}.alpha": torch.tensor(0.5) for name in shapes}
+    tensors = random_pairs(shapes, "lora_down", "lora_up", str)
+    return tensors | {f"{name}.alpha": torch.tensor(0.5) for name in shapes}

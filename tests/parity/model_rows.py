@@ -55,8 +55,8 @@ def equals_pipeline(world: World, kind: str, marks: Iterable[str] = (), **schedu
         wanted = theirs("a red fox", latents=noise(), **HOW).images
     finally:
         theirs.scheduler = before
-    found = ours("a red fox", latents=noise(), sampler="euler", **HOW).images
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+    actual = ours("a red fox", latents=noise(), sampler="euler", **HOW).images
+    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-3)
 
 
 def refuses_mark(world: World, mark: str, words: str) -> None:
@@ -180,8 +180,8 @@ def given_autoencoder(world: World, kind: str) -> None:
     z = noise() / other.config.scaling_factor
     wanted = other.decode(z).sample
     for source in (world.folder / "other", world.folder / "vae.safetensors", other):
-        found = condit.load(world.folder / "model", vae=source)
-        torch.testing.assert_close(found.parts.vae.decode(z).sample, wanted, rtol=0, atol=0)
+        actual = condit.load(world.folder / "model", vae=source)
+        torch.testing.assert_close(actual.parts.vae.decode(z).sample, wanted, rtol=0, atol=0)
 
 
 def folder_rows() -> list[Row]:
@@ -244,13 +244,13 @@ def reads_as(
     """A spelling is read under the official names, tensor by tensor, and its projector is built."""
     official = adapter_tensors(world, None if projector is None else projector())
     save_tensors(world.folder / "adapter.safetensors", spell(official))
-    found = read_layout(load_file(world.folder / "adapter.safetensors"), "adapter")
-    named = {f"image_proj.{n}": t for n, t in found.projector.items()}
-    named |= {f"ip_adapter.{n}.{part}": t for n, parts in found.layers.items() for part, t in parts.items()}
+    actual = read_layout(load_file(world.folder / "adapter.safetensors"), "adapter")
+    named = {f"image_proj.{n}": t for n, t in actual.projector.items()}
+    named |= {f"ip_adapter.{n}.{part}": t for n, parts in actual.layers.items() for part, t in parts.items()}
     assert named.keys() == official.keys()
     for name, tensor in official.items():
         assert torch.equal(named[name], tensor), name
-    projector_of(found.projector, 64)
+    projector_of(actual.projector, 64)
 
 
 def plus() -> Resampler:

@@ -41,18 +41,18 @@ def original_unet_name(name: str, c: UNetConfig) -> str:
     if mid:
         number = 1 if mid[1] == "attentions" else 2 * int(mid[2])
         return f"middle_block.{number}.{inside(mid[3]) if mid[1] == 'resnets' else mid[3]}"
-    found = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", name)
-    assert found is not None, name
-    level, layer, rest = int(found[2]), int(found[4]), found[5]
-    down = found[1] == "down"
+    match = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", name)
+    assert match is not None, name
+    level, layer, rest = int(match[2]), int(match[4]), match[5]
+    down = match[1] == "down"
     a_level = c.layers_per_block + 1
     number = level * a_level + layer + 1 if down else level * a_level + layer
     place = f"{'input' if down else 'output'}_blocks"
-    if found[3] == "resnets":
+    if match[3] == "resnets":
         return f"{place}.{number}.0.{inside(rest)}"
-    if found[3] == "attentions":
+    if match[3] == "attentions":
         return f"{place}.{number}.1.{rest}"
-    if found[3] == "downsamplers":
+    if match[3] == "downsamplers":
         return f"{place}.{(level + 1) * a_level}.0.{rest.replace('conv.', 'op.')}"
     behind = 2 if c.up_block_types[level] == CROSS_UP else 1
     return f"{place}.{(level + 1) * a_level - 1}.{behind}.{rest}"
@@ -86,7 +86,7 @@ def original_vae(vae: torch.nn.Module) -> dict[str, Tensor]:
 def open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """A text tower of transformers under OpenCLIP's names."""
     state = {n.removeprefix("text_model."): t for n, t in state.items()}
-    found = {"logit_scale": torch.ones(())}
+    tensors = {"logit_scale": torch.ones(())}
     for name, tensor in state.items():
         if re.search(r"self_attn\.[kv]_proj", name):
             continue
@@ -99,8 +99,8 @@ def open_clip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         name = name.replace("embeddings.position_embedding.weight", "positional_embedding")
         if name == "text_projection.weight":
             name, tensor = "text_projection", tensor.mT.contiguous()
-        found[name] = tensor
-    return {prefix + name: tensor for name, tensor in found.items()}
+        tensors[name] = tensor
+    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def single_file(pipe, path: Path, kind: str) -> dict[str, Original]:

@@ -39,11 +39,11 @@ def test_guidance_that_ends_half_way_leaves_the_prompts_alone(sd_pairs, pictures
     guest, how = attach(pair.theirs), ended(kind)
     close(draw(guest, prompts, controls=[Present()], **how), draw(pair.theirs, prompts, **how))
     references = pictures(len(prompts))
-    found = draw(guest, prompts, controls=pair.controls(guest, "global", references), latents=start, **how)
+    actual = draw(guest, prompts, controls=pair.controls(guest, "global", references), latents=start, **how)
     for i, prompt in enumerate(prompts):
         controls = pair.controls(guest, "global", references[i])
         alone = draw(guest, prompt, controls=controls, latents=start[i : i + 1], **how)
-        close(found[i : i + 1], alone)
+        close(actual[i : i + 1], alone)
         assert (alone - draw(guest, prompt, controls=controls, latents=start[i : i + 1])).abs().max() > 1e-2
 
 
@@ -59,9 +59,9 @@ def test_a_callback_that_ends_the_guidance_and_keeps_the_negative_rows_is_refuse
 def test_the_references_have_a_guidance_of_their_own(sd_pairs, pictures, kind, guidance):
     pair, how = sd_pairs(kind), {"guidance_scale": guidance, "image_guidance_scale": 2.5}
     guest = attach(pair.theirs)
-    found = draw(guest, PROMPTS, controls=pair.controls(guest, "all", pictures(2)), **how)
+    actual = draw(guest, PROMPTS, controls=pair.controls(guest, "all", pictures(2)), **how)
     # condit's own run needs the negative prompt's side, which cancels at scale 1.
-    close(found, draw(pair.ours, PROMPTS, controls=pair.controls(pair.ours, "all", pictures(2)), **how))
+    close(actual, draw(pair.ours, PROMPTS, controls=pair.controls(pair.ours, "all", pictures(2)), **how))
     assert torch.equal(draw(guest, image_guidance_scale=2.5), draw(pair.theirs))
     if kind == "sd15":
         with pytest.raises(ValueError, match="guidance_rescale has no meaning"):

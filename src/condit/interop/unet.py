@@ -143,8 +143,8 @@ class ControlledUNet(StandIn):
             if index == 0:
                 self.levels = levels_from(self.host.scheduler.timesteps, float(timestep))
             if len(self.sides) < 1 + guided:
-                found = prepared(self.backbone, self.controls, inputs, self.host, plain=self.image_scale is not None)
-                self.sides, self.plain = found[: 1 + guided], found[-1]
+                parts = prepared(self.backbone, self.controls, inputs, self.host, plain=self.image_scale is not None)
+                self.sides, self.plain = parts[: 1 + guided], parts[-1]
             step = Step(index, self.steps, self.levels[index] / train_steps(self.host.scheduler))
             acting = [at(side, step) for side in self.sides[-1 - guided :]]
             if any(acting):

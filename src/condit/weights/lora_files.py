@@ -76,8 +76,8 @@ class Update:
             rows["bias"] = rows["bias"] * (1 if alpha is None else float(alpha) / len(self.a))
         if "whole bias" in rows:
             rows["bias"] = rows.pop("whole bias") + rows.get("bias", 0)
-        found = {"lora_A.weight": self.a, **rows} | ({} if alpha is None else {"alpha": alpha})
-        return {f"transformer.{path}.{name}": tensor for name, tensor in found.items()}
+        named = {"lora_A.weight": self.a, **rows} | ({} if alpha is None else {"alpha": alpha})
+        return {f"transformer.{path}.{name}": tensor for name, tensor in named.items()}
 
 
 def published(
@@ -138,12 +138,12 @@ def updates(tensors: Mapping[str, Tensor], *, ignore_text: bool = False) -> Iter
                 + " Use a plain LoRA of the same, or merge it into the model with the tool that made it."
             )
         modules.setdefault(module, {})[kind] = tensor
-    for module, found in modules.items():
-        if not {"A", "B"} <= found.keys():
-            if any(found[kind].any() for kind in found.keys() - {"alpha"}):
-                raise ValueError(f"{module!r} has only its {next(iter(found))} matrix. Is the file cut off?")
+    for module, matrices in modules.items():
+        if not {"A", "B"} <= matrices.keys():
+            if any(matrices[kind].any() for kind in matrices.keys() - {"alpha"}):
+                raise ValueError(f"{module!r} has only its {next(iter(matrices))} matrix. Is the file cut off?")
             continue
-        yield assembled(module, found)
+        yield assembled(module, matrices)
 
 
 def kind_of(name: str) -> tuple[str, str | None]:
@@ -156,22 +156,22 @@ def kind_of(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def assembled(module: str, found: Mapping[str, Tensor]) -> Update:
+def assembled(module: str, matrices: Mapping[str, Tensor]) -> Update:
     """One module's tensors, by what they are. ValueError for a DoRA of columns."""
-    alpha, sizes = found.get("alpha"), [tuple(found[side].shape) for side in "AB"]
+    alpha, sizes = matrices.get("alpha"), [tuple(matrices[side].shape) for side in "AB"]
     if min(map(len, sizes)) < 2 or (alpha is not None and alpha.numel() != 1):
         raise ValueError(f"{module!r} has matrices of shape {sizes[0]} and {sizes[1]}, and alpha {alpha}; no LoRA has.")
-    a, b = found["A"], found["B"].flatten(1)
-    if "mid" in found:  # a convolution in three factors, (r, in, 1, 1), (r, r, h, w) and B: the first two are A
-        a = torch.einsum("rshw,si->rihw", found["mid"].float(), a.float().flatten(1)).to(a)
-    rows = {"lora_B.weight": b} | {k: found[k].flatten() for k in ("bias", "whole bias", "magnitude") if k in found}
-    if "magnitude" in found and (
-        len(rows["magnitude"]) != len(b) or (found["magnitude"].shape[0] == 1 < len(b) and found["magnitude"].ndim == 2)
-    ):
-        shape = tuple(found["magnitude"].shape)
+    a, b = matrices["A"], matrices["B"].flatten(1)
+    if "mid" in matrices:  # a convolution in three factors, (r, in, 1, 1), (r, r, h, w) and B: the first two are A
+        a = torch.einsum("rshw,si->rihw", matrices["mid"].float(), a.float().flatten(1)).to(a)
+    rows = {"lora_B.weight": b} | {
+        k: matrices[k].flatten() for k in ("bias", "whole bias", "magnitude") if k in matrices
+    }
+    given = matrices.get("magnitude")
+    if given is not None and (given.numel() != len(b) or (given.ndim == 2 and given.shape[0] == 1 < len(b))):
         raise ValueError(
-            f"{module!r}: the magnitudes of its DoRA have shape {shape}: one of each input, as LyCORIS writes them "
-            f"without wd_on_output. Supported is one of each of the {len(b)} outputs."
+            f"{module!r}: the magnitudes of its DoRA have shape {tuple(given.shape)}: one of each input, as LyCORIS "
+            f"writes them without wd_on_output. Supported is one of each of the {len(b)} outputs."
         )
     return Update(module, a, alpha, rows)
 
