@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import lora_layouts as layouts
+from condit.controls.style_lora import StyleLoRA
 from condit.interop import attach
+from condit.weights.files import save_tensors
 from sd_guests import GIVEN, PROMPTS, Present, close, draw, every_kind, noise
 
 diffusers: Any = importlib.import_module("diffusers")  # its names are made when they are asked for
@@ -129,6 +132,17 @@ def test_a_step_cache_is_refused_beside_controls_and_runs_without(make_flux, cac
     pipe.transformer.disable_cache()
     plain = pipe("a red fox", latents=start, **how).images
     close(guest("a red fox", controls=[Present()], latents=start, **how).images, plain)
+
+
+def test_convolutions_and_doras_of_a_style_act_on_a_guest(sd_pairs, tmp_path):
+    """The layers are borrowed: their weights are diffusers' own."""
+    pair = sd_pairs("sd15")
+    parts = layouts.parts_of(pair.ours.backbone, layouts.LINEAR + layouts.LOCON)
+    file = save_tensors(tmp_path / "style.safetensors", layouts.dora(parts, pair.ours.backbone))
+    pipes = attach(pair.theirs), pair.ours
+    actual, expected = (draw(pipe, controls=[StyleLoRA.load(file, pipe).control(0.5)]) for pipe in pipes)
+    close(actual, expected)
+    assert (actual - draw(pair.theirs)).abs().max() > 1e-2
 
 
 # Networks that attach used to refuse before any control was given
