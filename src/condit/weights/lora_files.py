@@ -29,7 +29,7 @@ ENDS = {
     r"\.alpha": "alpha",
     r"\.(lora_B|lora_up)(\.[^.]+)?\.bias": "bias",
     r"\.diff_b": "whole bias",
-    r"\.dora_scale": "magnitude",
+    r"\.dora_scale": "dora",  # LyCORIS: of the outputs (out, 1, ...), or of the inputs (1, in, ...)
     r"\.lora_magnitude_vector(\.[^.]+)?(\.weight)?": "magnitude",
 }
 # Older spellings -> those of ENDS: diffusers of 2023 kept LoRAs in attention processors, XLabs keeps them there.
@@ -164,15 +164,16 @@ def assembled(module: str, matrices: Mapping[str, Tensor]) -> Update:
     a, b = matrices["A"], matrices["B"].flatten(1)
     if "mid" in matrices:  # a convolution in three factors, (r, in, 1, 1), (r, r, h, w) and B: the first two are A
         a = torch.einsum("rshw,si->rihw", matrices["mid"].float(), a.float().flatten(1)).to(a)
-    rows = {"lora_B.weight": b} | {
-        k: matrices[k].flatten() for k in ("bias", "whole bias", "magnitude") if k in matrices
-    }
-    given = matrices.get("magnitude")
-    if given is not None and (given.numel() != len(b) or (given.ndim == 2 and given.shape[0] == 1 < len(b))):
+    if "dora" in matrices and matrices["dora"].shape[0] != len(b):
         raise ValueError(
-            f"{module!r}: the magnitudes of its DoRA have shape {tuple(given.shape)}: one of each input, as LyCORIS "
-            f"writes them without wd_on_output. Supported is one of each of the {len(b)} outputs."
+            f"{module!r}: the dora_scale of its DoRA has shape {tuple(matrices['dora'].shape)}: one of each input, as "
+            f"LyCORIS writes them without wd_on_output. Supported is one of each of the {len(b)} outputs."
         )
+    each = {"bias": "bias", "whole bias": "whole bias", "magnitude": "magnitude", "dora": "magnitude"}
+    rows = {"lora_B.weight": b} | {kind: matrices[name].flatten() for name, kind in each.items() if name in matrices}
+    wrong = next((kind for kind, values in rows.items() if len(values) != len(b)), None)
+    if wrong is not None:
+        raise ValueError(f"{module!r}: {len(rows[wrong])} rows of its {wrong} for {len(b)} of B. Is the file cut off?")
     return Update(module, a, alpha, rows)
 
 
