@@ -69,6 +69,7 @@ class Bare:
     backbone: nn.Module
     name: str = "a random model"
     device: str = "cpu"
+    adapts_text: bool = False
     dtype: torch.dtype = torch.float32
 
     def adapter_file(self, source: Path, method: str, *, ignore_text: bool = False) -> AdapterFile:

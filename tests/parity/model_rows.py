@@ -39,7 +39,7 @@ def in_one_file(world: World, kind: str, marks: Iterable[str] = ()) -> Pipeline:
     pipe.save_pretrained(world.folder / kind)
     file = world.folder / "model.safetensors"
     originals = {n: replace(o, process=ORIGINALS[n].process) for n, o in single_file(pipe, file, kind).items()}
-    save_file(load_file(file) | {name: torch.zeros(1) for name in marks}, file)
+    save_file(load_file(file) | {name: torch.zeros(0) for name in marks}, file)
     return Pipeline(load_original(identify(file).path, torch.float32, "model", originals, tokenizer=pipe.tokenizer))
 
 

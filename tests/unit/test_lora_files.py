@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -167,6 +168,18 @@ def test_alpha_as_diffusers_keeps_it_in_the_file_is_read(tmp_path):
     kept = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 8})}
     file = save_tensors(tmp_path / "a.safetensors", tensors, kept)
     assert LoRA.from_tensors(read_adapter(file, "OminiControl").tensors).scales == {"a.to_q": 4}
+
+
+def test_alpha_of_each_part_of_a_model_is_that_of_its_own_name(tmp_path):
+    """diffusers' metadata has an alpha for the network and for every text encoder."""
+    names = ("unet.x", "text_encoder.text_model.x", "text_encoder_2.text_model.x")
+    tensors = {f"{n}.lora_A.weight": torch.ones(2, 4) for n in names}
+    tensors |= {f"{n}.lora_B.weight": torch.ones(6, 2) for n in names}
+    kept = {f"{n.split('.')[0]}.lora_alpha": alpha for n, alpha in zip(names, (8, 6, 2), strict=True)}
+    file = save_tensors(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(kept)})
+    adapter = read_adapter(file, "OminiControl", partial(published, ignore_text=True))
+    assert [alpha.item() for name, alpha in adapter.tensors.items() if name.endswith(".alpha")] == [8]
+    assert [b[0, 0].item() for _, b in adapter.text_pairs().values()] == [3, 1]
 
 
 PAIR = {"base_model.model.a.lora_A.weight": torch.ones(4, 6), "base_model.model.a.lora_B.weight": torch.ones(6, 4)}

@@ -27,7 +27,7 @@ from condit.weights.files import (
 from condit.weights.folders import only_weight_file
 from condit.weights.guess import what_is
 from condit.weights.hub_files import download_adapter
-from condit.weights.lora_files import TEXT, peft_settings, published
+from condit.weights.lora_files import TEXT, peft_settings, published, text_alphas
 from condit.weights.lora_text import text_pairs
 
 if TYPE_CHECKING:
@@ -152,7 +152,9 @@ def read_adapter(source: str | Path, method: str, layout: Layout = published) ->
     encoders = {name: tensor for name, tensor in tensors.items() if name.startswith(TEXT)}
     if kind == "OminiControl":
         with errors_of(source):
-            tensors = layout(tensors, peft_settings(path if path.is_dir() else None, metadata))
+            settings = peft_settings(path if path.is_dir() else None, metadata)
+            encoders |= text_alphas(encoders, settings)
+            tensors = layout(tensors, settings)
     if kind not in (method, "unknown"):
         reader, wanted = (READERS.get(name, f"condit.{name}") for name in (kind, method))
         first = repr(next(iter(tensors)))

@@ -107,6 +107,19 @@ def peft_alpha(path: str, settings: Json, update: Update) -> Tensor | None:
     return None if alpha is None else torch.tensor(float(alpha) * root)
 
 
+def text_alphas(tensors: Mapping[str, Tensor], settings: Json) -> dict[str, Tensor]:
+    """Alpha of each layer of text encoders, where diffusers keeps it in the file's metadata under the encoder's name."""
+    alphas: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        module, kind = kind_of(name)
+        encoder, _, path = module.partition(".")
+        own = {n.removeprefix(f"{encoder}."): value for n, value in settings.items() if n.startswith(f"{encoder}.")}
+        if kind == "A" and own and f"{module}.alpha" not in tensors:
+            alpha = peft_alpha(path, own, Update(module, tensor, None, {}))
+            alphas |= {} if alpha is None else {f"{module}.alpha": alpha}
+    return alphas
+
+
 def peft_settings(folder: Path | None, metadata: Mapping[str, str]) -> Json:
     """peft's configuration: `adapter_config.json` in the file's folder, or as diffusers keeps it in the file itself,
     where its names begin with that of the network."""
