@@ -108,7 +108,7 @@ def peft_alpha(path: str, settings: Json, update: Update) -> Tensor | None:
 
 
 def text_alphas(tensors: Mapping[str, Tensor], settings: Json) -> dict[str, Tensor]:
-    """Alpha of each layer of text encoders, where diffusers keeps it in the file's metadata under the encoder's name."""
+    """Alpha of each layer of text encoders, which diffusers keeps in the metadata under the name of the encoder."""
     alphas: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, kind = kind_of(name)
