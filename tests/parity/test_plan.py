@@ -151,3 +151,17 @@ def test_the_command_prints_the_plan(folder, capsys):
     )
     assert run(*given, "--quantize", "int3")[0] == 2
     assert run("nothing")[0] == 1
+
+
+def test_operations_of_other_networks_are_those_of_their_papers():
+    found = plan("DiT-S/8", Wish(256, 256, dtype=torch.float32))
+    assert found.operations_a_step / 4 == pytest.approx(0.36e9, rel=0.02)  # Table 4 counts multiplications; two sides
+    assert found.tokens == 16 and found.parts[0].parameters == pytest.approx(33e6, rel=0.02)
+
+
+def test_embedded_models_of_every_family_can_be_planned():
+    for name in ("tiny-unet", "small-dit", "small-vit"):
+        found = plan(name, Wish(128, 128, dtype=torch.float32))
+        assert found.operations_a_step > 1e6 and found.activations > 1000 and found.resident > found.parts[0].loaded
+    with pytest.raises(ValueError, match="controls are counted for FLUX.1 only"):
+        plan("tiny-unet", Wish(128, 128, controls=1))

@@ -125,8 +125,11 @@ def test_brackets_without_a_weight_are_text():
 @pytest.mark.parametrize("offload", ["encoders", "blocks"])
 def test_stable_diffusion_offloads_with_the_same_result(folders, offload):
     how = {"seed": 0, "num_inference_steps": 2, "image": picture(), **HOW}
-    wanted = condit.load(folders["sdxl"])("a red fox", **how).images
-    assert torch.equal(condit.load(folders["sdxl"], offload=offload)("a red fox", **how).images, wanted)
+    for kind in ("sd15", "sdxl"):
+        wanted = condit.load(folders[kind])("a red fox", "in the snow", **how).images
+        pipe = condit.load(folders[kind], offload=offload)
+        for _ in range(2):  # every call makes copies of the encoders
+            assert torch.equal(pipe("a red fox", "in the snow", **how).images, wanted)
 
 
 def test_stable_diffusion_is_quantised(folders):

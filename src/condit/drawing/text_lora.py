@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import Tensor, nn
 
 from condit.controls.control import Control
-from condit.drawing.model import Model
+from condit.drawing.model import Model, module_device
 from condit.encoders.text import ClipText
+from condit.nn.offload import on_device
 
-M = TypeVar("M", bound=nn.Module)
 # "lora_te2_text_model_encoder_layers_0_mlp_fc1", "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"
 LAYER = re.compile(r"(?:lora_te|text_encoder)(?:_?(?P<number>[12]))?[._](?:text_model[._])?(?P<path>.+)")
 
@@ -34,15 +33,16 @@ def with_text_loras(model: Model, controls: Sequence[Control]) -> Model:
         number, path = layer_of(name, text)
         layer = text.encoders[number].get_submodule(path)
         assert isinstance(layer, nn.Linear)
-        before = weights[number].get(f"{path}.weight", layer.weight)
+        before = weights[number].get(path, layer.weight)
         if (b.shape[0], a.shape[1]) != before.shape:
             raise ValueError(
                 f"{name!r} updates {b.shape[0]} x {a.shape[1]}; this text encoder has {tuple(before.shape)}."
             )
-        weights[number][f"{path}.weight"] = before + (b.float() @ a.float()).to(before)
-    adapted = copy.copy(text)
-    encoders = [with_weights(encoder, each) for encoder, each in zip(text.encoders, weights, strict=True)]
-    vars(adapted)["_modules"] = {**text._modules, "encoders": nn.ModuleList(encoders)}
+        weights[number][path] = before + (b.float() @ a.float()).to(before)
+    adapted = on_device(text, module_device(text))  # modules of its own, which share their tensors
+    for encoder, each in zip(adapted.encoders, weights, strict=True):
+        for path, weight in each.items():
+            encoder.get_submodule(path)._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     changed = copy.copy(model)
     vars(changed)["parts"] = replace(model.parts, text=adapted)
     return changed
@@ -62,19 +62,3 @@ def layer_of(name: str, text: ClipText) -> tuple[int, str]:
         if path is not None:
             return number, path
     raise ValueError(f"{name!r}: this model's text encoders have no such layer. Was the LoRA made for another model?")
-
-
-def with_weights(module: M, weights: Mapping[str, Tensor]) -> M:
-    """A copy of the module with some parameters replaced; everything else is shared."""
-    copied = copy.copy(module)
-    inside: dict[str, dict[str, Tensor]] = {}
-    parameters = dict(module._parameters)
-    for name, weight in weights.items():
-        child, dot, rest = name.partition(".")
-        if dot:
-            inside.setdefault(child, {})[rest] = weight
-        else:
-            parameters[name] = nn.Parameter(weight, requires_grad=False)
-    children = {name: with_weights(module.get_submodule(name), each) for name, each in inside.items()}
-    vars(copied).update(_parameters=parameters, _modules={**module._modules, **children})
-    return copied

@@ -43,6 +43,8 @@ def _copied(
     state = vars(copied)
     state["_parameters"] = {name: moved(p) for name, p in module._parameters.items()}
     state["_buffers"] = {name: moved(b) for name, b in module._buffers.items()}
+    # Its own: transformers installs hooks at a first call, and would install them again in what the copies share.
+    state["_forward_hooks"] = type(module._forward_hooks)(module._forward_hooks)
     state["_modules"] = {name: m and _copied(m, device, modules, tensors) for name, m in module._modules.items()}
     return copied
 
