@@ -146,10 +146,13 @@ def reading(source: object) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except _STRANGE as error:
+    except Exception as error:
+        # transformers' configurations raise huggingface_hub's StrictDataclass...Error, of no builtin class.
+        if not isinstance(error, _STRANGE) and not type(error).__name__.startswith("StrictDataclass"):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
-            f"{source} is broken or has values that condit does not read ({type(error).__name__}: {error}). "
-            "Download it again."
+            f"{source} is broken or has values that condit does not read ({text}). Download it again."
         ) from error
 
 
