@@ -35,7 +35,8 @@ def test_a_whole_setting_that_is_none_is_refused(name, value):
 
 
 def test_numbers_of_numpy_and_torch_become_pythons():
-    values = Settings(height=np.int64(64), guidance_scale=np.float32(3), eta=torch.tensor(0.5), copies=np.int32(2))
+    given: dict = {"height": np.int64(64), "guidance_scale": np.float32(3), "eta": torch.tensor(0.5)}
+    values = Settings(**given, copies=np.int32(2))  # type: ignore[arg-type]
     kinds = [type(x) for x in (values.height, values.guidance_scale, values.eta, values.copies)]
     assert kinds == [int, float, float, int]
 

@@ -116,9 +116,10 @@ def prompt_list(prompt: object) -> list[str]:
     prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f"prompt must be a string or a list of strings; found {prompts!r}.")
-    for p in prompts:
+    texts = [str(p) for p in prompts]
+    for p in texts:
         check_text(p)
-    return [str(p) for p in prompts]
+    return texts
 
 
 def check_text(text: str) -> None:
