@@ -76,8 +76,13 @@ class RgbaCode(nn.Module):
         x = torch.einsum("bchw,cp->bphw", unpack(tokens, grid), scaled) + self.mean[:, None, None]
         return F.pixel_shuffle(x, PATCH)
 
+    @property
+    def variance(self) -> Tensor:
+        """Of the numbers of a code, (components,)."""
+        return self.deviation ** (2 - 2 * self.whiten)
+
     def blind_error(self, t: float) -> float:
         """Velocity error at noise level t of the best estimate that sees one number at a time (Wiener's filter).
         Errors in units of it can be compared between codes."""
-        variance = self.deviation ** (2 - 2 * self.whiten)
+        variance = self.variance
         return float((variance / ((1 - t) ** 2 * variance + t**2)).mean())

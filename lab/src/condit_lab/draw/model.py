@@ -16,7 +16,7 @@ from condit.diffusion.samplers import FlowPath, euler
 from condit.diffusion.schedules import flow_sigmas
 from condit.diffusion.steps import Step
 from condit.nn.streams import Stream, grid_ids
-from condit_lab.draw.code import RgbaCode, to_planes
+from condit_lab.draw.code import RgbaCode
 from condit_lab.draw.text import Text
 from condit_lab.training.text_to_image import start
 
@@ -33,6 +33,8 @@ class ModelConfig(BaseModel):
     double_blocks: Count = 2
     single_blocks: Count = 3
     components: Count = 80  # of a patch of 8 x 8 RGBA pixels
+    canvas: Annotated[int, Field(ge=0)] = 0  # channels a token that the pooled text adds to the input
+    precondition: bool = True  # predict what Wiener's filter leaves open, in units of its error
     text: Literal["tower", "frozen", "codes"] = "tower"
     text_width: Count = 256
     text_layers: Count = 2
@@ -45,7 +47,8 @@ def transformer(config: ModelConfig, text: Text) -> MMDiT:
     channels = 4 * config.components
     model = MMDiT(
         MMDiTConfig(
-            in_channels=channels,
+            in_channels=channels + config.canvas,
+            out_channels=channels,
             num_layers=config.double_blocks,
             num_single_layers=config.single_blocks,
             attention_head_dim=64,
@@ -60,12 +63,14 @@ def transformer(config: ModelConfig, text: Text) -> MMDiT:
 
 
 class DrawModel(nn.Module):
-    """Planes and caption ids in; loss, errors or drawings out."""
+    """Codes of drawings and caption ids in; loss, errors or drawings out."""
 
     def __init__(self, config: ModelConfig, code: RgbaCode, text: Text):
         super().__init__()
         self.config, self.code, self.text = config, code, text
         self.transformer = transformer(config, text)
+        # A coarse image from the words, which changed nothing where the output is preconditioned (docs/log.md).
+        self.canvas = nn.Linear(text.pooled_width, GRID[0] * GRID[1] * config.canvas) if config.canvas else None
         self.ids: Tensor
         self.register_buffer("ids", grid_ids(*GRID), persistent=False)
 
@@ -73,12 +78,19 @@ class DrawModel(nn.Module):
         """Clean tokens (B, 64, channels)."""
         states, pooled = words
         text_ids = torch.zeros(states.shape[1], 3, device=x_t.device)
-        return self.transformer(Stream(x_t, self.ids, t, pooled), states, text_ids)
+        level, variance = t[:, None, None], self.code.variance.repeat_interleave(4)
+        total = (1 - level) ** 2 * variance + level**2  # of x_t, by channel
+        x = x_t * total.rsqrt() if self.config.precondition else x_t
+        if self.canvas is not None:
+            canvas = self.canvas(pooled).unflatten(-1, (len(self.ids), -1))
+            x = torch.cat([x, canvas.to(x)], -1)
+        out = self.transformer(Stream(x, self.ids, t, pooled), states, text_ids).float()
+        if not self.config.precondition:
+            return out
+        return (1 - level) * variance / total * x_t + (variance / total).sqrt() * level * out
 
-    def forward(self, rgba: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Velocity error (B,) at levels t (B,) under noise (B, 64, channels); rgba uint8 (B, 4, H, W)."""
-        with torch.no_grad():
-            x0 = self.code.encode(to_planes(rgba))
+    def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Velocity error (B,) at levels t (B,) under noise; x0 and noise (B, 64, channels), ids (B, L)."""
         return flow_loss(self.predict(add_noise(x0, noise, t), t, self.text(ids)), x0, noise, t, "x")
 
     @torch.no_grad()

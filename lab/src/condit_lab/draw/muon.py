@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024) in the fastest arithmetic of the device, all matrices of one shape at once.
+"""Muon (Jordan et al. 2024) in the arithmetic of the run, all matrices of one shape at once.
 
 torch.optim.Muon iterates in bf16 and one matrix at a time; on a CPU without bf16 arithmetic that takes longer than the
 rest of the training step.
@@ -16,9 +16,8 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 
 
-def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """Matrices (B, m, n) -> about U V^T of their singular value decompositions, by Newton-Schulz."""
-    dtype = torch.bfloat16 if x.is_cuda else torch.float32
+def orthogonalise(x: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Matrices (B, m, n) -> about U V^T of their singular value decompositions, by Newton-Schulz in `dtype`."""
     a, b, c = COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
     y = (x.mT if tall else x).to(dtype)
@@ -32,8 +31,16 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised; a tall matrix steps by sqrt(rows / columns) more."""
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -55,5 +62,5 @@ class Muon(torch.optim.Optimizer):
             buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
             buffer.lerp_(p.grad, 1 - momentum)
             updates.append(p.grad.lerp(buffer, momentum))
-        for p, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
+        for p, update in zip(parameters, orthogonalise(torch.stack(updates), dtype=self.dtype), strict=True):
             p.add_(update, alpha=-lr)
