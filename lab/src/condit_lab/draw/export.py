@@ -13,7 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.weights.files import load_strict, read_tensors, save_tensors
+from condit_lab.draw.code import RgbaCode
+from condit_lab.draw.model import DrawModel, ModelConfig
+from condit_lab.draw.text import TrainedText
 
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 
@@ -41,6 +45,17 @@ def load_export(export: Path, model: nn.Module) -> int:
     """Set a model's weights; returns the number of images they have seen."""
     load_strict(model, {k: v.float() for k, v in read_tensors(export / WEIGHTS).items()}, source=export)
     return json.loads((export / "card.json").read_text(encoding="utf-8"))["images"]
+
+
+def load_model(folder: Path) -> DrawModel:
+    """The model of an export, to draw with."""
+    config = ModelConfig(**json.loads((folder / "card.json").read_text(encoding="utf-8"))["model"])
+    text = TrainedText(
+        ClipTokenizer.load(folder, config.text_tokens), width=config.text_width, layers=config.text_layers
+    )
+    model = DrawModel(config, RgbaCode(config.components), text)
+    load_export(folder, model)
+    return model.eval().requires_grad_(False)
 
 
 def main() -> None:
