@@ -173,6 +173,15 @@ class Mixture:
         self.core = torch.tensor([i for i, row in enumerate(rows) if row.core])
         self.core_share = core_share if len(self.core) else 0.0
 
+    def weights(self) -> Tensor:
+        """How often `draw` gives each row, times the number of rows, (rows,) float32."""
+        total = len(self.by_style)
+        share = self.counts.double().sqrt() / self.counts.double().sqrt().sum() / self.counts
+        weights = torch.zeros(total, dtype=torch.float64)
+        weights[self.by_style] = (1 - self.core_share) * share.repeat_interleave(self.counts) * total
+        weights[self.core] += self.core_share * total / max(1, len(self.core))
+        return weights.float()
+
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Row numbers (n,); those of the core come first."""
         n_core = round(n * self.core_share)

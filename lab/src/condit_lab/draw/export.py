@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.weights.files import load_strict, read_tensors, save_tensors
 from condit_lab.draw.code import RgbaCode
-from condit_lab.draw.model import DrawModel, ModelConfig
-from condit_lab.draw.text import TrainedText
+from condit_lab.draw.model import DrawModel, ModelConfig, new_text
 
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 
@@ -26,7 +25,7 @@ def export(run: Path, out: Path, *, average: int = 0) -> None:
     """Write an average of the run's weights (0: the shortest) to the folder `out`."""
     state = torch.load(run / "state.pt", weights_only=True, map_location="cpu")
     tensors: dict[str, Tensor] = {k: v.bfloat16() for k, v in state["averages"][average]["shadow"].items()}
-    tensors |= {f"code.{name}": x.float() for name, x in state["code"].items()}
+    tensors |= {name: x.float() if name.startswith("code.") else x.bfloat16() for name, x in state["fitted"].items()}
     out.mkdir(parents=True, exist_ok=True)
     save_tensors(out / WEIGHTS, tensors, {"condit": "draw"})
     if (run / TOKENIZER).exists():
@@ -50,9 +49,7 @@ def load_export(export: Path, model: nn.Module) -> int:
 def load_model(folder: Path) -> DrawModel:
     """The model of an export, to draw with."""
     config = ModelConfig(**json.loads((folder / "card.json").read_text(encoding="utf-8"))["model"])
-    text = TrainedText(
-        ClipTokenizer.load(folder, config.text_tokens), width=config.text_width, layers=config.text_layers
-    )
+    text = new_text(config, ClipTokenizer.load(folder, config.text_tokens))
     model = DrawModel(config, RgbaCode(config.components), text)
     load_export(folder, model)
     return model.eval().requires_grad_(False)

@@ -14,9 +14,8 @@ from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
 from condit.diffusion.objectives import add_noise, flow_loss
 from condit_lab.draw.code import on_white, to_planes
-from condit_lab.draw.data import Drawing, Drawings
+from condit_lab.draw.data import Drawings
 from condit_lab.draw.model import DrawModel
-from condit_lab.draw.text import Codes
 
 LEVELS = (0.2, 0.5, 0.7, 0.9, 1.0)
 WRONG_WORDS = 0.9  # the level at which another icon's words are tried
@@ -35,10 +34,6 @@ class Probe:
     ids: Tensor
 
 
-def plain(model: DrawModel, row: Drawing) -> str:
-    return f"{row.concept}|{row.style}" if isinstance(model.text, Codes) else row.captions[0]
-
-
 def make_probes(model: DrawModel, drawings: Drawings, *, sample: int = SAMPLE) -> list[Probe]:
     """Of the core icons that are trained on ("train") and held out ("held"), and trained ones outside it ("world")."""
     wanted = {
@@ -50,7 +45,7 @@ def make_probes(model: DrawModel, drawings: Drawings, *, sample: int = SAMPLE) -
     for name, rows in wanted.items():
         chosen = random.Random(0).sample(rows, min(sample, len(rows)))
         if chosen:
-            ids = model.text.ids([plain(model, drawings.rows[i]) for i in chosen])
+            ids = model.text.ids([drawings.rows[i].captions[0] for i in chosen])
             probes.append(Probe(name, to_planes(drawings.rgba(chosen)), ids))
     return probes
 
@@ -98,17 +93,15 @@ def draw(
 
 def sheet(model: DrawModel, drawings: Drawings) -> Image.Image:
     """Everyday words in four styles; held-out and trained drawings drawn from their captions, beside the real ones."""
-    rows, labels = [], []
-    if not isinstance(model.text, Codes):
-        prompts = [f"{word}, {style}" for style in STYLES for word in WORDS]
-        drawn = to_images(on_white(draw(model, prompts)))
-        rows += [drawn[i : i + len(WORDS)] for i in range(0, len(drawn), len(WORDS))]
-        labels += list(STYLES)
+    prompts = [f"{word}, {style}" for style in STYLES for word in WORDS]
+    drawn = to_images(on_white(draw(model, prompts)))
+    rows = [drawn[i : i + len(WORDS)] for i in range(0, len(drawn), len(WORDS))]
+    labels = list(STYLES)
     for split in ("held-out", "train"):
         some = [i for i, row in enumerate(drawings.rows) if row.split == split]
         chosen = random.Random(1).sample(some, min(len(WORDS), len(some)))
         if chosen:
-            rows.append(to_images(on_white(draw(model, [plain(model, drawings.rows[i]) for i in chosen]))))
+            rows.append(to_images(on_white(draw(model, [drawings.rows[i].captions[0] for i in chosen]))))
             rows.append(to_images(on_white(to_planes(drawings.rgba(chosen)))))
             labels += [f"{split}, drawn", f"{split}, real"]
     return contact_sheet(rows, labels=labels)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,9 +15,10 @@ from condit.diffusion.objectives import add_noise, flow_loss, to_velocity
 from condit.diffusion.samplers import FlowPath, euler
 from condit.diffusion.schedules import flow_sigmas
 from condit.diffusion.steps import Step
+from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.nn.streams import Stream, grid_ids
 from condit_lab.draw.code import RgbaCode
-from condit_lab.draw.text import Text
+from condit_lab.draw.text import TrainedText, Words
 from condit_lab.training.text_to_image import start
 
 GRID = (8, 8)  # tokens of a 128 px icon
@@ -33,16 +34,25 @@ class ModelConfig(BaseModel):
     double_blocks: Count = 2
     single_blocks: Count = 3
     components: Count = 80  # of a patch of 8 x 8 RGBA pixels
-    canvas: Annotated[int, Field(ge=0)] = 0  # channels a token that the pooled text adds to the input
-    precondition: bool = True  # predict what Wiener's filter leaves open, in units of its error
-    text: Literal["tower", "frozen", "codes"] = "tower"
+    looks: Count = 256  # numbers that say what a word looks like
+    canvas: Count = 24  # numbers of each token's code that the words foretell, added to the input
     text_width: Count = 256
     text_layers: Count = 2
     text_tokens: Count = 16
     vocabulary: Count = 8000
 
 
-def transformer(config: ModelConfig, text: Text) -> MMDiT:
+def new_text(config: ModelConfig, tokenizer: ClipTokenizer) -> TrainedText:
+    return TrainedText(
+        tokenizer,
+        width=config.text_width,
+        layers=config.text_layers,
+        looks=config.looks,
+        canvas=(GRID[0] * GRID[1], config.canvas),
+    )
+
+
+def transformer(config: ModelConfig) -> MMDiT:
     """FLUX's transformer for 64 tokens of 4 patches."""
     channels = 4 * config.components
     model = MMDiT(
@@ -53,8 +63,8 @@ def transformer(config: ModelConfig, text: Text) -> MMDiT:
             num_single_layers=config.single_blocks,
             attention_head_dim=64,
             num_attention_heads=config.width // 64,
-            joint_attention_dim=text.width,
-            pooled_projection_dim=text.pooled_width,
+            joint_attention_dim=config.text_width,
+            pooled_projection_dim=config.text_width,
             axes_dims_rope=(16, 24, 24),
         )
     )
@@ -65,28 +75,22 @@ def transformer(config: ModelConfig, text: Text) -> MMDiT:
 class DrawModel(nn.Module):
     """Codes of drawings and caption ids in; loss, errors or drawings out."""
 
-    def __init__(self, config: ModelConfig, code: RgbaCode, text: Text):
+    def __init__(self, config: ModelConfig, code: RgbaCode, text: TrainedText):
         super().__init__()
         self.config, self.code, self.text = config, code, text
-        self.transformer = transformer(config, text)
-        # A coarse image from the words, which changed nothing where the output is preconditioned (docs/log.md).
-        self.canvas = nn.Linear(text.pooled_width, GRID[0] * GRID[1] * config.canvas) if config.canvas else None
+        self.transformer = transformer(config)
         self.ids: Tensor
         self.register_buffer("ids", grid_ids(*GRID), persistent=False)
 
-    def predict(self, x_t: Tensor, t: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:
-        """Clean tokens (B, 64, channels)."""
-        states, pooled = words
-        text_ids = torch.zeros(states.shape[1], 3, device=x_t.device)
+    def predict(self, x_t: Tensor, t: Tensor, words: Words) -> Tensor:
+        """Clean tokens (B, 64, channels). The transformer reads x_t at unit variance, and what it adds to Wiener's
+        estimate, which sees one number at a time, is in units of that estimate's error: so it begins as the estimate
+        (as in EDM, arXiv:2206.00364, section 5, with a variance for each channel)."""
         level, variance = t[:, None, None], self.code.variance.repeat_interleave(4)
         total = (1 - level) ** 2 * variance + level**2  # of x_t, by channel
-        x = x_t * total.rsqrt() if self.config.precondition else x_t
-        if self.canvas is not None:
-            canvas = self.canvas(pooled).unflatten(-1, (len(self.ids), -1))
-            x = torch.cat([x, canvas.to(x)], -1)
-        out = self.transformer(Stream(x, self.ids, t, pooled), states, text_ids).float()
-        if not self.config.precondition:
-            return out
+        x = torch.cat([x_t * total.rsqrt(), words.canvas.to(x_t)], -1)
+        text_ids = torch.zeros(words.states.shape[1], 3, device=x_t.device)
+        out = self.transformer(Stream(x, self.ids, t, words.pooled), words.states, text_ids).float()
         return (1 - level) * variance / total * x_t + (variance / total).sqrt() * level * out
 
     def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:

@@ -1,20 +1,21 @@
-"""What tells the MM-DiT the words: a CLIP text tower trained with it, and two rulers of experiments: the frozen tower
-of the embedded CLIP, and learned codes of style and concept in place of words."""
+"""What tells the MM-DiT the words: a CLIP text tower that is trained with it, and what words look like: a linear map
+from the words of a caption to a coarse drawing, fitted once. Without it, words are read late (docs/log.md)."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
+import numpy as np
+import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condit.encoders.clip import embed_text
 from condit.encoders.clip_model import CLIPTextTransformer, TextConfig
 from condit.encoders.clip_tokenizer import SPECIAL_TOKENS, ClipTokenizer
-from condit.weights.tiny import load_clip
 from condit_lab.draw.data import Drawing, all_captions
 from condit_lab.training.clip_files import make_tokenizer
 
@@ -47,12 +48,22 @@ def whole_word_tokenizer(captions: Iterable[str], *, vocab_size: int, limit: int
     return ClipTokenizer(rust, limit)
 
 
-class TrainedText(nn.Module):
-    """A CLIP text tower that is trained along: ids (B, L) -> token states (B, L, width), pooled vector (B, width)."""
+@dataclass(frozen=True)
+class Words:
+    """Captions as the MM-DiT reads them: token states (B, L, width), pooled vector (B, width), and a coarse drawing,
+    the first numbers of each token's code, (B, tokens, channels)."""
 
-    def __init__(self, tokenizer: ClipTokenizer, *, width: int, layers: int):
+    states: Tensor
+    pooled: Tensor
+    canvas: Tensor
+
+
+class TrainedText(nn.Module):
+    """A CLIP text tower that is trained along, and the looks of words, which stay as fitted."""
+
+    def __init__(self, tokenizer: ClipTokenizer, *, width: int, layers: int, looks: int, canvas: tuple[int, int]):
         super().__init__()
-        self.tokenizer, self.width, self.pooled_width = tokenizer, width, width
+        self.tokenizer, self.width, self.canvas_shape = tokenizer, width, canvas
         self.text_model = CLIPTextTransformer(
             TextConfig(
                 hidden_size=width,
@@ -68,61 +79,67 @@ class TrainedText(nn.Module):
         nn.init.orthogonal_(self.text_projection.weight)
         for table in (self.text_model.embeddings.token_embedding, self.text_model.embeddings.position_embedding):
             nn.init.normal_(table.weight, std=0.02)
+        self.looks_to_states, self.looks_to_pooled = (nn.Linear(looks, width, bias=False) for _ in range(2))
+        for linear in (self.looks_to_states, self.looks_to_pooled):
+            nn.init.zeros_(linear.weight)
+        self.looks: Tensor
+        self.canvas_weight: Tensor
+        self.canvas_bias: Tensor
+        self.register_buffer("looks", torch.zeros(len(tokenizer), looks))
+        self.register_buffer("canvas_weight", torch.zeros(math.prod(canvas), looks))
+        self.register_buffer("canvas_bias", torch.zeros(math.prod(canvas)))
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """(B, L) int16."""
         return self.tokenizer.ids(captions).to(torch.int16)
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor) -> Words:
+        """Of caption ids (B, L)."""
         out = self.text_model(ids.long())
-        return out.last_hidden_state, self.text_projection(out.pooler_output)
-
-
-class FrozenText(nn.Module):
-    """The embedded CLIP's text tower, not trained."""
-
-    def __init__(self, folder: Path):
-        super().__init__()
-        self.clip, self.tokenizer = load_clip(folder)
-        self.requires_grad_(False)
-        self.width, self.pooled_width = 192, 256
-
-    def ids(self, captions: Sequence[str]) -> Tensor:
-        return self.tokenizer.ids(captions).to(torch.int16)
+        looks = F.embedding(ids.long(), self.looks)
+        whole = looks.sum(1)
+        return Words(
+            out.last_hidden_state + self.looks_to_states(looks),
+            self.text_projection(out.pooler_output) + self.looks_to_pooled(whole),
+            F.linear(whole, self.canvas_weight, self.canvas_bias).unflatten(-1, self.canvas_shape),
+        )
 
     @torch.no_grad()
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        states, embedding = embed_text(self.clip, ids.long())
-        return states, embedding * (embedding.shape[-1] / 2) ** 0.5
+    def fit_looks(
+        self, captions: Tensor, starts: Tensor, codes: Tensor, weights: Tensor, *, ridge: float = 30.0
+    ) -> None:
+        """Set the looks of all words by ridge regression of drawings on the words of their captions.
+
+        captions (C, L) and starts (n + 1,) as of `caption_table`; codes (n, tokens, channels), of which the first
+        numbers are the canvas; weights (n,), mean 1: how often each drawing is trained on.
+        """
+        tokens, channels = self.canvas_shape
+        n, vocabulary = len(starts) - 1, len(self.looks)
+        counts = starts.diff()
+        rows = torch.arange(n).repeat_interleave(counts)[:, None].expand_as(captions)
+        shares = (1 / counts.double())[rows]
+        shares[captions < len(SPECIAL_TOKENS)] = 0
+        place = (rows.flatten().numpy(), captions.flatten().numpy())
+        bag = scipy.sparse.coo_array((shares.flatten().numpy(), place), shape=(n, vocabulary)).tocsr()
+        y = torch.cat([part[..., :channels].float().flatten(1) for part in codes.split(4096)])
+        w = weights.double()[:, None].numpy()
+        mean_x, mean_y = (bag * w).sum(0) / n, (y * weights[:, None]).mean(0)
+        weighted = (bag * w).tocsr()
+        gram = torch.from_numpy((bag.T @ weighted).toarray() - n * np.outer(mean_x, mean_x)).float()
+        cross = (
+            torch.from_numpy(weighted.T @ y.numpy()).float() - n * torch.from_numpy(mean_x).float()[:, None] * mean_y
+        )
+        solution = torch.linalg.solve(gram + ridge * torch.eye(vocabulary), cross)
+        u, s, vh = torch.linalg.svd(solution, full_matrices=False)
+        rank = self.looks.shape[1]
+        scale = s[:rank].sqrt() * (vocabulary / s[:rank].sum()).sqrt()  # a word's looks have a mean square of about 1
+        self.looks.copy_(u[:, :rank] * scale)
+        self.canvas_weight.copy_(vh[:rank].mT * (s[:rank] / scale))
+        self.canvas_bias.copy_(mean_y - torch.from_numpy(mean_x).float() @ self.looks @ self.canvas_weight.mT)
 
 
-class Codes(nn.Module):
-    """One learned vector a concept and one a style: how far words could lead at best."""
-
-    def __init__(self, rows: Sequence[Drawing], width: int):
-        super().__init__()
-        keys = [*sorted({row.concept for row in rows}), *sorted({row.style for row in rows})]
-        self.numbers = {key: i + 1 for i, key in enumerate(keys)}  # 0: nothing is told
-        self.table, self.pool = nn.Embedding(len(keys) + 1, width), nn.Linear(2 * width, width)
-        self.width, self.pooled_width = width, width
-
-    def ids(self, captions: Sequence[str]) -> Tensor:
-        """From "concept|style" in place of a caption."""
-        numbers = [[self.numbers.get(part, 0) for part in (caption or "|").split("|")] for caption in captions]
-        return torch.tensor(numbers, dtype=torch.int16)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        states = self.table(ids.long())
-        return states, F.silu(self.pool(states.flatten(1)))
-
-
-Text = TrainedText | FrozenText | Codes
-
-
-def caption_table(text: Text, rows: Sequence[Drawing]) -> tuple[Tensor, Tensor]:
+def caption_table(text: TrainedText, rows: Sequence[Drawing]) -> tuple[Tensor, Tensor]:
     """Tokens of every caption, (captions, L) int16, row after row; and where each row's begin, (rows + 1,)."""
-    if isinstance(text, Codes):
-        return text.ids([f"{row.concept}|{row.style}" for row in rows]), torch.arange(len(rows) + 1)
     captions = list(all_captions(rows))
     starts = torch.tensor([0, *(len(row.captions) for row in rows)]).cumsum(0)
     return torch.cat([text.ids(captions[i : i + 4096]) for i in range(0, len(captions), 4096)]), starts

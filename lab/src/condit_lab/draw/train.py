@@ -32,14 +32,13 @@ from torch import Tensor
 from condit.data.files import atomic_write
 from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.training.optim import Average, parameter_groups
-from condit.weights.catalog import TINY
 from condit_lab.draw import figures
 from condit_lab.draw.code import RgbaCode, to_planes
 from condit_lab.draw.data import Drawings, Mixture, all_captions
 from condit_lab.draw.export import TOKENIZER, load_export, load_tokenizer
-from condit_lab.draw.model import GRID, DrawModel, ModelConfig
+from condit_lab.draw.model import GRID, DrawModel, ModelConfig, new_text
 from condit_lab.draw.muon import Muon
-from condit_lab.draw.text import Codes, FrozenText, Text, TrainedText, caption_table, whole_word_tokenizer
+from condit_lab.draw.text import TrainedText, caption_table, whole_word_tokenizer
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -87,18 +86,14 @@ def read_recipe(path: Path, changes: dict[str, int | bool]) -> Recipe:
     return Recipe(**fields)
 
 
-def make_text(config: ModelConfig, train: Drawings, out: Path) -> Text:
-    """The text part of a model; the tower's tokenizer is read from the run's folder, or made and put there."""
-    if config.text == "frozen":
-        return FrozenText(TINY / "model" / "clip")
-    if config.text == "codes":
-        return Codes(train.rows, config.text_width)
+def make_text(config: ModelConfig, train: Drawings, out: Path) -> TrainedText:
+    """The text part of a model; its tokenizer is read from the run's folder, or made and put there."""
     file, limit = out / TOKENIZER, config.text_tokens
     if not file.exists():
         whole_word_tokenizer(all_captions(train.rows), vocab_size=config.vocabulary, limit=limit).tokenizer.save(
             str(file)
         )
-    return TrainedText(ClipTokenizer.load(out, limit), width=config.text_width, layers=config.text_layers)
+    return new_text(config, ClipTokenizer.load(out, limit))
 
 
 def fit_code(config: ModelConfig, drawings: Drawings, mixture: Mixture, n: int = 4096) -> RgbaCode:
@@ -173,6 +168,10 @@ class Trainer:
         self.probes = figures.make_probes(self.model, drawings)
         self.model.to(self.device)
         self.codes = cached_codes(self.model.code, self.train, out / "codes.bf16", self.device)
+        if fresh:
+            weights = self.mixture.weights()
+            self.model.text.fit_looks(self.captions, self.starts, self.codes.cpu(), weights)
+            self.model.to(self.device)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizers = self.make_optimizers()
         self.averages = [Average(self.parameters, decay) for decay in self.config.averages]
@@ -311,7 +310,7 @@ class Trainer:
             "seconds": self.seconds,
             "recipe": self.recipe.model_dump_json(),
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
-            "code": self.model.code.state_dict(),
+            "fitted": {name: x for name, x in self.model.state_dict().items() if name not in self.parameters},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "averages": [{"count": a.count, "shadow": a.shadow} for a in self.averages],
         }
@@ -319,7 +318,7 @@ class Trainer:
 
     def load(self, state: dict) -> None:
         self.step, self.images, self.seconds = state["step"], state["images"], state["seconds"]
-        self.model.code.load_state_dict(state["code"])
+        self.model.load_state_dict(state["fitted"], strict=False)  # the parameters follow
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(state["parameters"][name])
