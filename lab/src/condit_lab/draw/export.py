@@ -25,7 +25,7 @@ def export(run: Path, out: Path, *, average: int = 0) -> None:
     """Write an average of the run's weights (0: the shortest) to the folder `out`."""
     state = torch.load(run / "state.pt", weights_only=True, map_location="cpu")
     tensors: dict[str, Tensor] = {k: v.bfloat16() for k, v in state["averages"][average]["shadow"].items()}
-    tensors |= {name: x.float() if name.startswith("code.") else x.bfloat16() for name, x in state["fitted"].items()}
+    tensors |= {name: x.bfloat16() if name.startswith("text.") else x.float() for name, x in state["fitted"].items()}
     out.mkdir(parents=True, exist_ok=True)
     save_tensors(out / WEIGHTS, tensors, {"condit": "draw"})
     if (run / TOKENIZER).exists():

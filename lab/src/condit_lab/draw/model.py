@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -80,18 +81,36 @@ class DrawModel(nn.Module):
         self.config, self.code, self.text = config, code, text
         self.transformer = transformer(config)
         self.ids: Tensor
+        self.variance: Tensor
+        self.register_buffer("variance", torch.ones(4 * config.components))
         self.register_buffer("ids", grid_ids(*GRID), persistent=False)
 
     def predict(self, x_t: Tensor, t: Tensor, words: Words) -> Tensor:
-        """Clean tokens (B, 64, channels). The transformer reads x_t at unit variance, and what it adds to Wiener's
-        estimate, which sees one number at a time, is in units of that estimate's error: so it begins as the estimate
-        (as in EDM, arXiv:2206.00364, section 5, with a variance for each channel)."""
-        level, variance = t[:, None, None], self.code.variance.repeat_interleave(4)
-        total = (1 - level) ** 2 * variance + level**2  # of x_t, by channel
-        x = torch.cat([x_t * total.rsqrt(), words.canvas.to(x_t)], -1)
+        """Clean tokens (B, 64, channels).
+
+        The words say a mean, the canvas; with `variance` around it, x_t has a best estimate that sees one number at a
+        time (Wiener's). The transformer reads x_t at unit variance, and predicts what is left, in units of that
+        estimate's error: so it begins as the estimate (preconditioning as in EDM, arXiv:2206.00364, section 5).
+        """
+        level, spread = t[:, None, None], self.code.variance.repeat_interleave(4)
+        x = torch.cat([x_t * ((1 - level) ** 2 * spread + level**2).rsqrt(), words.canvas.to(x_t)], -1)
         text_ids = torch.zeros(words.states.shape[1], 3, device=x_t.device)
         out = self.transformer(Stream(x, self.ids, t, words.pooled), words.states, text_ids).float()
-        return (1 - level) * variance / total * x_t + (variance / total).sqrt() * level * out
+        mean = F.pad(words.canvas.to(x_t), (0, x_t.shape[-1] - words.canvas.shape[-1]))
+        total = (1 - level) ** 2 * self.variance + level**2
+        estimate = mean + (1 - level) * self.variance / total * (x_t - (1 - level) * mean)
+        return estimate + (self.variance / total).sqrt() * level * out
+
+    @torch.no_grad()
+    def fit_words(self, captions: Tensor, starts: Tensor, codes: Tensor, weights: Tensor) -> None:
+        """Fit the looks of words, and the variance of the codes around the canvas; arguments of `fit_looks`."""
+        self.text.fit_looks(captions, starts, codes, weights)
+        total = torch.zeros_like(self.variance)
+        for rows in torch.arange(len(codes)).split(2048):
+            left = codes[rows].float()
+            left[..., : self.config.canvas] -= self.text(captions[starts[rows]]).canvas
+            total += (left.square() * weights[rows, None, None]).mean(1).sum(0)
+        self.variance.copy_(total / len(codes))
 
     def forward(self, x0: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Velocity error (B,) at levels t (B,) under noise; x0 and noise (B, 64, channels), ids (B, L)."""
