@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from condit.data.icon_sample import sample_path
+from condit.diffusion.objectives import add_noise
 from condit_lab.draw import figures, train
 from condit_lab.draw.code import RgbaCode, to_planes, to_rgba
 from condit_lab.draw.data import Drawings, Mixture, from_icon_world
@@ -23,6 +24,8 @@ MICRO = ModelConfig(
     double_blocks=1,
     single_blocks=1,
     components=8,
+    looks=16,
+    canvas=8,
     text_width=64,
     text_layers=1,
     text_tokens=8,
@@ -179,6 +182,8 @@ def test_an_export_starts_another_run_and_the_count_of_images_goes_on(drawings, 
     for name, p in again.parameters.items():
         assert torch.equal(p.detach(), run.averages[0].shadow[name].bfloat16().float()), name
     assert torch.equal(again.model.code.basis, run.model.code.basis)
+    assert torch.equal(again.model.text.looks, run.model.text.looks.bfloat16().float())
+    assert torch.equal(again.model.variance, run.model.variance)
     steps(again, 1)
 
 
@@ -190,6 +195,45 @@ def test_training_lowers_the_error_on_its_drawings_and_a_sheet_is_generated(draw
     assert after["train_error_0.7"] < 0.9 * before["train_error_0.7"]
     assert {"train_wrong_words_0.9", "held_error_1.0"} <= set(after)
     assert sorted(p.name for p in tmp_path.glob("sheet-*.png")) == ["sheet-000000080.png", "sheet-000000160.png"]
+
+
+def test_a_fresh_model_predicts_the_words_drawing_and_what_one_number_tells(drawings, tmp_path):
+    """Its error is that of the best estimate by each number alone, given the words: no step was taken."""
+    run = trainer(drawings, tmp_path, images=40)
+    run.model.eval()
+    x0, rows = run.codes.float(), torch.arange(len(run.codes))
+    words = run.model.text(run.captions[run.starts[rows]])
+    error = {}
+    for level in (0.4, 1.0):
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+        t = torch.full((len(x0),), level)
+        with torch.no_grad():
+            error[level] = (run.model.predict(add_noise(x0, noise, t), t, words) - x0).square()
+    canvas = words.canvas.shape[-1]
+    assert torch.allclose(error[1.0][..., :canvas], (words.canvas - x0[..., :canvas]).square(), atol=1e-5)
+    weights = run.mixture.weights()[:, None, None]
+    expected = run.model.variance * 0.4**2 / (0.6**2 * run.model.variance + 0.4**2)
+    assert torch.allclose((error[0.4] * weights).mean((0, 1)), expected, rtol=0.25)
+
+
+def test_words_foretell_a_drawing_that_nobody_trained_on(drawings, tmp_path):
+    run = trainer(drawings, tmp_path, images=40)
+    held_out = drawings.split("held-out")
+    x0 = run.model.code.encode(to_planes(held_out.rgba(range(len(held_out)))))
+    canvas = run.model.text(run.model.text.ids([row.captions[0] for row in held_out.rows])).canvas
+    x0 = x0[..., : canvas.shape[-1]]
+    assert (canvas - x0).square().mean() < 0.97 * (run.model.text.canvas_bias.view_as(canvas[0]) - x0).square().mean()
+
+
+def test_weights_of_a_mixture_are_how_often_it_draws_each_row(drawings):
+    rows = [
+        row if row.style != "noto" else type(row)(row.style, row.concept, row.split, False, row.captions)
+        for row in drawings.rows
+    ]
+    mixture = Mixture(rows, 0.5)
+    drawn = torch.bincount(mixture.draw(200_000, torch.Generator().manual_seed(0)), minlength=len(rows))
+    assert torch.allclose(drawn / 200_000 * len(rows), mixture.weights(), rtol=0.3)
+    assert mixture.weights().mean() == pytest.approx(1, abs=1e-5)
 
 
 def test_the_rate_warms_up_stays_and_falls(drawings, tmp_path):
