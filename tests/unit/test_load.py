@@ -115,7 +115,7 @@ def test_a_folder_of_another_pipeline_is_refused_by_its_class(pipeline: str, tmp
 def test_an_option_that_a_model_does_not_take_is_refused_before_loading(tmp_path: Path):
     flux = folder_of(tmp_path / "flux", "FluxPipeline")
     dit = file_of(tmp_path / "dit.safetensors", "blocks.0.adaLN_modulation.1.weight")
-    with pytest.raises(ValueError, match=r"vae= is for DiT and DiffiT; .* \(flux\) takes none"):
+    with pytest.raises(ValueError, match=r"vae= is for Stable Diffusion, DiT and DiffiT; .* \(flux\) takes none"):
         condit.load(flux, vae="tiny")
     with pytest.raises(ValueError, match="components= is for a single file of FLUX.1"):
         load_parts(flux, components=flux)
