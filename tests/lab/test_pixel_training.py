@@ -110,7 +110,7 @@ def test_mistakes_with_pixels_raise(tmp_path, pets):
     ):
         with pytest.raises(ValueError, match=match):
             pipe(**more)
-    with pytest.raises(ValueError, match="vae= is for DiT and DiffiT"):
+    with pytest.raises(ValueError, match="vae= is for Stable Diffusion, DiT and DiffiT"):
         condit.load(tmp_path / "export", vae="tiny")
     pipe.backbone.head[1].bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN"):

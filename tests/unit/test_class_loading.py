@@ -107,7 +107,7 @@ def test_a_file_of_something_else_raises_with_a_guess(tmp_path):
 
 
 def test_an_autoencoder_is_for_models_that_draw_classes(tmp_path):
-    with pytest.raises(ValueError, match="vae= is for DiT and DiffiT"):
+    with pytest.raises(ValueError, match="vae= is for Stable Diffusion, DiT and DiffiT"):
         condit.load("tiny", vae=tmp_path)
 
 
