@@ -263,7 +263,7 @@ class UNet(nn.Module):
         SDXL's are missing."""
         features = timestep_features(t, self.config.block_out_channels[0]).to(dtype)
         if guidance is not None:
-            features = features + self.time_embedding.cond_proj(guidance.to(dtype), lora)
+            features = features + cast("Linear", self.time_embedding.cond_proj)(guidance.to(dtype), lora)
         clock = self.time_embedding(features, lora)
         if self.add_embedding is None:
             return clock

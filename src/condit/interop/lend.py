@@ -234,7 +234,7 @@ def host_of(pipe: NativePipeline) -> NativePipeline:
     """A copy of the pipeline for one call, over the same parts."""
     host = copy.copy(pipe)
     vars(host)["origin"] = pipe
-    host.__class__ = _host_class(type(pipe))
+    object.__setattr__(host, "__class__", _host_class(type(pipe)))  # diffusers' own would compare it with the config
     return host
 
 

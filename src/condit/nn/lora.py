@@ -130,7 +130,8 @@ class LoRA(nn.Module):
         update = self.scales[path] * (self.b[self.keys[path]] @ self.a[self.keys[path]].flatten(1))
         if model is not None and (weight is None or weight.flatten(1).shape != update.shape):
             return
-        if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta or not weight.is_floating_point():
+        plain = weight is not None and type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+        if weight is None or not plain or weight.is_meta:
             raise ValueError(
                 f"{path}: a DoRA scales the rows of the layer's own weight, which is not at hand here: it needs a "
                 "model without quantised or sequentially offloaded weights, and cannot be an OminiControl."

@@ -27,8 +27,9 @@ from condit.weights.stable_diffusion import assemble, load_tokenizer, make_clip_
 from condit.weights.vae import chosen_autoencoder, make_autoencoder, vae_names
 
 if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTokenizer
+
+    from condit.encoders.vae import Autoencoder
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 
@@ -129,7 +130,7 @@ def load_original(
     name: str,
     originals: Mapping[str, Original] = ORIGINALS,
     tokenizer: CLIPTokenizer | None = None,
-    vae: AutoencoderKL | str | Path | None = None,
+    vae: Autoencoder | str | Path | None = None,
 ) -> LatentParts:
     """The parts in such a file. ValueError unless it holds one of `originals`, whole. tokenizer None: see
     `find_tokenizer`. vae: an autoencoder to use instead of the file's, or its folder or file."""
@@ -140,8 +141,10 @@ def load_original(
     with torch.device("meta"):
         unet = UNet(original.unet)
     load_strict(unet, unet_names(part(tensors, UNET), original.unet), source=file, assign=True)
-    own = None if vae is not None else make_autoencoder(original.vae, vae_names(part(tensors, VAE)), file)
-    autoencoder = own or chosen_autoencoder(vae, original.vae)
+    if vae is None:
+        autoencoder = make_autoencoder(original.vae, vae_names(part(tensors, VAE)), file)
+    else:
+        autoencoder = chosen_autoencoder(vae, original.vae)
     towers = []
     for n, tower in enumerate(original.towers):
         own = part(tensors, tower.prefix)

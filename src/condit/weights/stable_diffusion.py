@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    from condit.encoders.vae import Autoencoder
+
     ClipTower = CLIPTextModel | CLIPTextModelWithProjection
 
 # PNDM's steps are DDIM's of higher order, at the same timesteps.
@@ -38,7 +40,7 @@ _IDLE = ("upcast_attention", "addition_embed_type_num_heads", "dropout", "sample
 
 
 def load_stable_diffusion(
-    folder: Path, dtype: torch.dtype, name: str, vae: AutoencoderKL | str | Path | None = None
+    folder: Path, dtype: torch.dtype, name: str, vae: Autoencoder | str | Path | None = None
 ) -> LatentParts:
     """The parts in a folder with model_index.json. ValueError where one is missing or is not Stable Diffusion's. vae:
     an autoencoder to use instead of the folder's, or its folder or file."""

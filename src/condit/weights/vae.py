@@ -7,12 +7,12 @@ import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.encoders.vae import Autoencoder, PatchAutoencoder, PatchAutoencoderConfig
 from condit.weights.catalog import MODELS
 from condit.weights.files import Json, inner_state, load_strict, read_tensors
 from condit.weights.folders import WEIGHTS, floats, read_config, read_folder, read_json
@@ -78,11 +78,11 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
     return make_autoencoder(read_json(folder / "config.json"), read_folder(folder), folder)
 
 
-def chosen_autoencoder(vae: AutoencoderKL | str | Path, config: Json) -> AutoencoderKL:
+def chosen_autoencoder(vae: Autoencoder | str | Path, config: Json) -> AutoencoderKL:
     """An autoencoder given for a model whose own has this configuration: itself, its folder, or a single file in
     diffusers' names or the authors' (vae-ft-mse-840000-ema-pruned.safetensors)."""
     if not isinstance(vae, str | Path):
-        return copy.deepcopy(vae)  # the pipeline sets its own dtype
+        return copy.deepcopy(cast("AutoencoderKL", vae))  # the pipeline sets its own dtype
     path = Path(vae)
     if path.is_dir():
         return load_autoencoder(path / "vae" if (path / "vae").is_dir() else path)
