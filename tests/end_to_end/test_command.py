@@ -89,7 +89,7 @@ def test_when_and_mask_limit_a_reference_of_the_command_line(run, random_tiny):
     save_image(Image.new("L", (64, 64), 0).convert("RGB"), "black.png")
 
     def made(*words: str) -> bytes:
-        code, _, err = run("generate", "a", "--steps", "2", "-o", "a.png", *words)
+        code, _, err = run("generate", "a", "--steps", "2", "-o", "a.png", "--force", *words)
         assert code == 0, err
         return load_image("a.png").tobytes()
 

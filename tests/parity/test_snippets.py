@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import condit
+from condit.backbones.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
+from condit.controls.ip_adapter import IPConfig
+from sd_guests import shaken
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -42,14 +46,36 @@ def snippets(page: str) -> list[str]:
     return [c for c in code if not any(part in c for part in ELSEWHERE) and not c.startswith("def ")]
 
 
+# SDXL's eleven attention modules, which InstantStyle's presets name.
+SDXL = {
+    "block_out_channels": (8, 8, 16),
+    "down_block_types": (DOWN, CROSS_DOWN, CROSS_DOWN),
+    "up_block_types": (CROSS_UP, CROSS_UP, UP),
+    "layers_per_block": 2,
+    "attention_head_dim": (1, 1, 2),
+    "transformer_layers_per_block": (1, 1, 1),
+}
+
+
+@pytest.fixture(scope="module")
+def sdxl(make_sd, tmp_path_factory) -> tuple[Path, condit.IPAdapter]:
+    """The folder of a small SDXL, and an adapter of it."""
+    folder = tmp_path_factory.mktemp("sdxl") / "model"
+    make_sd("sdxl", **SDXL).save_pretrained(folder)
+    pipe = condit.load(folder)
+    return folder, shaken(condit.IPAdapter.new(pipe, IPConfig(12, 3, pipe.backbone.config.cross_attention_dim)), 0.3)
+
+
 @pytest.fixture
-def world(sd_pairs, tmp_path, monkeypatch) -> Path:
+def world(sd_pairs, sdxl, tmp_path, monkeypatch) -> Path:
     """A folder with small models under the names of published ones."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CONDIT_HOME", str(tmp_path / "home"))
-    for kind, name in (("sd15", "stable-diffusion-v1-5"), ("sdxl", "stable-diffusion-xl-base-1.0")):
-        for folder in (tmp_path, tmp_path / "home" / "models", tmp_path / "path" / "to"):
-            sd_pairs(kind).theirs.save_pretrained(folder / name)
+    sd_pairs("sd15").theirs.save_pretrained(tmp_path / "stable-diffusion-v1-5")
+    shutil.copytree(sdxl[0], tmp_path / "stable-diffusion-xl-base-1.0")
+    for folder in (tmp_path / "home" / "models", tmp_path / "path" / "to"):
+        for name in ("stable-diffusion-v1-5", "stable-diffusion-xl-base-1.0"):
+            shutil.copytree(tmp_path / name, folder / name)
     for kind, folder, name in (
         ("sd15", ".", "ip-adapter_sd15.bin"),
         ("sd15", "models", "ip-adapter_sd15.bin"),
@@ -62,7 +88,7 @@ def world(sd_pairs, tmp_path, monkeypatch) -> Path:
             adapter = condit.IPAdapter.load(pair.files["global"], pair.ours, image_encoder=pair.image)
             torch.save(adapter.tensors(), tmp_path / folder / name)
         else:
-            shutil.copy(pair.files["global"], tmp_path / folder / name)
+            save_file(sdxl[1].tensors(), tmp_path / folder / name)
         pair.image.model.save_pretrained(tmp_path / folder / "image_encoder")
     shutil.copy(sd_pairs("sd15").files["lora"], tmp_path / "style.safetensors")
     load = condit.DEADiff.load.__func__  # type: ignore[attr-defined]

@@ -73,7 +73,8 @@ def network_of(source: str, path: Path, headers: Shapes) -> nn.Module:
         if any(".attn.qkv_temb." in key for key in tensors):
             return diffit.DiffiT(diffit_config(tensors))
         if any(".adaLN_modulation." in key for key in tensors):
-            return dit.DiT(dit_config(tensors, config, source=path))
+            sizes = {key: value for key, value in config.items() if key in dit.DiTConfig.__dataclass_fields__}
+            return dit.DiT(dit_config(tensors, sizes, source=path))
     raise ValueError(
         f"No model {source!r} to plan: expected a folder or a safetensors file of FLUX.1, Stable Diffusion, "
         f"PixArt, DiT or DiffiT, or a name: {', '.join([*mmdit.PRESETS, *PUBLISHED, *presets])}."
