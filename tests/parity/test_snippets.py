@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import condit
 from condit.backbones.unet import CROSS_DOWN, CROSS_UP, DOWN, UP
 from condit.controls.ip_adapter import IPConfig
+from condit.nn.lora import LoRA, linear_shapes
 from sd_guests import shaken
 
 ROOT = Path(__file__).parents[2]
@@ -58,12 +59,13 @@ SDXL = {
 
 
 @pytest.fixture(scope="module")
-def sdxl(make_sd, tmp_path_factory) -> tuple[Path, condit.IPAdapter]:
-    """The folder of a small SDXL, and an adapter of it."""
+def sdxl(make_sd, tmp_path_factory) -> tuple[Path, condit.IPAdapter, LoRA]:
+    """The folder of a small SDXL, an adapter of it and a LoRA."""
     folder = tmp_path_factory.mktemp("sdxl") / "model"
     make_sd("sdxl", **SDXL).save_pretrained(folder)
     pipe = condit.load(folder)
-    return folder, shaken(condit.IPAdapter.new(pipe, IPConfig(12, 3, pipe.backbone.config.cross_attention_dim)), 0.3)
+    adapter = condit.IPAdapter.new(pipe, IPConfig(12, 3, pipe.backbone.config.cross_attention_dim))
+    return folder, shaken(adapter, 0.3), LoRA(linear_shapes(pipe.backbone, ("to_q",)), 2)
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def world(sd_pairs, sdxl, tmp_path, monkeypatch) -> Path:
         else:
             save_file(sdxl[1].tensors(), tmp_path / folder / name)
         pair.image.model.save_pretrained(tmp_path / folder / "image_encoder")
-    shutil.copy(sd_pairs("sd15").files["lora"], tmp_path / "style.safetensors")
+    save_file(sdxl[2].tensors(), tmp_path / "style.safetensors")
     load = condit.DEADiff.load.__func__  # type: ignore[attr-defined]
     pair = sd_pairs("sd15")
     stand_in = classmethod(lambda cls, _, pipe: load(cls, pair.files["deadiff"], pipe, image_encoder=pair.tower))

@@ -178,8 +178,7 @@ def generate_and_save(
     from condit.data.images import save_image
 
     start, studio = time.perf_counter(), load()
-    with waiting("generating"):
-        generated = studio.generate(request)
+    generated = studio.generate(request, progress=True)
     for path, index in zip(paths, indices, strict=True):
         recipe, parameters = generated.recipes[index], generated.parameters[index]
         save_image(

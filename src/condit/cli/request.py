@@ -151,14 +151,15 @@ class Studio:
         self.pipe: Pipeline = pipe
         self.adapters = Adapters(model, pipe)
 
-    def generate(self, request: Request) -> Generated:
-        """Generates the images of a request. Raises ValueError for settings that the model does not support."""
+    def generate(self, request: Request, *, progress: bool = False) -> Generated:
+        """Generates the images of a request. progress: shows its steps. Raises ValueError for settings that the model
+        does not support."""
         if request.model != self.model:
             raise ValueError(f"this studio has loaded {self.model!r}; the request is for {request.model!r}")
         settings = arguments(request, self.pipe.model)
         controls = self.adapters.controls(request.references)
         request = self.pinned(request)
-        how = {"num_images_per_prompt": request.count, "seed": request.seed}
+        how = {"num_images_per_prompt": request.count, "seed": request.seed, "progress": progress}
         result = self.pipe(request.prompt, controls=controls, **how, **settings)
         shared = {"format": FORMAT, "condit": condit.__version__, "request": asdict(request), "run": result.recipe}
         return Generated(
