@@ -11,7 +11,10 @@ JOBS ?= auto
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint fmt clean
+# How long `make fuzz` tries random inputs.
+MINUTES ?= 2
+
+.PHONY: demo test test-slow fuzz lint fmt clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -23,6 +26,9 @@ test: $(READY)
 # The tests that need minutes (marker `slow`), which `make test` leaves out.
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 -m slow
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)
 
 lint: $(READY)
 	$(BIN)/ruff format --check src lab tests benchmarks

@@ -58,10 +58,8 @@ def write_adapter(folder: Path, adapter: IPAdapter | OminiControl, generator: to
     save_tensors(folder / "adapter.safetensors", adapter.tensors(), {"condit": adapter.metadata()})
 
 
-@pytest.fixture(scope="session")
-def random_tiny_folder(tmp_path_factory) -> Path:
+def write_tiny(folder: Path) -> Path:
     """model, style, subject, edges, gray: as under assets/tiny."""
-    folder = tmp_path_factory.mktemp("tiny")
     generator = torch.Generator().manual_seed(0)
     backbone = write_model(folder / "model", generator)
     style = IPConfig(features=TinyImage.features, heads=PRESETS["tiny"].num_attention_heads)
@@ -74,15 +72,23 @@ def random_tiny_folder(tmp_path_factory) -> Path:
     return folder
 
 
+def tiny_entries(folder: Path) -> dict[str, catalog.Entry]:
+    """The catalog of this folder's model."""
+    kinds: dict[str, catalog.Kind] = {"style": "ip-adapter", "subject": "omini", "edges": "omini", "gray": "omini"}
+    entries = {f"tiny/{name}": catalog.Entry(kind, "random", "none", folder / name) for name, kind in kinds.items()}
+    return {"tiny": catalog.Entry("model", "random", "none", folder / "model"), **entries}
+
+
+@pytest.fixture(scope="session")
+def random_tiny_folder(tmp_path_factory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture
 def random_tiny(random_tiny_folder, monkeypatch) -> Path:
     """The catalog holds the random model instead of the embedded one."""
-    kinds: dict[str, catalog.Kind] = {"style": "ip-adapter", "subject": "omini", "edges": "omini", "gray": "omini"}
-    entries = {"tiny": catalog.Entry("model", "random", "none", random_tiny_folder / "model")}
-    for name, kind in kinds.items():
-        entries[f"tiny/{name}"] = catalog.Entry(kind, "random", "none", random_tiny_folder / name)
     for name in list(catalog.MODELS):
         monkeypatch.delitem(catalog.MODELS, name)
-    for name, entry in entries.items():
+    for name, entry in tiny_entries(random_tiny_folder).items():
         monkeypatch.setitem(catalog.MODELS, name, entry)
     return random_tiny_folder

@@ -360,3 +360,9 @@ def test_every_preset_runs(pipes, photo, kind, name):
     target = "a red cat" if name in ("swap", "shape") else "a big red fox"
     actual = pipes[kind].edit(photo, "a red fox", target, controls=[PRESETS[name]], **HOW)
     assert actual.images.isfinite().all() and len(actual.psnr) == 1
+
+
+@pytest.mark.parametrize("method", [torch.zeros(2), 3, "ddim"])
+def test_a_method_that_is_no_function_is_refused(pipes, photo, method):
+    with pytest.raises(ValueError, match="method must be an edit method"):
+        pipes["mmdit"].edit(photo, "a fox", "a cat", method=method, **HOW)

@@ -18,6 +18,7 @@ from condit.data.annotators import (
     lines,
     soft_edges,
 )
+from condit.drawing.references import read_references
 
 
 def disc(fill: str, ground: str | tuple = "white", mode: str = "RGB") -> Image.Image:
@@ -192,3 +193,8 @@ def test_edges_of_a_photograph_of_twelve_megapixels_need_little_memory():
         assert tracemalloc.get_traced_memory()[1] < 400e6
     finally:
         tracemalloc.stop()
+
+
+def test_an_empty_list_of_references_is_refused():
+    with pytest.raises(ValueError, match="no reference: an empty list"):
+        read_references([], None, (16, 16), 8)

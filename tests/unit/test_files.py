@@ -331,5 +331,7 @@ def test_the_first_error_of_a_write_is_reported(tmp_path):
 def test_files_of_killed_writers_are_removed_and_no_others(tmp_path):
     for name in (".state.pt.0a1b2c3d.tmp", "state.pt", ".hidden", ".a.tmp"):
         (tmp_path / name).touch()
+    (tmp_path / "export" / ".part.0a1b2c3d.tmp").mkdir(parents=True)
     remove_temporaries(tmp_path)
-    assert names(tmp_path) == [".a.tmp", ".hidden", "state.pt"]
+    assert names(tmp_path / "export") == []
+    assert names(tmp_path) == [".a.tmp", ".hidden", "export", "state.pt"]

@@ -2,9 +2,12 @@
 
 This module imports nothing heavy, so that `condit --help` answers before torch could be loaded."""
 
+import io
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Annotated, NoReturn
@@ -17,7 +20,7 @@ from condit.cli.compare import compare
 from condit.cli.edit import edit
 from condit.cli.memory import keep_memory
 from condit.cli.options import Grouped
-from condit.cli.terminal import Debug, Json, answer, output_folder, say
+from condit.cli.terminal import Debug, Json, PrintableFormatter, answer, output_folder, say
 
 app = typer.Typer(
     help="Controllable image generation from prompts and references.",
@@ -53,11 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs a command and exits with 0 (success), 1 (failure), 2 (wrong usage) or 130 (interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if debug else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(PrintableFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[lines], level=logging.DEBUG if debug else logging.WARNING)
     logging.getLogger("condit").setLevel(logging.DEBUG if debug else logging.INFO)
     for library in ("PIL", "urllib3", "matplotlib", "asyncio", "fontTools"):
         logging.getLogger(library).setLevel(logging.WARNING)
@@ -66,11 +67,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers shows one for each part of a model
     keep_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may not be text
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(arguments, prog_name="condit")
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer's code after KeyboardInterrupt
+            say("interrupted")
+        raise
     except Exception as error:
         if debug:
             raise
@@ -81,6 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def explain(error: Exception) -> str:
     """One line of text. Errors that condit does not expect include their type."""
+    return " ".join(line.strip() for line in _text_of(error).splitlines())
+
+
+def _text_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and not isinstance(error, FileNotFoundError):
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -65,7 +65,7 @@ def edit(
     from condit.cli.generate import studio_of
     from condit.cli.outputs import free_paths, output_paths
     from condit.cli.reference import images_of, read_references
-    from condit.data.images import load_image, save_image
+    from condit.data.images import check_output, load_image, save_image
 
     factors = {}
     for value in options.reweight or ():
@@ -93,6 +93,8 @@ def edit(
         free_paths([page], page, [*inputs, target_path], force=output.force)
         if page.resolve() == target_path.resolve():
             raise typer.BadParameter(f"--page {page} is the name of the edited image; choose another")
+    for path in [target_path] if page is None else [target_path, page]:
+        check_output(path)
     import condit
     from condit.controls.dit4edit import PRESETS
 

@@ -175,8 +175,10 @@ def generate_and_save(
     load: Callable[[], "Studio"],
 ) -> Saved:
     """Generates the request's images and writes those of `indices` to `paths`."""
-    from condit.data.images import save_image
+    from condit.data.images import check_output, save_image
 
+    for path in paths:
+        check_output(path)
     start, studio = time.perf_counter(), load()
     generated = studio.generate(request, progress=True)
     for path, index in zip(paths, indices, strict=True):
@@ -298,18 +300,21 @@ def annotate(
 
     depth needs the weights of a depth network, which condit does not include.
     """
-    from condit.data.images import load_image, save_image
-    from condit.drawing.references import ANNOTATORS
+    from condit.data.images import check_output, load_image, save_image
+    from condit.drawing.references import ANNOTATORS, MAX_SIDE
 
     if kind not in ANNOTATORS:
         raise typer.BadParameter(f"expected one of {', '.join(ANNOTATORS)}; found {kind!r}")
+    (target,) = free_paths([out or image.with_name(f"{image.stem}-{kind}.png")], out, [image], force=force)
+    check_output(target)
     source = load_image(image, mode="RGBA" if kind in ("edges", "lines", "soft_edges") else "RGB")
     if height is not None or width is not None:
         size = width or source.width, height or source.height
         if min(size) < 1:
             raise typer.BadParameter("--height and --width must be at least 1")
+        if max(size) > MAX_SIDE:
+            raise typer.BadParameter(f"--height and --width are at most {MAX_SIDE}; found {max(size)}")
         source = source.resize(size)
-    (target,) = free_paths([out or image.with_name(f"{image.stem}-{kind}.png")], out, [image], force=force)
     typer.echo(str(save_image(ANNOTATORS[kind](source), target)))
 
 

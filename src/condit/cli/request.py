@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_PROMPT = 2000  # characters; no text encoder here reads more
 MAX_COUNT = 64
+MAX_REFERENCES = 64
 FORMAT = 2  # of recipes
 
 
@@ -60,6 +61,8 @@ class Request:
                 raise ValueError(f"the {name} is not text in UTF-8: {text!r}")
             if len(text) > MAX_PROMPT:
                 raise ValueError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are read. Shorten it")
+        if len(self.references) > MAX_REFERENCES:
+            raise ValueError(f"{len(self.references)} references; expected at most {MAX_REFERENCES}")
         if self.image is None and (self.mask is not None or self.change is not None):
             raise ValueError("--mask and --change are for --image, the image to start from; add it")
         if self.change is not None and not 0 < self.change <= 1:
@@ -84,12 +87,15 @@ class Request:
         something else."""
         from pydantic import TypeAdapter, ValidationError
 
+        from condit.training.fields import first_error
+
         recipe = migrated(recipe)
         index = recipe.get("index")
         try:
             request = TypeAdapter(cls).validate_python(recipe["request"])
         except (KeyError, ValidationError) as error:
-            raise ValueError(f"the recipe was not written by condit generate: {error}") from error
+            text = f"it has no {error}" if isinstance(error, KeyError) else first_error(error)
+            raise ValueError(f"the recipe was not written by condit generate: {text}") from error
         if not isinstance(index, int) or not 0 <= index < request.count:
             raise ValueError(f"the recipe has index {index!r}; expected one below {request.count}")
         return request, index

@@ -3,7 +3,6 @@ missing."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from condit.cli.options import OutputOptions, ReferenceOptions, SamplingOptions,
 from condit.cli.reference import images_of, read_references
 from condit.cli.request import Request
 from condit.cli.terminal import answer, say
-from condit.data.images import load_image, read_recipe, save_image
+from condit.data.files import parse_json, read_bounded
+from condit.data.images import MAX_BYTES, load_image, read_recipe, save_image
 from condit.data.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -89,7 +89,11 @@ def read_rows(file: Path, folder: Path, common: Mapping[str, Any]) -> tuple[list
     """The rows of a JSON Lines file over the options of the command line, and what is wrong with the others. Keys are
     the names of options; `name` is that of the image's file, without it the row's number."""
     rows, problems, names = [], [], {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = read_bounded(file, MAX_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error}") from error
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -108,7 +112,7 @@ def read_row(line: str, number: int, folder: Path, common: Mapping[str, Any]) ->
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except ValueError as error:
         raise ValueError(f"this is not JSON: {error}") from None
     if not isinstance(fields, dict):

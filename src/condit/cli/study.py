@@ -1,5 +1,6 @@
 """The commands train, data draw and data check."""
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,7 +43,12 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)  # before the long imports: a run that is stopped in them can be resumed
     from condit.training.run import train as run
 
-    run(recipe, out=folder, resume=resume)
+    try:
+        run(recipe, out=folder, resume=resume)
+    except KeyboardInterrupt:
+        if (folder / "state.pt").exists():
+            say(f"continue with: {shlex.join(['condit', 'train', str(recipe), '-o', str(folder), '--resume'])}")
+        raise
     typer.echo(str(folder))
 
 
@@ -86,8 +92,12 @@ def generate_data(
     settings = {"model": studio.pipe.name, "hash": studio.pipe.parts.hash, **asdict(sampling)}
     with locked(out, "generating"):
         prepare_folder(out, rows, settings, images=images, prune=prune)
-        with progress_bar(len(rows), "generating", unit="prompt", images=len(rows) * images) as advance:
-            draw_groups(out, rows, generate, images=images, seed=sampling.seed, progress=lambda *_: advance())
+        try:
+            with progress_bar(len(rows), "generating", unit="prompt", images=len(rows) * images) as advance:
+                draw_groups(out, rows, generate, images=images, seed=sampling.seed, progress=lambda *_: advance())
+        except KeyboardInterrupt:
+            say("the images so far are saved; the same command continues")
+            raise
     typer.echo(str(out))
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterator
@@ -27,14 +29,30 @@ Seed = Annotated[
 ]
 
 
+# Control characters but tab and newline; marks that reverse the direction of text; halves of characters.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text from files of strangers, as it can be shown: codes that act on a terminal are escaped."""
+    return _UNPRINTABLE.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """For log lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def say(text: str) -> None:
     """Prints a message for people to stderr."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
 
 
 def answer(value: object) -> None:
     """Prints JSON for programs to stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    typer.echo(printable(json.dumps(value, indent=2, ensure_ascii=False, default=str)))
 
 
 @contextlib.contextmanager

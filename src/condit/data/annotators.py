@@ -45,7 +45,7 @@ def edges(image: ImageSource, sigma: float = 1.0, low: float = 0.06, high: float
 
 def canny(image: ImageSource, low: int = 100, high: int = 200) -> Image.Image:
     """`canny_array` of an image on white: white lines on black, three equal channels."""
-    return _rgb(canny_array(np.asarray(load_image(image)), low, high))
+    return _rgb(canny_array(_array(load_image(image)), low, high))
 
 
 def canny_array(pixels: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
@@ -134,9 +134,8 @@ def soft_edges(image: ImageSource) -> Image.Image:
 
     def strength(tile: np.ndarray) -> np.ndarray:
         rgb, alpha = _split(tile)
-        return np.max(
-            [sobel(plane) for plane in (*np.moveaxis(rgb, 2, 0), *([] if alpha is None else [alpha]))], axis=0
-        )
+        planes = [*np.moveaxis(rgb, 2, 0), *([] if alpha is None else [alpha])]
+        return np.max([sobel(plane) for plane in planes], axis=0)
 
     largest = max(float(strength(block)[inside].max()) for _, block, inside in _tiles(pixels, 1))
     return _rgb(_tiled(pixels, lambda tile: (strength(tile) / max(largest, 1e-6) * 255).round(), 1))
@@ -167,7 +166,15 @@ def _pixels(image: ImageSource) -> np.ndarray:
     """uint8 (H, W, 4) if a pixel is transparent, else (H, W, 3)."""
     picture = load_image(image, mode="RGBA")
     opaque = picture.getchannel("A").getextrema() == (255, 255)
-    return np.asarray(picture.convert("RGB") if opaque else picture)
+    return _array(picture.convert("RGB") if opaque else picture)
+
+
+def _array(picture: Image.Image) -> np.ndarray:
+    """The pixels (H, W, C), strip by strip: np.asarray has three copies of a picture in memory at a time."""
+    pixels = np.empty((picture.height, picture.width, len(picture.getbands())), np.uint8)
+    for y in range(0, picture.height, TILE):
+        pixels[y : y + TILE] = picture.crop((0, y, picture.width, min(y + TILE, picture.height)))
+    return pixels
 
 
 def _split(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:

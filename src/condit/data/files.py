@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,14 @@ def read_bounded(path: str | Path, limit: int) -> bytes:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is a pipe or a device; expected a file")
         return file.read(limit + 1)
+
+
+def parse_json(text: str | bytes) -> object:
+    """json.loads, whose errors of all kinds become ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def temporary_path(path: Path, ending: str = "tmp") -> Path:
@@ -74,11 +84,28 @@ def atomic_write(path: str | Path, write: Callable[[Path], object]) -> Path:
     return Path(path)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raises the OSError that writing this file will end in, before the hours of work that make its content. Creates
+    parent folders."""
+    target = Path(path).resolve()
+    temporary = temporary_path(target)
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise write_error(error, target) from error
+
+
 def remove_temporaries(folder: Path) -> None:
-    """Deletes the files that an atomic_write into this folder left when its process was killed."""
-    for path in folder.glob(".*.????????.tmp"):
-        if path.is_file():
-            path.unlink()
+    """Deletes what atomic writes into this folder left when their process was killed."""
+    for path in list(folder.rglob(".*.????????.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def hash_file(path: str | Path) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, TypeAlias, TypeGuard, Union
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from condit.data.files import atomic_write, read_bounded
+from condit.data.files import atomic_write, check_writable, parse_json, read_bounded
 from condit.data.messages import text
 
 if TYPE_CHECKING:  # importing torch takes seconds; a missing file should raise before that
@@ -133,8 +133,9 @@ def _open(data: bytes, name: str) -> Image.Image:
     """Read the header only, so that the size is known before anything is decoded."""
     try:
         with warnings.catch_warnings():
-            # Between its two limits Pillow only warns; the caller checks our own limit, which is lower.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Between its two limits Pillow only warns; the caller checks our own limit, which is lower. Damaged EXIF
+            # data warn once a tag.
+            warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels: {error}") from error
@@ -154,7 +155,8 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
 
 
 def _is_array(source: object) -> TypeGuard["np.ndarray | Tensor"]:
-    return isinstance(source, np.ndarray) or hasattr(source, "detach")  # a torch tensor, without importing torch
+    # A torch tensor, without importing torch.
+    return isinstance(source, np.ndarray) or hasattr(source, "is_floating_point")
 
 
 def _is_file(source: object) -> TypeGuard[BinaryIO]:
@@ -235,9 +237,7 @@ def save_image(
     """Write PNG, JPEG or WebP, by the path's suffix, atomically, with `recipe` as JSON and `parameters` as the text
     that A1111's tools read: in a PNG's text chunks, else in the EXIF data (ImageDescription, UserComment). Returns the
     path. ValueError for another suffix or a recipe too long for a JPEG, OSError with the reason if writing fails."""
-    file_format = _SAVE_AS.get(Path(path).suffix.lower())
-    if file_format is None:
-        raise ValueError(f"{path} has no supported suffix; end it in {', '.join(_SAVE_AS)}")
+    file_format = _format_of(path)
     if file_format == "JPEG" and image.mode not in ("RGB", "L"):
         image = load_image(image)
     text = None if recipe is None else json.dumps(recipe, allow_nan=False, sort_keys=True)
@@ -269,6 +269,20 @@ def _exif(recipe: str | None, parameters: str | None, jpeg: str | Path | None) -
     return data
 
 
+def check_output(path: str | Path) -> None:
+    """Raises what save_image would, before the work that makes the image: ValueError for the suffix, OSError for a file
+    that cannot be written."""
+    _format_of(path)
+    check_writable(path)
+
+
+def _format_of(path: str | Path) -> str:
+    file_format = _SAVE_AS.get(Path(path).suffix.lower())
+    if file_format is None:
+        raise ValueError(f"{path} has no supported suffix; end it in {', '.join(_SAVE_AS)}")
+    return file_format
+
+
 def read_recipe(path: str | Path) -> dict[str, object]:
     """The recipe that save_image stored in an image. ValueError for a file without a valid recipe."""
     data, name = _read_bytes(Path(path), MAX_BYTES, allow_url=False)
@@ -285,7 +299,7 @@ def read_recipe(path: str | Path) -> dict[str, object]:
 def parse_recipe(text: str, name: str) -> dict[str, object]:
     """A recipe's JSON. ValueError for anything else."""
     try:
-        recipe = json.loads(text)
+        recipe = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{name} has a broken condit recipe: {error}") from error
     if not isinstance(recipe, dict):

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from condit.data.files import atomic_write
+from condit.data.files import atomic_write, check_writable, read_bounded, remove_temporaries
 from condit.data.images import save_image
 from condit.data.pairs import METADATA
 
 SETTINGS = "settings.json"
 TEMPLATE = "{subject}, {style}"
 PER_SUBJECT = 14  # styles of each subject in the paper
+MAX_WORDS_BYTES = 100_000_000
 IMAGES = 4  # images of each prompt in the paper
 
 # (prompt, seed, count) -> images, the first from `seed`, the next from seed + 1, ...
@@ -41,7 +42,11 @@ class PromptRow:
 def read_words(file: str | Path) -> list[str]:
     """The phrases of a file, one a line, without empty lines and lines that begin with #. ValueError for an empty file
     or a repeated phrase."""
-    lines = (line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines())
+    try:
+        text = read_bounded(file, MAX_WORDS_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error}.") from error
+    lines = (line.strip() for line in text.splitlines())
     words = [line for line in lines if line and not line.startswith("#")]
     twice = next((word for word, count in Counter(words).items() if count > 1), None)
     if not words or twice is not None:
@@ -125,6 +130,8 @@ def draw_groups(
     if not rows:
         raise ValueError("The table has no prompt.")
     root, lines = Path(folder), []
+    remove_temporaries(root)
+    check_writable(root / METADATA)
     for done, row in enumerate(rows):
         first, names = named(row, images, seed)
         if not all((root / name).is_file() for name in names):

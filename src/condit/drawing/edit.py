@@ -192,7 +192,9 @@ def edit(
     ValueError on a UNet."""
     if output_type not in ("pil", "pt", "latent"):
         raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
-    method, model = method or Inverted(anchored), pipe.text_model
+    if method is not None and not callable(method):
+        raise ValueError(f"method must be an edit method, a function of an EditRun; found {type(method).__name__}.")
+    method, model = Inverted(anchored) if method is None else method, pipe.text_model
     chosen, times = editable(pipe)
     if isinstance(image, Inversion):
         check_inversion(image, source, pipe.name, (height, width), num_inference_steps, solver)

@@ -51,6 +51,8 @@ def read_references(
     if annotator is not None:
         one_of("annotator", annotator, list(ANNOTATORS))
     sources = reference if isinstance(reference, list | tuple) else [reference]
+    if not sources:
+        raise ValueError("there is no reference: an empty list; give at least one image.")
     images = []
     for source in sources:
         image = load_image(cast("ImageSource", source), mode="RGBA" if annotator in ("edges", "lines") else "RGB")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -122,29 +120,6 @@ def encoders_of(width: int, what: Literal["hidden", "projection"]) -> str:
     index = 0 if what == "hidden" else 1
     names = [n for n, widths in TOWERS.items() if widths[index] == width]
     return ", ".join(f"{n} ({TOWERS[n][1]}-d embeddings, {TOWERS[n][0]}-d hidden states)" for n in names)
-
-
-def vision_config(folder: str | Path) -> dict[str, Any]:
-    """The settings in config.json of an image tower or of a whole CLIP. ValueError without one, or for another
-    model."""
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} has no config.json; expected the folder of a CLIP image encoder.")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    inner = {**config.get("vision_config", config)}
-    inner.setdefault("projection_dim", config.get("projection_dim", 512))
-    if config.get("vision_config") is not None:
-        inner["projection_dim"] = config.get("projection_dim", 512)
-    if "clip" not in str(config.get("model_type", "clip")):
-        raise ValueError(f"{folder} is a {config['model_type']}; expected a CLIP image encoder.")
-    return inner
-
-
-def encoder_size(folder: str | Path) -> EncoderSize:
-    """Sizes from config.json alone, before weights are read."""
-    c = vision_config(folder)
-    side, patch = c.get("image_size", 224), c.get("patch_size", 32)
-    return EncoderSize(c.get("hidden_size", 768), c["projection_dim"], (side // patch) ** 2 + 1, side)
 
 
 class CLIPImage(nn.Module):

@@ -7,7 +7,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-Count = Annotated[int, Field(ge=1)]
+# Larger numbers are typing errors, for which no memory could be allocated.
+Count = Annotated[int, Field(ge=1, le=100_000)]
+Steps = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -52,4 +55,4 @@ def first_error(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
     text = f"{where}: {first['msg'].removeprefix('Value error, ')}"
     # The messages of our own validators include the value.
-    return text.rstrip(".") if first["type"] == "value_error" else f"{text} (found {first.get('input')!r})"
+    return text.rstrip(".") if first["type"] == "value_error" else f"{text} (found {repr(first.get('input'))[:100]})"

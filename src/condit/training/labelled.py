@@ -15,7 +15,9 @@ from torch import Tensor
 
 from condit.data.files import hash_fraction
 from condit.data.images import load_image, to_tensor
+from condit.drawing.references import MAX_SIDE
 from condit.training.plugins import icon_world
+from condit.weights.folders import MAX_LAYERS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 C = TypeVar("C", bound="DataclassInstance")
 Label = Literal["style", "base", "group"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_WIDTH = 65_536
 HELD_OUT_SHARE = 0.1  # of a folder
 
 
@@ -67,8 +70,8 @@ def open_labelled(
 def height_width(size: int | Sequence[int]) -> tuple[int, int]:
     """A recipe's `size`, a side or [height, width], in pixels."""
     sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"size is a side or [height, width] in pixels; found {size!r}.")
+    if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides):
+        raise ValueError(f"size is a side or [height, width] in pixels, at most {MAX_SIDE}; found {size!r}.")
     return sides[0], sides[1]
 
 
@@ -86,6 +89,9 @@ def with_sizes(config: C, sizes: Mapping[str, object]) -> C:
         types = (int, float) if isinstance(default, float) else (type(default),)
         if default is not None and type(value) not in types:
             raise ValueError(f"sizes.{name} must have the type of {default!r}; found {value!r}.")
+        limit = MAX_LAYERS if name in ("depth", "blocks") else MAX_WIDTH
+        if any(not 0 <= n <= limit for n in (value if isinstance(value, list | tuple) else [value]) if type(n) is int):
+            raise ValueError(f"sizes.{name} holds numbers from 0 to {limit}; found {value!r}.")
     return replace(config, **sizes)
 
 

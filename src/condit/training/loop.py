@@ -27,10 +27,11 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from condit.data.files import atomic_write
+from condit.data.files import atomic_write, remove_temporaries
 from condit.data.progress import progress_bar
 from condit.training import sharding
-from condit.training.fields import Count, Data, NotNegative, Positive, Share, Whole
+from condit.training.checkpoint import cut_log, read_state, stop_signals, write_state
+from condit.training.fields import Count, Data, NotNegative, Positive, Seed, Share, Steps, Whole
 from condit.training.optim import Average, lr_factor, make_optimizers, set_lr
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,10 @@ class LoopConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    steps: Count
+    steps: Steps
     batch: Count
     accumulate: Count = 1  # batches whose gradients make one step
-    seed: int = 0
+    seed: Seed = 0
     optimizer: Literal["adamw", "prodigy"] = "adamw"
     lr: Positive = 1e-3  # of Prodigy a factor: 1
     muon_lr: Positive | None = None
@@ -180,8 +181,11 @@ class Loop:
             for part in task.compiled():
                 part.compile(dynamic=False)
         self.step, self.bad_steps, self.seconds = 0, 0, 0.0
+        remove_temporaries(out)
         if resume and (out / "state.pt").exists():
             self.load()
+        if resume and self.accelerator.is_main_process:
+            cut_log(out / "log.jsonl", self.step, config.steps)
 
     def shard(self) -> nn.Module:
         """Shards the task's network; returns the same network without weights, in which they will be exported."""
@@ -197,12 +201,13 @@ class Loop:
         return skeleton
 
     def run(self) -> dict[str, float]:
-        """Train to the last step; returns the last validation figures."""
+        """Train to the last step; returns the last validation figures. Ctrl-C or SIGTERM saves a checkpoint at the end
+        of the step and raises KeyboardInterrupt; a second one raises it at once."""
         config, began = self.config, time.monotonic()
         saved = shown = began
         figures: dict[str, float] = {} if self.step < config.steps else self.look()  # a run that had ended
         self.model.train()
-        with ThreadPoolExecutor(1) as pool, self.bar() as tick:
+        with stop_signals() as stopping, ThreadPoolExecutor(1) as pool, self.bar() as tick:
             pending = pool.submit(self.make_batch, self.step)
             mark, mark_step = time.monotonic(), self.step
             while self.step < config.steps:
@@ -225,12 +230,15 @@ class Loop:
                     figures = self.look()
                     shown = time.monotonic()
                     mark, mark_step = shown, self.step
+                if self.due(stopping.is_set()):
+                    self.save()
+                    raise KeyboardInterrupt
         self.save()
         self.export(figures)
         return figures
 
     def due(self, flag: bool) -> bool:
-        return sharding.agree(flag, self.accelerator.device) if self.sharded else flag
+        return sharding.agree(flag, self.accelerator.device) if self.accelerator.num_processes > 1 else flag
 
     def export(self, figures: dict[str, float]) -> None:
         """The task's export, from averaged weights. A sharded network is whole afterwards, on the first process."""
@@ -304,7 +312,7 @@ class Loop:
         if figures:
             self.write({"validation": figures})
         if sheet is not None and self.accelerator.is_main_process:
-            sheet.save(self.out / f"sheet-{self.step:06d}.png")
+            atomic_write(self.out / f"sheet-{self.step:06d}.png", lambda path: sheet.save(path, "PNG"))
         return figures
 
     @contextmanager
@@ -335,12 +343,12 @@ class Loop:
             "optimizers": [sharding.whole_state(optimizer, keep=main) for optimizer in self.optimizers],
         }
         if main:
-            atomic_write(self.out / "state.pt", lambda path: torch.save(state, path))
+            write_state(self.out / "state.pt", state)
         if self.sharded:
             self.accelerator.wait_for_everyone()
 
     def load(self) -> None:
-        state = torch.load(self.out / "state.pt", map_location="cpu", weights_only=True)
+        state = read_state(self.out / "state.pt")
         shapes = [{name: tuple(p.shape) for name, p in each.items()} for each in (self.parameters, state["parameters"])]
         differ = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
         if differ:

@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from condit.data.files import read_bounded
 from condit.data.locks import locked
 from condit.training.fields import first_error
 from condit.training.loop import Loop, LoopConfig, Task
 from condit.training.plugins import added_tasks
 from condit.weights.catalog import MODELS
+
+MAX_RECIPE_BYTES = 1_000_000
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +60,13 @@ def read_recipe(path: str | Path) -> Recipe:
     """A checked recipe; ValueError names the field. Paths in `[data]` are relative to the recipe's folder or, where
     nothing is there, to the current one."""
     try:
-        recipe = Recipe(**tomllib.loads(Path(path).read_text(encoding="utf-8")))
+        recipe = Recipe.model_validate(tomllib.loads(read_bounded(path, MAX_RECIPE_BYTES).decode("utf-8")))
         data = {key: placed(key, value, Path(path).parent) for key, value in recipe.data.items()}
         return recipe.model_copy(update={"data": data})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         raise ValueError(f"{path}: {first_error(error)}.") from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        raise ValueError(f"{path} is not TOML: {error}") from error
 
 
 def placed(key: str, value: object, folder: Path) -> object:

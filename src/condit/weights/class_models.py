@@ -22,6 +22,7 @@ from condit.backbones.diffit import DiffiT
 from condit.backbones.diffit_image import DiffiTImage
 from condit.backbones.dit import DiT
 from condit.backbones.vit import Resize, ViT
+from condit.data.files import parse_json
 from condit.data.imagenet import ClassNames, imagenet
 from condit.diffusion.edm import EDM
 from condit.diffusion.gaussian import Prediction
@@ -29,7 +30,7 @@ from condit.weights.catalog import MODELS
 from condit.weights.diffit import load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
 from condit.weights.files import Json, atomic_write, hash_file, read_metadata
-from condit.weights.folders import first_weight_file, optional_json, read_json
+from condit.weights.folders import first_weight_file, optional_json, read_any_json
 from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit
 
@@ -190,10 +191,10 @@ def read_labels(path: Path, classes: int) -> ClassNames | None:
 def _find_labels(path: Path) -> tuple[dict[int, str] | None, Path]:
     labels, file = _labels_file(path), first_weight_file(path)
     if labels.is_file():
-        return _numbered(read_json(labels), labels), labels
+        return _numbered(read_any_json(labels), labels), labels
     # An .npz has no metadata.
     if file is not None and not zipfile.is_zipfile(file) and (text := read_metadata(file).get("labels")):
-        return _numbered(json.loads(text), file), file
+        return _numbered(parse_json(text), file), file
     for folder in dict.fromkeys((path if path.is_dir() else path.parent, (file or path).parent)):
         for config in (folder / "config.json", folder / "model_index.json"):
             if names := optional_json(config).get("id2label"):

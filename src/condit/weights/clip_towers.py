@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from condit.encoders.image import CLIPImage, TextTower, vision_config
+from condit.encoders.image import CLIPImage, TextTower
 from condit.weights.files import Json, load_strict, read_tensors
-from condit.weights.folders import read_json
+from condit.weights.folders import floats, read_json
 from condit.weights.hub_files import local_folder
+from condit.weights.ip_projectors import vision_config
 from condit.weights.stable_diffusion import load_tokenizer, make_clip_text
 from condit.weights.vae import frozen
 
@@ -20,14 +21,16 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 def load_image_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> CLIPImage:
     """A CLIP image tower with its projection, strictly; of a whole CLIP only the image half. ValueError where files are
     missing or do not fit."""
+    from accelerate import init_empty_weights
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     folder = local_folder(folder)
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(vision_config(folder)))
-    tensors = read_tensors(weight_file(folder))
+    with init_empty_weights():
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_dict(vision_config(folder)))
+    tensors = floats(read_tensors(weight_file(folder)))
     # A whole CLIP holds the text half too, and old files the numbers of the positions.
     half = {n: t for n, t in tensors.items() if not n.startswith(("text_model.", "text_projection", "logit_scale"))}
-    load_strict(model, {n: t for n, t in half.items() if not n.endswith("position_ids")}, source=folder)
+    load_strict(model, {n: t for n, t in half.items() if not n.endswith("position_ids")}, source=folder, assign=True)
     return CLIPImage(frozen(model, dtype))
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from condit.data.files import atomic_write, fsync_path, hash_file, temporary_path, write_error
+from condit.data.files import atomic_write, fsync_path, hash_file, parse_json, temporary_path, write_error
 
 __all__ = [
     "Json",
@@ -43,6 +44,10 @@ __all__ = [
 
 Json = dict[str, Any]  # a JSON object: whoever reads a field knows its type
 COMPLETE = "COMPLETE"  # the last file that save_folder writes: a folder without it is incomplete
+# A file may hold this many bytes of tensors, or this many times its own size.
+INFLATED_BYTES, INFLATED_FACTOR = 64_000_000, 8
+MAX_DEPTH, MAX_NAMES = 16, 1_000_000  # of the dictionaries in a PyTorch file
+_NO_ARCHIVE = (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError)
 _WRAPPER = "state_dict."
 _HEADER_LIMIT = 100_000_000  # safetensors' own limit on its JSON header
 
@@ -60,15 +65,50 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is broken or cut off: {error}. Download it again") from error
     if arrays_in(path):
         raise ValueError(f"{path} is an .npz of numpy arrays, as ViT's authors publish: load it with load_vit")
-    return _flatten(_read_pickle(path), path)
+    check_archive(path)
+    if b"bytearray" in _pickle_bytes(path):  # which torch would allocate, at any size
+        raise ValueError(f"{path} holds more than tensors (bytearray): refused. Use a safetensors file")
+    tensors = _flatten(_read_pickle(path), path)
+    _check_size(sum(t.numel() * t.element_size() for t in tensors.values()), path)
+    return tensors
+
+
+def check_archive(path: Path) -> None:
+    """ValueError for a zip archive that declares much more data than it holds: its entries are inflated in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            declared = sum(entry.file_size for entry in archive.infolist())
+    except _NO_ARCHIVE:
+        return  # its reader reports what is broken
+    _check_size(declared, path)
+
+
+def _check_size(declared: int, path: Path) -> None:
+    limit = max(INFLATED_BYTES, INFLATED_FACTOR * path.stat().st_size)
+    if declared > limit:
+        raise ValueError(
+            f"{path} has {path.stat().st_size / 1e6:.3g} MB and declares {declared / 1e6:.3g} MB of tensors; at most "
+            f"{limit / 1e6:.3g} MB are read. Save it again without compression"
+        )
+
+
+def _pickle_bytes(path: Path) -> bytes:
+    """The pickle of an archive; of an older file its first megabytes, which the pickle begins."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return b"".join(archive.read(name) for name in archive.namelist() if name.endswith(".pkl"))
+    except _NO_ARCHIVE:
+        with open(path, "rb") as file:
+            return file.read(INFLATED_BYTES)
 
 
 def arrays_in(path: Path) -> list[str]:
     """Names of the arrays in an .npz; [] for other files."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except _NO_ARCHIVE:
         return []
-    with zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 def names_in(path: Path) -> list[str]:
@@ -91,15 +131,18 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     path = _existing(path)
     if not _is_safetensors(path):
         return {}
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken or cut off: {error}. Download it again") from error
 
 
 def own_fields(metadata: Mapping[str, str]) -> Json:
     """The fields of a class that condit wrote into a file's metadata; {} without any, as in a model's part, where the
     entry is a plain name."""
     try:
-        fields = json.loads(metadata.get("condit", "{}"))
+        fields = parse_json(metadata.get("condit", "{}"))
     except ValueError:
         return {}
     return fields if isinstance(fields, dict) else {}
@@ -326,7 +369,7 @@ def _read_pickle(path: Path) -> object:
             f"{path} holds more than tensors{what}, and reading it could run code: refused. "
             "Use a safetensors file, or convert it if you trust its origin"
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except Exception as error:  # readers of broken pickles raise many types
         raise ValueError(f"{path} is broken or cut off: {error}. Download it again") from error
 
 
@@ -335,14 +378,20 @@ def _flatten(value: object, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a dictionary of tensors")
     tensors: dict[str, Tensor] = {}
 
-    def walk(prefix: str, part: Mapping) -> None:
+    count = 0
+
+    def walk(prefix: str, part: Mapping, depth: int) -> None:
+        nonlocal count
         for name, item in part.items():
-            if isinstance(item, Tensor):
+            count += 1
+            if count > MAX_NAMES or depth > MAX_DEPTH:
+                raise ValueError(f"{path} holds more than {MAX_NAMES} names or dictionaries {MAX_DEPTH} deep: refused")
+            if isinstance(item, Tensor) and item.layout == torch.strided:
                 tensors[f"{prefix}{name}"] = item
             elif isinstance(item, Mapping):
-                walk(f"{prefix}{name}.", item)
+                walk(f"{prefix}{name}.", item, depth + 1)
 
-    walk("", value)
+    walk("", value, 0)
     if not tensors:
         raise ValueError(f"{path} holds no tensors")
     return tensors

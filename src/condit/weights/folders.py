@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from condit.data.files import parse_json, read_bounded
 from condit.weights.files import Json, own_fields, read_metadata, read_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name for the weights of a part
+MAX_LAYERS = 1000
+MAX_JSON_BYTES = 100_000_000
+_DEPTH = re.compile(r"layers|depth|num_blocks")  # names of fields that count layers
 _PLAIN = re.compile(r"[^.]+\.\w+")  # a name without a variant such as fp16
 _SHARD = re.compile(r"-(\d+)-of-(\d+)")
 ENDINGS = ("safetensors", "bin", "pt", "pth", "npz")
 
 
 def read_json(path: Path) -> Json:
-    """FileNotFoundError without the file, ValueError if it is not JSON."""
+    """An object. FileNotFoundError without the file, ValueError if it is not JSON, or describes a network of more than
+    MAX_LAYERS layers, which would take hours to build."""
+    value = read_any_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}; expected an object")
+    for name, field in value.items():
+        numbers = field if isinstance(field, list) else [field]
+        if _DEPTH.search(name) and any(isinstance(n, int) and n > MAX_LAYERS for n in numbers):
+            raise ValueError(f"{path}: {name} is {str(field)[:40]}; at most {MAX_LAYERS} layers are supported.")
+    return value
+
+
+def read_any_json(path: Path) -> object:
+    """The value in a file. Raises as `read_json` does."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        data = read_bounded(path, MAX_JSON_BYTES)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES / 1e6:g} MB")
+        return parse_json(data)
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path.name} at {path.parent}: is it a folder in diffusers' layout?") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    except RecursionError:
-        raise ValueError(f"{path} is not JSON that can be read: it is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
-    return content
 
 
 def optional_json(path: Path) -> Json:

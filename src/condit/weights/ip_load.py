@@ -12,10 +12,10 @@ from condit.controls.control import Where
 from condit.controls.host import Host
 from condit.controls.ip_input import IPConfig
 from condit.controls.ip_projectors import IPParts, Layer, TimeResampler, layers_of
-from condit.encoders.image import CLIPImage, encoder_size
+from condit.encoders.image import CLIPImage
 from condit.weights.hub_files import encoder_beside, local_folder
 from condit.weights.ip_files import face_lora, fit_layers, form_of, read_layout
-from condit.weights.ip_projectors import Needs, needs_of, projector_of
+from condit.weights.ip_projectors import Needs, encoder_size, needs_of, projector_of
 
 
 def ip_parts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from condit.controls.ip_projectors import (
     TimeResampler,
 )
 from condit.encoders.image import EncoderSize, encoders_of
+from condit.weights.files import Json
+from condit.weights.folders import read_json
 
 
 def projector_of(tensors: Mapping[str, Tensor], head_dim: int = HEAD_DIM) -> nn.Module:
@@ -158,3 +161,26 @@ def needs_of(projector: nn.Module) -> Needs:
     if isinstance(projector, IdentityProjection):
         return Needs("identity", 0)
     raise ValueError(f"{type(projector).__name__} is no projector of IP-Adapter.")
+
+
+def vision_config(folder: str | Path) -> Json:
+    """The settings in config.json of an image tower or of a whole CLIP. ValueError without one, or for another
+    model."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no config.json; expected the folder of a CLIP image encoder.")
+    config = read_json(file)
+    inner = {**config.get("vision_config", config)}
+    inner.setdefault("projection_dim", config.get("projection_dim", 512))
+    if config.get("vision_config") is not None:
+        inner["projection_dim"] = config.get("projection_dim", 512)
+    if "clip" not in str(config.get("model_type", "clip")):
+        raise ValueError(f"{folder} is a {config['model_type']}; expected a CLIP image encoder.")
+    return inner
+
+
+def encoder_size(folder: str | Path) -> EncoderSize:
+    """Sizes from config.json alone, before weights are read."""
+    c = vision_config(folder)
+    side, patch = c.get("image_size", 224), c.get("patch_size", 32)
+    return EncoderSize(c.get("hidden_size", 768), c["projection_dim"], (side // patch) ** 2 + 1, side)

@@ -5,7 +5,6 @@ all years, peft, kohya's sd-scripts, LyCORIS's LoCon, OneTrainer, ComfyUI, XLabs
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from condit.data.files import parse_json
 from condit.weights.files import Json
 from condit.weights.flux_names import DOUBLE, SINGLE, WHOLE, parts
 from condit.weights.folders import optional_json
@@ -125,7 +125,9 @@ def peft_settings(folder: Path | None, metadata: Mapping[str, str]) -> Json:
     where its names begin with that of the network."""
     if folder is not None and (settings := optional_json(folder / "adapter_config.json")):
         return settings
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    settings = parse_json(metadata.get("lora_adapter_metadata", "{}"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"lora_adapter_metadata holds a {type(settings).__name__}; expected a JSON object.")
     return {re.sub(r"^(transformer|unet)\.", "", name): value for name, value in settings.items()}
 
 

@@ -3,7 +3,6 @@ weight files alone."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
+from condit.data.files import parse_json
 from condit.nn.cost import activation_bytes, average, cache_bytes, operations, ratio
 from condit.nn.offload import check_device
 from condit.weights.catalog import MODELS
@@ -266,10 +266,11 @@ def header(file: Path) -> Header:
         if not 0 < length <= 100_000_000:
             raise ValueError(f"{file} is no safetensors file.")
         try:
-            tensors = json.loads(opened.read(length))
-        except ValueError as error:
+            tensors = parse_json(opened.read(length))
+            assert isinstance(tensors, dict)
+            return {n: (t["dtype"], tuple(t["shape"])) for n, t in tensors.items() if n != "__metadata__"}
+        except (ValueError, AssertionError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is broken or cut off: {error}. Download it again") from error
-    return {n: (t["dtype"], tuple(t["shape"])) for n, t in tensors.items() if n != "__metadata__"}
 
 
 def header_of(folder: Path) -> Header:

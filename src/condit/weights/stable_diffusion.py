@@ -15,7 +15,7 @@ from condit.backbones.unet import UNet, UNetConfig
 from condit.diffusion.vp import Process, Solver
 from condit.encoders.text import ClipText
 from condit.weights.files import Json, hash_file, load_strict
-from condit.weights.folders import check_tokenizer, read_folder, read_json, tuples, weight_files
+from condit.weights.folders import check_tokenizer, floats, read_folder, read_json, tuples, weight_files
 from condit.weights.latent_models import LatentParts, tell_unet
 from condit.weights.vae import chosen_autoencoder, frozen, load_autoencoder
 
@@ -175,14 +175,16 @@ def load_clip_text(folder: Path, *, projected: bool) -> ClipTower:
 
 def make_clip_text(config: Json, tensors: Mapping[str, Tensor], source: str | Path, *, projected: bool) -> ClipTower:
     """transformers' text tower from its published tensors, strictly."""
+    from accelerate import init_empty_weights
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     # Not from_pretrained: it draws a progress bar, and fills missing tensors with random numbers.
     made = CLIPTextConfig.from_dict(dict(config))
-    model = CLIPTextModelWithProjection(made) if projected else CLIPTextModel(made)
+    with init_empty_weights():  # sizes of a configuration are not allocated before they have been compared with a file
+        model = CLIPTextModelWithProjection(made) if projected else CLIPTextModel(made)
     flat = not hasattr(model, "text_model")  # since transformers 5
     plain = {n.removeprefix("text_model.") if flat else n: t for n, t in tensors.items() if "position_ids" not in n}
-    load_strict(model, plain, source=source)
+    load_strict(model, floats(plain), source=source, assign=True)
     return model
 
 

@@ -21,6 +21,7 @@ from condit.backbones.vit import FLAVOURS, PRESETS, Flavour, ViT, ViTConfig, res
 from condit.weights.files import (
     arrays_in,
     atomic_write,
+    check_archive,
     load_strict,
     own_fields,
     read_metadata,
@@ -179,10 +180,11 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _read_npz(source: Path) -> State:
+    check_archive(source)
     try:
         with np.load(source, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
-    except (ValueError, TypeError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zip files and arrays can be broken in many ways
         if "pickle" in str(error):
             raise ValueError(f"{source} holds Python objects, and reading them could run code: refused.") from error
         raise ValueError(f"{source} is broken or holds no plain numbers: {error}. Download it again.") from error
