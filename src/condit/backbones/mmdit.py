@@ -69,6 +69,7 @@ class TimeTextEmbed(nn.Module):
 
     def __init__(self, c: MMDiTConfig):
         super().__init__()
+        self.features = timestep_features
         self.timestep_embedder = Embedder(256, c.dim)
         if c.guidance_embeds:
             self.guidance_embedder = Embedder(256, c.dim)
@@ -77,9 +78,9 @@ class TimeTextEmbed(nn.Module):
     def forward(self, stream: Stream) -> Tensor:
         """(B, dim)."""
         dtype, lora = stream.tokens.dtype, stream.lora
-        embedding = self.timestep_embedder(timestep_features(stream.timestep.to(dtype) * 1000).to(dtype), lora)
+        embedding = self.timestep_embedder(self.features(stream.timestep.to(dtype) * 1000, 256).to(dtype), lora)
         if stream.guidance is not None:
-            features = timestep_features(stream.guidance.to(dtype) * 1000).to(dtype)
+            features = self.features(stream.guidance.to(dtype) * 1000, 256).to(dtype)
             embedding = embedding + self.guidance_embedder(features, lora)
         return embedding + self.text_embedder(stream.pooled, lora)
 

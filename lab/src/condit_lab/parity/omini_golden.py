@@ -21,6 +21,7 @@ from condit.encoders.text import Text
 from condit.nn.lora import LoRA
 from condit.nn.streams import Sees, Stream, grid_ids
 from condit.weights.load import Parts
+from condit_lab.parity.check import recorded_features
 from condit_lab.parity.omini_official import official_guidance
 
 
@@ -77,6 +78,7 @@ class Golden:
         fields = self.config["transformer"]
         model = MMDiT(MMDiTConfig(**{**fields, "axes_dims_rope": tuple(fields["axes_dims_rope"])}))
         model.load_state_dict(self.tensors("transformer"), strict=True)
+        model.time_text_embed.features = recorded_features(self.folder.parent / "dit")
         return model.eval().requires_grad_(False)
 
     @cached_property
