@@ -45,12 +45,12 @@ def in_one_file(world: World, kind: str, marks: Iterable[str] = ()) -> Pipeline:
 
 def equals_pipeline(world: World, kind: str, marks: Iterable[str] = (), **scheduler: Any) -> None:
     """The latents are those of diffusers' pipeline with this Euler scheduler."""
-    import diffusers
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
     ours, theirs = in_one_file(world, kind, marks), world.theirs(kind)
     process = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     before = theirs.scheduler
-    theirs.scheduler = diffusers.EulerDiscreteScheduler(**{**process, **scheduler})
+    theirs.scheduler = EulerDiscreteScheduler(**{**process, **scheduler})
     try:
         wanted = theirs("a red fox", latents=noise(), **HOW).images
     finally:

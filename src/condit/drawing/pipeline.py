@@ -168,8 +168,7 @@ class Pipeline:
         Stable Diffusion and DEADiff); eta is the share of a step's noise that is new. timesteps: the steps themselves,
         falling, instead of their number. max_sequence_length: of T5's tokens, FLUX.1. prompt_embeds and the like: the
         text as `encode_text` gives it. progress: show the steps, on a terminal or in a notebook as a bar. latents: the
-        first noise. original_size, crops_..., target_size: SDXL's conditions, in pixels. label: `prompt`, for classes.
-        """
+        first noise. original_size, crops_..., target_size: SDXL's conditions, in pixels. label: prompt, for classes."""
         requested = Settings(
             height=height,
             width=width,
