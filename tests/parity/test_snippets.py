@@ -37,7 +37,7 @@ PAGES = (
     "docs/zh/write-a-control.md",
 )
 # What no small model stands for: hubs, weights of the authors' layouts, code that is quoted from elsewhere.
-ELSEWHERE = ("from_pretrained(", "FLUX.1", "fill.safetensors", "def test_", "owner/", "h94/", "ms:", "push_to_hub")
+ELSEWHERE = ("from_pretrained(", 'FLUX.1-dev"', "fill.safetensors", "def test_", "owner/", "h94/", "ms:", "push_to_hub")
 QUOTED = re.compile(r"<!-- from \S+ -->\n```python\n.*?```", re.S)
 
 
@@ -92,7 +92,8 @@ def world(sd_pairs, sdxl, tmp_path, monkeypatch) -> Path:
         else:
             save_file(sdxl[1].tensors(), tmp_path / folder / name)
         pair.image.model.save_pretrained(tmp_path / folder / "image_encoder")
-    save_file(sdxl[2].tensors(), tmp_path / "style.safetensors")
+    lora = {name.replace("transformer.", "unet.", 1): tensor for name, tensor in sdxl[2].tensors().items()}
+    save_file(lora, tmp_path / "style.safetensors")
     load = condit.DEADiff.load.__func__  # type: ignore[attr-defined]
     pair = sd_pairs("sd15")
     stand_in = classmethod(lambda cls, _, pipe: load(cls, pair.files["deadiff"], pipe, image_encoder=pair.tower))
