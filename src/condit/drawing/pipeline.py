@@ -23,7 +23,7 @@ from condit.diffusion.steps import Noise, PartPath, Predict, Step, draw
 from condit.drawing import edit as editing
 from condit.drawing import pretrained
 from condit.drawing.callbacks import Callback, after_step, check_inputs, steps_bar
-from condit.drawing.families import Offload, make_model
+from condit.drawing.families import AnyParts, Offload, make_model
 from condit.drawing.model import Conditions, Layout, Model, Side, TextModel, module_device, module_dtype
 from condit.drawing.references import describe_source, find_fill, read_references
 from condit.drawing.repaint import Images, check_picture, share_changed, skipped, start_of
@@ -33,11 +33,8 @@ from condit.encoders.image import CLIPImage, TextTower, TinyImage, TinyTextTower
 from condit.encoders.text import ClipText, Text, given_text
 from condit.nn.offload import check_device
 from condit.weights.catalog import AdapterFile
-from condit.weights.class_models import ClassParts, PixelParts
 from condit.weights.clip_towers import load_image_encoder, load_text_tower
-from condit.weights.latent_models import LatentParts
 from condit.weights.lora_unet import adapter_for
-from condit.weights.parts import Parts
 
 Prompt = str | Sequence[str] | Text
 Label = str | int | None
@@ -60,7 +57,7 @@ class Pipeline:
     CPU and are copied to the device when they compute.
     """
 
-    def __init__(self, parts: Parts | LatentParts | ClassParts | PixelParts, *, offload: Offload | None = None):
+    def __init__(self, parts: AnyParts, *, offload: Offload | None = None):
         self.model: Model = make_model(parts, offload)
         self.parts, self.offload = self.model.parts, offload
         self.name: str = parts.name
