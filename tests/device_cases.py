@@ -272,7 +272,7 @@ CONTROLS: dict[str, Callable[[Kit], Tensor]] = {
     "OminiControl, fill": controlled("flow", omini_by(fill=HALF), eta=0.5),
     "OminiControl, fill, independent": controlled("flow", omini_by({"independent": True}, fill=HALF)),
     "OminiControl, posterior": controlled(
-        "flow", lambda kit, pipe: [c.sampled(torch.Generator().manual_seed(1)) for c in omini_by()(kit, pipe)]
+        "flow", lambda kit, pipe: [kit.omini(pipe).control(kit.pictures()[0]).sampled(torch.Generator().manual_seed(1))]
     ),
     "OminiControl, offload encoders": controlled("flow", omini_by(), pipe={"offload": "encoders"}),
     "DEADiff": controlled("latent", deadiff_by(strength=0.7, mask=HALF)),

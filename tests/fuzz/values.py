@@ -2,7 +2,7 @@
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ anything = st.recursive(
 # Options of a command: name -> its values; None: a flag.
 SAMPLING = {"--steps": few, "--guidance": numbers, "--seed": numbers, "--negative": texts, "--device": texts}
 PICTURE = {"--height": sides, "--width": sides, "-o": outputs, "--json": None}
-COMMANDS: dict[str, tuple[list[st.SearchStrategy[str]], dict[str, st.SearchStrategy[str] | None]]] = {
+COMMANDS: dict[str, tuple[list[st.SearchStrategy[str]], Mapping[str, st.SearchStrategy[str] | None]]] = {
     "generate": (
         [texts],
         {"--style": references, "--subject": references, "--edges": references, "--edges-map": references}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from condit.backbones.unet import UNet, UNetConfig
 from condit.controls.control import Control, Run, Step
 from condit.controls.deadiff import DEADiff
+from condit.controls.host import Host
 from condit.data.images import to_tensor
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.qformer import QFormerConfig
@@ -79,7 +81,7 @@ class Bench:
 
 def make_adapter(bench: Bench) -> DEADiff:
     torch.manual_seed(2)
-    actual = DEADiff.new(bench.backbone, QFORMER, make_tower(), pipe=bench)
+    actual = DEADiff.new(bench.backbone, QFORMER, make_tower(), pipe=cast("Host", bench))
     g = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in actual.parameters():

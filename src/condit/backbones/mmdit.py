@@ -3,7 +3,7 @@ arXiv:2403.03206), over streams. Parameter names are those of diffusers' `FluxTr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -69,7 +69,7 @@ class TimeTextEmbed(nn.Module):
 
     def __init__(self, c: MMDiTConfig):
         super().__init__()
-        self.features = timestep_features
+        self.features: Callable[[Tensor, int], Tensor] = timestep_features
         self.timestep_embedder = Embedder(256, c.dim)
         if c.guidance_embeds:
             self.guidance_embedder = Embedder(256, c.dim)

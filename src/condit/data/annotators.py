@@ -173,7 +173,7 @@ def _array(picture: Image.Image) -> np.ndarray:
     """The pixels (H, W, C), strip by strip: np.asarray has three copies of a picture in memory at a time."""
     pixels = np.empty((picture.height, picture.width, len(picture.getbands())), np.uint8)
     for y in range(0, picture.height, TILE):
-        pixels[y : y + TILE] = picture.crop((0, y, picture.width, min(y + TILE, picture.height)))
+        pixels[y : y + TILE] = np.asarray(picture.crop((0, y, picture.width, min(y + TILE, picture.height))))
     return pixels
 
 

@@ -125,8 +125,10 @@ class FlowModel:
             warn_syntax(prompts)
             if limit is not None and not isinstance(encoder, FluxText):
                 raise ValueError(f"{self.parts.name} does not support max_sequence_length; found {limit}.")
-            prompt = cast("Text", encoder(prompts) if limit is None else encoder(prompts, limit))
-        return prompt.to(module_device(self.backbone), module_dtype(self.backbone))
+            text = cast("Text", encoder(prompts) if limit is None else encoder(prompts, limit))
+        else:
+            text = prompt
+        return text.to(module_device(self.backbone), module_dtype(self.backbone))
 
     def refuse(self, control: Control) -> str | None:
         return None

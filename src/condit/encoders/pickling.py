@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import nn
 
@@ -11,9 +12,9 @@ from torch import nn
 _RECORDER, _INSTALLED = "transformers.utils.output_capturing", "_output_capturing_hooks_installed"
 
 
-def picklable_state(module: nn.Module) -> dict[str, object]:
+def picklable_state(self: nn.Module) -> dict[str, Any]:
     """`__getstate__` of a module that contains transformers' models: their recording hooks are left out."""
-    return _without_recorders(module).__dict__
+    return _without_recorders(self).__dict__
 
 
 def _without_recorders(module: nn.Module) -> nn.Module:

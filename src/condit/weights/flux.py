@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
 from condit.diffusion.schedules import DynamicShift
@@ -31,6 +31,7 @@ from condit.weights.vae import autoencoder_tensors, load_flux_vae
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers import CLIPTextModel
 
 PREFIX = "model.diffusion_model."  # before the transformer's names in files of whole pipelines
 SIGN = re.compile(rf"({re.escape(PREFIX)})?double_blocks\.0\.img_attn\.qkv\.")
@@ -99,9 +100,10 @@ def load_text(folder: Path, dtype: torch.dtype) -> FluxText:
     t5 = load_t5(folder / "text_encoder_2")
     for name, part in t5.named_modules():
         if not list(part.children()):  # in fp16, transformers keeps the outputs of T5's feed-forwards in fp32
-            part.to(torch.float32 if dtype == torch.float16 and name.endswith(".wo") else dtype)
+            nn.Module.to(part, torch.float32 if dtype == torch.float16 and name.endswith(".wo") else dtype)
+    clip = load_clip_text(folder / "text_encoder", projected=False)
     text = FluxText(
-        load_clip_text(folder / "text_encoder", projected=False).to(dtype),
+        cast("CLIPTextModel", nn.Module.to(clip, dtype)),
         AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         t5,
         AutoTokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True),

@@ -119,7 +119,8 @@ def main() -> None:
         real = cached_features(drawings, rows, chosen.inception, chosen.cache)
         result[name], planes = measure(model, drawings, real, judge, set(prototypes), chosen.inception)
         shown = to_images(on_white(planes[:64]))
-        contact_sheet([shown[i : i + 8] for i in range(0, len(shown), 8)]).save(chosen.out / f"{name}.png")
+        sheet = [shown[i : i + 8] for i in range(0, len(shown), 8)]
+        contact_sheet(sheet, labels=[""] * len(sheet)).save(chosen.out / f"{name}.png")
         print(name, json.dumps(result[name], indent=1))
     (chosen.out / "figures.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
