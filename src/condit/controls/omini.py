@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from condit.controls import publish
 from condit.controls.control import (
+    Act,
     Control,
     Fill,
     Placing,
@@ -235,6 +236,10 @@ class OminiReference(Control):
     log_weight: Tensor | None = None
 
     @property
+    def acts(self) -> frozenset[Act]:  # of a run with cached keys and values, it neither joins tokens nor omits cells
+        return frozenset[Act](("wrap",)) if self.memory and not (self.stream or self.whole) else super().acts
+
+    @property
     def alone(self) -> bool:
         """Whether it attends to itself only."""
         return self.adapter.config.independent if self.independent is None else self.independent
@@ -287,8 +292,7 @@ class OminiReference(Control):
         return replace(ready, stream=stream)
 
     def in_region(self, mask: Tensor, run: Run) -> OminiReference:
-        """With the log of the mask on the token grid, (B, N); a mask of 1 everywhere needs none. Raises
-        ValueError for a mask of another aspect ratio."""
+        """With the log of the mask on the token grid, (B, N); none for 1 everywhere. ValueError: another shape."""
         check_shape(mask, run.grid)
         region = match_batch(region_mask(mask, run.grid, run.cells)[:, 0, :, 0], run.batch, "mask")
         if not region.any():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -187,13 +188,15 @@ def only_targets(plain: Tensor, acted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sides(Wrapper):
-    """A batch of equal parts of rows, in order: each inner control acts on its own part only.
+    """A batch of parts of rows, in order: each inner control acts on its own part only. counts: the rows of each part;
+    () for equal parts.
 
     Raises ValueError for acts that cannot differ between rows: a LoRA applies to the whole batch, and merging changes
     its tokens.
     """
 
     inner: tuple[Control, ...]
+    counts: tuple[int, ...] = ()
 
     def __post_init__(self):
         shared = self.acts & {"join", "omit", "adapt", "merge"}
@@ -209,21 +212,25 @@ class Sides(Wrapper):
 
     def residual(self, site: Site, query: Tensor) -> Tensor | None:
         queries = zip(self.inner, self.parts(len(query)), strict=True)
-        return stacked([control.residual(site, query[part]) for control, part in queries], torch.zeros_like)
+        return self.stacked([control.residual(site, query[part]) for control, part in queries], 0.0)
 
     def region(self) -> Tensor | None:
-        return stacked([control.region() for control in self.inner], torch.ones_like)
+        return self.stacked([control.region() for control in self.inner], 1.0)
 
     def parts(self, batch: int) -> list[slice]:
         """The rows of each inner control."""
-        n = batch // len(self.inner)
-        return [slice(i * n, (i + 1) * n) for i in range(len(self.inner))]
+        counts = self.counts or (batch // len(self.inner),) * len(self.inner)
+        ends = list(accumulate(counts))
+        return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
-
-def stacked(parts: Sequence[Tensor | None], neutral: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Equal parts of a batch as one; `neutral` replaces those that are None. None if all are."""
-    present = next((part for part in parts if part is not None), None)
-    return None if present is None else torch.cat([neutral(present) if part is None else part for part in parts])
+    def stacked(self, parts: Sequence[Tensor | None], neutral: float) -> Tensor | None:
+        """The parts of a batch as one; those that are None are filled with `neutral`. None if all are."""
+        one = next((part for part in parts if part is not None), None)
+        if one is None:
+            return None
+        counts = self.counts or (len(one),) * len(parts)
+        sized = zip(parts, counts, strict=True)
+        return torch.cat([one.new_full((n, *one.shape[1:]), neutral) if part is None else part for part, n in sized])
 
 
 def rows(call: Call, index: slice) -> Call:
@@ -236,6 +243,17 @@ def rows(call: Call, index: slice) -> Call:
     return replace(call, q=q, k=k, v=v, bias=of(call.bias), plain=of(call.plain))
 
 
-def sides(parts: Sequence[Sequence[Control]]) -> list[Control]:
-    """The controls of a batch of parts; [] if no part has one."""
-    return [Sides(tuple(Wrapper(tuple(part)) for part in parts))] if any(parts) else []
+def sides(parts: Sequence[Sequence[Control]], counts: Sequence[int] = ()) -> list[Control]:
+    """The controls of a batch of parts, of `counts` rows or equal ones; [] if no part has one. Neighbours without
+    controls become one part."""
+    if not any(parts):
+        return []
+    inner: list[Control] = []
+    sizes: list[int] = []
+    for part, count in zip(parts, counts or [1] * len(parts), strict=True):
+        if counts and sizes and not part and not inner[-1].acts:
+            sizes[-1] += count
+        else:
+            inner.append(Wrapper(tuple(part)))
+            sizes.append(count)
+    return [Sides(tuple(inner), tuple(sizes) if counts else ())]

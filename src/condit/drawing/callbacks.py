@@ -1,4 +1,4 @@
-"""After each step of a call: the image around a mask, the caller's callback, progress."""
+"""After each step of a call: the caller's callback, progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from condit.data.progress import Advance, progress_bar
 from condit.diffusion.steps import OnStep, Path
 from condit.drawing.model import Side
-from condit.drawing.repaint import Reader, Start, repainted
 
 # callback(pipe, i, timestep, tensors) -> the tensors that it replaces, or None.
 Callback = Callable[[Any, int, float, dict], dict | None]
@@ -35,8 +34,7 @@ def check_inputs(names: Sequence[str]) -> None:
 
 
 def after_step(
-    pipe: Reader,
-    start: Start,
+    pipe: object,
     path: Path,
     sides: Sequence[Side],
     callback: Callback | None,
@@ -51,7 +49,6 @@ def after_step(
         return sides[0].condition.tokens if name == "prompt_embeds" else sides[-1].condition.tokens
 
     def on_step(i: int, x: Tensor, x0: Tensor) -> Tensor:
-        x = repainted(pipe, x, start, path, i)
         advance()
         if callback is None:
             return x

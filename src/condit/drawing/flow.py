@@ -31,7 +31,7 @@ from condit.drawing.model import (
 )
 from condit.drawing.settings import Settings, negative_prompts, prompt_list
 from condit.encoders.prompts import warn_syntax
-from condit.encoders.text import FluxText, Text
+from condit.encoders.text import FluxText, Text, join_texts
 from condit.encoders.vae import decode_tokens, encode_tokens, pack
 from condit.nn.lora import sum_loras
 from condit.nn.offload import OffloadedBlocks, move_parts, on_device, with_blocks
@@ -251,7 +251,7 @@ class FlowModel:
     def network(
         self, conditions: Sequence[Text], layout: Layout, settings: Settings, extra: Tensor | None = None
     ) -> Network:
-        (text,) = conditions
+        text = join_texts(conditions)
         device, dtype = module_device(self.backbone), module_dtype(self.backbone)
         ids = grid_ids(*layout.grid).to(device)
         canvas = text.canvas

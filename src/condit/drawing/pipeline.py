@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from condit.controls.control import Apart, Control, check_controls
-from condit.controls.wrap import sides as joined_sides
 from condit.data.imagenet import ClassNames
 from condit.data.images import mask_list, to_images
 from condit.diffusion.steps import Noise, PartPath, Predict, Step, draw
 from condit.drawing import edit as editing
 from condit.drawing import pretrained
+from condit.drawing.batch import Draft, Guided, predictor, walk
 from condit.drawing.callbacks import Callback, after_step, check_inputs, steps_bar
 from condit.drawing.families import AnyParts, Offload, make_model
 from condit.drawing.model import Conditions, Layout, Model, Side, TextModel, module_device, module_dtype
@@ -190,6 +190,34 @@ class Pipeline:
         prompt = given_text(label if prompt is None else prompt, prompt_embeds, pooled_prompt_embeds)
         negative_prompt = given_text(negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
         check_inputs(callback_on_step_end_tensor_inputs)
+        random = {"seed": seed, "generator": generator, "latents": latents}
+        pictures = {"image": image, "mask_image": mask_image}
+        draft = self.begin(
+            requested, prompt, negative_prompt, controls=controls, output_type=output_type, **pictures, **random
+        )
+        names = callback_on_step_end_tensor_inputs
+        with steps_bar(len(draft.path), draft.rows, shown=progress) as advance:
+            on_step = after_step(self, draft.path, draft.guided.sides, callback_on_step_end, names, advance)
+            (x,) = walk(self, [draft], on_step)
+        return Result(self.decode(x, draft.guided.layout.size, output_type), draft.seeds, draft.recipe)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        requested: Settings,
+        prompt: Prompt | Label | Sequence[Label] | Tensor = None,
+        negative_prompt: Prompt | None = None,
+        *,
+        controls: Sequence[Control] = (),
+        image: Images | None = None,
+        mask_image: Images | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+    ) -> Draft:
+        """A call before its first step, for `drawing.batch.walk`, which generates drafts together. Arguments and errors
+        are those of a call."""
         # Everything is checked before anything is computed.
         model, count = self.model, self.model.count(prompt)
         settings = self.settle(requested, prompt, output_type)
@@ -198,21 +226,12 @@ class Pipeline:
         strength = share_changed(settings, mask_image) if image is not None else 1.0
         layout = self.layout(count * settings.copies, settings.size, controls)
         seeds, generators = image_generators(layout.batch, seed, generator)
-        # The run.
         chosen, path = model.path(settings, layout)
         if image is not None:
             path = cast("PartPath", path).since(skipped(len(path), strength))
         conditions = with_text_loras(model, controls).conditions(prompt, negative_prompt, settings)
         sides = self.sides(conditions, controls, layout, settings)
         start = start_of(self, image, mask_image, strength, layout, path, generators, latents)
-        predict = self.predictor(sides, layout, settings, start.extra)
-
-        noise, names = self.noise(layout, generators), callback_on_step_end_tensor_inputs
-        with steps_bar(len(path), layout.batch, shown=progress) as advance:
-            on_step = after_step(self, start, path, sides, callback_on_step_end, names, advance)
-            x = chosen(predict, start.x, path, eta=settings.eta or 0.0, noise=noise, on_step=on_step)
-        fill = find_fill(controls, layout.grid)
-        x = x if fill is None else fill.complete(x)
         if latents is not None and not model.draws_noise(settings):
             seeds: list[int | None] = [None] * layout.batch  # the seeds were not used
         recipe = {
@@ -224,7 +243,9 @@ class Pipeline:
             "seeds": seeds,
             "controls": [c.describe() for c in controls],
         }
-        return Result(self.decode(x, settings.size, output_type), seeds, recipe)
+        guided, fill = Guided(sides, layout, settings, start.extra), find_fill(controls, layout.grid)
+        read = settings.scale if getattr(self.backbone.config, "guidance_embeds", False) else None
+        return Draft(guided, chosen, path, start, generators, seeds, fill, recipe, read)
 
     edit, invert = editing.edit, editing.invert
 
@@ -309,28 +330,9 @@ class Pipeline:
 
         return predict
 
-    def predictor(
-        self, sides: Sequence[Side], layout: Layout, settings: Settings, extra: Tensor | None = None
-    ) -> Predict:
+    def predictor(self, sides: Sequence[Side], layout: Layout, settings: Settings) -> Predict:
         """predict(x, step): the guided prediction, the only call to the network."""
-        model = self.model
-
-        @cache
-        def network(*which: int):
-            return model.network([sides[i].condition for i in which], layout, settings, extra)
-
-        def predict(x: Tensor, step: Step) -> Tensor:
-            active = [[c for c in (control.at(step) for control in side.controls) if c is not None] for side in sides]
-            acts = frozenset().union(*(control.acts for controls in active for control in controls))
-            # A LoRA applies to all rows of a batch, merged tokens are those of one side: the sides then run in turn.
-            if len(sides) > 1 and model.joins(settings, acts):
-                joined = network(*range(len(sides)))(torch.cat([x] * len(sides)), step, joined_sides(active))
-                outputs = list(joined.chunk(len(sides)))
-            else:
-                outputs = [network(i)(x, step, controls) for i, controls in enumerate(active)]
-            return outputs[0] if len(outputs) == 1 else model.guide(outputs, step, settings)
-
-        return predict
+        return predictor(self.model, [Guided(sides, layout, settings)])
 
     def noise(self, layout: Layout, generators: Sequence[torch.Generator]) -> Noise:
         """Standard normal noise as the network reads it, each image from its own generator."""
