@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "condit"
 
 FLOORS = {
-    "cli": 8,
+    **dict.fromkeys(["cli", "serve"], 8),
     "training": 7,
     "interop": 6,
     "drawing": 5,
@@ -19,7 +19,7 @@ FLOORS = {
     "backbones": 2,
     **dict.fromkeys(["nn", "diffusion", "encoders", "data"], 1),
 }
-DOORS = {"cli"}
+DOORS = {"cli", "serve"}
 TORCH_ONLY = {"nn", "diffusion"}
 
 

@@ -20,6 +20,7 @@ from condit.cli.compare import compare
 from condit.cli.edit import edit
 from condit.cli.memory import keep_memory
 from condit.cli.options import Grouped
+from condit.cli.serve import serve, study_app
 from condit.cli.terminal import Debug, Json, PrintableFormatter, answer, output_folder, say
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make and check training data.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(study_app, name="study")
 for command in (
     generate.demo,
     generate.generate,
@@ -43,6 +45,7 @@ for command in (
     generate.plan,
     study.train,
     study.convert,
+    serve,
 ):
     app.command(cls=Grouped)(command)
 data_app.command("draw", cls=Grouped)(study.generate_data)

@@ -247,6 +247,8 @@ def locate(request: Request, folder: Path) -> Request:
     """The request with the paths of existing references, relative to the current folder or else to `folder`."""
 
     def existing(path: str) -> str:
+        if path.startswith("data:image/"):  # in the recipe itself
+            return path
         candidates = [Path(path), folder / path, folder / Path(path).name]
         file = next((candidate for candidate in candidates if candidate.exists()), None)
         if file is None:

@@ -1,5 +1,6 @@
 """Reading images safely, and writing them atomically with their recipe."""
 
+import base64
 import io
 import json
 import urllib.error
@@ -45,7 +46,8 @@ def load_image(
     """A new RGB or RGBA image from a path, bytes, an open binary file, a PIL image, a numpy array or a torch tensor.
 
     Arrays: numpy (H, W) or (H, W, 1|3|4), torch (H, W) or (1|3|4, H, W); uint8 in 0..255, bool, or float in 0..1.
-    Files: the first frame of PNG, JPEG, WebP, GIF, BMP, TIFF. EXIF rotation is applied once, alpha put on `background`.
+    Files and data:image/ URIs: the first frame of PNG, JPEG, WebP, GIF, BMP, TIFF. EXIF rotation is applied once, alpha
+    put on `background`.
     ValueError for an unsupported or unsafe source, FileNotFoundError for a missing file."""
     image: Image.Image
     if isinstance(source, Image.Image):
@@ -89,6 +91,8 @@ def _read_bytes(source: object, max_bytes: int, allow_url: bool) -> tuple[bytes,
     """The bytes of a path, a URL or a bytes object, never more than max_bytes, and a name for messages."""
     if isinstance(source, bytes | bytearray | memoryview):
         data, name = bytes(source), "the image data"
+    elif isinstance(source, str) and source.startswith("data:image/"):
+        data, name = _embedded(source, max_bytes), "the embedded image"
     elif isinstance(source, str) and "://" in source[:12]:
         data, name = _fetch(source, max_bytes, allow_url), source
     elif isinstance(source, str | Path):
@@ -115,6 +119,19 @@ def _read_bytes(source: object, max_bytes: int, allow_url: bool) -> tuple[bytes,
     if not data:
         raise ValueError(f"{name} is empty")
     return data, name
+
+
+def _embedded(uri: str, max_bytes: int) -> bytes:
+    """The bytes of data:image/...;base64,..., as recipes of the server hold their references."""
+    head, comma, text = uri.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ValueError("an embedded image must be data:image/...;base64,...")
+    if len(text) * 3 // 4 > max_bytes + 2:
+        raise ValueError(f"the embedded image is larger than the limit of {max_bytes / 1e6:g} MB")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"the embedded image is not valid base64: {error}") from None
 
 
 def _fetch(url: str, max_bytes: int, allow_url: bool) -> bytes:
@@ -283,9 +300,9 @@ def _format_of(path: str | Path) -> str:
     return file_format
 
 
-def read_recipe(path: str | Path) -> dict[str, object]:
-    """The recipe that save_image stored in an image. ValueError for a file without a valid recipe."""
-    data, name = _read_bytes(Path(path), MAX_BYTES, allow_url=False)
+def read_recipe(path: str | Path | bytes) -> dict[str, object]:
+    """The recipe that save_image stored in an image (a path or bytes). ValueError for one without a valid recipe."""
+    data, name = _read_bytes(path if isinstance(path, bytes) else Path(path), MAX_BYTES, allow_url=False)
     image = _open(data, name)
     text = image.info.get("condit")
     if image.format != "PNG":

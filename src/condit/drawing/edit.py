@@ -30,6 +30,9 @@ from condit.drawing.model import Conditions, Layout, Side, TextModel
 from condit.drawing.repaint import Reader
 from condit.drawing.settings import Settings, check_size, image_generators, negative_prompts
 
+# Called before each prediction of an edit.
+Tick = Callable[[], None]
+
 
 class Editable(Reader, Protocol):
     """The pipeline of an edit; `edit` and `invert` below are its methods."""
@@ -134,6 +137,7 @@ def invert(
     num_inference_steps: int | None = None,
     solver: Solver | None = None,
     iterations: int | None = None,
+    tick: Tick | None = None,
 ) -> Inversion:
     """An image's trajectory to noise under its prompt, for any number of edits, with its round-trip error. One prompt
     for each image, or one for all. solver, iterations: as for `edit`."""
@@ -148,7 +152,7 @@ def invert(
     path = model.edit_path(settings.steps, layout, solver)
     # No guidance: scale 1 as the network's input, or the text's prediction alone.
     sides = pipe.sides(model.conditions(prompts, None, settings), (), layout, settings)
-    network = at_time(model, pipe.predictor(sides, layout, settings), path)
+    network = at_time(model, ticking(pipe.predictor(sides, layout, settings), tick), path)
     x0 = model.encode(pipe.read_images(images, None, layout.size))
     trajectory = to_noise(network, x0, path, solver, iterations=iterations)
     if not torch.isfinite(trajectory).all():
@@ -179,6 +183,7 @@ def edit(
     maps: bool = False,
     seed: int = 0,
     output_type: Literal["pil", "pt", "latent"] = "pil",
+    tick: Tick | None = None,
 ) -> EditResult:
     """Change an image described by `source` into one described by `target`: controls=[DiT4Edit(...)]; other controls
     act on the target. n images and n targets make n edits; either may be one for all.
@@ -189,7 +194,7 @@ def edit(
     inversion (condit.diffusion.inversion.invert); None: "fixed_point" with 2 where the model's paths are flows,
     "dpmpp2m" with 3 on PixArt, where "dpmpp2m" and "exact2m" also edit at second order. method: None:
     `Inverted(anchored)`. maps: record the attention to the words. seed: for methods with noise; edit i has seed + i.
-    ValueError on a UNet."""
+    tick: called before each prediction; what it raises ends the edit. ValueError on a UNet."""
     if output_type not in ("pil", "pt", "latent"):
         raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
     if method is not None and not callable(method):
@@ -218,7 +223,7 @@ def edit(
     conditions = model.conditions(both, negative, settings)
     # The run. Words and controls were checked before the inversion, which may take minutes.
     if inversion is None and method.inverts:
-        how = {"num_inference_steps": num_inference_steps, "solver": solver, "iterations": iterations}
+        how = {"num_inference_steps": num_inference_steps, "solver": solver, "iterations": iterations, "tick": tick}
         inversion = invert(pipe, as_list(image), prompts.pictures, height=size[0], width=size[1], **how)
     if inversion is not None:
         path, latents = inversion.path, inversion.trajectory[-1]
@@ -226,7 +231,7 @@ def edit(
         path = model.edit_path(settings.steps, layout, solver or chosen)
         latents = model.encode(pipe.read_images(as_list(image), None, size))
     sides = pipe.sides(conditions, acting, layout, settings)
-    predict = at_level(model, pipe.predictor(sides, layout, settings), path)
+    predict = at_level(model, ticking(pipe.predictor(sides, layout, settings), tick), path)
     still = torch.tensor([same(s, t, acting) for s, t in zip(prompts.sources, prompts.targets, strict=True)])
     bound = None
     if mask is not None:
@@ -262,6 +267,18 @@ def edit(
 
 
 # The parts of an edit
+
+
+def ticking(predict: Predict, tick: Tick | None) -> Predict:
+    """The same prediction with `tick` called before it."""
+    if tick is None:
+        return predict
+
+    def ticked(x: Tensor, step: Step) -> Tensor:
+        tick()
+        return predict(x, step)
+
+    return ticked
 
 
 def at_level(model: TextModel, predict: Predict, path: Path) -> Callable[[Tensor, int], Tensor]:

@@ -68,4 +68,5 @@ def describe_source(reference: References) -> list:
         return [entry for item in reference for entry in describe_source(item)]
     content = load_image(cast("ImageSource", reference)).tobytes()
     entry = {"sha256": hashlib.sha256(content).hexdigest()[:16]}
-    return [{"path": str(reference), **entry} if isinstance(reference, str | Path) else entry]
+    named = isinstance(reference, str | Path) and not str(reference).startswith("data:")
+    return [{"path": str(reference), **entry} if named else entry]
