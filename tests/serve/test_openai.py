@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-openai = pytest.importorskip("openai")
-from conftest_serve import picture  # noqa: E402
+from condit.serve.engine import Done, Job
+from conftest_serve import picture
 
+openai = pytest.importorskip("openai")
 STEPS = {"num_inference_steps": 2}
 
 
@@ -132,20 +133,20 @@ def test_errors_have_the_form_of_openai(live, body, code, param):
 
 def test_a_full_queue_answers_429_with_retry_after_and_the_client_tries_again(run_server):
     with run_server(limits={"waiting": 1, "batch": 1}) as full:
-        slow = {"num_inference_steps": 60}
-        threads = [threading.Thread(target=lambda: client(full).images.generate(prompt="a", extra_body=slow))]
-        threads[0].start()
-        while not full.server.engine.running:
+        engine, pipe, free = full.server.engine, full.server.served(None).pipe, threading.Event()
+
+        def blocked(tick) -> Done:
+            free.wait(60)
+            return Done([], {})
+
+        engine.put([Job(pipe, ("edit",), 1, lambda event: None, edit=blocked)])
+        while not engine.running:
             time.sleep(0.01)
-        threads.append(threading.Thread(target=lambda: client(full).images.generate(prompt="b", extra_body=slow)))
-        threads[1].start()
-        while not full.server.engine.waiting:
-            time.sleep(0.01)
+        engine.put([Job(pipe, ("edit",), 1, lambda event: None, edit=blocked)])
         with pytest.raises(openai.RateLimitError) as raised:
             client(full).images.generate(prompt="a key", extra_body=STEPS)
         assert int(raised.value.response.headers["retry-after"]) >= 1
         assert raised.value.code == "queue_full"
-        answer = client(full, max_retries=20).images.generate(prompt="a key", extra_body=STEPS)
-        assert answer.data is not None
-        for thread in threads:
-            thread.join()
+        threading.Timer(0.5, free.set).start()
+        answer = client(full, max_retries=5).images.generate(prompt="a key", extra_body=STEPS)
+        assert answer.data is not None and "queue_full" in full.get("/metrics").text
