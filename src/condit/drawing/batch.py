@@ -42,7 +42,7 @@ class Walker(Reader, Protocol):
 
 @dataclass(frozen=True)
 class Draft:
-    """A call before its first step. recipe: of its images; guidance: the scale, where the network reads it (FLUX.1-dev)."""
+    """A call before its first step. recipe: of its images; guidance: the scale, where the network reads it (FLUX)."""
 
     guided: Guided
     sampler: Sampler

@@ -12,7 +12,8 @@ from dataclasses import asdict, fields, replace
 from PIL import Image, PngImagePlugin
 
 import condit
-from condit.cli.request import Reference, Request, Studio, arguments
+from condit.cli.reference import LORA, Reference
+from condit.cli.request import FORMAT, Request, Studio, arguments
 from condit.cli.uses import USES, adapter_name
 from condit.data.images import load_image
 from condit.drawing.batch import Draft
@@ -105,7 +106,7 @@ class Served:
         self.pipe = self.studio.pipe
         self.adapters = [other for other in MODELS if other.startswith(f"{name}/")]
         for adapter in self.adapters:
-            self.studio.adapter(adapter)
+            self.studio.adapters.adapter(Reference(adapter, ""))
         self.roles = {use: adapter_name(name, use) for use in USES if adapter_name(name, use) in self.adapters}
 
     def describe(self) -> dict[str, object]:
@@ -196,7 +197,7 @@ class Served:
 
         def begin() -> Draft:
             requested, others = self.requested(request)
-            controls = self.studio.controls(request.references)
+            controls = self.studio.adapters.controls(request.references)
             return self.pipe.begin(requested, request.prompt, controls=controls, seed=request.seed, **others)
 
         size = request.height, request.width
@@ -218,7 +219,7 @@ class Served:
         source = (form.source_prompt or "")[: self.limits.prompt]
 
         def edit(tick: Tick) -> Done:
-            controls = [PRESETS[form.edit_type], *self.studio.controls(request.references)]
+            controls = [PRESETS[form.edit_type], *self.studio.adapters.controls(request.references)]
             result = self.pipe.edit(
                 request.image or "",
                 source,
@@ -250,7 +251,7 @@ class Served:
         """The images of a request as files; a PNG contains its recipe, as those of `condit generate` do."""
         if kind != "png":
             return [encoded(image.convert("RGB"), kind) for image in done.images]
-        recipe = {"condit": condit.__version__, "request": asdict(request), "run": done.recipe}
+        recipe = {"format": FORMAT, "condit": condit.__version__, "request": asdict(request), "run": done.recipe}
         files = []
         for index, image in enumerate(done.images):
             texts = {"condit": json.dumps({**recipe, "index": index}, allow_nan=False, sort_keys=True)}
@@ -277,6 +278,9 @@ class Served:
             raise invalid("The recipe asks for more than the server's limits.", "image")
         if (request.steps or 1) > self.limits.steps or max(request.height or 1, request.width or 1) > self.limits.side:
             raise invalid("The recipe asks for more than the server's limits.", "image")
+        for reference in request.references:
+            if reference.use == LORA or reference.cached is not None or reference.task is not None:
+                raise invalid("The recipe loads or changes adapters; the server keeps those it has.", "image")
         references = tuple(
             replace(r, use=self.adapter(r.use), path=inside(r.path) or "", mask=inside(r.mask))
             for r in request.references
