@@ -110,7 +110,7 @@ function restoreSettings(request, index) {
 
 function lock(value) {
   locked = value;
-  $("lock").setAttribute("aria-pressed", value); $("lock").textContent = value ? "🔒" : "🔓";
+  $("lock").setAttribute("aria-pressed", value);
 }
 
 const dice = () => { $("seed").value = Math.floor(Math.random() * 2 ** 31); };
@@ -149,7 +149,10 @@ async function go() {
   $("go").disabled = true; $("cancel").disabled = false; $("empty").hidden = true;
   $("progress").hidden = false; $("progress").removeAttribute("value");
   const begun = performance.now(), open = new Map(), known = references.map((r) => ({ ...r }));
+  const group = element("div", { className: "group" });
   let first = null;
+  $("gallery").prepend(group);
+  if (innerWidth <= 800) $("results").scrollIntoView();
   say(t("waiting"));
   try {
     const answer = await post(editing() ? "/v1/images/edits" : "/v1/images/generations", made, running.signal);
@@ -166,12 +169,13 @@ async function go() {
       const partial = event.type.endsWith("partial_image");
       const key = `${own.number}/${partial ? own.image : own.seed - firstSeed(made, own.number)}`;
       const figure = open.get(key) ?? element("figure");
-      if (!open.has(key)) { $("gallery").prepend(figure); open.set(key, figure); }
+      if (!open.has(key)) { group.append(figure); open.set(key, figure); }
       fill(figure, uri, partial ? null : { made, own, known });
     }
     say(t("done", ((performance.now() - begun) / 1000).toFixed(1)));
   } catch (error) {
     for (const figure of open.values()) if (figure.classList.contains("partial")) figure.remove();
+    if (!group.children.length) group.remove();
     if (error.name === "AbortError") say(t("cancelled")); else say(error.message, true);
   } finally {
     running = null;
