@@ -16,12 +16,11 @@ from random_tiny import random_tiny_folder  # noqa: F401
 
 pytest.importorskip("fastapi")
 import httpx
-import uvicorn
 
 from condit.serve.app import Server, guarded, make_app
 from condit.serve.limits import Limits
 from condit.serve.models import Served
-from condit.serve.run import Uvicorn
+from condit.serve.run import Uvicorn, config_of
 from condit.weights import catalog
 
 
@@ -61,8 +60,7 @@ def running(
 ) -> Iterator[Running]:
     server = Server([served], limits or Limits(), **how)
     app = guarded(make_app(server, study), server, token)
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, http="h11", ws="none", timeout_keep_alive=1)
-    runner = Uvicorn(config, server)
+    runner = Uvicorn(config_of(app, "127.0.0.1", 0), server)
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30

@@ -45,15 +45,16 @@ def wins_of(answers: Answers, methods: Sequence[str]) -> np.ndarray:
 
 
 def bradley_terry(wins: np.ndarray, rounds: int = 200) -> np.ndarray:
-    """Scores (M,) of mean 0 with P(i beats j) = sigmoid(s_i - s_j), by minorisation (Hunter 2004, Eq. 3). Half a win
-    for either side of each pair keeps scores finite where a method never loses."""
-    wins = wins + 0.5 * (1 - np.eye(len(wins)))
-    total, strength = wins + wins.T, np.ones(len(wins))
+    """Scores (..., M) of mean 0 with P(i beats j) = sigmoid(s_i - s_j) from wins (..., M, M), by minorisation (Hunter
+    2004, Eq. 3). Half a win for either side of each pair keeps scores finite where a method never loses."""
+    wins = wins + 0.5 * (1 - np.eye(wins.shape[-1]))
+    total, scores = wins + wins.swapaxes(-1, -2), np.zeros(wins.shape[:-1])
     for _ in range(rounds):
-        shared = total / (strength[:, None] + strength[None])
-        strength = wins.sum(1) / shared.sum(1)
-        strength /= np.exp(np.log(strength).mean())
-    return np.log(strength)
+        strength = np.exp(scores)
+        shared = total / (strength[..., :, None] + strength[..., None, :])
+        scores = np.log(wins.sum(-1) / shared.sum(-1))
+        scores -= scores.mean(-1, keepdims=True)
+    return scores
 
 
 def failed_checks(answers: Answers) -> list[str]:
@@ -97,7 +98,7 @@ def report(answers: Answers, methods: Sequence[str], *, samples: int = 1000, see
     tables = np.stack([wins_of(group, methods) for group in groups.values()])
     scores, chance = bradley_terry(tables.sum(0)), np.random.default_rng(seed)
     drawn = chance.integers(0, len(tables), (samples, len(tables)))
-    resampled = np.stack([bradley_terry(tables[index].sum(0), 60) for index in drawn])
+    resampled = bradley_terry(np.stack([tables[index].sum(0) for index in drawn]), 60)
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
     order = [int(i) for i in np.argsort(-scores)]
     same, kappa, shared = agreement(kept)

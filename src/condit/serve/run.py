@@ -11,7 +11,7 @@ from pathlib import Path
 import uvicorn
 
 from condit.serve.app import Server, guarded, make_app
-from condit.serve.guard import LOOPBACK
+from condit.serve.guard import LOOPBACK, Guard
 from condit.serve.limits import Limits
 from condit.serve.models import Served
 
@@ -61,10 +61,18 @@ def serve(options: Options, tell: Callable[[str], None]) -> None:
     )
     app = make_app(server, options.study)
     json_lines(logging.getLogger("condit.serve"))
-    config = uvicorn.Config(
-        guarded(app, server, options.token, [options.host, *options.hosts]),
-        host=options.host,
-        port=options.port,
+    config = config_of(guarded(app, server, options.token, [options.host, *options.hosts]), options.host, options.port)
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    tell(f"http://{shown}:{options.port}{'/study' if options.study else ''}")
+    Uvicorn(config, server).run()
+
+
+def config_of(app: Guard, host: str, port: int) -> uvicorn.Config:
+    """Settings of the HTTP server: it trusts no header of a proxy and says nothing about itself."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -75,9 +83,6 @@ def serve(options: Options, tell: Callable[[str], None]) -> None:
         ws="none",
         lifespan="on",
     )
-    shown = f"[{options.host}]" if ":" in options.host else options.host
-    tell(f"http://{shown}:{options.port}{'/study' if options.study else ''}")
-    Uvicorn(config, server).run()
 
 
 def json_lines(logger: logging.Logger) -> None:
