@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 # How long `make fuzz` tries random inputs.
 MINUTES ?= 2
 
-.PHONY: demo test test-slow fuzz lint fmt clean
+.PHONY: demo test test-slow browser fuzz lint fmt clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -29,6 +29,11 @@ test-slow: $(READY)
 
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)
+
+# The page in a real browser: needs chromium (apt install chromium).
+browser: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[browser]'
+	$(BIN)/python -m pytest -q -m browser tests/serve/test_browser.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check src lab tests benchmarks

@@ -166,6 +166,29 @@ def test_an_error_of_one_request_does_not_reach_the_others(served):
     assert any(isinstance(event, Done) for event in results)
 
 
+def test_a_shutdown_ends_what_runs_and_refuses_what_waits(run_server):
+    with run_server() as one:
+        pipe, free, told = one.server.served(None).pipe, threading.Event(), []
+
+        def blocked(tick) -> Done:
+            free.wait(60)
+            return Done([], {})
+
+        one.server.engine.put([Job(pipe, ("edit",), 1, told.append, edit=blocked)])
+        body, answers = {"prompt": "a key", "num_inference_steps": 1}, []
+        waiting = threading.Thread(target=lambda: answers.append(one.post("/v1/images/generations", json=body)))
+        waiting.start()
+        while not one.server.engine.waiting:
+            time.sleep(0.01)
+        one.runner.should_exit = True
+        waiting.join(30)
+        assert answers[0].status_code == 503 and answers[0].headers["retry-after"] == "5"
+        assert told == []
+        free.set()
+        one.server.engine.join(30)
+        assert isinstance(told[0], Done)
+
+
 def test_a_client_that_leaves_frees_its_place(run_server):
     import httpx
 

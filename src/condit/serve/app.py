@@ -67,7 +67,7 @@ class Server:
         self.models = {served.name: served for served in models}
         self.limits, self.metrics, self.prompts = limits, Metrics(), prompts
         self.engine = Engine(limits, self.metrics, batching=batching)
-        self.annotating = asyncio.Semaphore(1)
+        self.decoding = asyncio.Semaphore(2)  # images in full size take much memory
 
     def served(self, name: str | None) -> Served:
         """A model by name; None: the first. Raises Refusal for one that was not loaded."""
@@ -88,10 +88,12 @@ class Server:
         seed = random_seed() if form.seed is None else form.seed
         for number, one in enumerate(swept(form)):
             first = seed if one.seed is None else one.seed
-            request = await on_thread(lambda one=one, first=first: served.request(one, first))
+            request = await on_thread(lambda one=one, first=first: served.request(one, first), self.decoding)
             if isinstance(one, EditForm) and one.source_prompt is not None:
                 emit = self.emitter(number, events)
-                job = await on_thread(lambda one=one, first=first, emit=emit: served.edit_job(one, first, emit))
+                job = await on_thread(
+                    lambda one=one, first=first, e=emit: served.edit_job(one, first, e), self.decoding
+                )
             else:
                 job = served.job(request, one.partial_images, self.emitter(number, events))
             call.requests.append(request)
@@ -294,7 +296,7 @@ def make_app(server: Server, study: Path | None = None) -> FastAPI:
             served = server.served(wanted.model)
             return served, served.replayed(wanted, form.references), index
 
-        served, wanted, index = await on_thread(read)
+        served, wanted, index = await on_thread(read, server.decoding)
         events = asyncio.Queue[tuple[int, Event]]()
         asked = GenerationForm(prompt=wanted.prompt)
         call = Call(
@@ -324,8 +326,7 @@ def make_app(server: Server, study: Path | None = None) -> FastAPI:
             image = image if size is None else image.resize((size[1], size[0]))
             return encoded(ANNOTATORS[form.kind](image))
 
-        async with server.annotating:
-            file = await on_thread(work)
+        file = await on_thread(work, server.decoding)
         return JSONResponse({"created": int(time.time()), "data": [{"b64_json": base64.b64encode(file).decode()}]})
 
     @app.get("/v1/models")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -259,9 +260,10 @@ def body_of(form: type[Strict]) -> dict[str, object]:
     return {"requestBody": {"required": True, "content": content}}
 
 
-async def on_thread(work: Callable[[], T]) -> T:
-    """work() on a thread, since it decodes images; its ValueError is the request's fault."""
+async def on_thread(work: Callable[[], T], places: asyncio.Semaphore | None = None) -> T:
+    """work() on a thread, when one of `places` is free; its ValueError is the request's fault."""
     try:
-        return await asyncio.to_thread(work)
+        async with places or nullcontext():
+            return await asyncio.to_thread(work)
     except (ValueError, FileNotFoundError) as error:
         raise invalid(str(error)) from None

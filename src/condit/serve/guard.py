@@ -51,6 +51,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, rules: Rules, limits: Limits, metrics: Metrics) -> None:
         self.app, self.rules, self.limits, self.metrics = app, rules, limits, metrics
+        self.held = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -71,9 +72,11 @@ class Guard:
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
+        body = b""
         try:
             self.check(scope)
             body = await self.body(scope, receive) if scope["method"] == "POST" else b""
+            self.held += len(body)
             await self.app(scope, replayed(body, receive), answer)
         except Refusal as refusal:
             self.metrics.refused(refusal.code)
@@ -85,6 +88,8 @@ class Guard:
             self.metrics.refused("internal_error")
             if not status:
                 await refuse(Refusal(500, "internal_error", "The server failed. Its log says why."), answer)
+        finally:
+            self.held -= len(body)
         self.metrics.requests.labels(str(status or 499)).inc()
         record = {"method": scope["method"], "path": scope["path"], "status": status or 499}
         record["seconds"] = round(time.perf_counter() - begun, 4)
@@ -141,6 +146,8 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > most:
             raise too_large
+        if self.held > 8 * most:
+            raise Refusal(503, "busy", "The server holds too many requests. Try again.", retry=2)
         parts: list[bytes] = []
         try:
             async with asyncio.timeout(self.limits.seconds):
