@@ -181,3 +181,29 @@ def test_the_page_fits_its_width_and_every_control_has_a_name(page):
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.click("#theme")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+
+
+def test_a_study_is_answered_by_keys(browser, run_server, tmp_path):
+    from condit.data.images import load_image, save_image
+    from condit.serve.study import make_study
+
+    for number, method in enumerate(("a", "b")):
+        save_image(load_image(picture(number)), tmp_path / method / "0.png")
+    make_study(tmp_path / "study", {m: tmp_path / m for m in "ab"}, tmp_path / "a", question="Which?")
+    with run_server(study=tmp_path / "study") as live:
+        page, errors = browser.new_page(), []
+        page.set_default_timeout(WAIT)
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(f"{live.url}/study")
+        page.wait_for_selector("body[data-ready]")
+        page.fill("#rater", "Ann")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#ask:not([hidden])")
+        for count, key in enumerate("120", 1):
+            page.keyboard.press(key)
+            page.get_by_text(f"{count} answers").wait_for()
+        page.form = "desktop"
+        shoot(page, "study")
+        page.close()
+    lines = (tmp_path / "study" / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["choice"] for line in lines] == ["left", "right", "neither"] and errors == []
