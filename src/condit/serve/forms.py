@@ -254,9 +254,19 @@ def swept(form: CommonForm) -> Iterator[CommonForm]:
 
 def body_of(form: type[Strict]) -> dict[str, object]:
     """The request body of a route for its OpenAPI description; multipart has the same fields."""
-    schema = form.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    content = {kind: {"schema": schema} for kind in ("application/json", "multipart/form-data")}
+    schema = form.model_json_schema()
+    parts = schema.pop("$defs", {})
+
+    def inlined(value: Any) -> Any:
+        if isinstance(value, list):
+            return [inlined(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if "$ref" in value:
+            return inlined(parts[value["$ref"].rpartition("/")[2]])
+        return {name: inlined(item) for name, item in value.items()}
+
+    content = {kind: {"schema": inlined(schema)} for kind in ("application/json", "multipart/form-data")}
     return {"requestBody": {"required": True, "content": content}}
 
 
