@@ -67,8 +67,8 @@ def server(batching: str, threads: int, waiting: int = 64) -> Iterator[Running]:
     port = free_port()
     command = [sys.executable, "-c", SERVER, str(port), batching, str(threads), str(waiting)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=environment, **quiet) as process:
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) as process:
         url = f"http://127.0.0.1:{port}"
         try:
             for _ in range(600):
@@ -232,7 +232,7 @@ async def crowd(running: Running, count: int, steps: int, at_once: int = 40) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--parts", nargs="+", default=["batching", "latency", "crowd"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
