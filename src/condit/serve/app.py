@@ -85,6 +85,7 @@ class Server:
         check_limits(form, self.limits)
         served, events = self.served(form.model), asyncio.Queue[tuple[int, Event]]()
         call = Call(served, form, [], [], events, kind)
+        self.engine.check_room(form.n)  # before images are decoded; `put` decides
         seed = random_seed() if form.seed is None else form.seed
         for number, one in enumerate(swept(form)):
             first = seed if one.seed is None else one.seed

@@ -114,16 +114,18 @@ class Engine:
         """Seconds until a place is likely to be free."""
         return min(max(1, math.ceil(self.seconds_a_row * self.queued / 2)), 60)
 
+    def check_room(self, rows: int) -> None:
+        """Raises Refusal unless so many images may wait: 429 if the queue is full, 503 during a shutdown."""
+        if self.stopping:
+            raise Refusal(503, "shutting_down", "The server is shutting down.", retry=5)
+        if self.queued + rows > self.limits.waiting:
+            message = f"{self.queued} images are waiting, the limit is {self.limits.waiting}."
+            raise Refusal(429, "queue_full", message, retry=self.delay)
+
     def put(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs, all or none. Raises Refusal: 429 if the queue is full, 503 during a shutdown."""
+        """Queues jobs, all or none. Raises Refusal as `check_room` does."""
         with self.changed:
-            if self.stopping:
-                raise Refusal(503, "shutting_down", "The server is shutting down.", retry=5)
-            self.waiting = [job for job in self.waiting if not job.cancelled]
-            if self.queued + sum(job.rows for job in jobs) > self.limits.waiting:
-                self.metrics.refused("queue_full")
-                message = f"{self.queued} images are waiting, the limit is {self.limits.waiting}."
-                raise Refusal(429, "queue_full", message, retry=self.delay)
+            self.check_room(sum(job.rows for job in jobs))
             self.waiting.extend(jobs)
             self.metrics.queue.set(self.queued)
             self.changed.notify()

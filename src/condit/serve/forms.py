@@ -219,11 +219,13 @@ def check_limits(form: CommonForm, limits: Limits) -> None:
         ("prompt", len(form.prompt), limits.prompt),
         ("negative_prompt", len(form.negative_prompt or ""), limits.prompt),
         ("num_inference_steps", form.num_inference_steps or 1, limits.steps),
-        ("n", form.n * (1 if form.sweep is None else len(form.sweep.values)), limits.n),
+        ("n", form.n * (1 if form.sweep is None else len(form.sweep.values)), min(limits.n, limits.waiting)),
         ("references", max(len(form.references), len(form.controls)), limits.references),
     ):
         if found > most:
             raise invalid(f"{name} is {found}; the limit is {most}.", name)
+    if isinstance(form, EditForm) and form.image == []:
+        raise invalid("image is empty; send one image or more.", "image")
     for control in form.controls:
         if control.when is not None and not (0 <= control.when[0] < control.when[1] <= 1):
             raise invalid("when must be [start, end] with 0 <= start < end <= 1.", "controls.when")

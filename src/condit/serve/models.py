@@ -132,35 +132,14 @@ class Served:
         raise invalid(f"{self.name} has no adapter {name!r}; it has {known}.", "controls.adapter", "unknown_adapter")
 
     def request(self, form: CommonForm, seed: int) -> Request:
-        """The call that a form asks for, as a value that its PNGs contain. Raises Refusal."""
-        pictures = Pictures(form.references, self.limits)
-        references = [
-            Reference(
-                self.adapter(control.adapter),
-                pictures.embedded(control.reference, f"controls.{i}.reference"),
-                control.strength,
-                when=control.when,
-                where=tuple(control.where),
-                mask=None if control.mask is None else self.mask(pictures, control.mask, f"controls.{i}.mask"),
-            )
-            for i, control in enumerate(form.controls)
-        ]
-        size, image, mask, change = size_of(form.size, self.limits), None, None, None
-        if isinstance(form, EditForm):
-            first, *others = form.image if isinstance(form.image, list) else [form.image]
-            role = next((use for use in ("subject", "style") if use in self.roles), None)
-            if others and role is None:
-                raise invalid(f"{self.name} takes one image: it has no adapter for references.", "image")
-            if len(others) + len(references) > self.limits.references:
-                raise invalid(f"more than {self.limits.references} references.", "image")
-            references += [Reference(role or "", pictures.embedded(other, "image")) for other in others]
-            image, change = pictures.embedded(first, "image"), form.change
-            mask = None if form.mask is None else self.mask(pictures, form.mask, "mask")
-        return self.checked(
+        """The call that a form asks for, as a value that its PNGs contain. Settings are checked before any image is
+        decoded. Raises Refusal or ValueError."""
+        size, uses = size_of(form.size, self.limits), [self.adapter(control.adapter) for control in form.controls]
+        plain = self.checked(
             Request(
                 form.prompt,
                 self.name,
-                tuple(references),
+                (),
                 form.negative_prompt,
                 seed,
                 form.n,
@@ -170,11 +149,33 @@ class Served:
                 form.sampler,
                 form.eta,
                 *(size or (None, None)),
-                image,
-                mask,
-                change,
+                change=form.change if isinstance(form, EditForm) else None,
             )
         )
+        pictures = Pictures(form.references, self.limits)
+        references = [
+            Reference(
+                use,
+                pictures.embedded(control.reference, f"controls.{i}.reference"),
+                control.strength,
+                when=control.when,
+                where=tuple(control.where),
+                mask=None if control.mask is None else self.mask(pictures, control.mask, f"controls.{i}.mask"),
+            )
+            for i, (use, control) in enumerate(zip(uses, form.controls, strict=True))
+        ]
+        if not isinstance(form, EditForm):
+            return replace(plain, references=tuple(references))
+        first, *others = form.image if isinstance(form.image, list) else [form.image]
+        role = next((use for use in ("subject", "style") if use in self.roles), None)
+        if others and role is None:
+            raise invalid(f"{self.name} takes one image: it has no adapter for references.", "image")
+        if len(others) + len(references) > self.limits.references:
+            raise invalid(f"There are more than {self.limits.references} references.", "image")
+        references += [Reference(role or "", pictures.embedded(other, "image")) for other in others]
+        image = pictures.embedded(first, "image")
+        mask = None if form.mask is None else self.mask(pictures, form.mask, "mask")
+        return replace(plain, references=tuple(references), image=image, mask=mask)
 
     def mask(self, pictures: Pictures, picture: Picture, param: str) -> str:
         return data_uri(painted_mask(pictures.image(picture, param)))
