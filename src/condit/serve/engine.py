@@ -231,6 +231,8 @@ class Engine:
         self.metrics.batch.observe(sum(counts))
         shown = [partial_steps(steps, job.partials) for job in jobs]
         dropped = {i for i, job in enumerate(jobs) if job.cancelled}
+        if len(dropped) == len(jobs):
+            raise Cancelled
         size = drafts[0].guided.layout.size
 
         def on_step(i: int, x: Tensor, x0: Tensor) -> None:
