@@ -92,7 +92,11 @@ def fuzzed(live: Running, number: int) -> Callable[[], None]:
             check(httpx.get(url, headers=headers, timeout=60))
         elif as_form and isinstance(body, dict):
             fields = [(str(k), None, v if isinstance(v, str) else json.dumps(v)) for k, v in body.items()]
-            parts = [(k.replace("\0", "") or "x", (None, v.encode("utf-8", "replace"))) for k, _, v in fields]
+            names = [f"{k}[]" if len(v) % 3 == 0 else k for k, _, v in fields]  # lists have brackets
+            parts = [
+                (name.replace("\0", "") or "x", (None, v.encode("utf-8", "replace")))
+                for name, (_, _, v) in zip(names, fields, strict=True)
+            ]
             check(httpx.post(url, files=parts or {"x": b""}, headers=headers, timeout=60))
         else:
             text = json.dumps(tame(body)).encode()
@@ -109,6 +113,27 @@ def test_generated_requests_are_answered_in_the_words_of_the_api(live):
 def test_two_thousand_generated_requests(live):
     fuzzed(live, 2000)()
     assert live.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "strengths"),
+    [
+        ([("adapter", "style"), ("strength", "0.25")], [0.25]),
+        ([("adapter[]", "style"), ("strength[]", "0.25"), ("adapter[]", "style"), ("strength[]", "2")], [0.25, 2.0]),
+        ([("adapter", "style"), ("strength", "0.5"), ("when", "0-0.5"), ("controls", "[]")], [0.5]),
+        ([("adapter", "style"), ("controls", "5")], None),
+        ([("adapter", "style"), ("strength", "x")], None),
+        ([("image", "a"), ("image[]", "b")], None),
+    ],
+)
+def test_strings_of_a_form_become_lists_and_numbers(live, fields, strengths):
+    parts = [(name, (None, value)) for name, value in [("prompt", "a key"), ("num_inference_steps", "1"), *fields]]
+    parts += [("references[]", ("r.png", picture(number))) for number in (1, 2)]
+    answer = live.post("/v1/images/generations", files=parts)
+    check(answer)
+    assert answer.status_code == (400 if strengths is None else 200)
+    if strengths is not None:
+        assert answer.json()["data"][0]["condit"]["strengths"] == strengths
 
 
 def test_multipart_that_is_broken_is_refused(live):

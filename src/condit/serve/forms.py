@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
@@ -134,7 +134,7 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def checked(form: type[F], values: Mapping[str, Any]) -> F:
+def checked(form: type[F], values: Mapping[str, object]) -> F:
     """The form of these values. Raises Refusal for the first wrong one."""
     try:
         return form.model_validate(values)
@@ -145,9 +145,9 @@ def checked(form: type[F], values: Mapping[str, Any]) -> F:
         raise invalid(f"{name}: {first['msg']}.", name, code.get(first["type"], "invalid_value")) from None
 
 
-async def multipart(request: HTTPRequest, limits: Limits) -> dict[str, Any]:
+async def multipart(request: HTTPRequest, limits: Limits) -> dict[str, object]:
     """The fields of a multipart body. A name that ends in [] is a list; `controls` and `sweep` are JSON."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     try:
         async with request.form(
             max_files=2 * limits.references + 4, max_fields=200, max_part_size=limits.image
@@ -160,21 +160,21 @@ async def multipart(request: HTTPRequest, limits: Limits) -> dict[str, Any]:
     return by_adapter(values)
 
 
-def add(values: dict[str, Any], name: str, item: str | bytes) -> None:
+def add(values: dict[str, object], name: str, item: str | bytes) -> None:
     """Adds a field of a multipart body to the values."""
-    read: Any = item
+    read: object = item
     if name in ("controls", "sweep") and isinstance(item, str):
         try:
             read = json.loads(item, parse_constant=refuse_constant)
         except (ValueError, RecursionError):
             raise invalid(f"{name} is not valid JSON.", name) from None
-    if name.endswith("[]"):
-        values.setdefault(name[:-2], []).append(read)
-    elif name == "image" and name in values:
-        kept = values[name]
-        values[name] = [*(kept if isinstance(kept, list) else [kept]), read]
-    else:
-        values[name] = read
+    own = name.removesuffix("[]")
+    values[own] = [*listed(values.get(own)), read] if own != name or (own == "image" and own in values) else read
+
+
+def listed(value: object) -> list[object]:
+    """A value as a list; none for None."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 async def read_file(file: UploadFile, limits: Limits, name: str) -> bytes:
@@ -185,21 +185,19 @@ async def read_file(file: UploadFile, limits: Limits, name: str) -> bytes:
     return content
 
 
-def by_adapter(values: dict[str, Any]) -> dict[str, Any]:
+def by_adapter(values: dict[str, object]) -> dict[str, object]:
     """Controls from the lists adapter[], references[], strength[] and when[] of a form, one entry each."""
-    adapters = values.pop("adapter", None)
-    if adapters is None:
+    if "adapter" not in values:
         return values
-    adapters = adapters if isinstance(adapters, list) else [adapters]
-    strengths, times = values.pop("strength", []), values.pop("when", [])
-    controls = values.get("controls") or []
+    adapters, strengths, times = (listed(values.pop(name, None)) for name in ("adapter", "strength", "when"))
+    controls = listed(values.get("controls"))
     for index, adapter in enumerate(adapters):
-        control: dict[str, Any] = {"adapter": adapter, "reference": index}
+        control: dict[str, object] = {"adapter": adapter, "reference": index}
         if index < len(strengths):
             control["strength"] = strengths[index]
         if index < len(times) and times[index]:
             control["when"] = str(times[index]).split("-")
-        controls = [*controls, control]
+        controls.append(control)
     return {**values, "controls": controls}
 
 
@@ -259,7 +257,7 @@ def body_of(form: type[Strict]) -> dict[str, object]:
     schema = form.model_json_schema()
     parts = schema.pop("$defs", {})
 
-    def inlined(value: Any) -> Any:
+    def inlined(value: object) -> object:
         if isinstance(value, list):
             return [inlined(item) for item in value]
         if not isinstance(value, dict):
