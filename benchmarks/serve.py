@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--waiting", type=int, default=16)
+    parser.add_argument("--arrivals", type=int, default=60)
     parser.add_argument("--requests", type=int, default=1000)
     options = parser.parse_args()
     found: dict[str, object] = {"threads": options.threads}
@@ -247,7 +248,8 @@ def main() -> None:
     if "latency" in options.parts:
         with server("on", options.threads) as running:
             most = asyncio.run(all_at_once(running, options.waiting, options.steps))
-            loads = [asyncio.run(poisson(running, share * most, 60, options.steps)) for share in (0.3, 0.6, 0.9)]
+            count = options.arrivals
+            loads = [asyncio.run(poisson(running, share * most, count, options.steps)) for share in (0.3, 0.6, 0.9)]
         found["latency"] = {"images_a_second_at_most": round(most, 3), "loads": loads}
         print(json.dumps(found["latency"]), flush=True)
     if "crowd" in options.parts:
