@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError, StarletteHTTPException
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 import condit
 from condit.data.images import load_image, read_recipe
@@ -58,6 +60,21 @@ class Call:
     kind: str
 
 
+class Events(StreamingResponse):
+    """A stream that calls `cancel` at its end, also where the client left before it began."""
+
+    def __init__(self, content: AsyncIterator[str], cancel: Callable[[], None]) -> None:
+        headers = {"X-Accel-Buffering": "no"}  # a proxy must pass each event on
+        super().__init__(content, media_type="text/event-stream", headers=headers)
+        self.cancel = cancel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.cancel()
+
+
 class Server:
     """The state of a server: models by name, the engine, the figures."""
 
@@ -90,15 +107,13 @@ class Server:
         for number, one in enumerate(swept(form)):
             first = seed if one.seed is None else one.seed
             request = await on_thread(lambda one=one, first=first: served.request(one, first), self.decoding)
-            if isinstance(one, EditForm) and one.source_prompt is not None:
-                emit = self.emitter(number, events)
-                job = await on_thread(
-                    lambda one=one, first=first, e=emit: served.edit_job(one, first, e), self.decoding
-                )
-            else:
-                job = served.job(request, one.partial_images, self.emitter(number, events))
+            emit = self.emitter(number, events)
             call.requests.append(request)
-            call.jobs.append(job)
+            call.jobs.append(
+                served.edit_job(one, request, emit)
+                if isinstance(one, EditForm) and one.source_prompt is not None
+                else served.job(request, one.partial_images, emit)
+            )
         self.engine.put(call.jobs)
         if self.prompts:
             log.info("%s", json.dumps({"prompt": form.prompt, "model": served.name, "seed": seed}))
@@ -115,29 +130,32 @@ class Server:
         return emit
 
     async def results(self, call: Call) -> AsyncIterator[tuple[int, Event]]:
-        """The events of a call until all its jobs are done. Leaving it cancels the jobs. Raises the first error."""
+        """The events of a call until all its jobs are done. Raises the first error."""
         left = len(call.jobs)
+        while left:
+            number, event = await call.events.get()
+            if isinstance(event, Refusal):
+                raise event
+            left -= isinstance(event, Done)
+            yield number, event
+
+    async def finish(self, request: HTTPRequest, call: Call) -> list[Done]:
+        """The results of a call in order. Its jobs are cancelled when the client leaves."""
+
+        async def collect() -> list[Done]:
+            done = {number: event async for number, event in self.results(call) if isinstance(event, Done)}
+            return [done[number] for number in sorted(done)]
+
         try:
-            while left:
-                number, event = await call.events.get()
-                if isinstance(event, Refusal):
-                    raise event
-                left -= isinstance(event, Done)
-                yield number, event
+            return await unless_left(request, collect())
         finally:
             self.engine.cancel(call.jobs)
 
     async def answer(self, request: HTTPRequest, call: Call) -> Response:
         """The whole answer, or a stream of events."""
         if call.form.stream:
-            headers = {"X-Accel-Buffering": "no"}
-            return StreamingResponse(self.stream(call), media_type="text/event-stream", headers=headers)
-
-        async def collect() -> list[Done]:
-            done = {number: event async for number, event in self.results(call) if isinstance(event, Done)}
-            return [done[number] for number in sorted(done)]
-
-        finished = await unless_left(request, collect())
+            return Events(self.stream(call), partial(self.engine.cancel, call.jobs))
+        finished = await self.finish(request, call)
         pictures = [picture for number, done in enumerate(finished) for picture in self.pictures(call, number, done)]
         return JSONResponse({**self.facts(call), "data": pictures, "usage": usage(call)})
 
@@ -304,11 +322,7 @@ def make_app(server: Server, study: Path | None = None) -> FastAPI:
             served, asked, [wanted], [served.job(wanted, 0, server.emitter(0, events))], events, "image_generation"
         )
         server.engine.put(call.jobs)
-
-        async def collect() -> list[Done]:
-            return [event async for _, event in server.results(call) if isinstance(event, Done)]
-
-        (done,) = await unless_left(request, collect())
+        (done,) = await server.finish(request, call)
         before, after = await on_thread(lambda: load_image(data, max_pixels=server.limits.pixels)), done.images[index]
         entry = server.pictures(call, 0, done)[index]
         same = before.size == after.size and before.tobytes() == after.convert("RGB").tobytes()

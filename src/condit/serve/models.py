@@ -205,8 +205,8 @@ class Served:
         key = (self.name, request.steps, size, request.sampler, request.eta, request.image is None)
         return Job(self.pipe, key, request.count, emit, begin=begin, partials=partials)
 
-    def edit_job(self, form: EditForm, seed: int, emit: Callable) -> Job:
-        """A job that inverts an image and edits it. Raises Refusal or ValueError."""
+    def edit_job(self, form: EditForm, request: Request, emit: Callable) -> Job:
+        """A job that inverts the image of a request and edits it. Raises Refusal."""
         from condit.controls.dit4edit import PRESETS
         from condit.drawing.edit_page import edited_words, shade
 
@@ -216,7 +216,6 @@ class Served:
             raise invalid(f"edit_type must be one of {', '.join(PRESETS)}.", "edit_type")
         if form.n != 1 or isinstance(form.image, list) and len(form.image) != 1:
             raise invalid("An edit with source_prompt takes one image and makes one.", "n")
-        request = self.request(form.model_copy(update={"change": None}), seed)
         source = (form.source_prompt or "")[: self.limits.prompt]
 
         def edit(tick: Tick) -> Done:
@@ -231,7 +230,7 @@ class Served:
                 num_inference_steps=request.steps,
                 guidance_scale=request.guidance,
                 maps=True,
-                seed=seed,
+                seed=request.seed,
                 tick=tick,
                 height=request.height,
                 width=request.width,
