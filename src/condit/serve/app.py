@@ -15,7 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError, StarletteHTTPException
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -264,8 +265,10 @@ def make_app(server: Server, study: Path | None = None) -> FastAPI:
         await asyncio.to_thread(server.engine.join)
 
     about = "OpenAI's images API with references: strength, mask, schedule. Errors have OpenAI's form."
-    pages = {"docs_url": None, "redoc_url": None}  # these pages load scripts from elsewhere
-    app = FastAPI(title="condit", version=condit.__version__, description=about, lifespan=life, **pages)
+    # Pages of the description would load scripts from elsewhere.
+    app = FastAPI(
+        title="condit", version=condit.__version__, description=about, lifespan=life, docs_url=None, redoc_url=None
+    )
     assets = page_files()
 
     @app.exception_handler(Refusal)
@@ -273,8 +276,8 @@ def make_app(server: Server, study: Path | None = None) -> FastAPI:
         server.metrics.refused(error.code)
         return JSONResponse(error.body, error.status, headers=error.headers)
 
-    @app.exception_handler(StarletteHTTPException)
-    async def unknown(request: HTTPRequest, error: StarletteHTTPException) -> Response:
+    @app.exception_handler(HTTPException)
+    async def unknown(request: HTTPRequest, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         refusal = Refusal(error.status_code, code, str(error.detail))
         return JSONResponse(refusal.body, error.status_code, headers=error.headers)

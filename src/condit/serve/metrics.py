@@ -16,13 +16,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
-        self.queue = Gauge("condit_queue_images", "Images that wait", **own)
-        self.batch = Histogram("condit_batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32), **own)
-        self.seconds = Histogram("condit_stage_seconds", "Seconds of a stage", ["stage"], buckets=SECONDS, **own)
-        self.images = Counter("condit_images", "Images generated", **own)
-        self.errors = Counter("condit_errors", "Requests with an error", ["code"], **own)
-        self.requests = Counter("condit_requests", "Requests", ["status"], **own)
+        registry = self.registry
+        self.queue = Gauge("condit_queue_images", "Images that wait", registry=registry)
+        self.batch = Histogram(
+            "condit_batch_images", "Images in a batch", buckets=(1, 2, 4, 8, 16, 32), registry=registry
+        )
+        self.seconds = Histogram(
+            "condit_stage_seconds", "Seconds of a stage", ["stage"], buckets=SECONDS, registry=registry
+        )
+        self.images = Counter("condit_images", "Images generated", registry=registry)
+        self.errors = Counter("condit_errors", "Requests with an error", ["code"], registry=registry)
+        self.requests = Counter("condit_requests", "Requests", ["status"], registry=registry)
 
     def refused(self, code: str) -> None:
         self.errors.labels(code).inc()

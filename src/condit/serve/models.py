@@ -93,7 +93,7 @@ def data_uri(image: Image.Image) -> str:
 def painted_mask(image: Image.Image) -> Image.Image:
     """A mask, white where the image may change, of OpenAI's, which is transparent there, or of a white one."""
     if image.mode == "RGBA":
-        return image.getchannel("A").point(lambda alpha: 255 if alpha < 128 else 0)
+        return image.getchannel("A").point([255] * 128 + [0] * 128)
     return image.convert("L")
 
 
@@ -182,24 +182,27 @@ class Served:
 
     def checked(self, request: Request) -> Request:
         """The same request, if the model takes its settings. Raises ValueError."""
-        requested, _ = self.requested(request)
-        self.pipe.settle(requested, request.prompt, "pil")
+        self.pipe.settle(self.requested(request), request.prompt, "pil")
         return request
 
-    def requested(self, request: Request) -> tuple[Settings, dict[str, str]]:
-        """The settings of a request, and the other arguments of a call."""
+    def requested(self, request: Request) -> Settings:
+        """The settings of a request. Raises ValueError for fields that the model does not support."""
         given = arguments(request, self.pipe.model)
-        settings = {name: value for name, value in given.items() if name in SETTINGS}
-        others = {name: value for name, value in given.items() if name not in SETTINGS}
-        return Settings(copies=request.count, **settings), others
+        return Settings(copies=request.count, **{name: given[name] for name in given if name in SETTINGS})
 
     def job(self, request: Request, partials: int, emit: Callable) -> Job:
         """A job for the engine."""
 
         def begin() -> Draft:
-            requested, others = self.requested(request)
-            controls = self.studio.adapters.controls(request.references)
-            return self.pipe.begin(requested, request.prompt, controls=controls, seed=request.seed, **others)
+            return self.pipe.begin(
+                self.requested(request),
+                request.prompt,
+                request.negative,
+                controls=self.studio.adapters.controls(request.references),
+                image=request.image,
+                mask_image=request.mask,
+                seed=request.seed,
+            )
 
         size = request.height, request.width
         key = (self.name, request.steps, size, request.sampler, request.eta, request.image is None)
