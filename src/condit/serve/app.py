@@ -45,8 +45,8 @@ from condit.serve.study import Study
 from condit.serve.study_api import add_study
 
 log = logging.getLogger(__name__)
-ASSETS = {"html": "text/html", "js": "text/javascript", "css": "text/css", "json": "application/json"}
-ASSETS |= {"svg": "image/svg+xml"}
+ASSETS = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+ASSETS["json"] = "application/json"
 
 
 @dataclass(eq=False)
@@ -265,7 +265,6 @@ def make_app(server: Server, study: Path | None = None) -> FastAPI:
         await asyncio.to_thread(server.engine.join)
 
     about = "OpenAI's images API with references: strength, mask, schedule. Errors have OpenAI's form."
-    # Pages of the description would load scripts from elsewhere.
     app = FastAPI(
         title="condit", version=condit.__version__, description=about, lifespan=life, docs_url=None, redoc_url=None
     )
