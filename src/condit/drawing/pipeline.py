@@ -195,10 +195,9 @@ class Pipeline:
         draft = self.begin(
             requested, prompt, negative_prompt, controls=controls, output_type=output_type, **pictures, **random
         )
-        names = callback_on_step_end_tensor_inputs
+        callback, names = callback_on_step_end, callback_on_step_end_tensor_inputs
         with steps_bar(len(draft.path), draft.rows, shown=progress) as advance:
-            on_step = after_step(self, draft.path, draft.guided.sides, callback_on_step_end, names, advance)
-            (x,) = walk(self, [draft], on_step)
+            (x,) = walk(self, [draft], after_step(self, draft.path, draft.guided.sides, callback, names, advance))
         return Result(self.decode(x, draft.guided.layout.size, output_type), draft.seeds, draft.recipe)
 
     @torch.no_grad()
@@ -216,9 +215,7 @@ class Pipeline:
         latents: Tensor | None = None,
         output_type: str = "pil",
     ) -> Draft:
-        """A call before its first step, for `drawing.batch.walk`, which generates drafts together. Arguments and errors
-        are those of a call."""
-        # Everything is checked before anything is computed.
+        """A call before its first step, for `drawing.batch.walk`: everything is checked, then prepared."""
         model, count = self.model, self.model.count(prompt)
         settings = self.settle(requested, prompt, output_type)
         controls = self.sized(controls, settings.size)
