@@ -175,6 +175,8 @@ def test_a_shutdown_ends_what_runs_and_refuses_what_waits(run_server):
             return Done([], {})
 
         one.server.engine.put([Job(pipe, ("edit",), 1, told.append, edit=blocked)])
+        while not one.server.engine.running:
+            time.sleep(0.01)
         body, answers = {"prompt": "a key", "num_inference_steps": 1}, []
         waiting = threading.Thread(target=lambda: answers.append(one.post("/v1/images/generations", json=body)))
         waiting.start()
