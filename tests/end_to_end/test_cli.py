@@ -163,7 +163,7 @@ def test_training_continues_a_run_only_with_resume(run, monkeypatch, tmp_path):
     monkeypatch.setattr("condit.training.run.train", lambda path, **options: calls.append((path, options)))
     (tmp_path / "x.toml").touch()
     assert run("train", "x.toml")[:2] == (0, "runs/x\n")
-    (tmp_path / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "runs" / "x").mkdir(parents=True, exist_ok=True)
     (tmp_path / "runs" / "x" / "step").touch()
     code, _, err = run("train", "x.toml")
     assert code == 2

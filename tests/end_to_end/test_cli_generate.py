@@ -141,7 +141,7 @@ def test_a_class_model_generates_a_class_by_name_and_takes_nothing_else(run, pic
     code, _, err = run("replay", "a.png")
     assert code == 0 and "the image is identical" in err
     refused = {
-        "generates classes and takes no references": ("--style", str(picture)),
+        "uses an adapter that belongs to the model, and two has none": ("--style", str(picture)),
         "takes no negative": ("--negative", "x"),
     }
     for why, more in refused.items():

@@ -105,7 +105,7 @@ def test_mistakes_with_pixels_raise(tmp_path, pets):
         ("has no class 'fox'", {"label": "fox"}),
         ("multiples of 8", {"height": 20}),
         ("2 to", {"num_inference_steps": 1}),
-        ("output_type must be 'pil' or 'pt'", {"output_type": "latent"}),
+        ("output_type must be 'pil', 'pt' or 'np'", {"output_type": "latent"}),
         ("noise of shape", {"latents": torch.zeros(1, 3, 8, 8)}),
     ):
         with pytest.raises(ValueError, match=match):

@@ -10,7 +10,7 @@ from condit.controls.omini import OminiControl
 from condit.controls.style_lora import StyleLoRA
 from condit.data.images import save_image
 from condit.data.pairs import check, open_pairs
-from condit.training.run import make_task, read_recipe, tasks
+from condit.training.run import check_data, read_recipe, tasks
 from condit.weights.files import save_tensors
 from condit.weights.folders import read_json
 from condit.weights.load import LOADERS, identify, load_parts
@@ -130,7 +130,7 @@ def test_a_wrong_field_of_a_recipe_is_named_without_the_names_of_validators(tmp_
     start = "task = 'omini'\n[train]\nsteps = 1\nbatch = 1\n"
     file.write_text(f"{start}[data]\nmodel = 'm'\npairs = 'p'\n[[data.conditions]]\nrole = 'a'\n{line}\n")
     with pytest.raises(ValueError, match=message):
-        make_task(tasks()["omini"], read_recipe(file), file)
+        check_data(tasks()["omini"], read_recipe(file), file)
     file.write_text(f"{start}lr = inf\n[data]\n")
     with pytest.raises(ValueError, match=r"train\.lr: Input should be a finite number"):
         read_recipe(file)

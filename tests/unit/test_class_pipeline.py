@@ -309,7 +309,7 @@ class Joins(Control):
         ({"output_type": "numpy"}, "output_type must be 'pil', 'pt', 'np' or 'latent'; found 'numpy'"),
         ({"guidance_channels": 0}, "guidance_channels must be 'all' or a number from 1 to the latent's 4"),
         ({"guidance_channels": 5}, "the latent's 4, as the published 3; found 5"),
-        ({"num_inference_steps": 2.5}, "num_inference_steps must be 2 to 1000; found 2.5"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number; found 2.5"),
         ({"seed": 0, "generator": torch.Generator()}, "Give seed or generator, not both"),
         ({"generator": [torch.Generator()] * 3}, "3 generators for 1 images"),
         ({"latents": torch.zeros(1, 4, 2, 2)}, r"latents must be noise of shape \(1, 4, 4, 4\); found \(1, 4, 2, 2\)"),

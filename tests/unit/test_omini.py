@@ -143,7 +143,7 @@ def test_a_condition_is_read_at_the_size_of_the_argument(pipe, make_omini, pictu
     control = make_omini(pipe).control(pictures(1), size=(16, 40))
     assert control.ids[-1].tolist() == [0, 1, 4] and control.tokens.shape == (1, 10, 16)
     assert control.describe()["size"] == [16, 40]
-    with pytest.raises(ValueError, match="size must be multiples of 8 up to 4096; found 16 x 42"):
+    with pytest.raises(ValueError, match="size must be positive multiples of 8 up to 4096; found 16 x 42"):
         make_omini(pipe).control(pictures(1), size=(16, 42))
 
 

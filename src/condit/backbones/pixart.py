@@ -7,7 +7,7 @@ by the time. Parameter names are those of diffusers' `PixArtTransformer2DModel`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -180,6 +180,7 @@ class SizeEmbedding(nn.Module):
 
     def __init__(self, c: PixArtConfig):
         super().__init__()
+        self.features: Callable[[Tensor, int], Tensor] = timestep_features
         self.timestep_embedder = Embedder(256, c.dim)
         if c.sized:
             self.resolution_embedder = Embedder(256, c.dim // 3)
@@ -187,7 +188,7 @@ class SizeEmbedding(nn.Module):
 
     def forward(self, t: Tensor, size: Tensor | None, dtype: torch.dtype, lora: LowRank | None) -> Tensor:
         """t (B,), size (B, 2) or None -> (B, dim)."""
-        embedding = self.timestep_embedder(timestep_features(t).to(dtype), lora)
+        embedding = self.timestep_embedder(self.features(t, 256).to(dtype), lora)
         if size is None:
             return embedding
         size = size.float()

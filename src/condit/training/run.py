@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import tomllib
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -84,22 +85,33 @@ def train(path: str | Path, *, out: Path, resume: bool = True) -> dict[str, floa
     if recipe.task not in known and recipe.task not in added:
         raise ValueError(f"{path}: no task {recipe.task!r}. Known: {', '.join([*known, *added])}.")
     kind = known[recipe.task] if recipe.task in known else added[recipe.task].load()
+    make_task = check_data(kind, recipe, path)
     # Of processes that train together, the first holds the lock.
     with locked(out, "training") if os.environ.get("RANK", "0") == "0" else nullcontext():
         # The seed also initialises the weights, so that a recipe determines the whole run.
         torch.manual_seed(recipe.train.seed)
-        task = make_task(kind, recipe, path)
-        return Loop(task, recipe.train, out, resume=resume, progress=True).run()
+        return Loop(make_task(), recipe.train, out, resume=resume, progress=True).run()
 
 
-def make_task(kind: type[Task], recipe: Recipe, path: str | Path) -> Task:
-    """A task with the recipe's `[data]`. Raises ValueError that names the file and the field that does not fit."""
-    try:
-        if kind.data_type is None:
+def check_data(kind: type[Task], recipe: Recipe, path: str | Path) -> Callable[[], Task]:
+    """A function that makes the task of the recipe's `[data]`. It, or the check before it, raises ValueError that names
+    the file and the field that does not fit."""
+
+    @contextmanager
+    def errors() -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValidationError) as error:
+            reason = first_error(error) if isinstance(error, ValidationError) else error
+            raise ValueError(f"{path}: [data] does not fit task {recipe.task!r}: {reason}.") from error
+
+    with errors():
+        data = None if kind.data_type is None else kind.data_type.model_validate(recipe.data)
+
+    def make() -> Task:
+        if data is not None:
+            return kind(data)
+        with errors():
             return kind(**recipe.data)
-        data = kind.data_type.model_validate(recipe.data)
-    except ValidationError as error:
-        raise ValueError(f"{path}: [data] does not fit task {recipe.task!r}: {first_error(error)}.") from error
-    except TypeError as error:
-        raise ValueError(f"{path}: [data] does not fit task {recipe.task!r}: {error}.") from error
-    return kind(data)
+
+    return make

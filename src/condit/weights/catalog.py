@@ -125,7 +125,10 @@ class AdapterFile:
         """Those of an IP-Adapter, fitted to a pipeline's model; for the arguments see `IPAdapter.load`."""
         from condit.weights.ip_load import ip_parts  # not for `condit models`
 
-        source = self.name if HubName.of(source) else source  # the same commit
+        if self.name in MODELS:
+            source = MODELS[self.name].path
+        elif HubName.of(source):
+            source = self.name  # the same commit
         with errors_of(source):
             return ip_parts(self.tensors, self.config, source, pipe, image_encoder, where, head_dim)
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import itertools
 import json
 import os
 import re
@@ -378,13 +379,11 @@ def _flatten(value: object, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds a {type(value).__name__}, expected a dictionary of tensors")
     tensors: dict[str, Tensor] = {}
 
-    count = 0
+    numbers = itertools.count(1)
 
     def walk(prefix: str, part: Mapping, depth: int) -> None:
-        nonlocal count
         for name, item in part.items():
-            count += 1
-            if count > MAX_NAMES or depth > MAX_DEPTH:
+            if next(numbers) > MAX_NAMES or depth > MAX_DEPTH:
                 raise ValueError(f"{path} holds more than {MAX_NAMES} names or dictionaries {MAX_DEPTH} deep: refused")
             if isinstance(item, Tensor) and item.layout == torch.strided:
                 tensors[f"{prefix}{name}"] = item

@@ -118,6 +118,7 @@ def load_t5(encoder: Path) -> T5EncoderModel:
     if table is not None:
         tensors |= {n: table for n in ("shared.weight", "encoder.embed_tokens.weight") if n in wanted}
     load_strict(t5, {n: t for n, t in tensors.items() if not n.startswith("decoder.")}, source=encoder, assign=True)
+    t5.encoder.embed_tokens.weight = t5.shared.weight  # one parameter again, so that a conversion makes one copy
     return t5
 
 

@@ -26,7 +26,7 @@ from condit.controls.token_merging import corner_order, match
 from condit.diffusion.inversion import ddim_path, dpm_path, invert, walk
 from condit.diffusion.vp import Process
 from condit.encoders.words import Words
-from condit_lab.parity.check import Check, Differences, compare, difference
+from condit_lab.parity.check import Check, Differences, compare, difference, recorded_features
 
 TOLERANCE = 1e-5  # the fixtures' own
 
@@ -47,6 +47,7 @@ def pixart_of(folder: Path) -> PixArt:
     fields = facts(folder, "inversion")["model"]
     network = PixArt(PixArtConfig(**{k: v for k, v in fields.items() if k in PixArtConfig.__dataclass_fields__}))
     network.load_state_dict(read(folder, "pixart_weights"), strict=True)
+    network.adaln_single.emb.features = recorded_features(folder.parent / "dit")
     return network.requires_grad_(False)
 
 
