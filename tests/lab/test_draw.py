@@ -17,7 +17,7 @@ from condit_lab.draw.export import export
 from condit_lab.draw.model import ModelConfig
 from condit_lab.draw.muon import Muon, orthogonalise
 from condit_lab.draw.text import whole_word_tokenizer
-from condit_lab.draw.train import Recipe, TrainConfig, Trainer
+from condit_lab.draw.train import DrawRecipe, TrainConfig, Trainer
 
 MICRO = ModelConfig(
     width=64,
@@ -53,7 +53,7 @@ def trainer(drawings: Drawings, out: Path, *, images: int, init: Path | None = N
     config = TrainConfig(images=images, batch=4, micro_batch=2, warmup=2, averages=(0.9, 0.99), **changes)
     torch.use_deterministic_algorithms(True)
     try:
-        return Trainer(Recipe(model=MICRO, train=config), drawings, out, init=init)
+        return Trainer(DrawRecipe(model=MICRO, train=config), drawings, out, init=init)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from condit_lab.icons.world import Icon, IconWorld, family, hash_fraction, write_index
 from condit_lab.suites import rows, sets, tiny
 from condit_lab.suites.judge import Judge, is_for_judge
-from condit_lab.suites.rows import Row
+from condit_lab.suites.rows import FigureRow
 from condit_lab.training.clip_files import make_clip, make_tokenizer
 
 STYLES = {
@@ -285,7 +285,7 @@ def test_the_subjects_reference_is_compared_with_the_words_alone_and_the_true_ic
 
 
 def row(measure, case, value, share=None, split="combo"):
-    return Row(measure, split, case, value, value, value, 512, share)
+    return FigureRow(measure, split, case, value, value, value, 512, share)
 
 
 def test_criteria_compare_with_ceiling_and_baseline():

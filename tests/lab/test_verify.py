@@ -16,7 +16,7 @@ from condit.backbones import diffit, dit, vit
 from condit.weights.dit import save_dit
 from condit.weights.vit import save_vit
 from condit_lab.parity import fixtures
-from condit_lab.parity.check import Check, Row, difference, layout_differences
+from condit_lab.parity.check import Check, CheckResult, difference, layout_differences
 from condit_lab.parity.files import nearest, verify_file
 from condit_lab.parity.fixtures import (
     SYSTEMS,
@@ -47,8 +47,8 @@ def shaken(model: nn.Module) -> nn.Module:
 # Numbers
 
 
-def row(**differences: float) -> Row:
-    return Row("what", "against", 1e-5, {"case": differences})
+def row(**differences: float) -> CheckResult:
+    return CheckResult("what", "against", 1e-5, {"case": differences})
 
 
 def test_a_row_is_its_largest_difference():
@@ -58,7 +58,7 @@ def test_a_row_is_its_largest_difference():
     assert row(a=1e-6, b=2e-5).exceeding() == ["case: b: 2.0e-05"]
 
 
-@pytest.mark.parametrize("wrong", [row(a=0.0, b=math.nan), row(a=math.inf), row(), Row("w", "a", 1.0, {})])
+@pytest.mark.parametrize("wrong", [row(a=0.0, b=math.nan), row(a=math.inf), row(), CheckResult("w", "a", 1.0, {})])
 def test_what_cannot_be_compared_or_was_not_is_never_ok(wrong):
     assert wrong.measured == math.inf
     assert not wrong.ok
@@ -173,8 +173,8 @@ def test_the_table_of_the_parity_page_is_the_commands():
 
     golden = find_golden()
 
-    def unmeasured(folder: Path, check: Check) -> Row:
-        return Row(check.what, check.against, check.tolerance, {case: {} for case in check.cases(folder)})
+    def unmeasured(folder: Path, check: Check) -> CheckResult:
+        return CheckResult(check.what, check.against, check.tolerance, {case: {} for case in check.cases(folder)})
 
     written = rows(
         markdown({n: [unmeasured(golden / s.folder, check) for check in s.checks] for n, s in SYSTEMS.items()})

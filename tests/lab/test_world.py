@@ -19,7 +19,7 @@ from condit_lab.world.cache import RasterCache
 from condit_lab.world.captions import Subject, captions, colour_words
 from condit_lab.world.emoji import EmojiConcept, slug
 from condit_lab.world.inflated import inflate
-from condit_lab.world.measure import COLOURS, Measured, descriptor, measure
+from condit_lab.world.measure import COLOURS, PixelMeasures, descriptor, measure
 from condit_lab.world.names import details, phrases, read_name
 from condit_lab.world.progress import Reporter
 from condit_lab.world.raster import Renderer, centred, straight
@@ -211,14 +211,14 @@ def test_translucent_areas_and_blank_drawings_are_seen():
     assert solid is not None and not solid.translucent and glass is not None and glass.translucent
 
 
-def _subject(measured: Measured) -> Subject:
+def _subject(measured: PixelMeasures) -> Subject:
     texts = ("wallet", "钱包", "tabler", "tabler", [("line icon", "线条图标")], ["money"], ["钱"], "line")
     return Subject(*texts, measured)
 
 
 def test_captions_name_the_thing_in_each_language_and_repeat_exactly():
     red = next(index for index, colour in enumerate(COLOURS) if colour[0] == "red")
-    subject = _subject(Measured((red,), True, False, 0.4))
+    subject = _subject(PixelMeasures((red,), True, False, 0.4))
     english, chinese = captions(subject, Random(3))
     assert len(english) == len(chinese) == 3
     assert all("wallet" in text for text in english) and all("钱包" in text for text in chinese)
@@ -287,7 +287,7 @@ def _write_world(folder: Path, count: int) -> None:
         ("tabler", f"n{i}", "wallet", "wallet", "钱包", i % 2, "things", "train", "MIT", "black", 0, 0)
         for i in range(count)
     ]
-    store.write_rows(folder / store.INDEX, store.field_names(store.Row), rows)
+    store.write_rows(folder / store.INDEX, store.field_names(store.DrawingRow), rows)
     concept = ("wallet", "wallet", "钱包", "", "", "things", 0, count, 1)
     store.write_rows(folder / store.CONCEPTS, store.field_names(store.Concept), [concept])
     style = ("tabler", "tabler", "line", "MIT", "tabler", "tabler", "line icon", "线条图标", 0, count)

@@ -104,7 +104,7 @@ def edit(
     """Measure edits whose true result is known, and round trips to noise."""
     from condit_lab.suites.edit import TASKS, evaluate_edit
 
-    found = evaluate_edit(
+    result = evaluate_edit(
         folder(out),
         data=data,
         count=4 if quick else min(count, 64),
@@ -119,9 +119,9 @@ def edit(
         from condit_lab.suites.claims import write
         from condit_lab.suites.edit_claims import edit_claims
 
-        write(claims, edit_claims(found))
+        write(claims, edit_claims(result))
         say(f"written into {claims}")
-    show(found, folder(out), as_json)
+    show(result, folder(out), as_json)
 
 
 def classes(
@@ -144,16 +144,16 @@ def classes(
     """Compare class models: DiT, DiffiT, ViT."""
     from condit_lab.suites.classes import evaluate_classes
 
-    found = evaluate_classes(
+    result = evaluate_classes(
         runs, folder(out), data=data, vae=vae, judge=judge, count=64 if quick else count, seed=seed
     )
     if claims is not None:
         from condit_lab.suites.claims import write
         from condit_lab.suites.class_claims import class_claims
 
-        write(claims, class_claims(found))
+        write(claims, class_claims(result))
         say(f"written into {claims}")
-    show(found, folder(out), as_json)
+    show(result, folder(out), as_json)
 
 
 def folder(out: Path | None) -> Path:
@@ -167,10 +167,10 @@ def show(result: object, where: Path, as_json: bool) -> None:
 
 def step_counts(text: str) -> tuple[int, ...]:
     """ "10,20" as numbers."""
-    found = names(text) or ()
-    if not found or not all(part.isdigit() and int(part) > 0 for part in found):
+    counts = names(text) or ()
+    if not counts or not all(part.isdigit() and int(part) > 0 for part in counts):
         raise typer.BadParameter(f"--trips takes numbers of steps, as in 10,20; found {text!r}")
-    return tuple(int(part) for part in found)
+    return tuple(int(part) for part in counts)
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

@@ -70,11 +70,11 @@ def errors(model: DrawModel, probes: Sequence[Probe]) -> dict[str, float]:
 
 
 def velocity_error(model: DrawModel, x0: Tensor, noise: Tensor, ids: Tensor, level: float) -> float:
-    found = []
+    errors = []
     for x, e, words in zip(x0.split(CHUNK), noise.split(CHUNK), ids.split(CHUNK), strict=True):
         t = torch.full((len(x),), level, device=x.device)
-        found.append(flow_loss(model.predict(add_noise(x, e, t), t, model.text(words)), x, e, t, "x"))
-    return float(torch.cat(found).mean())
+        errors.append(flow_loss(model.predict(add_noise(x, e, t), t, model.text(words)), x, e, t, "x"))
+    return float(torch.cat(errors).mean())
 
 
 def draw(

@@ -19,7 +19,7 @@ from condit.diffusion.steps import Step
 from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.nn.streams import Stream, grid_ids
 from condit_lab.draw.code import RgbaCode
-from condit_lab.draw.text import TrainedText, Words
+from condit_lab.draw.text import TextStates, TrainedText
 from condit_lab.training.text_to_image import start
 
 GRID = (8, 8)  # tokens of a 128 px icon
@@ -85,7 +85,7 @@ class DrawModel(nn.Module):
         self.register_buffer("variance", torch.ones(4 * config.components))
         self.register_buffer("ids", grid_ids(*GRID), persistent=False)
 
-    def predict(self, x_t: Tensor, t: Tensor, words: Words) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, words: TextStates) -> Tensor:
         """Clean tokens (B, 64, channels).
 
         The words say a mean, the canvas; with `variance` around it, x_t has a best estimate that sees one number at a

@@ -49,7 +49,7 @@ def whole_word_tokenizer(captions: Iterable[str], *, vocab_size: int, limit: int
 
 
 @dataclass(frozen=True)
-class Words:
+class TextStates:
     """Captions as the MM-DiT reads them: token states (B, L, width), pooled vector (B, width), and a coarse drawing,
     the first numbers of each token's code, (B, tokens, channels)."""
 
@@ -93,12 +93,12 @@ class TrainedText(nn.Module):
         """(B, L) int16."""
         return self.tokenizer.ids(captions).to(torch.int16)
 
-    def forward(self, ids: Tensor) -> Words:
+    def forward(self, ids: Tensor) -> TextStates:
         """Of caption ids (B, L)."""
         out = self.text_model(ids.long())
         looks = F.embedding(ids.long(), self.looks)
         whole = looks.sum(1)
-        return Words(
+        return TextStates(
             out.last_hidden_state + self.looks_to_states(looks),
             self.text_projection(out.pooler_output) + self.looks_to_pooled(whole),
             F.linear(whole, self.canvas_weight, self.canvas_bias).unflatten(-1, self.canvas_shape),

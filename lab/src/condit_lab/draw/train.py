@@ -73,17 +73,17 @@ class TrainConfig(BaseModel):
     figures_every: Count = 32_000  # images
 
 
-class Recipe(BaseModel):
+class DrawRecipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: ModelConfig = ModelConfig()
     train: TrainConfig
 
 
-def read_recipe(path: Path, changes: dict[str, int | bool]) -> Recipe:
+def read_recipe(path: Path, changes: dict[str, int | bool]) -> DrawRecipe:
     fields = tomllib.loads(path.read_text(encoding="utf-8"))
     fields["train"].update(changes)
-    return Recipe(**fields)
+    return DrawRecipe(**fields)
 
 
 def make_text(config: ModelConfig, train: Drawings, out: Path) -> TrainedText:
@@ -139,7 +139,7 @@ class Trainer:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: DrawRecipe,
         drawings: Drawings,
         out: Path,
         *,

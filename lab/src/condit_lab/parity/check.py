@@ -36,14 +36,14 @@ class Check:
         names = sorted(file.stem for pattern in self.files.split() for file in folder.glob(pattern))
         return [f"{name}, {way}" for name in names for way in self.ways] if self.ways else names
 
-    def run(self, folder: Path) -> Row:
+    def run(self, folder: Path) -> CheckResult:
         """Compares every case with the fixtures in the system's `folder`."""
         cases = {case: self.compare(folder, case) for case in self.cases(folder)}
-        return Row(self.what, self.against, self.tolerance, cases)
+        return CheckResult(self.what, self.against, self.tolerance, cases)
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckResult:
     """A check with the differences of each of its cases."""
 
     what: str

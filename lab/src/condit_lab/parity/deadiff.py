@@ -69,16 +69,16 @@ def compare_qformer(folder: Path, name: str) -> Differences:
     """qformer_io: tower and norm, all states, queries alone, projected tokens, a batch of padded text."""
     io, tower, qformer = read(folder, name), tower_of(folder), qformer_of(folder)
     tokens = tower.tokens(io["image"])
-    found = {"vision_features": qformer.ln_vision(tokens), "queries_without_text": qformer.read(tokens)}
+    outputs = {"vision_features": qformer.ln_vision(tokens), "queries_without_text": qformer.read(tokens)}
     for ending in ("", "_padded"):
         ids, mask = io[f"input_ids{ending}"], io[f"attention_mask{ending}"]
         states = qformer.read(tokens, ids, mask)
-        found[f"last_hidden{ending}"] = states
-        found[f"multimodal_embeds{ending}"] = states[:, : qformer.config.queries]
-        found[f"ctx_tokens{ending}"] = qformer(tokens, ids, mask)
+        outputs[f"last_hidden{ending}"] = states
+        outputs[f"multimodal_embeds{ending}"] = states[:, : qformer.config.queries]
+        outputs[f"ctx_tokens{ending}"] = qformer(tokens, ids, mask)
     inputs = ("image", "input_ids", "attention_mask")
     recorded = {k: x for k, x in io.items() if not k.startswith(inputs)}
-    return compare({k: x for k, x in found.items() if k in recorded}, recorded, relative=True)
+    return compare({k: x for k, x in outputs.items() if k in recorded}, recorded, relative=True)
 
 
 def compare_preparation(folder: Path, name: str) -> Differences:
@@ -104,7 +104,7 @@ def control_at(site: Site, maps: dict[str, Tensor], tokens: Tensor, strength: fl
 @torch.no_grad()
 def compare_attention(folder: Path, name: str) -> Differences:
     """attention: one layer with every weight of the image's tokens, with zero tokens and without; one block."""
-    t, found = read(folder, name), {}
+    t, outputs = read(folder, name), {}
     (width, context), site = t["w.to_k.weight"].shape, Site("attn2", "cross", 0)
     # The file does not tell its heads: of 8 in the public set, of 6 elsewhere.
     maps, heads = part(t, "w."), width // 8 if width % 8 == 0 and width % 6 else width // 6
@@ -116,7 +116,7 @@ def compare_attention(folder: Path, name: str) -> Differences:
         tokens = torch.zeros_like(t["image"]) if kind == "zeros" else t["image"]
         strength = float(kind[1:]) if kind.startswith("w") else 1.0
         controls = () if kind == "none" else (control_at(site, maps, tokens, strength),)
-        found[key] = layer(t["x"], UNetContext(t["x"], text, None, controls))
+        outputs[key] = layer(t["x"], UNetContext(t["x"], text, None, controls))
     weights = part(t, "block.")
     block = UNetBlock(width, heads, context, "block")
     block.load_state_dict({k: x for k, x in weights.items() if ".i_to_" not in k}, strict=True)
@@ -124,8 +124,8 @@ def compare_attention(folder: Path, name: str) -> Differences:
     for key in (k for k in t if k.startswith("block_out.w")):
         strength = float(key.removeprefix("block_out.w"))
         control = control_at(block.attn2.site, part(weights, "attn2."), t["image"], strength)
-        found[key] = block(t["x"], UNetContext(t["x"], text, None, (control,)))
-    return compare(found, {k: x for k, x in t.items() if k.startswith(("out.", "block_out."))}, relative=True)
+        outputs[key] = block(t["x"], UNetContext(t["x"], text, None, (control,)))
+    return compare(outputs, {k: x for k, x in t.items() if k.startswith(("out.", "block_out."))}, relative=True)
 
 
 # The UNet
@@ -199,12 +199,12 @@ def controls_of(folder: Path, mode: str, strength: float = 1.0) -> list[Control]
 @torch.no_grad()
 def compare_unet(folder: Path, name: str) -> Differences:
     """unet_io: the whole UNet in every mode."""
-    io, found = read(folder, name), {}
+    io, outputs = read(folder, name), {}
     for key in (k for k in io if k.startswith("out.")):
         mode, _, weight = key.removeprefix("out.").partition(".w")
         controls = controls_of(folder, mode, float(weight or 1))
-        found[key] = unet_of(folder)(io["x"], io["t"], io["text"], controls=controls)
-    return compare(found, io, "out.", relative=True)
+        outputs[key] = unet_of(folder)(io["x"], io["t"], io["text"], controls=controls)
+    return compare(outputs, io, "out.", relative=True)
 
 
 @torch.no_grad()

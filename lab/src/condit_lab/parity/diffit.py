@@ -25,13 +25,13 @@ from condit_lab.parity.check import Check, Differences, difference, layout_diffe
 TOLERANCE = 1e-5  # the fused kernel sums in another order: 1e-6 measured on outputs up to 2
 
 
-def told(golden: Path, name: str) -> dict:
+def facts_of(golden: Path, name: str) -> dict:
     return json.loads((golden / f"{name}.json").read_text())
 
 
 def load(golden: Path, name: str) -> tuple[DiffiT, dict[str, Tensor]]:
     """The fixture's network through the reader of release files, and the fixture's tensors."""
-    tensors, config = load_file(golden / f"{name}.safetensors"), told(golden, name)["config"]
+    tensors, config = load_file(golden / f"{name}.safetensors"), facts_of(golden, name)["config"]
     model = diffit_of(part(tensors, "state."), source=golden / f"{name}.safetensors", config=config)
     model.t_embedder.features = recorded_features(golden.parent / "dit")
     return model, tensors
@@ -43,7 +43,7 @@ def variance_of(model: DiffiT) -> Variance:
 
 def scale_of(golden: Path, name: str, scale: float, power: float) -> float | Callable[[Tensor], Tensor]:
     """The released rule: a power cosine for small latents, a constant for large ones."""
-    constant = told(golden, name)["guidance"] == "constant"
+    constant = facts_of(golden, name)["guidance"] == "constant"
     return scale if constant else partial(power_cosine_scale, scale=scale, power=power)
 
 
@@ -53,18 +53,18 @@ def compare_activations(golden: Path, name: str) -> Differences:
     model, t = load(golden, name)
     x, grid = t["input.x"], model.config.grid
     context = DiffiTContext(model.embed(t["input.t"], t["input.y"]), grid)
-    found = {"patch_tokens": model.x_embedder(x), "cond": context.time}
-    tokens = (found["patch_tokens"] + model.positions(grid))[:, None]
+    activations = {"patch_tokens": model.x_embedder(x), "cond": context.time}
+    tokens = (activations["patch_tokens"] + model.positions(grid))[:, None]
     first = model.blocks[0]
     assert isinstance(first, DiffiTBlock)
-    found["block.0.attn"] = first.attn(first.norm1(tokens), context)[0][:, 0]
+    activations["block.0.attn"] = first.attn(first.norm1(tokens), context)[0][:, 0]
     for i, block in enumerate(model.blocks):
         tokens = block(tokens, context)
-        found[f"block.{i}"] = tokens[:, 0]
-    found["final_tokens"] = model.final_layer(tokens[:, 0])
-    left = {what for what in t if what.startswith("act.")} - {f"act.{what}" for what in found}
+        activations[f"block.{i}"] = tokens[:, 0]
+    activations["final_tokens"] = model.final_layer(tokens[:, 0])
+    left = {what for what in t if what.startswith("act.")} - {f"act.{what}" for what in activations}
     return {
-        **{what: difference(y, t[f"act.{what}"]) for what, y in found.items()},
+        **{what: difference(y, t[f"act.{what}"]) for what, y in activations.items()},
         "output": difference(model(x, t["input.t"], t["input.y"]), t["output.eps_sigma"]),
         **dict.fromkeys(left, math.inf),  # recorded, but not compared
     }
@@ -75,7 +75,7 @@ def compare_guidance(golden: Path, name: str) -> Differences:
     """Three guided channels of noise; the rest of each half is its own."""
     model, t = load(golden, name)
     x, time, y = t["input.x"], t["input.t"], t["input.y"]
-    cases = told(golden, name).get("guidance_cases", [])
+    cases = facts_of(golden, name).get("guidance_cases", [])
     if not model.config.class_dropout_prob:
         return {"nothing to guide without a null class": float(len(cases))}
     unconditional = model(x, time)
@@ -112,7 +112,7 @@ def compare_trajectory(golden: Path, name: str) -> Differences:
     model, t = load(golden, name)
     if "sample.ddpm.x" not in t:  # without a null class nothing is guided
         return {"no trajectory recorded": float(bool(model.config.class_dropout_prob))}
-    settings = told(golden, name)["sampling"]
+    settings = facts_of(golden, name)["sampling"]
     process = gaussian(steps=settings["diffusion_steps"], respacing=settings["respacing"], variance=variance_of(model))
     scale = scale_of(golden, name, settings["cfg_scale"], settings["scale_pow"])
     denoise = class_guidance(model, t["input.y"][:2], model.null_label, scale)
@@ -131,7 +131,7 @@ _RELEASED = {"layout_diffit_256": "DiffiT-XL/2", "layout_diffit_512": "DiffiT-XL
 
 def compare_layout(golden: Path, name: str) -> Differences:
     """layout_*: names, shapes and the count of parameters are those of the released class, with its index buffers."""
-    facts, config = told(golden, name), PRESETS[_RELEASED[name]]
+    facts, config = facts_of(golden, name), PRESETS[_RELEASED[name]]
     with torch.device("meta"):
         state = DiffiT(config).state_dict()
     count = sum(x.numel() for x in state.values())

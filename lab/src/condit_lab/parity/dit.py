@@ -51,58 +51,58 @@ def compare_model(golden: Path, name: str) -> Differences:
     facts, tensors = read(golden, name)
     model, x, t, y = read_model(golden, name), *(tensors[f"input.{k}"] for k in "xty")
     counts = [(v.numel(), v.requires_grad) for v in model.parameters()]
-    found = {
+    outputs = {
         "output.eps_sigma": model(x, t, y),
         "output.t_embed_fractional": model.t_embedder(tensors["input.t_fractional"]),
         **activations(model, x, t, y),
     }
     if model.config.class_dropout_prob:
         dropped = torch.where(tensors["input.force_drop_ids"] == 1, model.null_label, y)
-        found["output.y_embed_forced_drop"] = model.y_embedder(dropped)
-        found |= guided(model, x, t, y, [k for k in tensors if k.startswith("output.cfg_")])
-    left = {k for k in tensors if k.startswith(("act.", "output."))} - found.keys()
+        outputs["output.y_embed_forced_drop"] = model.y_embedder(dropped)
+        outputs |= guided(model, x, t, y, [k for k in tensors if k.startswith("output.cfg_")])
+    left = {k for k in tensors if k.startswith(("act.", "output."))} - outputs.keys()
     return {
         "num_parameters": abs(float(sum(n for n, _ in counts) - facts["num_parameters"])),
         "num_trainable": abs(float(sum(n for n, trained in counts if trained) - facts["num_trainable"])),
-        **{key: difference(value, tensors[key]) for key, value in found.items()},
+        **{key: difference(value, tensors[key]) for key, value in outputs.items()},
         **dict.fromkeys(left, math.inf),  # recorded, but not compared
     }
 
 
 def activations(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:
     context = DiTContext(model.embed(t, y))
-    found = {
+    outputs = {
         "act.patch_tokens": model.x_embedder(x),
         "act.t_sinusoid": model.t_embedder.features(t, 256),
         "act.t_embed": model.t_embedder(t),
         "act.y_embed": model.y_embedder(y),
     }
-    tokens = found["act.patch_tokens"] + model.positions(model.config.grid)
+    tokens = outputs["act.patch_tokens"] + model.positions(model.config.grid)
     first = model.blocks[0]
     assert isinstance(first, DiTBlock)
     shift, scale, gate, shift_mlp, scale_mlp, _ = first.adaLN_modulation(context)
     attended = first.attn(modulated_norm(tokens, shift, scale), context)[0]
     between = tokens + gate * attended
-    found["act.block.0.attn"] = attended
-    found["act.block.0.mlp"] = first.mlp(modulated_norm(between, shift_mlp, scale_mlp))
+    outputs["act.block.0.attn"] = attended
+    outputs["act.block.0.mlp"] = first.mlp(modulated_norm(between, shift_mlp, scale_mlp))
     for i, block in enumerate(model.blocks):
-        tokens = found[f"act.block.{i}"] = block(tokens, context)
-    found["act.final_tokens"] = model.final_layer(tokens, context)
+        tokens = outputs[f"act.block.{i}"] = block(tokens, context)
+    outputs["act.final_tokens"] = model.final_layer(tokens, context)
     # The blocks walked here are the forward's.
     assert torch.equal(
-        unpatchify(found["act.final_tokens"], model.config.grid, model.config.patch_size), model(x, t, y)
+        unpatchify(outputs["act.final_tokens"], model.config.grid, model.config.patch_size), model(x, t, y)
     )
-    return found
+    return outputs
 
 
 def guided(model: DiT, x: Tensor, t: Tensor, y: Tensor, names: list[str]) -> dict[str, Tensor]:
     """The official output holds both halves; ours is the first. The second has the unconditional variance."""
     unconditional = model(x, t)
-    found = {}
+    outputs = {}
     for name in names:
         ours = class_guidance(model, y, model.null_label, float(name.removeprefix("output.cfg_")))(x, t)
-        found[name] = torch.cat([ours, torch.cat([ours[:, :3], unconditional[:, 3:]], 1)])
-    return found
+        outputs[name] = torch.cat([ours, torch.cat([ours[:, :3], unconditional[:, 3:]], 1)])
+    return outputs
 
 
 def process_of(options: dict, respacing: str | None = None) -> g.Gaussian:
@@ -126,24 +126,24 @@ def compare_losses(golden: Path, name: str) -> Differences:
     """diffusion_*: losses of every variant; of the default one gradients, and their norms of every weight."""
     model, facts, tensors = read_diffusion(golden, name)
     x0, noise, i, y = (tensors[f"input.{k}"] for k in ("x_start", "noise", "t", "y"))
-    found = {}
+    differences = {}
     for variant, options in facts["variants"].items():
         loss = g.training_loss(lambda x, t: model(x, t, y), process_of(options), x0, i, noise, kind=kind_of(options))
         for term in ("loss", "mse", "vb"):
             value, key = getattr(loss, term), f"loss.{variant}.{term}"
             if (value is None) != (key not in tensors):
-                found[key] = math.inf
+                differences[key] = math.inf
             elif value is not None:
-                found[key] = difference(value, tensors[key], relative=True)
+                differences[key] = difference(value, tensors[key], relative=True)
         if variant == "default":
             model.zero_grad()
             loss.loss.mean().backward()
     gradients = {key: p.grad for key, p in model.named_parameters()}
     for key in (k for k in tensors if k.startswith("grad.")):
         gradient = gradients[key.removeprefix("grad.")]
-        found[key] = math.inf if gradient is None else difference(gradient, tensors[key], relative=True)
+        differences[key] = math.inf if gradient is None else difference(gradient, tensors[key], relative=True)
     norms = [-1.0 if gradients[k] is None else gradients[k].norm().item() for k in facts["grad_norm_order"]]  # type: ignore[union-attr]
-    return found | {"grad_norms": difference(torch.tensor(norms), tensors["grad_norms"], relative=True)}
+    return differences | {"grad_norms": difference(torch.tensor(norms), tensors["grad_norms"], relative=True)}
 
 
 @torch.no_grad()
@@ -165,13 +165,13 @@ def compare_statistics(golden: Path, name: str) -> Differences:
     return out | {"ddim_reverse.x": difference(inverted, tensors["ddim_reverse.x"], relative=True)}
 
 
-def normals(prefix: str, found: g.Normal, tensors: dict[str, Tensor]) -> Differences:
+def normals(prefix: str, distribution: g.Normal, tensors: dict[str, Tensor]) -> Differences:
     """Every recorded field of a distribution."""
     names = {"log_variance_clipped": "log_variance", "pred_xstart": "x0"}
     out = {}
     for key in (k for k in tensors if k.startswith(f"{prefix}.")):
         field = key.rpartition(".")[2]
-        value = getattr(found, names.get(field, field)).expand_as(tensors[key])
+        value = getattr(distribution, names.get(field, field)).expand_as(tensors[key])
         out[key] = difference(value, tensors[key], relative=True)
     return out
 
@@ -260,11 +260,11 @@ def trajectory(
     return torch.stack([x for x, _ in seen]), torch.stack([x0 for _, x0 in seen])
 
 
-def stepwise(found: Tensor, expected: Tensor, whole: Sequence[Tensor] = ()) -> float:
+def stepwise(ours: Tensor, expected: Tensor, whole: Sequence[Tensor] = ()) -> float:
     """The largest of the steps' differences, each as a part of its step's largest value."""
     return max(
         difference(f, e, relative=True, whole=w)
-        for f, e, w in zip(found, expected, whole or [None] * len(found), strict=True)
+        for f, e, w in zip(ours, expected, whole or [None] * len(ours), strict=True)
     )
 
 
@@ -272,7 +272,7 @@ def compare_schedules(golden: Path, name: str) -> Differences:
     """schedules: every table."""
     facts, tensors = read(golden, name)
     respacings = {key.replace(",", "_"): key for key in facts["respaced_timesteps"]}
-    found = {}
+    tables = {}
     for key, expected in tensors.items():
         schedule, steps, table = (key.split(".") + [""])[:3]
         if steps.startswith("respaced_"):
@@ -280,8 +280,8 @@ def compare_schedules(golden: Path, name: str) -> Differences:
             table = table.replace("timestep_map", "timesteps")
         else:
             process = g.gaussian(schedule, steps=int(steps))  # type: ignore[arg-type]
-        found[key] = difference(getattr(process, table), expected)
-    return found
+        tables[key] = difference(getattr(process, table), expected)
+    return tables
 
 
 def compare_positions(golden: Path, name: str) -> Differences:

@@ -82,8 +82,8 @@ def states(folder: Path, t: dict[str, Tensor], solver: str, steps: int) -> Diffe
     times.clear()
     down = walk(predict, t[f"{key}.invert"][-1], path)
     out["sample_t"] = float(times != t[f"{key}.sample_t"].tolist())
-    for what, found in (("invert", up), ("sample", down)):
-        pairs = zip(found, t[f"{key}.{what}"], strict=True)
+    for what, ours in (("invert", up), ("sample", down)):
+        pairs = zip(ours, t[f"{key}.{what}"], strict=True)
         out |= {f"{what} {i}": difference(x, expected, relative=True) for i, (x, expected) in enumerate(pairs)}
     if solver != "ddim":
         begins = torch.stack([path.ratio(i) for i in range(steps, -1, -1)])
@@ -98,15 +98,15 @@ def states(folder: Path, t: dict[str, Tensor], solver: str, steps: int) -> Diffe
 
 def compare_merging(folder: Path, name: str) -> Differences:
     """token_merge: tokens merged and put back."""
-    t, found = read(folder, name), {}
+    t, outputs = read(folder, name), {}
     for i, case in enumerate(facts(folder, name)):
         metric, value = t[f"{i}.metric"], t[f"{i}.value"]
         order = corner_order((case["height"], case["width"]), (case["stride_y"], case["stride_x"]))
         pairs = match(metric, order, case["ratio"])
-        found[f"{i}.merged_metric"] = pairs.merge(metric)
-        found[f"{i}.merged_value"] = pairs.merge(value)
-        found[f"{i}.unmerged_value"] = pairs.unmerge(found[f"{i}.merged_value"])
-    return compare(found, {k: x for k, x in t.items() if "merged_" in k}, relative=True)
+        outputs[f"{i}.merged_metric"] = pairs.merge(metric)
+        outputs[f"{i}.merged_value"] = pairs.merge(value)
+        outputs[f"{i}.unmerged_value"] = pairs.unmerge(outputs[f"{i}.merged_value"])
+    return compare(outputs, {k: x for k, x in t.items() if "merged_" in k}, relative=True)
 
 
 # Prompt-to-prompt
@@ -134,20 +134,20 @@ class Toy:
 
 def compare_tables(folder: Path, name: str) -> Differences:
     """p2p: which token of the target reads which of the source, of every pair."""
-    toy, found = Toy(folder, name), {}
+    toy, tables = Toy(folder, name), {}
     for i in range(len(toy.facts["replace"])):
-        found[f"replace.{i}.mapper"] = replacement_table(*toy.pair("replace", i))[None]
+        tables[f"replace.{i}.mapper"] = replacement_table(*toy.pair("replace", i))[None]
     for i in range(len(toy.facts["refine"])):
         source, target = toy.pair("refine", i)
         index, weight = refinement_index(source.ids, target.ids, target.length)
-        found |= {f"refine.{i}.mapper": index[None], f"refine.{i}.alphas": weight[None]}
+        tables |= {f"refine.{i}.mapper": index[None], f"refine.{i}.alphas": weight[None]}
     recorded = {k: x for k, x in toy.tensors.items() if k.endswith((".mapper", ".alphas"))}
-    return compare(found, recorded, relative=True)
+    return compare(tables, recorded, relative=True)
 
 
 def compare_maps(folder: Path, name: str) -> Differences:
     """p2p: the maps of the first pair in every step, exchanged as by replacement and by refinement."""
-    toy, found = Toy(folder, name), {}
+    toy, maps = Toy(folder, name), {}
     steps, t = toy.facts["num_steps"], toy.tensors
     for kind in ("replace", "refine"):
         source, target = toy.pair(kind, 0)
@@ -156,16 +156,16 @@ def compare_maps(folder: Path, name: str) -> Differences:
         else:
             table, weight = replacement_table(source, target), torch.ones(target.length)
         gates = word_steps(steps, 0.5, {}, target.length)
-        found[f"{kind}.alpha_time"] = gates.reshape(t[f"{kind}.alpha_time"].shape)
+        maps[f"{kind}.alpha_time"] = gates.reshape(t[f"{kind}.alpha_time"].shape)
         old, new = t[f"{kind}.cross_in"].unflatten(0, (2, 1, -1))  # prompts, images, heads
         own, other = t[f"{kind}.self_in"].unflatten(0, (2, 1, -1))
         for step in range(steps):
             exchanged = exchange(old, new, table[None], weight[None], gates[step])
             kept = own if in_window(step, steps, (0.0, 0.4)) else other
-            found[f"{kind}.cross_out.{step}"] = torch.cat([old, exchanged]).flatten(0, 1)
-            found[f"{kind}.self_out.{step}"] = torch.cat([own, kept]).flatten(0, 1)
+            maps[f"{kind}.cross_out.{step}"] = torch.cat([old, exchanged]).flatten(0, 1)
+            maps[f"{kind}.self_out.{step}"] = torch.cat([own, kept]).flatten(0, 1)
     recorded = {k: x for k, x in t.items() if "_out." in k or k.endswith(".alpha_time")}
-    return compare(found, recorded, relative=True)
+    return compare(maps, recorded, relative=True)
 
 
 def compare_words(folder: Path, name: str) -> Differences:
@@ -180,13 +180,13 @@ def compare_words(folder: Path, name: str) -> Differences:
     x, side = t["blend.x"], round(t["blend.word_maps"].shape[-1] ** 0.5)
     size = x.shape[-2], x.shape[-1]
     mask = blend_mask(t["blend.word_maps"][None], (side, side), threshold=toy.facts["blend_threshold"], size=size)
-    found = {
+    outputs = {
         "equalizer": factors.reshape(t["equalizer"].shape),
         "reweight.out": (t["reweight.in"][None] * factors).reshape(t["reweight.out"].shape),
         "blend.word_select": select,
         "blend.out": torch.cat([x[:1], x[:1] + mask[:, None] * (x[1:] - x[:1])]),
     }
-    return compare(found, {k: x for k, x in t.items() if k in found}, relative=True)
+    return compare(outputs, {k: x for k, x in t.items() if k in outputs}, relative=True)
 
 
 _DIFFUSERS, _P2P = "diffusers 0.42.1", "prompt-to-prompt"

@@ -21,7 +21,7 @@ from condit.weights.folders import first_weight_file, own_config
 from condit.weights.load import PUBLISHED, identify
 from condit.weights.vit import read_vit, save_vit
 from condit.weights.vit_layouts import Layout, to_layout
-from condit_lab.parity.check import Differences, Row, difference
+from condit_lab.parity.check import CheckResult, Differences, difference
 
 # Relative to the largest output. Tiny networks agree to 1e-6; every layer of a deep one sums thousands of terms in
 # another order.
@@ -32,11 +32,11 @@ _NOT_SIZES = {"flavour", "dropout", "zero_init"}
 
 
 @dataclass(frozen=True)
-class Reference:
+class ForwardComparison:
     """A comparison with another library. rows is empty without one; `note` gives the reason."""
 
     note: str
-    rows: tuple[Row, ...] = ()
+    rows: tuple[CheckResult, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FileReport:
     parameters: int
     dtype: str
     computes: str
-    reference: Reference
+    reference: ForwardComparison
 
     def described(self) -> dict[str, str]:
         """Name -> text, for people."""
@@ -97,7 +97,7 @@ def _dit(path: Path, heads: int | None) -> FileReport:
         layout = "diffusers"
     elif any(name.startswith(("ema.", "model.")) for name in names):
         layout = "training"
-    reference = Reference("none: diffusers reads folders with a config.json only")
+    reference = ForwardComparison("none: diffusers reads folders with a config.json only")
     if layout == "diffusers" and path.is_dir():
         reference = _diffusers(model.float(), path)
     return _report(path, layout, model.config, dit.PRESETS, model, dtype, reference)
@@ -109,7 +109,7 @@ def _diffit(path: Path, heads: int | None) -> FileReport:
     model = load_diffit_image(path) if image else load_diffit(path)
     layout = "condit, image space" if image else "release"
     presets = diffit_image.IMAGE_PRESETS if image else diffit.PRESETS
-    reference = Reference("none: neither transformers nor diffusers has a DiffiT")
+    reference = ForwardComparison("none: neither transformers nor diffusers has a DiffiT")
     return _report(path, layout, model.config, presets, model, _dtype(model.parameters()), reference)
 
 
@@ -123,7 +123,7 @@ def _report(
     presets: Mapping[str, Config],
     model: nn.Module,
     dtype: str,
-    reference: Reference,
+    reference: ForwardComparison,
     computes: str = "",
 ) -> FileReport:
     preset, differs = nearest(config, presets)
@@ -169,12 +169,12 @@ def _vit_layout(model: vit.ViT, names: set[str]) -> str:
 
 
 @torch.no_grad()
-def _transformers(model: vit.ViT, path: Path, layout: str) -> Reference:
+def _transformers(model: vit.ViT, path: Path, layout: str) -> ForwardComparison:
     """Compares with transformers, which reads its own folders; other layouts are first written as such a folder."""
     try:
         import transformers
     except ImportError:
-        return Reference("none: transformers is not installed")
+        return ForwardComparison("none: transformers is not installed")
     c = model.config
     with TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder, how = path, "reading the same folder"
@@ -183,7 +183,7 @@ def _transformers(model: vit.ViT, path: Path, layout: str) -> Reference:
             try:
                 folder = save_vit(Path(scratch) / "vit", c, model.state_dict(), layout="transformers")
             except ValueError as error:
-                return Reference(f"none: {error}")
+                return ForwardComparison(f"none: {error}")
         options = {"dtype": torch.float32, "local_files_only": True}
         if c.classes:
             theirs = transformers.ViTForImageClassification.from_pretrained(folder, **options)
@@ -201,21 +201,21 @@ def _transformers(model: vit.ViT, path: Path, layout: str) -> Reference:
             expected = output.last_hidden_state if c.classifier == "unpooled" else output.last_hidden_state[:, 0]
         differences = {"random images": difference(model(x), expected, relative=True)}
     library = f"transformers {transformers.__version__}"
-    return Reference(f"{library}, {how}", (_row("forward in float32 (relative)", library, differences),))
+    return ForwardComparison(f"{library}, {how}", (_row("forward in float32 (relative)", library, differences),))
 
 
 @torch.no_grad()
-def _diffusers(model: dit.DiT, path: Path) -> Reference:
+def _diffusers(model: dit.DiT, path: Path) -> ForwardComparison:
     """Compares with diffusers at t = 0. At other timesteps its features differ from the official ones (it divides by
     127 instead of 128), so the difference at t = 500 is only reported."""
     try:
         import diffusers
         from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
     except ImportError:
-        return Reference("none: diffusers is not installed")
+        return ForwardComparison("none: diffusers is not installed")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     if not (folder / "config.json").is_file():
-        return Reference("none: diffusers reads folders with a config.json only")
+        return ForwardComparison("none: diffusers reads folders with a config.json only")
     # The official eps, which overrides the folder's: diffusers' default is 1e-5.
     theirs = DiTTransformer2DModel.from_pretrained(
         folder, norm_eps=1e-6, torch_dtype=torch.float32, local_files_only=True
@@ -229,12 +229,14 @@ def _diffusers(model: dit.DiT, path: Path) -> Reference:
 
     library = f"diffusers {diffusers.__version__}"
     note = f"{library}; it differs by {at(500):.1e} at t = 500, because its timestep features are not the official ones"
-    return Reference(note, (_row("forward at t = 0 in float32 (relative)", library, {"random latents": at(0)}),))
+    return ForwardComparison(
+        note, (_row("forward at t = 0 in float32 (relative)", library, {"random latents": at(0)}),)
+    )
 
 
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _row(what: str, against: str, differences: Differences) -> Row:
-    return Row(what, against, TOLERANCE, {"file": differences})
+def _row(what: str, against: str, differences: Differences) -> CheckResult:
+    return CheckResult(what, against, TOLERANCE, {"file": differences})

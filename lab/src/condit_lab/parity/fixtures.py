@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from condit.data.files import atomic_write
-from condit_lab.parity.check import Check, Row
+from condit_lab.parity.check import Check, CheckResult
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def find_golden(folder: Path | None = None) -> Path:
     return folder
 
 
-def verify_fixtures(system: str, golden: Path) -> list[Row]:
+def verify_fixtures(system: str, golden: Path) -> list[CheckResult]:
     """Compares a system with everything that its fixtures record, in float32 on the CPU.
 
     Kinds of fixtures that the folder lacks have no row. Raises ValueError for files that no check compares.
@@ -110,7 +110,7 @@ def _short(number: str) -> str:
     return number.replace("e-0", "e-").replace("e+0", "e+")
 
 
-def lines(rows: Sequence[tuple[str, Row]]) -> list[str]:
+def lines(rows: Sequence[tuple[str, CheckResult]]) -> list[str]:
     """(system, row) of each check as aligned text; a failed check lists everything that exceeds its tolerance."""
     table = [("system", "what", "against", "measured", "tolerance", "")]
     for system, row in rows:
@@ -125,7 +125,7 @@ def lines(rows: Sequence[tuple[str, Row]]) -> list[str]:
     return out
 
 
-def markdown(rows: Mapping[str, Iterable[Row]]) -> str:
+def markdown(rows: Mapping[str, Iterable[CheckResult]]) -> str:
     """The table of docs/parity.md, rows of each system."""
     return _HEADER + "".join(
         f"| {SYSTEMS[system].title} | {row.what} | {row.against} | {len(row.cases)} | {row.values} | "
@@ -147,7 +147,7 @@ def write_between_marks(page: Path, table: str) -> Path:
     return atomic_write(page, lambda target: target.write_text(text, encoding="utf-8"))
 
 
-def as_json(row: Row) -> dict[str, object]:
+def as_json(row: CheckResult) -> dict[str, object]:
     """The row with every difference. Infinity and NaN are strings, as JSON has no numbers for them."""
 
     def number(value: float) -> float | str:

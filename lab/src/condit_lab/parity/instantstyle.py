@@ -67,14 +67,14 @@ def compare_tokens(folder: Path, name: str) -> Differences:
 def compare_blocks(folder: Path, name: str) -> Differences:
     """*_blocks: one prediction of every preset at every strength."""
     tag, variant = parts_of(name)
-    pipe, style, found = golden_pipe(folder, tag), style_of(folder, tag, variant), {}
+    pipe, style, outputs = golden_pipe(folder, tag), style_of(folder, tag, variant), {}
     recorded, given = pipe.tensors(f"{variant}_blocks"), pipe.tensors("inputs")
     for key in recorded.keys() - {"tokens"}:
         preset, _, scale = key.partition("/")
         control = embedded(folder, tag, style, SETS[preset], float(scale.rpartition("scale_")[2]))
-        found[key] = pipe.predict(given, control)
+        outputs[key] = pipe.predict(given, control)
     plain = {"noise_pred/no_adapter": difference(pipe.predict(given), given["noise_pred/no_adapter"])}
-    return plain | compare(found, {k: x for k, x in recorded.items() if k != "tokens"})
+    return plain | compare(outputs, {k: x for k, x in recorded.items() if k != "tokens"})
 
 
 def compare_layers(folder: Path, name: str) -> Differences:
@@ -101,16 +101,16 @@ def compare_subtraction(folder: Path, name: str) -> Differences:
     image, adapter = Image.fromarray(t["image_uint8"].numpy()), style.adapter
     assert pipe.image is not None
     read = adapter.features([image])
-    found = {"pixel_values": pipe.image.pixels([image])}
+    outputs = {"pixel_values": pipe.image.pixels([image])}
     if variant == "global":
-        found["clip_image_embeds"] = read
+        outputs["clip_image_embeds"] = read
     for run in runs_of(t):
         content = run.partition("/content_")[2]
         less = read if content == "none" else read - float(content) * t["content_text_embed"]
-        found[f"{run}/image_tokens"] = adapter.tokens(less)
-        found[f"{run}/uncond_image_tokens"] = adapter.tokens(adapter.nothing(read))
-    recorded = {k: x for k, x in t.items() if k.endswith("image_tokens") or k in found}
-    return compare(found, recorded)
+        outputs[f"{run}/image_tokens"] = adapter.tokens(less)
+        outputs[f"{run}/uncond_image_tokens"] = adapter.tokens(adapter.nothing(read))
+    recorded = {k: x for k, x in t.items() if k.endswith("image_tokens") or k in outputs}
+    return compare(outputs, recorded)
 
 
 def runs_of(t: Mapping[str, Tensor]) -> list[str]:
@@ -120,15 +120,15 @@ def runs_of(t: Mapping[str, Tensor]) -> list[str]:
 def compare_trajectories(folder: Path, name: str) -> Differences:
     """*_ddim: the official generate() with presets and subtracted words."""
     tag, variant = parts_of(name)
-    pipe, style, found = golden_pipe(folder, tag), style_of(folder, tag, variant), {}
+    pipe, style, outputs = golden_pipe(folder, tag), style_of(folder, tag, variant), {}
     t = pipe.tensors(f"{variant}_ddim")
     image, strength = Image.fromarray(t["image_uint8"].numpy()), pipe.config["ddim"]["adapter_scale"]
     for run in runs_of(t):
         preset, _, content = run.partition("/content_")
         words = {} if content == "none" else {"content": t["content_text_embed"], "content_scale": float(content)}
         control = style.control(image, preset=SETS[preset], strength=strength, **words)
-        found |= {f"{run}/latents/step_{i + 1}": x for i, x in enumerate(pipe.ddim(t, control))}
-    return compare(found, {k: x for k, x in t.items() if "/latents/" in k})
+        outputs |= {f"{run}/latents/step_{i + 1}": x for i, x in enumerate(pipe.ddim(t, control))}
+    return compare(outputs, {k: x for k, x in t.items() if "/latents/" in k})
 
 
 # ComfyUI's weight types
@@ -206,13 +206,13 @@ GRID = 4, 6  # of the fixture's 24 queries
 def compare_text(folder: Path, name: str) -> Differences:
     """comfy_*: the text's attention alone, from which the branch is told apart."""
     comfy = Comfy(folder, name)
-    found = torch.cat([join_heads(sdpa(comfy.call(comfy.networks[0], 0, row))) for row in range(2)])
-    return {"text_out": difference(found, comfy.tensors["text_out"])}
+    output = torch.cat([join_heads(sdpa(comfy.call(comfy.networks[0], 0, row))) for row in range(2)])
+    return {"text_out": difference(output, comfy.tensors["text_out"])}
 
 
 def compare_weight_types(folder: Path, name: str) -> Differences:
     """comfy_*: the weight of every type at every place, and what the branch adds there."""
-    comfy, found = Comfy(folder, name), {}
+    comfy, results = Comfy(folder, name), {}
     numbers: Differences = {}
     for n in comfy.networks:
         numbers[f"layers{n}/places"] = float(modules_of(comfy.sites(n)) != comfy.places(n))
@@ -221,20 +221,20 @@ def compare_weight_types(folder: Path, name: str) -> Differences:
             for place, module in enumerate(comfy.places(n)):
                 numbers[f"layers{n}/{kind}/weight {place}"] = abs(weights[module] - comfy.weight * table[place])
             for key in (k for k in comfy.tensors if k.startswith(f"layers{n}/{kind}/t")):
-                found[key] = comfy.branch(n, int(key.rpartition("/t")[2]), strength=weights)
+                results[key] = comfy.branch(n, int(key.rpartition("/t")[2]), strength=weights)
         for kind in ("style transfer precise", "composition precise"):
             weights, away = comfy.precise(n, kind)
             how = {
                 "strength": {comfy.places(n)[place]: weight for place, weight in weights.items()},
                 "against": Where(tuple(f"{comfy.places(n)[place]}.*" for place in away)),
             }
-            found |= {f"layers{n}/{kind}/t{place}": comfy.branch(n, place, **how) for place in weights}
+            results |= {f"layers{n}/{kind}/t{place}": comfy.branch(n, place, **how) for place in weights}
     for key in (k for k in comfy.tensors if k.startswith("embeds_scaling/")):
-        found[key] = comfy.branch(11, 0, strength=comfy.weight, scaling=key.removeprefix("embeds_scaling/"))
+        results[key] = comfy.branch(11, 0, strength=comfy.weight, scaling=key.removeprefix("embeds_scaling/"))
     mask = {"mask": comfy.tensors["mask"], "mask_mode": "bilinear"}
-    found["masked/linear"] = comfy.branch(11, 0, strength=comfy.weight, **mask)
+    results["masked/linear"] = comfy.branch(11, 0, strength=comfy.weight, **mask)
     outputs = ("layers", "embeds_scaling/", "masked/")
-    return numbers | compare(found, {k: x for k, x in comfy.tensors.items() if k.startswith(outputs)})
+    return numbers | compare(results, {k: x for k, x in comfy.tensors.items() if k.startswith(outputs)})
 
 
 def compare_choices(folder: Path, name: str) -> Differences:

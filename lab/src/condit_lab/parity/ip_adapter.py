@@ -63,12 +63,12 @@ def compare_encoder(folder: Path, name: str) -> Differences:
     given, encoder = pipe.tensors("inputs"), pipe.image
     assert encoder is not None
     zeros = encoder.hidden(encoder.zeros())
-    found = {
+    outputs = {
         "clip_image_embeds": encoder.embeds(given["pixel_values"]),
         "clip_hidden_penultimate": encoder.hidden(given["pixel_values"]),
         "clip_hidden_penultimate_zero_image": zeros.expand_as(given["clip_hidden_penultimate_zero_image"]),
     }
-    return compare(found, given, "clip_")
+    return compare(outputs, given, "clip_")
 
 
 def compare_plain(folder: Path, name: str) -> Differences:
@@ -84,17 +84,17 @@ def compare_tokens(folder: Path, name: str) -> Differences:
     tag, _, variant = name.partition("_")
     pipe, adapter = golden_pipe(folder, tag), adapter_of(folder, tag, variant)
     given, empty = features(pipe, variant)
-    found = {"tokens": adapter.tokens(given), "uncond_tokens": adapter.tokens(empty)}
+    outputs = {"tokens": adapter.tokens(given), "uncond_tokens": adapter.tokens(empty)}
     (acting,) = pipe.at_work(reference(folder, tag, variant, 0.5), len(given))
     assert isinstance(acting, IPReference)
     recorded = pipe.tensors(variant)
     for path in layers_of(recorded):
         key, value = (x.transpose(1, 2).flatten(2) for x in acting.kv[path])
-        found |= {f"layer/{path}/k_ip": key, f"layer/{path}/v_ip": value}
+        outputs |= {f"layer/{path}/k_ip": key, f"layer/{path}/v_ip": value}
     numbers = {f"{layer.path}.processor": layer.number for layer in adapter.layers}
     published = pipe.config["variants"][variant]["attn_processor_index"]
     recorded = {k: x for k, x in recorded.items() if k.endswith(("tokens", "k_ip", "v_ip")) and "noise" not in k}
-    return compare(found, recorded) | {"numbers of the layers": float(numbers != published)}
+    return compare(outputs, recorded) | {"numbers of the layers": float(numbers != published)}
 
 
 def layers_of(recorded: dict[str, Tensor]) -> list[str]:
@@ -106,21 +106,21 @@ def compare_calls(folder: Path, name: str) -> Differences:
     """One prediction at every scale, that of the unconditional tokens, and the output of every layer."""
     tag, _, variant = name.partition("_")
     pipe, recorded = golden_pipe(folder, tag), golden_pipe(folder, tag).tensors(variant)
-    given, found = pipe.tensors("inputs"), {}
+    given, outputs = pipe.tensors("inputs"), {}
     for key in (k for k in recorded if k.startswith("noise_pred")):
         scale = key.partition("scale_")[2]
         if scale == "1_uncond_tokens":
             control: Control = reference(folder, tag, variant).negative()
         else:
             control = reference(folder, tag, variant, float(scale))
-        found[key] = pipe.predict(given, control)  # v1's processors write the softmax out
+        outputs[key] = pipe.predict(given, control)  # v1's processors write the softmax out
     (acting,) = pipe.at_work(reference(folder, tag, variant, 0.5), len(given["sample"]))
     text = pipe.backbone.text_keys_values(given["text_embeds"])
     frame = UNetContext(torch.zeros(len(given["sample"]), 1), text, None, (acting,))
     for path in layers_of(recorded):
         layer = f"layer/{path}"
-        found[f"{layer}/out_scale_0.5"] = pipe.backbone.get_submodule(path)(recorded[f"{layer}/hidden_in"], frame)
-    return compare(found, {k: x for k, x in recorded.items() if k.startswith("noise_pred") or "/out_" in k})
+        outputs[f"{layer}/out_scale_0.5"] = pipe.backbone.get_submodule(path)(recorded[f"{layer}/hidden_in"], frame)
+    return compare(outputs, {k: x for k, x in recorded.items() if k.startswith("noise_pred") or "/out_" in k})
 
 
 def compare_trajectory(folder: Path, name: str) -> Differences:
@@ -130,8 +130,8 @@ def compare_trajectory(folder: Path, name: str) -> Differences:
     given = pipe.tensors(f"{variant}_ddim")
     image = Image.fromarray(given["image_uint8"].numpy())
     steps = pipe.ddim(given, adapter.control(image, strength=pipe.config["ddim"]["adapter_scale"]))
-    found = {f"latents/step_{i + 1}": x for i, x in enumerate(steps)} | {"final": steps[-1]}
-    return compare(found, {k: x for k, x in given.items() if k.startswith("latents/") or k == "final"})
+    latents = {f"latents/step_{i + 1}": x for i, x in enumerate(steps)} | {"final": steps[-1]}
+    return compare(latents, {k: x for k, x in given.items() if k.startswith("latents/") or k == "final"})
 
 
 @torch.no_grad()
@@ -142,12 +142,12 @@ def compare_prompts(folder: Path, name: str) -> Differences:
     given, image = pipe.tensors(f"{variant}_ddim"), pipe.tensors(f"{variant}_ddim")["image_uint8"]
     assert pipe.image is not None
     read = adapter.features([Image.fromarray(image.numpy())])
-    found = {
+    outputs = {
         "pixel_values": pipe.image.pixels([Image.fromarray(image.numpy())]),
         "image_prompt_embeds": adapter.tokens(read),
         "uncond_image_prompt_embeds": adapter.tokens(adapter.nothing(read)),
     }
-    return compare(found, {k: x for k, x in given.items() if k in found})
+    return compare(outputs, {k: x for k, x in given.items() if k in outputs})
 
 
 def compare_regions(folder: Path, name: str) -> Differences:
@@ -170,8 +170,8 @@ def compare_regions(folder: Path, name: str) -> Differences:
         strengths = scales[case]
         pair = a.control(embeds=first[:, :1], strength=strengths[0]), b.control(embeds=second, strength=strengths[1])
         controls[case] = pair
-    found = {case: pipe.predict(t, *given) for case, given in controls.items()}
-    return compare(found, {k: x for k, x in t.items() if k.startswith(("one_image", "two_"))})
+    predictions = {case: pipe.predict(t, *given) for case, given in controls.items()}
+    return compare(predictions, {k: x for k, x in t.items() if k.startswith(("one_image", "two_"))})
 
 
 def compare_masks(folder: Path, name: str) -> Differences:
@@ -196,17 +196,17 @@ def masked(adapter: IPAdapter, embeds: Tensor, masks: Tensor, scales: list[float
 @torch.no_grad()
 def compare_projectors(folder: Path, name: str) -> Differences:
     """projections: every projector, recognised by its tensors."""
-    t, found = load_file(folder / f"{name}.safetensors"), {}
+    t, outputs = load_file(folder / f"{name}.safetensors"), {}
     facts = json.loads((folder / f"{name}_config.json").read_text())
     for case in sorted({key.split("/")[0] for key in t}):
         # FaceID-Plus always has heads of 64.
         projector = projector_of(part(t, f"{case}/weights/"), head_dim=facts[case].get("dim_head", 64))
         inputs = [t[key] for key in (f"{case}/in0", f"{case}/in1") if key in t]
         if "shortcut" in facts[case]:
-            found[f"{case}/out"] = projector(*inputs, facts[case]["scale"] if facts[case]["shortcut"] else None)
+            outputs[f"{case}/out"] = projector(*inputs, facts[case]["scale"] if facts[case]["shortcut"] else None)
         else:
-            found[f"{case}/out"] = projector(*inputs)
-    return compare(found, {k: x for k, x in t.items() if k.endswith("/out")})
+            outputs[f"{case}/out"] = projector(*inputs)
+    return compare(outputs, {k: x for k, x in t.items() if k.endswith("/out")})
 
 
 def training_step(folder: Path, name: str) -> dict[str, Tensor]:
@@ -216,27 +216,27 @@ def training_step(folder: Path, name: str) -> dict[str, Tensor]:
     sizes = config["clip_projection_dim"], unet.config.cross_attention_dim, config["num_tokens"]
     adapter = IPAdapter.new(unet, IPConfig(sizes[0], sizes[2], sizes[1]), projector=ImageProjection(*sizes))
     fresh = {k: x.clone() for k, x in adapter.state_dict().items() if k.startswith("ip_adapter.")}
-    found = {f"init/{k}": x for k, x in fresh.items()}  # copies of the text's K, V
+    outputs = {f"init/{k}": x for k, x in fresh.items()}  # copies of the text's K, V
     adapter.load_state_dict(part(t, "init/"))
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-4, weight_decay=0.01)
     kept = (1 - t["drop_image_embed"])[:, None]
     pipe = GoldenPipe("train", folder, config, unet, None)
     controls = pipe.at_work(adapter.reference(t["image_embeds"] * kept), len(kept))
-    found["noise_pred"] = unet(t["noisy_latents"], t["timesteps"].float(), t["text_embeds"], controls=controls)
-    found["loss"] = (found["noise_pred"] - t["noise"]).square().mean()
-    found["loss"].backward()
-    found |= {f"grad/{k}": p.grad for k, p in adapter.named_parameters() if p.grad is not None}
+    outputs["noise_pred"] = unet(t["noisy_latents"], t["timesteps"].float(), t["text_embeds"], controls=controls)
+    outputs["loss"] = (outputs["noise_pred"] - t["noise"]).square().mean()
+    outputs["loss"].backward()
+    outputs |= {f"grad/{k}": p.grad for k, p in adapter.named_parameters() if p.grad is not None}
     optimizer.step()
-    found |= {f"after/{k}": p.detach() for k, p in adapter.named_parameters()}
-    return found
+    outputs |= {f"after/{k}": p.detach() for k, p in adapter.named_parameters()}
+    return outputs
 
 
 def compare_training(folder: Path, name: str) -> Differences:
     """train_step: the loss, its gradients, and K', V' before the step: copies of the text's K, V."""
     recorded = load_file(folder / f"{name}.safetensors")
     outputs = ("init/ip_adapter.", "loss", "grad/")
-    found = {k: x for k, x in training_step(folder, name).items() if k.startswith(outputs)}
-    return compare(found, {k: x for k, x in recorded.items() if k.startswith(outputs)})
+    ours = {k: x for k, x in training_step(folder, name).items() if k.startswith(outputs)}
+    return compare(ours, {k: x for k, x in recorded.items() if k.startswith(outputs)})
 
 
 def compare_trained(folder: Path, name: str) -> Differences:
@@ -246,8 +246,8 @@ def compare_trained(folder: Path, name: str) -> Differences:
 
 
 def compare_training_prediction(folder: Path, name: str) -> Differences:
-    found = training_step(folder, name)["noise_pred"]
-    return {"noise_pred": difference(found, load_file(folder / f"{name}.safetensors")["noise_pred"])}
+    prediction = training_step(folder, name)["noise_pred"]
+    return {"noise_pred": difference(prediction, load_file(folder / f"{name}.safetensors")["noise_pred"])}
 
 
 # Transformers
@@ -276,7 +276,7 @@ class FluxPipe:
 
 
 @dataclass
-class Embedder:
+class WidthOnlyEncoder:
     """Stands for the image encoder: the fixture holds its embeddings of this width."""
 
     features: int
@@ -287,7 +287,7 @@ def flux_adapter(model: MMDiT, tensors: dict[str, Tensor], width: int) -> IPAdap
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "adapter.safetensors"
         save_file(tensors, file)
-        return IPAdapter.load(file, cast("Host", FluxPipe(model, Embedder(width))))
+        return IPAdapter.load(file, cast("Host", FluxPipe(model, WidthOnlyEncoder(width))))
 
 
 def transformer_of(folder: Path, name: str) -> dict:
@@ -302,14 +302,14 @@ def compare_flux(folder: Path, name: str) -> Differences:
     image = Stream(t["hidden_states"], t["img_ids"], t["timestep"], t["pooled"], t["guidance"])
     grid = tuple(int(n) + 1 for n in t["img_ids"][:, 1:].amax(0))
     run = Run(model, len(t["pooled"]), grid, t["pooled"], t["guidance"], model.config.in_channels)  # type: ignore[arg-type]
-    found = {"image_tokens": adapter.tokens(t["image_embeds"]).reshape(t["image_tokens"].shape)}
+    outputs = {"image_tokens": adapter.tokens(t["image_embeds"]).reshape(t["image_tokens"].shape)}
     for key in (k for k in t if k.startswith("out/")):
         acting = []
         if key != "out/no_adapter":
             control = adapter.control(embeds=t["image_embeds"], strength=float(key.removeprefix("out/scale_")))
             acting = [c for c in [control.prepare(run).at(Step(0, 1, 1.0))] if c is not None]
-        found[key] = model(image, t["encoder_hidden_states"], t["txt_ids"], controls=acting)
-    return compare(found, {k: x for k, x in t.items() if k.startswith("out/") or k == "image_tokens"})
+        outputs[key] = model(image, t["encoder_hidden_states"], t["txt_ids"], controls=acting)
+    return compare(outputs, {k: x for k, x in t.items() if k.startswith("out/") or k == "image_tokens"})
 
 
 def recorded_sd3(folder: Path, tensors: dict[str, Tensor], name: str = "dit_sd3") -> SD3Adapter:
@@ -329,15 +329,15 @@ def compare_sd3(folder: Path, name: str) -> Differences:
     model.load_state_dict(part(t, "weights/"), strict=True)
     given = {key: t[key] for key in ("hidden_states", "encoder_hidden_states", "timestep")}
     tokens, clock = adapter.tokens(t["image_hidden"], t["timestep"])
-    found = {"image_tokens": tokens, "time_emb": clock}
+    outputs = {"image_tokens": tokens, "time_emb": clock}
     for key in sorted(k for k in t if k.startswith("out/")):  # that without an adapter is first
         if key != "out/no_adapter":
             strength = float(key.removeprefix("out/scale_"))
             for i, block in enumerate(model.transformer_blocks):
                 branch = adapter.ip_adapter[str(i)]
                 block.attn.set_processor(Branched(branch, branch.keys_values(tokens, clock), strength))  # type: ignore[operator]
-        found[key] = model(**given, pooled_projections=t["pooled"], return_dict=False)[0]
-    return compare(found, {k: x for k, x in t.items() if k.startswith("out/") or k in found})
+        outputs[key] = model(**given, pooled_projections=t["pooled"], return_dict=False)[0]
+    return compare(outputs, {k: x for k, x in t.items() if k.startswith("out/") or k in outputs})
 
 
 class Branched:

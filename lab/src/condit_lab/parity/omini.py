@@ -98,17 +98,17 @@ def compare_strengths(folder: Path, name: str) -> Differences:
             g.condition("b", gamma=gamma),
         ],
     }
-    found = {
+    predictions = {
         "out/v1_gamma_none": g.predict(g.condition()),
         "out/v1_independent": g.predict(g.condition(sees="self")),
         "out/v1_no_union_attention": g.predict(),  # blocked both ways
         "out/v1_latent_lora": g.predict(g.condition(), image=g.image(lora=g.loras["canny"])),
     }
-    for key in recorded.keys() - found.keys():
+    for key in recorded.keys() - predictions.keys():
         form = next((form for form in forms if key.startswith(f"out/{form}")), None)
         if form is not None:
-            found[key] = g.predict(*forms[form](float(key.removeprefix(f"out/{form}"))))
-    return compare(found, recorded, "out/")
+            predictions[key] = g.predict(*forms[form](float(key.removeprefix(f"out/{form}"))))
+    return compare(predictions, recorded, "out/")
 
 
 def compare_cache(folder: Path, name: str) -> Differences:
@@ -116,7 +116,7 @@ def compare_cache(folder: Path, name: str) -> Differences:
     purpose: of another prompt, and of conditions that see text and image."""
     g, recorded = read(folder), read(folder).tensors(name)
     later, controls = g.image(later=True), g.cached()
-    found = {
+    outputs = {
         "out/write_pass": g.predict(controls=controls),
         "out/read_pass": g.predict(image=later, controls=controls),
         "out/full_recompute": g.predict(g.condition(sees="self"), g.condition("b", sees="self"), image=later),
@@ -127,21 +127,21 @@ def compare_cache(folder: Path, name: str) -> Differences:
     for number, control in enumerate(controls):
         assert control.memory is not None and list(control.memory) == [site.path for site in g.model.sites]
         for layer, (key, value) in enumerate(control.memory.values()):
-            found[f"cache/attn_{layer}/cond_{number}/key"] = key
-            found[f"cache/attn_{layer}/cond_{number}/value"] = value
-    return compare(found, recorded)
+            outputs[f"cache/attn_{layer}/cond_{number}/key"] = key
+            outputs[f"cache/attn_{layer}/cond_{number}/value"] = value
+    return compare(outputs, recorded)
 
 
 def first_step_cache(g: Golden) -> tuple[Tensor, Tensor]:
     """Predictions of the first and of a later step, with the cache of the first one."""
     prepared = [replace(c, first_step=True).prepare(g.run()) for c in g.references(independent=False)]
-    found = []
+    predictions = []
     for i in range(2):
         acting = tuple(c for c in (c.at(Step(i, 2, 1 - i / 2)) for c in prepared) if c is not None)
         streams = [stream for c in acting for stream in c.streams()]
         assert bool(streams) == (i == 0)  # a later step runs no condition
-        found.append(g.predict(*streams, image=g.image(later=i == 1), controls=acting))
-    return found[0], found[1]
+        predictions.append(g.predict(*streams, image=g.image(later=i == 1), controls=acting))
+    return predictions[0], predictions[1]
 
 
 def compare_encoding(folder: Path, name: str) -> Differences:
@@ -152,7 +152,7 @@ def compare_encoding(folder: Path, name: str) -> Differences:
     posterior = g.vae.encode(t["preprocessed"]).latent_dist
     shift, scaling = g.vae.config.shift_factor, g.vae.config.scaling_factor
     own = posterior.mean + posterior.std * t["noise"]
-    found = {
+    outputs = {
         "preprocessed": to_tensor(pixels.numpy(), (height, width))[None],
         "mean": posterior.mean,
         "std": posterior.std,
@@ -160,14 +160,14 @@ def compare_encoding(folder: Path, name: str) -> Differences:
         "ids": grid_ids(height // g.config["px"], width // g.config["px"]),
     }
     mode = encode_tokens(g.vae, t["preprocessed"], sample=False)
-    return compare(found, {key: x for key, x in t.items() if key not in ("image", "noise")}) | {
+    return compare(outputs, {key: x for key, x in t.items() if key not in ("image", "noise")}) | {
         "mode": difference(mode, pack((t["mean"] - shift) * scaling))
     }
 
 
 def compare_conditions(folder: Path, name: str) -> Differences:
     """trajectory: images to tokens and positions, by the public call, and the black images of image guidance."""
-    g, t, found = read(folder), read(folder).trajectory, {}
+    g, t, outputs = read(folder), read(folder).trajectory, {}
     edges = {"adapter": "canny", "image": "image_a"}
     subject = {"adapter": "subject", "image": "image_b", "delta": "left"}
     cases: dict[str, list[dict]] = {
@@ -191,22 +191,22 @@ def compare_conditions(folder: Path, name: str) -> Differences:
                 t[given["image"]].numpy()
             )
             key = f"{case}/encoded_{2 * i if black else i}"
-            found[f"{key}/tokens"] = control.tokens
+            outputs[f"{key}/tokens"] = control.tokens
             if not placed:
-                found[f"{key}/ids"] = control.ids
+                outputs[f"{key}/ids"] = control.ids
             if black:
-                found[f"{case}/encoded_{2 * i + 1}/tokens"] = control.negative().tokens
-    recorded = {k: x for k, x in t.items() if k.endswith("/tokens") or k in found}
-    return compare(found, recorded)
+                outputs[f"{case}/encoded_{2 * i + 1}/tokens"] = control.negative().tokens
+    recorded = {k: x for k, x in t.items() if k.endswith("/tokens") or k in outputs}
+    return compare(outputs, recorded)
 
 
 def compare_trajectories(folder: Path, name: str) -> Differences:
     """trajectory: the latents after each of four steps of `generate`."""
-    g, found = read(folder), {}
+    g, outputs = read(folder), {}
     for case, controls in g.cases().items():
-        found[f"{case}/trajectory"], found[f"{case}/final"] = g.generate(case, controls)
+        outputs[f"{case}/trajectory"], outputs[f"{case}/final"] = g.generate(case, controls)
     recorded = {k: x for k, x in g.trajectory.items() if k.endswith(("/trajectory", "/final"))}
-    return compare({k: x for k, x in found.items() if k in recorded}, recorded)
+    return compare({k: x for k, x in outputs.items() if k in recorded}, recorded)
 
 
 _ADAPTERS = {"subject": "subject"}  # others train the adapter of edges

@@ -49,8 +49,8 @@ def read_authors(golden: Path, name: str) -> tuple[ViTConfig, State, dict[str, T
     with scratch() as folder:
         np.savez(folder / "m.npz", **{k: x.numpy() for k, x in part(t, "npz.").items()})  # type: ignore[arg-type]
         config, state = read_vit(folder / "m.npz")
-    told = json.loads((golden / f"{name}.json").read_text())["config"]
-    if "unpooled" in told["classifier"]:  # the arrays of a model without a head do not tell this
+    facts = json.loads((golden / f"{name}.json").read_text())["config"]
+    if "unpooled" in facts["classifier"]:  # the arrays of a model without a head do not tell this
         config = replace(config, classifier="unpooled")
     return config, state, t
 
@@ -59,7 +59,7 @@ def read_authors(golden: Path, name: str) -> tuple[ViTConfig, State, dict[str, T
 def compare_authors(golden: Path, name: str) -> Differences:
     """vit_*: sizes read off the arrays, patches, positions, the halves of block 0, every block, norm, logits."""
     config, state, t = read_authors(golden, name)
-    told = json.loads((golden / f"{name}.json").read_text())["config"]
+    facts = json.loads((golden / f"{name}.json").read_text())["config"]
     sizes = {
         "num_heads": config.heads,
         "num_layers": config.depth,
@@ -70,7 +70,7 @@ def compare_authors(golden: Path, name: str) -> Differences:
         "representation_size": config.representation_size,
     }
     return {
-        "sizes": float(sum(told[field] != size for field, size in sizes.items())),
+        "sizes": float(sum(facts[field] != size for field, size in sizes.items())),
         **authors_activations(build(config, state), t),
     }
 
@@ -96,7 +96,7 @@ def authors_activations(model: ViT, t: dict[str, Tensor]) -> Differences:
     x, context, block = tokens(0), ViTContext(0), model.blocks[0]
     assert isinstance(block, ViTBlock)
     attended = block.attn(block.norm1(x), context)
-    found = {
+    activations = {
         "patch_grid_nhwc": model.patch_embed(images(t)).unflatten(1, model.config.grid),
         "tokens_with_pos": x,
         "block.0.attn": attended,
@@ -104,11 +104,11 @@ def authors_activations(model: ViT, t: dict[str, Tensor]) -> Differences:
         **{f"block.{i}": tokens(i + 1) for i in range(model.config.depth)},
         "encoder_output": tokens(None, norm=True),
     }
-    found["pre_logits"] = model.represent(found["encoder_output"])
+    activations["pre_logits"] = model.represent(activations["encoder_output"])
     expected = t["act.pre_logits_input_or_identity"]  # before the tanh, where there is one
     t = t | {"act.pre_logits": expected.tanh() if model.config.representation_size else expected}
     logits = difference(model(images(t)), t["output.logits"])
-    return {name: difference(y, t[f"act.{name}"]) for name, y in found.items()} | {"logits": logits}
+    return {name: difference(y, t[f"act.{name}"]) for name, y in activations.items()} | {"logits": logits}
 
 
 def compare_resizing(golden: Path, name: str) -> Differences:
@@ -117,8 +117,8 @@ def compare_resizing(golden: Path, name: str) -> Differences:
     out = {}
     for i, case in enumerate(json.loads((golden / f"{name}.json").read_text())["cases"]):
         old, new = (case["old_grid"],) * 2, (case["new_grid"],) * 2
-        found = resize_positions(t[f"case{i}.input"], old, new, "linear_aligned")
-        out[f"grid {old[0]} to {new[0]}"] = difference(found, t[f"case{i}.output"])
+        resized = resize_positions(t[f"case{i}.input"], old, new, "linear_aligned")
+        out[f"grid {old[0]} to {new[0]}"] = difference(resized, t[f"case{i}.output"])
     return out
 
 
@@ -126,11 +126,11 @@ def compare_resizing(golden: Path, name: str) -> Differences:
 def compare_timm(golden: Path, name: str) -> Differences:
     """timm_layout: features, logits, and the position table at another size."""
     t = load_file(golden / f"{name}.safetensors")
-    told = json.loads((golden / f"{name}.json").read_text())
+    facts = json.loads((golden / f"{name}.json").read_text())
     with scratch() as folder:
         save_file(part(t, "state."), folder / "model.safetensors")
-        model = load_vit(folder / "model.safetensors", heads=told["config"]["num_heads"])
-    new = (told["resized_image_size"] // model.config.patch_size,) * 2
+        model = load_vit(folder / "model.safetensors", heads=facts["config"]["num_heads"])
+    new = (facts["resized_image_size"] // model.config.patch_size,) * 2
     table = resize_positions(model.pos_embed, model.config.grid, new, model.config.flavour.resize)
     x = t["input.image_nchw"]
     return {
@@ -152,13 +152,13 @@ def compare_transformers(golden: Path, case: str) -> Differences:
     larger size; backbone with pooler."""
     name, _, names = case.partition(", ")
     t = load_file(golden / f"{name}.safetensors")
-    told = json.loads((golden / f"{name}.json").read_text())["config"] | {"model_type": "vit"}
+    facts = json.loads((golden / f"{name}.json").read_text())["config"] | {"model_type": "vit"}
     models = {}
     with scratch() as folder:
         for kind in ("classifier", "backbone"):
             state = part(t, f"{kind}.state.")
             (folder / kind).mkdir()
-            (folder / kind / "config.json").write_text(json.dumps(told))
+            (folder / kind / "config.json").write_text(json.dumps(facts))
             state = to_hub_names(state) if names == "names of files" else state
             save_file(state, folder / kind / "model.safetensors")
             models[kind] = load_vit(folder / kind)
@@ -207,14 +207,14 @@ _LAYOUTS = {
 
 def compare_layout(golden: Path, name: str) -> Differences:
     """layout_*: names and shapes of ViT-B/16 are those that we write."""
-    told = json.loads((golden / f"{name}.json").read_text())
-    if "keys" in told:
-        told = {row["hub"].removeprefix("vit."): row["shape"] for row in told["keys"].values()}
+    facts = json.loads((golden / f"{name}.json").read_text())
+    if "keys" in facts:
+        facts = {row["hub"].removeprefix("vit."): row["shape"] for row in facts["keys"].values()}
     layout, extra = _LAYOUTS[name]
     config = replace(ViTConfig(), **extra)
     with torch.device("meta"):
         written = to_layout(ViT(config).state_dict(), layout, config.heads)
-    return layout_differences(written, told)
+    return layout_differences(written, facts)
 
 
 _AUTHORS = "the authors' JAX code"

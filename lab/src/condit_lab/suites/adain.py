@@ -19,17 +19,17 @@ _DECODER: tuple[int | str, ...] = (256, "up", 256, 256, 256, 128, "up", 128, 64,
 
 
 def _layers(plan: tuple[int | str, ...], width: int) -> list[nn.Module]:
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for step in plan:
         if step == "down":
-            found.append(nn.MaxPool2d(2, ceil_mode=True))
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
         elif step == "up":
-            found.append(nn.UpsamplingNearest2d(scale_factor=2))
+            layers.append(nn.UpsamplingNearest2d(scale_factor=2))
         else:
             assert isinstance(step, int)
-            found += [nn.ReflectionPad2d(1), nn.Conv2d(width, step, 3), nn.ReLU()]
+            layers += [nn.ReflectionPad2d(1), nn.Conv2d(width, step, 3), nn.ReLU()]
             width = step
-    return found
+    return layers
 
 
 class AdaIN(nn.Module):

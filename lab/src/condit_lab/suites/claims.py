@@ -37,9 +37,9 @@ class Measured:
     digits: int = 3
 
     @classmethod
-    def of(cls, what: str, found: Interval | Mapping, digits: int = 3) -> Measured:
-        told = found if isinstance(found, Mapping) else vars(found)
-        return cls(what, told["value"], told["low"], told["high"], told["n"], digits)
+    def of(cls, what: str, interval: Interval | Mapping, digits: int = 3) -> Measured:
+        fields = interval if isinstance(interval, Mapping) else vars(interval)
+        return cls(what, fields["value"], fields["low"], fields["high"], fields["n"], digits)
 
     def line(self) -> str:
         def number(x: float) -> str:

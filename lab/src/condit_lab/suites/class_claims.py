@@ -42,9 +42,9 @@ def class_claims(result: Mapping[str, Any]) -> dict[str, str]:
     """Claim -> text, for each that the runs of a result (`evaluate_classes`) answer."""
     from condit_lab.suites.classes import ACCURACY, AGREEMENT, CLIP, CONCEPT, CONCEPT5, DISTANCE, ERROR, JUDGE
 
-    found: dict[str, str] = {}
+    blocks: dict[str, str] = {}
     models = result["models"]
-    drawing = {_kind(told): name for name, told in models.items() if told["backbone"] != "ViT"}
+    drawing = {_kind(described): name for name, described in models.items() if described["backbone"] != "ViT"}
     for claim, one, other in (("diffit-dit", "DiffiT", "DiT"), ("adaln-zero", "DiT", "DiT, plain adaLN")):
         if one not in drawing or other not in drawing:
             continue
@@ -52,7 +52,10 @@ def class_claims(result: Mapping[str, Any]) -> dict[str, str]:
         sizes = ("depth", "width", "steps", "images_seen")
         if any(pair[one].get(size) != pair[other].get(size) for size in sizes):
             continue  # at another depth, width or training it would be another claim
-        rows = [Measured(f"parameters, {kind}", told["parameters"], None, None, None, 0) for kind, told in pair.items()]
+        rows = [
+            Measured(f"parameters, {kind}", described["parameters"], None, None, None, 0)
+            for kind, described in pair.items()
+        ]
         for measure, digits in ((ERROR, 4), (AGREEMENT, 3), (DISTANCE, 2)):
             rows += [Measured.of(f"{measure}, {k}", _of(result, drawing[k], measure)["interval"], digits) for k in pair]
         # `less` is the difference to the run that came first, of the same icons with the same noise.
@@ -62,28 +65,30 @@ def class_claims(result: Mapping[str, Any]) -> dict[str, str]:
                 rows.append(Measured.of(f"{ERROR}, {kind} minus {_other(pair, kind)}, the same icons", less, 4))
         of = pair[one]
         note = f"Depth {of['depth']}, width {of['width']}, {_trained(of)}; error and distance: less is better."
-        found[claim] = block(CLAIMS[claim], rows, note=note, command=result["command"])
-    for claim, measures, beside in (("vit-style", (ACCURACY,), JUDGE), ("vit-concept", (CONCEPT, CONCEPT5), CLIP)):
+        blocks[claim] = block(CLAIMS[claim], rows, note=note, command=result["command"])
+    for claim, measures, baseline in (("vit-style", (ACCURACY,), JUDGE), ("vit-concept", (CONCEPT, CONCEPT5), CLIP)):
         figures = [f for f in result["figures"] if f["measure"] in measures]
-        told = next((models[f["model"]] for f in figures if f["model"] in models), None)
-        if told is None:
+        described = next((models[f["model"]] for f in figures if f["model"] in models), None)
+        if described is None:
             continue
-        rows = [Measured("parameters, ViT", told["parameters"], None, None, None, 0)]
+        rows = [Measured("parameters, ViT", described["parameters"], None, None, None, 0)]
         rows += [
-            Measured.of(f"{f['measure']}, {'ViT' if f['model'] in models else beside}", f["interval"], 1)
+            Measured.of(f"{f['measure']}, {'ViT' if f['model'] in models else baseline}", f["interval"], 1)
             for f in figures
         ]
         rows += [
-            Measured.of(f"{f['measure']}, {beside} minus ViT, the same icons", f["less"], 1)
+            Measured.of(f"{f['measure']}, {baseline} minus ViT, the same icons", f["less"], 1)
             for f in figures
-            if f["model"] == beside and f["less"] is not None
+            if f["model"] == baseline and f["less"] is not None
         ]
-        found[claim] = block(CLAIMS[claim], rows, note=f"{_trained(told).capitalize()}.", command=result["command"])
-    return found
+        blocks[claim] = block(
+            CLAIMS[claim], rows, note=f"{_trained(described).capitalize()}.", command=result["command"]
+        )
+    return blocks
 
 
-def _kind(told: Mapping[str, Any]) -> str:
-    return told["backbone"] + (", plain adaLN" if told["adaln"] == "plain" else "")
+def _kind(described: Mapping[str, Any]) -> str:
+    return described["backbone"] + (", plain adaLN" if described["adaln"] == "plain" else "")
 
 
 def _other(pair: Mapping[str, Any], kind: str) -> str:
@@ -94,7 +99,7 @@ def _of(result: Mapping[str, Any], model: str, measure: str) -> Mapping[str, Any
     return next(f for f in result["figures"] if (f["model"], f["measure"]) == (model, measure))
 
 
-def _trained(told: Mapping[str, Any]) -> str:
-    if "steps" not in told:
+def _trained(described: Mapping[str, Any]) -> str:
+    if "steps" not in described:
         return "trained as its folder does not tell"
-    return f"trained for {told['steps']:,} steps on {told['images_seen']:,} pictures of the icon world"
+    return f"trained for {described['steps']:,} steps on {described['images_seen']:,} pictures of the icon world"

@@ -75,7 +75,7 @@ def evaluate_classes(
     ValueError for a folder that holds no class model, or one whose classes are no styles of `data`.
     """
     began, out = time.perf_counter(), Path(out)
-    world, told_by = IconWorld.open(data, groups=GROUPS, licences=TRAIN_LICENCES), load_judge(judge or JUDGE_FOLDER)
+    world, style_judge = IconWorld.open(data, groups=GROUPS, licences=TRAIN_LICENCES), load_judge(judge or JUDGE_FOLDER)
     names = [Path(folder).parent.name if Path(folder).name == "export" else Path(folder).name for folder in folders]
     models = [open_model(folder, vae) for folder in folders]
     concepts = {n: m for n, m in zip(names, models, strict=True) if tells_concepts(m, world)}
@@ -96,7 +96,7 @@ def evaluate_classes(
         figures.append(Figure(name, measure, bootstrap(values, clusters), less))
         tell(f"{name}: {measure} {values.mean():.4f}")
 
-    told = [i for i, icon in enumerate(world.icons) if icon.split == "concept" and icon.style in styles]
+    classified_rows = [i for i, icon in enumerate(world.icons) if icon.split == "concept" and icon.style in styles]
     labels = torch.arange(count) % max(len(styles), 1)
     clip, sheet, speed, held, real = load("tiny").image.clip, [], {}, [], torch.empty(0)
     if any(isinstance(model, Pipeline) for model in by_style.values()):
@@ -104,15 +104,15 @@ def evaluate_classes(
         real = embed(clip, pictures(world, held))
     for name, model in by_style.items():
         if isinstance(model, ViTPipeline):
-            right = classified(model, world, told) * 100
-            add(name, ACCURACY, right, [world.icons[i] for i in told])
+            right = classified(model, world, classified_rows) * 100
+            add(name, ACCURACY, right, [world.icons[i] for i in classified_rows])
             continue
         add(name, ERROR, errors(model, world, held, seed), [world.icons[i] for i in held])
         started = time.perf_counter()
         images = drawn(model, labels, seed)
         speed[name] = round((time.perf_counter() - started) / len(images), 3)
-        said = told_by.probabilities(images, styles).argmax(1)
-        wanted = torch.tensor([told_by.styles.index(styles[i]) for i in labels])
+        said = style_judge.probabilities(images, styles).argmax(1)
+        wanted = torch.tensor([style_judge.styles.index(styles[i]) for i in labels])
         add(name, AGREEMENT, (said == wanted).float())
         value, low, high = kernel_distance(embed(clip, images), real)
         figures.append(Figure(name, DISTANCE, Interval(1000 * value, 1000 * low, 1000 * high, len(images))))
@@ -120,10 +120,10 @@ def evaluate_classes(
         sheet.append([SheetCell(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in images[: len(styles)]])
     for name, model in concepts.items():
         figures += concept_figures(name, model, world, tell)
-    if told:
-        said = told_by.probabilities(pictures(world, told), styles).argmax(1)
-        wanted = torch.tensor([told_by.styles.index(world.icons[i].style) for i in told])
-        add(JUDGE, ACCURACY, 100.0 * (said == wanted).float(), [world.icons[i] for i in told])
+    if classified_rows:
+        said = style_judge.probabilities(pictures(world, classified_rows), styles).argmax(1)
+        wanted = torch.tensor([style_judge.styles.index(world.icons[i].style) for i in classified_rows])
+        add(JUDGE, ACCURACY, 100.0 * (said == wanted).float(), [world.icons[i] for i in classified_rows])
     result = {
         "command": f"condit evaluate classes {' '.join(map(str, folders))} --data ICONS --count {count} --seed {seed}"
         + (f" --judge {judge}" if judge else ""),
@@ -149,12 +149,12 @@ def evaluate_classes(
 def open_model(folder: str | Path, vae: str | Path) -> Pipeline | ViTPipeline:
     """An exported run; ValueError if it draws or tells no classes."""
     try:
-        found = load(folder, vae=vae)
+        model = load(folder, vae=vae)
     except ValueError:
-        found = load(folder)  # a ViT takes no autoencoder
-    if not isinstance(found, Pipeline | ViTPipeline) or found.labels is None:
+        model = load(folder)  # a ViT takes no autoencoder
+    if not isinstance(model, Pipeline | ViTPipeline) or model.labels is None:
         raise ValueError(f"{folder} holds no class model with names; expected the export of a small-*.toml recipe.")
-    return found
+    return model
 
 
 def class_names(model: Pipeline | ViTPipeline) -> list[str]:
@@ -167,18 +167,18 @@ def class_names(model: Pipeline | ViTPipeline) -> list[str]:
 
 def styles_of(model: Pipeline | ViTPipeline, world: IconWorld) -> list[str]:
     """The classes in the order of the model's numbers; ValueError if they are no styles."""
-    found, known = class_names(model), {icon.style for icon in world.icons}
-    if strange := [name for name in found if name not in known]:
+    names, known = class_names(model), {icon.style for icon in world.icons}
+    if strange := [name for name in names if name not in known]:
         raise ValueError(f"{model.name}: class {strange[0]!r} is no style of the icon world; train with label='style'.")
-    return found
+    return names
 
 
 def tells_concepts(model: Pipeline | ViTPipeline, world: IconWorld) -> bool:
     """Whether a ViT's classes are the concepts of the world, in the order of training."""
     if isinstance(model, Pipeline):
         return False
-    found = class_names(model)
-    return found == [name for _, name in sorted(trained_concepts(world).items())]
+    names = class_names(model)
+    return names == [name for _, name in sorted(trained_concepts(world).items())]
 
 
 def trained_concepts(world: IconWorld) -> dict[str, str]:
@@ -207,13 +207,13 @@ def concept_figures(name: str, model: Any, world: IconWorld, tell: Callable[[str
         # A tie counts against the picture, as among words.
         ranked.append((scores >= scores.gather(1, wanted[:, None])).sum(1) - 1)
         near.append(concept_ranks(embed(tiny.image.clip, images)[:, CLIP_CONCEPT], words, wanted))
-    icons, found = [world.icons[i].base for i in rows], []
+    icons, figures = [world.icons[i].base for i in rows], []
     for who, ranks in ((name, torch.cat(ranked)), (CLIP, torch.cat(near))):
         for measure, within in ((CONCEPT, 1), (CONCEPT5, 5)):
             figure = Figure(who, measure, bootstrap(100.0 * (ranks < within).float(), icons))
             tell(f"{who}: {measure} {figure.interval.value:.1f}")
-            found.append(figure)
-    return found
+            figures.append(figure)
+    return figures
 
 
 def pick(indices: list[int], count: int) -> list[int]:
@@ -232,7 +232,7 @@ def errors(model: Pipeline, world: IconWorld, held: Sequence[int], seed: int) ->
     process = gaussian(predicts=model.parts.predicts, variance=variance)
     scale, shift = scale_shift(model.parts.vae)
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    parts = []
     for begin in range(0, len(held), BATCH):
         rows = held[begin : begin + BATCH]
         x = pictures(world, rows).float() / 127.5 - 1
@@ -247,13 +247,13 @@ def errors(model: Pipeline, world: IconWorld, held: Sequence[int], seed: int) ->
 
         mse = training_loss(denoise, process, x0, i, noise).mse
         assert mse is not None
-        found.append(mse)
-    return torch.cat(found)
+        parts.append(mse)
+    return torch.cat(parts)
 
 
 def drawn(model: Pipeline, labels: Tensor, seed: int) -> Tensor:
     """One picture a label, uint8 (N, 3, H, W)."""
-    found = []
+    parts = []
     for begin in range(0, len(labels), BATCH):
         given = labels[begin : begin + BATCH].tolist()
         images = model(
@@ -266,18 +266,18 @@ def drawn(model: Pipeline, labels: Tensor, seed: int) -> Tensor:
             guidance_channels="all",
             output_type="pt",
         ).images
-        found.append(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
-    return torch.cat(found)
+        parts.append(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(parts)
 
 
-def classified(model: ViTPipeline, world: IconWorld, told: Sequence[int]) -> Tensor:
+def classified(model: ViTPipeline, world: IconWorld, indices: Sequence[int]) -> Tensor:
     """1 where the model finds the icon's style, (N,)."""
-    found = []
-    for begin in range(0, len(told), BATCH):
-        rows = told[begin : begin + BATCH]
+    correct = []
+    for begin in range(0, len(indices), BATCH):
+        rows = indices[begin : begin + BATCH]
         said = model.classify([Image.fromarray(on_white(world.rgba(i))) for i in rows], top_k=1)
-        found += [float(answer[0].label == world.icons[i].style) for answer, i in zip(said, rows, strict=True)]
-    return torch.tensor(found)
+        correct += [float(answer[0].label == world.icons[i].style) for answer, i in zip(said, rows, strict=True)]
+    return torch.tensor(correct)
 
 
 @torch.no_grad()
@@ -298,8 +298,8 @@ def card_of(folder: str) -> dict[str, Any]:
 def described(model: Pipeline | ViTPipeline, folder: str | Path) -> dict[str, Any]:
     """Parameters, and what the card beside the weights says of the training."""
     network = model.backbone if isinstance(model, Pipeline) else model.model
-    told = card_of(str(folder))
-    kept = {key: told[key] for key in ("steps", "images_seen", "seconds") if key in told}
+    card = card_of(str(folder))
+    kept = {key: card[key] for key in ("steps", "images_seen", "seconds") if key in card}
     c = network.config
     plain = isinstance(c, DiTConfig) and not c.gates
     return {

@@ -33,7 +33,7 @@ from condit.encoders.clip import CONCEPT, embed_image, embed_text, token_ids
 from condit.encoders.clip_model import Clip
 from condit.encoders.image import TinyImage
 from condit_lab.icons.world import GROUPS, TRAIN_LICENCES, Icon, IconWorld, hash_fraction, plain_caption, sample_path
-from condit_lab.suites.edit_rows import Row, differences, interval
+from condit_lab.suites.edit_rows import EditRow, differences, interval
 from condit_lab.suites.edit_trips import merging_time, photographs, round_trips, show_trips
 from condit_lab.suites.judge import Judge, frame, load_judge, to_input
 from condit_lab.suites.measures import concept_ranks, edge_similarity
@@ -139,8 +139,8 @@ def evaluate_edit(
             rows += round_trips(pipe, task, given, prompts, trip_steps, tell)
             sheets[task] = show_trips(pipe, given, prompts, trip_steps[0])
         else:
-            found, drawn, seconds[task] = run_task(world, pipe, judge, task, jobs, steps, methods, tell)
-            rows += found
+            task_rows, drawn, seconds[task] = run_task(world, pipe, judge, task, jobs, steps, methods, tell)
+            rows += task_rows
             sheets[task] = show(world, jobs, drawn)
     result = {
         "model": model,
@@ -186,7 +186,7 @@ def run_task(
     steps: int,
     methods: Mapping[str, tuple[tuple[Control, ...], bool]],
     tell: Callable[[str], None],
-) -> tuple[list[Row], dict[str, Tensor], dict[str, float]]:
+) -> tuple[list[EditRow], dict[str, Tensor], dict[str, float]]:
     """Rows, pictures (N, 3, H, W) uint8 of every method and the seconds that an edit took, inversion apart."""
     sources, truths = (pictures(world, [getattr(j, name) for j in jobs]) for name in ("source", "truth"))
     drawn: dict[str, list[Tensor]] = {name: [] for name in ("latent", *methods)}
@@ -200,10 +200,10 @@ def run_task(
         for name, (controls, anchored) in methods.items():
             clock = time.perf_counter()
             targets = [j.target_prompt for j in part]
-            found = pipe.edit(inversion, None, targets, controls=controls, anchored=anchored, output_type="pt")
+            edit = pipe.edit(inversion, None, targets, controls=controls, anchored=anchored, output_type="pt")
             seconds[name] += time.perf_counter() - clock
-            drawn[name].append(to_bytes(found.images))
-        drawn["latent"].append(to_bytes(found.sources))  # type: ignore[possibly-undefined]
+            drawn[name].append(to_bytes(edit.images))
+        drawn["latent"].append(to_bytes(edit.sources))  # type: ignore[possibly-undefined]
         tell(f"{task}: {at + len(part)} of {len(jobs)}")
     together = {name: torch.cat(parts) for name, parts in drawn.items()}
     cases = {"source, unchanged": together["latent"], **{n: together[n] for n in methods}, "true icon": truths}
@@ -220,7 +220,7 @@ def measure(
     sources: Tensor,
     truths: Tensor,
     cases: Mapping[str, Tensor],
-) -> list[Row]:
+) -> list[EditRow]:
     """Every measure of every case: the source as its latent decodes and the true icon stand beside the methods."""
     clusters = [j.label for j in jobs]
     labels = sorted({icon.label for icon in world.icons if icon.group in GROUPS} | set(clusters))
@@ -294,8 +294,8 @@ def embed_texts(pipe: Pipeline, texts: list[str]) -> Tensor:
 @torch.no_grad()
 def embed_pictures(pipe: Pipeline, images: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings (N, 256), and the patches of the fourth layer (N, 64, 192) of the embedded CLIP."""
-    found = [embed_image(clip_of(pipe), part.float() / 127.5 - 1) for part in images.split(64)]
-    return torch.cat([e for _, e in found]).float(), torch.cat([h[4, :, 1:] for h, _ in found]).float()
+    embeddings = [embed_image(clip_of(pipe), part.float() / 127.5 - 1) for part in images.split(64)]
+    return torch.cat([e for _, e in embeddings]).float(), torch.cat([h[4, :, 1:] for h, _ in embeddings]).float()
 
 
 def similarities(patches: Tensor) -> Tensor:
@@ -348,8 +348,8 @@ def write_page(result: Mapping[str, Any], tasks: Sequence[str]) -> str:
         parts.append(f"<h2>{html.escape(measure)}, {html.escape(task)}</h2><table>{cells}</table>")
     for task in tasks:
         spent = result["seconds_an_edit"].get(task, {})
-        told = ", ".join(f"{html.escape(n)} {s:.2f} s" for n, s in spent.items())
-        an_edit = f"<p>An edit: {told}.</p>" if told else ""
+        times = ", ".join(f"{html.escape(n)} {s:.2f} s" for n, s in spent.items())
+        an_edit = f"<p>An edit: {times}.</p>" if times else ""
         parts.append(f'<h2>{html.escape(task)}</h2>{an_edit}<img src="sheets/{task}.png" alt="">')
     style = "body{font:15px/1.5 system-ui;max-width:1180px;margin:2em auto}td{padding:.2em .8em}img{max-width:100%}"
     head = f'<meta charset="utf-8"><title>condit edits</title><style>{style}</style>'

@@ -47,7 +47,7 @@ def edit_claims(result: Mapping[str, Any]) -> dict[str, str]:
     model, rows = result["model"], result["rows"]
     if model not in MODELS:
         raise ValueError(f"Claims are about {' and '.join(MODELS)}; {model!r} was measured. Leave --claims out.")
-    found: dict[str, list[Measured]] = {
+    by_claim: dict[str, list[Measured]] = {
         SOLVER: _told(rows, "icons", (TRIP,), None, 1) + _told(rows, "photographs", (TRIP,), None, 1),
         UNIFIED: _told(rows, "concept", (KEPT, KEPT_SSIM, STRUCTURE, NEAR, DIRECTION), PAIRS[0], 3),
         MERGING: _told(rows, "concept", (KEPT, STRUCTURE, NEAR, DIRECTION), PAIRS[1], 3)
@@ -62,7 +62,7 @@ def edit_claims(result: Mapping[str, Any]) -> dict[str, str]:
     }
     return {
         name: block(CLAIMS[name], measured, note=notes[claim], command=result["command"])
-        for claim, measured in found.items()
+        for claim, measured in by_claim.items()
         if measured and (name := f"{claim}/{model}") in CLAIMS
     }
 

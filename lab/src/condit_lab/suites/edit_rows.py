@@ -11,7 +11,7 @@ from condit_lab.suites.measures import bootstrap
 
 
 @dataclass(frozen=True)
-class Row:
+class EditRow:
     """One figure with its 95 % interval, bootstrapped over concepts."""
 
     task: str
@@ -23,9 +23,9 @@ class Row:
     n: int
 
 
-def interval(task: str, measure: str, case: str, values: Tensor, clusters: Sequence[str]) -> Row:
-    found = bootstrap(values, clusters)
-    return Row(task, measure, case, found.value, found.low, found.high, found.n)
+def interval(task: str, measure: str, case: str, values: Tensor, clusters: Sequence[str]) -> EditRow:
+    mean = bootstrap(values, clusters)
+    return EditRow(task, measure, case, mean.value, mean.low, mean.high, mean.n)
 
 
 def difference(one: str, other: str) -> str:
@@ -39,7 +39,7 @@ def differences(
     values: Mapping[str, Tensor],
     clusters: Sequence[str],
     pairs: Sequence[tuple[str, str]],
-) -> list[Row]:
+) -> list[EditRow]:
     """Of the same pictures one by one, so that what they have in common drops out."""
     return [
         interval(task, measure, difference(one, other), values[one] - values[other], clusters)

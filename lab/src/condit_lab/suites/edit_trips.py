@@ -16,7 +16,7 @@ from condit.controls.token_merging import TokenMerging
 from condit.data.sheets import SheetCell, contact_sheet
 from condit.diffusion.inversion import Solver
 from condit.drawing.pipeline import Pipeline
-from condit_lab.suites.edit_rows import Row, differences, interval
+from condit_lab.suites.edit_rows import EditRow, differences, interval
 
 if TYPE_CHECKING:
     from condit.drawing.pipeline import Pipeline
@@ -45,13 +45,13 @@ def photographs(count: int = 4) -> tuple[list[Image.Image], list[str]]:
     windows in other places."""
     import skimage
 
-    folder, found, prompts = Path(str(skimage.__file__)).parent / "data", [], []
+    folder, squares, prompts = Path(str(skimage.__file__)).parent / "data", [], []
     opened = {name: Image.open(folder / name).convert("RGB") for name in PHOTOS}
     for i in range(count):
         name = list(PHOTOS)[i % len(PHOTOS)]
-        found.append(window(opened[name], i // len(PHOTOS)))
+        squares.append(window(opened[name], i // len(PHOTOS)))
         prompts.append(PHOTOS[name])
-    return found, prompts
+    return squares, prompts
 
 
 def window(image: Image.Image, number: int) -> Image.Image:
@@ -72,7 +72,7 @@ def round_trips(
     prompts: list[str],
     trip_steps: Sequence[int],
     tell: Callable[[str], None],
-) -> list[Row]:
+) -> list[EditRow]:
     """Latent PSNR from picture to noise and back, and the deviation of that noise (of unit noise 1), by solver and
     steps; a solver minus another with as many network calls or more."""
     rows, trips, calls = [], {}, {}
@@ -81,12 +81,12 @@ def round_trips(
         for solver, a_level in solvers.items():
             case = f"{solver}, {steps} steps, {a_level * steps} network calls"
             how = {"num_inference_steps": steps, "solver": solver, "iterations": a_level - 1 or 1}
-            found = [
+            inversions = [
                 pipe.invert(images[at : at + BATCH], prompts[at : at + BATCH], **how)
                 for at in range(0, len(images), BATCH)
             ]
-            trips[case], calls[case] = torch.cat([x.decibels for x in found]), (solver, steps)
-            spread = torch.cat([x.trajectory[0].flatten(1).std(1) for x in found])
+            trips[case], calls[case] = torch.cat([x.decibels for x in inversions]), (solver, steps)
+            spread = torch.cat([x.trajectory[0].flatten(1).std(1) for x in inversions])
             rows.append(interval(what, TRIP, case, trips[case], prompts))
             rows.append(interval(what, NOISE_SPREAD, case, spread, prompts))
         tell(f"round trips of {what}: {steps} steps")
@@ -103,9 +103,9 @@ def show_trips(pipe: Pipeline, images: list[Image.Image], prompts: list[str], st
     for solver, calls in solvers_of(pipe).items():
         if calls > 1:
             continue
-        found = pipe.invert(images, prompts, num_inference_steps=steps, solver=solver)
-        shown.setdefault("latent", pipe.decode(found.trajectory[-1], found.size))
-        shown[f"{solver}, {steps} steps"] = pipe.decode(found.again, found.size)
+        inversion = pipe.invert(images, prompts, num_inference_steps=steps, solver=solver)
+        shown.setdefault("latent", pipe.decode(inversion.trajectory[-1], inversion.size))
+        shown[f"{solver}, {steps} steps"] = pipe.decode(inversion.again, inversion.size)
     rows = [
         [SheetCell(image, "given", is_input=True), *(SheetCell(pictures[i], case) for case, pictures in shown.items())]
         for i, image in enumerate(images)
@@ -122,7 +122,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def merging_time(pipe: Pipeline, count: int, tell: Callable[[str], None]) -> list[Row]:
+def merging_time(pipe: Pipeline, count: int, tell: Callable[[str], None]) -> list[EditRow]:
     """Seconds of single steps of an edit with so many tokens that merging is meant for, plain and merged in turn, with
     the control that is the preset's; the picture is one colour, as its content takes no time."""
     if pipe.model.inversion == ("fixed_point", 2):

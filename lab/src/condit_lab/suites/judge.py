@@ -54,14 +54,14 @@ class Judge(nn.Module):
     def statistics(self, images: Tensor) -> Tensor:
         """What the head sees: means and deviations of the last two stages, (B, 3, 64, 64) -> (B, 448)."""
         x = torch.einsum("dc,bchw->bdhw", _YCC.to(images), images)
-        found = []
+        moments = []
         for number, stage in enumerate(self.stages):
             x = stage(x)
             if number >= 2:
                 flat = x.flatten(2).float()
-                found += [flat.mean(2), flat.std(2)]
+                moments += [flat.mean(2), flat.std(2)]
             x = F.max_pool2d(x, 2)
-        return torch.cat(found, 1)
+        return torch.cat(moments, 1)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, among: Collection[str] | None = None, batch: int = 256) -> Tensor:

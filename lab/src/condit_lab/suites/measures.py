@@ -43,10 +43,10 @@ def _resampled(values: NDArray, weights: NDArray, numbers: NDArray) -> NDArray:
 
 
 def _values(values: Sequence | Tensor | NDArray) -> NDArray:
-    found = np.asarray(values, dtype=np.float64)
-    if found.ndim != 1 or not found.size or not np.isfinite(found).all():
-        raise ValueError(f"a mean needs a row of finite numbers; found shape {found.shape}, {found[:4]}")
-    return found
+    row = np.asarray(values, dtype=np.float64)
+    if row.ndim != 1 or not row.size or not np.isfinite(row).all():
+        raise ValueError(f"a mean needs a row of finite numbers; found shape {row.shape}, {row[:4]}")
+    return row
 
 
 def bootstrap(
@@ -57,10 +57,10 @@ def bootstrap(
     seed: int = 0,
 ) -> Interval:
     """Mean and percentile interval (Efron 1979). Whole clusters are drawn: pictures of one concept hang together."""
-    found = _values(values)
-    means = _resampled(found, *_draws(clusters, len(found), resamples, seed))
+    sample = _values(values)
+    means = _resampled(sample, *_draws(clusters, len(sample), resamples, seed))
     low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(found.mean()), float(low), float(high), len(found))
+    return Interval(float(sample.mean()), float(low), float(high), len(sample))
 
 
 def resample(
@@ -71,11 +71,11 @@ def resample(
     seed: int = 0,
 ) -> NDArray:
     """Means of several values of the same n pictures, M rows of (n,), in every resample, drawn together: (M, R)."""
-    found = [_values(row) for row in rows]
-    if len({len(row) for row in found}) != 1:
-        raise ValueError(f"rows of {sorted({len(row) for row in found})} values; all are of the same pictures")
-    draws = _draws(clusters, len(found[0]), resamples, seed)
-    return np.stack([_resampled(row, *draws) for row in found])
+    samples = [_values(row) for row in rows]
+    if len({len(row) for row in samples}) != 1:
+        raise ValueError(f"rows of {sorted({len(row) for row in samples})} values; all are of the same pictures")
+    draws = _draws(clusters, len(samples[0]), resamples, seed)
+    return np.stack([_resampled(row, *draws) for row in samples])
 
 
 def ratio(
@@ -98,32 +98,36 @@ def ratio(
     return Interval(float(above.mean() / below.mean()), float(low), float(high), len(above))
 
 
-def kernel_distance(found: Tensor, real: Tensor, *, resamples: int = 200, seed: int = 0) -> tuple[float, float, float]:
+def kernel_distance(
+    generated: Tensor, real: Tensor, *, resamples: int = 200, seed: int = 0
+) -> tuple[float, float, float]:
     """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (KID, Binkowski et al. 2018, arXiv:1801.01401)
     of features (N, D) and (M, D), unbiased, so about 0 for the same distribution; with the 2.5 % and 97.5 % points over
     random halves of both, which are a little too wide."""
-    if min(len(found), len(real)) < 4:
-        raise ValueError(f"a distance of distributions needs at least 4 pictures each; found {len(found)}, {len(real)}")
+    if min(len(generated), len(real)) < 4:
+        raise ValueError(
+            f"a distance of distributions needs at least 4 pictures each; found {len(generated)}, {len(real)}"
+        )
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
 
-    within_found, within_real, across = kernel(found, found), kernel(real, real), kernel(found, real)
+    within_generated, within_real, across = kernel(generated, generated), kernel(real, real), kernel(generated, real)
 
     def mean_off_diagonal(k: Tensor) -> Tensor:
         return (k.sum() - k.diagonal().sum()) / (len(k) * (len(k) - 1))
 
     def estimate(rows: Tensor, columns: Tensor) -> float:
-        both = mean_off_diagonal(within_found[rows][:, rows]) + mean_off_diagonal(within_real[columns][:, columns])
+        both = mean_off_diagonal(within_generated[rows][:, rows]) + mean_off_diagonal(within_real[columns][:, columns])
         return float(both - 2 * across[rows][:, columns].mean())
 
     generator = torch.Generator().manual_seed(seed)
     halves = [
-        estimate(*(torch.randperm(len(x), generator=generator)[: len(x) // 2] for x in (found, real)))
+        estimate(*(torch.randperm(len(x), generator=generator)[: len(x) // 2] for x in (generated, real)))
         for _ in range(resamples)
     ]
     low, high = np.percentile(halves, [2.5, 97.5])
-    return estimate(torch.arange(len(found)), torch.arange(len(real))), float(low), float(high)
+    return estimate(torch.arange(len(generated)), torch.arange(len(real))), float(low), float(high)
 
 
 def agreement(said: Tensor, wanted: Tensor) -> Tensor:
@@ -179,9 +183,9 @@ def thumbnails(images: Tensor, side: int = 32) -> Tensor:
 
 def nearest(queries: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
     """RMS distance to the nearest row of the bank, and its number: (N, D), (M, D) -> (N,), (N,)."""
-    found = torch.cat([torch.cdist(part, bank).argmin(1) for part in queries.split(256)])
+    indices = torch.cat([torch.cdist(part, bank).argmin(1) for part in queries.split(256)])
     # cdist multiplies matrices and loses the last digits near 0, so the winner's distance is taken again.
-    return (queries - bank[found]).square().mean(1).sqrt(), found
+    return (queries - bank[indices]).square().mean(1).sqrt(), indices
 
 
 def luma_psnr(images: Tensor, gray: Tensor) -> Tensor:

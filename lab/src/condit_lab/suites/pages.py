@@ -12,16 +12,16 @@ from condit.data.files import atomic_write
 def fill(page: str, kind: str, text: Callable[[str], str | None]) -> str:
     """The page with every place of a kind filled by text(name), whole lines; None leaves what stands there."""
 
-    def filled(found: re.Match[str]) -> str:
-        new = text(found["name"])
-        return found[0] if new is None else found["open"] + new + found["close"]
+    def filled(match: re.Match[str]) -> str:
+        new = text(match["name"])
+        return match[0] if new is None else match["open"] + new + match["close"]
 
     return _place(kind).sub(filled, page)
 
 
 def names(page: str, kind: str) -> list[str]:
     """The names of the places of a kind, in order."""
-    return [found["name"] for found in _place(kind).finditer(page)]
+    return [match["name"] for match in _place(kind).finditer(page)]
 
 
 def fill_file(file: Path, kind: str, texts: Mapping[str, str]) -> Path:

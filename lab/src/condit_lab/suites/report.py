@@ -136,9 +136,9 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         draw.line((x(top * quarter / 4), 0, x(top * quarter / 4), image.height), FAINT)
     for number, row in enumerate(rows):
         y = 6 + number * _LINE
-        beside = row["case"].startswith((REAL, LATENT, "copying", "no control", "the gray"))
+        is_baseline = row["case"].startswith((REAL, LATENT, "copying", "no control", "the gray"))
         draw.text((_LABEL - 8, y + _LINE / 2), row["case"], INK, font=font, anchor="rm")
-        draw.rectangle((_LABEL, y + 4, x(row["value"]), y + _LINE - 4), BESIDE if beside else BAR)
+        draw.rectangle((_LABEL, y + 4, x(row["value"]), y + _LINE - 4), BESIDE if is_baseline else BAR)
         draw.line((x(row["low"]), y + _LINE / 2, x(row["high"]), y + _LINE / 2), WHISKER, width=2)
         draw.text((x(row["high"]) + 6, y + _LINE / 2), f"{row['value']:.3g}", INK, font=font, anchor="lm")
     return image

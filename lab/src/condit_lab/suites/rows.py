@@ -36,7 +36,7 @@ _COLOURED = 10.0  # mean chroma in CIELAB; black and white sets stay below 2
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureRow:
     """One figure: the mean over n pictures and its 95 % interval; of_ceiling = [value, low, high] over real icons'."""
 
     measure: str
@@ -78,22 +78,22 @@ class Scene:
 
     def row(
         self, measure: str, case: str, values: Tensor, *, ceiling: Tensor | None = None, kept: Tensor | None = None
-    ) -> Row:
+    ) -> FigureRow:
         """kept: (N,) bool, the pictures for which the measure has a meaning."""
         chosen = torch.ones(len(self.icons), dtype=torch.bool) if kept is None else kept
         clusters = [name for name, keep in zip(self.clusters, chosen.tolist(), strict=True) if keep]
-        found = measures.bootstrap(values[chosen], clusters)
+        interval = measures.bootstrap(values[chosen], clusters)
         part = None if ceiling is None else measures.ratio(values[chosen], ceiling[chosen], clusters)
         share = None if part is None else [round(x, 4) for x in (part.value, part.low, part.high)]
-        value, low, high = (round(x, 4) for x in (found.value, found.low, found.high))
-        return Row(measure, self.split, case, value, low, high, found.n, share)
+        value, low, high = (round(x, 4) for x in (interval.value, interval.low, interval.high))
+        return FigureRow(measure, self.split, case, value, low, high, interval.n, share)
 
 
 def style_numbers(scene: Scene, styles: Sequence[str]) -> Tensor:
     return torch.tensor([styles.index(icon.style) for icon in scene.icons])
 
 
-def style_rows(scene: Scene, styles: Sequence[str]) -> list[Row]:
+def style_rows(scene: Scene, styles: Sequence[str]) -> list[FigureRow]:
     """Share of pictures that the judge takes for the target's style; the ceiling is that of the cells' real icons."""
     wanted = style_numbers(scene, styles)
     ceiling = measures.agreement(scene.styles["real"], wanted)
@@ -114,18 +114,18 @@ def sheet_scores(scene: Scene, name: str, styles: Sequence[str], labels: Sequenc
     return own / (1 + ranks(scene, name, labels, texts))
 
 
-def retrieval_rows(scene: Scene, labels: Sequence[str], texts: Tensor) -> list[Row]:
+def retrieval_rows(scene: Scene, labels: Sequence[str], texts: Tensor) -> list[FigureRow]:
     """Share of pictures whose concept our CLIP ranks first, or among five, of all labels. "other" is the subject
     reference itself."""
-    found = {name: ranks(scene, name, labels, texts) for name in scene.names("copy", "other", "latent", "real")}
+    ranks_by_name = {name: ranks(scene, name, labels, texts) for name in scene.names("copy", "other", "latent", "real")}
     return [
-        scene.row(measure, scene.case(name), rank < most, ceiling=found["real"] < most)
+        scene.row(measure, scene.case(name), rank < most, ceiling=ranks_by_name["real"] < most)
         for measure, most in ((TOP1, 1), (TOP5, 5))
-        for name, rank in found.items()
+        for name, rank in ranks_by_name.items()
     ]
 
 
-def leakage_rows(scene: Scene, icons: Sequence[Icon], labels: Sequence[str], texts: Tensor) -> list[Row]:
+def leakage_rows(scene: Scene, icons: Sequence[Icon], labels: Sequence[str], texts: Tensor) -> list[FigureRow]:
     """Share of pictures nearer to a reference's own concept than to the prompted one; without a control and on real
     icons the same pairs are asked, which gives the chance level."""
     number = {label: i for i, label in enumerate(labels)}
@@ -141,14 +141,14 @@ def leakage_rows(scene: Scene, icons: Sequence[Icon], labels: Sequence[str], tex
     }
     if not kinds:
         return []
-    beside = {name: "style" for name in ("none", "new-none", "copy", "real") if name in scene.images}
+    baselines = {name: "style" for name in ("none", "new-none", "copy", "real") if name in scene.images}
     return [
         scene.row(LEAKAGE, scene.case(name), measures.leaks(scene.concepts[name], texts, prompted, references(kind)))
-        for name, kind in {**kinds, **beside}.items()
+        for name, kind in {**kinds, **baselines}.items()
     ]
 
 
-def edge_similarity_rows(scene: Scene) -> list[Row]:
+def edge_similarity_rows(scene: Scene) -> list[FigureRow]:
     """Correlation of soft edges with the true icon that the model has not seen."""
     real = scene.images["real"]
     return [
@@ -167,7 +167,7 @@ def near_duplicate_threshold(yardstick: Tensor, bank: Tensor) -> float:
     return float(measures.nearest(yardstick, bank)[0].quantile(0.01))
 
 
-def near_duplicate_rows(scene: Scene, bank: Tensor, threshold: float) -> list[Row]:
+def near_duplicate_rows(scene: Scene, bank: Tensor, threshold: float) -> list[FigureRow]:
     """Share of pictures whose nearest training icon (32 px, colours only) is closer than the threshold."""
     return [
         scene.row(DUPLICATES, scene.case(name), measures.nearest(measures.thumbnails(images), bank)[0] < threshold)
@@ -176,25 +176,25 @@ def near_duplicate_rows(scene: Scene, bank: Tensor, threshold: float) -> list[Ro
     ]
 
 
-def edge_f1_rows(scene: Scene, world: IconWorld) -> list[Row]:
+def edge_f1_rows(scene: Scene, world: IconWorld) -> list[FigureRow]:
     """Edges of the drawn picture against the map that it was given, beside the same prompts and noise without a map,
     and the true icon on white (a map made from alpha has lines that white paper hides)."""
     if "edges" not in scene.specs:
         return []
-    found = edge_scores(scene, world)
-    cases = {name: WORDS_ALONE if name == "words" else scene.case(name) for name in found}
-    return [scene.row(F1, cases[name], values, ceiling=found["real"]) for name, values in found.items()]
+    scores = edge_scores(scene, world)
+    cases = {name: WORDS_ALONE if name == "words" else scene.case(name) for name in scores}
+    return [scene.row(F1, cases[name], values, ceiling=scores["real"]) for name, values in scores.items()]
 
 
 def edge_scores(scene: Scene, world: IconWorld) -> dict[str, Tensor]:
     """F1 of every picture, (N,), by set."""
     given = torch.stack([_lines(world.rgba(cell.icon)) for cell in scene.cells])
-    found = {}
+    scores = {}
     for name in ("edges", "words", "real"):
         if name in scene.images:
             lines = torch.stack([_lines(x.permute(1, 2, 0).numpy()) for x in scene.images[name]])
-            found[name] = edge_f1(lines, given)
-    return found
+            scores[name] = edge_f1(lines, given)
+    return scores
 
 
 def _lines(pixels: np.ndarray) -> Tensor:
@@ -203,7 +203,7 @@ def _lines(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(annotators.edges_array(pixels[..., :3] if opaque else pixels) > 0)
 
 
-def gray_rows(scene: Scene) -> list[Row]:
+def gray_rows(scene: Scene) -> list[FigureRow]:
     """How well the given lightness is kept, and how near the colours come to the true ones. Colours are asked of
     coloured icons only: a black and white set has none to find."""
     if "gray" not in scene.specs:
@@ -214,17 +214,17 @@ def gray_rows(scene: Scene) -> list[Row]:
     compared = {scene.case("gray"): scene.images["gray"]}
     if "words" in scene.images:
         compared[WORDS_ALONE] = scene.images["words"]
-    found = [scene.row(PSNR, case, measures.luma_psnr(images, gray)) for case, images in compared.items()]
+    rows = [scene.row(PSNR, case, measures.luma_psnr(images, gray)) for case, images in compared.items()]
     if not coloured.any():
-        return found
+        return rows
     compared["the gray picture itself"] = gray
     for case, images in compared.items():
         distance = _by_parts(measures.colour_distance, images, real)
-        found.append(scene.row(COLOUR, case, distance, kept=coloured))
-    return found
+        rows.append(scene.row(COLOUR, case, distance, kept=coloured))
+    return rows
 
 
-def subject_rows(scene: Scene) -> list[Row]:
+def subject_rows(scene: Scene) -> list[FigureRow]:
     """How near pictures come to the reference that shows their subject; the true icon is another hand's drawing of it.
     Colours are asked where both of these have some."""
     if "subject" not in scene.specs:
@@ -234,13 +234,13 @@ def subject_rows(scene: Scene) -> list[Row]:
     if "words" in scene.images:
         compared[WORDS_ALONE] = scene.images["words"]
     compared[REAL] = real
-    found = [scene.row(SUBJECT_EDGES, c, _by_parts(measures.edge_similarity, x, shown)) for c, x in compared.items()]
+    rows = [scene.row(SUBJECT_EDGES, c, _by_parts(measures.edge_similarity, x, shown)) for c, x in compared.items()]
     coloured = torch.stack([_by_parts(measures.colour_distance, _gray(x), x) > _COLOURED for x in (shown, real)]).all(0)
     if coloured.any():
         for case, images in compared.items():
             distance = _by_parts(measures.colour_distance, images, shown)
-            found.append(scene.row(SUBJECT_COLOUR, case, distance, kept=coloured))
-    return found
+            rows.append(scene.row(SUBJECT_COLOUR, case, distance, kept=coloured))
+    return rows
 
 
 def _gray(images: Tensor) -> Tensor:
@@ -249,15 +249,15 @@ def _gray(images: Tensor) -> Tensor:
     return levels[:, None].expand(-1, 3, -1, -1)
 
 
-def criteria(rows: Collection[Row]) -> list[dict[str, Any]]:
+def criteria(rows: Collection[FigureRow]) -> list[dict[str, Any]]:
     """What the model was asked for, with what it has: only those whose sets were drawn."""
     table = {(row.measure, row.split, row.case): row for row in rows}
-    found: list[dict[str, Any]] = []
+    outcomes: list[dict[str, Any]] = []
 
     def ask(text: str, value: float | None, wanted: float, at_least: bool = True) -> None:
         if value is not None:
             holds = value >= wanted if at_least else value <= wanted
-            found.append({"text": text, "value": round(value, 4), "wanted": round(wanted, 4), "holds": holds})
+            outcomes.append({"text": text, "value": round(value, 4), "wanted": round(wanted, 4), "holds": holds})
 
     def share(measure: str, case: str, split: str = "combo") -> float | None:
         row = table.get((measure, split, case))
@@ -285,7 +285,7 @@ def criteria(rows: Collection[Row]) -> list[dict[str, Any]]:
     plain = value(F1, WORDS_ALONE)
     if plain is not None:
         ask("edge F1, at least twice no control", value(F1, "style word and edges"), 2 * plain)
-    return found
+    return outcomes
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 BATCH, SAVE_EVERY = 32, 4
 Split = Literal["combo", "concept", "style"]
-Reference = Literal["style", "three", "unseen", "subject", "edges", "gray"]
+ReferenceKind = Literal["style", "three", "unseen", "subject", "edges", "gray"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Spec:
     what: str
     prompt: Literal["label", "caption"]
     adapter: str | None = None
-    reference: Reference | None = None
+    reference: ReferenceKind | None = None
     guidance: float | None = None
     image_guidance: float | None = None
 
@@ -110,9 +110,9 @@ def choose_cells(world: IconWorld, split: Split, count: int, seed: int = 0) -> l
     by_style, by_base = _lists(usable, lambda i: icons[i].style), _lists(usable, lambda i: icons[i].base)
     cells: list[Cell] = []
     for turn in range(count if split == "style" else 1):
-        found = [cell for i in targets if (cell := _cell(icons, i, by_style, by_base, f"{seed}/{turn}")) is not None]
-        cells += found[: count - len(cells)]
-        if not found or len(cells) == count:
+        complete = [cell for i in targets if (cell := _cell(icons, i, by_style, by_base, f"{seed}/{turn}")) is not None]
+        cells += complete[: count - len(cells)]
+        if not complete or len(cells) == count:
             break
     return cells
 
@@ -137,10 +137,10 @@ def _cell(
 
 
 def _lists(items: Iterable[int], key: Callable[[int], str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+    lists: dict[str, list[int]] = {}
     for item in items:
-        found.setdefault(key(item), []).append(item)
-    return found
+        lists.setdefault(key(item), []).append(item)
+    return lists
 
 
 def pictures(world: IconWorld, indices: Iterable[int]) -> Tensor:
@@ -148,12 +148,12 @@ def pictures(world: IconWorld, indices: Iterable[int]) -> Tensor:
     return torch.stack([torch.from_numpy(on_white(world.rgba(i))).permute(2, 0, 1) for i in indices])
 
 
-def shown(world: IconWorld, cell: Cell, reference: Reference) -> list[Image.Image]:
+def shown(world: IconWorld, cell: Cell, reference: ReferenceKind) -> list[Image.Image]:
     """What the adapter is given for a cell: icons, or the true icon's lines or gray picture."""
     numbers = {"style": cell.style[:1], "three": cell.style, "unseen": (cell.unseen,), "subject": (cell.subject,)}
-    found = [Image.fromarray(world.rgba(i)) for i in numbers.get(reference, (cell.icon,))]
+    images = [Image.fromarray(world.rgba(i)) for i in numbers.get(reference, (cell.icon,))]
     annotate = {"edges": annotators.lines, "gray": annotators.gray}.get(reference)
-    return found if annotate is None else [annotate(found[0])]
+    return images if annotate is None else [annotate(images[0])]
 
 
 def prompt_of(icon: Icon, spec: Spec) -> str:

@@ -29,8 +29,8 @@ from condit_lab.suites.sets import Cell, choose_cells
 from condit_lab.suites.style_measures import retrieval_chance
 from condit_lab.suites.style_methods import (
     METHODS,
+    CellInputs,
     Method,
-    Shown,
     Stage,
     at_sites,
     choose,
@@ -193,29 +193,29 @@ def make_stages(methods: Sequence[Method], vgg: AdaIN | None, *, bf16: bool = Fa
     """Every model that the methods name, if it is here, and the embedded one, whose CLIP measures."""
     from condit.drawing.loading import load
 
-    found = {}
+    stages = {}
     for model in {"tiny", *(method.model for method in methods if method.model in MODELS)}:
         pipe = load(model, dtype=torch.bfloat16 if bf16 else None)
         adapters = sets.load_adapters((m.needs for m in methods if m.needs and m.model == model), pipe)
-        found[model] = Stage(pipe, adapters, adain=vgg)
-    return found
+        stages[model] = Stage(pipe, adapters, adain=vgg)
+    return stages
 
 
 def runnable(study: Study, methods: Sequence[Method]) -> list[Method]:
     """Those that can run here; the others are noted, or refused (ValueError) where they were asked for by name."""
-    found, asked = [], study.protocol.methods or ()
+    supported, requested = [], study.protocol.methods or ()
     for method in methods:
         stage = study.stages.get(method.model)
         why = f"no model {method.model}" if stage is None else method.missing(stage)
         if why is None:
-            found.append(method)
-        elif method.name in asked:
+            supported.append(method)
+        elif method.name in requested:
             raise ValueError(f"{method.name}: {why}")
         else:
             study.skipped.append({"method": method.name, "why": why})
             study.tell(f"{method.name}: left out, {why}")
-    names = {method.name for method in found}
-    return [replace(m, baseline=m.baseline if m.baseline in names else None) for m in found]
+    names = {method.name for method in supported}
+    return [replace(m, baseline=m.baseline if m.baseline in names else None) for m in supported]
 
 
 def make_pictures(study: Study, method: Method, strength: float) -> Tensor:
@@ -239,7 +239,7 @@ def draw(study: Study, method: Method, strength: float, cells: Sequence[Cell], n
     mark = sets.mark_of([sets.drawn_by(pipe), adapter, setting, names, seed, steps])
 
     def part(start: int) -> list:
-        given: Shown = look(study.world, cells[start : start + sets.BATCH], method.shows)
+        given: CellInputs = look(study.world, cells[start : start + sets.BATCH], method.shows)
         return pipe(
             method.prompts(given.wanted),
             controls=make(stage, given, strength),
@@ -260,22 +260,22 @@ def probe_blocks(
     blank = next(method for method in METHODS if method.name == "none")
     given = make_given(replace(study, cells=cells), ruler, "style")
     before = rulers.values(ruler, draw(study, blank, tables.BLANK_STRENGTH, cells, "probe-none"), given)
-    found = []
+    layers = []
     for site in (site.path for site in study.stages["tiny"].pipe.backbone.sites):
         method = Method(f"probe/{site}", site, partial(at_sites, sites=(site,)), needs="tiny/style")
         after = rulers.values(ruler, draw(study, method, 1.0, cells, f"probe-{site}"), given)
         style, leakage = (float((after[m] - before[m]).mean()) for m in (rulers.SCORE, rulers.LEAKAGE))
-        found.append({"site": site, "style": round(style, 4), "leakage": round(leakage, 4), "n": len(cells)})
-    ranked = rank_blocks(found)
+        layers.append({"site": site, "style": round(style, 4), "leakage": round(leakage, 4), "n": len(cells)})
+    ranked = rank_blocks(layers)
     return tuple(entry["site"] for entry in ranked[:size]), ranked
 
 
-def rank_blocks(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rank_blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Layers with at least half of the style that the best layer wins, least leakage first; then the others by style. A
     layer that does nothing leaks nothing, so leakage alone would choose it."""
-    most = max(entry["style"] for entry in found)
-    strong = [dict(entry) for entry in found if entry["style"] >= most / 2 > 0]
-    weak = [dict(entry) for entry in found if dict(entry) not in strong]
+    most = max(entry["style"] for entry in layers)
+    strong = [dict(entry) for entry in layers if entry["style"] >= most / 2 > 0]
+    weak = [dict(entry) for entry in layers if dict(entry) not in strong]
     return sorted(strong, key=lambda x: x["leakage"]) + sorted(weak, key=lambda x: -x["style"])
 
 
@@ -296,12 +296,12 @@ def measure(
         )
         for method in methods
     }
-    found = {}
+    measured = {}
     for method in methods:
         for strength in method.strengths:
             own = rulers.values(ruler, study.images[method.name, strength], given[method.shows])
-            found[method.name, strength] = tables.less_blank(own, blanks[method.blank, method.shows])
-    return found
+            measured[method.name, strength] = tables.less_blank(own, blanks[method.blank, method.shows])
+    return measured
 
 
 def write_table(result: Mapping[str, Any], path: str | Path) -> Path:

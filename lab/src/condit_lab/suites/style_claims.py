@@ -38,7 +38,7 @@ CLAIMS: dict[str, Claim] = {
 
 def style_claims(result: Mapping[str, Any]) -> dict[str, str]:
     """Claim -> text, for each that the methods of a result (`evaluate_style`) answer."""
-    names, found = {entry["name"]: entry["what"] for entry in result["methods"]}, {}
+    names, blocks = {entry["name"]: entry["what"] for entry in result["methods"]}, {}
     for claim, methods, measure, note in (
         ("instantstyle-leakage", _INSTANTSTYLE, LEAKAGE, "Leakage: cosine with the label of the reference's concept"),
         ("deadiff-prompt", ("unet-deadiff",), ALIGNMENT, "Text alignment: cosine of picture and prompt"),
@@ -52,16 +52,16 @@ def style_claims(result: Mapping[str, Any]) -> dict[str, str]:
         if rows:
             above = ", above no reference" if measure == LEAKAGE else ""
             text = f"{note}{above}, in the concept half of our CLIP. {_CURVE}"
-            found[claim] = block(CLAIMS[claim], rows, note=text, command=result["command"])
+            blocks[claim] = block(CLAIMS[claim], rows, note=text, command=result["command"])
     if {"subject", "subject-tokens"} <= names.keys():
-        found["ip-subject"] = block(
+        blocks["ip-subject"] = block(
             CLAIMS["ip-subject"],
             _subject(result, names),
             note="Both adapters are shown the prompt's concept drawn by another hand. Likeness: correlation of soft "
             "edges with what was shown, above no reference; fidelity: with the true icon, which no model saw.",
             command=result["command"],
         )
-    return found
+    return blocks
 
 
 def _row(result: Mapping[str, Any], method: str, measure: str, strength: float) -> Mapping[str, Any]:
@@ -82,32 +82,32 @@ def _own(result: Mapping[str, Any], method: str, what: str, strength: float, mea
 
 def _against(result: Mapping[str, Any], method: str, what: str, measure: str) -> list[Measured]:
     """At every strength the difference at equal style, or the method's own figures beyond the curve's ends."""
-    found = []
+    rows = []
     for entry in result["comparisons"]:
         # Subtracting nothing is the plain adapter.
         if (entry["method"], entry["measure"]) != (method, measure) or not entry["strength"]:
             continue
         gap, strength = entry["gap"], entry["strength"]
         if gap["difference"] is None:
-            found += _own(result, method, f"{what} at {strength:g} ({gap['side']} the curve)", strength, measure)
+            rows += _own(result, method, f"{what} at {strength:g} ({gap['side']} the curve)", strength, measure)
             continue
         beyond = f" ({gap['outside']:.0%} of resamples beyond the curve)" if gap["outside"] >= _BEYOND else ""
-        told = {"value": gap["difference"], "low": gap["low"], "high": gap["high"]}
+        difference = {"value": gap["difference"], "low": gap["low"], "high": gap["high"]}
         n, name = _row(result, method, SCORE, strength)["n"], measure.removesuffix(", increase")
-        found.append(Measured.of(f"{name} at equal style, {what} at {strength:g}{beyond}", {**told, "n": n}))
-    return found
+        rows.append(Measured.of(f"{name} at equal style, {what} at {strength:g}{beyond}", {**difference, "n": n}))
+    return rows
 
 
 def _subject(result: Mapping[str, Any], names: Mapping[str, str]) -> list[Measured]:
-    found = []
+    rows = []
     for measure in (LIKENESS, SUBJECT, TOP5):
         for row in result["rows"]:
             shown = ("subject", "subject-tokens") if measure == LIKENESS else ("none", "subject", "subject-tokens")
             if row["measure"] == measure and row["method"] in shown:
                 at = f" at {row['strength']:g}" if row["method"] in result["swept"] else ""
-                found.append(Measured.of(f"{measure}, {names[row['method']]}{at}", row))
+                rows.append(Measured.of(f"{measure}, {names[row['method']]}{at}", row))
     for pair in result["pairs"]:
         if pair["measure"] in (LIKENESS, SUBJECT) and (pair["method"], pair["other"]) == ("subject-tokens", "subject"):
             what = f"{pair['measure']}, OminiControl less IP-Adapter at {pair['other_strength']:g}, the same noise"
-            found.append(Measured.of(what, pair))
-    return found
+            rows.append(Measured.of(what, pair))
+    return rows

@@ -84,8 +84,8 @@ def auc(positive: Tensor, negative: Tensor) -> float:
     _, numbers, counts = both.unique(sorted=True, return_inverse=True, return_counts=True)
     above = counts.cumsum(0).double()
     rank = above - (counts - 1).double() / 2  # equal scores share their mean rank
-    found = rank[numbers[: len(positive)]].sum() - len(positive) * (len(positive) + 1) / 2
-    return float(found / (len(positive) * len(negative)))
+    wins = rank[numbers[: len(positive)]].sum() - len(positive) * (len(positive) + 1) / 2
+    return float(wins / (len(positive) * len(negative)))
 
 
 def crossing(styles: NDArray, values: NDArray, at: NDArray) -> tuple[NDArray, NDArray]:
@@ -151,13 +151,15 @@ def against_curve(
     rows = [*curve_styles, *curve_values, style, value]
     k = len(curve_styles)
     means = np.array([[float(np.asarray(row, dtype=np.float64).mean())] for row in rows])
-    found, side = crossing(means[:k].T, means[k : 2 * k].T, means[-2])
+    at_style, side = crossing(means[:k].T, means[k : 2 * k].T, means[-2])
     if side[0]:
         where: Literal["above", "below"] = "above" if side[0] > 0 else "below"
         return Gap(float(means[-2, 0]), float(means[-1, 0]), where, None, None, None, None, 1.0)
     drawn = resample(rows, clusters, resamples=resamples, seed=seed)
     curve, sides = crossing(drawn[:k].T, drawn[k : 2 * k].T, drawn[-2])
     low, high = np.percentile(drawn[-1] - curve, [2.5, 97.5])
-    point = float(means[-1, 0] - found[0])
+    point = float(means[-1, 0] - at_style[0])
     outside = float((sides != 0).mean())
-    return Gap(float(means[-2, 0]), float(means[-1, 0]), "on", float(found[0]), point, float(low), float(high), outside)
+    return Gap(
+        float(means[-2, 0]), float(means[-1, 0]), "on", float(at_style[0]), point, float(low), float(high), outside
+    )

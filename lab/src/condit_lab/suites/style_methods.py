@@ -31,7 +31,7 @@ UNET, UNET_STYLE, UNET_PLUS, DEADIFF = "tiny-unet", "tiny-unet/style", "tiny-une
 
 
 @dataclass(frozen=True)
-class Shown:
+class CellInputs:
     """What there is for some cells: the icons that are asked for; the pictures that are shown, one each, and their
     icons; all of it read once."""
 
@@ -50,7 +50,7 @@ class Stage:
     adain: AdaIN | None = None
 
 
-Make = Callable[[Stage, Shown, float], Sequence[Control]]
+Make = Callable[[Stage, CellInputs, float], Sequence[Control]]
 Edit = Callable[[Stage, Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -84,12 +84,12 @@ class Method:
         return f"no adapter {self.needs}"
 
 
-def look(world: IconWorld, cells: Sequence[Cell], shows: Literal["style", "subject"] = "style") -> Shown:
+def look(world: IconWorld, cells: Sequence[Cell], shows: Literal["style", "subject"] = "style") -> CellInputs:
     """The references of the cells. A style's is an icon of it, of another concept, that no training has seen."""
     kind: Literal["unseen", "subject"] = "unseen" if shows == "style" else "subject"
     numbers = [cell.unseen if shows == "style" else cell.subject for cell in cells]
     references = [shown(world, cell, kind)[0] for cell in cells]
-    return Shown([world.icons[c.icon] for c in cells], references, [world.icons[i] for i in numbers])
+    return CellInputs([world.icons[c.icon] for c in cells], references, [world.icons[i] for i in numbers])
 
 
 def true_icons(world: IconWorld, cells: Sequence[Cell]) -> Tensor:
@@ -103,23 +103,23 @@ def reference_icons(world: IconWorld, cells: Sequence[Cell], shows: Literal["sty
 # How each row makes its controls. A row of another model hands its own adapter: partial(plain, adapter="NAME").
 
 
-def nothing(stage: Stage, given: Shown, strength: float) -> list[Control]:
+def nothing(stage: Stage, given: CellInputs, strength: float) -> list[Control]:
     return []
 
 
-def plain(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[IPReference]:
+def plain(stage: Stage, given: CellInputs, strength: float, adapter: str = STYLE) -> list[IPReference]:
     """IP-Adapter at lambda = strength."""
     return [stage.adapters[adapter].control(list(given.references), strength=strength)]
 
 
 def at_sites(
-    stage: Stage, given: Shown, strength: float, sites: tuple[str, ...], adapter: str = STYLE
+    stage: Stage, given: CellInputs, strength: float, sites: tuple[str, ...], adapter: str = STYLE
 ) -> list[Control]:
     """The same at some layers only."""
     return [stage.adapters[adapter].control(list(given.references), strength=strength, where=sites)]
 
 
-def style_block(stage: Stage, given: Shown, strength: float, adapter: str = STYLE) -> list[Control]:
+def style_block(stage: Stage, given: CellInputs, strength: float, adapter: str = STYLE) -> list[Control]:
     """The same at the layers of the style block (InstantStyle, section 3.2)."""
     if not stage.sites:
         raise ValueError("the style block needs its layers; run the block probe first, or name them")
@@ -127,7 +127,7 @@ def style_block(stage: Stage, given: Shown, strength: float, adapter: str = STYL
 
 
 def subtracted(
-    stage: Stage, given: Shown, strength: float, adapter: str = STYLE, part: slice | None = None
+    stage: Stage, given: CellInputs, strength: float, adapter: str = STYLE, part: slice | None = None
 ) -> list[IPReference]:
     """Content subtraction at lambda = 1: the adapter is fed e - s c, c the text embedding of the reference's own label
     (InstantStyle, section 3.2). part: of the embedding; None is all of it."""
@@ -140,23 +140,25 @@ def subtracted(
     return [stage.adapters[adapter].reference(features.to(pipe.dtype), 1.0)]
 
 
-def in_preset(stage: Stage, given: Shown, strength: float, name: str = "style", adapter: str = STYLE) -> list[Control]:
+def in_preset(
+    stage: Stage, given: CellInputs, strength: float, name: str = "style", adapter: str = STYLE
+) -> list[Control]:
     """The blocks of a preset, which SDXL's names address (InstantStyle)."""
     where = preset(name, stage.pipe.backbone)
     return [stage.adapters[adapter].control(list(given.references), strength=strength, where=where)]
 
 
-def deadiff_style(stage: Stage, given: Shown, strength: float) -> list[Control]:
+def deadiff_style(stage: Stage, given: CellInputs, strength: float) -> list[Control]:
     """Style of the reference; the content layers see zeros, as released."""
     return [stage.adapters[DEADIFF].control(list(given.references), strength=strength)]
 
 
-def deadiff_content(stage: Stage, given: Shown, strength: float) -> list[Control]:
+def deadiff_content(stage: Stage, given: CellInputs, strength: float) -> list[Control]:
     """Content of the reference; the style layers see zeros, as released."""
     return [stage.adapters[DEADIFF].control(content=list(given.references), strength=strength)]
 
 
-def subject_tokens(stage: Stage, given: Shown, strength: float) -> list[Control]:
+def subject_tokens(stage: Stage, given: CellInputs, strength: float) -> list[Control]:
     return [stage.adapters["tiny/subject"].control(list(given.references), annotate=False)]
 
 
@@ -168,8 +170,8 @@ def by_adain(stage: Stage, blank: Tensor, references: Tensor, true: Tensor, stre
     if stage.adain is None:
         raise ValueError("AdaIN needs its weights")
     parts = zip(blank.split(16), references.split(16), strict=True)
-    found = torch.cat([stage.adain(a.float() / 255, b.float() / 255, strength) for a, b in parts])
-    return (found * 255).round().to(torch.uint8)
+    stylised = torch.cat([stage.adain(a.float() / 255, b.float() / 255, strength) for a, b in parts])
+    return (stylised * 255).round().to(torch.uint8)
 
 
 def copied(stage: Stage, blank: Tensor, references: Tensor, true: Tensor, strength: float) -> Tensor:
@@ -279,7 +281,7 @@ def choose(names: Sequence[str] | None, table: Sequence[Method] = METHODS) -> li
 
 def with_strengths(methods: Sequence[Method], given: Sequence[str]) -> list[Method]:
     """Methods at other strengths: "0.3,1" for all that have several, "plain=0.3,1" for one. ValueError for nonsense."""
-    found = {method.name: method for method in methods}
+    by_name = {method.name: method for method in methods}
     for entry in given:
         name, _, values = entry.rpartition("=")
         try:
@@ -288,9 +290,9 @@ def with_strengths(methods: Sequence[Method], given: Sequence[str]) -> list[Meth
             numbers = ()
         if not numbers or not np.isfinite(numbers).all():
             raise ValueError(f"strengths are numbers, as in 0.3,0.7,1 or plain=0.3,0.7,1; found {entry!r}")
-        if name and name not in found:
-            raise ValueError(f"strengths for {name!r}, which is not among the methods: {', '.join(found)}")
+        if name and name not in by_name:
+            raise ValueError(f"strengths for {name!r}, which is not among the methods: {', '.join(by_name)}")
         for method in methods:
             if method.name == name or (not name and len(method.strengths) > 1):
-                found[method.name] = replace(found[method.name], strengths=numbers)
-    return list(found.values())
+                by_name[method.name] = replace(by_name[method.name], strengths=numbers)
+    return list(by_name.values())

@@ -56,9 +56,9 @@ def curves(result: Mapping[str, Any], measure: str) -> Image.Image:
 
 def _points(rows: Sequence[Mapping[str, Any]], method: str, measure: str) -> list[Point]:
     """The method's points in the order of the strength."""
-    found = {(r["strength"], r["measure"]): r for r in rows if r["method"] == method}
-    strengths = sorted({strength for strength, name in found if name == measure})
-    return [(found[s, SCORE], found[s, measure]) for s in strengths]
+    by_measure = {(r["strength"], r["measure"]): r for r in rows if r["method"] == method}
+    strengths = sorted({strength for strength, name in by_measure if name == measure})
+    return [(by_measure[s, SCORE], by_measure[s, measure]) for s in strengths]
 
 
 def _font(size: int):

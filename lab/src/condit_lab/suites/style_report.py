@@ -72,22 +72,22 @@ def _measure_list() -> str:
 
 def _to_html(markdown: str) -> str:
     """Our own tables and lines; no more of Markdown than they use."""
-    found: list[str] = []
+    lines: list[str] = []
     inside = False
     for line in markdown.splitlines():
         row = line.startswith("|")
         if row != inside:
-            found.append("<table>" if row else "</table>")
+            lines.append("<table>" if row else "</table>")
             inside = row
         if row and set(line) <= set("|-"):
             continue
         text = html.escape(line)
-        found.append(
+        lines.append(
             "<tr>" + "".join(f"<td>{cell.strip()}</td>" for cell in text.strip("|").split("|")) + "</tr>"
             if row
             else f"<p>{text}</p>"
         )
-    return "\n".join([*found, "</table>" if inside else ""])
+    return "\n".join([*lines, "</table>" if inside else ""])
 
 
 def best_strength(values: tables.Table, method: str) -> float:
@@ -124,8 +124,8 @@ def cases(
     given: rulers.Given,
 ) -> Image.Image:
     """The best and the worst pairs: what was shown, without a control, the result, the true icon."""
-    found = values[entry["name"], strength]
-    score = found[rulers.SCORE] + found[rulers.ALIGNMENT] - found[rulers.LEAKAGE]
+    measured = values[entry["name"], strength]
+    score = measured[rulers.SCORE] + measured[rulers.ALIGNMENT] - measured[rulers.LEAKAGE]
     order = torch.argsort(score, descending=True).tolist()
     rows: list[list[Picture | Image.Image | None]] = []
     labels: list[str] = []

@@ -17,7 +17,7 @@ BLANK_STRENGTH = 1.0  # methods without a strength stand at 1
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """One figure of a method at a strength: the mean and its 95 % interval over n pictures."""
 
     method: str
@@ -42,7 +42,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairedDifference:
     """A method less another, picture by picture: the mean difference and its 95 % interval over n pictures."""
 
     method: str
@@ -59,29 +59,29 @@ class Pair:
 Table = Mapping[tuple[str, float], Mapping[str, Tensor]]  # (method, strength) -> measure -> (N,)
 
 
-def less_blank(found: Mapping[str, Tensor], blank: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def less_blank(values: Mapping[str, Tensor], blank: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Increases: what the same noise and prompt have without a reference taken off."""
     taken = {m.name for m in MEASURES if m.increase}
-    return {name: value - blank[name] if name in taken else value for name, value in found.items()}
+    return {name: value - blank[name] if name in taken else value for name, value in values.items()}
 
 
-def rows(table: Table, clusters: Sequence[str], shows: Mapping[str, str]) -> list[Row]:
+def rows(table: Table, clusters: Sequence[str], shows: Mapping[str, str]) -> list[MethodRow]:
     """shows: method -> "style" or "subject"; a subject's reference has no style to be found and no concept to leak."""
-    found = []
+    entries = []
     for (method, strength), values_of in table.items():
         for measure in MEASURES:
             if measure.name not in values_of or (measure.of_style and shows[method] != "style"):
                 continue
             mean = measures.bootstrap(values_of[measure.name], clusters)
             value, low, high = (round(x, 4) for x in (mean.value, mean.low, mean.high))
-            found.append(Row(method, strength, measure.name, value, low, high, mean.n))
-    return found
+            entries.append(MethodRow(method, strength, measure.name, value, low, high, mean.n))
+    return entries
 
 
 def comparisons(table: Table, clusters: Sequence[str], held: Mapping[str, tuple[str | None, str]]) -> list[Comparison]:
     """Every point of every method with a baseline, against that baseline's curve; held: method -> (baseline, blank).
     The curve starts at no control, which is the adapter at strength 0. A baseline's own points are not compared."""
-    found = []
+    entries = []
     for (method, strength), values_of in table.items():
         baseline, blank = held[method]
         if baseline is None or method in (baseline, blank):
@@ -93,13 +93,13 @@ def comparisons(table: Table, clusters: Sequence[str], held: Mapping[str, tuple[
             others = [point[measure.name] for point in curve]
             gap = own.against_curve(styles, others, values_of[SCORE], values_of[measure.name], clusters)
             # Likeness to the reference has no good side of its own; less of it at equal style is less copying.
-            found.append(Comparison(method, strength, baseline, measure.name, gap.verdict(bool(measure.more)), gap))
-    return found
+            entries.append(Comparison(method, strength, baseline, measure.name, gap.verdict(bool(measure.more)), gap))
+    return entries
 
 
-def pairs(table: Table, clusters: Sequence[str]) -> list[Pair]:
+def pairs(table: Table, clusters: Sequence[str]) -> list[PairedDifference]:
     """Every method less those before it in the table, at every strength: for methods that have no curve in common."""
-    found = []
+    entries = []
     names = [m.name for m in MEASURES if not m.of_style]
     for (other, at), (method, strength) in combinations(table, 2):
         if method != other:
@@ -107,8 +107,8 @@ def pairs(table: Table, clusters: Sequence[str]) -> list[Pair]:
                 less = table[method, strength][measure] - table[other, at][measure]
                 mean = measures.bootstrap(less, clusters)
                 value, low, high = (round(x, 4) for x in (mean.value, mean.low, mean.high))
-                found.append(Pair(method, strength, other, at, measure, value, low, high, mean.n))
-    return found
+                entries.append(PairedDifference(method, strength, other, at, measure, value, low, high, mean.n))
+    return entries
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -146,7 +146,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def _models(result: Mapping[str, Any]) -> str:
-    return ", ".join(f"model {name} {found}" for name, found in result["models"].items())
+    return ", ".join(f"model {name} {digest}" for name, digest in result["models"].items())
 
 
 def _figure(value: float | None) -> str:
@@ -157,8 +157,10 @@ def _methods_table(result: Mapping[str, Any], names: Mapping[str, str]) -> list[
     shown = [m.name for m in MEASURES if any(row["measure"] == m.name for row in result["rows"])]
     lines = [f"| method | strength | {' | '.join(shown)} |", f"|---|---|{'---|' * len(shown)}"]
     for method, strength in dict.fromkeys((row["method"], row["strength"]) for row in result["rows"]):
-        found = {r["measure"]: r for r in result["rows"] if (r["method"], r["strength"]) == (method, strength)}
-        cells = [f"{r['value']:.3f} ({r['low']:.2f} to {r['high']:.2f})" if (r := found.get(m)) else "" for m in shown]
+        by_measure = {r["measure"]: r for r in result["rows"] if (r["method"], r["strength"]) == (method, strength)}
+        cells = [
+            f"{r['value']:.3f} ({r['low']:.2f} to {r['high']:.2f})" if (r := by_measure.get(m)) else "" for m in shown
+        ]
         at = f"{strength:g}" if method in result["swept"] else ""
         lines.append(f"| {names[method]} | {at} | {' | '.join(cells)} |")
     return lines
@@ -171,10 +173,12 @@ def _comparison_table(result: Mapping[str, Any], names: Mapping[str, str]) -> li
         f"|---|---|---|---|{'---|' * len(shown)}",
     ]
     for method, strength in dict.fromkeys((x["method"], x["strength"]) for x in result["comparisons"]):
-        found = {x["measure"]: x for x in result["comparisons"] if (x["method"], x["strength"]) == (method, strength)}
-        gap = next(iter(found.values()))["gap"]
+        by_measure = {
+            x["measure"]: x for x in result["comparisons"] if (x["method"], x["strength"]) == (method, strength)
+        }
+        gap = next(iter(by_measure.values()))["gap"]
         at = f"{strength:g}" if method in result["swept"] else ""
-        cells = " | ".join(_gap(found[m]) for m in shown)
+        cells = " | ".join(_gap(by_measure[m]) for m in shown)
         lines.append(f"| {names[method]} | {at} | {gap['style']:.3f} | {gap['outside']:.0%} | {cells} |")
     return lines
 
@@ -184,9 +188,9 @@ def _pairs_table(result: Mapping[str, Any], names: Mapping[str, str]) -> list[st
     lines = [f"| method | less | at strength | {' | '.join(shown)} |", f"|---|---|---|{'---|' * len(shown)}"]
     keys = ("method", "strength", "other", "other_strength")
     for key in dict.fromkeys(tuple(x[k] for k in keys) for x in result["pairs"]):
-        found = {x["measure"]: x for x in result["pairs"] if tuple(x[k] for k in keys) == key}
+        by_measure = {x["measure"]: x for x in result["pairs"] if tuple(x[k] for k in keys) == key}
         cells = " | ".join(
-            f"{x['value']:+.3f} ({x['low']:+.2f} to {x['high']:+.2f})" for x in map(found.__getitem__, shown)
+            f"{x['value']:+.3f} ({x['low']:+.2f} to {x['high']:+.2f})" for x in map(by_measure.__getitem__, shown)
         )
         lines.append(f"| {names[key[0]]} | {names[key[2]]} | {key[3]:g} | {cells} |")
     return lines
@@ -199,5 +203,5 @@ def _gap(entry: Mapping[str, Any]) -> str:
     return f"{gap['difference']:+.3f} ({gap['low']:+.2f} to {gap['high']:+.2f}) {entry['verdict']}"
 
 
-def as_json(found: Sequence[Row] | Sequence[Comparison] | Sequence[Pair]) -> list[dict[str, Any]]:
-    return [asdict(entry) for entry in found]
+def as_json(entries: Sequence[MethodRow] | Sequence[Comparison] | Sequence[PairedDifference]) -> list[dict[str, Any]]:
+    return [asdict(entry) for entry in entries]

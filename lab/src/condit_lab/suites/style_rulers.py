@@ -162,7 +162,7 @@ def values(ruler: Ruler, images: Tensor, given: Given) -> dict[str, Tensor]:
     prompted = torch.tensor([ruler.labels.index(icon.label) for icon in given.wanted])
     shown = torch.tensor([ruler.labels.index(icon.label) for icon in given.icons])
     style_words = ruler.words([f"{style_of(style).name_en} style" for style in styles])
-    found = {
+    measured = {
         SCORE: said.gather(1, number[:, None])[:, 0],
         ACCURACY: measures.agreement(said, number),
         WORDS: own.cosines(embedded[:, STYLE], style_words[:, STYLE]),
@@ -176,8 +176,8 @@ def values(ruler: Ruler, images: Tensor, given: Given) -> dict[str, Tensor]:
         REALISTIC: own.realistic(statistics, ruler.bank, ruler.reaches),
     }
     if len(set(styles)) > 1:  # with one style, its own reference is the only one
-        found[RETRIEVAL] = own.retrieved(F.normalize(logits, dim=-1), given.features, styles)
-    return {name: value.double() for name, value in found.items()}
+        measured[RETRIEVAL] = own.retrieved(F.normalize(logits, dim=-1), given.features, styles)
+    return {name: value.double() for name, value in measured.items()}
 
 
 def similarity(images: Tensor, others: Tensor) -> Tensor:
@@ -212,11 +212,11 @@ def check_rulers(ruler: Ruler, world: IconWorld) -> list[dict[str, Any]]:
         "style": (same & ~concept & upper, ~same & ~concept & upper),
         "concept": (concept & ~vendor & upper, ~concept & ~vendor & upper),
     }
-    found = []
+    areas = []
     for name, feature in features.items():
         scores = feature @ feature.T
         figures = {what: (scores[a], scores[b]) for what, (a, b) in pairs.items() if a.any() and b.any()}
-        found.append(
+        areas.append(
             {"ruler": name, "icons": len(icons), **{k: round(own.auc(a, b), 4) for k, (a, b) in figures.items()}}
         )
-    return found
+    return areas

@@ -24,7 +24,7 @@ from condit_lab.suites import rows as tables
 from condit_lab.suites.judge import Judge, load_judge, read_card
 from condit_lab.suites.measures import thumbnails
 from condit_lab.suites.report import write_page
-from condit_lab.suites.rows import Row, Scene
+from condit_lab.suites.rows import FigureRow, Scene
 from condit_lab.suites.sets import GROUPS, SPECS, Spec, Split, choose_cells, draw_set, load_adapters, pictures
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def evaluate(
         )
     tell("measuring")
     started = time.perf_counter()
-    found, threshold = measure(bench, scenes)
+    rows, threshold = measure(bench, scenes)
     bench.seconds["measuring"] = round(time.perf_counter() - started, 1)
     bench.seconds["all"] = round(time.perf_counter() - began, 1)
     result = {
@@ -110,8 +110,8 @@ def evaluate(
         "near_duplicate_below": round(threshold, 5),
         "skipped": bench.skipped,
         "seconds": bench.seconds,
-        "rows": [asdict(row) for row in found],
-        "criteria": tables.criteria(found),
+        "rows": [asdict(row) for row in rows],
+        "criteria": tables.criteria(rows),
     }
     text = json.dumps(result, indent=1, allow_nan=False)
     atomic_write(folder / "evaluation.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
@@ -170,25 +170,27 @@ def make_bench(world: IconWorld, pipe: Pipeline, judge: Judge | None = None) -> 
 @torch.no_grad()
 def _embed_labels(pipe: Any, labels: list[str]) -> Tensor:
     ids = token_ids(pipe.parts.text.tokenizer, labels)
-    found = [embed_text(pipe.image.clip, part.to(pipe.device))[1][:, CONCEPT] for part in ids.split(256)]
-    return torch.cat(found).float().cpu()
+    embeddings = [embed_text(pipe.image.clip, part.to(pipe.device))[1][:, CONCEPT] for part in ids.split(256)]
+    return torch.cat(embeddings).float().cpu()
 
 
 @torch.no_grad()
 def _embed_pictures(pipe: Any, images: Tensor) -> Tensor:
-    found = [embed_image(pipe.image.clip, _signed(part).to(pipe.device))[1][:, CONCEPT] for part in images.split(64)]
-    return torch.cat(found).float().cpu()
+    embeddings = [
+        embed_image(pipe.image.clip, _signed(part).to(pipe.device))[1][:, CONCEPT] for part in images.split(64)
+    ]
+    return torch.cat(embeddings).float().cpu()
 
 
 @torch.no_grad()
 def _through_latent(pipe: Any, images: Tensor) -> Tensor:
     """Encoded and decoded by the model's own autoencoder: what the latent alone costs."""
-    found = []
+    parts = []
     for part in images.split(64):
         tokens, grid = pipe.encode_condition(_signed(part).to(pipe.device))
         decoded = pipe.decode(tokens, output_type="pt").float().cpu()
-        found.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
-    return torch.cat(found)
+        parts.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+    return torch.cat(parts)
 
 
 def _signed(images: Tensor) -> Tensor:
@@ -238,7 +240,7 @@ def draw_scenes(
     return scenes
 
 
-def measure(bench: Bench, scenes: Collection[Scene]) -> tuple[list[Row], float]:
+def measure(bench: Bench, scenes: Collection[Scene]) -> tuple[list[FigureRow], float]:
     """All rows, and the distance below which a picture counts as a near-duplicate of a training icon."""
     world = bench.world
     training = [i for i, icon in enumerate(world.icons) if _trained(icon)]
@@ -255,17 +257,17 @@ def measure(bench: Bench, scenes: Collection[Scene]) -> tuple[list[Row], float]:
         for name in scene.specs:
             scene.scores[name] = tables.sheet_scores(scene, name, bench.judge.styles, bench.labels, bench.texts)
     threshold = tables.near_duplicate_threshold(_yardstick(world), bank)
-    found = []
+    rows = []
     for scene in scenes:
-        found += tables.style_rows(scene, bench.judge.styles)
-        found += tables.retrieval_rows(scene, bench.labels, bench.texts)
-        found += tables.leakage_rows(scene, world.icons, bench.labels, bench.texts)
-        found += tables.edge_similarity_rows(scene)
-        found += tables.near_duplicate_rows(scene, bank, threshold)
-        found += tables.edge_f1_rows(scene, world)
-        found += tables.gray_rows(scene)
-        found += tables.subject_rows(scene)
-    return found, threshold
+        rows += tables.style_rows(scene, bench.judge.styles)
+        rows += tables.retrieval_rows(scene, bench.labels, bench.texts)
+        rows += tables.leakage_rows(scene, world.icons, bench.labels, bench.texts)
+        rows += tables.edge_similarity_rows(scene)
+        rows += tables.near_duplicate_rows(scene, bank, threshold)
+        rows += tables.edge_f1_rows(scene, world)
+        rows += tables.gray_rows(scene)
+        rows += tables.subject_rows(scene)
+    return rows, threshold
 
 
 def _trained(icon: Any) -> bool:

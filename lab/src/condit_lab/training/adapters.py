@@ -120,7 +120,7 @@ class AdapterTask(Task):
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
         keep = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         swapped = Referenced(batch.images, batch.captions, batch.references.roll(7, 0), batch.counts.roll(7))
-        found = {}
+        figures = {}
         for level in (0.5, 0.7, 0.9):
             t = torch.full((len(x0),), level, device=x0.device)
             x_t = add_noise(x0, noise, t)
@@ -128,10 +128,10 @@ class AdapterTask(Task):
                 float(flow_loss(self.predict(x_t, t, text, *self.conditions(*row)), x0, noise, t, "x").mean())
                 for row in ((batch, text, keep), (swapped, text, keep), (batch, text, ~keep))
             ]
-            found[f"error_{level}"] = round(errors[0], 4)
-            found[f"wrong_reference_{level}"] = round(100 * (errors[1] / errors[0] - 1), 1)
-            found[f"no_reference_{level}"] = round(100 * (errors[2] / errors[0] - 1), 1)
-        return found
+            figures[f"error_{level}"] = round(errors[0], 4)
+            figures[f"wrong_reference_{level}"] = round(100 * (errors[1] / errors[0] - 1), 1)
+            figures[f"no_reference_{level}"] = round(100 * (errors[2] / errors[0] - 1), 1)
+        return figures
 
     @torch.no_grad()
     def draw(self, batch: Referenced, *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> list[Image.Image]:
@@ -257,14 +257,14 @@ class TokenTask(AdapterTask):
 
     def batch(self, rng: random.Random, size: int) -> Referenced:
         if self.kind == "style":
-            found = style_batch(self, rng, size, 0.3, most=1)
-            return replace(found, lots=torch.tensor([rng.random() for _ in found.captions]))
+            referenced_rows = style_batch(self, rng, size, 0.3, most=1)
+            return replace(referenced_rows, lots=torch.tensor([rng.random() for _ in referenced_rows.captions]))
         chosen = [rng.randrange(len(self.icons)) for _ in range(size)]
         if self.kind == "subject":
             others = [self.icons.other_drawing(rng, i) for i in chosen]
             captions = [self.subject_caption(rng, i) for i in chosen]
-            found = referenced(self.icons.images(chosen), captions, self.icons.images(others))
-            return replace(found, lots=torch.tensor([rng.random() for _ in chosen]))
+            referenced_rows = referenced(self.icons.images(chosen), captions, self.icons.images(others))
+            return replace(referenced_rows, lots=torch.tensor([rng.random() for _ in chosen]))
         captions = [self.icons.caption(rng, i, p_no_style=0.3, p_tags=0.1) for i in chosen]
         images = self.icons.images(chosen)
         return referenced(images, captions, self.condition_image(self.icons, chosen, images))
@@ -333,14 +333,14 @@ class TokenTask(AdapterTask):
 
 def widened(small: dict[str, Tensor], large: dict[str, Tensor]) -> dict[str, Tensor]:
     """A LoRA's weights in the shapes of one of higher rank, the same update: B of the ranks that it lacks is zero."""
-    found = dict(small)
+    wide = dict(small)
     for name, there in large.items():
         axis, here = (0 if name.startswith("a.") else 1), small.get(name)
         if here is None or here.shape[1 - axis] != there.shape[1 - axis] or here.shape[axis] > there.shape[axis]:
             continue  # for the strict check
         rest = there.narrow(axis, here.shape[axis], there.shape[axis] - here.shape[axis])
-        found[name] = torch.cat([here, rest if axis == 0 else torch.zeros_like(rest)], axis)
-    return found
+        wide[name] = torch.cat([here, rest if axis == 0 else torch.zeros_like(rest)], axis)
+    return wide
 
 
 def at_progress(between: tuple[float, float], progress: float) -> float:
@@ -365,11 +365,11 @@ def load_style_adapter(adapter: IPAdapter, file: Path) -> None:
 @torch.no_grad()
 def amplified(adapter: IPAdapter, gain: float = STYLE_GAIN) -> IPAdapter:
     """A copy with `gain` times the strength."""
-    found = copy.deepcopy(adapter)
-    for name, p in found.named_parameters():
+    amplified_copy = copy.deepcopy(adapter)
+    for name, p in amplified_copy.named_parameters():
         if "to_v_ip" in name:
             p.mul_(gain)
-    return found
+    return amplified_copy
 
 
 def edge_maps(icons: IconSet) -> np.ndarray:

@@ -29,7 +29,7 @@ LOOK = 128  # principal components of the thumbnails
 
 
 @dataclass
-class Pairs:
+class ClipBatch:
     """Images (B, 3, H, W), token ids (B, L); concept and style numbers (B,), in texts NO_STYLE where none is told.
     Then captions alone: token ids (E, L) and the thumbnails of their icons (E, 768)."""
 
@@ -114,8 +114,8 @@ class ClipTask(Task):
     def compiled(self) -> list[nn.Module]:
         return [self.clip.text_model, self.clip.vision_model]
 
-    def batch(self, rng: random.Random, size: int) -> Pairs:
-        images, texts, concepts, styles, told = [], [], [], [], []
+    def batch(self, rng: random.Random, size: int) -> ClipBatch:
+        images, texts, concepts, styles, thumbnails = [], [], [], [], []
         numbers: dict[str, int] = {}
 
         def number(key: str) -> int:
@@ -126,7 +126,7 @@ class ClipTask(Task):
             texts.append(text)
             concepts.append(number(concept))
             styles.append(style)
-            told.append(style_in_text)
+            thumbnails.append(style_in_text)
 
         def add_icon(source: IconSet, i: int) -> None:
             icon, style = source.icons[i], rng.random() < 0.6
@@ -153,10 +153,10 @@ class ClipTask(Task):
             first = rng.choice(self.icons.by_base[base])
             for i in (first, other(rng, self.icons.by_base[base], lambda j, f=first: j != f, first)):
                 add_icon(self.icons, i)
-        concept, style_of_image, style_of_text = (torch.tensor(x[:size]) for x in (concepts, styles, told))
+        concept, style_of_image, style_of_text = (torch.tensor(x[:size]) for x in (concepts, styles, thumbnails))
         more = [rng.randrange(len(self.icons)) for _ in range(self.more_captions)]
         more_texts = [self.icons.caption(rng, i, p_empty=0.0, p_no_style=0.3, p_tags=0.2) for i in more]
-        return Pairs(
+        return ClipBatch(
             torch.stack(images[:size]),
             token_ids(self.tokenizer, texts[:size]),
             concept,
@@ -166,7 +166,7 @@ class ClipTask(Task):
             self.thumbnails[more],
         )
 
-    def forward(self, batch: Pairs, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: ClipBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         # A little shift and colour of background, so that padding and white are not what tells a set.
         images = jitter(batch.images, generator)
         image = embed_image(self.clip, images)[1].float()
@@ -250,13 +250,13 @@ def jitter(images: Tensor, generator: torch.Generator, most: int = 6) -> Tensor:
 
 def contrast(logits: Tensor, positive: Tensor, *, rows: bool = True) -> Tensor:
     """Cross-entropy with several positives, both ways; `rows=False` skips rows without any positive."""
-    found = []
+    losses = []
     for scores, target in ((logits, positive), (logits.T, positive.T)):
         has = target.any(1)
         weight = target.float() / target.sum(1, keepdim=True).clamp(min=1)
         loss = -(weight * scores.log_softmax(1)).sum(1)
-        found.append(loss.mean() if rows else loss[has].sum() / has.sum().clamp(min=1))
-    return (found[0] + found[1]) / 2
+        losses.append(loss.mean() if rows else loss[has].sum() / has.sum().clamp(min=1))
+    return (losses[0] + losses[1]) / 2
 
 
 def among_images(logits: Tensor, number: Tensor) -> Tensor:

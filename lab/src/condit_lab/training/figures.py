@@ -23,12 +23,12 @@ FOLDERS = {"": TINY, "tiny-unet/": UNET, "tiny-pixart/": PIXART, "small-classes/
 
 def shipped_cards() -> dict[str, Mapping]:
     """What the cards of all embedded models say, by part."""
-    found: dict[str, Mapping] = {}
+    shipped: dict[str, Mapping] = {}
     for prefix, folder in FOLDERS.items():
         if (file := folder / "cards.json").is_file():
             cards = json.loads(file.read_text(encoding="utf-8"))
-            found |= {f"{prefix}{name}": card for name, card in cards.items()}
-    return found
+            shipped |= {f"{prefix}{name}": card for name, card in cards.items()}
+    return shipped
 
 
 def block(name: str, cards: Cards) -> str:

@@ -86,7 +86,7 @@ class JointTask(TextToImageTask):
         x0, text = encode_tokens(self.vae, batch.images), self.text(batch.captions)
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
         features = reference_features(self, batch)
-        found = super().validate()
+        figures = super().validate()
         for level in (0.7, 0.9):
             t = torch.full((len(x0),), level, device=x0.device)
             x_t = add_noise(x0, noise, t)
@@ -94,8 +94,8 @@ class JointTask(TextToImageTask):
                 float(flow_loss(self.predict(x_t, t, text, [self.ip.reference(f)]), x0, noise, t, "x").mean())
                 for f in (features, features.roll(7, 0))
             )
-            found[f"wrong_reference_{level}"] = round(100 * (wrong / right - 1), 1)
-        return found
+            figures[f"wrong_reference_{level}"] = round(100 * (wrong / right - 1), 1)
+        return figures
 
     def export(self, folder: Path, card: dict) -> None:
         super().export(folder, card)

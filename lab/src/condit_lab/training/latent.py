@@ -36,7 +36,7 @@ REDRAW_FROM, REDRAW_STEPS = (0.3, 0.65), 3
 
 
 @dataclass
-class Pictures:
+class LatentBatch:
     """images (B, 3, H, W) in [-1, 1] and a caption each; procedural ones have none."""
 
     images: Tensor
@@ -81,14 +81,14 @@ class LatentTask(Task):
         codes = self.vae.encode(self.icons.images(chosen[:500])).latent_dist.mode()
         self.vae.config = replace(self.vae.config, scaling_factor=round(1 / float(codes.std()), 4))
 
-    def batch(self, rng: random.Random, size: int) -> Pictures:
+    def batch(self, rng: random.Random, size: int) -> LatentBatch:
         chosen = [rng.randrange(len(self.icons)) for _ in range(size)]
         few = int(size * self.share)
         drawn = [procedural(Procedural.sample(rng), self.icons.rgba[[i]]) for i in chosen[:few]]
         captions = [""] * few + [self.icons.caption(rng, i, p_no_style=0.1) for i in chosen[few:]]
-        return Pictures(torch.cat([*drawn, self.icons.images(chosen[few:])]), captions)
+        return LatentBatch(torch.cat([*drawn, self.icons.images(chosen[few:])]), captions)
 
-    def forward(self, batch: Pictures, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: LatentBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         with torch.no_grad():
             x = encode_tokens(self.vae, batch.images)
             sigma = self.noise * torch.rand(len(x), 1, 1, generator=generator)
@@ -112,8 +112,8 @@ class LatentTask(Task):
         ids = torch.zeros(text.tokens.shape[1], 3, device=x.device)
         for step in range(REDRAW_STEPS):
             now = t * (1 - step / REDRAW_STEPS)
-            found = self.transformer(image_stream(x, now, text), text.tokens, ids).float()
-            x = x - (t / REDRAW_STEPS)[:, None, None] * to_velocity(found, x, now, "x")
+            velocity = self.transformer(image_stream(x, now, text), text.tokens, ids).float()
+            x = x - (t / REDRAW_STEPS)[:, None, None] * to_velocity(velocity, x, now, "x")
         return x
 
     def decoded(self, icons: IconSet, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,11 +122,11 @@ class LatentTask(Task):
         return x, self.vae.linear(z), self.vae.decode(z).sample
 
     def validate(self) -> dict[str, float]:
-        found = {}
+        figures = {}
         for name, icons in (("held_out", self.held_out), ("unseen_style", self.unseen)):
             x, linear, full = self.decoded(icons, 256)
-            found[f"psnr_{name}_linear"], found[f"psnr_{name}"] = psnr(x, linear), psnr(x, full)
-        return {k: round(v, 2) for k, v in found.items()}
+            figures[f"psnr_{name}_linear"], figures[f"psnr_{name}"] = psnr(x, linear), psnr(x, full)
+        return {k: round(v, 2) for k, v in figures.items()}
 
     def sheet(self) -> Image.Image:
         from condit.data.images import to_images

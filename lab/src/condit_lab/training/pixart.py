@@ -88,12 +88,12 @@ class PixArtTask(Task):
         x0, right = latents_of(self.vae, examples.images.to(self.device), None), self.words(examples.captions)
         wrong = right.rows(torch.arange(len(x0), device=x0.device).roll(7))
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
-        found = {}
+        figures = {}
         for level in LEVELS:
             good, bad = (float(self.error(x0, noise, level, words)) for words in (right, wrong))
-            found[f"error_{level}"] = round(good, 4)
-            found[f"wrong_words_{level}"] = round(100 * (bad / good - 1), 1)
-        return found
+            figures[f"error_{level}"] = round(good, 4)
+            figures[f"wrong_words_{level}"] = round(100 * (bad / good - 1), 1)
+        return figures
 
     def error(self, x0: Tensor, noise: Tensor, level: float, words: Text) -> Tensor:
         """At the first timestep with so much noise, 0-d."""

@@ -27,8 +27,8 @@ class Teacher(nn.Module):
         super().__init__()
         if not 0 <= above <= 1:
             raise ValueError(f"taught_from is a level of noise, 0 to 1; found {above}.")
-        found = load_tiny("tiny", Path(model), torch.float32)
-        self.backbone, self.text = found.backbone, found.text
+        teacher = load_tiny("tiny", Path(model), torch.float32)
+        self.backbone, self.text = teacher.backbone, teacher.text
         self.process, self.above = process, above
         self.requires_grad_(False)
 
@@ -46,8 +46,8 @@ class Teacher(nn.Module):
         text = self.text([captions[i] for i in rows.tolist()])
         # The flow's own units: (1 - level) x0 + level noise.
         stream = image_stream(pack((x / (a + s))[rows]), level.flatten()[rows], text)  # type: ignore[arg-type]
-        found = self.backbone(stream, text.tokens, torch.zeros(text.tokens.shape[1], 3, device=x.device))
-        x0 = x0.index_copy(0, rows, unpack(found.float(), GRID))
+        prediction = self.backbone(stream, text.tokens, torch.zeros(text.tokens.shape[1], 3, device=x.device))
+        x0 = x0.index_copy(0, rows, unpack(prediction.float(), GRID))
         return x0, (x - a * x0) / s
 
 

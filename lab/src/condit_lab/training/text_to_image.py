@@ -43,8 +43,8 @@ ETA = 1.0
 def image_stream(x_t: Tensor, t: Tensor, text: Text, *, canvas: bool = True) -> Stream:
     """The noisy image beside the text's canvas."""
     assert text.canvas is not None
-    beside = text.canvas if canvas else torch.zeros_like(text.canvas)
-    tokens = torch.cat([x_t, beside.to(x_t.dtype)], -1)
+    canvas_channels = text.canvas if canvas else torch.zeros_like(text.canvas)
+    tokens = torch.cat([x_t, canvas_channels.to(x_t.dtype)], -1)
     return Stream(tokens, grid_ids(*GRID).to(x_t.device), t, text.pooled)
 
 
@@ -130,14 +130,14 @@ class TextToImageTask(Task):
         x0, right = encode_tokens(self.vae, examples.images.to(self.device)), self.text(examples.captions)
         wrong = right.rows(torch.arange(len(x0)).roll(7).to(x0.device))
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-        found = {}
+        figures = {}
         for level in (0.2, 0.5, 0.7, 0.9, 1.0):
             t = torch.full((len(x0),), level, device=x0.device)
             x_t = add_noise(x0, noise, t)
             good, bad = (float(flow_loss(self.predict(x_t, t, s), x0, noise, t, "x").mean()) for s in (right, wrong))
-            found[f"error_{level}"] = round(good, 4)
-            found[f"wrong_words_{level}"] = round(100 * (bad / good - 1), 1)
-        return found
+            figures[f"error_{level}"] = round(good, 4)
+            figures[f"wrong_words_{level}"] = round(100 * (bad / good - 1), 1)
+        return figures
 
     @torch.no_grad()
     def draw(self, prompts: list[str], *, steps: int = 20, guidance: float = 3.0, seed: int = 0) -> list[Image.Image]:

@@ -97,13 +97,13 @@ class UNetTask(Task):
         x0, right = latents_of(self.vae, examples.images.to(self.device), None), self.text(examples.captions)
         wrong = right.rows(torch.arange(len(x0)).roll(7).to(x0.device))
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0.device)
-        found = {}
+        figures = {}
         for share in (0.25, 0.5, 0.75, 0.9, 1.0):
             t = torch.full((len(x0),), round(share * (PROCESS.num_train_timesteps - 1)))
             good, bad = (float(errors(self.parts, x0, noise, t, text).mean()) for text in (right, wrong))
-            found[f"error_{share}"] = round(good, 4)
-            found[f"wrong_words_{share}"] = round(100 * (bad / good - 1), 1)
-        return found
+            figures[f"error_{share}"] = round(good, 4)
+            figures[f"wrong_words_{share}"] = round(100 * (bad / good - 1), 1)
+        return figures
 
     def sheet(self) -> Image.Image:
         pipe = Pipeline(self.parts)

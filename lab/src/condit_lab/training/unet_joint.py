@@ -53,7 +53,7 @@ PLUS_DEPTH = 2  # published: four layers, for 1280 numbers a token
 
 
 @dataclass
-class Rows:
+class JointBatch:
     """Of a batch, in this order: icons without a reference, then those that each adapter in tow is shown one for."""
 
     plain: Captioned
@@ -117,11 +117,11 @@ class UNetJointTask(UNetTask):
             IconSource(x, side, side[0], nameless=NAMELESS) for x in (self.icons, self.held_out)
         )
 
-    def batch(self, rng: random.Random, size: int) -> Rows:
+    def batch(self, rng: random.Random, size: int) -> JointBatch:
         styled, plus = int(size * self.style_share), int(size * self.plus_share)
         each = int(size * self.deadiff_share / 3)
         style = style_batch(self, rng, styled, self.style_procedural, most=1)
-        return Rows(
+        return JointBatch(
             super().batch(rng, size - styled - plus - 3 * each),
             style,
             self.own(rng, self.pairs, plus) if plus else None,
@@ -130,9 +130,9 @@ class UNetJointTask(UNetTask):
 
     def own(self, rng: random.Random, source: IconSource, size: int) -> Paired:
         """Icons as their own references, some of them without words."""
-        found = source.batch(rng, "reconstruction", size)
-        told = ["" if rng.random() < UNTOLD else caption for caption in found.captions]
-        return Paired("reconstruction", found.images, found.references, told)
+        rows = source.batch(rng, "reconstruction", size)
+        captions = ["" if rng.random() < UNTOLD else caption for caption in rows.captions]
+        return Paired("reconstruction", rows.images, rows.references, captions)
 
     def shown_pairs(self, rng: random.Random, source: IconSource, size: int, *, learning: bool) -> list[Paired]:
         """Of each of DEADiff's tasks; no words in reconstruction."""
@@ -143,7 +143,7 @@ class UNetJointTask(UNetTask):
                     content.references[row] = content.images[row]
         return [style, content, Paired(own.kind, own.images, own.references, [""] * size)]
 
-    def forward(self, batch: Rows, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: JointBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         parts = batch.parts()
         sizes = {name: sum(len(x.captions) for x in part) for name, part in parts.items()}
         rows = [x for part in parts.values() for x in part]
@@ -152,8 +152,8 @@ class UNetJointTask(UNetTask):
             text = self.text([caption for x in rows for caption in x.captions])
         t = torch.randint(PROCESS.num_train_timesteps, (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-        told = slice(0, sizes["plain"])  # the teacher is shown no reference
-        x0[told], noise[told] = self.teacher(x0[told], noise[told], t[told], batch.plain.captions)
+        taught = slice(0, sizes["plain"])  # the teacher is shown no reference
+        x0[taught], noise[taught] = self.teacher(x0[taught], noise[taught], t[taught], batch.plain.captions)
         kept = (~drop(len(x0), DROPPED, generator)).float().to(x0.device)
         first = len(x0) - sizes["deadiff"]
         controls: list[Control] = [self.on_rows(self.ip, batch.style.references[:, 0], kept, sizes["plain"], first)]
@@ -197,17 +197,17 @@ class UNetJointTask(UNetTask):
     def looks(self, count: int, icons: IconSet, pairs: IconSource | None) -> Mapping[str, tuple[Any, Callable]]:
         """What each adapter is judged by: "" (style), plus, deadiff by its tasks -> rows, and references -> control."""
         style, rng = style_examples(self, icons, count), random.Random(0)
-        found: dict[str, tuple[Any, Callable]] = {
+        judged: dict[str, tuple[Any, Callable]] = {
             "": (style, lambda images: self.ip.reference(self.image(images))),
         }
         if self.plus is not None and pairs is not None:
             plus = self.plus
             own = pairs.batch(rng, "reconstruction", count)
-            found["plus_"] = own, lambda images: plus.reference(self.image.hidden(images))
+            judged["plus_"] = own, lambda images: plus.reference(self.image.hidden(images))
         if self.deadiff is not None and pairs is not None:
             tasks = self.shown_pairs(rng, pairs, count, learning=False)
-            found |= {f"deadiff_{task.kind}_": (task, partial(self.answers, task.kind)) for task in tasks}
-        return found
+            judged |= {f"deadiff_{task.kind}_": (task, partial(self.answers, task.kind)) for task in tasks}
+        return judged
 
     def answers(self, kind: PairKind, images: Tensor) -> DEADiffReference:
         assert self.deadiff is not None
@@ -217,7 +217,7 @@ class UNetJointTask(UNetTask):
     def validate(self) -> dict[str, float]:
         """The figures of the plain model; of each adapter, how much the error with its reference rises with another
         row's reference, and with none (in %)."""
-        found = super().validate()
+        figures = super().validate()
         for name, (rows, control) in self.looks(128, self.held_out, self.held_out_pairs).items():
             batch = to_device(rows, self.device)
             x0, text = latents_of(self.vae, batch.images, None), self.text(batch.captions)
@@ -229,9 +229,9 @@ class UNetJointTask(UNetTask):
                     float(errors(self.parts, x0, noise, t, text, controls).mean())
                     for controls in ([control(references)], [control(references.roll(7, 0))], [])
                 )
-                found[f"{name}wrong_reference_{share}"] = round(100 * (wrong / right - 1), 1)
-                found[f"{name}no_reference_{share}"] = round(100 * (none / right - 1), 1)
-        return found
+                figures[f"{name}wrong_reference_{share}"] = round(100 * (wrong / right - 1), 1)
+                figures[f"{name}no_reference_{share}"] = round(100 * (none / right - 1), 1)
+        return figures
 
     def sheet(self) -> Image.Image:
         """References, what is drawn without and with them, and the real icons: held-out combinations by each adapter,

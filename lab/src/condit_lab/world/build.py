@@ -25,7 +25,7 @@ from condit_lab.world.cache import RasterCache
 from condit_lab.world.captions import PER_LANGUAGE, Subject, captions
 from condit_lab.world.emoji import EMOJI_PACKAGES, EmojiConcept, emoji_drawings, emoji_rows, rasterise
 from condit_lab.world.index import (
-    Drawing,
+    WorldDrawing,
     clipart_rows,
     documents,
     emoji_rows_as_drawings,
@@ -35,7 +35,7 @@ from condit_lab.world.index import (
     set_rows,
     with_splits,
 )
-from condit_lab.world.measure import COLOURS, Measured, descriptor, measure
+from condit_lab.world.measure import COLOURS, PixelMeasures, descriptor, measure
 from condit_lab.world.names import Phrase, phrases
 from condit_lab.world.raster import RESVG, Renderer, unpack_renderer
 from condit_lab.world.sets import Kind, icon_sets, looks
@@ -91,7 +91,7 @@ def build(out_dir: str | Path, *, work: str | Path | None = None, progress: Prog
     return store.World.open(out)
 
 
-def rows(files: Mapping[str, Path]) -> tuple[list[Drawing], dict[str, EmojiConcept], dict[str, Phrase]]:
+def rows(files: Mapping[str, Path]) -> tuple[list[WorldDrawing], dict[str, EmojiConcept], dict[str, Phrase]]:
     """(every drawing, emoji concepts by hexcode, phrases): sorted by style and name."""
     icons, emoji = emoji_rows(dict(files))
     known = phrases(emoji)
@@ -106,7 +106,7 @@ def rows(files: Mapping[str, Path]) -> tuple[list[Drawing], dict[str, EmojiConce
 
 
 def rasters(
-    drawings: list[Drawing], files: Mapping[str, Path], work: Path, progress: Progress
+    drawings: list[WorldDrawing], files: Mapping[str, Path], work: Path, progress: Progress
 ) -> dict[str, RasterCache]:
     """The raster cache of every style with all its drawings in it."""
     modules = unpack_renderer([files[package.name] for package in RESVG], work / "tools")
@@ -133,13 +133,13 @@ def rasters(
 
 
 def measured(
-    drawings: list[Drawing], folder: Path, progress: Progress
-) -> tuple[list[Measured | None], NDArray[np.float32], list[bytes]]:
+    drawings: list[WorldDrawing], folder: Path, progress: Progress
+) -> tuple[list[PixelMeasures | None], NDArray[np.float32], list[bytes]]:
     """(measures, descriptors (n, 256), digests of the pixels), computed by all cores."""
     by_style: dict[str, list[str]] = {}
     for row in drawings:
         by_style.setdefault(row.style, []).append(row.key)
-    measures: list[Measured | None] = []
+    measures: list[PixelMeasures | None] = []
     parts: list[NDArray[np.float32]] = []
     digests: list[bytes] = []
     with ProcessPoolExecutor() as pool:
@@ -154,7 +154,7 @@ def measured(
 
 def _measure_style(
     folder: Path, style: str, keys: list[str]
-) -> tuple[list[Measured | None], NDArray[np.float32], list[bytes]]:
+) -> tuple[list[PixelMeasures | None], NDArray[np.float32], list[bytes]]:
     measures, descriptors, digests = [], [], []
     for rgba in RasterCache(folder, style).read(keys):
         measures.append(measure(rgba))
@@ -193,7 +193,9 @@ def _inflated(shapes: RasterCache, names: list[str]) -> Iterator[tuple[str, NDAr
         )
 
 
-def _first_of_each(drawings: list[Drawing], measures: list[Measured | None], digests: list[bytes]) -> list[int]:
+def _first_of_each(
+    drawings: list[WorldDrawing], measures: list[PixelMeasures | None], digests: list[bytes]
+) -> list[int]:
     """Indices without blank drawings and without a second copy of the same pixels in one style; the first world's rows
     stay, copies or not."""
     seen: set[tuple[str, bytes]] = set()
@@ -206,7 +208,9 @@ def _first_of_each(drawings: list[Drawing], measures: list[Measured | None], dig
     return keep
 
 
-def _write_images(file: Path, drawings: list[Drawing], caches: Mapping[str, RasterCache], progress: Progress) -> None:
+def _write_images(
+    file: Path, drawings: list[WorldDrawing], caches: Mapping[str, RasterCache], progress: Progress
+) -> None:
     by_style: dict[str, list[str]] = {}
     for row in drawings:
         by_style.setdefault(row.style, []).append(row.key)
@@ -221,8 +225,8 @@ def _write_images(file: Path, drawings: list[Drawing], caches: Mapping[str, Rast
 
 def _write_tables(
     folder: Path,
-    drawings: list[Drawing],
-    measures: list[Measured | None],
+    drawings: list[WorldDrawing],
+    measures: list[PixelMeasures | None],
     splits: list[str],
     emoji: Mapping[str, EmojiConcept],
     known: Mapping[str, Phrase],
@@ -234,7 +238,7 @@ def _write_tables(
         assert some is not None  # blank drawings are gone
         colours = ",".join(COLOURS[colour][0] for colour in some.colours)
         index.append(
-            store.Row(
+            store.DrawingRow(
                 row.style,
                 row.name,
                 row.concept,
@@ -251,7 +255,7 @@ def _write_tables(
         )
         texts.append(_captions(row, some, concepts[row.concept], styles[row.style]))
     for name, kind, table in (
-        (store.INDEX, store.Row, index),
+        (store.INDEX, store.DrawingRow, index),
         (store.CONCEPTS, store.Concept, list(concepts.values())),
         (store.STYLES, store.StyleRow, list(styles.values())),
     ):
@@ -261,7 +265,7 @@ def _write_tables(
     (folder / "ATTRIBUTION.md").write_text(attribution(styles.values()), encoding="utf-8")
 
 
-def _captions(row: Drawing, some: Measured, concept: store.Concept, style: store.StyleRow) -> list[str]:
+def _captions(row: WorldDrawing, some: PixelMeasures, concept: store.Concept, style: store.StyleRow) -> list[str]:
     rng = Random(f"{row.style}/{row.key}")
     described = [(style.description_en, style.description_zh)] if style.description_en else []
     if row.source in EMOJI_STYLES:
@@ -283,7 +287,7 @@ def _captions(row: Drawing, some: Measured, concept: store.Concept, style: store
 
 
 def _concepts(
-    drawings: list[Drawing], emoji: Mapping[str, EmojiConcept], known: Mapping[str, Phrase]
+    drawings: list[WorldDrawing], emoji: Mapping[str, EmojiConcept], known: Mapping[str, Phrase]
 ) -> dict[str, store.Concept]:
     """Concepts that are drawn, sorted by key."""
     own = {entry.key: entry for key, entry in sorted(emoji.items(), key=lambda pair: pair[0] == pair[1].key)}
@@ -305,7 +309,7 @@ def _concepts(
     return out
 
 
-def _styles(drawings: list[Drawing]) -> dict[str, store.StyleRow]:
+def _styles(drawings: list[WorldDrawing]) -> dict[str, store.StyleRow]:
     """Styles that are drawn, in the order of the tables."""
     family, table = families(), look_table()
     images: dict[str, int] = {}

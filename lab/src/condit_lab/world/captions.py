@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 
 from condit_lab.icons.captions import with_article
-from condit_lab.world.measure import COLOURS, Measured
+from condit_lab.world.measure import COLOURS, PixelMeasures
 from condit_lab.world.sets import Kind
 
 PER_LANGUAGE = 3
@@ -37,7 +37,7 @@ class Subject:
     tags_en: Sequence[str]
     tags_zh: Sequence[str]
     kind: Kind
-    measured: Measured
+    measured: PixelMeasures
 
 
 def captions(subject: Subject, rng: Random) -> tuple[list[str], list[str]]:
@@ -46,7 +46,7 @@ def captions(subject: Subject, rng: Random) -> tuple[list[str], list[str]]:
     return _english(subject, rng), _chinese(subject, rng)
 
 
-def colour_words(measured: Measured) -> tuple[str, str]:
+def colour_words(measured: PixelMeasures) -> tuple[str, str]:
     """("red and white", "红色和白色") of the measured colours."""
     english = [COLOURS[index][0] for index in measured.colours]
     chinese = [COLOURS[index][1] for index in measured.colours]

@@ -52,7 +52,7 @@ _SERIES = 4  # drawings of one title above which it names the series
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipartDrawing:
     """One drawing: its path inside the package, its style and what its title names."""
 
     path: str
@@ -89,7 +89,7 @@ def documents(deb: Path) -> Iterator[tuple[str, str]]:
                 yield path, handle.read().decode("utf-8", "replace")
 
 
-def clips(deb: Path, known: Mapping[str, Phrase]) -> list[Clip]:
+def clips(deb: Path, known: Mapping[str, Phrase]) -> list[ClipartDrawing]:
     """Drawings in the public domain whose title, or file name for a whole series of one title, names a known thing."""
     entries = [
         (path, _field(document, "title"), slug(_field(document, "creator")))
@@ -104,7 +104,7 @@ def clips(deb: Path, known: Mapping[str, Phrase]) -> list[Clip]:
         phrase = title_phrase(title if titles[title] <= _SERIES else stem, known)
         if phrase is not None:
             style = next((key for affix, key in authors.items() if affix in author), _MIXED)
-            out.append(Clip(path, _INK if re.search(r"(^|_)bw(_|$)", stem) else style, phrase))
+            out.append(ClipartDrawing(path, _INK if re.search(r"(^|_)bw(_|$)", stem) else style, phrase))
     return sorted(out, key=lambda clip: (clip.style, clip.path))
 
 

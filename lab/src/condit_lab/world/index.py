@@ -14,12 +14,12 @@ from condit_lab.icons.world import HELD_OUT_STYLE, Icon
 from condit_lab.world import clipart, inflated
 from condit_lab.world.emoji import EmojiConcept
 from condit_lab.world.names import Phrase, read_name
-from condit_lab.world.sets import IconSet, Look, drawings_of, icon_sets, looks
+from condit_lab.world.sets import Look, PackageSet, drawings_of, icon_sets, looks
 from condit_lab.world.splits import HELD_OUT_LOOKS, split_of
 
 
 @dataclass(frozen=True)
-class Drawing:
+class WorldDrawing:
     """One icon to be drawn. name = the icon's name in `source`, the set or emoji style it comes from; fixed = its split
     is the first world's."""
 
@@ -41,10 +41,10 @@ class Drawing:
         return f"{self.source}/{self.name}"
 
 
-def emoji_rows_as_drawings(icons: Iterable[Icon], concepts: Mapping[str, EmojiConcept]) -> list[Drawing]:
+def emoji_rows_as_drawings(icons: Iterable[Icon], concepts: Mapping[str, EmojiConcept]) -> list[WorldDrawing]:
     """The first world's rows."""
     return [
-        Drawing(
+        WorldDrawing(
             icon.style,
             icon.style,
             icon.icon,
@@ -70,7 +70,9 @@ def read_set(tarball: Path) -> dict:
         return json.load(handle)
 
 
-def set_rows(icon_set: IconSet, tarball: Path, known: Mapping[str, Phrase], groups: Mapping[str, str]) -> list[Drawing]:
+def set_rows(
+    icon_set: PackageSet, tarball: Path, known: Mapping[str, Phrase], groups: Mapping[str, str]
+) -> list[WorldDrawing]:
     """The rows of one set whose names lead to a concept; their split is still "train". groups: concept -> group."""
     names = [name for name, icon in read_set(tarball)["icons"].items() if not icon.get("hidden")]
     out = []
@@ -78,7 +80,7 @@ def set_rows(icon_set: IconSet, tarball: Path, known: Mapping[str, Phrase], grou
         reading = read_name(stem, icon_set.key, known)
         if reading is not None:
             out.append(
-                Drawing(
+                WorldDrawing(
                     style,
                     icon_set.key,
                     name,
@@ -95,10 +97,10 @@ def set_rows(icon_set: IconSet, tarball: Path, known: Mapping[str, Phrase], grou
     return out
 
 
-def clipart_rows(deb: Path, known: Mapping[str, Phrase], groups: Mapping[str, str]) -> list[Drawing]:
+def clipart_rows(deb: Path, known: Mapping[str, Phrase], groups: Mapping[str, str]) -> list[WorldDrawing]:
     """The rows of Open Clip Art."""
     return [
-        Drawing(
+        WorldDrawing(
             clip.style,
             clipart.SOURCE,
             clip.path,
@@ -115,7 +117,7 @@ def clipart_rows(deb: Path, known: Mapping[str, Phrase], groups: Mapping[str, st
     ]
 
 
-def inflated_rows(drawings: Iterable[Drawing]) -> list[Drawing]:
+def inflated_rows(drawings: Iterable[WorldDrawing]) -> list[WorldDrawing]:
     """One blown-up shape for every plain drawing of the style that lends its silhouettes."""
     shapes = [row for row in drawings if row.style == inflated.SHAPES and not row.detail]
     return [replace(row, style=inflated.STYLE, source=inflated.STYLE) for row in shapes]
@@ -145,7 +147,7 @@ def look_table() -> dict[str, Look]:
     return table
 
 
-def with_splits(drawings: list[Drawing]) -> list[str]:
+def with_splits(drawings: list[WorldDrawing]) -> list[str]:
     """The split of every drawing before near-duplicates are looked at."""
     family = families()
     drawn_by: dict[str, set[str]] = {}

@@ -38,7 +38,7 @@ _MAX_COLOURS = 3
 
 
 @dataclass(frozen=True)
-class Measured:
+class PixelMeasures:
     """colours: indices into COLOURS, the largest area first. translucent: a good part of the ink is neither opaque nor
     an edge. shaded: many tones within a colour (gradient, shadow)."""
 
@@ -70,7 +70,7 @@ def _name_table() -> NDArray[np.uint8]:
 _NAMES = _name_table()
 
 
-def measure(rgba: NDArray[np.uint8]) -> Measured | None:
+def measure(rgba: NDArray[np.uint8]) -> PixelMeasures | None:
     """Measures of a raster (128, 128, 4); None for a blank one."""
     alpha = rgba[..., 3]
     if np.count_nonzero(alpha > 32) < MIN_INK:
@@ -84,7 +84,7 @@ def measure(rgba: NDArray[np.uint8]) -> Measured | None:
     order = sorted(range(len(COLOURS)), key=lambda index: (-counts[index], index))
     colours = tuple(index for index in order[:_MAX_COLOURS] if counts[index] >= _SHARE) or (order[0],)
     tones = len(np.unique(packed))
-    return Measured(colours, _translucent(alpha), tones > 60, float((alpha > 96).mean()))
+    return PixelMeasures(colours, _translucent(alpha), tones > 60, float((alpha > 96).mean()))
 
 
 def descriptor(rgba: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -114,18 +114,18 @@ def read_name(stem: str, icon_set: str, known: Mapping[str, Phrase]) -> Reading 
 
 
 def _read(words: list[str], icon_set: str, known: Mapping[str, Phrase]) -> Reading | None:
-    found: list[tuple[str, str]] = []
+    parts_of_name: list[tuple[str, str]] = []
     while words:
         key = "-".join(words)
         key = _HERE.get((key, icon_set), key).replace(" ", "-")
         phrase = (known.get(key) or known.get(singular(key))) if key else None
         if phrase is not None:
-            return Reading(phrase, tuple(reversed(found)))
+            return Reading(phrase, tuple(reversed(parts_of_name)))
         last = words[-1]
         if _COUNTER.fullmatch(last) or last in _NEUTRAL or (icon_set in _COUNTED_IN_WORDS and last in _NUMBERS):
             words = words[:-1]
-        elif last in details() and len(found) < _MAX_DETAILS and len(words) > 1:
-            found.append(details()[last])
+        elif last in details() and len(parts_of_name) < _MAX_DETAILS and len(words) > 1:
+            parts_of_name.append(details()[last])
             words = words[:-1]
         else:
             return None

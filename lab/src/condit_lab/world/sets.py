@@ -20,7 +20,7 @@ _SIZED = re.compile(rf"-({'|'.join(_SIZES)})$")
 
 
 @dataclass(frozen=True)
-class IconSet:
+class PackageSet:
     """One npm package of icons. licence is an SPDX name; sets of one family show the same shapes."""
 
     key: str
@@ -53,10 +53,10 @@ def read_table(name: str) -> list[dict[str, str]]:
 
 
 @functools.cache
-def icon_sets() -> dict[str, IconSet]:
+def icon_sets() -> dict[str, PackageSet]:
     """Every set by key, in the order of the table."""
     return {
-        row["set"]: IconSet(
+        row["set"]: PackageSet(
             row["set"],
             Package(row["package"], row["version"], row["sha256"]),
             row["licence"],

@@ -28,7 +28,7 @@ IMAGES, INDEX, CONCEPTS, STYLES, CAPTIONS = "images.u8", "index.tsv", "concepts.
 
 
 @dataclass(frozen=True)
-class Row:
+class DrawingRow:
     """One image. name = the icon's name in its set; label = what it shows, details included ("cart with a plus sign");
     detail is 1 where the label says more than the concept; colours are measured, the largest area first."""
 
@@ -82,7 +82,7 @@ class World:
     """A built world. Arrays are parallel: image[i] shows concepts[concept_id[i]] in styles[style_id[i]]."""
 
     image: NDArray[np.uint8]
-    rows: list[Row]
+    rows: list[DrawingRow]
     concepts: list[Concept]
     styles: list[StyleRow]
     concept_id: NDArray[np.int32]
@@ -96,15 +96,15 @@ class World:
         path = Path(path)
         if not (path / INDEX).is_file():
             raise ValueError(f"no icon world at {path}. Build one: python -m condit_lab.world --out DIR")
-        rows = _typed(Row, path / INDEX)
+        rows = _typed(DrawingRow, path / INDEX)
         concepts = _typed(Concept, path / CONCEPTS)
         styles = _typed(StyleRow, path / STYLES)
         captions = [tuple(row.values()) for row in _read(path / CAPTIONS)]
         expected = len(rows) * SIZE * SIZE * 4
-        found = (path / IMAGES).stat().st_size
-        if found != expected or len(captions) != len(rows):
+        size = (path / IMAGES).stat().st_size
+        if size != expected or len(captions) != len(rows):
             raise ValueError(
-                f"{path}: {IMAGES} has {found} bytes and {CAPTIONS} {len(captions)} rows, expected {expected} and "
+                f"{path}: {IMAGES} has {size} bytes and {CAPTIONS} {len(captions)} rows, expected {expected} and "
                 f"{len(rows)} for {len(rows)} rows of {INDEX}. Build the world again"
             )
         image = np.memmap(path / IMAGES, np.uint8, "r", shape=(len(rows), SIZE, SIZE, 4))
@@ -167,7 +167,7 @@ def write_rows(file: Path, names: Sequence[str], rows: Sequence[Sequence[str | i
             handle.write("\t".join(cells) + "\n")
 
 
-def field_names(kind: type[Row] | type[Concept] | type[StyleRow]) -> list[str]:
+def field_names(kind: type[DrawingRow] | type[Concept] | type[StyleRow]) -> list[str]:
     """The columns of a table."""
     return [field.name for field in fields(kind)]
 
