@@ -292,14 +292,14 @@ def test_every_ip_adapter_variant_runs_and_equal_ones_are_equal(scripts):
     )
     with torch.inference_mode():
         s = module.setting(config, tokens=4, side=8, features=12)
-        actual = {name: call() for name, call in module.variants(s).items()}
-        plain, acting = actual["diffusers, no adapter"], actual["diffusers, adapter"]
+        values = {name: call() for name, call in module.variants(s).items()}
+        plain, acting = values["diffusers, no adapter"], values["diffusers, adapter"]
         assert not torch.allclose(plain, acting, atol=1e-3)
-        for name, value in actual.items():
+        for name, value in values.items():
             expected = plain if "no adapter" in name else acting
             torch.testing.assert_close(value, expected, rtol=0, atol=2e-5)  # sums in another order
-        page = module.table({name: timing.Timing(2.0, 1.0, 3.0) for name in actual})
-        assert page.count("\n| ") == len(actual) and "1.000 | 1.000" in page
+        page = module.table({name: timing.Timing(2.0, 1.0, 3.0) for name in values})
+        assert page.count("\n| ") == len(values) and "1.000 | 1.000" in page
         differences = module.batch_differences(s)
     for guidance in (1.0, 5.0):
         assert differences["condit", guidance] < 1e-4
@@ -315,9 +315,9 @@ def test_parts_of_the_unet_are_left_out_one_at_a_time_and_come_back(scripts, mak
             if isinstance(m, module.Transformer):
                 m.proj_out.weight.normal_()
     before = [p.clone() for p in parts.backbone.parameters()]
-    actual = module.rises(parts, module.held_out(parts, few_icons(), 4, 0.9))
-    assert len([name for name in actual if name.startswith("words at ")]) == 11 and len(actual) == 11 + 7
-    assert all(x.value != 0 and x.n == 4 for name, x in actual.items() if "attentions" in name)
+    values = module.rises(parts, module.held_out(parts, few_icons(), 4, 0.9))
+    assert len([name for name in values if name.startswith("words at ")]) == 11 and len(values) == 11 + 7
+    assert all(x.value != 0 and x.n == 4 for name, x in values.items() if "attentions" in name)
     assert all(torch.equal(p, kept) for p, kept in zip(parts.backbone.parameters(), before, strict=True))
     module.main(["--icons", few_icons(), "--model", str(folder), "--count", "2", "--out", str(tmp_path / "o")])
     assert "| mid_block |" in capsys.readouterr().out and len([*(tmp_path / "o").iterdir()]) == 2

@@ -179,9 +179,9 @@ def test_a_planted_breach_is_found(tmp_path, file, line):
     planted = tmp_path / file
     planted.parent.mkdir(exist_ok=True)
     planted.write_text(line)
-    actual = breaches(tmp_path)
-    assert len(actual) == 1
-    assert actual[0].startswith(file)
+    broken = breaches(tmp_path)
+    assert len(broken) == 1
+    assert broken[0].startswith(file)
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,9 @@ def test_exported_class_models_are_compared_on_the_same_icons(tmp_path, coarse):
     folders.append(step(ClassifyTask(ClassifyData(icons=ICONS, label="style", sizes=VIT)), tmp_path / "ViT"))
     folders.append(step(ClassifyTask(ClassifyData(icons=ICONS, label="base", sizes=VIT)), tmp_path / "concepts"))
     messages: list[str] = []
-    actual = evaluate_classes(folders, tmp_path / "out", data=ICONS, vae=coarse["vae"], count=16, tell=messages.append)
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == actual
-    figures = {(f["model"], f["measure"]): f for f in actual["figures"]}
+    result = evaluate_classes(folders, tmp_path / "out", data=ICONS, vae=coarse["vae"], count=16, tell=messages.append)
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == result
+    figures = {(f["model"], f["measure"]): f for f in result["figures"]}
     for name in ("DiT", "DiffiT"):
         for measure in (ERROR, AGREEMENT, DISTANCE):
             interval = figures[name, measure]["interval"]
@@ -107,10 +107,10 @@ def test_exported_class_models_are_compared_on_the_same_icons(tmp_path, coarse):
     assert (
         figures[CLIP, CONCEPT5]["interval"]["value"] > figures["concepts", CONCEPT5]["interval"]["value"]
     )  # untrained
-    claims = class_claims(actual)
+    claims = class_claims(result)
     assert claims.keys() == {"diffit-dit", "vit-style", "vit-concept"}
     assert f"{actual['models']['DiffiT']['parameters']:,}" in claims["diffit-dit"]
-    assert actual["models"]["DiT"]["steps"] == 1 and actual["models"]["DiT"]["parameters"] > 1000
+    assert result["models"]["DiT"]["steps"] == 1 and result["models"]["DiT"]["parameters"] > 1000
     assert Image.open(tmp_path / "out" / "classes.png").width > 200
     # Again, the same figures.
     again = evaluate_classes(folders[:1], tmp_path / "again", data=ICONS, vae=coarse["vae"], count=16)

@@ -74,16 +74,16 @@ def result(**other) -> dict:
 
 
 def test_class_claims_hold_the_figures_of_their_own_runs():
-    actual = class_claims(result())
-    assert actual.keys() == CLAIMS.keys()
-    assert "| parameters, DiffiT | 6,000,000 |" in actual["diffit-dit"] and "8,000,000" in actual["diffit-dit"]
-    assert f"| {ERROR}, DiffiT minus DiT, the same icons | 1.0000 | 0.9900 to 1.0100 | 64 |" in actual["diffit-dit"]
-    assert f"| {ERROR}, DiT, plain adaLN minus DiT, the same icons | 2.0000 |" in actual["adaln-zero"]
-    assert "Depth 6, width 256, trained for 500 steps on 32,000 pictures" in actual["adaln-zero"]
-    assert f"| {ACCURACY}, ViT | 70.0 |" in actual["vit-style"] and f"{JUDGE} | 77.0 |" in actual["vit-style"]
-    assert f"| {ACCURACY}, {JUDGE} minus ViT, the same icons | 7.0 |" in actual["vit-style"]
-    assert f"| {CONCEPT}, {CLIP} | 23.0 |" in actual["vit-concept"] and "49.0" in actual["vit-concept"]
-    assert "Not run yet" not in "".join(actual.values())
+    claims = class_claims(result())
+    assert claims.keys() == CLAIMS.keys()
+    assert "| parameters, DiffiT | 6,000,000 |" in claims["diffit-dit"] and "8,000,000" in claims["diffit-dit"]
+    assert f"| {ERROR}, DiffiT minus DiT, the same icons | 1.0000 | 0.9900 to 1.0100 | 64 |" in claims["diffit-dit"]
+    assert f"| {ERROR}, DiT, plain adaLN minus DiT, the same icons | 2.0000 |" in claims["adaln-zero"]
+    assert "Depth 6, width 256, trained for 500 steps on 32,000 pictures" in claims["adaln-zero"]
+    assert f"| {ACCURACY}, ViT | 70.0 |" in claims["vit-style"] and f"{JUDGE} | 77.0 |" in claims["vit-style"]
+    assert f"| {ACCURACY}, {JUDGE} minus ViT, the same icons | 7.0 |" in claims["vit-style"]
+    assert f"| {CONCEPT}, {CLIP} | 23.0 |" in claims["vit-concept"] and "49.0" in claims["vit-concept"]
+    assert "Not run yet" not in "".join(claims.values())
 
 
 @pytest.mark.parametrize("other", [{"depth": 12}, {"width": 384}, {"steps": 700}, {"images_seen": 1}])
@@ -95,12 +95,12 @@ def test_the_page_of_claims_says_of_each_what_was_measured_or_that_it_was_not():
     text = DOCS.read_text(encoding="utf-8")
     claims = CLAIMS | STYLE_CLAIMS
     assert len(claims) == len(CLAIMS) + len(STYLE_CLAIMS) and set(claims) <= set(pages.names(text, KIND))
-    for actual in re.finditer(r"<!-- claims:(\S+) -->\n(.*?)<!-- /claims -->", text, re.S):
-        assert "**The paper.**" in actual[2]
-        measured = re.search(r"\*\*Measured\*\* by `(condit|python benchmarks/\w+\.py) ", actual[2])
-        assert (measured is not None) != ("Not run yet" in actual[2])
-        if actual[1] in claims and "Not run yet" in actual[2]:
-            assert actual[2] == block(claims[actual[1]])
+    for match in re.finditer(r"<!-- claims:(\S+) -->\n(.*?)<!-- /claims -->", text, re.S):
+        assert "**The paper.**" in match[2]
+        measured = re.search(r"\*\*Measured\*\* by `(condit|python benchmarks/\w+\.py) ", match[2])
+        assert (measured is not None) != ("Not run yet" in match[2])
+        if match[1] in claims and "Not run yet" in match[2]:
+            assert match[2] == block(claims[match[1]])
 
 
 def test_measured_claims_replace_what_was_not_run(tmp_path):

@@ -111,8 +111,8 @@ def test_references_are_not_from_training_and_show_another_concept(world):
 
 def test_blocks_are_ranked_by_leakage_among_those_with_style():
     layers = [("idle", 0.0, -0.01), ("style", 0.2, 0.02), ("both", 0.3, 0.2), ("weak", 0.1, 0.0)]
-    actual = rank_blocks([{"site": s, "style": a, "leakage": b, "n": 4} for s, a, b in layers])
-    assert [entry["site"] for entry in actual] == ["style", "both", "weak", "idle"]
+    ranked = rank_blocks([{"site": s, "style": a, "leakage": b, "n": 4} for s, a, b in layers])
+    assert [entry["site"] for entry in ranked] == ["style", "both", "weak", "idle"]
     none = rank_blocks([{"site": s, "style": a, "leakage": 0.0, "n": 4} for s, a in (("x", -0.2), ("y", -0.1))])
     assert [entry["site"] for entry in none] == ["y", "x"]
 
@@ -162,18 +162,18 @@ def test_methods_that_are_shown_a_subject_are_compared_image_by_image(run):
 
 def test_the_claims_hold_the_figures_of_the_run(run):
     result = run[1]
-    actual = style_claims(result)
-    assert actual.keys() == CLAIMS.keys() - {"deadiff-prompt"}  # which a UNet answers
-    assert all("`condit evaluate style --count 4" in text for text in actual.values())
+    claims = style_claims(result)
+    assert claims.keys() == CLAIMS.keys() - {"deadiff-prompt"}  # which a UNet answers
+    assert all("`condit evaluate style --count 4" in text for text in claims.values())
     assert (
         f"| {LIKENESS}, OminiControl shown the subject | {value(result, 'subject-tokens', LIKENESS):.3f} |"
-        in (actual["ip-subject"])
+        in claims["ip-subject"]
     )
     for entry in result["comparisons"]:
         if entry["measure"] != LEAKAGE or entry["method"] not in ("subtract", "block"):
             continue
         what = {m["name"]: m["what"] for m in result["methods"]}[entry["method"]] + f" at {entry['strength']:g}"
-        lines = [line for line in actual["instantstyle-leakage"].splitlines() if f", {what} " in line]
+        lines = [line for line in claims["instantstyle-leakage"].splitlines() if f", {what} " in line]
         difference = entry["gap"]["difference"]
         if not entry["strength"]:
             assert not lines  # nothing is subtracted
@@ -317,10 +317,10 @@ def test_the_unets_rows_are_held_against_its_own_adapter(unet, tmp_path, monkeyp
     assert value(result, "unet-none", LEAKAGE) == 0
     drawn = {name: value(result, name, SCORE) for name in ("unet-none", "unet-plain", *names)}
     assert len(set(drawn.values())) == len(drawn)
-    actual = style_claims(result)
-    assert actual.keys() == {"instantstyle-leakage", "deadiff-prompt"}
-    assert "UNet, InstantStyle's style block at 1" in actual["instantstyle-leakage"]
-    assert f"| {ALIGNMENT}, UNet, plain IP-Adapter at 1, where" in actual["deadiff-prompt"]
+    claims = style_claims(result)
+    assert claims.keys() == {"instantstyle-leakage", "deadiff-prompt"}
+    assert "UNet, InstantStyle's style block at 1" in claims["instantstyle-leakage"]
+    assert f"| {ALIGNMENT}, UNet, plain IP-Adapter at 1, where" in claims["deadiff-prompt"]
 
 
 @pytest.fixture(scope="module")

@@ -73,8 +73,8 @@ def test_another_shape_is_no_small_difference_and_relative_is_a_part_of_the_larg
 
 def test_layouts_differ_by_names_on_either_side_and_by_shapes():
     expected = {"a": [2], "b": [3], "c": [4]}
-    actual = {"a": torch.zeros(2), "b": torch.zeros(4), "d": torch.zeros(1)}
-    assert layout_differences(actual, expected) == {"names": 2, "shapes": 1}
+    layout = {"a": torch.zeros(2), "b": torch.zeros(4), "d": torch.zeros(1)}
+    assert layout_differences(layout, expected) == {"names": 2, "shapes": 1}
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_a_folder_may_hold_some_kinds_only_but_no_unknown_one(tmp_path):
     shutil.copy(
         find_golden() / "vit" / "posembed_resize.safetensors", tmp_path / "vit" / "posembed_resize_b.safetensors"
     )
-    (actual,) = verify_fixtures("vit", tmp_path)
-    assert actual.ok and list(actual.cases) == ["posembed_resize_b"]
+    (result,) = verify_fixtures("vit", tmp_path)
+    assert result.ok and list(result.cases) == ["posembed_resize_b"]
     (tmp_path / "vit" / "swin.json").write_text("{}")
     with pytest.raises(ValueError, match="no check compares swin"):
         verify_fixtures("vit", tmp_path)

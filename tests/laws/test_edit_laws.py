@@ -55,8 +55,8 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 @every_pipe
 @every_set
 def test_an_edit_to_the_same_prompt_returns_the_source_bit_for_bit(pipes, photo, kind, name):
-    actual = pipes[kind].edit(photo, "a red fox", "a red fox", controls=SETS[name], **HOW)
-    assert torch.equal(actual.images, actual.sources)
+    edited = pipes[kind].edit(photo, "a red fox", "a red fox", controls=SETS[name], **HOW)
+    assert torch.equal(edited.images, edited.sources)
 
 
 @every_pipe
@@ -65,9 +65,9 @@ def test_an_edit_changes_the_image_and_each_control_changes_the_edit(pipes, phot
     """Without this the law above would hold for an edit that does nothing."""
     pipe = pipes[kind]
     plain = pipe.edit(photo, "a red fox", "a red cat", **HOW)
-    actual = pipe.edit(plain.inversion, None, "a red cat", controls=SETS[name], **HOW)
-    assert (actual.images - actual.sources).abs().max() > 1e-3
-    assert (actual.images - plain.images).abs().max() > 1e-5
+    edited = pipe.edit(plain.inversion, None, "a red cat", controls=SETS[name], **HOW)
+    assert (edited.images - edited.sources).abs().max() > 1e-3
+    assert (edited.images - plain.images).abs().max() > 1e-5
 
 
 @every_pipe
@@ -116,8 +116,8 @@ def test_outside_a_mask_the_image_is_the_source(pipes, photo, kind):
     mask = np.zeros((32, 48), np.uint8)
     mask[:, :24] = 255
     pipe = pipes[kind]
-    actual = pipe.edit(photo, "a red fox", "a red cat", mask=mask, controls=SETS["everything"], **HOW)
-    inside, outside = halves(actual.images - actual.sources, kind)
+    edited = pipe.edit(photo, "a red fox", "a red cat", mask=mask, controls=SETS["everything"], **HOW)
+    inside, outside = halves(edited.images - edited.sources, kind)
     assert not outside.any() and inside.any()
     nothing = pipe.edit(photo, "a red fox", "a red cat", mask=np.zeros_like(mask), **HOW)
     assert torch.equal(nothing.images, nothing.sources)
@@ -149,8 +149,8 @@ def test_an_edit_a_style_reference_and_a_region_compose_in_one_call(pipes, make_
 def test_a_cached_condition_acts_on_the_target_and_a_joint_one_is_refused(pipes, make_omini, photo, pictures):
     pipe = pipes["mmdit"]
     cached, joint = (make_omini(pipe, independent=i, delta=(0, 6)).control(pictures(2)[1]) for i in (True, False))
-    actual = pipe.edit(photo, "a fox", "a fox", controls=[cached], **HOW)
-    assert (actual.images - actual.sources).abs().max() > 1e-3
+    edited = pipe.edit(photo, "a fox", "a fox", controls=[cached], **HOW)
+    assert (edited.images - edited.sources).abs().max() > 1e-3
     with pytest.raises(ValueError, match="OminiReference joins the sequence"):
         pipe.edit(photo, "a fox", "a cat", controls=[joint], **HOW)
 
@@ -358,8 +358,8 @@ def call(pipe, network, control, kind: str) -> Tensor:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_runs(pipes, photo, kind, name):
     target = "a red cat" if name in ("swap", "shape") else "a big red fox"
-    actual = pipes[kind].edit(photo, "a red fox", target, controls=[PRESETS[name]], **HOW)
-    assert actual.images.isfinite().all() and len(actual.psnr) == 1
+    edited = pipes[kind].edit(photo, "a red fox", target, controls=[PRESETS[name]], **HOW)
+    assert edited.images.isfinite().all() and len(edited.psnr) == 1
 
 
 @pytest.mark.parametrize("method", [torch.zeros(2), 3, "ddim"])

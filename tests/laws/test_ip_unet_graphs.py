@@ -66,7 +66,7 @@ def test_the_probe_ranks_blocks_by_what_they_do(world, references):
     for weight in pairs:
         weight.zero_()  # type: ignore[union-attr,operator]
     try:
-        actual = probe(
+        scores = probe(
             lambda controls: list(world.draw(controls, PROMPTS[:2])),
             world.whole,
             references[:2],
@@ -76,10 +76,10 @@ def test_the_probe_ranks_blocks_by_what_they_do(world, references):
     finally:
         for weight, value in zip(pairs, kept, strict=True):
             weight.copy_(value)  # type: ignore[union-attr,operator]
-    assert {score.block for score in actual} == set(blocks)
-    assert [s.style for s in actual] == sorted((s.style for s in actual), reverse=True)
-    assert actual[-1].block == blocks[0] and actual[-1].style == 0
-    assert all(isinstance(s, BlockScore) and s.n == 4 and s.leakage == 0 and s.style_error >= 0 for s in actual)
+    assert {score.block for score in scores} == set(blocks)
+    assert [s.style for s in scores] == sorted((s.style for s in scores), reverse=True)
+    assert scores[-1].block == blocks[0] and scores[-1].style == 0
+    assert all(isinstance(s, BlockScore) and s.n == 4 and s.leakage == 0 and s.style_error >= 0 for s in scores)
 
 
 def test_a_reference_can_act_against_itself_on_the_negative_side(world, references):

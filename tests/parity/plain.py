@@ -298,8 +298,8 @@ def write_vit(folder: Path, name: str, c: dict, *, seed: int) -> Tensors:
     p = vit_weights(c, seed)
     images = random(torch.Generator().manual_seed(seed + 1), 2, c["image_size"], c["image_size"], 3)
     acts = vit(p, c, images)
-    actual = {"input.image_nhwc": images, "output.logits": acts.pop("out")} | {f"act.{k}": v for k, v in acts.items()}
-    write(folder, name, {"kind": "vit_forward", "config": c}, actual | {f"npz.{k}": v for k, v in p.items()})
+    tensors = {"input.image_nhwc": images, "output.logits": acts.pop("out")} | {f"act.{k}": v for k, v in acts.items()}
+    write(folder, name, {"kind": "vit_forward", "config": c}, tensors | {f"npz.{k}": v for k, v in p.items()})
     return p
 
 
@@ -316,7 +316,7 @@ def write_legacy(folder: Path, name: str, p: Tensors) -> None:
 
 def write_resizing(folder: Path, name: str, cases: list[dict], seed: int) -> None:
     """Linear between the nearest rows and columns, corners on corners."""
-    g, actual = torch.Generator().manual_seed(seed), {}
+    g, tensors = torch.Generator().manual_seed(seed), {}
     for i, case in enumerate(cases):
         old, new, first = case["old_grid"], case["new_grid"], int(case["has_class_token"])
         table = random(g, 1, old**2 + first, case["dim"])
@@ -328,9 +328,9 @@ def write_resizing(folder: Path, name: str, cases: list[dict], seed: int) -> Non
                 fy, fx = y - y0, x - x0
                 top = maps[y0, x0] * (1 - fx) + maps[y0, x0 + 1] * fx
                 rows.append(top * (1 - fy) + (maps[y0 + 1, x0] * (1 - fx) + maps[y0 + 1, x0 + 1] * fx) * fy)
-        actual[f"case{i}.input"] = table
-        actual[f"case{i}.output"] = torch.cat([table[:, :first], torch.stack(rows)[None]], 1)
-    write(folder, name, {"cases": cases}, actual)
+        tensors[f"case{i}.input"] = table
+        tensors[f"case{i}.output"] = torch.cat([table[:, :first], torch.stack(rows)[None]], 1)
+    write(folder, name, {"cases": cases}, tensors)
 
 
 def write_positions(folder: Path, cases: list[dict]) -> None:

@@ -88,14 +88,16 @@ class Tables:
 
 
 def bits(p: Tables, out: Tensor, x0: Tensor, x: Tensor, i: Tensor, options: dict) -> Tensor:
-    true, actual = p.posterior(x0, x, i), p.reverse(out, x, i, options)
-    ratio = actual["log_variance"] - true["log_variance_clipped"]
-    kl = 0.5 * (-1 + ratio + (-ratio).exp() + (true["mean"] - actual["mean"]) ** 2 * (-actual["log_variance"]).exp())
+    true, predicted = p.posterior(x0, x, i), p.reverse(out, x, i, options)
+    ratio = predicted["log_variance"] - true["log_variance_clipped"]
+    kl = 0.5 * (
+        -1 + ratio + (-ratio).exp() + (true["mean"] - predicted["mean"]) ** 2 * (-predicted["log_variance"]).exp()
+    )
 
     def cdf(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
-    scaled = [(x0 - actual["mean"] + d / 255) * (-0.5 * actual["log_variance"]).exp() for d in (1, -1)]
+    scaled = [(x0 - predicted["mean"] + d / 255) * (-0.5 * predicted["log_variance"]).exp() for d in (1, -1)]
     upper, lower = map(cdf, scaled)
     mass = torch.where(x0 > 0.999, 1 - lower, upper - lower)
     nll = -torch.where(x0 < -0.999, upper, mass).clamp(min=1e-12).log()
@@ -121,17 +123,17 @@ def walk(p: Tables, denoise, x: Tensor, noises: Tensor, options: dict, *, eta: f
     seen = []
     for number, step in enumerate(reversed(range(len(p.betas)))):
         i = torch.full((len(x),), step)
-        actual = p.reverse(denoise(x, torch.tensor(p.timestep_map)[i]), x, i, options, clip)
+        predicted = p.reverse(denoise(x, torch.tensor(p.timestep_map)[i]), x, i, options, clip)
         if eta is None:
-            after, spread = actual["mean"], (0.5 * actual["log_variance"]).exp()
+            after, spread = predicted["mean"], (0.5 * predicted["log_variance"]).exp()
         else:
             bar, before = p.alphas_cumprod[step], p.before[step]
             sigma = eta * math.sqrt((1 - before) / (1 - bar)) * math.sqrt(1 - bar / before)
-            direction = p.noise_in(x, actual["pred_xstart"], i)
-            after = math.sqrt(before) * actual["pred_xstart"] + math.sqrt(1 - before - sigma**2) * direction
+            direction = p.noise_in(x, predicted["pred_xstart"], i)
+            after = math.sqrt(before) * predicted["pred_xstart"] + math.sqrt(1 - before - sigma**2) * direction
             spread = sigma
         x = after + (spread * noises[number] if step else 0)
-        seen.append((x, actual["pred_xstart"]))
+        seen.append((x, predicted["pred_xstart"]))
     return torch.stack([x for x, _ in seen]), torch.stack([x0 for _, x0 in seen])
 
 
@@ -177,14 +179,14 @@ def write_diffusion(
 
 
 def sample(
-    actual: Tensors, c: dict, p: Tensors, process: Tables, options: dict, scale: float, g: torch.Generator
+    tensors: Tensors, c: dict, p: Tensors, process: Tables, options: dict, scale: float, g: torch.Generator
 ) -> None:
     """Trajectories of every sampler, guided as the official batch of [z; z] is, and one inversion."""
     n, side = 2, c["input_size"]
     z, y = random(g, n, c["in_channels"], side, side), torch.tensor([2, 1])
     noises = random(g, len(process.betas), 2 * n, c["in_channels"], side, side)
-    actual |= {"sample.z": z, "sample.y": y, "sample.step_noise": noises}
-    actual["sample.timesteps"] = torch.tensor(process.timestep_map[::-1].copy())
+    tensors |= {"sample.z": z, "sample.y": y, "sample.step_noise": noises}
+    tensors["sample.timesteps"] = torch.tensor(process.timestep_map[::-1].copy())
 
     def both(x: Tensor, t: Tensor) -> Tensor:
         return guided(p, c, dit, x[:n], t[:n], y, lambda _: scale)
@@ -193,14 +195,14 @@ def sample(
     ways = {"ddpm": {}, "ddpm_clip": {"clip": True}, "ddim_eta0": {"eta": 0.0}, "ddim_eta1": {"eta": 1.0}}
     for name, how in ways.items():
         xs, x0s = walk(process, both, doubled, noises, options, **how)
-        actual |= {f"sample.{name}.x": xs, f"sample.{name}.pred_xstart": x0s}
-    actual["sample.ddpm_nocfg.x"] = walk(process, lambda x, t: dit(p, c, x, t, y)["out"], z, noises[:, :n], options)[0]
+        tensors |= {f"sample.{name}.x": xs, f"sample.{name}.pred_xstart": x0s}
+    tensors["sample.ddpm_nocfg.x"] = walk(process, lambda x, t: dit(p, c, x, t, y)["out"], z, noises[:, :n], options)[0]
     i = torch.tensor([1, 2])
     times = torch.tensor(process.timestep_map)[i]
     x0 = process.reverse(dit(p, c, z, times, y)["out"], z, i, options)["pred_xstart"]
     after = np.append(process.alphas_cumprod[1:], 0.0)
     inverted = process(np.sqrt(after), i) * x0 + process(np.sqrt(1 - after), i) * process.noise_in(z, x0, i)
-    actual |= {"ddim_reverse.t_index": i, "ddim_reverse.x": inverted}
+    tensors |= {"ddim_reverse.t_index": i, "ddim_reverse.x": inverted}
 
 
 def write_schedules(folder: Path, respacings: tuple[str, ...]) -> None:

@@ -116,7 +116,7 @@ def sd_pairs(make_sd, make_deadiff, tmp_path_factory) -> Callable[[str], Pair]:
             }
             tensors = {name: shaken(adapter, 0.3).tensors() for name, adapter in adapters.items()}
         tensors["lora"] = {n.replace("transformer.", "unet.", 1): t for n, t in tensors["lora"].items()}
-        files = {name: save_tensors(folder / name, actual) for name, actual in tensors.items()}
+        files = {name: save_tensors(folder / name, weights) for name, weights in tensors.items()}
         deadiff = make_deadiff(ours)
         config = {"condit": deadiff.metadata()}
         files["deadiff"] = save_tensors(folder / "deadiff", deadiff.tensors(), config)

@@ -116,7 +116,7 @@ def test_a_single_file_finds_its_other_parts_in_its_folder(saved, tmp_path):
 
 def authors_vae(vae) -> dict[str, Tensor]:
     """The autoencoder in its authors' names."""
-    levels, actual = len(vae.config.block_out_channels), {}
+    levels, tensors = len(vae.config.block_out_channels), {}
     for name, t in vae.state_dict().items():
         name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
@@ -126,8 +126,8 @@ def authors_vae(vae) -> dict[str, Tensor]:
         name = name.replace(".resnets.", ".block.").replace("mid_block.attentions.0", "mid.attn_1")
         name = re.sub(r"attn_1\.to_([qkv])", r"attn_1.\1", name).replace("to_out.0", "proj_out")
         name = name.replace("group_norm", "norm")
-        actual[name] = t[:, :, None, None] if re.search(r"attn_1\.([qkv]|proj_out)\.weight", name) else t
-    return actual
+        tensors[name] = t[:, :, None, None] if re.search(r"attn_1\.([qkv]|proj_out)\.weight", name) else t
+    return tensors
 
 
 def test_the_autoencoders_rules_equal_diffusers_converter(saved):

@@ -63,8 +63,8 @@ def test_a_model_is_loaded_by_name_and_its_recipe_loads_the_same_commit(hub, sd)
     commit = hub.add("me/sd", as_published(sd))
     pipe = condit.load("me/sd")
     assert torch.equal(latents(pipe), latents(condit.load(sd)))
-    asked = {line.split(f"/{commit}/")[1] for line in hub.requests if f"resolve/{commit}/" in line}
-    assert not asked & TWINS.keys() and {"model_index.json", "unet/config.json"} <= asked
+    downloads = {line.split(f"/{commit}/")[1] for line in hub.requests if f"resolve/{commit}/" in line}
+    assert not downloads & TWINS.keys() and {"model_index.json", "unet/config.json"} <= downloads
     recipe = pipe("a red fox", seed=0, num_inference_steps=1).recipe
     assert recipe["model"] == pipe.name == f"me/sd@{commit}"
     # The repository moves on; the recipe does not.

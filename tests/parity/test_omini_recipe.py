@@ -86,10 +86,10 @@ def test_a_recipe_trains_adapters_of_their_own_that_the_pipeline_loads(trained, 
 
 def test_the_log_says_whether_the_condition_is_used_and_followed(trained):
     lines = [json.loads(line) for line in (trained / "run" / "log.jsonl").read_text().splitlines()]
-    actual = next(line["validation"] for line in lines if "validation" in line)
+    validation = next(line["validation"] for line in lines if "validation" in line)
     levels = (0.5, 0.7, 0.9)
     wanted = {f"{what}_{t}" for what in ("error", "wrong_reference", "no_reference") for t in levels}
-    assert set(actual) == wanted | {"follow_canny_f1"} and 0 <= actual["follow_canny_f1"] <= 1
+    assert set(validation) == wanted | {"follow_canny_f1"} and 0 <= validation["follow_canny_f1"] <= 1
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])

@@ -69,9 +69,9 @@ def test_a_single_file_generates_what_its_folder_generates(make_sd, tmp_path: Pa
     pipe = make_sd(kind)
     pipe.save_pretrained(tmp_path / kind)
     originals = single_file(pipe, tmp_path / "model.safetensors", kind)
-    actual = identify(tmp_path / "model.safetensors")
-    assert actual.kind == "stable-diffusion-file"
-    parts = load_original(actual.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
+    source = identify(tmp_path / "model.safetensors")
+    assert source.kind == "stable-diffusion-file"
+    parts = load_original(source.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
     how = {"seed": 1, "num_inference_steps": 2, "output_type": "pt", "sampler": "ddim"}
     ours, folder = Pipeline(parts), condit.load(tmp_path / kind)
     assert torch.equal(ours("a red fox", **how).images, folder("a red fox", **how).images)
@@ -88,9 +88,9 @@ def test_deadiffs_checkpoint_can_be_loaded_as_a_base_model(make_sd, tmp_path: Pa
         tensors |= {n.replace(f".to_{letter}", f".i_to_{letter}"): torch.randn(tensors[n].shape) for n in texts}
     tensors |= {"style_blip.query_tokens": torch.zeros(1, 2, 3), "content_proj_layer.dense1.bias": torch.zeros(2)}
     torch.save({"state_dict": tensors, "global_step": 5}, tmp_path / "deadiff_v1.ckpt")
-    actual = identify(tmp_path / "deadiff_v1.ckpt")
-    assert actual.kind == "stable-diffusion-file"
-    parts = load_original(actual.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
+    source = identify(tmp_path / "deadiff_v1.ckpt")
+    assert source.kind == "stable-diffusion-file"
+    parts = load_original(source.path, torch.float32, "model", originals, tokenizer=pipe.tokenizer)
     how = {"seed": 1, "num_inference_steps": 2, "output_type": "pt"}
     folder = condit.load(tmp_path / "sd15")
     assert torch.equal(Pipeline(parts)("a red fox", **how).images, folder("a red fox", **how).images)

@@ -76,16 +76,16 @@ EVERYTHING = [DiT4Edit(blend=Blend(start=0.0, layers=(0, 1))), TokenMerging(0.5,
 
 
 def test_an_edit_to_the_same_prompt_is_the_source_bit_for_bit(pipe, photo):
-    actual = pipe.edit(photo, "a red fox", "a red fox", controls=EVERYTHING, **HOW)
-    assert torch.equal(actual.images, actual.sources)
+    edited = pipe.edit(photo, "a red fox", "a red fox", controls=EVERYTHING, **HOW)
+    assert torch.equal(edited.images, edited.sources)
     other = pipe.edit(photo, "a red fox", "a snow fox", controls=EVERYTHING, **HOW)
     assert not torch.equal(other.images, other.sources)
 
 
 def test_the_first_photo_keeps_its_shape_in_whole_tokens(pipe, photo):
-    actual = pipe.edit(photo, "a fox", "a snow", controls=[PRESETS["swap"]], num_inference_steps=2)
-    assert actual.images[0].size == (36, 28)  # 56 x 40 in the area of the model's 32 x 32, tokens of 4 px
-    assert actual.grid == (7, 9)
+    edited = pipe.edit(photo, "a fox", "a snow", controls=[PRESETS["swap"]], num_inference_steps=2)
+    assert edited.images[0].size == (36, 28)  # 56 x 40 in the area of the model's 32 x 32, tokens of 4 px
+    assert edited.grid == (7, 9)
 
 
 @pytest.mark.parametrize("name", PRESETS)

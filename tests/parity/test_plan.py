@@ -31,9 +31,9 @@ WISH = Wish(24, 32, steps=3, dtype=torch.float32)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, make_flux):
-    actual = tmp_path_factory.mktemp("flux") / "model"
-    make_flux(CONFIG, dynamic=True).save_pretrained(actual)
-    return actual
+    model = tmp_path_factory.mktemp("flux") / "model"
+    make_flux(CONFIG, dynamic=True).save_pretrained(model)
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -133,7 +133,7 @@ def test_keys_and_values_are_freed_after_the_call(sd_pairs, pictures):
     gc.disable()
     try:
         draw(guest, controls=controls)
-        left = [actual for actual in gc.get_objects() if type(actual) is ControlledUNet]
+        left = [obj for obj in gc.get_objects() if type(obj) is ControlledUNet]
     finally:
         gc.enable()
     assert left == []

@@ -25,15 +25,15 @@ PICTURE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 MASK = (torch.arange(32) < 16).float().expand(1, 1, 32, 32)
 
 
-def asked(name: str) -> dict[str, Any]:
+def arguments_of(name: str) -> dict[str, Any]:
     """The arguments of a kind of pipeline."""
     change = "Img2Img" in name or "Inpaint" in name
-    actual: dict[str, Any] = {"image": PICTURE, "strength": 0.8} if change else {"latents": noise(1)}
+    arguments: dict[str, Any] = {"image": PICTURE, "strength": 0.8} if change else {"latents": noise(1)}
     if "Inpaint" in name:
-        actual |= {"mask_image": MASK, "height": 32, "width": 32}
+        arguments |= {"mask_image": MASK, "height": 32, "width": 32}
     if "ControlNet" in name:
-        actual["control_image" if change else "image"] = PICTURE
-    return actual | ({"image": PICTURE} if "Adapter" in name else {})
+        arguments["control_image" if change else "image"] = PICTURE
+    return arguments | ({"image": PICTURE} if "Adapter" in name else {})
 
 
 def parts(name: str, unet: Any) -> dict[str, Any]:
@@ -56,7 +56,9 @@ def test_every_supported_pipeline_generates_the_same_and_takes_controls(sd_pairs
 
     def call(pipe: Any, **given: Any) -> Tensor:
         start = torch.Generator().manual_seed(4)
-        return pipe("a red fox", generator=start, **{**GIVEN, "num_inference_steps": 4, **asked(name), **given}).images
+        return pipe(
+            "a red fox", generator=start, **{**GIVEN, "num_inference_steps": 4, **arguments_of(name), **given}
+        ).images
 
     with attach(host) as guest:
         plain = call(host)
@@ -150,10 +152,10 @@ def test_words_are_subtracted_by_sdxls_own_text_tower(sd_pairs, pictures):
 
 @every_kind
 def test_deadiffs_content_layers_may_read_another_prompt(sd_pairs, pictures, kind):
-    pair, actual = sd_pairs(kind), []
+    pair, latents = sd_pairs(kind), []
     for pipe in (attach(pair.theirs), pair.ours):
         controls = pair.controls(pipe, "deadiff", pictures(1)[0], content_prompt="snow")
-        actual.append(draw(pipe, controls=controls))
-    close(*actual)
+        latents.append(draw(pipe, controls=controls))
+    close(*latents)
     guest = attach(pair.theirs)
-    assert (actual[0] - draw(guest, controls=pair.controls(guest, "deadiff", pictures(1)[0]))).abs().max() > 1e-3
+    assert (latents[0] - draw(guest, controls=pair.controls(guest, "deadiff", pictures(1)[0]))).abs().max() > 1e-3

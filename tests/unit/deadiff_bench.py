@@ -81,12 +81,12 @@ class Bench:
 
 def make_adapter(bench: Bench) -> DEADiff:
     torch.manual_seed(2)
-    actual = DEADiff.new(bench.backbone, QFORMER, make_tower(), pipe=cast("Host", bench))
+    adapter = DEADiff.new(bench.backbone, QFORMER, make_tower(), pipe=cast("Host", bench))
     g = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for parameter in actual.parameters():
+        for parameter in adapter.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
-    return actual.eval().requires_grad_(False)
+    return adapter.eval().requires_grad_(False)
 
 
 def make_pictures() -> list[np.ndarray]:

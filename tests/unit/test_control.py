@@ -99,8 +99,8 @@ def test_controls_must_be_a_list_of_controls():
     assert check_controls([one]) == (one,) and check_controls(()) == ()
     with pytest.raises(ValueError, match=r"controls=\[...\]; found Control"):
         check_controls(one)  # type: ignore[arg-type]
-    for wrong, actual in (("tiny/style", "str"), ([one, "swap"], "str"), ([torch.nn.Linear(1, 1)], "Linear")):
-        with pytest.raises(ValueError, match=rf"made by adapter.control\(...\); found {actual}"):
+    for wrong, name in (("tiny/style", "str"), ([one, "swap"], "str"), ([torch.nn.Linear(1, 1)], "Linear")):
+        with pytest.raises(ValueError, match=rf"made by adapter.control\(...\); found {name}"):
             check_controls(wrong)  # type: ignore[arg-type]
 
 

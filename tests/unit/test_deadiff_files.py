@@ -141,7 +141,7 @@ def test_names_of_the_full_size_checkpoint_go_both_ways():
                 )
     widths = {"input_blocks": {1: 320, 2: 320, 4: 640, 5: 640, 7: 1280, 8: 1280}}
     widths["output_blocks"] = {i: (1280, 640, 320)[i // 3 - 1] for i in range(3, 12)}
-    places = {f"{side}.{i}.1": width for side, actual in widths.items() for i, width in actual.items()}
+    places = {f"{side}.{i}.1": width for side, layers in widths.items() for i, width in layers.items()}
     for place, width in {**places, "middle_block.1": 1280}.items():
         for kind in ("k", "v"):
             name = f"model.diffusion_model.{place}.transformer_blocks.0.attn2.i_to_{kind}.weight"

@@ -284,7 +284,7 @@ def acting_on(control: DiT4Edit, source: Words, target: Words) -> None:
 def test_each_edit_may_have_its_own_mask(make_pipe):
     pipe = make_pipe(blocks=1)
     white, black = np.full((32, 48), 255, np.uint8), np.zeros((32, 48), np.uint8)
-    actual = pipe.edit(
+    edited = pipe.edit(
         np.zeros((32, 48, 3), np.uint8),
         "a cat",
         ["a dog", "a dog"],
@@ -292,15 +292,15 @@ def test_each_edit_may_have_its_own_mask(make_pipe):
         num_inference_steps=2,
         output_type="latent",
     )
-    source = actual.sources[0]
-    assert not torch.equal(actual.images[0], source) and torch.equal(actual.images[1], source)
+    source = edited.sources[0]
+    assert not torch.equal(edited.images[0], source) and torch.equal(edited.images[1], source)
 
 
 def test_one_word_for_another_has_no_word_in_common_and_is_replaced(make_pipe):
-    actual = make_pipe(blocks=1).edit(
+    edited = make_pipe(blocks=1).edit(
         np.zeros((32, 48, 3), np.uint8), "cat", "dog", controls=[PRESETS["swap"]], num_inference_steps=1
     )
-    assert len(actual.images) == 1
+    assert len(edited.images) == 1
 
 
 def test_it_acts_in_an_edit_only(make_pipe):
@@ -311,8 +311,8 @@ def test_it_acts_in_an_edit_only(make_pipe):
 def test_images_of_odd_sizes_are_fitted_and_wrong_ones_raise(make_pipe):
     pipe = make_pipe(blocks=1, canvas=False)  # draws 32 x 48 in tokens of 8 px
     odd = Image.new("RGB", (101, 67), "red")
-    actual = pipe.edit(odd, "a cat", "a dog", num_inference_steps=1)
-    assert actual.images[0].size == (48, 32) and actual.inversion.size == (32, 48)
+    edited = pipe.edit(odd, "a cat", "a dog", num_inference_steps=1)
+    assert edited.images[0].size == (48, 32) and edited.inversion.size == (32, 48)
     small = pipe.edit(Image.new("RGB", (20, 20)), "a cat", "a dog", num_inference_steps=1)
     assert small.images[0].size == (16, 16)  # whole tokens, never larger than given
     fixed = make_pipe(blocks=1).edit(Image.new("RGB", (20, 20)), "a cat", "a dog", num_inference_steps=1)
@@ -369,11 +369,11 @@ def test_the_result_page_shows_the_words_that_differ(make_pipe):
     from condit.drawing.edit_page import edit_page, edited_words
 
     pipe = make_pipe(blocks=1)
-    actual = pipe.edit(
+    edited = pipe.edit(
         np.zeros((32, 48, 3), np.uint8), "a cat", "a dog", controls=[PRESETS["swap"]], num_inference_steps=2, maps=True
     )
-    assert actual.maps is not None and actual.maps.shape == (1, 2, 24, 5)
-    torch.testing.assert_close(actual.maps[0, 0].sum(-1) > 0, torch.ones(24, dtype=torch.bool))
-    assert [[word for word, _ in side] for side in edited_words(actual, 0)] == [["cat"], ["dog"]]
-    page = edit_page(actual, "a cat", "a dog")
+    assert edited.maps is not None and edited.maps.shape == (1, 2, 24, 5)
+    torch.testing.assert_close(edited.maps[0, 0].sum(-1) > 0, torch.ones(24, dtype=torch.bool))
+    assert [[word for word, _ in side] for side in edited_words(edited, 0)] == [["cat"], ["dog"]]
+    page = edit_page(edited, "a cat", "a dog")
     assert page.height > 3 * 128 and page.getcolors(1 << 20)

@@ -157,10 +157,10 @@ def tables(text: str) -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("page", PAPERS, ids=lambda page: page.name)
 def test_a_page_of_a_paper_has_the_common_order_and_a_command_for_its_figures(page):
-    actual = sections(page)
-    names = list(actual)
+    parts = sections(page)
+    names = list(parts)
     assert names[0] == "Why" and names[-2:] == ["What we measured", "Limits"]
     assert set(names) & {"Method", "Protocol"}
-    for before, table, after in tables(actual["What we measured"]):
+    for before, table, after in tables(parts["What we measured"]):
         said = COMMAND.search(before) or COMMAND.search(table) or LINE.search(after)
         assert said, f"no command for the table\n{table[:200]}"

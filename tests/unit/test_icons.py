@@ -75,7 +75,7 @@ def test_sister_styles_share_their_split(world: IconWorld) -> None:
     splits = defaultdict(set)
     for icon in world.icons:
         splits[icon.base, family(icon.style)].add(icon.split)
-    assert all(len(actual) == 1 for actual in splits.values())
+    assert all(len(names) == 1 for names in splits.values())
 
 
 def test_a_combination_stays_in_training_where_too_few_families_draw_the_concept() -> None:

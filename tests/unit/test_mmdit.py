@@ -19,11 +19,11 @@ def stream(weight: Tensor) -> Stream:
 def context(weight: Tensor, *, merged: bool) -> tuple[MMDiTContext, list[Tensor]]:
     """Text, image and a condition as in the double blocks, or text and image as one stream as in the single ones."""
     given = [None, stream(weight)] if merged else [None, None, stream(weight)]
-    actual = groups(None if merged else 0, 0 if merged else 1, given)
+    grouped = groups(None if merged else 0, 0 if merged else 1, given)
     lengths = [TEXT + IMAGE, CONDITION] if merged else [TEXT, IMAGE, CONDITION]
     keys = [torch.zeros(1, 2, n, 4) for n in lengths]
     image = (0, TEXT) if merged else (1, 0)
-    return MMDiTContext((), (), (), tuple(actual), None if merged else 0, image, (), ()), keys
+    return MMDiTContext((), (), (), tuple(grouped), None if merged else 0, image, (), ()), keys
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -17,10 +17,10 @@ class Painter:
     """Stands for a text-to-image model: the seed is the colour."""
 
     def __init__(self):
-        self.asked: list[tuple[str, int, int]] = []
+        self.calls: list[tuple[str, int, int]] = []
 
     def __call__(self, prompt: str, seed: int, count: int) -> list[Image.Image]:
-        self.asked.append((prompt, seed, count))
+        self.calls.append((prompt, seed, count))
         colours = [(seed + k).to_bytes(4, "big")[1:] for k in range(count)]
         return [Image.new("RGB", (4, 4), tuple(colour)) for colour in colours]
 
@@ -39,8 +39,8 @@ def test_pairs_of_a_generated_set_share_their_prompt_or_their_subject(tmp_path):
     table = prompt_table(SUBJECTS, STYLES, per_subject=2)
     painter = Painter()
     draw_groups(tmp_path, table, painter, images=3)
-    assert [(prompt, count) for prompt, _, count in painter.asked] == [(row.prompt, 3) for row in table]
-    assert len({seed + k for _, seed, count in painter.asked for k in range(count)}) == 18  # no noise twice
+    assert [(prompt, count) for prompt, _, count in painter.calls] == [(row.prompt, 3) for row in table]
+    assert len({seed + k for _, seed, count in painter.calls for k in range(count)}) == 18  # no noise twice
     report = check(tmp_path)
     assert (report.pairs, report.problems, report.groups) == (18, (), {"style": 6, "content": 3})
     pairs, rng = GroupedPairs(open_pairs(tmp_path)), random.Random(0)
@@ -66,11 +66,11 @@ def test_a_run_that_stopped_goes_on_and_a_table_may_grow(tmp_path):
         draw_groups(tmp_path, table, stops, images=2)
     painter = Painter()
     file = draw_groups(tmp_path, table, painter, images=2)
-    assert [prompt for prompt, _, _ in painter.asked] == [row.prompt for row in table[2:]]
+    assert [prompt for prompt, _, _ in painter.calls] == [row.prompt for row in table[2:]]
     before = [load_image(open_pairs(tmp_path)[i].image).getpixel((0, 0)) for i in range(12)]
     again = Painter()
     draw_groups(tmp_path, [*table, PromptRow("rain", "oil painting", "rain, oil painting")], again, images=2)
-    assert [prompt for prompt, _, _ in again.asked] == ["rain, oil painting"]
+    assert [prompt for prompt, _, _ in again.calls] == ["rain, oil painting"]
     assert [load_image(open_pairs(tmp_path)[i].image).getpixel((0, 0)) for i in range(12)] == before
     assert len(file.read_text().splitlines()) == 14
 

@@ -14,9 +14,9 @@ def stream(sees: Sees = "main", weight: torch.Tensor | None = None, weight_text:
     return Stream(empty, empty, empty, empty, sees=sees, log_weight=weight, weight_text=weight_text)
 
 
-def visible(actual: list[Group]) -> dict[int, set[int]]:
+def visible(grouped: list[Group]) -> dict[int, set[int]]:
     """Row -> the streams that it sees."""
-    return {row: set(group.cols) for group in actual for row in group.rows}
+    return {row: set(group.cols) for group in grouped for row in group.rows}
 
 
 EVERY = {TEXT, IMAGE, A, B}

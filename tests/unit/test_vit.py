@@ -230,13 +230,13 @@ def test_unpooled_heads_read_every_token():
 
 @torch.no_grad()
 def test_the_three_gelus_differ_and_only_by_little():
-    model, actual = random_vit(), []
+    model, outputs = random_vit(), []
     for gelu in ("exact", "tanh", "quick"):
         other = ViT(replace(TINY, flavour=replace(TINY.flavour, gelu=gelu))).eval()
         other.load_state_dict(model.state_dict())
-        actual.append(other(pictures()))
-    assert 1e-6 < (actual[0] - actual[1]).abs().max() < 1e-2
-    assert 1e-3 < (actual[0] - actual[2]).abs().max() < 1
+        outputs.append(other(pictures()))
+    assert 1e-6 < (outputs[0] - outputs[1]).abs().max() < 1e-2
+    assert 1e-3 < (outputs[0] - outputs[2]).abs().max() < 1
 
 
 @torch.no_grad()

@@ -173,15 +173,15 @@ def test_zero_terminal_snr_equals_diffusers():
 
 def test_first_order_of_dpm_solver_is_ddim():
     x = 2 * NOISE
-    actual = estimate(network(x, 500), x, 0.3, "epsilon")
-    torch.testing.assert_close(dpm_step(x, actual.x0, 0.3, 0.6), ddim_step(actual, 0.3, 0.6))
+    estimated = estimate(network(x, 500), x, 0.3, "epsilon")
+    torch.testing.assert_close(dpm_step(x, estimated.x0, 0.3, 0.6), ddim_step(estimated, 0.3, 0.6))
 
 
 def test_a_step_of_ddim_is_undone_by_the_step_back():
     x = 2 * NOISE
-    actual = estimate(network(x, 500), x, 0.3, "epsilon")
-    there = ddim_step(actual, 0.3, 0.6)
-    back = ddim_step(estimate(actual.eps, there, 0.6, "epsilon"), 0.6, 0.3)
+    estimated = estimate(network(x, 500), x, 0.3, "epsilon")
+    there = ddim_step(estimated, 0.3, 0.6)
+    back = ddim_step(estimate(estimated.eps, there, 0.6, "epsilon"), 0.6, 0.3)
     torch.testing.assert_close(back, x)
 
 
