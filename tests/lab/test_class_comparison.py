@@ -109,12 +109,12 @@ def test_exported_class_models_are_compared_on_the_same_icons(tmp_path, coarse):
     )  # untrained
     claims = class_claims(result)
     assert claims.keys() == {"diffit-dit", "vit-style", "vit-concept"}
-    assert f"{actual['models']['DiffiT']['parameters']:,}" in claims["diffit-dit"]
+    assert f"{result['models']['DiffiT']['parameters']:,}" in claims["diffit-dit"]
     assert result["models"]["DiT"]["steps"] == 1 and result["models"]["DiT"]["parameters"] > 1000
     assert Image.open(tmp_path / "out" / "classes.png").width > 200
     # Again, the same figures.
     again = evaluate_classes(folders[:1], tmp_path / "again", data=ICONS, vae=coarse["vae"], count=16)
     assert again["figures"][0]["interval"] == one["interval"]
-    with pytest.raises(ValueError, match="no style of the icon world"):
+    with pytest.raises(ValueError, match="is not a style of the icon world"):
         of_groups = step(ClassifyTask(ClassifyData(icons=ICONS, label="group", sizes=VIT)), tmp_path / "groups")
         evaluate_classes([folders[0], of_groups], tmp_path / "bad", data=ICONS, vae=coarse["vae"], count=16)

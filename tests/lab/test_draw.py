@@ -77,7 +77,7 @@ def test_a_pack_reads_as_it_was_written(drawings, tmp_path, monkeypatch):
 
 
 def test_a_missing_pack_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="No pack of drawings"):
+    with pytest.raises(ValueError, match="holds no pack of drawings"):
         Drawings.open(tmp_path)
 
 

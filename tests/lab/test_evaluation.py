@@ -258,7 +258,7 @@ def test_evaluate_writes_figures_and_a_page(world, tmp_path, pipe, no_adapters, 
 
 
 def test_an_unknown_set_or_count_is_refused(tmp_path, world):
-    with pytest.raises(ValueError, match="no set 'worms'; there are words"):
+    with pytest.raises(ValueError, match="There is no set 'worms'. Choose from: words"):
         tiny.evaluate(tmp_path, data=world[0], sets=["worms"])
     with pytest.raises(ValueError, match="at least 1; found 0"):
         tiny.evaluate(tmp_path, data=world[0], count=0)

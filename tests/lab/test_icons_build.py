@@ -92,7 +92,7 @@ def test_a_package_with_another_hash_is_refused(tmp_path: Path) -> None:
     (tmp_path / package.file).write_bytes(b"right")
     assert fetch([package], tmp_path) == {"@sets/tiny": tmp_path / package.file}
     (tmp_path / package.file).write_bytes(b"wrong")
-    with pytest.raises(ValueError, match=r"sha256 .*, expected .*Remove the file and fetch again"):
+    with pytest.raises(ValueError, match=r"has sha256 .*; expected .*Remove the file and fetch it again"):
         fetch([package], tmp_path)
 
 
@@ -196,6 +196,6 @@ def test_a_build_that_breaks_leaves_no_half_file(tiny_sets: Path, tmp_path: Path
 
 
 def test_an_unknown_style_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no icon style 'notto'"):
+    with pytest.raises(ValueError, match="There is no icon style 'notto'"):
         icons_build.build(tmp_path / "world", styles=["notto"])
     assert not (tmp_path / "world").exists()

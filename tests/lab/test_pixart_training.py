@@ -127,7 +127,7 @@ def test_padding_is_masked_for_an_empty_prompt(new_task):
 
 
 def test_bad_settings_and_a_missing_part_raise(tmp_path, new_task, monkeypatch):
-    with pytest.raises(ValueError, match=r"taught_from is a level of noise, 0 to 1; found 2\."):
+    with pytest.raises(ValueError, match=r"taught_from must be a noise level from 0 to 1; found 2\."):
         new_task(taught_from=2.0)
     task = new_task()
     task.export(tmp_path, {})

@@ -67,7 +67,7 @@ def value(result, method, measure, strength=1.0):
 def test_a_method_is_run_with_its_no_control_and_its_baseline():
     assert [m.name for m in choose(["subtract"])] == ["none", "plain", "subtract"]
     assert [m.name for m in choose(["subject"])] == ["none", "subject"]
-    with pytest.raises(ValueError, match="no method 'worms'; there are none, words, plain"):
+    with pytest.raises(ValueError, match="There is no method 'worms'. Choose from: none, words, plain"):
         choose(["worms"])
 
 
@@ -85,7 +85,7 @@ def test_strengths_are_given_to_all_or_to_one():
     methods = {m.name: m.strengths for m in with_strengths(choose(["subtract", "copy"]), ["1,0.3,1", "subtract=0.5"])}
     assert methods == {"none": (1.0,), "plain": (0.3, 1.0), "subtract": (0.5,), "copy": (1.0,)}
     for wrong in ("plain=", "a,b", "plain=nan"):
-        with pytest.raises(ValueError, match="strengths are numbers"):
+        with pytest.raises(ValueError, match="Strengths must be numbers"):
             with_strengths(METHODS, [wrong])
     with pytest.raises(ValueError, match="'adain', which is not among the methods"):
         with_strengths(choose(["subtract"]), ["adain=1"])

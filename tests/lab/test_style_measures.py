@@ -32,7 +32,7 @@ def test_rows_are_resampled_together():
     np.testing.assert_allclose(actual[0] - actual[1], actual[2], atol=1e-8)  # a - b was rounded to fp32
     interval = bootstrap(a, CLUSTERS)
     assert np.percentile(actual[0], [2.5, 97.5]) == pytest.approx([interval.low, interval.high])
-    with pytest.raises(ValueError, match="all are of the same pictures"):
+    with pytest.raises(ValueError, match="must be of the same images"):
         resample([a, b[:3]], None)
 
 

@@ -127,7 +127,7 @@ def test_the_adapter_trains_along_on_its_rows_alone_and_both_are_exported(make_t
 
 def test_shares_of_rows_that_are_more_than_all_are_refused(make_task):
     make_task()
-    with pytest.raises(ValueError, match="1 at most"):
+    with pytest.raises(ValueError, match="at most 1"):
         UNetJointTask(ICONS, MODEL, style_share=0.6, deadiff_share=0.5)
 
 
@@ -195,5 +195,5 @@ def test_a_silent_layer_adds_nothing_for_its_rows_and_all_layers_act_on_the_othe
     assert torch.equal(silent[0], other[0]) and not torch.equal(silent[1], other[1])
     assert one.rows(slice(1, 2)).speaks.keys() == one.speaks.keys()
     assert make_task().silence(2, generator) == []
-    with pytest.raises(ValueError, match=r"silent is a share of the rows, 0 to 1; found 2\."):
+    with pytest.raises(ValueError, match=r"silent must be a share of the rows, from 0 to 1; found 2\."):
         make_task(silent=2.0)

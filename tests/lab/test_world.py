@@ -74,7 +74,7 @@ def test_a_synonym_leads_to_a_concept_not_to_another_synonym():
 
 
 def test_a_synonym_of_an_unknown_name_raises():
-    with pytest.raises(ValueError, match="names no concept"):
+    with pytest.raises(ValueError, match="is not a concept"):
         phrases({})
 
 
@@ -310,7 +310,7 @@ def test_a_world_with_missing_images_does_not_open(tmp_path: Path):
     np.zeros((2, SIZE, SIZE, 4), np.uint8).tofile(tmp_path / store.IMAGES)
     with pytest.raises(ValueError, match="Build the world again"):
         World.open(tmp_path)
-    with pytest.raises(ValueError, match="no icon world"):
+    with pytest.raises(ValueError, match="There is no icon world"):
         World.open(tmp_path / "nowhere")
 
 

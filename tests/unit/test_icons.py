@@ -114,7 +114,7 @@ def test_every_style_is_pinned_and_named() -> None:
 
 
 def test_an_unknown_style_raises_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"no icon style 'notto'; there are noto, "):
+    with pytest.raises(ValueError, match=r"There is no icon style 'notto'. Choose from: noto, "):
         style_of("notto")
 
 
@@ -176,7 +176,7 @@ def test_filters_keep_what_they_name(world: IconWorld) -> None:
 
 
 def test_a_filter_that_fits_nothing_tells_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"no icon has split in \['training'\]; this world has \['combo'"):
+    with pytest.raises(ValueError, match=r"No icon has split in \['training'\]; this world has \['combo'"):
         IconWorld.open(sample_path(), splits=["training"])
     with pytest.raises(ValueError, match="give a collection"):
         IconWorld.open(sample_path(), styles="noto")

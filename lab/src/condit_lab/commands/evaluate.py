@@ -65,7 +65,7 @@ def style(
 ) -> None:
     """Compare methods of style transfer as curves over their strength."""
     if split not in ("combo", "style"):
-        raise typer.BadParameter(f"--split is combo or style; found {split!r}")
+        raise typer.BadParameter(f"--split must be combo or style; found {split!r}.")
     from condit_lab.suites.style import QUICK, Protocol, evaluate_style, write_table
 
     kept = min(count, QUICK) if quick else count
@@ -169,7 +169,7 @@ def step_counts(text: str) -> tuple[int, ...]:
     """ "10,20" as numbers."""
     counts = names(text) or ()
     if not counts or not all(part.isdigit() and int(part) > 0 for part in counts):
-        raise typer.BadParameter(f"--trips takes numbers of steps, as in 10,20; found {text!r}")
+        raise typer.BadParameter(f"--trips takes numbers of steps, as in 10,20; found {text!r}.")
     return tuple(int(part) for part in counts)
 
 

@@ -39,15 +39,17 @@ def verify(
 
     systems = fixtures.SYSTEMS
     if system not in (*systems, "all"):
-        raise typer.BadParameter(f"expected one of {', '.join(systems)} or all; found {system!r}")
+        raise typer.BadParameter(f"The system must be one of {', '.join(systems)} or all; found {system!r}.")
     if file is not None and system not in BACKBONES:
-        raise typer.BadParameter(f"FILE is supported for {', '.join(BACKBONES)}; found {system}")
+        raise typer.BadParameter(f"FILE is supported for {', '.join(BACKBONES)} only; found {system}.")
     if file is not None and (golden or into):
-        raise typer.BadParameter("--golden and --into apply to the recorded tensors; leave them out, or leave FILE out")
+        raise typer.BadParameter(
+            "--golden and --into apply to the recorded tensors. Leave them out, or leave FILE out."
+        )
     if file is None and heads is not None:
-        raise typer.BadParameter("--heads needs a FILE")
+        raise typer.BadParameter("--heads applies to a FILE. Give one, or leave --heads out.")
     if into is not None and system != "all":
-        raise typer.BadParameter(f"--into needs the table of all systems; found {system!r}")
+        raise typer.BadParameter(f"--into writes the table of all systems. Use it with all; found {system!r}.")
     if file is not None:
         verify_file(system, file, heads, as_json=as_json)
         return

@@ -195,7 +195,7 @@ def from_world(folder: Path) -> Drawings:
     """A world of `python -m condit_lab.world`: training drawings and held-out combinations."""
     if not (folder / "index.tsv").is_file():
         raise ValueError(
-            f"No pack of drawings and no world at {folder}. Make one: python -m condit_lab.world --out DIR"
+            f"{folder} holds no pack of drawings and no world. Build one: python -m condit_lab.world --out DIR."
         )
     from condit_lab.world import World
 

@@ -118,7 +118,7 @@ def cached_codes(code: RgbaCode, drawings: Drawings, file: Path, device: torch.d
 
         atomic_write(file, write)
     if file.stat().st_size != 2 * count:
-        raise ValueError(f"{file} holds the codes of other drawings: remove it, and it is made again.")
+        raise ValueError(f"{file} holds the codes of other drawings. Remove it; training makes it again.")
     return torch.from_file(str(file), shared=False, size=count, dtype=torch.bfloat16).view(shape).to(device)
 
 

@@ -62,7 +62,7 @@ def build(
     out = Path(out_dir)
     known = UI_STYLES if ui else STYLES
     if unknown := [key for key in styles or () if key not in known]:
-        raise ValueError(f"no icon style {unknown[0]!r}; there are {', '.join(known)}")
+        raise ValueError(f"There is no icon style {unknown[0]!r}. Choose from: {', '.join(known)}.")
     _check_rasteriser()
     chosen = [key for key in known if styles is None or key in styles]
     out.mkdir(parents=True, exist_ok=True)
@@ -288,4 +288,6 @@ def _check_rasteriser() -> None:
     try:
         import resvg_py  # noqa: F401
     except ImportError as error:
-        raise ImportError("building the icon world needs resvg-py and fonttools: pip install -e lab") from error
+        raise ImportError(
+            "Building the icon world needs resvg-py and fonttools. Install them: pip install -e lab."
+        ) from error

@@ -172,5 +172,5 @@ def _open(tar: tarfile.TarFile, name: str):
     except KeyError:
         handle = None
     if handle is None:
-        raise ValueError(f"{tar.name} has no file {name}; is it the pinned version?")
+        raise ValueError(f"{tar.name} has no file {name}. Remove it and fetch the pinned version again.")
     return handle

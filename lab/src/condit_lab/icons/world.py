@@ -182,7 +182,7 @@ class IconWorld:
         icons whose shard is absent (an optional licence class) are left out."""
         path = Path(path)
         if not path.exists():
-            raise ValueError(f"no icon world at {path}. Build one: condit data icons --out DIR")
+            raise ValueError(f"There is no icon world at {path}. Build one: condit data icons --out DIR.")
         shards = sorted(path.glob("*.tar")) if path.is_dir() else [path]
         places: dict[str, ByteSpan] = {}
         for shard in shards:
@@ -194,7 +194,9 @@ class IconWorld:
             elif name in places:
                 texts[name] = places[name].read().decode("utf-8")
         if missing := [name for name in ("index.tsv", "concepts.json") if name not in texts]:
-            raise ValueError(f"{path} is not an icon world: {missing[0]} is missing. Build one: condit data icons")
+            raise ValueError(
+                f"{path} is not an icon world: {missing[0]} is missing. Build one: condit data icons --out DIR."
+            )
         rows = read_index(texts["index.tsv"])
         for column, wanted in (("style", styles), ("group", groups), ("split", splits), ("licence", licences)):
             if wanted is not None:
@@ -226,7 +228,9 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
     """WebP bytes to (128, 128, 4) uint8; raises where the file is something else."""
     with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
         if image.size != (SIZE, SIZE):
-            raise ValueError(f"{name} is {image.size[0]}x{image.size[1]}; rasters of an icon world are {SIZE}x{SIZE}")
+            raise ValueError(
+                f"{name} is {image.size[0]}x{image.size[1]}; the images of an icon world must be {SIZE}x{SIZE}."
+            )
         return np.asarray(image.convert("RGBA"))
 
 
@@ -242,7 +246,7 @@ def on_white(rgba: NDArray[np.uint8], fit: Literal["native", "box"] = "native") 
 
 def _fit_box(rgba: NDArray[np.uint8], share: float = 0.9) -> NDArray[np.uint8]:
     if rgba.ndim != 3:
-        raise ValueError(f"fit='box' takes one icon (H, W, 4), found {rgba.shape}; loop over the batch")
+        raise ValueError(f"fit='box' takes one icon (H, W, 4); found {rgba.shape}. Loop over the batch.")
     ink = rgba[..., 3] > 8
     if not ink.any():
         return rgba
@@ -271,7 +275,9 @@ def _places(shard: Path) -> Mapping[str, ByteSpan]:
 
 def _zip_data(handle: BinaryIO, info: zipfile.ZipInfo) -> int:
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{handle.name}: {info.filename} is compressed; a packed icon world stores its members")
+        raise ValueError(
+            f"{handle.name}: {info.filename} is compressed; a packed icon world stores its files uncompressed."
+        )
     handle.seek(info.header_offset + 26)  # the local header's own lengths of name and extra field, behind 26 bytes
     name, extra = struct.unpack("<HH", handle.read(4))
     return info.header_offset + 30 + name + extra
@@ -279,6 +285,6 @@ def _zip_data(handle: BinaryIO, info: zipfile.ZipInfo) -> int:
 
 def _check_known(column: str, wanted: Collection[str], known: Collection[str]) -> None:
     if isinstance(wanted, str):
-        raise ValueError(f"{column} filter is the string {wanted!r}; give a collection, as in ({wanted!r},)")
+        raise ValueError(f"The filter of {column} is the string {wanted!r}; give a collection, as in ({wanted!r},).")
     if not set(known).intersection(wanted):
-        raise ValueError(f"no icon has {column} in {sorted(wanted)}; this world has {sorted(known)}")
+        raise ValueError(f"No icon has {column} in {sorted(wanted)}; this world has {sorted(known)}.")

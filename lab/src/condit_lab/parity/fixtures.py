@@ -54,12 +54,14 @@ def find_golden(folder: Path | None = None) -> Path:
         golden = next((candidate for candidate in above if candidate.is_dir()), None)
         if golden is None:
             raise FileNotFoundError(
-                "no fixtures: they are in tests/parity/golden of condit's source, which an installed package does not "
-                "contain. Run this in a checkout, or pass that folder with --golden."
+                "There are no fixtures: they are in tests/parity/golden of condit's source, which an installed package "
+                "does not contain. Run this in a checkout, or pass that folder with --golden."
             )
         return golden
     if not folder.is_dir():
-        raise FileNotFoundError(f"no fixtures: no folder {folder}. Name tests/parity/golden of a checkout.")
+        raise FileNotFoundError(
+            f"There is no folder {folder} with fixtures. Pass tests/parity/golden of a checkout with --golden."
+        )
     return folder
 
 
@@ -70,10 +72,10 @@ def verify_fixtures(system: str, golden: Path) -> list[CheckResult]:
     """
     folder, checks = golden / SYSTEMS[system].folder, SYSTEMS[system].checks
     if not folder.is_dir():
-        raise FileNotFoundError(f"no fixtures of {system!r}: {golden} has no folder {folder.name}.")
+        raise FileNotFoundError(f"There are no fixtures of {system!r}: {golden} has no folder {folder.name}.")
     present = [check for check in checks if check.cases(folder)]
     if not present:
-        raise FileNotFoundError(f"no fixtures of {system!r}: {folder} has none of {kinds(system)}.")
+        raise FileNotFoundError(f"There are no fixtures of {system!r}: {folder} has none of {kinds(system)}.")
     if names := unknown(system, folder):
         raise ValueError(f"{folder}: no check compares {', '.join(names)}; expected {kinds(system)}.")
     return [check.run(folder) for check in present]

@@ -43,12 +43,12 @@ class AdaIN(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path | None) -> AdaIN:
-        """From a folder that holds both files, told apart by their tensors. ValueError says what is missing."""
-        wanted = "AdaIN needs the weights of a normalised VGG-19 and of its decoder (vgg_normalised.pth, decoder.pth)"
+        """From a folder that holds both files, which their tensors identify. Raises ValueError if one is missing."""
+        wanted = "AdaIN needs the weights of a normalised VGG-19 and of its decoder (vgg_normalised.pth, decoder.pth)."
         if folder is None:
-            raise ValueError(f"{wanted}; they are not shipped. Give their folder: --adain DIR")
+            raise ValueError(f"{wanted} They are not shipped. Give their folder: --adain DIR.")
         if not Path(folder).is_dir():
-            raise ValueError(f"{wanted}; no folder at {folder}")
+            raise ValueError(f"{wanted} There is no folder {folder}.")
         model, marks = cls(), []
         files = [f for f in sorted(Path(folder).iterdir()) if f.suffix in (".pth", ".pt", ".bin", ".safetensors")]
         parts: dict[str, tuple[Path, dict[str, Tensor]]] = {}
@@ -61,7 +61,7 @@ class AdaIN(nn.Module):
                     parts[name] = file, {k: v.float() for k, v in tensors.items() if k in own or name == "decoder"}
         for name in ("encoder", "decoder"):
             if name not in parts:
-                raise ValueError(f"{wanted}; {folder} has no {name} among {[f.name for f in files]}")
+                raise ValueError(f"{wanted} {folder} has no {name} among {[f.name for f in files]}.")
             file, tensors = parts[name]
             load_strict(getattr(model, name), tensors, source=file)
             marks.append(hash_file(file))

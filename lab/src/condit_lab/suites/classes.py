@@ -84,7 +84,7 @@ def evaluate_classes(
     for name, model in by_style.items():
         if styles_of(model, world) != styles:
             raise ValueError(
-                f"{name} was trained on other styles than {next(iter(by_style))}; compare models of the same."
+                f"{name} was trained on other styles than {next(iter(by_style))}; compare models of the same styles."
             )
     figures: list[Figure] = []
     first: dict[str, Tensor] = {}
@@ -169,7 +169,9 @@ def styles_of(model: Pipeline | ViTPipeline, world: IconWorld) -> list[str]:
     """The classes in the order of the model's numbers; ValueError if they are no styles."""
     names, known = class_names(model), {icon.style for icon in world.icons}
     if strange := [name for name in names if name not in known]:
-        raise ValueError(f"{model.name}: class {strange[0]!r} is no style of the icon world; train with label='style'.")
+        raise ValueError(
+            f"{model.name}: class {strange[0]!r} is not a style of the icon world; train with label='style'."
+        )
     return names
 
 

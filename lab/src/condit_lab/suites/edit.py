@@ -114,9 +114,9 @@ def evaluate_edit(
     of merged steps; returns what stands in `out/edit.json`, beside a page `out/edit.html`. data: an icon world, None:
     the packed sample."""
     if count < 1:
-        raise ValueError(f"count is the number of edits a task, at least 1; found {count}")
+        raise ValueError(f"count is the number of edits of each task and must be at least 1; found {count}.")
     if unknown := sorted(set(tasks) - set(TASKS)):
-        raise ValueError(f"No task {unknown[0]!r} of edits; there are {', '.join(TASKS)}.")
+        raise ValueError(f"There is no task {unknown[0]!r} of edits. Choose from: {', '.join(TASKS)}.")
     from condit.drawing.loading import load
 
     began, folder = time.perf_counter(), Path(out)

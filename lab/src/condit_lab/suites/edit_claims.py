@@ -48,10 +48,10 @@ def edit_claims(result: Mapping[str, Any]) -> dict[str, str]:
     if model not in MODELS:
         raise ValueError(f"Claims are about {' and '.join(MODELS)}; {model!r} was measured. Leave --claims out.")
     by_claim: dict[str, list[Measured]] = {
-        SOLVER: _told(rows, "icons", (TRIP,), None, 1) + _told(rows, "photographs", (TRIP,), None, 1),
-        UNIFIED: _told(rows, "concept", (KEPT, KEPT_SSIM, STRUCTURE, NEAR, DIRECTION), PAIRS[0], 3),
-        MERGING: _told(rows, "concept", (KEPT, STRUCTURE, NEAR, DIRECTION), PAIRS[1], 3)
-        + _told(rows, "speed", (MERGED_STEP,), PAIRS[1], 3),
+        SOLVER: _rows_of(rows, "icons", (TRIP,), None, 1) + _rows_of(rows, "photographs", (TRIP,), None, 1),
+        UNIFIED: _rows_of(rows, "concept", (KEPT, KEPT_SSIM, STRUCTURE, NEAR, DIRECTION), PAIRS[0], 3),
+        MERGING: _rows_of(rows, "concept", (KEPT, STRUCTURE, NEAR, DIRECTION), PAIRS[1], 3)
+        + _rows_of(rows, "speed", (MERGED_STEP,), PAIRS[1], 3),
     }
     tokens = f"Edits at 128 px have 64 tokens; a step of {MERGED_TOKENS} tokens is timed, in seconds of the processor."
     notes = {
@@ -67,7 +67,7 @@ def edit_claims(result: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _told(
+def _rows_of(
     rows: Sequence[Mapping[str, Any]],
     task: str,
     measures: Sequence[str],

@@ -117,7 +117,7 @@ def load_judge(folder: str | Path = JUDGE) -> Judge:
     """The committed judge, or one trained by `train`."""
     file = Path(folder) / WEIGHTS
     if not file.is_file():
-        raise ValueError(f"no judge at {file}; train one: python -m condit_lab.suites.judge --icons DIR")
+        raise ValueError(f"There is no judge at {file}. Train one: python -m condit_lab.suites.judge --icons DIR.")
     judge = Judge(json.loads(read_metadata(file)["styles"]))
     tensors = {name: x.float() if x.is_floating_point() else x for name, x in read_tensors(file).items()}
     load_strict(judge, tensors, source=file)
@@ -166,7 +166,9 @@ def train(
     framed, truth = read_framed(world), torch.tensor([styles.index(icon.style) for icon in world.icons])
     mine = torch.tensor([i for i, icon in enumerate(world.icons) if is_for_judge(icon)])
     if len(mine) < batch:
-        raise ValueError(f"{icons} has {len(mine)} icons to train the judge on; it needs thousands")
+        raise ValueError(
+            f"{icons} has {len(mine)} icons to train the judge on. It needs at least {batch}, better thousands."
+        )
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # module initialisation has no generator of its own

@@ -28,7 +28,7 @@ class Interval:
 def _draws(clusters: Sequence | None, n: int, resamples: int, seed: int) -> tuple[NDArray, NDArray]:
     """How often each resample draws each cluster (R, K), and the cluster number of every picture (n,)."""
     if clusters is not None and len(clusters) != n:
-        raise ValueError(f"{len(clusters)} clusters for {n} values; give one each")
+        raise ValueError(f"There are {len(clusters)} clusters for {n} values. Give one for each value.")
     numbers = np.arange(n) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     k = int(numbers.max()) + 1
     weights = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=resamples)
@@ -45,7 +45,7 @@ def _resampled(values: NDArray, weights: NDArray, numbers: NDArray) -> NDArray:
 def _values(values: Sequence | Tensor | NDArray) -> NDArray:
     row = np.asarray(values, dtype=np.float64)
     if row.ndim != 1 or not row.size or not np.isfinite(row).all():
-        raise ValueError(f"a mean needs a row of finite numbers; found shape {row.shape}, {row[:4]}")
+        raise ValueError(f"A mean needs a row of finite numbers; found shape {row.shape}, {row[:4]}.")
     return row
 
 
@@ -73,7 +73,9 @@ def resample(
     """Means of several values of the same n pictures, M rows of (n,), in every resample, drawn together: (M, R)."""
     samples = [_values(row) for row in rows]
     if len({len(row) for row in samples}) != 1:
-        raise ValueError(f"rows of {sorted({len(row) for row in samples})} values; all are of the same pictures")
+        raise ValueError(
+            f"All rows must be of the same images; found rows of {sorted({len(row) for row in samples})} values."
+        )
     draws = _draws(clusters, len(samples[0]), resamples, seed)
     return np.stack([_resampled(row, *draws) for row in samples])
 
@@ -89,7 +91,7 @@ def ratio(
     """mean(values) / mean(ceiling) over the same pictures, drawn together. None where the ceiling can be 0."""
     above, below = _values(values), _values(ceiling)
     if len(above) != len(below):
-        raise ValueError(f"{len(above)} values over a ceiling of {len(below)}; both are of the same pictures")
+        raise ValueError(f"Values and ceiling must be of the same images; found {len(above)} and {len(below)} values.")
     draws = _draws(clusters, len(above), resamples, seed)
     bases = _resampled(below, *draws)
     if below.mean() == 0 or (bases == 0).any():
@@ -106,7 +108,7 @@ def kernel_distance(
     random halves of both, which are a little too wide."""
     if min(len(generated), len(real)) < 4:
         raise ValueError(
-            f"a distance of distributions needs at least 4 pictures each; found {len(generated)}, {len(real)}"
+            f"A distance needs at least 4 images of each distribution; found {len(generated)} and {len(real)}."
         )
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:

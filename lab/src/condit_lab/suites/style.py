@@ -105,12 +105,14 @@ def evaluate_style(
     method comes with its no control and its baseline. Pictures are kept under `out/images`: a broken run goes on.
 
     data: an icon world, None = the packed sample, which holds few held-out icons. adain: a folder with AdaIN's weights.
-    ValueError where a method that was asked for by name cannot run."""
+    Raises ValueError if a method that was requested by name cannot run."""
     protocol = protocol or Protocol()
     began, folder = time.perf_counter(), Path(out)
     methods = with_strengths(choose(protocol.methods, table), protocol.strengths)
     if protocol.count < 2:
-        raise ValueError(f"count is the number of pictures a method, at least 2; found {protocol.count}")
+        raise ValueError(
+            f"count is the number of images of each method and must be at least 2; found {protocol.count}."
+        )
     vgg = AdaIN.load(adain) if adain is not None or "adain" in (protocol.methods or ()) else None
     world = IconWorld.open(open_world(data))
     cells, spare = choose_pairs(world, protocol)
@@ -184,7 +186,8 @@ def choose_pairs(world: IconWorld, protocol: Protocol) -> tuple[list[Cell], list
     kept = min(protocol.count, max(len(cells) - spare, len(cells) // 2))
     if kept < 2:
         raise ValueError(
-            f"this world has {len(cells)} held-out icons of split {protocol.split!r}; build it whole: condit data icons"
+            f"This world has {len(cells)} held-out icons of split {protocol.split!r}. "
+            "Build the whole world: condit data icons."
         )
     return cells[:kept], cells[kept:]
 
@@ -202,7 +205,7 @@ def make_stages(methods: Sequence[Method], vgg: AdaIN | None, *, bf16: bool = Fa
 
 
 def runnable(study: Study, methods: Sequence[Method]) -> list[Method]:
-    """Those that can run here; the others are noted, or refused (ValueError) where they were asked for by name."""
+    """Those that can run here; the others are noted, or raise ValueError if they were requested by name."""
     supported, requested = [], study.protocol.methods or ()
     for method in methods:
         stage = study.stages.get(method.model)

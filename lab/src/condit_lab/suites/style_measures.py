@@ -67,7 +67,7 @@ def above_others(pictures: Tensor, texts: Tensor, numbers: Tensor) -> Tensor:
 def reach(bank: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     """How far each real picture reaches: the distance to its k-th neighbour in the bank, (M, D) -> (M,)."""
     if len(bank) <= neighbours:
-        raise ValueError(f"a manifold of real icons needs more than {neighbours} of them; found {len(bank)}")
+        raise ValueError(f"A manifold needs more than {neighbours} real icons; found {len(bank)}.")
     # The nearest of all is the picture itself.
     return torch.cat([torch.cdist(p, bank).topk(neighbours + 1, largest=False)[0][:, -1] for p in bank.split(256)])
 
@@ -146,7 +146,8 @@ def against_curve(
     the nearer end. ValueError for a curve of fewer than two points."""
     if len(curve_styles) != len(curve_values) or len(curve_styles) < 2:
         raise ValueError(
-            f"a curve needs at least two strengths with style and value; found {len(curve_styles)}, {len(curve_values)}"
+            f"A curve needs the style and value of at least two strengths; found {len(curve_styles)} styles and "
+            f"{len(curve_values)} values."
         )
     rows = [*curve_styles, *curve_values, style, value]
     k = len(curve_styles)

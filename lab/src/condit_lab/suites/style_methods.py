@@ -122,7 +122,7 @@ def at_sites(
 def style_block(stage: Stage, given: CellInputs, strength: float, adapter: str = STYLE) -> list[Control]:
     """The same at the layers of the style block (InstantStyle, section 3.2)."""
     if not stage.sites:
-        raise ValueError("the style block needs its layers; run the block probe first, or name them")
+        raise ValueError("The style block needs its layers. Run the block probe first, or name them with --sites.")
     return at_sites(stage, given, strength, stage.sites, adapter)
 
 
@@ -168,7 +168,7 @@ def subject_tokens(stage: Stage, given: CellInputs, strength: float) -> list[Con
 def by_adain(stage: Stage, blank: Tensor, references: Tensor, true: Tensor, strength: float) -> Tensor:
     """AdaIN on the pictures drawn without a control."""
     if stage.adain is None:
-        raise ValueError("AdaIN needs its weights")
+        raise ValueError("AdaIN needs its weights. Give their folder: --adain DIR.")
     parts = zip(blank.split(16), references.split(16), strict=True)
     stylised = torch.cat([stage.adain(a.float() / 255, b.float() / 255, strength) for a, b in parts])
     return (stylised * 255).round().to(torch.uint8)
@@ -273,14 +273,15 @@ def choose(names: Sequence[str] | None, table: Sequence[Method] = METHODS) -> li
     wanted = list(known) if names is None else list(names)
     for name in wanted:
         if name not in known:
-            raise ValueError(f"no method {name!r}; there are {', '.join(known)}")
+            raise ValueError(f"There is no method {name!r}. Choose from: {', '.join(known)}.")
     for name in list(wanted):
         wanted += [known[name].blank, *([known[name].baseline] if known[name].baseline else [])]
     return [method for method in table if method.name in wanted]
 
 
 def with_strengths(methods: Sequence[Method], given: Sequence[str]) -> list[Method]:
-    """Methods at other strengths: "0.3,1" for all that have several, "plain=0.3,1" for one. ValueError for nonsense."""
+    """Methods at other strengths: "0.3,1" for all that have strengths, "plain=0.3,1" for one. Raises ValueError for
+    anything else."""
     by_name = {method.name: method for method in methods}
     for entry in given:
         name, _, values = entry.rpartition("=")
@@ -289,9 +290,9 @@ def with_strengths(methods: Sequence[Method], given: Sequence[str]) -> list[Meth
         except ValueError:
             numbers = ()
         if not numbers or not np.isfinite(numbers).all():
-            raise ValueError(f"strengths are numbers, as in 0.3,0.7,1 or plain=0.3,0.7,1; found {entry!r}")
+            raise ValueError(f"Strengths must be numbers, as in 0.3,0.7,1 or plain=0.3,0.7,1; found {entry!r}.")
         if name and name not in by_name:
-            raise ValueError(f"strengths for {name!r}, which is not among the methods: {', '.join(by_name)}")
+            raise ValueError(f"Strengths are given for {name!r}, which is not among the methods: {', '.join(by_name)}.")
         for method in methods:
             if method.name == name or (not name and len(method.strengths) > 1):
                 by_name[method.name] = replace(by_name[method.name], strengths=numbers)

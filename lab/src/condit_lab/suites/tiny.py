@@ -77,7 +77,7 @@ def evaluate(
     count = min(count, QUICK) if quick else count
     specs = _wanted(sets)
     if count < 1:
-        raise ValueError(f"count is the number of pictures a set, at least 1; found {count}")
+        raise ValueError(f"count is the number of images in each set and must be at least 1; found {count}.")
     world = IconWorld.open(open_world(data))
     pipe = load(model, dtype=torch.bfloat16 if bf16 else None)
     own = {name: value for name, value in (("eta", eta), ("guidance", guidance)) if value is not None}
@@ -87,7 +87,7 @@ def evaluate(
     scenes = draw_scenes(bench, specs, folder / "images", count=count, seed=seed, steps=steps, tell=tell)
     if not scenes:
         raise ValueError(
-            f"{data or 'the sample'} holds no held-out icons; build the world: condit data icons --out DIR"
+            f"{data or 'The sample'} holds no held-out icons. Build the whole world: condit data icons --out DIR."
         )
     tell("measuring")
     started = time.perf_counter()
@@ -123,17 +123,19 @@ def evaluate(
 def _wanted(sets: Collection[str] | None) -> list[Spec]:
     known = [spec.name for spec in SPECS]
     if sets is not None and (strange := sorted(set(sets) - set(known))):
-        raise ValueError(f"no set {strange[0]!r}; there are {', '.join(known)}")
+        raise ValueError(f"There is no set {strange[0]!r}. Choose from: {', '.join(known)}.")
     return [spec for spec in SPECS if sets is None or spec.name in sets]
 
 
 def open_world(data: str | Path | None) -> str | Path:
-    """The world that was asked for, or the packed sample."""
+    """The given world, or the packed sample."""
     if data is not None:
         return data
     if not sample_path().exists():
-        raise ValueError("no icon world given; build one: condit data icons --out DIR, then --data DIR")
-    log.warning("no --data given: the packed sample has few held-out icons, so the intervals are wide")
+        raise ValueError(
+            "An icon world is needed. Build one with condit data icons --out DIR and pass it with --data DIR."
+        )
+    log.warning("--data is not given. The packed sample has few held-out icons, so the intervals are wide.")
     return sample_path()
 
 
@@ -280,7 +282,7 @@ def _yardstick(world: IconWorld) -> Tensor:
     chosen = [i for i in chosen if world.icons[i].licence in TRAIN_LICENCES]
     if not chosen:
         raise ValueError(
-            "this world has no held-out concepts, so nothing says what a near-duplicate is; build it whole"
+            "This world has no held-out concepts, which the threshold of near-duplicates needs. Build the whole world."
         )
     return torch.cat([thumbnails(pictures(world, part)) for part in _parts(chosen)])
 
@@ -304,7 +306,7 @@ def write_between(path: str | Path, body: str, mark: str) -> Path:
     # Whole lines: a page may also speak of its marks.
     place = re.search(rf"^{re.escape(first)}\n(.*?)^{re.escape(last)}$", old, re.M | re.S)
     if old and place is None:
-        raise ValueError(f"{path} has no lines {first} and {last}; put them where the figures belong")
+        raise ValueError(f"{path} has no lines {first} and {last}. Put them where the figures belong.")
     if place is not None:
         body = f"{old[: place.start(1)]}\n{body}\n{old[place.end(1) :]}"
     return atomic_write(path, lambda file: file.write_text(body, encoding="utf-8"))

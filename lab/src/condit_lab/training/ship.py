@@ -86,7 +86,7 @@ def ship(
     model, adapters = FAMILIES[family].model, FAMILIES[family].adapters
     parts = {**model, **adapters}
     if unknown := sorted(set(only) - set(parts)):
-        raise ValueError(f"No part {unknown[0]!r} is shipped; there are {', '.join(parts)}.")
+        raise ValueError(f"No part {unknown[0]!r} is shipped. Choose from: {', '.join(parts)}.")
     if not only and not attribution:
         raise ValueError("The whole model needs attribution=, the ATTRIBUTION.md files of its data.")
     with save_folder(out) as folder:

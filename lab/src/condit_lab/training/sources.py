@@ -24,7 +24,7 @@ from condit_lab.training.referenced import NAMELESS
 def labelled(path: str, label: Label, size: tuple[int, int], *, held_out: str) -> Labelled:
     """Icons that may be trained on, labelled by style, concept (`base`) or group; held-out ones of known classes."""
     if label not in get_args(Label):
-        raise ValueError(f"label {label!r} is none of {', '.join(get_args(Label))}, by which icons have classes.")
+        raise ValueError(f"label must be one of {', '.join(get_args(Label))}; found {label!r}.")
     train, held = (
         IconSet.open(path, splits=(split,), groups=GROUPS, licences=TRAIN_LICENCES) for split in ("train", held_out)
     )

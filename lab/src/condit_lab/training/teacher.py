@@ -26,7 +26,7 @@ class Teacher(nn.Module):
     def __init__(self, model: str | Path, process: Process, above: float):
         super().__init__()
         if not 0 <= above <= 1:
-            raise ValueError(f"taught_from is a level of noise, 0 to 1; found {above}.")
+            raise ValueError(f"taught_from must be a noise level from 0 to 1; found {above}.")
         teacher = load_tiny("tiny", Path(model), torch.float32)
         self.backbone, self.text = teacher.backbone, teacher.text
         self.process, self.above = process, above

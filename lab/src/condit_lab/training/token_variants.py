@@ -36,7 +36,9 @@ class Variant:
         if self.what == "double" and not self.independent:
             raise ValueError("'double' shows keys and values of an independent condition to the double blocks.")
         if self.what == "add" and (self.scale != 1 or self.delta is not None or self.strength != 1):
-            raise ValueError("'add' lays the condition on the picture: leave scale, delta and strength out.")
+            raise ValueError(
+                "'add' adds the condition to the latent of the image. Leave scale, delta and strength out."
+            )
 
     def config(self, config: OminiConfig) -> OminiConfig:
         delta = config.delta if self.delta is None else tuple(self.delta)

@@ -68,7 +68,7 @@ class UNetTask(Task):
         if init is not None:
             load_strict(self.unet, floats(read_tensors(Path(init) / "unet" / WEIGHTS)), source=init)
         if not 0 <= silent <= 1:
-            raise ValueError(f"silent is a share of the rows, 0 to 1; found {silent}.")
+            raise ValueError(f"silent must be a share of the rows, from 0 to 1; found {silent}.")
         self.silent = silent
         self.parts = latent_parts(self.unet, self.text, self.vae, PROCESS, preset)
 

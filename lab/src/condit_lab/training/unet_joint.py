@@ -92,7 +92,9 @@ class UNetJointTask(UNetTask):
         super().__init__(icons, model, ui, **rest)
         shares = (style_share, plus_share, deadiff_share)
         if min(shares) < 0 or sum(shares) > 1:
-            raise ValueError(f"The shares of rows with a reference are >= 0 and 1 at most together; found {shares}.")
+            raise ValueError(
+                f"The shares of rows with a reference must be >= 0 and at most 1 together; found {shares}."
+            )
         self.icons, self.ui, self.held_out = self.data.icons, self.data.ui, self.data.held_out
         self.unseen = IconSet.open(icons, splits=("style",), groups=GROUPS)
         self.style_share, self.style_procedural = style_share, style_procedural

@@ -65,7 +65,9 @@ def fetch_clipart(folder: Path) -> Path:
     file = folder / DEB_FILE
     if not file.is_file():
         if shutil.which("apt-get") is None:
-            raise ValueError(f"{file} is missing and apt-get is not installed. Download {DEB} {DEB_VERSION} elsewhere")
+            raise ValueError(
+                f"{file} is missing and apt-get is not installed. Download {DEB} {DEB_VERSION} and put it there."
+            )
         done = subprocess.run(
             ["apt-get", "download", f"{DEB}={DEB_VERSION}"], cwd=folder, capture_output=True, text=True, check=False
         )
@@ -73,7 +75,7 @@ def fetch_clipart(folder: Path) -> Path:
             raise ValueError(f"apt-get download {DEB} failed: {done.stderr.strip()[-300:]}")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != DEB_SHA256:
-        raise ValueError(f"{file}: sha256 {digest}, expected {DEB_SHA256}. Remove the file and fetch again")
+        raise ValueError(f"{file} has sha256 {digest}; expected {DEB_SHA256}. Remove the file and fetch it again.")
     return file
 
 
@@ -140,4 +142,4 @@ def _data_member(archive: bytes) -> bytes:
         if name.startswith("data.tar"):
             return archive[at + 60 : at + 60 + size]
         at += 60 + size + size % 2
-    raise ValueError("the Debian package has no data.tar")
+    raise ValueError("The Debian package has no data.tar. Remove the file and fetch it again.")

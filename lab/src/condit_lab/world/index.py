@@ -66,7 +66,7 @@ def read_set(tarball: Path) -> dict:
     with tarfile.open(tarball, "r:gz") as tar:
         handle = tar.extractfile("package/icons.json")
         if handle is None:
-            raise ValueError(f"{tarball} has no file package/icons.json")
+            raise ValueError(f"{tarball} has no file package/icons.json. Remove it and fetch the pinned version again.")
         return json.load(handle)
 
 

@@ -95,7 +95,7 @@ def phrases(emoji: Mapping[str, EmojiConcept]) -> dict[str, Phrase]:
         elif target in own and not own[target]["concept"]:
             concept = target
         else:
-            raise ValueError(f"names table: {row['name']!r} is said to be {row['concept']!r}, which names no concept")
+            raise ValueError(f"The names table maps {row['name']!r} to {row['concept']!r}, which is not a concept.")
         out[key] = Phrase(row["name"], row["zh"], concept)
     return out
 

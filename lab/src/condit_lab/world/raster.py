@@ -34,7 +34,7 @@ class Renderer:
 
     def __init__(self, modules: Path) -> None:
         if shutil.which("node") is None:
-            raise ValueError("building the icon world needs Node.js (node and npm) on the path")
+            raise ValueError("Building the icon world needs Node.js. Install node and npm, and put both on the path.")
         self._module = modules / "node_modules" / "@resvg" / "resvg-js"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -77,14 +77,14 @@ class Renderer:
         self._process.stdin.flush()
         head = self._process.stdout.read(4)
         if len(head) < 4:
-            raise OSError(f"exit code {self._process.wait()}")
+            raise OSError(f"The renderer ended with exit code {self._process.wait()}.")
         width, height = np.frombuffer(head, "<u2").tolist()
         size = width * height * 4
         if not size:
             return None
         pixels = self._process.stdout.read(size)
         if len(pixels) < size:
-            raise OSError(f"exit code {self._process.wait()}")
+            raise OSError(f"The renderer ended with exit code {self._process.wait()}.")
         return centred(straight(np.frombuffer(pixels, np.uint8).reshape(height, width, 4)))
 
 

@@ -95,7 +95,7 @@ class World:
         """Open a folder written by `condit_lab.world`; images stay on disk until they are read."""
         path = Path(path)
         if not (path / INDEX).is_file():
-            raise ValueError(f"no icon world at {path}. Build one: python -m condit_lab.world --out DIR")
+            raise ValueError(f"There is no icon world at {path}. Build one: python -m condit_lab.world --out DIR.")
         rows = _typed(DrawingRow, path / INDEX)
         concepts = _typed(Concept, path / CONCEPTS)
         styles = _typed(StyleRow, path / STYLES)
@@ -163,7 +163,7 @@ def write_rows(file: Path, names: Sequence[str], rows: Sequence[Sequence[str | i
         for row in rows:
             cells = [str(cell) for cell in row]
             if any("\t" in cell or "\n" in cell for cell in cells):
-                raise ValueError(f"{file.name}: a cell of {cells} has a tab or a line break")
+                raise ValueError(f"{file.name}: a cell must have no tab and no line break; found {cells}.")
             handle.write("\t".join(cells) + "\n")
 
 
