@@ -232,7 +232,7 @@ def test_the_same_images_are_not_generated_again(run, stage, world):
     protocol = Protocol(count=COUNT, steps=2)
     silent = {"tiny": replace(stage, pipe=Silent(stage.pipe))}
     cells, _ = choose_pairs(world, protocol)
-    study = style.Study(protocol, world, cells, folder / "images", silent, lambda line: None)
+    study = style.StyleStudy(protocol, world, cells, folder / "images", silent, lambda line: None)
     method = next(m for m in METHODS if m.name == "plain")
     assert len(style.make_pictures(study, method, 0.5)) == COUNT
     with pytest.raises(AssertionError, match="drawn again"):
@@ -273,7 +273,7 @@ def test_what_cannot_run_is_said_or_refused(tmp_path, world):
         evaluate_style(tmp_path, Protocol(count=4, methods=("adain",)))
     with pytest.raises(ValueError, match="at least 2; found 1"):
         evaluate_style(tmp_path, Protocol(count=1))
-    study = style.Study(Protocol(), world, [], tmp_path, {"tiny": Stage(None)}, lambda line: None)
+    study = style.StyleStudy(Protocol(), world, [], tmp_path, {"tiny": Stage(None)}, lambda line: None)
     assert [m.name for m in style.runnable(study, METHODS)] == ["none", "words", "copy", "real"]
     assert {"method": "unet-none", "why": "no model tiny-unet"} in study.skipped
     assert {"method": "adain", "why": "no weights of AdaIN; give their folder: --adain DIR"} in study.skipped

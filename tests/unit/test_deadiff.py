@@ -56,7 +56,7 @@ def test_the_rule_for_other_unets_gives_the_released_layers_for_sixteen():
 
 
 def test_a_layer_that_is_not_there_raises(bench):
-    with pytest.raises(ValueError, match="content_layers has 16; there are 16"):
+    with pytest.raises(ValueError, match="content_layers has 16; expected numbers from 0 to 15"):
         layer_table(bench.backbone.sites, (4, 16))
 
 

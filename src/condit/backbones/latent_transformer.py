@@ -80,7 +80,7 @@ def sincos_positions(grid: tuple[int, int], dim: int, *, device: torch.device | 
 
 
 def token_grid(x: Tensor, channels: int, patch: int) -> tuple[int, int]:
-    """Rows and columns of the tokens of a latent (B, channels, H, W). ValueError for another shape."""
+    """Rows and columns of the tokens of a latent (B, channels, H, W). Raises ValueError for another shape."""
     if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % patch or x.shape[3] % patch:
         raise ValueError(
             f"A latent (B, {channels}, H, W) with H and W multiples of {patch} is expected; found {tuple(x.shape)}."
@@ -158,7 +158,7 @@ class LatentTransformer(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """The label of the null class. ValueError without one."""
+        """The label of the null class. Raises ValueError without one."""
         if not (self.config.num_classes and self.config.class_dropout_prob):
             raise ValueError(
                 "This network has no null class, so it supports neither guidance nor a call without labels: "
@@ -174,8 +174,8 @@ class LatentTransformer(nn.Module):
         return torch.where(drop(len(y), self.config.class_dropout_prob, generator).to(y.device), self.null_label, y)
 
     def embed(self, t: Tensor, y: Tensor | None, lora: LoRA | None = None) -> Tensor:
-        """The embedding (B, D) of timesteps (B,) and labels (B,); y None: the null class, or none at all in an
-        unconditional network. ValueError for labels that do not match."""
+        """The embedding (B, D) of timesteps (B,) and labels (B,); y None: the null class, or no class in an
+        unconditional network. Raises ValueError for labels that do not match."""
         time = self.t_embedder(t, lora)
         if not self.config.num_classes:
             if y is not None:
@@ -187,7 +187,7 @@ class LatentTransformer(nn.Module):
         return time + self.y_embedder(y)
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
-        """Rows and columns of the tokens of a latent. ValueError for another shape."""
+        """Rows and columns of the tokens of a latent. Raises ValueError for another shape."""
         return token_grid(x, self.config.in_channels, self.config.patch_size)
 
 

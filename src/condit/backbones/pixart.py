@@ -239,7 +239,7 @@ class PixArt(nn.Module):
         return [module.site for module in self.modules() if isinstance(module, PixArtAttention)]
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
-        """Rows and columns of the tokens of a latent. ValueError for another shape."""
+        """Rows and columns of the tokens of a latent. Raises ValueError for another shape."""
         return token_grid(x, self.config.in_channels, self.config.patch_size)
 
     def forward(

@@ -259,8 +259,8 @@ class UNet(nn.Module):
         dtype: torch.dtype,
         guidance: Tensor | None = None,
     ) -> Tensor:
-        """MLP(t), and for SDXL + MLP(pooled text and sinusoidal features of the sizes): (B, time_dim). ValueError if
-        SDXL's are missing."""
+        """MLP(t), and for SDXL + MLP(pooled text and sinusoidal features of the sizes): (B, time_dim). Raises
+        ValueError if SDXL's are missing."""
         features = timestep_features(t, self.config.block_out_channels[0]).to(dtype)
         if guidance is not None:
             features = features + cast("Linear", self.time_embedding.cond_proj)(guidance.to(dtype), lora)

@@ -231,7 +231,7 @@ class ViT(nn.Module):
         return x + resize_positions(self.pos_embed, self.config.grid, grid, self.config.flavour.resize)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of the patch tokens of these images. ValueError for an unsupported shape."""
+        """Rows and columns of the patch tokens of these images. Raises ValueError for an unsupported shape."""
         c = self.config
         if images.ndim != 4 or images.shape[1] != c.in_channels:
             raise ValueError(f"ViT takes images (B, {c.in_channels}, H, W); found shape {tuple(images.shape)}.")
@@ -264,7 +264,7 @@ class ViT(nn.Module):
         controls: Sequence[BlockControl] = (),
     ) -> Features:
         """Tokens after `blocks` blocks (None: all; 0: the embedding), with the last LayerNorm unless norm=False. There
-        is no dropout, as in a frozen encoder. ValueError for more blocks than the model has."""
+        is no dropout, as in a frozen encoder. Raises ValueError for more blocks than the model has."""
         depth = self.config.depth
         if blocks is not None and not 0 <= blocks <= depth:
             raise ValueError(f"blocks must be within 0..{depth}, the depth of this model; found {blocks}.")

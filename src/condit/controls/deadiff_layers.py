@@ -43,7 +43,7 @@ def layer_table(sites: Sequence[Site], content_layers: Sequence[int] = CONTENT_L
     forward = sorted(cross, key=lambda path: depth.get(path.split(".")[0], 0))
     wrong = [i for i in content_layers if not 0 <= i < len(forward)]
     if wrong:
-        raise ValueError(f"content_layers has {wrong[0]}; there are {len(forward)} cross-attention layers, from 0.")
+        raise ValueError(f"content_layers has {wrong[0]}; expected numbers from 0 to {len(forward) - 1}.")
     return {path: "content" if i in content_layers else "style" for i, path in enumerate(forward)}
 
 

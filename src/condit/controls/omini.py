@@ -184,7 +184,7 @@ class ConditionCache:
     pooled: Tensor
 
     def rows(self, run: Run) -> dict[str, tuple[Tensor, Tensor]]:
-        """Those of a run. Raises ValueError if they were made for another prompt."""
+        """The keys and values for a run. Raises ValueError if they were made for another prompt."""
         kept = match_batch(self.pooled, run.batch, "The cache of a condition").to(run.pooled)
         apart = (kept - run.pooled).float().norm(dim=-1) / run.pooled.float().norm(dim=-1)
         # A batch of another size sums in another order, so equal prompts may differ in the last bits.

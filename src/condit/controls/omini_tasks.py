@@ -110,7 +110,7 @@ def task_config(task: str | OminiConfig) -> OminiConfig:
 
 def file_config(source: str | Path, settings: Mapping[str, object]) -> OminiConfig:
     """The configuration of a file: the settings in its metadata, else the task of a published file by its name. Raises
-    ValueError for a file without either, because a wrong task places the condition wrongly and nothing shows it."""
+    ValueError for a file without either, because a wrong task places the condition wrongly without an error."""
     known = {field.name: settings[field.name] for field in fields(OminiConfig) if field.name in settings}
     if "delta" in known:
         delta = known["delta"]

@@ -143,7 +143,7 @@ class Together(Wrapper):
 
 @dataclass(frozen=True)
 class Targets(Wrapper):
-    """The inner control on the odd rows of an edit's batch, its targets; the sources stay as they are.
+    """The inner control on the odd rows of an edit's batch, its targets; the sources are unchanged.
 
     Raises ValueError for controls that would also change the sources: conditions in the sequence, style LoRAs.
     """

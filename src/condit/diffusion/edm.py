@@ -101,7 +101,7 @@ def heun(
     """Heun's second-order steps of dx/dsigma = (x - D(x, sigma)) / sigma, Alg. 1 without churn; Euler to sigma 0.
 
     predict is the denoiser D, which estimates x0. x (B, C, H, W) is noise times sigmas[0]. 2
-    steps - 1 predictions. Raises ValueError for eta, which this sampler does not have.
+    steps - 1 predictions. Raises ValueError for eta, which this sampler does not support.
     """
     if eta:
         raise ValueError(f"Heun's sampler is deterministic and has no eta; found {eta}.")

@@ -27,7 +27,7 @@ class Sample:
 def ancestral_step(
     process: Gaussian, output: Tensor, x: Tensor, i: Tensor, noise: Tensor, *, clip: bool = False
 ) -> Sample:
-    """x_{i-1} drawn from p(x_{i-1} | x_i); at i = 0 its mean."""
+    """Sample x_{i-1} from p(x_{i-1} | x_i); at i = 0 return its mean."""
     p = reverse(process, output, x, i, clip=clip)
     return Sample(p.mean + _not_last(i, x) * (0.5 * p.log_variance).exp() * noise, p.x0)
 
@@ -85,7 +85,7 @@ def ancestral(
     clip: bool = False,
 ) -> Tensor:
     """Images from noise x (B, C, H, W). `noise` is called once a step, also at the last, as the official sampler does.
-    Raises ValueError for eta, which this sampler does not have, and without `noise`."""
+    Raises ValueError for eta, which this sampler does not support, and without `noise`."""
     if eta or noise is None:
         raise ValueError(f"The ancestral sampler needs noise= and has no eta; found eta {eta}, noise {noise}.")
 

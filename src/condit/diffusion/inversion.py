@@ -290,7 +290,7 @@ def edit_along(
     mask: Callable[[int], Tensor | None] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Sample a target beside a source that follows its stored trajectory (S + 1, B, ...); returns the target (B, ...).
+    """Sample a target next to a source that follows its stored trajectory (S + 1, B, ...); returns the target (B, ...).
 
     predict(x, level) sees sources and targets in turn, (2 B, ...): source 0, target 0, source 1, ... The source is set
     back to the trajectory in every step. `anchored`: the target gets the same correction, so it moves by the difference

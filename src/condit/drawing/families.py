@@ -25,7 +25,7 @@ def make_model(parts: AnyParts, offload: Offload | None) -> Model:
     family does not have."""
     if offload is not None and not isinstance(parts, Parts | LatentParts):
         raise ValueError(
-            f"offload={offload!r} is for FLUX.1, Stable Diffusion and PixArt; {parts.name} is none of them."
+            f"offload={offload!r} is for FLUX.1, Stable Diffusion and PixArt; {parts.name} does not support it."
         )
     module, name = FAMILIES[type(parts)]
     family = getattr(import_module(f"condit.drawing.{module}"), name)

@@ -107,7 +107,7 @@ class Pipeline:
         return module_device(self.backbone)
 
     def to(self, device: str | torch.device) -> Pipeline:
-        """Move every part, in place; returns the pipeline. Raises ValueError for a device that is not there."""
+        """Move every part, in place; returns the pipeline. Raises ValueError for an absent device."""
         check_device(device)
         self.model.to(device)
         return self
@@ -154,11 +154,11 @@ class Pipeline:
         label: Label | Sequence[Label] | Tensor = None,
     ) -> Result:
         """Generate images. Arguments as in diffusers; `seed` is short for generators: image i has seed + i, and its
-        noise is drawn on the CPU. Raises ValueError for an argument that the model does not support.
+        noise is sampled on the CPU. Raises ValueError for an argument that the model does not support.
 
         prompt: words, or encoded `Text`; for DiT and DiffiT a class by name or number, None for no class. image: start
         from it, changed by `strength` in (0, 1] (None: 0.8, with a mask 1); mask_image: repaint where it is white.
-        guidance_scale 1 makes one prediction a step, not two; guidance_in_one_call False makes them in sequence, with
+        guidance_scale 1 makes one prediction per step, not two; guidance_in_one_call False makes them in sequence, with
         half the memory. image_guidance_scale guides the controls separately from the text: none + s_T (text - none) +
         s_I (text and controls - text). guidance_power, guidance_channels: DiffiT's schedule, and how many channels of
         the latent are guided. sampler, eta, clip_skip: None for the model's own ("ddim-ldm": the steps of the released

@@ -22,7 +22,7 @@ PUBLIC = {"copies": "num_images_per_prompt"}
 
 @dataclass(frozen=True)
 class Settings:
-    """The optional arguments of a call. None stands for the model's default, which `Model.settings` fills in.
+    """The optional arguments of a call. None means the model's default, which `Model.settings` fills in.
 
     Sizes are (height, width) in pixels. `copies` is num_images_per_prompt.
     """

@@ -100,7 +100,7 @@ class VPModel:
         return settings
 
     def scheduler(self, settings: Settings) -> Scheduler | None:
-        """The scheduler of diffusers that a sampler's name stands for; None for condit's own samplers."""
+        """The scheduler of diffusers that a sampler's name means; None for condit's own samplers."""
         sampler = None if settings.sampler is None else find_sampler(settings.sampler, SAMPLERS)
         return sampler if isinstance(sampler, Scheduler) else None
 

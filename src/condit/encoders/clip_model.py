@@ -142,7 +142,7 @@ class Encoder(nn.Module):
 
 
 def table(rows: int, width: int) -> nn.Embedding:
-    """An embedding table without initial values: drawing normal numbers on the meta device, where `load_clip` builds
+    """An embedding table without initial values: sampling normal numbers on the meta device, where `load_clip` builds
     this model, imports torch._dynamo, which takes more than a second."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 

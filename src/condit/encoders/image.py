@@ -145,7 +145,7 @@ class CLIPImage(nn.Module):
 
     def pixels(self, images: Sequence[Image.Image], fit: Fit = "crop") -> Tensor:
         """RGB images -> (n, 3, S, S), normalised. crop: the shortest edge to S, bicubic, then the centre, as published;
-        squash: the whole image; pad: the whole image on black. ValueError for another fit."""
+        squash: the whole image; pad: the whole image on black. Raises ValueError for another fit."""
         from transformers import CLIPImageProcessorPil
 
         s = self.size.side

@@ -39,7 +39,7 @@ def warn_cut(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: 
 
 
 def warn_cut_tiny(tokenizer: ClipTokenizer, prompts: Sequence[str]) -> None:
-    """The same for the embedded CLIP, whose tokenizer says what it cut off."""
+    """The same for the embedded CLIP, whose tokenizer returns what it cut off."""
     for prompt, encoding in zip(prompts, tokenizer.encode(prompts), strict=True):
         if encoding.overflowing:
             rest = prompt[encoding.offsets[-2][1] :].strip()

@@ -112,7 +112,7 @@ class QFormer(nn.Module):
 
 
 def word_ids(word: str, batch: int, words: Mapping[str, Sequence[int]] = BERT_WORDS) -> Tensor:
-    """Token numbers (batch, L) of a word on which the Q-Formers were trained. ValueError for another word."""
+    """Token numbers (batch, L) of a word on which the Q-Formers were trained. Raises ValueError for another word."""
     if word not in words:
         raise ValueError(f"The Q-Formers were trained on {', '.join(map(repr, words))}; found {word!r}.")
     return torch.tensor([list(words[word])]).expand(batch, -1)

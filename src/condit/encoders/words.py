@@ -26,7 +26,7 @@ class Words:
     length: int
 
     def places(self, phrase: str) -> tuple[int, ...]:
-        """Token positions of every occurrence of a word or of consecutive words. ValueError if there is none, or none
+        """Token positions of every occurrence of a word or of consecutive words. Raises ValueError if there is none
         within the encoder's limit."""
         query = [w.lower() for w in split_words(phrase)]
         lower = [w.lower() for w in self.words]
@@ -50,7 +50,7 @@ def words_of(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], limit: int, padded: int | None = None
 ) -> list[Words]:
     """Words by the character offsets of a fast tokenizer. T5 has no begin token, CLIP has one; both split words into
-    pieces. padded: the length with padding, None: limit. ValueError for a tokenizer without offsets."""
+    pieces. padded: the length with padding, None: limit. Raises ValueError for a tokenizer without offsets."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} has no character offsets, which map words to tokens. Load the fast tokenizer "

@@ -92,7 +92,7 @@ class LoRA(nn.Module):
     ) -> LoRA:
         """Read the layout of `tensors()`; shapes give ranks and targets. Each pair may have an `.alpha`, which `alpha`
         overrides, a `.bias`, and a DoRA's `.magnitude` of the rows (out,), which needs the `model` that it updates.
-        ValueError for no pair, an A without B, or shapes that do not match."""
+        Raises ValueError for no pair, an A without B, or shapes that do not match."""
         paths = sorted(
             name.removeprefix("transformer.").removesuffix(".lora_A.weight")
             for name in tensors
@@ -180,7 +180,7 @@ class PartialLoRA:
 
 
 def weighted(lora: LoRA, weight: float, *, without: Collection[str] = ()) -> PartialLoRA:
-    """A LoRA times a number, which lies on its device: copied there in every layer, it would wait for the device."""
+    """A LoRA times a number, which is on its device: copied there in every layer, it would wait for the device."""
     device = next(lora.parameters()).device
     return PartialLoRA(lora, None if weight == 1 else torch.full((), float(weight), device=device), without=without)
 

@@ -47,7 +47,7 @@ class Drawing:
     captions: tuple[str, ...]
 
 
-class Pictures(Protocol):
+class ImageStore(Protocol):
     """Straight RGBA pictures of one size."""
 
     def __len__(self) -> int: ...
@@ -60,7 +60,7 @@ class Pictures(Protocol):
         """As a compressed file (WebP, lossless)."""
         ...
 
-    def select(self, indices: Sequence[int]) -> Pictures: ...
+    def select(self, indices: Sequence[int]) -> ImageStore: ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Drawings:
     """Rows and their pictures."""
 
     rows: list[Drawing]
-    pictures: Pictures
+    pictures: ImageStore
 
     def __len__(self) -> int:
         return len(self.rows)

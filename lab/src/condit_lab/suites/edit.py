@@ -63,7 +63,7 @@ KEPT, KEPT_SSIM = "background PSNR, dB", "background SSIM"
 
 
 @dataclass(frozen=True)
-class Job:
+class EditJob:
     """One edit: numbers of the world's icons, source and truth, and their prompts."""
 
     source: int
@@ -73,7 +73,7 @@ class Job:
     label: str
 
 
-def choose_jobs(world: IconWorld, task: str, count: int, seed: int = 0) -> list[Job]:
+def choose_jobs(world: IconWorld, task: str, count: int, seed: int = 0) -> list[EditJob]:
     """Up to `count` edits with a held-out source where the world has enough of them; told by names and seed alone."""
     icons = world.icons
     usable = [i for i, x in enumerate(icons) if x.group in GROUPS and x.licence in TRAIN_LICENCES]
@@ -89,7 +89,7 @@ def choose_jobs(world: IconWorld, task: str, count: int, seed: int = 0) -> list[
             others = [j for j in usable if icons[j].base == icon.base and icons[j].style != icon.style]
         if others:
             j = rng.choice(others)
-            jobs.append(Job(i, j, plain_caption(icon), plain_caption(icons[j]), icons[j].label))
+            jobs.append(EditJob(i, j, plain_caption(icon), plain_caption(icons[j]), icons[j].label))
         if len(jobs) == count:
             break
     return jobs
@@ -182,7 +182,7 @@ def run_task(
     pipe: Pipeline,
     judge: Judge,
     task: str,
-    jobs: Sequence[Job],
+    jobs: Sequence[EditJob],
     steps: int,
     methods: Mapping[str, tuple[tuple[Control, ...], bool]],
     tell: Callable[[str], None],
@@ -216,7 +216,7 @@ def measure(
     pipe: Pipeline,
     judge: Judge,
     task: str,
-    jobs: Sequence[Job],
+    jobs: Sequence[EditJob],
     sources: Tensor,
     truths: Tensor,
     cases: Mapping[str, Tensor],
@@ -314,7 +314,7 @@ def styles_agree(judge: Judge, images: Tensor, truths: Sequence[Icon]) -> Tensor
 # The page
 
 
-def show(world: IconWorld, jobs: Sequence[Job], drawn: Mapping[str, Tensor], most: int = 12) -> Image.Image:
+def show(world: IconWorld, jobs: Sequence[EditJob], drawn: Mapping[str, Tensor], most: int = 12) -> Image.Image:
     rows = []
     for i, job in enumerate(jobs[:most]):
         pictures_of = {name: to_images(x[i : i + 1].float() / 127.5 - 1)[0] for name, x in drawn.items()}

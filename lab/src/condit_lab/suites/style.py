@@ -78,7 +78,7 @@ class Protocol:
 
 
 @dataclass
-class Study:
+class StyleStudy:
     """One run: the world and its cells, where pictures are kept, the models by name, what was drawn so far."""
 
     protocol: Protocol
@@ -116,7 +116,7 @@ def evaluate_style(
     vgg = AdaIN.load(adain) if adain is not None or "adain" in (protocol.methods or ()) else None
     world = IconWorld.open(open_world(data))
     cells, spare = choose_pairs(world, protocol)
-    study = Study(protocol, world, cells, folder / "images", make_stages(methods, vgg, bf16=protocol.bf16), tell)
+    study = StyleStudy(protocol, world, cells, folder / "images", make_stages(methods, vgg, bf16=protocol.bf16), tell)
     methods = runnable(study, methods)
     ruler = rulers.make_ruler(world, study.stages["tiny"].pipe)
     probe: list[dict[str, Any]] = []
@@ -150,7 +150,9 @@ def evaluate_style(
     return result
 
 
-def describe(study: Study, methods: Sequence[Method], values: tables.Table, clusters: Sequence[str]) -> dict[str, Any]:
+def describe(
+    study: StyleStudy, methods: Sequence[Method], values: tables.Table, clusters: Sequence[str]
+) -> dict[str, Any]:
     """The figures with what they are of."""
     shows = {method.name: method.shows for method in methods}
     of_style = {key: value for key, value in values.items() if shows[key[0]] == "style"}
@@ -204,7 +206,7 @@ def make_stages(methods: Sequence[Method], vgg: AdaIN | None, *, bf16: bool = Fa
     return stages
 
 
-def runnable(study: Study, methods: Sequence[Method]) -> list[Method]:
+def runnable(study: StyleStudy, methods: Sequence[Method]) -> list[Method]:
     """Those that can run here; the others are noted, or raise ValueError if they were requested by name."""
     supported, requested = [], study.protocol.methods or ()
     for method in methods:
@@ -221,7 +223,7 @@ def runnable(study: Study, methods: Sequence[Method]) -> list[Method]:
     return [replace(m, baseline=m.baseline if m.baseline in names else None) for m in supported]
 
 
-def make_pictures(study: Study, method: Method, strength: float) -> Tensor:
+def make_pictures(study: StyleStudy, method: Method, strength: float) -> Tensor:
     """The method's pictures of all cells at a strength, (N, 3, H, W) uint8, drawn or edited."""
     if method.edit is not None:
         references = reference_icons(study.world, study.cells, method.shows)
@@ -231,7 +233,7 @@ def make_pictures(study: Study, method: Method, strength: float) -> Tensor:
     return draw(study, method, strength, study.cells, f"{method.name}-{strength:g}")
 
 
-def draw(study: Study, method: Method, strength: float, cells: Sequence[Cell], name: str) -> Tensor:
+def draw(study: StyleStudy, method: Method, strength: float, cells: Sequence[Cell], name: str) -> Tensor:
     """Picture i starts from the noise of seed + i under every method, so methods differ by their controls alone."""
     stage, seed, steps = study.stages[method.model], study.protocol.seed, study.protocol.steps
     pipe, make = stage.pipe, method.make
@@ -256,7 +258,7 @@ def draw(study: Study, method: Method, strength: float, cells: Sequence[Cell], n
 
 
 def probe_blocks(
-    study: Study, ruler: rulers.Ruler, cells: Sequence[Cell], size: int = BLOCK
+    study: StyleStudy, ruler: rulers.Ruler, cells: Sequence[Cell], size: int = BLOCK
 ) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     """The measuring side of InstantStyle's block probe: the adapter's attention at one layer at a time, on pairs that
     the evaluation doesn't ask for. Returns the first `size` layers and every layer, ranked by `rank_blocks`."""
@@ -282,7 +284,7 @@ def rank_blocks(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return sorted(strong, key=lambda x: x["leakage"]) + sorted(weak, key=lambda x: -x["style"])
 
 
-def make_given(study: Study, ruler: rulers.Ruler, shows: Literal["style", "subject"]) -> rulers.Given:
+def make_given(study: StyleStudy, ruler: rulers.Ruler, shows: Literal["style", "subject"]) -> rulers.Given:
     given = look(study.world, study.cells, shows)
     references = reference_icons(study.world, study.cells, shows)
     true = true_icons(study.world, study.cells)
@@ -290,7 +292,7 @@ def make_given(study: Study, ruler: rulers.Ruler, shows: Literal["style", "subje
 
 
 def measure(
-    study: Study, ruler: rulers.Ruler, methods: Sequence[Method], given: Mapping[str, rulers.Given]
+    study: StyleStudy, ruler: rulers.Ruler, methods: Sequence[Method], given: Mapping[str, rulers.Given]
 ) -> dict[Key, dict[str, Tensor]]:
     """Every measure of every method at every strength, increases over the method's own blank."""
     blanks = {
