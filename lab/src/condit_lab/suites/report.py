@@ -24,7 +24,7 @@ from condit_lab.suites.rows import COLOUR, LATENT, PSNR, REAL, SPLITS, SUBJECT_C
 from condit_lab.suites.sets import Cell, Spec, prompt_of, shown
 
 EXTREME, RANDOM, ACROSS, SIDE = 12, 24, 4, 96
-INK, FAINT, BAR, BESIDE, WHISKER = (32, 32, 32), (225, 225, 225), (66, 118, 178), (170, 170, 170), (20, 20, 20)
+INK, FAINT, BAR, REFERENCE_BAR, WHISKER = (32, 32, 32), (225, 225, 225), (66, 118, 178), (170, 170, 170), (20, 20, 20)
 _LINE, _LABEL, _WIDTH, _VALUE = 24, 330, 460, 60
 
 STYLE_SHEET = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
@@ -38,7 +38,7 @@ def write_page(folder: Path, result: Mapping[str, Any], scenes: Sequence[Scene],
     parts = [
         f"<h1>condit: evaluation of {html.escape(result['model'])}</h1>",
         f"<p><code>{html.escape(result['command'])}</code>, {result['seconds']['all']:.0f} s. Model {result['hash']}. "
-        "Intervals: 95 %, bootstrap over concepts. Blue bars were drawn by the model, gray ones stand beside them.</p>",
+        "Intervals: 95 %, bootstrap over concepts. Blue bars show the model, gray bars the comparisons.</p>",
         _criteria_table(result["criteria"]),
     ]
     for number, (measure, split, rows) in enumerate(by_table(result["rows"])):
@@ -86,7 +86,7 @@ def _confusion_table(card: Mapping[str, Any]) -> str:
 def _criteria_table(criteria: Sequence[Mapping[str, Any]]) -> str:
     if not criteria:
         return ""
-    lines = ["<table><tr><th>asked</th><th>wanted</th><th>found</th><th></th></tr>"]
+    lines = ["<table><tr><th>criterion</th><th>required</th><th>measured</th><th></th></tr>"]
     for entry in criteria:
         state = "holds" if entry["holds"] else '<span class="missed">missed</span>'
         lines.append(
@@ -138,7 +138,7 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         y = 6 + number * _LINE
         is_baseline = row["case"].startswith((REAL, LATENT, "copying", "no control", "the gray"))
         draw.text((_LABEL - 8, y + _LINE / 2), row["case"], INK, font=font, anchor="rm")
-        draw.rectangle((_LABEL, y + 4, x(row["value"]), y + _LINE - 4), BESIDE if is_baseline else BAR)
+        draw.rectangle((_LABEL, y + 4, x(row["value"]), y + _LINE - 4), REFERENCE_BAR if is_baseline else BAR)
         draw.line((x(row["low"]), y + _LINE / 2, x(row["high"]), y + _LINE / 2), WHISKER, width=2)
         draw.text((x(row["high"]) + 6, y + _LINE / 2), f"{row['value']:.3g}", INK, font=font, anchor="lm")
     return image

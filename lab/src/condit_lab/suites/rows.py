@@ -292,7 +292,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     """The figures as Markdown tables, one a measure and split, with the command that made them."""
     lines = [f"`{result['command']}`, {result['seconds']['all']:.0f} s; model {result['hash']}.", ""]
     if result["criteria"]:
-        lines += ["| asked | wanted | found | |", "|---|---|---|---|"]
+        lines += ["| criterion | required | measured | |", "|---|---|---|---|"]
         for entry in result["criteria"]:
             state = "holds" if entry["holds"] else "**missed**"
             lines.append(f"| {entry['text']} | {entry['wanted']:.3f} | {entry['value']:.3f} | {state} |")
