@@ -27,11 +27,21 @@ def long_functions(text: str, most: int = 10) -> Iterator[str]:
                 yield node.name
 
 
-def test_the_package_stays_below_24_000_lines_and_its_core_below_9_000():
+# Lines at most; docs/architecture.md says where they are. The core is what papers add to.
+LIMITS = {
+    ("nn/", "diffusion/", "backbones/", "controls/"): 9_200,
+    ("data/", "encoders/", "drawing/", "interop/", "training/"): 11_200,
+    ("weights/",): 5_500,
+    ("cli/",): 2_800,
+    ("serve/",): 2_100,
+}
+
+
+def test_every_part_of_the_package_stays_below_its_limit_of_lines():
     lines = {name: text.count("\n") for name, text in files()}
-    core = ("nn/", "diffusion/", "backbones/", "controls/")
-    assert sum(lines.values()) <= 24_000
-    assert sum(count for name, count in lines.items() if name.startswith(core)) <= 9_000
+    for rooms, most in LIMITS.items():
+        assert sum(count for name, count in lines.items() if name.startswith(rooms)) <= most, rooms
+    assert sum(count for name, count in lines.items() if not name.startswith(tuple(sum(LIMITS, ())))) <= 200
 
 
 @pytest.mark.parametrize("folder", [SOURCE, Path(__file__).parent], ids=["source", "tests"])

@@ -27,7 +27,7 @@ STRENGTH = "strength must be a finite number, one for each image, or numbers by 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"strength": "0.5"}, STRENGTH),
+        ({"strength": "0.5"}, "is a number; found str"),
         ({"strength": float("nan")}, STRENGTH),
         ({"strength": []}, STRENGTH),
         ({"strength": {"mid_block": None}}, STRENGTH),

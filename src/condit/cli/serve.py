@@ -8,7 +8,7 @@ import typer
 from condit.cli.terminal import Debug, Json, Seed, answer, say
 
 study_app = typer.Typer(
-    help="Compare methods by the preferences of people who do not know which is which.",
+    help="Compare methods by preferences of blind raters.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -267,7 +267,7 @@ def check_arguments(strength: object, arguments: Mapping[str, object], known: ty
     unknown = [name for name in arguments if name not in known.__annotations__]
     if unknown:
         raise TypeError(f"control() has no argument {unknown[0]!r}. It also takes {', '.join(known.__annotations__)}.")
-    if not isinstance(strength, Real | str | list | tuple | Mapping) and getattr(strength, "ndim", 1):
+    if not isinstance(strength, Real | list | tuple | Mapping) and getattr(strength, "ndim", 1):
         raise ValueError(
             f"strength, the second argument of control(), is a number; found {type(strength).__name__}. Name the "
             "argument of another reference, such as content=."

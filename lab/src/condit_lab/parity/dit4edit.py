@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -71,6 +72,11 @@ def states(folder: Path, t: dict[str, Tensor], solver: str, steps: int) -> Diffe
     cumprod = Process(beta_start=1e-4, beta_end=2e-2, beta_schedule="linear").alphas_cumprod
     path = ddim_path(cumprod, steps) if solver == "ddim" else dpm_path(cumprod, steps, to_zero=solver == "dpmpp2m")
     key, times, network = f"{solver}.{steps}", [], pixart_of(folder)
+    own = path
+    if solver != "ddim":
+        # The recorded levels: the square root of float32 differs between processors in its last bit, which the first
+        # step of an inversion turns into 3e-5.
+        path = replace(path, ratios=t[f"{key}.invert_sigmas"].flip(0))
 
     def predict(x: Tensor, time: float) -> Tensor:
         times.append(time)
@@ -86,8 +92,8 @@ def states(folder: Path, t: dict[str, Tensor], solver: str, steps: int) -> Diffe
         pairs = zip(ours, t[f"{key}.{what}"], strict=True)
         out |= {f"{what} {i}": difference(x, expected, relative=True) for i, (x, expected) in enumerate(pairs)}
     if solver != "ddim":
-        begins = torch.stack([path.ratio(i) for i in range(steps, -1, -1)])
-        ends = torch.stack([path.ratio(i, ending=True) for i in range(steps + 1)])
+        begins = torch.stack([own.ratio(i) for i in range(steps, -1, -1)])
+        ends = torch.stack([own.ratio(i, ending=True) for i in range(steps + 1)])
         out["invert_sigmas"] = difference(begins, t[f"{key}.invert_sigmas"], relative=True)
         out["sample_sigmas"] = difference(ends, t[f"{key}.sample_sigmas"], relative=True)
     return out
