@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from condit.backbones.diffit import TMSA, DiffiTConfig
 from condit.weights.diffit import save_diffit
 from condit_lab.parity.check import difference, part
-from condit_lab.parity.diffit import CHECKS, TOLERANCE, load, told
+from condit_lab.parity.diffit import CHECKS, TOLERANCE, load, facts_of
 
 GOLDEN = Path(__file__).parent / "golden" / "diffit"
 FIXTURES = ["latent_a", "latent_b_constant_guidance"]
@@ -35,8 +35,8 @@ def test_the_fixture_tells_offsets_of_the_wrong_sign():
 @pytest.mark.parametrize("name", FIXTURES)
 def test_sizes_read_off_the_tensors_are_those_of_the_fixture(name):
     model, _ = load(GOLDEN, name)
-    assert model.config == DiffiTConfig(**told(GOLDEN, name)["config"])
-    assert sum(p.numel() for p in model.parameters()) == told(GOLDEN, name)["num_parameters"]
+    assert model.config == DiffiTConfig(**facts_of(GOLDEN, name)["config"])
+    assert sum(p.numel() for p in model.parameters()) == facts_of(GOLDEN, name)["num_parameters"]
 
 
 @pytest.mark.parametrize("name", FIXTURES)
