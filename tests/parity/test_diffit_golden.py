@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from condit.backbones.diffit import TMSA, DiffiTConfig
 from condit.weights.diffit import save_diffit
 from condit_lab.parity.check import difference, part
-from condit_lab.parity.diffit import CHECKS, TOLERANCE, load, facts_of
+from condit_lab.parity.diffit import CHECKS, TOLERANCE, facts_of, load
 
 GOLDEN = Path(__file__).parent / "golden" / "diffit"
 FIXTURES = ["latent_a", "latent_b_constant_guidance"]
