@@ -15,6 +15,9 @@ from condit.weights.diffit import save_diffit
 def test_verify_tells_one_wrong_number_among_the_recorded_ones_and_exits_1(run, tmp_path):
     golden = tmp_path / "golden"
     shutil.copytree(Path(__file__).parent.parent / "parity" / "golden" / "diffit", golden / "diffit")
+    (golden / "dit").symlink_to(
+        Path(__file__).parent.parent / "parity" / "golden" / "dit"
+    )  # the recording's frequencies
     recorded = load_file(golden / "diffit" / "latent_a.safetensors")
     recorded["act.block.1"][0, 0, 0] += 1e-3
     save_file(recorded, golden / "diffit" / "latent_a.safetensors")
@@ -27,7 +30,7 @@ def test_verify_tells_one_wrong_number_among_the_recorded_ones_and_exits_1(run, 
 def test_verify_without_fixtures_or_with_a_file_of_another_model_is_a_clear_error(run, tmp_path):
     code, out, err = run("verify", "dit", "--golden", str(tmp_path / "absent"))
     assert (code, out) == (1, "")
-    assert "Name tests/parity/golden of a checkout" in err
+    assert "Pass tests/parity/golden of a checkout" in err
     save_file({"cls_token": torch.zeros(1)}, tmp_path / "x.safetensors")
     code, out, err = run("verify", "dit", "x.safetensors")
     assert (code, out) == (1, "")

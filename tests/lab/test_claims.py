@@ -168,7 +168,7 @@ def test_strength_of_a_variant_is_the_log_weight_of_a_control(model):
     [
         ({"what": "times"}, "'tokens', 'double' or 'add'; found 'times'"),
         ({"what": "double", "independent": False}, "independent condition"),
-        ({"what": "add", "scale": 2}, "leave scale, delta and strength out"),
+        ({"what": "add", "scale": 2}, "Leave scale, delta and strength out"),
     ],
 )
 def test_variants_that_make_no_sense_are_refused(given, message):

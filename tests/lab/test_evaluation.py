@@ -334,7 +334,7 @@ def test_the_table_takes_its_place_in_a_document(tmp_path):
 def test_a_document_without_a_place_for_the_table_is_left_alone(tmp_path):
     document = tmp_path / "tiny.md"
     document.write_text("mine\n")
-    with pytest.raises(ValueError, match="put them where the figures belong"):
+    with pytest.raises(ValueError, match="Put them where the figures belong"):
         tiny.write_table(RESULT, document)
     assert document.read_text() == "mine\n"
     assert tiny.write_table(RESULT, tmp_path / "new.md").read_text().startswith("`condit evaluate tiny`")

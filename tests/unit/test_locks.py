@@ -20,7 +20,15 @@ with locked(Path(sys.argv[1]), "training"):
     print("held", flush=True)
     time.sleep(60)
 """
-RECIPE = 'task = "omini"\n[data]\nmodel = "m"\n[train]\nsteps = 1\nbatch = 1\n'
+RECIPE = """task = "omini"
+[train]
+steps = 1
+batch = 1
+[data]
+model = "m"
+pairs = "p"
+conditions = [{ role = "a" }]
+"""
 TABLE = prompt_table(["a fox", "a rocket"], ["ink", "oil"], per_subject=2)
 SETTINGS = {"model": "tiny", "hash": "00", "steps": 4, "seed": 0}
 
