@@ -40,7 +40,9 @@ def test_a_path_keeps_to_its_device_and_no_step_waits(make, monkeypatch, name):
     result, faults = pretended(CASES[name], make, monkeypatch)
     assert not faults
     with torch.no_grad():
-        assert torch.equal(result, CASES[name](Kit(make)))
+        expected = CASES[name](Kit(make))
+    # One unit in the last place: on some processors MKL chooses a kernel by the alignment of a tensor in memory.
+    torch.testing.assert_close(result, expected, rtol=0, atol=6e-8 * float(expected.abs().max().clamp(min=1)))
 
 
 @every_moving_case
