@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.diffusion.objectives import drop
-from condit.nn.layers import PatchEmbedder, timestep_features
+from condit.nn.layers import PatchEmbedder, tanh_gelu, timestep_features
 from condit.nn.lora import Linear, LoRA
 
 
@@ -130,7 +130,7 @@ class MLP(nn.Module):
         self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
 
     def forward(self, x: Tensor, lora: LoRA | None = None) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x, lora), approximate="tanh"), lora)
+        return self.fc2(tanh_gelu(self.fc1(x, lora)), lora)
 
 
 class LatentTransformer(nn.Module):

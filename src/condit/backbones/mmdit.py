@@ -8,12 +8,20 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.backbones.joint_attention import JointAttention, MMDiTContext, with_residuals
 from condit.nn.attention import BlockControl, Site
-from condit.nn.layers import AdaNorm, Embedder, FeedForward, Rope, modulated_norm, rope_frequencies, timestep_features
+from condit.nn.layers import (
+    AdaNorm,
+    Embedder,
+    FeedForward,
+    Rope,
+    modulated_norm,
+    rope_frequencies,
+    tanh_gelu,
+    timestep_features,
+)
 from condit.nn.lora import Linear, name_linears
 from condit.nn.streams import Group, Stream, groups
 
@@ -145,7 +153,7 @@ class SingleBlock(nn.Module):
         attended, plain = (self.attn.attended if merged_already else self.attn)(hs, context)
         outs = []
         for h, a, lora in zip(hs, attended, context.loras, strict=True):
-            mlp = F.gelu(self.proj_mlp(h, lora), approximate="tanh")
+            mlp = tanh_gelu(self.proj_mlp(h, lora))
             outs.append(self.proj_out(torch.cat([a, mlp], -1), lora))
         return outs, plain
 

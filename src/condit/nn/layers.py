@@ -24,6 +24,14 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator | None) -> Tensor
     return x * keep / (1 - rate)
 
 
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation. Compiled for a CPU it is written with the logistic function, which is the same
+    in exact arithmetic and takes less than half the time: it was a quarter of a compiled training step."""
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x))
+    return F.gelu(x, approximate="tanh")
+
+
 def recomputed(
     block: Callable[..., Tensor], x: Tensor, *rest: object, rate: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -151,4 +159,4 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([UpProjection(dim, ratio * dim), nn.Identity(), Linear(ratio * dim, dim)])
 
     def forward(self, x: Tensor, lora: LowRank | None = None) -> Tensor:
-        return self.net[2](F.gelu(self.net[0](x, lora), approximate="tanh"), lora)
+        return self.net[2](tanh_gelu(self.net[0](x, lora)), lora)
