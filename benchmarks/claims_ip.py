@@ -25,6 +25,7 @@ from trials import Found, Question, cell, table
 
 from condit.cli.memory import keep_memory
 from condit.data.grouped import PAIR_KINDS, PairKind
+from condit.rulers.statistics import Interval, bootstrap
 from condit.training.deadiff import DEADiffData, DEADiffTask
 from condit.training.ip_adapter import IPAdapterData, IPAdapterTask
 from condit.training.loop import LoopConfig
@@ -32,7 +33,6 @@ from condit.weights.catalog import MODELS, describe_hash
 from condit_lab.icons.world import IconWorld
 from condit_lab.suites import sets
 from condit_lab.suites.claims import Measured, write
-from condit_lab.suites.measures import Interval, bootstrap
 from condit_lab.suites.style_rulers import ALIGNMENT, LEAKAGE, LIKENESS, OWN, SCORE
 
 Shares = tuple[float, float, float]

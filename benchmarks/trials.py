@@ -18,9 +18,9 @@ from timing import machine
 from torch import Tensor
 
 from condit.data.files import atomic_write
+from condit.rulers.statistics import Interval, bootstrap, ratio
 from condit.training.loop import Loop, LoopConfig, Task
 from condit_lab.suites.claims import Claim, Measured, block
-from condit_lab.suites.measures import Interval, bootstrap, ratio
 from condit_lab.suites.sets import mark_of
 
 SAVE_SECONDS = 60
@@ -51,7 +51,7 @@ class Found:
 
     @classmethod
     def of(cls, right: Tensor, wrong: Tensor, none: Tensor, clusters: Sequence | None = None) -> Found:
-        """Errors (n,) of the same icons; clusters: as in `measures.bootstrap`."""
+        """Errors (n,) of the same icons; clusters: as in `statistics.bootstrap`."""
         return cls(bootstrap(right, clusters), ratio(wrong, right, clusters), ratio(none, right, clusters))
 
 

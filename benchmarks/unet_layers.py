@@ -20,9 +20,9 @@ from trials import keep
 
 from condit.backbones.unet import Resnet, Transformer, UNet
 from condit.controls.control import Control
+from condit.rulers.statistics import Interval, ratio
 from condit.training.denoising import errors, latents_of, load_base
 from condit.weights.latent_models import LatentParts
-from condit_lab.suites.measures import Interval, ratio
 from condit_lab.training.captioned import CaptionedIcons
 from condit_lab.training.unet import Silence
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from condit.rulers.judge import Judge
 from condit_lab.icons.world import Icon, IconWorld, family, hash_fraction, write_index
 from condit_lab.suites import rows, sets, tiny
-from condit_lab.suites.judge import Judge, is_for_judge
+from condit_lab.suites.judge import is_for_judge
 from condit_lab.suites.rows import FigureRow
 from condit_lab.training.clip_files import make_clip, make_tokenizer
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from condit.rulers.judge import Judge, frame, load_judge, to_input
 from condit_lab.icons.world import STYLES, TRAIN_LICENCES, Icon
 from condit_lab.suites import judge as judges
-from condit_lab.suites.judge import Judge, frame, is_for_judge, load_judge, to_input
+from condit_lab.suites.judge import is_for_judge
 
 ICON = Icon("noto", "cat", "1F408", "1F408", "cat", "animals-nature", "train", True, "Apache-2.0")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from condit.data.line_score import edge_f1
+from condit.rulers import distributions, pixels, statistics
 from condit_lab.suites import measures
 
 
@@ -28,13 +29,13 @@ def line(column, size=32, rows=slice(None)):
 
 
 def test_bootstrap_of_equal_values_has_no_width():
-    actual = measures.bootstrap(torch.ones(50))
+    actual = statistics.bootstrap(torch.ones(50))
     assert (actual.value, actual.low, actual.high, actual.n) == (1, 1, 1, 50)
 
 
 def test_bootstrap_interval_has_the_width_of_theory():
     values = torch.arange(400) % 2
-    actual = measures.bootstrap(values)
+    actual = statistics.bootstrap(values)
     half = 1.96 * math.sqrt(0.25 / 400)
     assert actual.value == 0.5
     assert actual.high - 0.5 == pytest.approx(half, rel=0.15)  # 2,000 resamples leave a few percent
@@ -43,14 +44,14 @@ def test_bootstrap_interval_has_the_width_of_theory():
 
 def test_bootstrap_repeats_bit_equal_and_moves_with_its_seed():
     values = torch.rand(100, generator=torch.Generator().manual_seed(0))
-    assert measures.bootstrap(values) == measures.bootstrap(values)
-    assert measures.bootstrap(values).low != measures.bootstrap(values, seed=1).low
+    assert statistics.bootstrap(values) == statistics.bootstrap(values)
+    assert statistics.bootstrap(values).low != statistics.bootstrap(values, seed=1).low
 
 
 def test_images_of_one_concept_count_as_one_draw():
     values = torch.tensor([0.0, 1.0] * 50).repeat_interleave(4)
-    alone = measures.bootstrap(values)
-    together = measures.bootstrap(values, [i // 4 for i in range(len(values))])
+    alone = statistics.bootstrap(values)
+    together = statistics.bootstrap(values, [i // 4 for i in range(len(values))])
     assert together.value == alone.value
     assert together.high - together.low == pytest.approx(2 * (alone.high - alone.low), rel=0.15)  # sqrt(4)
 
@@ -58,23 +59,23 @@ def test_images_of_one_concept_count_as_one_draw():
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [[1.0, 2.0]]])
 def test_a_mean_of_nothing_or_of_nan_is_refused(values):
     with pytest.raises(ValueError, match="finite numbers"):
-        measures.bootstrap(values)
+        statistics.bootstrap(values)
 
 
 def test_clusters_must_be_as_many_as_values():
     with pytest.raises(ValueError, match="2 clusters for 3 values"):
-        measures.bootstrap([1, 2, 3], ["a", "b"])
+        statistics.bootstrap([1, 2, 3], ["a", "b"])
 
 
 def test_a_ratio_draws_both_sides_together():
     ceiling = torch.rand(100, generator=torch.Generator().manual_seed(0)) + 0.1
-    actual = measures.ratio(ceiling / 2, ceiling)
+    actual = statistics.ratio(ceiling / 2, ceiling)
     assert actual is not None
     assert (actual.value, actual.low, actual.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_a_ratio_to_a_ceiling_of_zero_is_none():
-    assert measures.ratio([1, 1], [0, 0]) is None
+    assert statistics.ratio([1, 1], [0, 0]) is None
 
 
 def test_agreement_is_the_judges_first_choice():
@@ -106,15 +107,15 @@ def test_the_reference_that_is_the_prompted_concept_is_no_leak():
 
 
 def test_edge_similarity_is_one_for_the_same_and_zero_for_a_blank_image():
-    assert measures.edge_similarity(square(20), square(20)).item() == pytest.approx(1, abs=1e-5)
-    assert measures.edge_similarity(flat((255, 255, 255)), square(20)).item() == 0
+    assert pixels.edge_similarity(square(20), square(20)).item() == pytest.approx(1, abs=1e-5)
+    assert pixels.edge_similarity(flat((255, 255, 255)), square(20)).item() == 0
 
 
 def test_edge_similarity_falls_with_displacement_and_ignores_the_fill():
-    moved = [measures.edge_similarity(square(20 + d), square(20)).item() for d in (0, 1, 3, 8)]
+    moved = [pixels.edge_similarity(square(20 + d), square(20)).item() for d in (0, 1, 3, 8)]
     assert moved == sorted(moved, reverse=True)
     assert moved[1] > 0.9 > 0.4 > moved[3]
-    assert measures.edge_similarity(square(20, colour=(200, 0, 0)), square(20)).item() > 0.99
+    assert pixels.edge_similarity(square(20, colour=(200, 0, 0)), square(20)).item() > 0.99
 
 
 def test_edge_f1_forgives_two_pixels_and_not_three():
@@ -198,15 +199,15 @@ def test_the_kernel_distance_is_that_of_its_definition():
     within_a = sum(k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j) / 30
     within_b = sum(k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j) / 20
     across = sum(k(x, y) for x in a for y in b) / 30
-    assert measures.kernel_distance(a, b)[0] == pytest.approx(within_a + within_b - 2 * across)
+    assert distributions.kernel_distance(a, b)[0] == pytest.approx(within_a + within_b - 2 * across)
 
 
 def test_the_kernel_distance_is_about_zero_for_one_distribution_and_larger_for_two():
     g = torch.Generator().manual_seed(0)
     a, b, other = torch.randn(200, 8, generator=g), torch.randn(200, 8, generator=g), torch.randn(200, 8, generator=g)
-    same, low, high = measures.kernel_distance(a, b)
-    _, low, high = measures.kernel_distance(a, b)
+    same, low, high = distributions.kernel_distance(a, b)
+    _, low, high = distributions.kernel_distance(a, b)
     assert low < 0 < high
-    assert measures.kernel_distance(a, other + 0.5)[1] > high
+    assert distributions.kernel_distance(a, other + 0.5)[1] > high
     with pytest.raises(ValueError, match="at least 4"):
-        measures.kernel_distance(a[:3], b)
+        distributions.kernel_distance(a[:3], b)

@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from condit.rulers import statistics
+from condit.rulers.statistics import bootstrap, resample
 from condit_lab.suites import style_measures as own
-from condit_lab.suites.measures import bootstrap, resample
 
 N = 60
 CLUSTERS = [f"concept {i // 2}" for i in range(N)]
@@ -38,7 +39,7 @@ def test_rows_are_resampled_together():
 
 @pytest.mark.parametrize("point", range(4))
 def test_a_method_that_is_the_baseline_lies_on_its_curve(curve, point):
-    gap = own.against_curve(curve[0], curve[1], curve[0][point], curve[1][point], CLUSTERS)
+    gap = statistics.against_curve(curve[0], curve[1], curve[0][point], curve[1][point], CLUSTERS)
     assert gap.side == "on"
     assert gap.difference == pytest.approx(0, abs=1e-9)
     assert gap.low is not None and gap.high is not None
@@ -49,7 +50,7 @@ def test_a_method_that_is_the_baseline_lies_on_its_curve(curve, point):
 def test_between_two_strengths_the_curve_is_linear(curve):
     styles, values = curve
     half_style, half_value = (styles[1] + styles[2]) / 2, (values[1] + values[2]) / 2
-    gap = own.against_curve(curve[0], curve[1], half_style, half_value + 0.2, CLUSTERS)
+    gap = statistics.against_curve(curve[0], curve[1], half_style, half_value + 0.2, CLUSTERS)
     # The added 0.2 is the same for every picture, so no resample sees another difference.
     assert (gap.difference, gap.low, gap.high) == pytest.approx((0.2, 0.2, 0.2), abs=1e-6)
     assert gap.verdict(more_is_better=True) == "better"
@@ -58,7 +59,7 @@ def test_between_two_strengths_the_curve_is_linear(curve):
 
 def test_paired_intervals_are_narrower_than_those_of_each_side(curve):
     styles, values = (([x + 3 * noise(9) for x in group]) for group in curve)
-    gap = own.against_curve(styles, values, styles[2], values[2] - 0.05 + 0.1 * noise(5), CLUSTERS)
+    gap = statistics.against_curve(styles, values, styles[2], values[2] - 0.05 + 0.1 * noise(5), CLUSTERS)
     alone = bootstrap(values[2], CLUSTERS)
     assert gap.low is not None and gap.high is not None
     assert gap.high - gap.low < (alone.high - alone.low) / 2
@@ -67,30 +68,30 @@ def test_paired_intervals_are_narrower_than_those_of_each_side(curve):
 
 @pytest.mark.parametrize(("shift", "side"), [(2.0, "above"), (-2.0, "below")])
 def test_beyond_the_curve_no_difference_is_given(curve, shift, side):
-    gap = own.against_curve(curve[0], curve[1], curve[0][0] + shift, curve[1][0], CLUSTERS)
+    gap = statistics.against_curve(curve[0], curve[1], curve[0][0] + shift, curve[1][0], CLUSTERS)
     assert (gap.side, gap.difference, gap.low, gap.high, gap.outside) == (side, None, None, None, 1.0)
     assert gap.verdict(True) == "out of range"
 
 
 def test_resamples_beyond_the_curve_are_counted(curve):
-    inside = own.against_curve(curve[0], curve[1], (curve[0][1] + curve[0][2]) / 2, curve[1][1], CLUSTERS)
-    edge = own.against_curve(curve[0], curve[1], curve[0][3] - 0.002 + noise(7), curve[1][3], CLUSTERS)
+    inside = statistics.against_curve(curve[0], curve[1], (curve[0][1] + curve[0][2]) / 2, curve[1][1], CLUSTERS)
+    edge = statistics.against_curve(curve[0], curve[1], curve[0][3] - 0.002 + noise(7), curve[1][3], CLUSTERS)
     assert inside.outside == 0
     assert 0.1 < edge.outside < 0.9
 
 
 def test_a_curve_of_one_point_is_refused():
     with pytest.raises(ValueError, match="at least two strengths"):
-        own.against_curve([noise(0)], [noise(1)], noise(0), noise(1))
+        statistics.against_curve([noise(0)], [noise(1)], noise(0), noise(1))
 
 
 def test_where_style_falls_again_the_least_strength_counts():
     styles, values = np.array([[0.0, 0.4, 0.8, 0.4]]), np.array([[0.0, 1.0, 2.0, 5.0]])
-    assert own.crossing(styles, values, np.array([0.6]))[0] == pytest.approx([1.5])
-    assert own.crossing(styles, values, np.array([0.4]))[0] == pytest.approx([1.0])
+    assert statistics.crossing(styles, values, np.array([0.6]))[0] == pytest.approx([1.5])
+    assert statistics.crossing(styles, values, np.array([0.4]))[0] == pytest.approx([1.0])
     for at, value, side in ((0.9, 2.0, 1), (-0.1, 0.0, -1), (0.8, 2.0, 0), (0.0, 0.0, 0)):
-        assert [x.item() for x in own.crossing(styles, values, np.array([at]))] == pytest.approx([value, side])
-    flat = own.crossing(np.array([[0.3, 0.3, 0.5]]), np.array([[1.0, 2.0, 3.0]]), np.array([0.3]))
+        assert [x.item() for x in statistics.crossing(styles, values, np.array([at]))] == pytest.approx([value, side])
+    flat = statistics.crossing(np.array([[0.3, 0.3, 0.5]]), np.array([[1.0, 2.0, 3.0]]), np.array([0.3]))
     assert flat[0] == pytest.approx([1.0])
 
 
@@ -115,12 +116,14 @@ def test_leakage_above_others_forgets_what_all_references_share():
 
 
 def test_the_area_under_the_curve_counts_pairs_and_halves_ties():
-    assert own.auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
-    assert own.auc(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])) == 0
-    assert own.auc(torch.tensor([1.0, 1.0]), torch.tensor([1.0])) == 0.5
+    assert statistics.auc(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0])) == 1
+    assert statistics.auc(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])) == 0
+    assert statistics.auc(torch.tensor([1.0, 1.0]), torch.tensor([1.0])) == 0.5
     positive, negative = noise(0)[:20].round(decimals=1), noise(1).round(decimals=1)
     pairs = positive[:, None] - negative[None]
-    assert own.auc(positive, negative) == pytest.approx(float(((pairs > 0).double() + 0.5 * (pairs == 0)).mean()))
+    assert statistics.auc(positive, negative) == pytest.approx(
+        float(((pairs > 0).double() + 0.5 * (pairs == 0)).mean())
+    )
 
 
 def test_an_image_is_realistic_within_reach_of_a_real_one():

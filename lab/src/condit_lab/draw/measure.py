@@ -20,6 +20,7 @@ from torch import Tensor
 
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
+from condit.rulers.statistics import bootstrap
 from condit.weights.files import read_tensors, save_tensors
 from condit_lab.draw import figures
 from condit_lab.draw.code import on_white, to_planes
@@ -27,7 +28,6 @@ from condit_lab.draw.data import Drawings
 from condit_lab.draw.export import load_model
 from condit_lab.draw.model import DrawModel
 from condit_lab.suites.concepts import ConceptJudge, inception_features
-from condit_lab.suites.measures import bootstrap
 
 STYLE = "fluent-emoji-flat"  # of the everyday words
 WORDS = (

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from condit_lab.suites.measures import Interval
+from condit.rulers.statistics import Interval
 from condit_lab.suites.pages import fill_file
 
 KIND = "claims"

@@ -30,11 +30,13 @@ from condit.drawing.pipeline import Pipeline
 from condit.encoders.clip import CONCEPT as CLIP_CONCEPT
 from condit.encoders.clip import embed_image, embed_text, token_ids
 from condit.encoders.vae import scale_shift
+from condit.rulers.distributions import kernel_distance
+from condit.rulers.judge import JUDGE as JUDGE_FOLDER
+from condit.rulers.judge import load_judge
+from condit.rulers.statistics import Interval, bootstrap
 from condit.weights.catalog import MODELS
 from condit_lab.icons.world import GROUPS, TRAIN_LICENCES, Icon, IconWorld, concept_names, on_white
-from condit_lab.suites.judge import JUDGE as JUDGE_FOLDER
-from condit_lab.suites.judge import load_judge
-from condit_lab.suites.measures import Interval, bootstrap, concept_ranks, kernel_distance
+from condit_lab.suites.measures import concept_ranks
 from condit_lab.suites.sets import pictures
 
 log = logging.getLogger(__name__)

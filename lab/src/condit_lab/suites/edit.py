@@ -32,11 +32,12 @@ from condit.data.sheets import SheetCell, contact_sheet
 from condit.encoders.clip import CONCEPT, embed_image, embed_text, token_ids
 from condit.encoders.clip_model import Clip
 from condit.encoders.image import TinyImage
+from condit.rulers.judge import Judge, frame, load_judge, to_input
+from condit.rulers.pixels import edge_similarity
 from condit_lab.icons.world import GROUPS, TRAIN_LICENCES, Icon, IconWorld, hash_fraction, plain_caption, sample_path
 from condit_lab.suites.edit_rows import EditRow, differences, interval
 from condit_lab.suites.edit_trips import merging_time, photographs, round_trips, show_trips
-from condit_lab.suites.judge import Judge, frame, load_judge, to_input
-from condit_lab.suites.measures import concept_ranks, edge_similarity
+from condit_lab.suites.measures import concept_ranks
 from condit_lab.suites.sets import pictures
 
 if TYPE_CHECKING:

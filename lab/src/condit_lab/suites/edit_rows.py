@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from condit_lab.suites.measures import bootstrap
+from condit.rulers.statistics import bootstrap
 
 
 @dataclass(frozen=True)

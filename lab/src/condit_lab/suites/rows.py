@@ -12,6 +12,7 @@ from torch import Tensor
 
 from condit.data import annotators
 from condit.data.line_score import edge_f1
+from condit.rulers import pixels, statistics
 from condit_lab.icons.world import Icon, IconWorld
 from condit_lab.suites import measures
 from condit_lab.suites.sets import Cell, Spec, Split
@@ -82,8 +83,8 @@ class Scene:
         """kept: (N,) bool, the pictures for which the measure has a meaning."""
         chosen = torch.ones(len(self.icons), dtype=torch.bool) if kept is None else kept
         clusters = [name for name, keep in zip(self.clusters, chosen.tolist(), strict=True) if keep]
-        interval = measures.bootstrap(values[chosen], clusters)
-        part = None if ceiling is None else measures.ratio(values[chosen], ceiling[chosen], clusters)
+        interval = statistics.bootstrap(values[chosen], clusters)
+        part = None if ceiling is None else statistics.ratio(values[chosen], ceiling[chosen], clusters)
         share = None if part is None else [round(x, 4) for x in (part.value, part.low, part.high)]
         value, low, high = (round(x, 4) for x in (interval.value, interval.low, interval.high))
         return FigureRow(measure, self.split, case, value, low, high, interval.n, share)
@@ -152,7 +153,7 @@ def edge_similarity_rows(scene: Scene) -> list[FigureRow]:
     """Correlation of soft edges with the true icon that the model has not seen."""
     real = scene.images["real"]
     return [
-        scene.row(SIMILARITY, scene.case(name), _by_parts(measures.edge_similarity, scene.images[name], real))
+        scene.row(SIMILARITY, scene.case(name), _by_parts(pixels.edge_similarity, scene.images[name], real))
         for name in scene.names("copy", "other", "latent")
     ]
 
@@ -234,7 +235,7 @@ def subject_rows(scene: Scene) -> list[FigureRow]:
     if "words" in scene.images:
         compared[WORDS_ALONE] = scene.images["words"]
     compared[REAL] = real
-    rows = [scene.row(SUBJECT_EDGES, c, _by_parts(measures.edge_similarity, x, shown)) for c, x in compared.items()]
+    rows = [scene.row(SUBJECT_EDGES, c, _by_parts(pixels.edge_similarity, x, shown)) for c, x in compared.items()]
     coloured = torch.stack([_by_parts(measures.colour_distance, _gray(x), x) > _COLOURED for x in (shown, real)]).all(0)
     if coloured.any():
         for case, images in compared.items():
@@ -245,7 +246,7 @@ def subject_rows(scene: Scene) -> list[FigureRow]:
 
 def _gray(images: Tensor) -> Tensor:
     """The same without colours, (N, 3, H, W) uint8."""
-    levels = (measures.luma(images) * 255).round().to(torch.uint8)
+    levels = (pixels.luma(images) * 255).round().to(torch.uint8)
     return levels[:, None].expand(-1, 3, -1, -1)
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from condit_lab.suites import measures
-from condit_lab.suites import style_measures as own
+from condit.rulers import statistics
 from condit_lab.suites.style_rulers import MEASURES, SCORE
 
 BLANK_STRENGTH = 1.0  # methods without a strength stand at 1
@@ -38,7 +37,7 @@ class Comparison:
     baseline: str
     measure: str
     verdict: str
-    gap: own.Gap
+    gap: statistics.Gap
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def rows(table: Table, clusters: Sequence[str], shows: Mapping[str, str]) -> lis
         for measure in MEASURES:
             if measure.name not in values_of or (measure.of_style and shows[method] != "style"):
                 continue
-            mean = measures.bootstrap(values_of[measure.name], clusters)
+            mean = statistics.bootstrap(values_of[measure.name], clusters)
             value, low, high = (round(x, 4) for x in (mean.value, mean.low, mean.high))
             entries.append(MethodRow(method, strength, measure.name, value, low, high, mean.n))
     return entries
@@ -91,7 +90,7 @@ def comparisons(table: Table, clusters: Sequence[str], held: Mapping[str, tuple[
         for measure in (m for m in MEASURES if m.compared):
             styles = [point[SCORE] for point in curve]
             others = [point[measure.name] for point in curve]
-            gap = own.against_curve(styles, others, values_of[SCORE], values_of[measure.name], clusters)
+            gap = statistics.against_curve(styles, others, values_of[SCORE], values_of[measure.name], clusters)
             # Likeness to the reference has no good side of its own; less of it at equal style is less copying.
             entries.append(Comparison(method, strength, baseline, measure.name, gap.verdict(bool(measure.more)), gap))
     return entries
@@ -105,7 +104,7 @@ def pairs(table: Table, clusters: Sequence[str]) -> list[PairedDifference]:
         if method != other:
             for measure in names:
                 less = table[method, strength][measure] - table[other, at][measure]
-                mean = measures.bootstrap(less, clusters)
+                mean = statistics.bootstrap(less, clusters)
                 value, low, high = (round(x, 4) for x in (mean.value, mean.low, mean.high))
                 entries.append(PairedDifference(method, strength, other, at, measure, value, low, high, mean.n))
     return entries

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condit.encoders.clip import CONCEPT, STYLE, embed_image, embed_text, token_ids
+from condit.rulers import pixels
+from condit.rulers.judge import Judge
 from condit_lab.icons.styles import style_of
 from condit_lab.icons.world import GROUPS, TRAIN_LICENCES, Icon, IconWorld, family, hash_fraction
 from condit_lab.suites import measures
 from condit_lab.suites import style_measures as own
-from condit_lab.suites.judge import Judge, is_for_judge
+from condit_lab.suites.judge import is_for_judge
 from condit_lab.suites.sets import pictures
 from condit_lab.suites.tiny import make_bench
 
@@ -183,7 +185,7 @@ def values(ruler: Ruler, images: Tensor, given: Given) -> dict[str, Tensor]:
 def similarity(images: Tensor, others: Tensor) -> Tensor:
     """In parts, because fp32 maps of hundreds of pictures fill a laptop."""
     parts = zip(images.split(64), others.split(64), strict=True)
-    return torch.cat([measures.edge_similarity(a, b) for a, b in parts])
+    return torch.cat([pixels.edge_similarity(a, b) for a, b in parts])
 
 
 def check_rulers(ruler: Ruler, world: IconWorld) -> list[dict[str, Any]]:
@@ -217,6 +219,6 @@ def check_rulers(ruler: Ruler, world: IconWorld) -> list[dict[str, Any]]:
         scores = feature @ feature.T
         figures = {what: (scores[a], scores[b]) for what, (a, b) in pairs.items() if a.any() and b.any()}
         areas.append(
-            {"ruler": name, "icons": len(icons), **{k: round(own.auc(a, b), 4) for k, (a, b) in figures.items()}}
+            {"ruler": name, "icons": len(icons), **{k: round(statistics.auc(a, b), 4) for k, (a, b) in figures.items()}}
         )
     return areas

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from condit.data.files import atomic_write
 from condit.encoders.clip import CONCEPT, embed_image, embed_text, token_ids
+from condit.rulers.judge import Judge, load_judge, read_card
 from condit_lab.icons.world import TRAIN_LICENCES, IconWorld, sample_path
 from condit_lab.suites import rows as tables
-from condit_lab.suites.judge import Judge, load_judge, read_card
 from condit_lab.suites.measures import thumbnails
 from condit_lab.suites.report import write_page
 from condit_lab.suites.rows import FigureRow, Scene
