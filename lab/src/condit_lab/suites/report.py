@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,19 +16,16 @@ from condit.data.files import atomic_write
 from condit.data.images import save_image
 from condit.data.sheets import SheetCell as Picture
 from condit.data.sheets import contact_sheet
+from condit.rulers.page import STYLE_SHEET, inline, slug
+from condit.rulers.plot import FAINT, INK
 from condit_lab.icons.world import IconWorld
 from condit_lab.suites import measures
 from condit_lab.suites.rows import COLOUR, LATENT, PSNR, REAL, SPLITS, SUBJECT_COLOUR, Scene, by_table, edge_scores
 from condit_lab.suites.sets import Cell, Spec, prompt_of, shown
 
 EXTREME, RANDOM, ACROSS, SIDE = 12, 24, 4, 96
-INK, FAINT, BAR, REFERENCE_BAR, WHISKER = (32, 32, 32), (225, 225, 225), (66, 118, 178), (170, 170, 170), (20, 20, 20)
+BAR, REFERENCE_BAR, WHISKER = (66, 118, 178), (170, 170, 170), (20, 20, 20)
 _LINE, _LABEL, _WIDTH, _VALUE = 24, 330, 460, 60
-
-STYLE_SHEET = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}
-td.number{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}.missed{color:#b02020;font-weight:600}
-code{background:#f3f3f3;padding:.1em .3em}"""
 
 
 def write_page(folder: Path, result: Mapping[str, Any], scenes: Sequence[Scene], world: IconWorld) -> Path:
@@ -107,16 +102,6 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"<td class=number>{row['n']}</td></tr>"
         )
     return "\n".join([*lines, "</table>"])
-
-
-def inline(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="WEBP", quality=90)  # a page of PNG sheets is too big to mail; those lie beside it
-    return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def slug(text: str) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> Image.Image:

@@ -15,9 +15,9 @@ from condit.data.files import atomic_write
 from condit.data.images import save_image
 from condit.data.sheets import SheetCell as Picture
 from condit.data.sheets import contact_sheet
+from condit.rulers.page import STYLE_SHEET, inline, slug
 from condit_lab.suites import style_rows as tables
 from condit_lab.suites import style_rulers as rulers
-from condit_lab.suites.report import STYLE_SHEET, inline, slug
 from condit_lab.suites.style_plot import curves
 
 EXTREME, ACROSS, OVERVIEW = 6, 2, 8

@@ -13,6 +13,7 @@ from torch import Tensor
 from condit.encoders.clip import CONCEPT, STYLE, embed_image, embed_text, token_ids
 from condit.rulers import pixels
 from condit.rulers.judge import Judge
+from condit.rulers.statistics import auc
 from condit_lab.icons.styles import style_of
 from condit_lab.icons.world import GROUPS, TRAIN_LICENCES, Icon, IconWorld, family, hash_fraction
 from condit_lab.suites import measures
@@ -218,7 +219,5 @@ def check_rulers(ruler: Ruler, world: IconWorld) -> list[dict[str, Any]]:
     for name, feature in features.items():
         scores = feature @ feature.T
         figures = {what: (scores[a], scores[b]) for what, (a, b) in pairs.items() if a.any() and b.any()}
-        areas.append(
-            {"ruler": name, "icons": len(icons), **{k: round(statistics.auc(a, b), 4) for k, (a, b) in figures.items()}}
-        )
+        areas.append({"ruler": name, "icons": len(icons), **{k: round(auc(a, b), 4) for k, (a, b) in figures.items()}})
     return areas
