@@ -16,7 +16,7 @@ FLOORS = {
     "drawing": 5,
     "weights": 4,
     "controls": 3,
-    "backbones": 2,
+    **dict.fromkeys(["backbones", "jobs"], 2),
     **dict.fromkeys(["nn", "diffusion", "encoders", "data"], 1),
 }
 DOORS = {"cli", "serve"}

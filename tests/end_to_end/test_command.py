@@ -21,6 +21,7 @@ from condit.cli.reference import Reference, read_reference
 from condit.cli.request import FORMAT, Request, migrated
 from condit.cli.rows import read_rows
 from condit.data.images import load_image, read_recipe, save_image
+from painter import contents
 
 
 def write_picture(path: str, seed: int = 0) -> Path:
@@ -188,32 +189,40 @@ def test_rows_are_made_once_and_a_second_run_makes_what_is_missing(run, random_t
     write_rows(ROWS)
     command = ("generate", "--from", "rows.jsonl", "--steps", "1", "-o", "made")
     assert run(*command)[0] == 0
-    files = {path.name: path.read_bytes() for path in Path("made").iterdir()}
-    assert sorted(files) == ["00001.png", "cat.png", "two-0.png", "two-1.png"]
+    files = contents(Path("made"))
+    (fox,) = [name for name in files if name.startswith("a-fox-")]
+    assert sorted(files) == [fox, "cat.png", "metadata.jsonl", "settings.json", "two-0.png", "two-1.png"]
+    assert json.loads(files["metadata.jsonl"].splitlines()[0]) == {"file_name": fox, "text": "a fox", "seed": 3}
     before = Path("made/cat.png").stat().st_mtime_ns
     Path("made/two-0.png").unlink()
-    Path("made/.00001.png.0a1b2c3d.tmp").write_bytes(b"cut")  # of a process that was killed
+    Path("made/.cat.png.0a1b2c3d.tmp").write_bytes(b"cut")  # of a process that was killed
     code, out, _ = run(*command, "--json")
     assert code == 0 and json.loads(out)["made"] == ["made/two-0.png"]
-    assert {path.name: path.read_bytes() for path in Path("made").iterdir()} == files
+    assert contents(Path("made")) == files and not list(Path("made").glob("*.tmp"))
     assert Path("made/cat.png").stat().st_mtime_ns == before
 
 
 def test_broken_rows_are_named_and_the_others_are_made(run, random_tiny):
     write_rows([ROWS[0], "{", {"seed": 1}, {"prompt": "a", "colour": 1}, {"prompt": "a", "style": "absent.png"}])
     code, out, err = run("generate", "--from", "rows.jsonl", "--steps", "1", "-o", "made")
-    assert code == 1 and [path.name for path in Path("made").iterdir()] == ["00001.png"]
+    assert code == 1 and len(list(Path("made").glob("*.png"))) == 1
     for part in ("rows.jsonl:2: this is not JSON", "rows.jsonl:3: no prompt", "4: no key 'colour'", "5: no image at"):
         assert part in err
+    errors = [json.loads(line) for line in Path("made/errors.jsonl").read_text().splitlines()]
+    assert [error["row"] for error in errors] == [f"rows.jsonl:{number}" for number in (2, 3, 4, 5)]
 
 
 def test_an_image_of_another_request_is_not_taken_for_this_one(run, random_tiny):
-    write_rows([ROWS[0]])
+    write_rows([ROWS[0] | {"name": "fox"}])
     assert run("generate", "--from", "rows.jsonl", "--steps", "1", "-o", "made")[0] == 0
-    before = Path("made/00001.png").read_bytes()
+    before = Path("made/fox.png").read_bytes()
     code, _, err = run("generate", "--from", "rows.jsonl", "--steps", "2", "-o", "made")
-    assert code == 1 and "made/00001.png was made by another request" in err
-    assert Path("made/00001.png").read_bytes() == before
+    assert code == 1 and "made/fox.png was made by another request" in err
+    assert Path("made/fox.png").read_bytes() == before
+    write_rows([ROWS[0]])  # without a name, the name is that of the request
+    for steps in ("1", "2"):
+        assert run("generate", "--from", "rows.jsonl", "--steps", steps, "-o", "made")[0] == 0
+    assert len(list(Path("made").glob("*.png"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -231,13 +240,14 @@ def test_an_image_of_another_request_is_not_taken_for_this_one(run, random_tiny)
 def test_a_wrong_row_says_why(tmp_path, row, message):
     write_rows([row], str(tmp_path / "rows.jsonl"))
     rows, problems = read_rows(tmp_path / "rows.jsonl", tmp_path, {"model": "tiny", "references": ()})
-    assert rows == [] and message in problems[0]
+    assert rows == [] and message in problems["rows.jsonl:1"]
 
 
 def test_two_rows_of_one_name_are_told(tmp_path):
     write_rows([{"prompt": "a", "name": "x"}, {"prompt": "b", "name": "x.png"}], str(tmp_path / "rows.jsonl"))
     rows, problems = read_rows(tmp_path / "rows.jsonl", tmp_path, {"model": "tiny"})
-    assert [row.number for row in rows] == [1] and "the name x.png is that of row 1 too" in problems[0]
+    assert [row.name for row in rows] == ["rows.jsonl:1"]
+    assert "the name x.png is that of rows.jsonl:1 too" in problems["rows.jsonl:2"]
 
 
 # Grids
@@ -317,5 +327,4 @@ def test_rows_of_a_process_killed_at_any_moment_end_with_the_files_of_one_that_w
         process.kill()
         process.wait()
     assert start("killed").wait(timeout=300) == 0
-    whole, killed = ({f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("whole", "killed"))
-    assert killed == whole
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

@@ -1,6 +1,7 @@
 """data/prompt_table.py: a table of prompts, pictures of them, and the groups that DEADiff's pairs are drawn from."""
 
 import random
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -8,7 +9,10 @@ from PIL import Image
 from condit.data.grouped import GroupedPairs
 from condit.data.images import load_image
 from condit.data.pairs import check, open_pairs
-from condit.data.prompt_table import PromptRow, draw_groups, prompt_table, read_words
+from condit.data.prompt_table import PromptRow, prompt_table, read_words
+from condit.jobs.groups import Generator, groups_job
+from condit.jobs.local import draw as draw_locally
+from condit.jobs.run import Outcome, run
 
 SUBJECTS, STYLES = ["a fox", "a rocket", "snow"], ["oil painting", "line art", "3d render", "pixel art"]
 
@@ -23,6 +27,10 @@ class Painter:
         self.calls.append((prompt, seed, count))
         colours = [(seed + k).to_bytes(4, "big")[1:] for k in range(count)]
         return [Image.new("RGB", (4, 4), tuple(colour)) for colour in colours]
+
+
+def draw_groups(folder, table, generate, images: int = 4) -> Outcome:
+    return run(groups_job(folder, table, Generator(generate), images=images), partial(draw_locally, workers=1))
 
 
 def test_a_table_is_seeded_and_a_subject_keeps_its_styles_when_others_come():
@@ -62,11 +70,10 @@ def test_a_run_that_stopped_goes_on_and_a_table_may_grow(tmp_path):
             raise RuntimeError("out of memory")
         return Painter()(prompt, seed, count)
 
-    with pytest.raises(RuntimeError):
-        draw_groups(tmp_path, table, stops, images=2)
-    painter = Painter()
-    file = draw_groups(tmp_path, table, painter, images=2)
-    assert [prompt for prompt, _, _ in painter.calls] == [row.prompt for row in table[2:]]
+    assert draw_groups(tmp_path, table, stops, images=2).errors == {table[2].prompt: "RuntimeError: out of memory"}
+    painter, file = Painter(), tmp_path / "metadata.jsonl"
+    draw_groups(tmp_path, table, painter, images=2)
+    assert [prompt for prompt, _, _ in painter.calls] == [table[2].prompt]
     before = [load_image(open_pairs(tmp_path)[i].image).getpixel((0, 0)) for i in range(12)]
     again = Painter()
     draw_groups(tmp_path, [*table, PromptRow("rain", "oil painting", "rain, oil painting")], again, images=2)
@@ -92,5 +99,5 @@ def test_what_cannot_be_generated_says_why(tmp_path):
         draw_groups(tmp_path, table, Painter(), images=1)
     with pytest.raises(ValueError, match="no prompt"):
         draw_groups(tmp_path, [], Painter())
-    with pytest.raises(ValueError, match="generate returned 0 images for .a fox"):
-        draw_groups(tmp_path, table, lambda prompt, seed, count: [])
+    errors = draw_groups(tmp_path, table, lambda prompt, seed, count: []).errors
+    assert errors[table[0].prompt] == "the drawer returned 0 images; expected 4"

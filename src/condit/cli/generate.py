@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from condit.cli.options import (
+    JobOptions,
     ModelOptions,
     OutputOptions,
     ReferenceOptions,
@@ -69,6 +70,7 @@ def generate(
     sampling: SamplingOptions,
     start: StartOptions,
     output: OutputOptions,
+    job: JobOptions,
 ) -> None:
     """Generate images from prompts and references.
 
@@ -99,7 +101,7 @@ def generate(
     if rows is not None:
         from condit.cli.rows import generate_rows
 
-        generate_rows(rows, output.out or output_folder() / rows.stem, common, studio_of(model), output)
+        generate_rows(rows, output.out or output_folder() / rows.stem, common, model, output, job)
         return
     made = [request_of({**common, "prompt": prompt}) for prompt in prompts or ()]
     if len(made) > 1 and output.out is not None and output.out.suffix and not output.out.is_dir():

@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 from condit.cli.outputs import Force
 from condit.cli.terminal import Seed
 from condit.cli.uses import OPTIONS
+from condit.jobs.plan import MAX_ERRORS
 
 Texts = list[str] | None
 
@@ -91,6 +92,20 @@ class StartOptions:
     image: Annotated[str | None, typer.Option(help="Image to image: start from this image.")] = None
     mask: Annotated[str | None, typer.Option(help="Inpainting: repaint --image where this mask is white.")] = None
     change: Annotated[float | None, typer.Option(help="How much of --image to change, up to 1 [default: 0.8].")] = None
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Many images (docs/jobs.md)"""
+
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Processes on this machine, or actors of a Ray cluster.")
+    ] = "local"
+    workers: Annotated[
+        int | None, typer.Option(help="Number of processes [default: 1; Ray: one for each GPU or core].")
+    ] = None
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each process; images depend on them.")] = 1
+    max_errors: Annotated[int, typer.Option("--max-errors", min=0, help="Stop after more rows failed.")] = MAX_ERRORS
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,15 @@ def output_paths(prompt: str, out: Path | None, seed: int, count: int) -> list[P
     """The paths of the images: -o itself, with the seed before its suffix for more than one image, or names in a
     folder."""
     if out is None or out.is_dir() or not out.suffix:
-        words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:40].strip("-") or "image"
-        return [(out or output_folder()) / f"{words}-{seed + index}.png" for index in range(count)]
+        return [(out or output_folder()) / f"{name_of(prompt)}-{seed + index}.png" for index in range(count)]
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise typer.BadParameter(f"-o {out}: expected a name that ends in .png, .jpg or .webp, or a folder")
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{seed + index}") for index in range(count)]
+
+
+def name_of(prompt: str) -> str:
+    """The words of a prompt as part of a file's name."""
+    return re.sub(r"[^\w]+", "-", prompt).strip("-")[:40].strip("-") or "image"
 
 
 def free_paths(

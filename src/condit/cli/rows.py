@@ -1,25 +1,28 @@
-"""`condit generate --from ROWS.jsonl`: a request in each row, a file for each image. A second run makes what is
-missing."""
+"""`condit generate --from ROWS.jsonl`: a request in each row, as a job; and the model that draws it in a worker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from condit.cli.options import OutputOptions, ReferenceOptions, SamplingOptions, StartOptions
+from condit.cli.options import JobOptions, ModelOptions, OutputOptions, ReferenceOptions, SamplingOptions, StartOptions
+from condit.cli.outputs import name_of
 from condit.cli.reference import images_of, read_references
-from condit.cli.request import Request
-from condit.cli.terminal import answer, say
+from condit.cli.terminal import answer, say, waiting
 from condit.data.files import parse_json, read_bounded
 from condit.data.images import MAX_BYTES, load_image, read_recipe, save_image
-from condit.data.progress import progress_bar
+from condit.jobs.local import rank_of
+from condit.jobs.plan import Drawer, Job, Place, Row, Save, Stopped, content_key
+from condit.jobs.run import Outcome, engine_of, run
 
 if TYPE_CHECKING:
-    from condit.cli.request import Studio
+    from condit.cli.request import Request, Studio
 
 REFERENCES = tuple(name for name in ReferenceOptions.__dataclass_fields__ if name != "strength")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -27,68 +30,80 @@ FIELDS = ("prompt", *SamplingOptions.__dataclass_fields__, *StartOptions.__datac
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row: its number, from 1, its request and the files of its images."""
+class StudioOpener:
+    """Opens the model of a job in a worker. A row's work is the fields of a request over `common`."""
 
-    number: int
-    request: Request
-    paths: tuple[Path, ...]
+    model: ModelOptions
+    common: Mapping[str, object] = field(default_factory=dict)
+    with_recipe: bool = True
+
+    def __call__(self, place: Place) -> Drawer:
+        import torch
+
+        from condit.cli.request import Studio
+
+        model, device = self.model, self.model.device
+        if device == "cuda" and torch.cuda.device_count() > 1:
+            device = f"cuda:{place.local_rank % torch.cuda.device_count()}"
+        with waiting(f"loading {model.model}"):
+            studio = Studio(model.model, device, offload=model.offload, quantize=model.quantize)
+        return Drawer(partial(self.draw, studio), {"hash": studio.pipe.parts.hash})
+
+    def draw(self, studio: Studio, work: Mapping[str, object]) -> list[Save]:
+        """The images of a row, in one batch of their own."""
+        request = request_of({**self.common, **work})
+        for path in (*images_of(request.references), *(p for p in (request.image, request.mask) if p)):
+            load_image(path)
+        made = studio.generate(request)
+        if not self.with_recipe:
+            return [partial(save_image, image) for image in made.images]
+        parts = zip(made.images, made.recipes, made.parameters, strict=True)
+        return [partial(save_image, image, recipe=recipe, parameters=text) for image, recipe, text in parts]
+
+
+def run_job(job: Job, options: JobOptions) -> Outcome:
+    """Runs a job with the options of a command. Exits with 1 if it stopped before its end."""
+    rank = rank_of(os.environ)
+    engine = engine_of(options.engine, options.workers, rank)
+    try:
+        outcome = run(job, engine, rank=rank, max_errors=options.max_errors, tell=say)
+    except KeyboardInterrupt:
+        say("the images so far are saved; the same command continues")
+        raise
+    except Stopped as stop:
+        say(f"error: {stop}. The images so far are saved; the same command continues")
+        raise typer.Exit(1) from None
+    if rank.world > 1:
+        say(f"rank {rank.number} of {rank.world} drew its {outcome.rows} of {len(job.rows)} rows")
+    return outcome
 
 
 def generate_rows(
-    file: Path, folder: Path, common: Mapping[str, Any], load: Callable[[], Studio], output: OutputOptions
+    file: Path, folder: Path, common: Mapping[str, Any], model: ModelOptions, output: OutputOptions, options: JobOptions
 ) -> None:
-    """Generates what is missing of the rows of `file` in `folder`. Names each broken row, makes the others, and exits
-    with 1 if there was one."""
+    """Generates what is missing of the rows of `file` in `folder`. Names each row that fails, makes the others, and
+    exits with 1 if there was one."""
     if folder.suffix and not folder.is_dir():
         raise typer.BadParameter(f"-o {folder}: --from needs a folder")
-    rows, problems = read_rows(file, folder, common)
-    remove_unfinished(folder, rows)
-    todo: list[tuple[Row, list[int]]] = []
-    for row in rows:
-        try:
-            missing = missing_images(row)
-        except ValueError as error:
-            problems.append(f"{file}:{row.number}: {error}")
-            continue
-        todo += [(row, missing)] if missing else []
-    for problem in problems:
-        say(problem)
-    made: list[str] = []
-    with progress_bar(sum(len(missing) for _, missing in todo), "generating", unit="image") as advance:
-        for row, missing in todo:
-            try:
-                made += generate_row(row, missing, load(), with_recipe=not output.no_metadata)
-            except (ValueError, FileNotFoundError) as error:
-                problems.append(f"{file}:{row.number}: {error}")
-                say(problems[-1])
-            advance(len(missing))
+    rows, errors = read_rows(file, folder, common)
+    opener = StudioOpener(model, with_recipe=not output.no_metadata)
+    settings = {"model": model.model}
+    outcome = run_job(Job(folder, tuple(rows), opener, errors, settings, options.threads), options)
     if output.as_json:
-        answer({"folder": str(folder), "made": made, "problems": problems})
+        problems = [f"{name}: {error}" for name, error in outcome.errors.items()]
+        answer({"folder": str(folder), "made": [str(folder / name) for name in outcome.made], "problems": problems})
     else:
-        say(f"{len(made)} images made, {sum(len(row.paths) for row in rows) - len(made)} were there or are broken")
+        say(f"{len(outcome.made)} images made, {outcome.files - len(outcome.made)} were there or are broken")
         typer.echo(str(folder))
-    if problems:
+    if outcome.errors:
         raise typer.Exit(1)
 
 
-def generate_row(row: Row, missing: Sequence[int], studio: Studio, *, with_recipe: bool) -> list[str]:
-    """Generates a row, and writes its missing images."""
-    request = row.request
-    for path in (*images_of(request.references), *(p for p in (request.image, request.mask) if p)):
-        load_image(path)
-    generated = studio.generate(request)
-    for index in missing:
-        recipe = generated.recipes[index] if with_recipe else None
-        parameters = generated.parameters[index] if with_recipe else None
-        save_image(generated.images[index], row.paths[index], recipe=recipe, parameters=parameters)
-    return [str(row.paths[index]) for index in missing]
-
-
-def read_rows(file: Path, folder: Path, common: Mapping[str, Any]) -> tuple[list[Row], list[str]]:
-    """The rows of a JSON Lines file over the options of the command line, and what is wrong with the others. Keys are
-    the names of options; `name` is that of the image's file, without it the row's number."""
-    rows, problems, names = [], [], {}
+def read_rows(file: Path, folder: Path, common: Mapping[str, Any]) -> tuple[list[Row], dict[str, str]]:
+    """The rows of a JSON Lines file over the options of the command line, and by name what is wrong with the others.
+    Keys are the names of options; `name` is that of the image's file, without it the words of the prompt and the hash
+    of the request."""
+    rows, errors, names = [], {}, {}
     try:
         text = read_bounded(file, MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -96,21 +111,21 @@ def read_rows(file: Path, folder: Path, common: Mapping[str, Any]) -> tuple[list
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
+        name = f"{file.name}:{number}"
         try:
-            row = read_row(line, number, folder, common)
-            other = names.setdefault(row.paths[0], number)
-            if other != number:
-                raise ValueError(f"the name {row.paths[0].name} is that of row {other} too")
+            row = read_row(line, name, folder, common)
+            other = next((names[path] for path in row.files if path in names), None)
+            if other is not None:
+                raise ValueError(f"the name {row.files[0]} is that of {other} too. Give the row a name or another seed")
+            names |= dict.fromkeys(row.files, name)
             rows.append(row)
         except ValueError as error:
-            problems.append(f"{file}:{number}: {error}")
-    return rows, problems
+            errors[name] = str(error)
+    return rows, errors
 
 
-def read_row(line: str, number: int, folder: Path, common: Mapping[str, Any]) -> Row:
-    """A row. Raises ValueError for what it cannot hold."""
-    from pydantic import TypeAdapter, ValidationError
-
+def read_row(line: str, number: str, folder: Path, common: Mapping[str, Any]) -> Row:
+    """A row. Raises ValueError for what it cannot hold, and for an image of its name that another request made."""
     try:
         fields = parse_json(line)
     except ValueError as error:
@@ -118,8 +133,8 @@ def read_row(line: str, number: int, folder: Path, common: Mapping[str, Any]) ->
     if not isinstance(fields, dict):
         raise ValueError('expected an object, as in {"prompt": "a red apple", "seed": 3}')
     fields = {key.replace("-", "_"): value for key, value in fields.items()}
-    name = fields.pop("name", f"{number:05d}")
-    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+    name = fields.pop("name", None)
+    if name is not None and (not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..")):
         raise ValueError(f"name must be that of a file, without a folder; found {name!r}")
     unknown = sorted(fields.keys() - {*FIELDS, *REFERENCES, "strength"})
     if unknown or "prompt" not in fields:
@@ -132,35 +147,38 @@ def read_row(line: str, number: int, folder: Path, common: Mapping[str, Any]) ->
     ):
         raise ValueError("references are strings, or lists of them, and strength is a number")
     own = {"references": read_references(lists, strength)} if lists else {}
-    try:
-        request = TypeAdapter(Request).validate_python({**common, **fields, **own})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")) from None
-    path = Path(name if Path(name).suffix.lower() in SUFFIXES else f"{name}.png")
+    request = request_of({**common, **fields, **own})
+    # The command has every setting that differs from its default, so a later condit gives the same name.
+    path = Path(name or f"{name_of(request.prompt)}-{content_key(request.command(''))}")
+    path = path if path.suffix.lower() in SUFFIXES else Path(f"{path}.png")
     ends = [""] if request.count == 1 else [f"-{index}" for index in range(request.count)]
-    return Row(number, request, tuple(folder / path.with_stem(f"{path.stem}{end}") for end in ends))
+    files = tuple(path.with_stem(f"{path.stem}{end}").name for end in ends)
+    if name is not None:
+        refuse_others(request, [folder / file for file in files])
+    lines = tuple({"text": request.prompt, "seed": request.seed + index} for index in range(request.count))
+    return Row(number, files, asdict(request), lines)
 
 
-def remove_unfinished(folder: Path, rows: Sequence[Row]) -> None:
-    """Removes the temporary files of these rows that a killed process left."""
-    names = {path.name for row in rows for path in row.paths}
-    for file in folder.glob(".*.tmp"):
-        if file.name[1:].rsplit(".", 2)[0] in names:
-            file.unlink(missing_ok=True)
+def request_of(fields: Mapping[str, object]) -> Request:
+    """A request by its fields. Raises ValueError."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from condit.cli.request import Request
+    from condit.training.fields import first_error
+
+    try:
+        return TypeAdapter(Request).validate_python(fields)
+    except ValidationError as error:
+        raise ValueError(first_error(error).lstrip(": ")) from None
 
 
-def missing_images(row: Row) -> list[int]:
-    """The numbers of the images that are not there. Raises ValueError for one that another request made."""
-    missing = []
-    for index, path in enumerate(row.paths):
-        if not path.exists():
-            missing.append(index)
-            continue
-        try:
-            there = Request.from_recipe(read_recipe(path))[0]
-        except ValueError:
-            continue  # without its recipe (--no-metadata) an image is taken for what it is named
-        if there != row.request:
-            raise ValueError(f"{path} was made by another request; remove it, or choose another folder")
-    return missing
+def refuse_others(request: Request, paths: Sequence[Path]) -> None:
+    """Raises ValueError for an image that another request made: its name does not say what it holds."""
+    for path in paths:
+        if path.exists():
+            try:
+                there = type(request).from_recipe(read_recipe(path))[0]
+            except ValueError:
+                continue  # without its recipe (--no-metadata) an image is taken for what it is named
+            if there != request:
+                raise ValueError(f"{path} was made by another request; remove it, or choose another folder")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from condit.cli.options import ModelOptions, with_options
+from condit.cli.options import JobOptions, ModelOptions, with_options
 from condit.cli.terminal import Debug, Json, Seed, answer, say
 from condit.data.locks import has_files
 
@@ -52,17 +52,25 @@ def train(
     typer.echo(str(folder))
 
 
+@dataclass(frozen=True)
+class TableOptions:
+    """Table of prompts"""
+
+    subjects: Annotated[Path, typer.Option("--subjects", help="File of subjects, one per line.", show_default=False)]
+    styles: Annotated[Path, typer.Option("--styles", help="File of styles, one per line.", show_default=False)]
+    per_subject: Annotated[int, typer.Option("--per-subject", help="Styles for each subject.")] = 14
+    images: Annotated[int, typer.Option("--images", "-n", help="Images for each prompt.")] = 4
+    template: Annotated[str, typer.Option(help="Template of the prompts.")] = "{subject}, {style}"
+    prune: Annotated[bool, typer.Option("--prune", help="Delete images that the lists no longer give.")] = False
+
+
 @with_options
 def generate_data(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the data set.", show_default=False)],
-    subjects: Annotated[Path, typer.Option("--subjects", help="File of subjects, one per line.", show_default=False)],
-    styles: Annotated[Path, typer.Option("--styles", help="File of styles, one per line.", show_default=False)],
+    table: TableOptions,
     sampling: DrawOptions,
     model: ModelOptions,
-    per_subject: Annotated[int, typer.Option("--per-subject", help="Styles for each subject.")] = 14,
-    images: Annotated[int, typer.Option("--images", "-n", help="Images for each prompt.")] = 4,
-    template: Annotated[str, typer.Option(help="Template of the prompts.")] = "{subject}, {style}",
-    prune: Annotated[bool, typer.Option("--prune", help="Delete images that the lists no longer give.")] = False,
+    job: JobOptions,
     debug: Debug = False,
 ) -> None:
     """Generate a data set of image pairs.
@@ -71,34 +79,23 @@ def generate_data(
     their style, images of a subject their content. DEADiff and IP-Adapter train on such pairs.
     An interrupted run continues where it stopped, with the same model and settings.
     """
-    from condit.data.locks import locked
-    from condit.data.prompt_table import draw_groups, prepare_folder, prompt_table, read_words
+    from condit.cli.rows import StudioOpener, run_job
+    from condit.data.prompt_table import prompt_table, read_words
+    from condit.jobs.groups import groups_job
 
-    for file in (subjects, styles):
+    for file in (table.subjects, table.styles):
         if not file.is_file():
             raise typer.BadParameter(f"no file {file}")
-    how = {"per_subject": per_subject, "template": template, "seed": sampling.seed}
-    rows = prompt_table(read_words(subjects), read_words(styles), **how)
-    from condit.cli.generate import studio_of
-    from condit.cli.request import Request
-    from condit.data.progress import progress_bar
-
-    studio = studio_of(model)()
-
-    def generate(prompt: str, first: int, count: int):
-        s = sampling
-        return studio.generate(Request(prompt, model.model, (), s.negative, first, count, s.steps, s.guidance)).images
-
-    settings = {"model": studio.pipe.name, "hash": studio.pipe.parts.hash, **asdict(sampling)}
-    with locked(out, "generating"):
-        prepare_folder(out, rows, settings, images=images, prune=prune)
-        try:
-            with progress_bar(len(rows), "generating", unit="prompt", images=len(rows) * images) as advance:
-                draw_groups(out, rows, generate, images=images, seed=sampling.seed, progress=lambda *_: advance())
-        except KeyboardInterrupt:
-            say("the images so far are saved; the same command continues")
-            raise
+    how = {"per_subject": table.per_subject, "template": table.template, "seed": sampling.seed}
+    rows = prompt_table(read_words(table.subjects), read_words(table.styles), **how)
+    common = {"model": model.model, **asdict(sampling)}
+    del common["seed"]  # rows have their own
+    opener = StudioOpener(model, common, with_recipe=False)
+    how = {"images": table.images, "seed": sampling.seed, "threads": job.threads, "prune": table.prune}
+    outcome = run_job(groups_job(out, rows, opener, settings=common, **how), job)
     typer.echo(str(out))
+    if outcome.errors:
+        raise typer.Exit(1)
 
 
 def convert(

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -13,12 +13,13 @@ LOCK, OWNER = ".lock", ".owner"  # the owner is text for people; the lock alone 
 
 
 @contextmanager
-def locked(folder: Path, doing: str) -> Iterator[None]:
-    """Holds the lock of a folder, which is made. ValueError, with the owner, while another process holds it."""
+def locked(folder: Path, doing: str, part: str = "") -> Iterator[None]:
+    """Holds the lock of a folder, which is made, or of a part of the work in it. ValueError, with the owner, while
+    another process holds it."""
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock, owner = FileLock(folder / LOCK), folder / OWNER
+    lock, owner = FileLock(folder / f"{LOCK}{part}"), folder / f"{OWNER}{part}"
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -35,6 +36,20 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Waits for its turn among processes that read and write the small shared files of a folder."""
+    from filelock import FileLock
+
+    lock = FileLock(folder / f"{LOCK}-tables")
+    with suppress(NotImplementedError):  # `locked` has warned of such a file system
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def has_files(folder: Path) -> bool:
     """Whether a folder holds more than a lock."""
-    return folder.is_dir() and any(path.name not in (LOCK, OWNER) for path in folder.iterdir())
+    return folder.is_dir() and any(not path.name.startswith((LOCK, OWNER)) for path in folder.iterdir())

@@ -7,27 +7,18 @@ Images of one prompt share a style; images of one subject under different prompt
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from condit.data.files import read_bounded
 
-from condit.data.files import atomic_write, check_writable, read_bounded, remove_temporaries
-from condit.data.images import save_image
-from condit.data.pairs import METADATA
-
-SETTINGS = "settings.json"
 TEMPLATE = "{subject}, {style}"
 PER_SUBJECT = 14  # styles of each subject in the paper
 MAX_WORDS_BYTES = 100_000_000
 IMAGES = 4  # images of each prompt in the paper
-
-# (prompt, seed, count) -> images, the first from `seed`, the next from seed + 1, ...
-ImageGenerator = Callable[[str, int, int], Sequence[Image.Image]]
 
 
 @dataclass(frozen=True)
@@ -83,65 +74,14 @@ def named(row: PromptRow, images: int, seed: int) -> tuple[int, list[str]]:
     return int(digest[:7], 16), [f"images/{digest[:16]}-{k}.png" for k in range(images)]
 
 
-def prepare_folder(
-    folder: str | Path, rows: Sequence[PromptRow], settings: Mapping[str, object], *, images: int, prune: bool = False
-) -> None:
-    """A folder for `draw_groups` with these settings, of which "seed" is one; they are kept in settings.json. prune:
-    deletes images of other tables. ValueError, and nothing is changed, for a folder made with other settings or,
-    without prune, with images that the table does not have."""
+def strays(folder: str | Path, files: Collection[str], *, prune: bool = False) -> tuple[str, ...]:
+    """The images of other tables in the folder of a set, by name. ValueError if there is one, unless `prune`."""
     root = Path(folder)
-    file, there = root / SETTINGS, set(root.glob(f"images/{'[0-9a-f]' * 16}-*.png"))
-    made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    differ = [name for name in settings if made.get(name) != settings[name]] if there else []
-    if differ:
-        name = differ[0]
-        was = f"{name} = {made[name]!r}" if name in made else "settings that it does not record"
+    found = {path.relative_to(root).as_posix() for path in root.glob(f"images/{'[0-9a-f]' * 16}-*.png")}
+    others = tuple(sorted(found - set(files)))
+    if others and not prune:
         raise ValueError(
-            f"{root} holds images made with {was}, not {settings[name]!r}. Use the same, or choose another folder."
+            f"{root} holds {len(others)} images that the table of prompts does not have (first: "
+            f"{Path(others[0]).name}). Add --prune to delete them, or choose another folder."
         )
-    strays = sorted(there - {root / name for row in rows for name in named(row, images, int(str(settings["seed"])))[1]})
-    if strays and not prune:
-        raise ValueError(
-            f"{root} holds {len(strays)} images that the table of prompts does not have (first: {strays[0].name}). "
-            "Add --prune to delete them, or choose another folder."
-        )
-    for stray in [*strays, *root.glob("images/.*.tmp")]:  # a process that was killed leaves temporary files
-        stray.unlink()
-    text = json.dumps(dict(settings), indent=1) + "\n"
-    atomic_write(file, lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def draw_groups(
-    folder: str | Path,
-    rows: Sequence[PromptRow],
-    generate: ImageGenerator,
-    *,
-    images: int = IMAGES,
-    seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Path:
-    """Generate `images` images of every prompt and metadata.jsonl with their style and content groups. Returns its
-    path. Prompts whose images exist are skipped, so a stopped run continues.
-
-    ValueError for fewer than two images, an empty table, or a generator that returns another number of images.
-    """
-    if images < 2:
-        raise ValueError(f"images must be at least 2, as a style pair needs two; found {images}.")
-    if not rows:
-        raise ValueError("The table has no prompt.")
-    root, lines = Path(folder), []
-    remove_temporaries(root)
-    check_writable(root / METADATA)
-    for done, row in enumerate(rows):
-        first, names = named(row, images, seed)
-        if not all((root / name).is_file() for name in names):
-            pictures = generate(row.prompt, first, images)
-            if len(pictures) != images:
-                raise ValueError(f"generate returned {len(pictures)} images for {row.prompt!r}; expected {images}.")
-            for name, picture in zip(names, pictures, strict=True):
-                save_image(picture, root / name)
-        groups = {"style_group": row.prompt, "content_group": row.subject}
-        columns = {"text": row.prompt, **groups, **asdict(row)}
-        lines += [json.dumps({"file_name": name, **columns, "seed": first + k}) for k, name in enumerate(names)]
-        progress(done + 1, len(rows))
-    return atomic_write(root / METADATA, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    return others
