@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from condit.diffusion.steps import Step
 from condit.encoders.clip_tokenizer import ClipTokenizer
 from condit.nn.streams import Stream, grid_ids
 from condit_lab.draw.code import RgbaCode
+from condit_lab.draw.sketch import Sketch, fit_basis, fit_sketch
 from condit_lab.draw.text import TextStates, TrainedText
 from condit_lab.training.text_to_image import start
 
@@ -36,7 +36,8 @@ class ModelConfig(BaseModel):
     single_blocks: Count = 3
     components: Count = 80  # of a patch of 8 x 8 RGBA pixels
     looks: Count = 256  # numbers that say what a word looks like
-    canvas: Count = 24  # numbers of each token's code that the words foretell, added to the input
+    sketch_depth: Count = 3
+    sketch_components: Count = 256  # principal components of whole drawings
     text_width: Count = 256
     text_layers: Count = 2
     text_tokens: Count = 16
@@ -44,13 +45,14 @@ class ModelConfig(BaseModel):
 
 
 def new_text(config: ModelConfig, tokenizer: ClipTokenizer) -> TrainedText:
-    return TrainedText(
-        tokenizer,
-        width=config.text_width,
-        layers=config.text_layers,
-        looks=config.looks,
-        canvas=(GRID[0] * GRID[1], config.canvas),
+    sketch = Sketch(
+        len(tokenizer),
+        width=config.looks,
+        depth=config.sketch_depth,
+        components=config.sketch_components,
+        shape=(GRID[0] * GRID[1], 4 * config.components),
     )
+    return TrainedText(tokenizer, sketch, width=config.text_width, layers=config.text_layers)
 
 
 def transformer(config: ModelConfig) -> MMDiT:
@@ -58,7 +60,7 @@ def transformer(config: ModelConfig) -> MMDiT:
     channels = 4 * config.components
     model = MMDiT(
         MMDiTConfig(
-            in_channels=channels + config.canvas,
+            in_channels=2 * channels,
             out_channels=channels,
             num_layers=config.double_blocks,
             num_single_layers=config.single_blocks,
@@ -88,27 +90,43 @@ class DrawModel(nn.Module):
     def predict(self, x_t: Tensor, t: Tensor, words: TextStates) -> Tensor:
         """Clean tokens (B, 64, channels).
 
-        The words say a mean, the canvas; with `variance` around it, x_t has a best estimate that sees one number at a
+        The words say a mean, the sketch; with `variance` around it, x_t has a best estimate that sees one number at a
         time (Wiener's). The transformer reads x_t at unit variance, and predicts what is left, in units of that
         estimate's error: so it begins as the estimate (preconditioning as in EDM, arXiv:2206.00364, section 5).
         """
         level, spread = t[:, None, None], self.code.variance.repeat_interleave(4)
-        x = torch.cat([x_t * ((1 - level) ** 2 * spread + level**2).rsqrt(), words.canvas.to(x_t)], -1)
+        x = torch.cat([x_t * ((1 - level) ** 2 * spread + level**2).rsqrt(), words.sketch.to(x_t)], -1)
         text_ids = torch.zeros(words.states.shape[1], 3, device=x_t.device)
         out = self.transformer(Stream(x, self.ids, t, words.pooled), words.states, text_ids).float()
-        mean = F.pad(words.canvas.to(x_t), (0, x_t.shape[-1] - words.canvas.shape[-1]))
+        mean = words.sketch.to(x_t)
         total = (1 - level) ** 2 * self.variance + level**2
         estimate = mean + (1 - level) * self.variance / total * (x_t - (1 - level) * mean)
         return estimate + (self.variance / total).sqrt() * level * out
 
     @torch.no_grad()
-    def fit_words(self, captions: Tensor, starts: Tensor, codes: Tensor, weights: Tensor) -> None:
-        """Fit the looks of words, and the variance of the codes around the canvas; arguments of `fit_looks`."""
-        self.text.fit_looks(captions, starts, codes, weights)
+    def fit_words(
+        self,
+        captions: Tensor,
+        starts: Tensor,
+        codes: Tensor,
+        weights: Tensor,
+        *,
+        looks: bool = True,
+        bf16: bool = False,
+    ) -> None:
+        """Fit the sketch, the looks of words (unless `looks` is False) and the variance of the codes around sketches.
+
+        captions (C, L) and starts (n + 1,) as of `caption_table`; codes (n, tokens, channels); weights (n,), mean 1:
+        how often each drawing is trained on; bf16: of the products.
+        """
+        sketch = self.text.sketch
+        components = fit_basis(sketch, codes, weights)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        fit_sketch(sketch, captions, starts, components, weights, dtype=dtype)
+        self.text.looks.copy_(sketch.words.weight / sketch.words.weight.square().mean().sqrt())
         total = torch.zeros_like(self.variance)
         for rows in torch.arange(len(codes)).split(2048):
-            left = codes[rows].float()
-            left[..., : self.config.canvas] -= self.text(captions[starts[rows]]).canvas
+            left = codes[rows].float() - sketch(captions[starts[rows]])
             total += (left.square() * weights[rows, None, None]).mean(1).sum(0)
         self.variance.copy_(total / len(codes))
 

@@ -1,15 +1,12 @@
-"""What tells the MM-DiT the words: a CLIP text tower that is trained with it, and what words look like: a linear map
-from the words of a caption to a coarse drawing, fitted once. Without it, words are read late (docs/log.md)."""
+"""What tells the MM-DiT the words: a CLIP text tower that is trained with it, and a sketch of the caption, fitted once.
+Without it, words are read late (docs/log.md)."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from condit.encoders.clip_model import CLIPTextTransformer, TextConfig
 from condit.encoders.clip_tokenizer import SPECIAL_TOKENS, ClipTokenizer
 from condit_lab.draw.data import Drawing, all_captions
+from condit_lab.draw.sketch import Sketch
 from condit_lab.training.clip_files import make_tokenizer
 
 
@@ -50,20 +48,22 @@ def whole_word_tokenizer(captions: Iterable[str], *, vocab_size: int, limit: int
 
 @dataclass(frozen=True)
 class TextStates:
-    """Captions as the MM-DiT reads them: token states (B, L, width), pooled vector (B, width), and a coarse drawing,
-    the first numbers of each token's code, (B, tokens, channels)."""
+    """Captions as the MM-DiT reads them: token states (B, L, width), pooled vector (B, width), and a coarse drawing
+    as codes, (B, tokens, channels)."""
 
     states: Tensor
     pooled: Tensor
-    canvas: Tensor
+    sketch: Tensor
 
 
 class TrainedText(nn.Module):
-    """A CLIP text tower that is trained along, and the looks of words, which stay as fitted."""
+    """A CLIP text tower that is trained along; and the sketch and the looks of words (the vectors that the sketch has
+    for them), which stay as fitted."""
 
-    def __init__(self, tokenizer: ClipTokenizer, *, width: int, layers: int, looks: int, canvas: tuple[int, int]):
+    def __init__(self, tokenizer: ClipTokenizer, sketch: Sketch, *, width: int, layers: int):
         super().__init__()
-        self.tokenizer, self.width, self.canvas_shape = tokenizer, width, canvas
+        self.tokenizer, self.width, self.sketch = tokenizer, width, sketch
+        looks = sketch.words.weight.shape[1]
         self.text_model = CLIPTextTransformer(
             TextConfig(
                 hidden_size=width,
@@ -83,11 +83,7 @@ class TrainedText(nn.Module):
         for linear in (self.looks_to_states, self.looks_to_pooled):
             nn.init.zeros_(linear.weight)
         self.looks: Tensor
-        self.canvas_weight: Tensor
-        self.canvas_bias: Tensor
         self.register_buffer("looks", torch.zeros(len(tokenizer), looks))
-        self.register_buffer("canvas_weight", torch.zeros(math.prod(canvas), looks))
-        self.register_buffer("canvas_bias", torch.zeros(math.prod(canvas)))
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """(B, L) int16."""
@@ -97,45 +93,11 @@ class TrainedText(nn.Module):
         """Of caption ids (B, L)."""
         out = self.text_model(ids.long())
         looks = F.embedding(ids.long(), self.looks)
-        whole = looks.sum(1)
         return TextStates(
             out.last_hidden_state + self.looks_to_states(looks),
-            self.text_projection(out.pooler_output) + self.looks_to_pooled(whole),
-            F.linear(whole, self.canvas_weight, self.canvas_bias).unflatten(-1, self.canvas_shape),
+            self.text_projection(out.pooler_output) + self.looks_to_pooled(looks.sum(1)),
+            self.sketch(ids),
         )
-
-    @torch.no_grad()
-    def fit_looks(
-        self, captions: Tensor, starts: Tensor, codes: Tensor, weights: Tensor, *, ridge: float = 30.0
-    ) -> None:
-        """Set the looks of all words by ridge regression of drawings on the words of their captions.
-
-        captions (C, L) and starts (n + 1,) as of `caption_table`; codes (n, tokens, channels), of which the first
-        numbers are the canvas; weights (n,), mean 1: how often each drawing is trained on.
-        """
-        tokens, channels = self.canvas_shape
-        n, vocabulary = len(starts) - 1, len(self.looks)
-        counts = starts.diff()
-        rows = torch.arange(n).repeat_interleave(counts)[:, None].expand_as(captions)
-        shares = (1 / counts.double())[rows]
-        shares[captions < len(SPECIAL_TOKENS)] = 0
-        place = (rows.flatten().numpy(), captions.flatten().numpy())
-        bag = scipy.sparse.coo_array((shares.flatten().numpy(), place), shape=(n, vocabulary)).tocsr()
-        y = torch.cat([part[..., :channels].float().flatten(1) for part in codes.split(4096)])
-        w = weights.double()[:, None].numpy()
-        mean_x, mean_y = (bag * w).sum(0) / n, (y * weights[:, None]).mean(0)
-        weighted = (bag * w).tocsr()
-        gram = torch.from_numpy((bag.T @ weighted).toarray() - n * np.outer(mean_x, mean_x)).float()
-        cross = (
-            torch.from_numpy(weighted.T @ y.numpy()).float() - n * torch.from_numpy(mean_x).float()[:, None] * mean_y
-        )
-        solution = torch.linalg.solve(gram + ridge * torch.eye(vocabulary), cross)
-        u, s, vh = torch.linalg.svd(solution, full_matrices=False)
-        rank = self.looks.shape[1]
-        scale = s[:rank].sqrt() * (vocabulary / s[:rank].sum()).sqrt()  # a word's looks have a mean square of about 1
-        self.looks.copy_(u[:, :rank] * scale)
-        self.canvas_weight.copy_(vh[:rank].mT * (s[:rank] / scale))
-        self.canvas_bias.copy_(mean_y - torch.from_numpy(mean_x).float() @ self.looks @ self.canvas_weight.mT)
 
 
 def caption_table(text: TrainedText, rows: Sequence[Drawing]) -> tuple[Tensor, Tensor]:

@@ -169,7 +169,7 @@ class Trainer:
         self.model.to(self.device)
         self.codes = cached_codes(self.model.code, self.train, out / "codes.bf16", self.device)
         if fresh:
-            self.model.cpu().fit_words(self.captions, self.starts, self.codes.cpu(), self.mixture.weights())
+            self.model.cpu().fit_words(self.captions, self.starts, self.codes.cpu(), self.mixture.weights(), bf16=bf16)
             self.model.to(self.device)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizers = self.make_optimizers()
