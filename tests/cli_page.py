@@ -36,8 +36,8 @@ Paths and `--json` go to stdout, everything else to stderr. Exit codes: 0 done, 
 ## Rows of a file
 
 `condit generate --from rows.jsonl -o FOLDER` reads one request a row. Keys are the names of options;
-`name` is that of the image's file; without it the file has the words of the prompt and a hash of the request. Options of the
-command line apply to rows that do not set them.
+`name` is that of the image's file; without it the file has the words of the prompt and a hash of the request. Options
+of the command line apply to rows that do not set them.
 
 ```
 {"prompt": "a fox", "seed": 3}
@@ -45,8 +45,8 @@ command line apply to rows that do not set them.
 ```
 
 Each image is written whole or not at all. A second run makes the missing images only, so an interrupted run
-ends with the same files as one that was not interrupted. `metadata.jsonl` has a line for each image, so that the folder is a
-data set. A row that fails is named in `errors.jsonl`, the others are made, and the exit code is 1.
+ends with the same files as one that was not interrupted. `metadata.jsonl` has a line for each image, so that the folder
+is a data set. A row that fails is named in `errors.jsonl`, the others are made, and the exit code is 1.
 [Jobs](jobs.md) says how several processes or machines share the rows, and what a failure does.
 """
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from condit.data.images import save_image
+from condit.jobs.local import Rank
 from condit.jobs.plan import Drawer, Job, Place, Row, Save
+from condit.jobs.run import engine_of, run
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder, without locks."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if not path.name.startswith(".")}
+
+
+def drive() -> None:
+    """A driver in a process of its own: FOLDER ENGINE WORKERS ROWS PAUSE LOG in sys.argv."""
+    folder, engine, workers, rows, pause, log = sys.argv[1:]
+    job = job_of(Path(folder), foxes(int(rows)), Painter(float(pause), log))
+    run(job, engine_of("ray" if engine == "ray" else "local", int(workers), Rank()))
+
+
+def foxes(count: int) -> list[str]:
+    return [f"fox {number}" for number in range(count)]

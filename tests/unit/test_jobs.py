@@ -50,10 +50,11 @@ def test_a_second_run_makes_what_is_missing_and_the_table_keeps_earlier_jobs(tmp
     before = contents(tmp_path / "set")
     (tmp_path / "set/images/fox-2-1.png").unlink()
     (tmp_path / "set/images/.fox-2-1.png.0a1b2c3d.tmp").write_bytes(b"cut")
+    (tmp_path / "set/.metadata.jsonl.0a1b2c3d.tmp").write_bytes(b"cut")
     (tmp_path / "set/images/.mine.png.0a1b2c3d.tmp").write_bytes(b"cut")  # not of this job
     assert run(job_of(tmp_path / "set", FOXES), ALONE).made == ("images/fox-2-1.png",)
     assert contents(tmp_path / "set") == before
-    assert [path.name for path in (tmp_path / "set/images").glob(".*.tmp")] == [".mine.png.0a1b2c3d.tmp"]
+    assert [path.name for path in (tmp_path / "set").rglob(".*.tmp")] == [".mine.png.0a1b2c3d.tmp"]
     run(job_of(tmp_path / "set", ["cat"]), ALONE)
     names = [json.loads(line)["file_name"] for line in (tmp_path / "set/metadata.jsonl").read_text().splitlines()]
     assert len(names) == 14 and names[-1] == "images/cat-1.png"

@@ -115,10 +115,9 @@ def files_in(folder: Path, rows: Iterable[Row]) -> set[str]:
     return there & wanted
 
 
-def remove_unfinished(folder: Path, rows: Iterable[Row]) -> None:
-    """Removes the temporary files of these rows that a killed process left, and no others."""
-    names = {file for row in rows for file in row.files}
-    for parent in {Path(file).parent for file in names}:
+def remove_unfinished(folder: Path, names: set[str]) -> None:
+    """Removes the temporary files that a killed process left for files of these names, and no others."""
+    for parent in {Path(name).parent for name in names}:
         for file in (folder / parent).glob(".*.????????.tmp"):
             if (parent / file.name[1:].rsplit(".", 2)[0]).as_posix() in names:
                 file.unlink(missing_ok=True)
@@ -129,6 +128,7 @@ def agree(folder: Path, settings: Mapping[str, object], *, fresh: bool) -> None:
     fresh: the folder held no picture when the job began. ValueError, and nothing is changed, for other settings or for
     pictures without."""
     with turn(folder):
+        remove_unfinished(folder, {METADATA, ERRORS, SETTINGS})  # written in turn: nobody is writing them now
         _agree(folder, folder / SETTINGS, settings, fresh=fresh)
 
 

@@ -88,7 +88,7 @@ def run(
             (job.folder / name).unlink(missing_ok=True)
         owner = OWNER + part, (job.folder / f"{OWNER}{part}").read_text(encoding="utf-8")
         task = Task(job.folder.resolve(), job.open, job.threads, owner, fresh)
-        remove_unfinished(job.folder, own)
+        remove_unfinished(job.folder, {file for row in own for file in row.files})
         todo = [row for row in own if not there.issuperset(row.files)]
         for name, error in errors.items():
             tell(f"{name}: {error}")
@@ -128,7 +128,7 @@ def check_errors(errors: dict[str, str], most: int) -> None:
 def finish(job: Job, own: Sequence[Row], errors: dict[str, str]) -> None:
     """Removes what killed workers left, and writes metadata.jsonl and errors.jsonl. Ranks do so in turn, so that the
     last one sees the files of all."""
-    remove_unfinished(job.folder, own)
+    remove_unfinished(job.folder, {file for row in own for file in row.files})
     with turn(job.folder):
         write_lines(job.folder / METADATA, list(metadata_lines(job)))
         others = {row.name for row in job.rows} - {row.name for row in own}
