@@ -145,6 +145,7 @@ def test_doctor_answers_in_text_and_json_and_leaves_nothing_behind(run, tmp_path
     code, out, _ = run("doctor", "--json")
     findings = {finding["what"]: finding for finding in json.loads(out)}
     assert {"condit", "python", "torch", "device", "threads", "output", "hub", "extra pairs"} <= set(findings)
+    assert "for --engine ray" in findings["extra ray"]["text"] and "for serve" in findings["extra serve"]["text"]
     assert code == int(any(finding["state"] == "bad" for finding in findings.values()))
     assert "torch" in run("doctor")[1]
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,12 @@ import condit
 from condit.data.files import atomic_write
 
 LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow")
-EXTRAS = {"pairs": {"datasets": "datasets"}, "quantize": {"torchao": "torchao"}}
+EXTRAS = {  # extra -> what it is for, and its packages with a module of each
+    "pairs": ("published pairs", {"datasets": "datasets"}),
+    "serve": ("serve", {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus-client": "prometheus_client"}),
+    "quantize": ("--quantize", {"torchao": "torchao"}),
+    "ray": ("--engine ray, deploy/serve_ray.py", {"ray": "ray", "ray[data]": "pyarrow", "ray[serve]": "fastapi"}),
+}
 LOW_DISK_GB = 2
 
 
@@ -124,14 +129,10 @@ def hub() -> Iterator[Finding]:
 
 
 def extras() -> Iterator[Finding]:
-    for extra, modules in EXTRAS.items():
+    for extra, (use, modules) in EXTRAS.items():
         missing = [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
-        if missing:
-            yield Finding(
-                "info", f"extra {extra}", f"not installed ({', '.join(missing)}): pip install 'condit[{extra}]'"
-            )
-        else:
-            yield Finding("ok", f"extra {extra}", "installed")
+        what = f"not installed ({', '.join(missing)}): pip install 'condit[{extra}]'" if missing else "installed"
+        yield Finding("info" if missing else "ok", f"extra {extra}", f"for {use}: {what}")
 
 
 def _on(value: str) -> bool:

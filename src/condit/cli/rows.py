@@ -87,8 +87,8 @@ def generate_rows(
         raise typer.BadParameter(f"-o {folder}: --from needs a folder")
     rows, errors = read_rows(file, folder, common)
     opener = StudioOpener(model, with_recipe=not output.no_metadata)
-    settings = {"model": model.model}
-    outcome = run_job(Job(folder, tuple(rows), opener, errors, settings, options.threads), options)
+    job = Job(folder, tuple(rows), opener, errors, {"model": model.model}, options.threads)
+    outcome = run_job(job, options)
     if output.as_json:
         problems = [f"{name}: {error}" for name, error in outcome.errors.items()]
         answer({"folder": str(folder), "made": [str(folder / name) for name in outcome.made], "problems": problems})

@@ -72,7 +72,7 @@ def draw(task: Task, rows: Sequence[Row], workers: int, first_rank: int = 0) -> 
                     if deaths[row.name] < ATTEMPTS:
                         waiting.appendleft(row)
                         continue
-                    result = Result(row.name, error=f"{ATTEMPTS} processes that drew it died, the last {child.end}")
+                    result = Result(row.name, f"{ATTEMPTS} processes that drew it died, the last {child.end}")
                 yield result
     finally:
         for child in pool:

@@ -85,11 +85,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a row: the files that were made, or its error. stop: the next rows would fail too (a full disk, a
-    worker without the model)."""
+    """What became of a row: it is there, or its error. stop: the next rows would fail too (a full disk, a worker
+    without the model)."""
 
     row: str
-    made: tuple[str, ...] = ()
     error: str | None = None
     stop: bool = False
 

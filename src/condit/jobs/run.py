@@ -38,7 +38,7 @@ EngineName = Literal["local", "ray"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """made: files; errors: by the names of rows; rows, files: of this process's shard."""
+    """made: files, in the order of the rows; errors: by the names of rows; rows, files: of this process's shard."""
 
     made: tuple[str, ...]
     errors: dict[str, str]
@@ -74,7 +74,7 @@ def run(
     model). The tables are written in any case; a row that failed is tried again by the next run."""
     rank = rank or local.Rank()
     own = [row for row in job.rows if rank.world == 1 or shard_of(row, rank.world) == rank.number]
-    errors, made = dict(job.errors), list[str]()
+    errors = dict(job.errors)
     read_lines(job.folder / METADATA, "file_name")  # a table that is not a job's raises before anything is drawn
     part = "" if rank.world == 1 else f"-{rank.number}-of-{rank.world}"
     with locked(job.folder, "generating", part):
@@ -97,7 +97,6 @@ def run(
             check_errors(errors, max_errors)
             with progress_bar(sum(lost.values()), "generating", unit="image") as advance:
                 for result in results(engine, task, todo):
-                    made += result.made
                     if result.error is not None:
                         errors[result.row] = result.error
                         tell(f"{result.row}: {result.error}")
@@ -110,7 +109,9 @@ def run(
                 finish(job, own, errors)
             raise
         finish(job, own, errors)
-    return Outcome(tuple(made), errors, len(own), sum(len(row.files) for row in own))
+        made = files_in(job.folder, own) - there
+    order = tuple(file for row in own for file in row.files if file in made)
+    return Outcome(order, errors, len(own), sum(len(row.files) for row in own))
 
 
 def results(engine: Engine, task: Task, rows: Sequence[Row]) -> Iterator[Result]:

@@ -48,22 +48,20 @@ class Worker:
             self.drawer = self.open()
         folder = self.task.folder
         missing = [number for number, file in enumerate(row.files) if not (folder / file).is_file()]
-        made: list[str] = []
         try:
             saves = self.drawer.draw(row.work) if missing else ()
             if missing and len(saves) != len(row.files):
                 raise ValueError(f"the drawer returned {len(saves)} images; expected {len(row.files)}")
         except Exception as error:  # the row's own; --max-errors ends a job whose rows all fail
-            return Result(row.name, error=text_of(error))
+            return Result(row.name, text_of(error))
         for number in missing:
             try:
                 saves[number](folder / row.files[number])
             except OSError as error:
-                return Result(row.name, tuple(made), text_of(error), stop=True)
+                return Result(row.name, text_of(error), stop=True)
             except Exception as error:  # such as a recipe that is too long for a JPEG
-                return Result(row.name, tuple(made), text_of(error))
-            made.append(row.files[number])
-        return Result(row.name, tuple(made))
+                return Result(row.name, text_of(error))
+        return Result(row.name)
 
     def try_draw(self, row: Row) -> Result:
         """As `draw`, for a worker that nobody sees: an error of opening becomes a result that names the worker."""
@@ -71,7 +69,7 @@ class Worker:
             return self.draw(row)
         except Exception as error:
             where = f"the worker {os.getpid()} on {socket.gethostname()} cannot start"
-            return Result(row.name, error=f"{where}: {text_of(error)}", stop=True)
+            return Result(row.name, f"{where}: {text_of(error)}", stop=True)
 
 
 def set_threads(threads: int) -> None:
