@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 # How long `make fuzz` tries random inputs.
 MINUTES ?= 2
 
-.PHONY: demo test test-slow browser fuzz lint fmt clean
+.PHONY: demo test test-slow browser fuzz kills lint fmt clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -26,6 +26,12 @@ test: $(READY)
 # The tests that need minutes (marker `slow`), which `make test` leaves out.
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 4 -m slow
+
+# kill -9 of workers, drivers and nodes, KILLS of each; compares all files. Installs Ray.
+KILLS ?= 20
+kills: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[ray]'
+	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m slow tests/fuzz/test_job_kills.py
 
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES)

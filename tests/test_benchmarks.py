@@ -50,6 +50,14 @@ def test_a_longer_call_is_measured_as_longer_and_the_table_has_its_ratio(scripts
     assert json.loads((tmp_path / "found.json").read_text())["figures"]["sleep"]["long"]["seconds"] >= 0.02
 
 
+def test_jobs_of_blank_pictures_are_timed_and_compared(scripts):
+    scale = scripts["scale"]
+    turn = scale.turn(scale.engine_of("local", 1, scale.Rank()), 6, None)
+    assert turn.first > 0 and turn.rate > 0 and min(turn.megabytes) > 10
+    slow = dataclasses.replace(turn, rate=turn.rate / 2)
+    assert "| 0.50 |" in scale.table({"local, 1": [turn], "local, 2": [slow]})
+
+
 @pytest.mark.parametrize("kind", ["dit", "vit"])
 def test_every_form_of_a_network_computes_the_same(scripts, kind, monkeypatch):
     """Small presets, and compilation left out: what is timed is one function."""

@@ -247,7 +247,7 @@ def test_two_rows_of_one_name_are_told(tmp_path):
     write_rows([{"prompt": "a", "name": "x"}, {"prompt": "b", "name": "x.png"}], str(tmp_path / "rows.jsonl"))
     rows, problems = read_rows(tmp_path / "rows.jsonl", tmp_path, {"model": "tiny"})
     assert [row.name for row in rows] == ["rows.jsonl:1"]
-    assert "the name x.png is that of rows.jsonl:1 too" in problems["rows.jsonl:2"]
+    assert "x.png is the name of rows.jsonl:1 too" in problems["rows.jsonl:2"]
 
 
 # Grids

@@ -1,4 +1,4 @@
-"""jobs/ray.py without a cluster: what Ray is asked for, and what its actors do. tests/fuzz/test_job_kills.py has one."""
+"""jobs/ray.py without a cluster: what Ray is asked for, and what its actors do."""
 
 import pickle
 import sys

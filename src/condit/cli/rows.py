@@ -61,10 +61,10 @@ class StudioOpener:
         return [partial(save_image, image, recipe=recipe, parameters=text) for image, recipe, text in parts]
 
 
-def run_job(job: Job, options: JobOptions) -> Outcome:
+def run_job(job: Job, model: ModelOptions, options: JobOptions) -> Outcome:
     """Runs a job with the options of a command. Exits with 1 if it stopped before its end."""
     rank = rank_of(os.environ)
-    engine = engine_of(options.engine, options.workers, rank)
+    engine = engine_of(options.engine, options.workers, rank, gpu=False if model.device == "cpu" else None)
     try:
         outcome = run(job, engine, rank=rank, max_errors=options.max_errors, tell=say)
     except KeyboardInterrupt:
@@ -88,7 +88,7 @@ def generate_rows(
     rows, errors = read_rows(file, folder, common)
     opener = StudioOpener(model, with_recipe=not output.no_metadata)
     job = Job(folder, tuple(rows), opener, errors, {"model": model.model}, options.threads)
-    outcome = run_job(job, options)
+    outcome = run_job(job, model, options)
     if output.as_json:
         problems = [f"{name}: {error}" for name, error in outcome.errors.items()]
         answer({"folder": str(folder), "made": [str(folder / name) for name in outcome.made], "problems": problems})
@@ -114,9 +114,8 @@ def read_rows(file: Path, folder: Path, common: Mapping[str, Any]) -> tuple[list
         name = f"{file.name}:{number}"
         try:
             row = read_row(line, name, folder, common)
-            other = next((names[path] for path in row.files if path in names), None)
-            if other is not None:
-                raise ValueError(f"the name {row.files[0]} is that of {other} too. Give the row a name or another seed")
+            if other := {names[path] for path in row.files if path in names}:
+                raise ValueError(f"{row.files[0]} is the name of {min(other)} too. Give the row a name or another seed")
             names |= dict.fromkeys(row.files, name)
             rows.append(row)
         except ValueError as error:

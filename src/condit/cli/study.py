@@ -92,7 +92,7 @@ def generate_data(
     del common["seed"]  # rows have their own
     opener = StudioOpener(model, common, with_recipe=False)
     how = {"images": table.images, "seed": sampling.seed, "threads": job.threads, "prune": table.prune}
-    outcome = run_job(groups_job(out, rows, opener, settings=common, **how), job)
+    outcome = run_job(groups_job(out, rows, opener, settings=common, **how), model, job)
     typer.echo(str(out))
     if outcome.errors:
         raise typer.Exit(1)
