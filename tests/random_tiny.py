@@ -1,7 +1,7 @@
 """A random embedded model with all its adapters, in the layout of the shipped one: the doors are tested without it."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from condit.backbones.mmdit import PRESETS, MMDiT
+from condit.cli.options import ModelOptions
+from condit.cli.rows import StudioOpener
 from condit.controls.ip_adapter import IPAdapter, IPConfig
 from condit.controls.omini import OminiConfig, OminiControl
 from condit.encoders.image import TinyImage
 from condit.encoders.vae import PatchAutoencoder, PatchAutoencoderConfig
+from condit.jobs.plan import Drawer, Place
 from condit.weights import catalog
 from condit.weights.files import save_tensors
 from condit.weights.folders import WEIGHTS
@@ -92,3 +95,16 @@ def random_tiny(random_tiny_folder, monkeypatch) -> Path:
     for name, entry in tiny_entries(random_tiny_folder).items():
         monkeypatch.setitem(catalog.MODELS, name, entry)
     return random_tiny_folder
+
+
+@dataclass(frozen=True)
+class RandomTiny:
+    """Opens the random model in any process, as the worker of a job."""
+
+    folder: Path
+
+    def __call__(self, place: Place) -> Drawer:
+        for name in [*catalog.MODELS]:
+            del catalog.MODELS[name]
+        catalog.MODELS.update(tiny_entries(self.folder))
+        return StudioOpener(ModelOptions())(place)

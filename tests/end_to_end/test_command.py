@@ -21,7 +21,12 @@ from condit.cli.reference import Reference, read_reference
 from condit.cli.request import FORMAT, Request, migrated
 from condit.cli.rows import read_rows
 from condit.data.images import load_image, read_recipe, save_image
+from condit.jobs import run as jobs
+from condit.jobs.local import Rank
+from condit.jobs.plan import Job
+from condit.jobs.run import engine_of
 from painter import contents
+from random_tiny import RandomTiny
 
 
 def write_picture(path: str, seed: int = 0) -> Path:
@@ -200,6 +205,26 @@ def test_rows_are_made_once_and_a_second_run_makes_what_is_missing(run, random_t
     assert code == 0 and json.loads(out)["made"] == ["made/two-0.png"]
     assert contents(Path("made")) == files and not list(Path("made").glob("*.tmp"))
     assert Path("made/cat.png").stat().st_mtime_ns == before
+
+
+def made_by(folder: str, model: Path, workers: int = 1, rank: Rank | None = None) -> dict[str, bytes]:
+    """The files of a job of four rows on the random model."""
+    write_rows([{"prompt": f"a fox {seed}", "seed": seed} for seed in range(4)])
+    rows = read_rows(Path("rows.jsonl"), Path(folder), {"model": "tiny", "steps": 1})[0]
+    job = Job(Path(folder), tuple(rows), RandomTiny(model))
+    assert jobs.run(job, engine_of("local", workers, rank or Rank()), rank=rank).errors == {}
+    return contents(Path(folder))
+
+
+def test_ranks_make_the_files_of_one_process(run, random_tiny):
+    one = made_by("one", random_tiny)
+    made_by("ranks", random_tiny, rank=Rank(1, 2))
+    assert len(one) == 4 + 2 and made_by("ranks", random_tiny, rank=Rank(0, 2)) == one
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_files_of_one(run, random_tiny):
+    assert made_by("two", random_tiny, workers=2) == made_by("one", random_tiny)
 
 
 def test_broken_rows_are_named_and_the_others_are_made(run, random_tiny):
