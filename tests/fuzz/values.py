@@ -88,6 +88,8 @@ COMMANDS: dict[str, tuple[list[st.SearchStrategy[str]], Mapping[str, st.SearchSt
         | {"--image-guidance": numbers, "--sampler": texts, "--eta": numbers, "--image": inputs, "--mask": inputs}
         | {
             "--from": inputs,
+            "--max-errors": numbers,
+            "--threads": numbers,
             "--change": numbers,
             "-n": few,
             "--no-metadata": None,

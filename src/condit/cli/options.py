@@ -102,9 +102,9 @@ class JobOptions:
         Literal["local", "ray"], typer.Option(help="Processes on this machine, or actors of a Ray cluster.")
     ] = "local"
     workers: Annotated[
-        int | None, typer.Option(help="Number of processes [default: 1; Ray: one for each GPU or core].")
+        int | None, typer.Option(min=1, max=4096, help="Processes [default: 1; Ray: one for each GPU or core].")
     ] = None
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each process; images depend on them.")] = 1
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of each process; images depend on them.")] = 1
     max_errors: Annotated[int, typer.Option("--max-errors", min=0, help="Stop after more rows failed.")] = MAX_ERRORS
 
 
