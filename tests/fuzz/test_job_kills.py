@@ -124,6 +124,7 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # 15 is the default: on a busy machine actors start for minutes
         cluster = Cluster(initialize_head=True, head_node_args=NODE)
         for _ in range(2):
             cluster.add_node(**NODE)

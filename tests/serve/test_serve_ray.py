@@ -141,6 +141,7 @@ def test_openai_client_on_a_cluster(serve_ray, monkeypatch):
         port = probe.getsockname()[1]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(DEPLOY), *sys.path]))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 is the default
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"port": port})

@@ -38,6 +38,7 @@ def draw(task: Task, rows: Sequence[Row], workers: int | None = None, gpu: bool 
     started = not ray.is_initialized()
     if started:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15, actors hardly start on a busy machine
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         total = ray.cluster_resources()
