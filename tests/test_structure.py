@@ -32,7 +32,7 @@ LIMITS = {
     ("nn/", "diffusion/", "backbones/", "controls/"): 9_200,
     ("data/", "encoders/", "drawing/", "interop/", "training/"): 11_200,
     ("weights/",): 5_500,
-    ("cli/",): 2_800,
+    ("cli/",): 2_850,
     ("serve/",): 2_100,
     ("rulers/",): 1_500,
     ("jobs/",): 700,

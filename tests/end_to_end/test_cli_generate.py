@@ -30,6 +30,18 @@ def test_an_unknown_model_or_adapter_raises_with_the_known_ones(run, random_tiny
     assert "Traceback" not in err
 
 
+def test_the_best_of_several_candidates_are_kept_and_replayed(run, random_tiny):
+    code, out, err = run("generate", "red apple", "--candidates", "3", "--best", "2", "--steps", "1", "-o", "a.png")
+    assert code == 0, err
+    first, second = out.split()
+    indices = [read_recipe(path)["index"] for path in (first, second)]
+    assert len(set(indices)) == 2 and read_recipe(first)["request"]["count"] == 3
+    code, _, err = run("replay", second, "-o", "again.png")
+    assert "the image is identical" in err
+    code, _, err = run("generate", "red apple", "--candidates", "3", "--best", "4")
+    assert code == 2 and "--best 4 with --candidates 3" in err
+
+
 def test_a_generated_png_is_replayed_bit_for_bit(run, random_tiny, picture):
     words = ["--style", "ref.png:0.5", "--subject", "ref.png", "--edges", "ref.png", "--gray", "ref.png:0.3"]
     code, out, err = run("generate", "红苹果", *words, "--seed", "3", "--steps", "2", "-n", "2", "-o", "a.png")

@@ -18,6 +18,7 @@ EXTRAS = {  # extra -> what it is for, and its packages with a module of each
     "pairs": ("published pairs", {"datasets": "datasets"}),
     "serve": ("serve", {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus-client": "prometheus_client"}),
     "quantize": ("--quantize", {"torchao": "torchao"}),
+    "svg": ("-o NAME.svg", {"vtracer": "vtracer"}),
     "ray": ("--engine ray, deploy/serve_ray.py", {"ray": "ray", "ray[data]": "pyarrow", "ray[serve]": "fastapi"}),
 }
 LOW_DISK_GB = 2

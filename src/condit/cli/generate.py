@@ -1,8 +1,7 @@
 """Commands that generate images (demo, generate, replay), make conditions (annotate) and estimate costs (plan)."""
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import islice
@@ -20,7 +19,7 @@ from condit.cli.options import (
     StartOptions,
     with_options,
 )
-from condit.cli.outputs import Force, free_paths, output_paths
+from condit.cli.outputs import Force, free_paths, generate_and_save, output_paths, report
 from condit.cli.reference import read_references
 from condit.cli.terminal import Debug, Json, Seed, answer, output_folder, say, waiting
 
@@ -103,12 +102,18 @@ def generate(
 
         generate_rows(rows, output.out or output_folder() / rows.stem, common, model, output, job)
         return
+    drawn, kept = output.candidates, sampling.count
+    if drawn is not None:
+        if sampling.count != 1 or output.best > drawn:
+            wrong = f"--best {output.best}" if sampling.count == 1 else f"-n {sampling.count}"
+            raise typer.BadParameter(f"{wrong} with --candidates {drawn}: give --best, at most --candidates, and no -n")
+        common["count"], kept = drawn, output.best
     made = [request_of({**common, "prompt": prompt}) for prompt in prompts or ()]
     if len(made) > 1 and output.out is not None and output.out.suffix and not output.out.is_dir():
         raise typer.BadParameter(f"-o {output.out}: {len(made)} prompts need a folder")
     first = made[0]
     inputs = (*images_of(first.references), *(p for p in (first.image, first.mask) if p))
-    named = [path for r in made for path in output_paths(r.prompt, output.out, r.seed, r.count)]
+    named = [path for r in made for path in output_paths(r.prompt, output.out, r.seed, kept)]
     paths = iter(free_paths(named, output.out, inputs, force=output.force))
     check_uses(first.model, first.references)
     for path in inputs:
@@ -116,7 +121,11 @@ def generate(
     load = studio_of(model)
     saved = [
         generate_and_save(
-            r, list(islice(paths, r.count)), range(r.count), with_recipe=not output.no_metadata, load=load
+            r,
+            list(islice(paths, kept)),
+            range(kept) if drawn is None else None,
+            with_recipe=not output.no_metadata,
+            load=load,
         )
         for r in made
     ]
@@ -156,60 +165,6 @@ def studio_of(model: ModelOptions) -> Callable[[], "Studio"]:
             return Studio(model.model, model.device, offload=model.offload, quantize=model.quantize)
 
     return load
-
-
-@dataclass(frozen=True)
-class Saved:
-    """The images of a request on disk, the recipes of all of its images, and the seconds that it took."""
-
-    paths: Sequence[Path]
-    seeds: Sequence[int]
-    recipes: Sequence[dict[str, object]]
-    seconds: float
-
-
-def generate_and_save(
-    request: "Request",
-    paths: Sequence[Path],
-    indices: Sequence[int],
-    *,
-    with_recipe: bool,
-    load: Callable[[], "Studio"],
-) -> Saved:
-    """Generates the request's images and writes those of `indices` to `paths`."""
-    from condit.data.images import check_output, save_image
-
-    for path in paths:
-        check_output(path)
-    start, studio = time.perf_counter(), load()
-    generated = studio.generate(request, progress=True)
-    for path, index in zip(paths, indices, strict=True):
-        recipe, parameters = generated.recipes[index], generated.parameters[index]
-        save_image(
-            generated.images[index],
-            path,
-            recipe=recipe if with_recipe else None,
-            parameters=parameters if with_recipe else None,
-        )
-    seeds = [request.seed + index for index in indices]
-    return Saved(paths, seeds, generated.recipes, round(time.perf_counter() - start, 2))
-
-
-def report(saved: Sequence[Saved], *, as_json: bool) -> None:
-    """Prints where the images are."""
-    seconds = round(sum(each.seconds for each in saved), 2)
-    if as_json:
-        images = [
-            {"path": str(path), "seed": seed}
-            for each in saved
-            for path, seed in zip(each.paths, each.seeds, strict=True)
-        ]
-        answer({"images": images, "seconds": seconds, "recipe": saved[0].recipes[0]})
-        return
-    say(f"generated in {seconds} s")
-    for each in saved:
-        for path in each.paths:
-            typer.echo(str(path))
 
 
 def read_any_recipe(source: Path) -> dict[str, object]:
@@ -274,7 +229,7 @@ def replay(
     references = tuple(replace(r, use=own.get(r.use, r.use)) for r in request.references)
     request = locate(replace(request, references=references), image.parent)
     alone = image.suffix.lower() == ".json"
-    before = None if alone else load_image(image)
+    before = None if alone or image.suffix.lower() == ".svg" else load_image(image)
     target = out or image.with_name(f"{image.stem}-replay{'.png' if alone else image.suffix}")
     (target,) = free_paths([target], out, [image, *images_of(request.references)], force=force)
     load = studio_of(ModelOptions(request.model))

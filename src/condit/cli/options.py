@@ -113,8 +113,13 @@ class OutputOptions:
     """Output"""
 
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A .png, .jpg or .webp file, or a folder.", show_default=False)
+        Path | None,
+        typer.Option("--out", "-o", help="A .png, .jpg, .webp or .svg file, or a folder.", show_default=False),
     ] = None
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Images to draw of each prompt, of which the best are kept.")
+    ] = None
+    best: Annotated[int, typer.Option(min=1, help="Number of candidates to keep, by the embedded CLIP.")] = 1
     force: Force = False
     no_metadata: Annotated[bool, typer.Option("--no-metadata", help="Do not store the recipe in the image.")] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 
 from condit.data.files import atomic_write, check_writable, parse_json, read_bounded
 from condit.data.messages import text
+from condit.data.vector import trace, traced_metadata, tracer
 
 if TYPE_CHECKING:  # importing torch takes seconds; a missing file should raise before that
     from torch import Tensor
@@ -27,7 +28,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 128_000_000
 WHITE = (255, 255, 255)
-_SAVE_AS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_SAVE_AS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".svg": "SVG"}
 _ROTATING = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow looks for a rotation
 _RECIPE = "condit recipe: "  # begins the ImageDescription of a JPEG or WebP
 _JPEG_EXIF = 65_000  # bytes; the segment's length is a 16-bit number
@@ -251,14 +252,18 @@ def load_masks(source: ImageSource | Sequence[ImageSource]) -> "Tensor":
 def save_image(
     image: Image.Image, path: str | Path, *, recipe: Mapping[str, object] | None = None, parameters: str | None = None
 ) -> Path:
-    """Write PNG, JPEG or WebP, by the path's suffix, atomically, with `recipe` as JSON and `parameters` as the text
-    that A1111's tools read: in a PNG's text chunks, else in the EXIF data (ImageDescription, UserComment). Returns the
-    path. ValueError for another suffix or a recipe too long for a JPEG, OSError with the reason if writing fails."""
+    """Write PNG, JPEG, WebP or SVG, by the path's suffix, atomically, with `recipe` as JSON and `parameters` as the
+    text that A1111's tools read: in a PNG's text chunks, else in the EXIF data (ImageDescription, UserComment); an SVG
+    is traced (`data/vector.py`) and keeps the recipe alone. Returns the path. ValueError for another suffix or a recipe
+    too long for a JPEG, OSError with the reason if writing fails."""
     file_format = _format_of(path)
     if file_format == "JPEG" and image.mode not in ("RGB", "L"):
         image = load_image(image)
     text = None if recipe is None else json.dumps(recipe, allow_nan=False, sort_keys=True)
     options: dict[str, object] = {"quality": 95}
+    if file_format == "SVG":
+        document = trace(image, metadata=text)
+        return atomic_write(path, lambda target: target.write_text(document, encoding="utf-8"))
     if file_format == "PNG":
         info = PngImagePlugin.PngInfo()
         for key, value in (("parameters", parameters), ("condit", text)):
@@ -288,8 +293,9 @@ def _exif(recipe: str | None, parameters: str | None, jpeg: str | Path | None) -
 
 def check_output(path: str | Path) -> None:
     """Raises what save_image would, before the work that makes the image: ValueError for the suffix, OSError for a file
-    that cannot be written."""
-    _format_of(path)
+    that cannot be written, ModuleNotFoundError for an SVG without its extra."""
+    if _format_of(path) == "SVG":
+        tracer()
     check_writable(path)
 
 
@@ -303,6 +309,8 @@ def _format_of(path: str | Path) -> str:
 def read_recipe(path: str | Path | bytes) -> dict[str, object]:
     """The recipe that save_image stored in an image (a path or bytes). ValueError for one without a valid recipe."""
     data, name = _read_bytes(path if isinstance(path, bytes) else Path(path), MAX_BYTES, allow_url=False)
+    if b"<svg" in data[:1000]:
+        return parse_recipe(traced_metadata(data.decode("utf-8", "replace"), name), name)
     image = _open(data, name)
     text = image.info.get("condit")
     if image.format != "PNG":
