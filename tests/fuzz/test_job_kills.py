@@ -125,6 +125,7 @@ def cluster():
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")  # 15 is the default: on a busy machine actors start for minutes
+        patch.setenv("RAY_raylet_start_wait_time_s", "300")
         cluster = Cluster(initialize_head=True, head_node_args=NODE)
         for _ in range(2):
             cluster.add_node(**NODE)
@@ -171,7 +172,7 @@ def test_nodes_of_ray_that_are_killed_lose_nothing(tmp_path, whole, log, cluster
 
 def test_drivers_of_ray_that_are_killed_lose_nothing(tmp_path, whole, log, cluster):
     moments, folder = random.Random(0), tmp_path / "run"
-    for _ in range(max(1, KILLS // 10)):
+    for _ in range(max(1, KILLS // 4)):
         driver, before = start(folder, log, "ray", PAUSE, RAY_ADDRESS=cluster.address), pictures(folder)
         wait_for_picture(folder, before, driver)
         time.sleep(moments.uniform(0, 1))
