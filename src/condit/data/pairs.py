@@ -125,7 +125,7 @@ def open_pairs(source: str | Path) -> Pairs:
     path = Path(source)
     if (path / METADATA).is_file():
         rows = []
-        for place, row in _rows(path / METADATA):
+        for place, row in json_rows(path / METADATA):
             problem, pair = _folder_pair(path, row)
             if pair is None:
                 raise ValueError(f"{place}: {problem}. Row: {_quoted(row)}")
@@ -176,7 +176,7 @@ def check(source: str | Path, *, decode: bool = True) -> Report:
 def _checked(path: Path) -> Iterator[tuple[str, Pair | str]]:
     """Place of every row, and its pair or the text of its problem."""
     if (path / METADATA).is_file():
-        for place, row in _rows(path / METADATA):
+        for place, row in json_rows(path / METADATA):
             problem, pair = _folder_pair(path, row)
             yield place, f"{problem}. Row: {_quoted(row)}" if pair is None else pair
         return
@@ -197,7 +197,7 @@ def _checked(path: Path) -> Iterator[tuple[str, Pair | str]]:
                 yield place, f"the caption cannot be read: {error}"
 
 
-def _rows(file: Path) -> Iterator[tuple[str, object]]:
+def json_rows(file: Path) -> Iterator[tuple[str, object]]:
     """Place and content of every line that is not empty; the text of a line that is not JSON."""
     with open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):

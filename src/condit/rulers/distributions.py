@@ -37,3 +37,21 @@ def kernel_distance(
     ]
     low, high = np.percentile(halves, [2.5, 97.5])
     return estimate(torch.arange(len(generated)), torch.arange(len(real))), float(low), float(high)
+
+
+def frechet_distance(generated: Tensor, real: Tensor) -> float:
+    """FID (Heusel et al. 2017, arXiv:1706.08500, Eq. 6) of features (N, D) and (M, D) in fp64: |m - w|^2 + Tr(C + D
+    - 2 (C D)^1/2). The last trace is the sum of the singular values of the centred features' product, exact without
+    the root of a matrix. ValueError for fewer than two pictures of either."""
+    if min(len(generated), len(real)) < 2:
+        raise ValueError(f"FID needs two pictures of each set at least; found {len(generated)} and {len(real)}.")
+    a, b = (x.double() for x in (generated, real))
+    means = a.mean(0), b.mean(0)
+    a, b = ((x - m) / (len(x) - 1) ** 0.5 for x, m in zip((a, b), means, strict=True))
+    spread = a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
+    return float((means[0] - means[1]).square().sum() + spread)
+
+
+def art_fid(lpips: float, fid: float) -> float:
+    """ArtFID (Wright & Ommer 2022, arXiv:2207.12280, Eq. 1): (1 + LPIPS to the contents) (1 + FID to the styles)."""
+    return (1 + lpips) * (1 + fid)

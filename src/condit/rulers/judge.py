@@ -45,15 +45,16 @@ class Judge(nn.Module):
 
     def statistics(self, images: Tensor) -> Tensor:
         """What the head sees: means and deviations of the last two stages, (B, 3, 64, 64) -> (B, 448)."""
+        flat = [x.flatten(2).float() for x in self.maps(images)[2:]]
+        return torch.cat([y for x in flat for y in (x.mean(2), x.std(2))], 1)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Outputs of the four stages, (B, 3, 64, 64) -> (B, C, 64, 64) to (B, C', 8, 8)."""
         x = torch.einsum("dc,bchw->bdhw", _YCC.to(images), images)
-        moments = []
-        for number, stage in enumerate(self.stages):
-            x = stage(x)
-            if number >= 2:
-                flat = x.flatten(2).float()
-                moments += [flat.mean(2), flat.std(2)]
-            x = F.max_pool2d(x, 2)
-        return torch.cat(moments, 1)
+        maps: list[Tensor] = []
+        for stage in self.stages:
+            maps.append(stage(F.max_pool2d(maps[-1], 2) if maps else x))
+        return maps
 
     @torch.no_grad()
     def probabilities(self, images: Tensor, among: Collection[str] | None = None, batch: int = 256) -> Tensor:

@@ -117,7 +117,7 @@ def split(tensors: Mapping[str, Tensor], source: str | Path = "the file") -> Che
             f"{source}: the image towers of the two Q-Formers differ (first: {[*different, *style][0]}). They are one "
             "frozen CLIP in DEADiff. Was this file trained in another way?"
         )
-    return Checkpoint(adapter, _tower_to_ours(style), base, rest)
+    return Checkpoint(adapter, tower_to_ours(style), base, rest)
 
 
 def join(checkpoint: Checkpoint) -> State:
@@ -171,7 +171,8 @@ _PLACES = ["middle_block.1", *(f"{side}_blocks.{number}.1" for side in ("input",
 _LDM = {place_in_diffusers(place): place for place in _PLACES}
 
 
-def _tower_to_ours(tower: Mapping[str, Tensor]) -> State:
+def tower_to_ours(tower: Mapping[str, Tensor]) -> State:
+    """CLIP's image tower from OpenAI's names to transformers', without `vision_model.`. ValueError for other names."""
     renamed: State = {}
     for name, value in tower.items():
         if match := _QKV.fullmatch(name):
