@@ -1,4 +1,4 @@
-"""Pictures made to order from the packed icons: what a copier, a prompt-only method, a perfect one and mixtures draw."""
+"""Pictures made to order from the packed icons: those of a copier, of a prompt-only method, of a perfect one."""
 
 import csv
 import io

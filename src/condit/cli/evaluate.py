@@ -75,3 +75,62 @@ def adapter(
         say(f"         {QUESTIONS[row.question]}")
     if len(answers) < len(QUESTIONS):
         say("prompt and leakage were not measured: the model has no text tower of a CLIP; give --clip FOLDER")
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """Comparison"""
+
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("--weights", metavar="NAME=SOURCE", help="clip, csd, dino, vgg, lpips, inception or aesthetic."),
+    ] = None
+    blank: Annotated[
+        str | None, typer.Option("--blank", help="The method that saw no reference [default: none, if it is there].")
+    ] = None
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Its curve is compared with [default: the most strengths].")
+    ] = None
+    axis: Annotated[str | None, typer.Option("--axis", help="Ruler of style [default: the one that tells best].")] = (
+        None
+    )
+    study: Annotated[
+        Path | None, typer.Option("--study", help="Folder of a preference study: do rulers agree with people?")
+    ] = None
+
+
+@app.command(cls=Grouped)
+@with_options
+def folder(
+    output: Annotated[Path, typer.Option("--output", help="Pictures as METHOD/STRENGTH/NAME.png.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report.", show_default=False)],
+    options: FolderOptions,
+    style: Annotated[Path | None, typer.Option("--style", help="The style references.", show_default=False)] = None,
+    content: Annotated[Path | None, typer.Option("--content", help="The content pictures.", show_default=False)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure the pictures of any methods: style, content, prompt, leakage.
+
+    Generates nothing. First measures its own rulers on the given pictures; compares methods at equal style.
+    """
+    if unnamed := [entry for entry in options.weights or [] if "=" not in entry]:
+        raise typer.BadParameter(f"--weights {unnamed[0]}: expected NAME=SOURCE, such as csd=csd.pth")
+    from condit.data.locks import locked
+    from condit.rulers.report import Settings, evaluate_folder
+
+    answers = []
+    if options.study is not None:
+        from condit.serve.preferences import failed_checks
+        from condit.serve.study import Study
+
+        answers = Study(options.study).answers
+        failed = failed_checks(answers)
+        answers = [a for a in answers if a["rater"] not in failed]
+    weights = dict(entry.split("=", 1) for entry in options.weights or [])
+    settings = Settings(weights, options.blank, options.baseline, options.axis, answers)
+    with locked(out, "evaluating"):
+        result = evaluate_folder(output, out, content, style, settings)
+    for kind, names in sorted(result["problems"].items()):
+        say(f"{kind}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})")
+    answer(result) if as_json else typer.echo(str(out / "index.html"))

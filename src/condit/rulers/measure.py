@@ -129,11 +129,17 @@ def scores(store: Store, ruler: Ruler, first: Sequence[View], second: Sequence[V
     texts = sorted({x for x in second if isinstance(x, str)})
     words = encoder.text(ruler.feature, texts) if texts and encoder.text else torch.zeros(0)
     number = {text: i for i, text in enumerate(texts)}
-    for i in range(0, len(first), CHUNK):
-        pairs = list(zip(first[i : i + CHUNK], second[i : i + CHUNK], strict=True))
-        unique = {x: None for pair in pairs for x in pair if isinstance(x, View)}
-        rows = store.rows(ruler.needs, ruler.feature, list(unique))
-        place = {view: k for k, view in enumerate(unique)}
+    every = list(zip(first, second, strict=True))
+    few = len({x for pair in every for x in pair if isinstance(x, View)}) <= 2 * CHUNK
+    place: dict[View, int] = {}
+    rows = torch.zeros(0)
+    for i in range(0, len(every), CHUNK):
+        pairs = every[i : i + CHUNK]
+        if not (few and place):  # memory holds the features of few pictures or of one chunk
+            place = {}
+            for x in (x for pair in (every if few else pairs) for x in pair if isinstance(x, View)):
+                place.setdefault(x, len(place))
+            rows = store.rows(ruler.needs, ruler.feature, list(place))
         a = rows[[place[x] for x, _ in pairs]]
         b = torch.stack([rows[place[x]] if isinstance(x, View) else words[number[x]] for _, x in pairs])
         parts.append(COMPARE[ruler.compare](a, b).double().numpy())

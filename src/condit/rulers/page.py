@@ -146,7 +146,7 @@ def _comparison_table(result: Mapping[str, Any], title: Mapping[str, str]) -> st
         )
     note = (
         "<p>A method less the baseline at the same style (a point of its curve, linear between strengths). p is "
-        "corrected for the number of comparisons (Holm). Beyond: share of resamples beyond the curve's ends. The last column is "
+        "corrected for the number of comparisons (Holm). Beyond: share of resamples beyond the curve's ends. Last: "
         "the number of pictures that tells a difference of 0.05 in 80 % of studies.</p>"
     )
     head = ["method", "strength", "ruler", "difference", "verdict", "p", "beyond", "n", "to tell 0.05 you need n ="]
