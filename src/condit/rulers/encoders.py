@@ -123,16 +123,16 @@ CSD_NOTE += "these figures with published ones."
 
 def _csd(source: str) -> list[Encoder]:
     """The authors' checkpoint: a CLIP image tower in OpenAI's names and `last_layer_style` (width, 768)."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    from condit.encoders.image import CLIPImage
-    from condit.weights.deadiff import tower_to_ours
-
     prefix = re.compile(r"^(model_state_dict\.|state_dict\.|module\.)+")
     tensors = {prefix.sub("", name): x.float() for name, x in read_tensors(source).items()}
     matrix, position = tensors.get("last_layer_style"), tensors.get("backbone.positional_embedding")
     if matrix is None or position is None:
         raise ValueError(f"{source} is no CSD: expected backbone.* and last_layer_style, as its authors publish them")
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from condit.encoders.image import CLIPImage
+    from condit.weights.deadiff import tower_to_ours
+
     tower = {n.removeprefix("backbone."): x for n, x in tensors.items() if n.startswith("backbone.")}
     state = tower_to_ours({n: x for n, x in tower.items() if not n.startswith("ln_post.")})
     state |= {n.replace("ln_post", "post_layernorm"): x for n, x in tower.items() if n.startswith("ln_post.")}

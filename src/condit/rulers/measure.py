@@ -123,8 +123,10 @@ def view_of(picture: Picture | Output, cut: str = "") -> View:
 
 
 @torch.no_grad()
-def scores(store: Store, ruler: Ruler, first: Sequence[View], second: Sequence[View] | Sequence[str]) -> NDArray:
-    """A ruler's value of every pair of a picture and a picture or text, (n,)."""
+def scores(store: Store, ruler: Ruler, first: Sequence[View], second: Sequence[View | str]) -> NDArray:
+    """A ruler's value of every pair of a picture and a picture or text, (n,); a ruler of quality looks at the first."""
+    if ruler.of == "quality":
+        return store.rows(ruler.needs, ruler.feature, first)[:, 0].double().numpy() if first else np.zeros(0)
     encoder, parts = store.encoders[ruler.needs], []
     texts = sorted({x for x in second if isinstance(x, str)})
     words = encoder.text(ruler.feature, texts) if texts and encoder.text else torch.zeros(0)
@@ -153,34 +155,33 @@ def partner(ruler: Ruler, output: Output) -> View | str | None:
         return style and view_of(style)
     if ruler.of == "content":
         return content and view_of(content)
-    return {"text": output.prompt, "label": style.text if style else "", "words": style.style_text if style else ""}[
-        ruler.of
-    ]
+    words = {"label": style.text, "words": style.style_text} if style else {}
+    return {"text": output.prompt, "quality": view_of(output), **words}.get(ruler.of)
 
 
-def measure(store: Store, outputs: Sequence[Output]) -> Values:
-    """Ruler -> its value of every output, (n,); NaN where it has nothing to compare with. Rulers without any value are
-    left out."""
+def measure(store: Store, outputs: Sequence[Output]) -> tuple[Values, dict[str, int]]:
+    """Ruler -> its value of every output, (n,), NaN where it has nothing to compare with; and of how many outputs its
+    value is no finite number, which become NaN. Rulers without any value are left out."""
     values: Values = {}
-    with progress_bar(len(RULERS), "comparing", unit="ruler") as advance:
-        for ruler in RULERS.values():
-            advance()
-            if ruler.needs not in store.encoders:
-                continue
+    lost: dict[str, int] = {}
+    chosen = [ruler for ruler in RULERS.values() if ruler.needs in store.encoders]
+    with progress_bar(len(chosen), "comparing", unit="ruler") as advance:
+        for ruler in chosen:
+            partners = [partner(ruler, output) for output in outputs]
+            known = [i for i, x in enumerate(partners) if x]
+            found = scores(store, ruler, [view_of(outputs[i]) for i in known], [x for x in partners if x])
             row = np.full(len(outputs), np.nan)
-            if ruler.of == "quality":
-                row[:] = store.rows(ruler.needs, ruler.feature, [view_of(o) for o in outputs])[:, 0]
-            else:
-                partners = [partner(ruler, o) for o in outputs]
-                known = [i for i, x in enumerate(partners) if x]
-                row[known] = scores(store, ruler, [view_of(outputs[i]) for i in known], [partners[i] for i in known])  # type: ignore[misc]
+            row[known] = np.where(np.isfinite(found), found, np.nan)
+            if bad := int(np.count_nonzero(~np.isfinite(found))):
+                lost[ruler.name] = bad
             if np.isfinite(row).any():
                 values[ruler.name] = row
+            advance()
     for name, (leakage, text) in DERIVED.items():
         if leakage in values and text in values:
             row = (values[leakage] > values[text]).astype(np.float64)
             values[name] = np.where(np.isfinite(values[leakage] + values[text]), row, np.nan)
-    return values
+    return values, lost
 
 
 def retrieval(
@@ -213,7 +214,7 @@ class Pairs:
 
     how: str
     first: list[View]
-    second: list[View] | list[str]
+    second: list[View | str]
     same: NDArray[np.bool_]
     groups: tuple[NDArray, NDArray]
 
@@ -239,7 +240,7 @@ def _pairs(how: str, rows: Sequence[tuple[View, View | str, str, str]]) -> Pairs
     same = groups[0] == groups[1]
     if not len(rows) or same.all() or not same.any():
         return None
-    return Pairs(how, [row[0] for row in rows], [row[1] for row in rows], same, (groups[0], groups[1]))  # type: ignore[arg-type]
+    return Pairs(how, [row[0] for row in rows], [row[1] for row in rows], same, (groups[0], groups[1]))
 
 
 def test_pairs(collection: Collection) -> dict[str, Pairs | None]:

@@ -71,17 +71,14 @@ def evaluate_folder(
     store = Store(report / ".features", {e.name: e for e in encoders})
     collection, pairs = _encoded(store, collection)
     outputs = collection.outputs
-    values = measure(store, outputs)
+    values, lost = measure(store, outputs)
+    collection.problems["not a number"] += [f"{RULERS[n].title}: {count} pictures" for n, count in lost.items()]
     checks: Checks = {n: {t: check(store, RULERS[n], pairs[t]) for t in _tests(n)} for n in values}
     axis = settings.axis if settings.axis in values else best_axis(values, checks)
     chance = math.nan
     if axis is not None:
         row, chance = retrieval(store, RULERS[axis], outputs, collection.styles)
         values |= {RETRIEVAL: row} if np.isfinite(row).any() else {}
-    for name, row in values.items():
-        lost = sum(not np.isfinite(x) for x in row) if RULERS[name].of == "quality" else int(np.isinf(row).sum())
-        if lost:
-            collection.problems["not a number"].append(f"{RULERS[name].title}: {lost} pictures")
     blank = settings.blank or ("none" if "none" in methods else None)
     values = compare.less_blank(values, outputs, blank)
     baseline = settings.baseline or _longest(outputs, blank)
