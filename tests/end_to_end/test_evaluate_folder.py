@@ -24,8 +24,8 @@ METHODS = {
     "copy": made.COPY,
     "none": made.BLANK,
     "perfect": made.PERFECT,
-    "mix/0.25": mixture(1),
-    "mix/0.5": mixture(2),
+    "mix/0.25": mixture(3),
+    "mix/0.5": mixture(6),
 }
 
 
@@ -93,7 +93,7 @@ def test_people_and_rulers_agree_where_the_choice_is_plain(study):
 def test_the_report_has_a_page_tables_and_pictures(study):
     folder = study[0] / "report"
     page = (folder / "index.html").read_text()
-    assert "At equal style" in page and "perfect: best and worst" in page and 'class="blind"' in page
+    assert "At equal style" in page and "perfect: best and worst" in page and "class=blind" in page
     assert json.loads((folder / "report.json").read_text()) == study[1]
     values = (folder / "values.csv").read_text().splitlines()
     assert len(values) == 1 + 5 * len(TASKS) and values[0].startswith("method,strength,name,")

@@ -1,6 +1,7 @@
 """rulers/features.py, rulers/distributions.py: every ruler against its equation, written out in loops or with scipy."""
 
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,3 +130,11 @@ def test_every_ruler_names_its_paper_its_equation_and_a_function():
         assert not ruler.compare or (ruler.compare in COMPARE and ruler.needs and ruler.feature)
         if ruler.of in ("likeness", "label"):
             assert not ruler.more  # less of the reference's content is better
+
+
+def test_the_page_names_every_ruler():
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| ") and line.count("`") == 2}
+    for ruler in RULERS.values():
+        row = rows[ruler.name]
+        assert ruler.title in row and ruler.paper in row and ("more" if ruler.more else "less") in row.split("|")[-2]

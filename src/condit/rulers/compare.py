@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from condit.rulers.folder import Output
+from condit.rulers.folder import Output, label
 from condit.rulers.measure import RULERS, Values
 from condit.rulers.statistics import Gap, Interval, against_curve, bootstrap, holm, needed, spearman
 
@@ -56,13 +56,16 @@ def less_blank(values: Values, outputs: Sequence[Output], blank: str | None) -> 
 
 def figures(values: Values, outputs: Sequence[Output]) -> dict[tuple[Key, str], Interval]:
     """The mean of every ruler for every method and strength. Intervals: 95 %, bootstrap over contents; of one content
-    there is none, and low = high = the value."""
+    there is none: low and high are NaN."""
     found = {}
     for key, index in rows_of(outputs).items():
         for name, row in values.items():
             chosen = index[np.isfinite(row[index])]
-            if chosen.size:
-                found[key, name] = bootstrap(row[chosen], [outputs[i].cluster for i in chosen])
+            clusters = [outputs[i].cluster for i in chosen]
+            if len(set(clusters)) > 1:
+                found[key, name] = bootstrap(row[chosen], clusters)
+            elif clusters:
+                found[key, name] = Interval(float(row[chosen].mean()), np.nan, np.nan, len(clusters))
     return found
 
 
@@ -84,23 +87,16 @@ def comparisons(
             curve, mine = chosen[:-1], chosen[-1]
             styles, others = ([v[index] for index in curve] for v in (values[axis], values[ruler]))
             clusters = [outputs[i].cluster for i in mine]
-            gap = against_curve(
-                *((styles, others) if RULERS[axis].more else ([-s for s in styles], others)),
-                values[axis][mine] * (1 if RULERS[axis].more else -1),
-                values[ruler][mine],
-                clusters,
-            )
+            sign = 1 if RULERS[axis].more else -1
+            styles = [sign * style for style in styles]
+            gap = against_curve(styles, others, sign * values[axis][mine], values[ruler][mine], clusters)
             many = None if gap.low is None or gap.high is None else needed(len(mine), gap.low, gap.high)
             verdict = gap.verdict(RULERS[ruler].more)
             found.append(Comparison(*key, ruler, gap, verdict, gap.p, many, len(mine)))
     tested = [i for i, c in enumerate(found) if c.p is not None]
-    corrected = dict(zip(tested, holm([found[i].p or 0.0 for i in tested]), strict=True))
-    return [_corrected(c, corrected.get(i)) for i, c in enumerate(found)]
-
-
-def _corrected(c: Comparison, p: float | None) -> Comparison:
-    verdict = "even" if p is not None and p >= 0.05 and c.verdict in ("better", "worse") else c.verdict
-    return Comparison(c.method, c.strength, c.ruler, c.gap, verdict, p, c.needed, c.n)
+    for i, p in zip(tested, holm([found[i].p or 0.0 for i in tested]), strict=True):
+        found[i] = replace(found[i], p=p, verdict=found[i].verdict if p < 0.05 else "even")
+    return found
 
 
 def common(groups: Sequence[NDArray], outputs: Sequence[Output], rows: Sequence[NDArray]) -> list[NDArray]:
@@ -127,10 +123,7 @@ def human(
     METHOD/STRENGTH, and whose items are names. Answers about other pictures are left out."""
     place: dict[tuple[str, str], int] = {}
     for i, o in enumerate(outputs):
-        for method in (
-            o.method,
-            *(() if o.strength is None else (f"{o.method} {o.strength:g}", f"{o.method}/{o.strength:g}")),
-        ):
+        for method in (o.method, label(o.method, o.strength), label(o.method, o.strength).replace(" ", "/")):
             place.setdefault((method, o.name.rpartition("/")[2]), i)
     known = [
         (place[left], place[right], SIDES[str(a["choice"])], str(a["item"]))
@@ -148,7 +141,7 @@ def human(
         difference, said = np.array([x[0] for x in kept]), np.array([x[1] for x in kept])
         agreed = (1 + np.sign(difference) * said) / 2  # a tie, of either, is half
         items = np.unique([x[2] for x in kept], return_inverse=True)[1]
-        drawn = np.random.default_rng(seed).integers(0, items.max() + 1, (1000, items.max() + 1))
+        drawn = np.random.default_rng(seed).integers(0, items.max() + 1, (400, items.max() + 1))
         members = [np.flatnonzero(items == k) for k in range(items.max() + 1)]
         resampled = [np.concatenate([members[k] for k in row_of]) for row_of in drawn]
         correlations = np.array([spearman(difference[i], said[i]) for i in resampled])

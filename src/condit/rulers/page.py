@@ -7,6 +7,7 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from PIL import Image
@@ -15,7 +16,7 @@ from condit.data.files import atomic_write
 
 STYLE_SHEET = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}
-td.number{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}.missed{color:#b02020;font-weight:600}
+td{vertical-align:top}td.number{text-align:right;font-variant-numeric:tabular-nums}img{max-width:100%}.missed{color:#b02020;font-weight:600}
 code{background:#f3f3f3;padding:.1em .3em}.blind,.blind td{color:#aaa}"""
 NAMED = 20  # problems of a kind that the page names; report.json names all
 
@@ -30,13 +31,13 @@ def slug(text: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], blind: Sequence[bool] = ()) -> str:
-    """HTML of a table; blind rows are gray."""
-    lines = ["<table><tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
+def table(head: str, rows: Sequence[Sequence[object]], blind: Sequence[bool] = ()) -> str:
+    """HTML of a table, whose heads are separated by |; blind rows are gray."""
+    lines = ["<table><tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head.split("|")) + "</tr>"]
     for i, row in enumerate(rows):
-        mark = ' class="blind"' if i < len(blind) and blind[i] else ""
-        cells = "".join(f"<td>{html.escape('' if cell is None else str(cell))}</td>" for cell in row)
-        lines.append(f"<tr{mark}>{cells}</tr>")
+        texts = ("" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in row)
+        cells = "".join(f"<td>{html.escape(text)}</td>" for text in texts)
+        lines.append(f"<tr{' class=blind' if i < len(blind) and blind[i] else ''}>{cells}</tr>")
     return "\n".join([*lines, "</table>"]) if rows else "<p>None.</p>"
 
 
@@ -49,123 +50,67 @@ def span(x: Mapping[str, Any] | None) -> str:
 
 
 def write_page(folder: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> Path:
-    """index.html of a report (`report.evaluate_folder`)."""
-    title = {row["name"]: row["title"] for row in result["rulers"]}
-    blind = {row["name"]: row["passes"] is False for row in result["rulers"]}
-    parts = [
-        "<h1>Pictures of methods, measured</h1>",
-        f"<p>{result['pictures']} pictures of {result['contents']} contents. Intervals: 95 %, bootstrap over contents: "
-        "they speak for other contents, not for other styles. Gray: a ruler that cannot tell what it is for on these "
-        "pictures. Axis of style: "
-        f"{html.escape(title.get(result['axis'], 'none that tells'))}; baseline: {html.escape(result['baseline'])}; "
-        f"leakage is counted from: {html.escape(result['blank'] or 'nothing (no method without a reference)')}.</p>",
-        "<h2>Problems</h2>",
-        _problems(result["problems"]),
-        "<h2>Do the rulers tell?</h2><p>Area under the ROC on the given pictures; 0.5 = blind. A ruler of style should "
-        "tell style and be blind to content.</p>",
-        _ruler_table(result),
-        "<h2>Figures</h2>",
-        _figure_table(result, title, blind),
-        *(
-            f"<h2>{html.escape(name)}</h2>{inline(picture)}"
-            for name, picture in pictures.items()
-            if " against " in name
-        ),
-        "<h2>At equal style</h2>",
-        _comparison_table(result, title),
-        "<h2>Sets of pictures</h2>" + _set_table(result["sets"]) if result["sets"] else "",
-        *(f"<h2>{html.escape(name)}</h2>{inline(p)}" for name, p in pictures.items() if " against " not in name),
-        "<h2>Encoders</h2>",
-        table(
-            ["encoder", "hash", "pictures are", "note"],
-            [[e["name"], e["hash"], e["size"], e["note"]] for e in result["encoders"]],
-        ),
-    ]
-    page = '<!doctype html><html lang="en"><meta charset="utf-8"><title>condit evaluate folder</title>'
-    body = "\n".join(parts)
-    page += f"<style>{STYLE_SHEET}</style><body>\n{body}\n</body></html>\n"
+    """index.html of a report (`report.evaluate_folder`), from page.html."""
+    rulers = {row["name"]: row for row in result["rulers"]}
+    shown = {name: f"<h2>{html.escape(name)}</h2>{inline(picture)}\n" for name, picture in pictures.items()}
+    of_style = rulers[result["axis"]]["title"] if result["axis"] else "none, since no ruler of style tells"
+    texts = {"axis": of_style, "baseline": result["baseline"], "blank": result["blank"] or "nothing"}
+    page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).substitute(
+        {name: html.escape(text) for name, text in texts.items()},
+        sheet=STYLE_SHEET,
+        pictures=result["pictures"],
+        contents=result["contents"],
+        problems=table("what|number|which", [[kind, len(n), _few(n)] for kind, n in result["problems"].items()]),
+        rulers=_ruler_table(result),
+        figures=_figure_table(result, rulers),
+        curves="".join(text for name, text in shown.items() if " against " in name),
+        comparisons=_comparison_table(result, rulers),
+        sets=_set_table(result["sets"]),
+        sheets="".join(text for name, text in shown.items() if " against " not in name),
+        equations=table("ruler|equation|paper", [[r["title"], r["equation"], r["paper"]] for r in result["rulers"]]),
+        encoders=table("encoder|hash|pictures are|note", [list(e.values()) for e in result["encoders"]]),
+    )
     return atomic_write(folder / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
 
 
-def _problems(problems: Mapping[str, Sequence[str]]) -> str:
-    rows = [
-        [kind, len(names), "; ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")]
-        for kind, names in problems.items()
-    ]
-    return table(["what", "number", "which"], rows)
+def _few(names: Sequence[str]) -> str:
+    return "; ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
 
 
 def _ruler_table(result: Mapping[str, Any]) -> str:
     rows = []
     for r in result["rulers"]:
         tests, people = r["tests"], result["people"].get(r["name"])
-        own = next(iter(tests.values()), None)
+        own = next(iter(tests.values()), {"how": "", "other": "", "same": ""})
         verdict = {True: "tells", False: "cannot tell", None: "not tested"}[r["passes"]]
         areas = [span(tests[t]["area"]) if t in tests else "" for t in ("style", "content", "text", "words")]
-        levels = ["", "", ""] if own is None else [own["how"], f"{own['other']:.4g}", f"{own['same']:.4g}"]
-        agreed = [span(people["share"]), span(people["correlation"])] if people else []
-        rows.append(
-            [r["title"], "more" if r["more"] else "less", verdict, *areas, *levels, r["paper"], r["equation"], *agreed]
-        )
-    head = [
-        "ruler",
-        "better",
-        "verdict",
-        "style",
-        "content",
-        "text",
-        "words",
-        "tested on",
-        "level of others",
-        "of same",
-    ]
-    people = ["agrees with people", "rank correlation"] if result["people"] else []
-    return table([*head, "paper", "equation", *people], rows, [r["passes"] is False for r in result["rulers"]])
+        agreed = [span(people["share"]), span(people["correlation"])] if people else ["", ""]
+        better = "more" if r["more"] else "less"
+        rows.append([r["title"], better, verdict, *areas, own["how"], own["other"], own["same"], *agreed])
+    head = "ruler|better|verdict|style|content|text|words|tested on|level of others|of same|as people|rank correlation"
+    return table(head, rows, [r["passes"] is False for r in result["rulers"]])
 
 
-def _figure_table(result: Mapping[str, Any], title: Mapping[str, str], blind: Mapping[str, bool]) -> str:
+def _figure_table(result: Mapping[str, Any], rulers: Mapping[str, Any]) -> str:
     keys = list(dict.fromkeys((f["method"], f["strength"]) for f in result["figures"]))
     found = {(f["ruler"], f["method"], f["strength"]): f for f in result["figures"]}
-    head = ["ruler", *(m if s is None else f"{m} {s:g}" for m, s in keys)]
-    rows = [[title[name], *(span(found.get((name, *key))) for key in keys)] for name in title]
+    head = "|".join(["ruler", *(m if s is None else f"{m} {s:g}" for m, s in keys)])
+    rows = [[r["title"], *(span(found.get((name, *key))) for key in keys)] for name, r in rulers.items()]
     chance = result["chance of style retrieval"]
     note = "" if chance is None else f"<p>Style retrieval finds {chance:.3f} by chance.</p>"
-    return table(head, rows, [blind[name] for name in title]) + note
+    return table(head, rows, [r["passes"] is False for r in rulers.values()]) + note
 
 
-def _comparison_table(result: Mapping[str, Any], title: Mapping[str, str]) -> str:
+def _comparison_table(result: Mapping[str, Any], rulers: Mapping[str, Any]) -> str:
     rows = []
     for c in result["comparisons"]:
         gap = c["gap"]
-        difference = {"value": gap["difference"], "low": gap["low"], "high": gap["high"]}
-        at = "" if c["strength"] is None else f"{c['strength']:g}"
-        where = span(difference) or f"{gap['side']} the curve"
-        p = "" if c["p"] is None else f"{c['p']:.3g}"
-        rows.append(
-            [c["method"], at, title[c["ruler"]], where, c["verdict"], p, f"{gap['outside']:.0%}", c["n"], c["needed"]]
-        )
-    note = (
-        "<p>A method less the baseline at the same style (a point of its curve, linear between strengths). p is "
-        "corrected for the number of comparisons (Holm). Beyond: share of resamples beyond the curve's ends. Last: "
-        "the number of pictures that tells a difference of 0.05 in 80 % of studies.</p>"
-    )
-    head = ["method", "strength", "ruler", "difference", "verdict", "p", "beyond", "n", "to tell 0.05 you need n ="]
-    empty = "<p>No curve to compare with: a baseline needs two strengths, or one and a method without a reference.</p>"
-    return note + table(head, rows) if rows else empty
+        where = span({**gap, "value": gap["difference"]}) or f"{gap['side']} the curve"
+        head = [c["method"], c["strength"], rulers[c["ruler"]]["title"], where, c["verdict"]]
+        rows.append([*head, c["p"], f"{gap['outside']:.0%}", c["n"], c["needed"]])
+    return table("method|strength|ruler|difference|verdict|p|beyond|n|to tell 0.05 you need n =", rows)
 
 
 def _set_table(sets: Sequence[Mapping[str, Any]]) -> str:
-    names = ("FID", "KID", "KID low", "KID high", "ArtFID")
-    rows = [
-        [
-            s["method"],
-            s["strength"],
-            s["n"],
-            s["references"],
-            *(f"{s[n]:.4g}" if s.get(n) is not None else "" for n in names),
-        ]
-        for s in sets
-    ]
-    note = "<p>Against the style references, with the Inception of the encoders' table. FID falls with the number of "
-    note += "pictures: compare only sets of equal size. Below 2,048 it is far from its limit; KID is unbiased.</p>"
-    return note + table(["method", "strength", "pictures", "references", *names], rows)
+    names = ("method", "strength", "n", "references", "FID", "KID", "KID low", "KID high", "ArtFID")
+    return table("|".join(names), [[s.get(name) for name in names] for s in sets])

@@ -18,19 +18,8 @@ from condit.data.sheets import SheetCell, contact_sheet
 from condit.rulers import compare, distributions
 from condit.rulers.encoders import embedded, load_encoder
 from condit.rulers.folder import Collection, Output, Picture, label, read_collection
-from condit.rulers.measure import (
-    RETRIEVAL,
-    RULERS,
-    TESTS,
-    Check,
-    Store,
-    Values,
-    check,
-    measure,
-    retrieval,
-    test_pairs,
-    view_of,
-)
+from condit.rulers.measure import RETRIEVAL, RULERS, TESTS, Check, Store, Values, check, measure, retrieval, view_of
+from condit.rulers.measure import test_pairs as pairs_of
 from condit.rulers.page import slug, write_page
 from condit.rulers.plot import Line, Point, curves
 from condit.rulers.statistics import Interval
@@ -60,6 +49,8 @@ def evaluate_folder(
     into `report`, and returns what report.json holds. ValueError for folders without pictures, unknown names, or
     weights that do not fit; problems of single pictures are in the report."""
     settings = settings or Settings()
+    if report.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"the report {report} would lie among the pictures of {output}; choose another folder")
     collection = read_collection(output, content, style)
     methods = sorted({o.method for o in collection.outputs})
     for what, name in (("blank", settings.blank), ("baseline", settings.baseline)):
@@ -74,7 +65,9 @@ def evaluate_folder(
     values, lost = measure(store, outputs)
     collection.problems["not a number"] += [f"{RULERS[n].title}: {count} pictures" for n, count in lost.items()]
     checks: Checks = {n: {t: check(store, RULERS[n], pairs[t]) for t in _tests(n)} for n in values}
-    axis = settings.axis if settings.axis in values else best_axis(values, checks)
+    if settings.axis is not None and settings.axis not in values:
+        raise ValueError(f"{settings.axis} has no value here; give its weights: {RULERS[settings.axis].needs}=SOURCE")
+    axis = settings.axis or best_axis(values, checks)
     chance = math.nan
     if axis is not None:
         row, chance = retrieval(store, RULERS[axis], outputs, collection.styles)
@@ -95,7 +88,9 @@ def evaluate_folder(
         "chance of style retrieval": chance,
         "encoders": [{"name": e.name, "hash": e.hash, "size": e.size, "note": e.note} for e in encoders],
         "rulers": [_ruler_row(n, checks.get(n, {})) for n in values],
-        "figures": [_figure_row(key, name, x) for (key, name), x in figures.items()],
+        "figures": [
+            {"method": key[0], "strength": key[1], "ruler": name, **asdict(x)} for (key, name), x in figures.items()
+        ],
         "comparisons": [asdict(c) for c in against],
         "people": {n: asdict(a) for n, a in compare.human(values, outputs, settings.answers).items()},
         "sets": set_figures(store, collection, values),
@@ -133,7 +128,7 @@ def _encoded(store: Store, collection: Collection) -> tuple[Collection, dict]:
     if len(sizes) > 1:
         collection.problems["different sizes"] += [f"{w} x {h}: {n} pictures" for (w, h), n in sorted(sizes.items())]
     collection = Collection(outputs, contents, styles, collection.problems)
-    pairs = test_pairs(collection)
+    pairs = pairs_of(collection)
     store.fill([v for p in pairs.values() if p for v in (*p.first, *p.second) if not isinstance(v, str)])
     return collection, pairs
 
@@ -169,10 +164,6 @@ def _ruler_row(name: str, checks: Mapping[str, Check | None]) -> dict[str, objec
     return {**asdict(ruler), "passes": passes, "tests": tested}
 
 
-def _figure_row(key: compare.Key, name: str, x: Interval) -> dict[str, object]:
-    return {"method": key[0], "strength": key[1], "ruler": name, **asdict(x)}
-
-
 def set_figures(store: Store, collection: Collection, values: Values) -> list[dict[str, object]]:
     """FID, KID and, with LPIPS, ArtFID of each method and strength against the style references."""
     if "inception" not in store.encoders or len(collection.styles) < 2:
@@ -200,7 +191,7 @@ def plots(figures: Mapping, axis: str | None, baseline: str, blank: str | None, 
         for key, ruler in figures:
             if ruler == name and (key, axis) in figures:
                 text = "" if key[1] is None else f"{key[1]:g}"
-                lines[key[0]].append(Point(figures[key, axis], figures[key, name], text))
+                lines[key[0]].append(Point(_drawn(figures[key, axis]), _drawn(figures[key, name]), text))
         start = [replace(point, label="") for point in lines.get(blank or "", [])]
         drawn = [
             Line(m, [*(start if m == baseline else []), *points], m == baseline) for m, points in sorted(lines.items())
@@ -212,6 +203,10 @@ def plots(figures: Mapping, axis: str | None, baseline: str, blank: str | None, 
                 RULERS[name].title,  # type: ignore[index]
             )
     return found
+
+
+def _drawn(x: Interval) -> Interval:
+    return x if math.isfinite(x.low) else Interval(x.value, x.value, x.value, x.n)
 
 
 def sheets(outputs: Sequence[Output], values: Values, axis: str | None, compared: Sequence[str]) -> dict:
