@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from condit.controls.ip_adapter import IPAdapter
     from condit.controls.omini import OminiControl
     from condit.controls.style_lora import StyleLoRA
+    from condit.controls.stylealigned import StyleAligned
+    from condit.controls.styleid import StyleID
     from condit.controls.token_merging import TokenMerging
     from condit.data.images import load_image, save_image
     from condit.drawing.classifier import ViTPipeline
@@ -34,6 +36,8 @@ __all__ = [
     "OminiControl",
     "Pipeline",
     "PixelPipeline",
+    "StyleAligned",
+    "StyleID",
     "StyleLoRA",
     "TokenMerging",
     "ViTPipeline",
@@ -55,6 +59,8 @@ _HOME = {
     "OminiControl": "condit.controls.omini",
     "DEADiff": "condit.controls.deadiff",
     "StyleLoRA": "condit.controls.style_lora",
+    "StyleAligned": "condit.controls.stylealigned",
+    "StyleID": "condit.controls.styleid",
     "DiT4Edit": "condit.controls.dit4edit",
     "TokenMerging": "condit.controls.token_merging",
     "Control": "condit.controls.control",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from condit.controls.control import Control, Run, Step, When
 from condit.nn.streams import Stream, grid_ids
-from worlds import LEFT_HALF, PROMPTS, TABLE, World, close, every_control
+from worlds import LEFT_HALF, PROMPTS, TABLE, World, close, every_adapter, every_control
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_strength_zero_is_plain(world, references, name):
     assert torch.equal(world.draw(world.controls(name, references[0], strength=0.0)), world.draw())
 
 
-@every_control
+@every_adapter
 def test_strength_acts_continuously_around_one(world, references, name):
     """OminiControl at strength 1 runs without a bias, at 1.000001 with one: both must be the same function."""
     one, near = (world.draw(world.controls(name, references[0], strength=s)) for s in (1.0, 1.000001))
@@ -221,7 +221,7 @@ def at_step(world: World, controls: Sequence[Control]) -> list[Control]:
     return [control for control in results if control is not None]
 
 
-@every_control
+@every_adapter
 def test_gradients_reach_the_adapter_and_nothing_else(world, references, name):
     adapters = [getattr(world, part) for part in TABLE[name]]
     with torch.no_grad():

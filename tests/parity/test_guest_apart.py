@@ -13,6 +13,8 @@ import torch
 import condit
 from condit.backbones.mmdit import MMDiTConfig
 from condit.controls.control import When
+from condit.controls.stylealigned import StyleAligned
+from condit.controls.styleid import StyleID
 from condit.interop import attach
 from device_cases import example, shaken
 
@@ -82,6 +84,20 @@ def test_reference_only_on_a_guest_equals_condits_own_pipeline(pairs, reference_
     # Sums in another order, amplified by guided steps of a random network.
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
     assert (actual - plain).abs().max() > 1e-2 and not torch.equal(late, actual)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd15", "sdxl"])
+def test_stylealigned_and_styleid_on_a_guest_equal_those_on_condits_own_pipeline(pairs, name):
+    """The guest of FLUX.1 encodes more tokens than `drawn` allows here, so there the words are those of the image."""
+    theirs, ours = pairs(name)
+    how = {"prompt": None} if name == "flux" else {}
+    controls = [StyleAligned(PICTURE, 0.5, **how), StyleID(PICTURE[::-1].copy(), 0.7, content=PICTURE, **how)]
+    with attach(theirs, size=(32, 32)) as guest:
+        actual = drawn(guest, name, controls, guidance_scale=3.5)
+        worded = drawn(guest, name, [StyleAligned(PICTURE, prompt="snow")], guidance_scale=3.5)
+    expected = drawn(ours, name, controls, guidance_scale=3.5)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-4)
+    assert torch.isfinite(worded).all() and not torch.equal(worded, actual)
 
 
 def test_a_reference_takes_the_size_of_the_image_that_image_to_image_starts_from(pairs, reference_only):

@@ -28,6 +28,8 @@ TAKES = {
     "OminiControl": ("when", "mask", "task", "cached"),
     "StyleLoRA": ("when",),
 }
+# Names of `--control` that need no weights -> the class, loaded on use. They take `when` and `where`.
+UNTRAINED = {"stylealigned": lambda: condit.StyleAligned, "styleid": lambda: condit.StyleID}
 
 
 class Adapters:
@@ -52,7 +54,7 @@ class Adapters:
         groups: dict[object, list[Reference]] = {}
         for number, reference in enumerate(references):
             key: object = number
-            if not is_own(reference.use):
+            if not is_own(reference.use) and reference.use not in UNTRAINED:
                 adapter, settings = self.adapter(reference), reference.settings()
                 shared = (reference.use, *(settings.get(name) for name in ("when", "where", "mask")))
                 if isinstance(adapter, condit.IPAdapter):
@@ -71,6 +73,10 @@ class Adapters:
             if not isinstance(control, condit.Control):
                 raise ValueError(f"{first.use} made a {type(control).__name__}; expected a condit.Control.")
             return control
+        if first.use in UNTRAINED:
+            refuse_settings(first, first.use, ("when", "where"))
+            make = UNTRAINED[first.use]()
+            return make(first.path, first.strength, when=first.when, where=first.where or None)
         adapter = self.adapter(first)
         kind = type(adapter).__name__
         for reference in group:

@@ -21,6 +21,7 @@ from condit.nn.streams import Stream
 if TYPE_CHECKING:
     from condit.controls.host import Host
     from condit.data.images import ImageSource
+    from condit.encoders.text import Text
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ class Placing(TypedDict, total=False):
 
 class Apart(Protocol):
     """A separate prediction for a control's reference: latents x0 (B, ...) with standard normal noise of the same shape
-    at the level of a step, under the text of this side of the guidance. `controls` may record the keys and values of
-    the layers; nothing else affects the run."""
+    at the level of a step, under `text` or, if None, that of this side of the guidance. `controls` may record the keys
+    and values of the layers; nothing else affects the run."""
 
-    def __call__(self, x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor: ...
+    def __call__(
+        self, x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = (), text: Text | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -140,10 +140,10 @@ def invert(
     tick: Tick | None = None,
 ) -> Inversion:
     """An image's trajectory to noise under its prompt, for any number of edits, with its round-trip error. One prompt
-    for each image, or one for all. solver, iterations: as for `edit`."""
+    for each image, or one for all. solver, iterations: as for `edit`; None on a UNet: "entered", DDIM's inversion."""
     images, model = as_list(image), pipe.text_model
     prompts = source_prompts(source, len(images))
-    chosen, times = editable(pipe)
+    chosen, times = model.inversion or ("entered", 1)
     solver, iterations = solver or chosen, times if iterations is None else iterations
     check_steps(num_inference_steps, iterations)
     size = size_of(pipe, images, height, width)

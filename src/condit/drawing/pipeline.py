@@ -320,10 +320,12 @@ class Pipeline:
 
     def apart(self, condition: object, layout: Layout, settings: Settings) -> Apart:
         """A separate prediction for a control (`Run.apart`)."""
-        network = cache(lambda: self.model.network([condition], layout, settings))
+        network = cache(lambda text: self.model.network([text or condition], layout, settings))
 
-        def predict(x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor:
-            return network()(self.text_model.noised_at(x0, noise, step), step, controls)
+        def predict(
+            x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = (), text: Text | None = None
+        ) -> Tensor:
+            return network(text)(self.text_model.noised_at(x0, noise, step), step, controls)
 
         return predict
 

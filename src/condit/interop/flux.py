@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Apart, Control, Run, Step
+from condit.encoders.text import Text
 from condit.interop.lend import (
     Arguments,
     BorrowedLinear,
@@ -142,10 +143,16 @@ def run(backbone: MMDiT, inputs: FluxInputs, controls: Sequence[Control]) -> Ten
 def apart(backbone: MMDiT, inputs: FluxInputs) -> Apart:
     """`Run.apart`: predictions under the prompt of these inputs, without the residuals of a ControlNet."""
 
-    def predict_apart(x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor:
+    def predict_apart(
+        x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = (), text: Text | None = None
+    ) -> Tensor:
         x = ((1 - step.t) * x0 + step.t * noise).to(inputs.hidden_states.dtype)
-        level = torch.full_like(inputs.timestep, step.t)
-        return run(backbone, replace(inputs, hidden_states=x, timestep=level), controls)
+        given = replace(inputs, hidden_states=x, timestep=torch.full_like(inputs.timestep, step.t))
+        if text is not None:
+            ids = without_batch(inputs.txt_ids).new_zeros(text.tokens.shape[1], 3)
+            words = {"encoder_hidden_states": text.tokens, "pooled_projections": text.pooled}
+            given = replace(given, txt_ids=ids, **words)
+        return run(backbone, given, controls)
 
     return predict_apart
 

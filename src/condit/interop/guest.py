@@ -191,7 +191,10 @@ class Guest:
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        """The output of Stable Diffusion's text encoders."""
+        """The output of the guest's text encoders."""
+        if self.family.cells == 2:
+            tokens, pooled, _ = self.pipe.encode_prompt(prompt=list(prompts), prompt_2=None, device=self.device)
+            return Text(tokens, pooled)
         tokens, _, *rest = self.pipe.encode_prompt(
             prompt=list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

@@ -14,6 +14,7 @@ from condit.backbones.unet import KeyValues, UNet, UNetConfig
 from condit.controls.control import Apart, Control, Run, Step
 from condit.controls.wrap import sides
 from condit.diffusion.vp import add_noise, interpolate
+from condit.encoders.text import Text
 from condit.interop.lend import (
     Arguments,
     BorrowedLinear,
@@ -214,11 +215,13 @@ def apart(backbone: UNet, inputs: UNetInputs, scheduler: Scheduler) -> Apart:
         down_intrablock_additional_residuals=None,
     )
     given = inputs.sample[:, backbone.config.out_channels :]
-    text = cache(lambda: backbone.text_keys_values(inputs.encoder_hidden_states))
+    keys_values = cache(backbone.text_keys_values)
     levels: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
     table = None if levels is None else levels.cpu().double()  # read once: reading it in a step would wait
 
-    def predict_apart(x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = ()) -> Tensor:
+    def predict_apart(
+        x0: Tensor, noise: Tensor, step: Step, controls: Sequence[Control] = (), text: Text | None = None
+    ) -> Tensor:
         if table is None:
             raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod, which a separate prediction needs.")
         time = step.t * train_steps(scheduler)
@@ -226,7 +229,11 @@ def apart(backbone: UNet, inputs: UNetInputs, scheduler: Scheduler) -> Apart:
         x = add_noise(x0, noise, interpolate(table, torch.tensor([time], dtype=torch.float64))[0])
         x = torch.cat([x.to(given), given], 1)
         level = torch.full((), time, device=x.device)
-        return run(backbone, replace(inputs, sample=x, timestep=level), text(), None, controls)
+        seen = replace(inputs, sample=x, timestep=level)
+        if text is not None:
+            added = {**(inputs.added_cond_kwargs or {}), "text_embeds": text.pooled}  # which SD 1.x does not read
+            seen = replace(seen, encoder_hidden_states=text.tokens, added_cond_kwargs=added)
+        return run(backbone, seen, keys_values(seen.encoder_hidden_states), None, controls)
 
     return predict_apart
 
