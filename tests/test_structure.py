@@ -29,7 +29,7 @@ def long_functions(text: str, most: int = 10) -> Iterator[str]:
 
 # Lines at most; docs/architecture.md says where they are. The core is what papers add to.
 LIMITS = {
-    ("nn/", "diffusion/", "backbones/", "controls/"): 9_200,
+    ("nn/", "diffusion/", "backbones/", "controls/"): 9_450,
     ("data/", "encoders/", "drawing/", "interop/", "training/"): 11_200,
     ("weights/",): 5_500,
     ("cli/",): 2_850,

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from condit.controls.control import Fill
-from condit.controls.omini_images import from_official_mask, generated_cells, hide, sample_generated_cells
+from condit.controls.omini_images import generated_cells, hide, sample_generated_cells
+from condit_lab.parity.omini_golden import from_official_mask
 
 
 def test_one_white_pixel_makes_its_cell_drawn():

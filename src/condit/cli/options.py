@@ -53,7 +53,7 @@ class ReferenceOptions:
         typer.Option(
             "--control",
             metavar="ADAPTER=REF[:S]",
-            help="An adapter by name, file or folder, or your own control: FILE.py:NAME.",
+            help="An adapter by name, file or folder; stylealigned, styleid; your own control: FILE.py:NAME.",
         ),
     ] = None
     lora: Annotated[Texts, typer.Option("--lora", metavar="FILE[:S]", help="A style LoRA.")] = None

@@ -124,14 +124,6 @@ def hide(image: ImageSource, mask: ImageSource) -> Image.Image:
     return Image.composite(Image.new("RGB", shown.size), shown, hidden)
 
 
-def from_official_mask(mask: Tensor) -> Tensor:
-    """The official inference's mask of the condition (columns, rows), True = known -> generated cells (rows, columns).
-
-    Its `generate` and `Condition` transpose a mask before they flatten it; its trainer does not.
-    """
-    return ~mask.bool().mT
-
-
 def sample_generated_cells(grid: tuple[int, int], generator: torch.Generator) -> Tensor:
     """A training mask: a random rectangle of cells, or in half of the cases its complement; never all cells or none.
 

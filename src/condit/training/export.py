@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from condit.controls.host import Saved
-from condit.controls.publish import base_of, write_card
+from condit.controls.publish import base_of
+from condit.data.model_card import write_card
 from condit.weights.files import save_tensors
 
 ADAPTER = "adapter.safetensors"

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from condit.backbones.mmdit import MMDiT, MMDiTConfig
 from condit.controls.control import Control, Fill, Run, When
 from condit.controls.omini import OminiConfig, OminiControl, OminiReference
-from condit.controls.omini_images import from_official_mask
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.text import Text
 from condit.nn.lora import LoRA
@@ -235,3 +234,11 @@ class Golden:
 @cache
 def read(folder: Path) -> Golden:
     return Golden(folder)
+
+
+def from_official_mask(mask: Tensor) -> Tensor:
+    """The official inference's mask of the condition (columns, rows), True = known -> generated cells (rows, columns).
+
+    Its `generate` and `Condition` transpose a mask before they flatten it; its trainer does not.
+    """
+    return ~mask.bool().mT

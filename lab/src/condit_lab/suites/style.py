@@ -37,6 +37,7 @@ from condit_lab.suites.style_methods import (
     look,
     reference_icons,
     style_block,
+    to_image,
     true_icons,
     with_strengths,
 )
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 
 QUICK, PROBE, BLOCK = 16, 16, 2  # pictures of a quick run and of the block probe; layers of a style block
 Key = tuple[str, float]
+Pairs = Callable[[IconWorld, "Protocol"], tuple[IconWorld, list[Cell], list[Cell]]]
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class Protocol:
     steps: int = 20
     bf16: bool = False
 
-    def command(self, *, data: bool, adain: bool) -> str:
+    def command(self, *, data: bool, adain: bool, verb: str = "evaluate style") -> str:
         """The command line without folders' own names."""
-        line = f"condit evaluate style{' --data ICONS' if data else ''} --count {self.count} --seed {self.seed}"
+        line = f"condit {verb}{' --data ICONS' if data else ''} --count {self.count} --seed {self.seed}"
         line += "" if self.methods is None else f" --methods {','.join(self.methods)}"
         line += "".join(f" --strengths {entry}" for entry in self.strengths)
         line += "" if self.split == "combo" else f" --split {self.split}"
@@ -92,6 +94,16 @@ class StyleStudy:
     skipped: list[dict[str, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A run: its figures, its pictures, and what was measured of each of them against what."""
+
+    result: dict[str, Any]
+    images: Mapping[Key, Tensor]
+    values: tables.Table
+    given: Mapping[str, rulers.Given]
+
+
 def evaluate_style(
     out: str | Path,
     protocol: Protocol | None = None,
@@ -101,12 +113,34 @@ def evaluate_style(
     table: Sequence[Method] = METHODS,
     tell: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
-    """Measure methods of style transfer as curves over their strength; returns what stands in `out/style.json`. Every
-    method comes with its no control and its baseline. Pictures are kept under `out/images`: a broken run goes on.
+    """Measure methods of style transfer as curves over their strength; returns what stands in `out/style.json`. The
+    arguments: see `measure_styles`."""
+    protocol, folder = protocol or Protocol(), Path(out)
+    run = measure_styles(out, protocol, data=data, adain=adain, table=table, tell=tell)
+    text = json.dumps(run.result, indent=1, allow_nan=False)
+    atomic_write(folder / "style.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_page(folder, run.result, run.images, run.values, run.given)
+    tell(f"{folder / 'index.html'}: {run.result['seconds']['all']:.0f} s")
+    return run.result
+
+
+def measure_styles(
+    out: str | Path,
+    protocol: Protocol,
+    *,
+    data: str | Path | None = None,
+    adain: str | Path | None = None,
+    table: Sequence[Method] = METHODS,
+    pairs: Pairs | None = None,
+    verb: str = "evaluate style",
+    tell: Callable[[str], None] = log.info,
+) -> Measured:
+    """Every method comes with its no control and its baseline. Pictures are kept under `out/images`: a broken run goes
+    on.
 
     data: an icon world, None = the packed sample, which holds few held-out icons. adain: a folder with AdaIN's weights.
-    Raises ValueError if a method that was requested by name cannot run."""
-    protocol = protocol or Protocol()
+    pairs: the world, the cells to measure and others for the block probe; None: `choose_pairs`. verb: of the command
+    that the result names. Raises ValueError if a method that was requested by name cannot run."""
     began, folder = time.perf_counter(), Path(out)
     methods = with_strengths(choose(protocol.methods, table), protocol.strengths)
     if protocol.count < 2:
@@ -115,7 +149,7 @@ def evaluate_style(
         )
     vgg = AdaIN.load(adain) if adain is not None or "adain" in (protocol.methods or ()) else None
     world = IconWorld.open(open_world(data))
-    cells, spare = choose_pairs(world, protocol)
+    world, cells, spare = (world, *choose_pairs(world, protocol)) if pairs is None else pairs(world, protocol)
     study = StyleStudy(protocol, world, cells, folder / "images", make_stages(methods, vgg, bf16=protocol.bf16), tell)
     methods = runnable(study, methods)
     ruler = rulers.make_ruler(world, study.stages["tiny"].pipe)
@@ -132,7 +166,7 @@ def evaluate_style(
     values = measure(study, ruler, methods, given)
     figures = describe(study, methods, values, given["style"].clusters)
     result = {
-        "command": protocol.command(data=data is not None, adain=adain is not None),
+        "command": protocol.command(data=data is not None, adain=adain is not None, verb=verb),
         **figures,
         "probe": probe,
         "rulers": rulers.check_rulers(ruler, world),
@@ -143,11 +177,7 @@ def evaluate_style(
             "all": round(time.perf_counter() - began, 1),
         },
     }
-    text = json.dumps(result, indent=1, allow_nan=False)
-    atomic_write(folder / "style.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    write_page(folder, result, study.images, values, given)
-    tell(f"{folder / 'index.html'}: {result['seconds']['all']:.0f} s")
-    return result
+    return Measured(result, study.images, values, given)
 
 
 def describe(
@@ -245,6 +275,9 @@ def draw(study: StyleStudy, method: Method, strength: float, cells: Sequence[Cel
 
     def part(start: int) -> list:
         given: CellInputs = look(study.world, cells[start : start + sets.BATCH], method.shows)
+        if method.edits:
+            blank = study.images[method.blank, tables.BLANK_STRENGTH][start : start + sets.BATCH]
+            given = replace(given, blank=[to_image(picture) for picture in blank])
         return pipe(
             method.prompts(given.wanted),
             controls=make(stage, given, strength),

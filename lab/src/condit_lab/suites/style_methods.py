@@ -20,6 +20,8 @@ from torch import Tensor
 from condit.controls.control import Control
 from condit.controls.instantstyle import preset
 from condit.controls.ip_adapter import IPReference
+from condit.controls.stylealigned import StyleAligned
+from condit.controls.styleid import StyleID
 from condit.encoders.clip import CONCEPT
 from condit.encoders.image import TinyTextTower
 from condit_lab.icons.world import Icon, IconWorld, plain_caption
@@ -33,11 +35,12 @@ UNET, UNET_STYLE, UNET_PLUS, DEADIFF = "tiny-unet", "tiny-unet/style", "tiny-une
 @dataclass(frozen=True)
 class CellInputs:
     """What there is for some cells: the icons that are asked for; the pictures that are shown, one each, and their
-    icons; all of it read once."""
+    icons; all of it read once. blank: the pictures without a control, for methods that edit them."""
 
     wanted: Sequence[Icon]
     references: Sequence[Image.Image]
     icons: Sequence[Icon]
+    blank: Sequence[Image.Image] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ Edit = Callable[[Stage, Tensor, Tensor, Tensor, float], Tensor]
 class Method:
     """One row. make: the controls of a batch at a strength; edit(stage, blank's pictures, references, true icons,
     strength), uint8 (N, 3, H, W): without drawing. needs: what the stage must have. prompt "label" leaves the style to
-    the reference, "caption" says it. shows "subject": the prompt's concept by another hand, not a style."""
+    the reference, "caption" says it. shows "subject": the prompt's concept by another hand, not a style. edits: whether
+    it draws from the blank's pictures."""
 
     name: str
     what: str
@@ -71,6 +75,7 @@ class Method:
     model: str = "tiny"
     blank: str = "none"
     baseline: str | None = "plain"
+    edits: bool = False
 
     def prompts(self, icons: Sequence[Icon]) -> list[str]:
         return [plain_caption(icon) if self.prompt == "caption" else icon.label for icon in icons]
@@ -90,6 +95,11 @@ def look(world: IconWorld, cells: Sequence[Cell], shows: Literal["style", "subje
     numbers = [cell.unseen if shows == "style" else cell.subject for cell in cells]
     references = [shown(world, cell, kind)[0] for cell in cells]
     return CellInputs([world.icons[c.icon] for c in cells], references, [world.icons[i] for i in numbers])
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(3, H, W) uint8."""
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
 
 
 def true_icons(world: IconWorld, cells: Sequence[Cell]) -> Tensor:
@@ -160,6 +170,21 @@ def deadiff_content(stage: Stage, given: CellInputs, strength: float) -> list[Co
 
 def subject_tokens(stage: Stage, given: CellInputs, strength: float) -> list[Control]:
     return [stage.adapters["tiny/subject"].control(list(given.references), annotate=False)]
+
+
+def style_tokens(stage: Stage, given: CellInputs, strength: float) -> list[Control]:
+    """OminiControl with the style's reference as tokens of the sequence."""
+    return [stage.adapters["tiny/style-tokens"].control(list(given.references), strength=strength, annotate=False)]
+
+
+def aligned(stage: Stage, given: CellInputs, strength: float) -> list[Control]:
+    """StyleAligned; strength is the weight of the reference's keys."""
+    return [StyleAligned(list(given.references), strength)]
+
+
+def injected(stage: Stage, given: CellInputs, strength: float) -> list[Control]:
+    """StyleID on the pictures drawn without a control; strength is the share of the injected output."""
+    return [StyleID(list(given.references), strength, content=list(given.blank))]
 
 
 # How the rows that draw nothing make their pictures.
@@ -264,6 +289,21 @@ METHODS: tuple[Method, ...] = (
         shows="subject",
         baseline=None,
     ),
+)
+
+
+_on_pixart = partial(Method, model="tiny-pixart", blank="pixart-none", baseline=None)
+# `condit bench style`: those of a style, and the baselines without training on every embedded model.
+BENCH: tuple[Method, ...] = (
+    *(method for method in METHODS if method.shows == "style" and method.name != "subtract-concept"),
+    Method("tokens", "OminiControl, style tokens", style_tokens, strengths=(0.5, 1.0), needs="tiny/style-tokens"),
+    Method("aligned", "StyleAligned", aligned, strengths=(0.3, 1.0)),
+    Method("styleid", "StyleID", injected, strengths=(0.5, 1.0), edits=True),
+    _on_unet("unet-aligned", "UNet, StyleAligned", aligned, strengths=(1.0, 2.0)),
+    _on_unet("unet-styleid", "UNet, StyleID", injected, strengths=(0.5, 1.0), edits=True),
+    _on_pixart("pixart-none", "PixArt, no control", nothing),
+    _on_pixart("pixart-aligned", "PixArt, StyleAligned", aligned, strengths=(0.3, 1.0)),
+    _on_pixart("pixart-styleid", "PixArt, StyleID", injected, strengths=(0.5, 1.0), edits=True),
 )
 
 

@@ -18,6 +18,7 @@ from condit.data.sheets import contact_sheet
 from condit.rulers.page import STYLE_SHEET, inline, slug
 from condit_lab.suites import style_rows as tables
 from condit_lab.suites import style_rulers as rulers
+from condit_lab.suites.style_methods import to_image
 from condit_lab.suites.style_plot import curves
 
 EXTREME, ACROSS, OVERVIEW = 6, 2, 8
@@ -39,7 +40,8 @@ def write_page(
         "A method wins where it lies above the baseline's curve (black) at "
         "the same style score, not where it has more of one measure.</p>",
     ]
-    for name in (m.name for m in rulers.MEASURES if m.compared):
+    measured = {row["measure"] for row in result["rows"]}
+    for name in (m.name for m in rulers.MEASURES if m.compared and m.name in measured):
         picture = curves(result, name)
         save_image(picture, folder / "plots" / f"{slug(name)}.png")
         parts += [f"<h2>{html.escape(name)} against style</h2>", inline(picture)]
@@ -103,14 +105,14 @@ def overview(
 ) -> Image.Image:
     """The first cells, a method a row at its strength with the most style."""
     count = min(OVERVIEW, len(given.wanted))
-    rows = [[Picture(_image(given.references[i]), given.icons[i].label, is_input=True) for i in range(count)]]
+    rows = [[Picture(to_image(given.references[i]), given.icons[i].label, is_input=True) for i in range(count)]]
     labels = ["shown"]
     for entry in result["methods"]:
         if result["shows"][entry["name"]] != "style" or entry["name"] == "copy":
             continue
         strength = best_strength(values, entry["name"])
         drawn = images[entry["name"], strength]
-        rows.append([Picture(_image(drawn[i]), given.wanted[i].label) for i in range(count)])
+        rows.append([Picture(to_image(drawn[i]), given.wanted[i].label) for i in range(count)])
         labels.append(entry["what"] + (f" at {strength:g}" if entry["name"] in result["swept"] else ""))
     return contact_sheet(rows, labels, title="Orange: shown to the model. Below: drawn for the words", cell=96)
 
@@ -135,16 +137,12 @@ def cases(
             row: list[Picture | Image.Image | None] = []
             for i in chosen[start : start + ACROSS]:
                 row += [
-                    Picture(_image(given.references[i]), given.icons[i].label, is_input=True),
-                    Picture(_image(blank[i]), "no control"),
-                    Picture(_image(drawn[i]), given.wanted[i].label),
-                    Picture(_image(given.true[i]), "true"),
+                    Picture(to_image(given.references[i]), given.icons[i].label, is_input=True),
+                    Picture(to_image(blank[i]), "no control"),
+                    Picture(to_image(drawn[i]), given.wanted[i].label),
+                    Picture(to_image(given.true[i]), "true"),
                 ]
             rows.append(row)
             labels.append(title if start == 0 else "")
     title = f"{entry['what']}, strength {strength:g}"
     return contact_sheet(rows, labels, title=title, cell=96, label_width=70)
-
-
-def _image(picture: Tensor) -> Image.Image:
-    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())

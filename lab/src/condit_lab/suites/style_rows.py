@@ -87,7 +87,7 @@ def comparisons(table: Table, clusters: Sequence[str], held: Mapping[str, tuple[
             continue
         points = sorted(s for m, s in table if m == baseline)
         curve = [table[key] for key in [(blank, BLANK_STRENGTH), *((baseline, s) for s in points)]]
-        for measure in (m for m in MEASURES if m.compared):
+        for measure in (m for m in MEASURES if m.compared and m.name in values_of):
             styles = [point[SCORE] for point in curve]
             others = [point[measure.name] for point in curve]
             gap = statistics.against_curve(styles, others, values_of[SCORE], values_of[measure.name], clusters)
@@ -166,7 +166,7 @@ def _methods_table(result: Mapping[str, Any], names: Mapping[str, str]) -> list[
 
 
 def _comparison_table(result: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    shown = [m.name for m in MEASURES if m.compared]
+    shown = list(dict.fromkeys(x["measure"] for x in result["comparisons"]))
     lines = [
         f"| method | strength | style score | beyond | {' | '.join(shown)} |",
         f"|---|---|---|---|{'---|' * len(shown)}",

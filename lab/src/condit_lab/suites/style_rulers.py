@@ -154,8 +154,35 @@ class Given:
         return [icon.base for icon in self.wanted]
 
 
+def own_values(ruler: Ruler, images: Tensor, given: Given) -> dict[str, Tensor]:
+    """Measures of pictures for references whose style the judge does not know, (N,) each. The style score is the cosine
+    of the judge's logits with those of the reference."""
+    logits, statistics = ruler.drawn(images)
+    concept = ruler.clip(images)[:, CONCEPT]
+    labels = [icon.label for icon in given.icons]
+    shown = ruler.words(labels)[:, CONCEPT]
+    numbers = torch.tensor([sorted(set(labels)).index(label) for label in labels])
+    prompted = torch.tensor([ruler.labels.index(icon.label) for icon in given.wanted])
+    references = [icon.hex for icon in given.icons]
+    logits = F.normalize(logits, dim=-1)
+    measured = {
+        SCORE: own.cosines(logits, given.features),
+        LEAKAGE: own.cosines(concept, shown),
+        OWN: own.above_others(concept, shown, numbers),
+        LIKENESS: similarity(images, given.references),
+        ALIGNMENT: own.cosines(concept, ruler.texts[prompted]),
+        TOP5: measures.concept_ranks(concept, ruler.texts, prompted) < 5,
+        REALISTIC: own.realistic(statistics, ruler.bank, ruler.reaches),
+    }
+    if len(set(references)) > 1:
+        measured[RETRIEVAL] = own.retrieved(logits, given.features, references)
+    return {name: value.double() for name, value in measured.items()}
+
+
 def values(ruler: Ruler, images: Tensor, given: Given) -> dict[str, Tensor]:
     """Every measure of every picture, (N,) each; increases still without their blank taken off."""
+    if not {icon.style for icon in given.icons} <= set(ruler.judge.styles):
+        return own_values(ruler, images, given)
     styles = [icon.style for icon in given.wanted]
     logits, statistics = ruler.drawn(images)
     said = ruler.judge.choose(logits, ruler.among)
