@@ -24,6 +24,7 @@ from condit.data.files import atomic_write
 from condit.data.images import load_image, save_image
 from condit.data.sheets import SheetCell, contact_sheet
 from condit_lab.icons.world import Icon, IconWorld
+from condit_lab.suites import bench_examples as examples
 from condit_lab.suites import style_rulers as rulers
 from condit_lab.suites.sets import Cell, choose_cells
 from condit_lab.suites.style import PROBE, Measured, Protocol, measure_styles
@@ -67,9 +68,10 @@ def bench_style(
     adain: str | Path | None = None,
     tell: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
-    """Draws, measures and writes bench.json, bench.md (the table), bench.png (the picture) and index.html; returns what
-    stands in bench.json. protocol.count: pictures of each method. references: how many styles of the icon world; own: a
-    folder of one's own references instead, whose file names say what they show."""
+    """Draws, measures and writes bench.json, bench.md (the table), bench.png (the picture), examples.png and .md, the
+    folders of `write_folders` and index.html; returns what stands in bench.json. protocol.count: pictures of each
+    method. references: how many styles of the icon world; own: a folder of one's own references instead, whose file
+    names say what they show."""
     folder, verb = Path(out), f"bench style --references {references}"
     pairs, table = partial(held_out_pairs, references=references), BENCH
     if own is not None:
@@ -80,6 +82,10 @@ def bench_style(
     atomic_write(folder / "bench.json", lambda path: path.write_text(text, encoding="utf-8"))
     atomic_write(folder / "bench.md", lambda path: path.write_text(markdown(run.result), encoding="utf-8"))
     save_image(picture(run), folder / "bench.png")
+    if (shown := examples.picture(run)) is not None:
+        save_image(shown, folder / "examples.png")
+        text_of = examples.markdown(run, examples.fid_by_count(run.bank))
+        atomic_write(folder / "examples.md", lambda path: path.write_text(text_of, encoding="utf-8"))
     write_folders(run, folder / "folders")
     write_page(folder, run.result, run.images, run.values, run.given)
     return run.result

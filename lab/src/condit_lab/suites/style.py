@@ -96,12 +96,14 @@ class StyleStudy:
 
 @dataclass(frozen=True)
 class Measured:
-    """A run: its figures, its pictures, and what was measured of each of them against what."""
+    """A run: its figures, its pictures, what was measured of each of them against what, and the features (M, 448) of
+    real icons."""
 
     result: dict[str, Any]
     images: Mapping[Key, Tensor]
     values: tables.Table
     given: Mapping[str, rulers.Given]
+    bank: Tensor
 
 
 def evaluate_style(
@@ -177,7 +179,7 @@ def measure_styles(
             "all": round(time.perf_counter() - began, 1),
         },
     }
-    return Measured(result, study.images, values, given)
+    return Measured(result, study.images, values, given, ruler.bank)
 
 
 def describe(
