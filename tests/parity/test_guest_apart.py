@@ -90,7 +90,7 @@ def test_reference_only_on_a_guest_equals_condits_own_pipeline(pairs, reference_
 def test_stylealigned_and_styleid_on_a_guest_equal_those_on_condits_own_pipeline(pairs, name):
     """The guest of FLUX.1 encodes more tokens than `drawn` allows here, so there the words are those of the image."""
     theirs, ours = pairs(name)
-    how = {"prompt": None} if name == "flux" else {}
+    how: dict[str, Any] = {"prompt": None} if name == "flux" else {}
     controls = [StyleAligned(PICTURE, 0.5, **how), StyleID(PICTURE[::-1].copy(), 0.7, content=PICTURE, **how)]
     with attach(theirs, size=(32, 32)) as guest:
         actual = drawn(guest, name, controls, guidance_scale=3.5)
