@@ -104,6 +104,19 @@ def test_the_content_is_preserved_by_gamma(make_pipe, pictures):
     assert not torch.equal(draw(content=content, gamma=0.25), draw(content=content))
 
 
+def test_with_merged_tokens_it_acts_and_other_keys_are_refused(make_pipe, pictures):
+    pipe = make_pipe()
+    merging = condit.TokenMerging(0.5, minimum=0)
+
+    def draw(*controls: condit.Control) -> Tensor:
+        return pipe("a fox", controls=controls, seed=0, output_type="latent").images
+
+    styled = draw(merging, StyleID(pictures(2)[0], content=pictures(2)[1]))
+    assert torch.isfinite(styled).all() and not torch.equal(styled, draw(merging))
+    with pytest.raises(ValueError, match="token merging and another control"):
+        draw(merging, condit.StyleAligned(pictures(1)[0]), StyleID(pictures(1)[0]))
+
+
 @pytest.mark.parametrize("how", [{"gamma": 1.1}, {"strength": 1.5}, {"temperature": 0.0}])
 def test_a_value_outside_its_range_is_named(how):
     with pytest.raises(ValueError, match=f"StyleID's {next(iter(how))} must be"):

@@ -85,6 +85,8 @@ class StyleID(Passed):
         places, path = image_places(call), call.site.path
         if places is None or path not in self.memory or self.weight is None:
             return attend(call)
+        if call.merged is not None and call.bias is not None:
+            raise ValueError("StyleID cannot act together with token merging and another control that appends keys.")
         (rows, columns), (_, k_s, v_s) = places, self.memory[path]
         # On the style's keys, the temperature leaves the scores of a text in the same softmax as they are.
         k, v = at_places(call.k, columns, self.temperature * k_s), at_places(call.v, columns, v_s)
