@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from condit.data.pairs import METADATA
 from condit_lab.icons.world import IconWorld, sample_path
 from condit_lab.suites import style_rulers
 from condit_lab.suites.bench import OWN, bench_style, held_out_pairs, own_pairs, words_of, write_table
@@ -81,12 +82,21 @@ def test_a_run_leaves_one_table_one_picture_and_folders_that_can_be_evaluated(tm
     assert table.startswith("`condit bench style --references 2 --count 3") and "| tiny | StyleID |" in table
     with Image.open(tmp_path / "bench.png") as sheet:
         assert sheet.width > 300
-    rows = [json.loads(line) for line in (tmp_path / "folders/output/metadata.jsonl").read_text().splitlines()]
-    assert {row["file_name"].split("/")[0] for row in rows} == {"plain", "styleid", "copy", "real"}
+    folders = tmp_path / "folders"
+    assert {path.name for path in (folders / "tiny").iterdir()} == {
+        "none",
+        "plain",
+        "styleid",
+        "copy",
+        "real",
+        METADATA,
+    }
+    rows = [json.loads(line) for line in (folders / "tiny" / METADATA).read_text().splitlines()]
+    assert len(rows) == 3
     for row in rows:
-        assert (tmp_path / "folders/output" / row["file_name"]).is_file()
-        assert (tmp_path / "folders/style" / row["style_file_name"]).is_file()
-        assert (tmp_path / "folders/content" / row["content_file_name"]).is_file()
+        assert (folders / "tiny/plain/0.5" / row["file_name"]).is_file()
+        assert (folders / "style" / row["style_file_name"]).is_file()
+        assert (folders / "tiny/none" / row["content_file_name"]).is_file()
     page = tmp_path / "page.md"
     page.write_text("<!-- bench-style -->\n<!-- /bench-style -->\n")
     write_table(result, page)

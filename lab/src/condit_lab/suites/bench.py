@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, zip_longest
@@ -44,6 +44,7 @@ COLUMNS = {
     rulers.LIKENESS: "likeness to the reference",
     rulers.REALISTIC: "realistic",
 }
+PARTNERS = ("content_file_name", "style_file_name")
 AT_EQUAL_STYLE = (rulers.LEAKAGE, rulers.ALIGNMENT)
 
 
@@ -146,32 +147,28 @@ def words_of(stem: str) -> str:
 
 
 def write_folders(run: Measured, folder: Path) -> None:
-    """The pictures as `condit evaluate folder` reads them: `style` and `content` (without a control, by model), and
-    `output/METHOD/STRENGTH`, with what they show in metadata.jsonl."""
-    given = run.given["style"]
-    rows: dict[str, list[dict[str, str]]] = {"style": [], "content": [], "output": []}
-    for i, icon in enumerate(given.icons):
-        style = {} if icon.style == OWN else {"style_text": icon.style, "style_group": icon.style}
-        rows["style"].append({"file_name": f"{i:04}.png", "text": icon.label, **style})
-        save_image(to_image(given.references[i]), folder / "style" / f"{i:04}.png")
+    """The pictures as `condit evaluate folder` reads them: `style`, and for each model MODEL/METHOD/STRENGTH/NAME.png,
+    with MODEL/none for those without a control and MODEL/metadata.jsonl for the prompts and references."""
+    given, names = run.given["style"], [f"{i:04}.png" for i in range(len(run.given["style"].wanted))]
+    known = [{} if icon.style == OWN else {"style_text": icon.style, "style_group": icon.style} for icon in given.icons]
+    shown = [{"file_name": name, "text": icon.label} for name, icon in zip(names, given.icons, strict=True)]
+    write_rows(folder / "style", [row | style for row, style in zip(shown, known, strict=True)])
+    for name, reference in zip(names, given.references, strict=True):
+        save_image(to_image(reference), folder / "style" / name)
     for method in run.result["methods"]:
-        plain = method["name"] == method["blank"]
+        model, plain = folder / method["model"], method["name"] == method["blank"]
         for strength in sorted({s for name, s in run.images if name == method["name"]}):
-            place = method["model"] if plain else f"{method['name']}/{strength:g}"
-            kind = "content" if plain else "output"
-            for i, image in enumerate(run.images[method["name"], strength]):
-                name = f"{place}/{i:04}.png"
-                row = {"file_name": name, "text": given.wanted[i].label}
-                if not plain:
-                    content = f"{method['model']}/{i:04}.png"
-                    row |= {"content_file_name": content, "style_file_name": f"{i:04}.png"}
-                rows[kind].append(row)
-                save_image(to_image(image), folder / kind / name)
-    for kind, entries in rows.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in entries)
-        atomic_write(
-            folder / kind / "metadata.jsonl", lambda path, lines=lines: path.write_text(lines, encoding="utf-8")
-        )
+            place = model / method["name"] / (f"{strength:g}" if method["name"] in run.result["swept"] else "")
+            for name, image in zip(names, run.images[method["name"], strength], strict=True):
+                save_image(to_image(image), (model / "none" if plain else place) / name)
+        prompts = [{"file_name": name, "text": icon.label} for name, icon in zip(names, given.wanted, strict=True)]
+        write_rows(model, [row | dict.fromkeys(PARTNERS, row["file_name"]) for row in prompts])
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    atomic_write(folder / "metadata.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 # The table and the picture
