@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "condit"
 
 FLOORS = {
     **dict.fromkeys(["cli", "serve"], 8),
-    **dict.fromkeys(["training", "rulers"], 7),
+    **dict.fromkeys(["training", "rulers", "pairs"], 7),
     "interop": 6,
     "drawing": 5,
     "weights": 4,

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from condit.training import sharding
 import test_loop_processes as here
-for run in (here.replicated, here.sharded):  # importing torch once is enough
+for run in (here.replicated, here.divided, here.sharded):  # importing torch once is enough
     out = Path({out!r}) / run.__name__
     loop = run(out)
     weights = {{name: sharding.whole(p.detach()) for name, p in loop.parameters.items()}}
@@ -30,6 +30,31 @@ for run in (here.replicated, here.sharded):  # importing torch once is enough
 
 def replicated(out: Path) -> Loop:
     loop = Loop(Toy(), CONFIG, out)
+    loop.run()
+    return loop
+
+
+DIVIDED = CONFIG.model_copy(update={"batches": 4, "muon_lr": None})  # Muon enlarges differences of rounding
+
+
+class Stopped(Toy):
+    """Its process leaves when it makes a batch of the fourth step."""
+
+    def batch(self, rng: random.Random, size: int) -> Tensor:
+        if self.seen == 3 * self.each:
+            raise KeyboardInterrupt
+        return super().batch(rng, size)
+
+    def __init__(self, each: int):
+        super().__init__()
+        self.each = each
+
+
+def divided(out: Path) -> Loop:
+    """A run of four batches a step, two of each process; another one is left after some steps."""
+    with contextlib.suppress(KeyboardInterrupt):
+        Loop(Stopped(2), DIVIDED, out / "cut").run()
+    loop = Loop(Toy(), DIVIDED, out)
     loop.run()
     return loop
 
@@ -81,6 +106,33 @@ def test_two_processes_train_as_one_that_sees_both_batches(tmp_path, two):
         assert torch.equal(one[name], other[name])
         torch.testing.assert_close(one[name], weight, rtol=0, atol=1e-5)  # sums of gradients in another order
     check_one_log(two / "replicated")
+
+
+def test_a_run_of_given_batches_is_the_same_on_one_process_and_two_and_goes_on_with_another_number(tmp_path, two):
+    one, other = weights_of_ranks(two / "divided")
+    loop = Loop(Toy(), DIVIDED, tmp_path / "one")
+    loop.run()
+    resumed = Loop(Toy(), DIVIDED, two / "divided" / "cut")  # left by two processes
+    assert 0 < resumed.step < DIVIDED.steps
+    resumed.run()
+    assert loop.images_a_step == 4 * DIVIDED.batch
+    for name, weight in loop.parameters.items():
+        assert torch.equal(one[name], other[name])
+        for p in (one[name], resumed.parameters[name]):
+            torch.testing.assert_close(p, weight, rtol=0, atol=1e-5)  # sums of gradients in another order
+    assert torch.load(two / "divided" / "export" / "net.pt")["images"] == 4 * DIVIDED.steps * DIVIDED.batch
+    rows = [json.loads(line) for line in (two / "divided" / "cut" / "log.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == sorted(set(steps))
+
+
+def test_batches_that_cannot_be_divided_and_a_folder_that_is_not_shared_raise(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with pytest.raises(ValueError, match="batches = 4 are divided among the processes: expected a multiple of 3"):
+        Loop(Toy(), DIVIDED, tmp_path)
+    monkeypatch.setattr("condit.training.sharding.first", lambda number, device: 7)
+    with pytest.raises(ValueError, match="starts at step 0.*must be on a file system that all machines share"):
+        Loop(Toy(), CONFIG, tmp_path)
 
 
 # Sharded weights

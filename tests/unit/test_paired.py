@@ -12,9 +12,10 @@ from PIL import Image
 
 from condit.backbones.unet import UNet
 from condit.data.grouped import PAIR_KINDS
+from condit.data.pairs import open_pairs
 from condit.encoders.clip_patches import resize_antialiased
 from condit.encoders.text import Text
-from condit.training.paired import FolderSource, cropped
+from condit.training.paired import cropped, open_folder
 from condit.weights.latent_models import Frame, tell_unet
 from condit_lab.training.icon_batches import IconSet
 from condit_lab.training.referenced import NAMELESS
@@ -84,7 +85,7 @@ def folder(tmp_path):
 
 def test_targets_of_a_folder_are_cropped_and_references_resized_as_released(folder):
     path, pictures = folder
-    source = FolderSource.open(path, (16, 16), 8)
+    source = open_folder(open_pairs(path), (16, 16), 8)
     batch = source.batch(random.Random(0), "reconstruction", 4)
     for image, reference, caption in zip(batch.images, batch.references, batch.captions, strict=True):
         whole = torch.from_numpy(pictures[int(caption[1])]).movedim(-1, 0)[None].float() / 127.5 - 1
@@ -101,7 +102,7 @@ PARTNERS = {"style": {0: 2, 1: 3, 2: 0, 3: 1}, "content": {0: 1, 1: 0, 2: 3, 3: 
 @pytest.mark.parametrize(("kind", "partners"), PARTNERS.items())
 def test_pairs_of_a_folder_follow_its_groups(folder, kind, partners):
     path, pictures = folder
-    batch = FolderSource.open(path, (16, 16), 8).batch(random.Random(0), kind, 12)
+    batch = open_folder(open_pairs(path), (16, 16), 8).batch(random.Random(0), kind, 12)
     for caption, reference in zip(batch.captions, batch.references, strict=True):
         whole = torch.from_numpy(pictures[partners[int(caption[1])]]).movedim(-1, 0)[None].float() / 127.5 - 1
         torch.testing.assert_close(reference[None], resize_antialiased(whole, (8, 8)), rtol=0, atol=1e-6)

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from condit import __version__
-from condit.cli import evaluate, generate, study
+from condit.cli import evaluate, generate, pairs, study
 from condit.cli.compare import compare
 from condit.cli.edit import edit
 from condit.cli.memory import keep_memory
@@ -49,6 +49,8 @@ for command in (
 ):
     app.command(cls=Grouped)(command)
 data_app.command("draw", cls=Grouped)(study.generate_data)
+data_app.command("pair", cls=Grouped)(pairs.pair)
+data_app.command("filter", cls=Grouped)(pairs.filter_pairs)
 data_app.command("check")(study.check_data)
 # Other installed packages can add commands, as the laboratory of a checkout does.
 for added in entry_points(group="condit.commands"):

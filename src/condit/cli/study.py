@@ -1,5 +1,6 @@
 """The commands train, data draw and data check."""
 
+import os
 import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ def train(
     if not recipe.is_file():
         raise typer.BadParameter(f"no recipe at {recipe}")
     folder = out or Path("runs") / recipe.stem
+    # torchrun starts all processes again, with the same command, when one of them ends.
+    resume = resume or (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and folder.is_dir())
     if resume and not folder.is_dir():
         raise typer.BadParameter(f"{folder} holds no run to resume. Is -o the folder of the run? Or leave --resume out")
     if not resume and has_files(folder):

@@ -151,6 +151,18 @@ def blur(image: ImageSource, sigma: float = 6.0) -> Image.Image:
     return load_image(image).filter(ImageFilter.GaussianBlur(sigma))
 
 
+def foreground(image: ImageSource, tolerance: int = 24) -> Image.Image:
+    """White where the image is not transparent or, of an opaque image, differs by more than `tolerance` of 255 from the
+    median colour of its border; black elsewhere. For icons and cut-outs: of a photo it is no segmentation."""
+    picture = load_image(image, mode="RGBA")
+    alpha = np.asarray(picture.getchannel("A"))
+    if alpha.min() < 255:
+        return _rgb((alpha > 127).astype(np.uint8) * 255)
+    pixels = np.asarray(picture.convert("RGB")).astype(np.int16)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return _rgb((abs(pixels - np.median(border, axis=0)).max(2) > tolerance).astype(np.uint8) * 255)
+
+
 def edge_map(image: ImageSource) -> Image.Image:
     """An existing edge map as white lines on black; dark lines on light are inverted."""
     lines = np.asarray(load_image(image).convert("L"))

@@ -18,16 +18,20 @@ import hashlib
 import json
 import re
 import tarfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 from condit.data.files import hash_file
 from condit.data.images import ImageSource, load_image
 
-METADATA = "metadata.jsonl"
+METADATA, CARD = "metadata.jsonl", "card.json"
+SHARDS_OPEN = 8  # tars whose index is in memory; about 1 KB a row
 PICTURES = ("png", "jpg", "jpeg", "webp")
 _ROLE = re.compile(r"(.+)_file_names?")
 _GROUP = re.compile(r"(.+)_group")
@@ -41,6 +45,7 @@ class Pair:
     text: str
     references: Mapping[str, tuple[ImageSource, ...]]
     groups: Mapping[str, str] = field(default_factory=dict)  # its groups of targets: "style" -> a name
+    columns: Mapping[str, object] = field(default_factory=dict)  # what else its row says: seed, licence, ...
 
     def one(self, role: str) -> ImageSource:
         """The first reference of a role. KeyError lists the roles of this pair."""
@@ -104,8 +109,38 @@ class TarPairs:
                 references.setdefault(_role(extension), []).append(read(extension))
             target = next(read(e) for e in PICTURES if e in parts)
             metadata = json.loads(read("json")) if "json" in parts else {}
+            if not isinstance(metadata, dict):
+                raise ValueError("its .json is not an object")
             text = read("txt").decode() if "txt" in parts else metadata["text"]
-        return Pair(target, text, {role: tuple(images) for role, images in references.items()}, _groups(metadata))
+        roles = {role: tuple(images) for role, images in references.items()}
+        return Pair(target, text, roles, _groups(metadata), _columns(metadata))
+
+
+class ShardPairs:
+    """Tars whose card counts their rows: only the tars of the last rows that were read are indexed, so that opening a
+    set takes no longer, and no more memory, the more rows it has."""
+
+    def __init__(self, shards: Sequence[tuple[Path, int]]):
+        self.shards = tuple(shards)
+        self.ends = list(accumulate(count for _, count in shards))
+        self.shard = lru_cache(SHARDS_OPEN)(self._shard)
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def _shard(self, number: int) -> TarPairs:
+        """The pairs of a tar. ValueError if they are not as many as the card says."""
+        tar, count = self.shards[number]
+        pairs = _open_tars([tar])
+        if len(pairs) != count:
+            raise ValueError(f"{tar} has {len(pairs)} rows; {tar.parent / CARD} says {count}. Copy the set again.")
+        return pairs
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        number = bisect_right(self.ends, index)
+        return self.shard(number)[index - self.ends[number] + self.shards[number][1]]
 
 
 @dataclass(frozen=True)
@@ -120,8 +155,8 @@ class Report:
 
 
 def open_pairs(source: str | Path) -> Pairs:
-    """The pairs of a folder with metadata.jsonl, of a tar, or of a folder of tars. ValueError quotes the first bad
-    row."""
+    """The pairs of a folder with metadata.jsonl, of a tar, or of a folder of tars. ValueError quotes the first bad row;
+    of tars with a card (`condit data filter` writes one) when it is read."""
     path = Path(source)
     if (path / METADATA).is_file():
         rows = []
@@ -131,8 +166,23 @@ def open_pairs(source: str | Path) -> Pairs:
                 raise ValueError(f"{place}: {problem}. Row: {_quoted(row)}")
             rows.append(pair)
         return FolderPairs(tuple(rows))
+    return ShardPairs(shards) if (shards := _card_shards(path)) else _open_tars(_tars(path))
+
+
+def _card_shards(folder: Path) -> list[tuple[Path, int]]:
+    """The tars of a folder and their numbers of rows by its card; empty without a card of tars."""
+    if not (folder / CARD).is_file():
+        return []
+    try:
+        shards = json.loads((folder / CARD).read_text(encoding="utf-8"))["shards"]
+        return [(folder / Path(shard["name"]).name, int(shard["rows"])) for shard in shards]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / CARD} is damaged ({error!r}). Restore or delete it.") from error
+
+
+def _open_tars(tars: Sequence[Path]) -> TarPairs:
     samples = []
-    for place, tar, parts in _tar_samples(_tars(path)):
+    for place, tar, parts in _tar_samples(tars):
         problem = _bad_sample(parts)
         if problem:
             raise ValueError(f"{place}: {problem}. Found: {', '.join(parts)}")
@@ -153,7 +203,7 @@ def check(source: str | Path, *, decode: bool = True) -> Report:
     """Check every row of a set: names, files, captions and, with `decode`, whether each image can be read."""
     path, problems, roles, count = Path(source), [], {}, 0
     sizes: Counter[tuple[str, str]] = Counter()
-    for place, pair in _checked(path):
+    for place, pair in stream(path):
         count += 1
         if isinstance(pair, str):
             problems.append(f"{place}: {pair}")
@@ -173,8 +223,8 @@ def check(source: str | Path, *, decode: bool = True) -> Report:
     return Report(count, roles, tuple(problems), dict(groups))
 
 
-def _checked(path: Path) -> Iterator[tuple[str, Pair | str]]:
-    """Place of every row, and its pair or the text of its problem."""
+def stream(path: Path) -> Iterator[tuple[str, Pair | str]]:
+    """Place of every row, and its pair or the text of its problem; one tar or row at a time in memory."""
     if (path / METADATA).is_file():
         for place, row in json_rows(path / METADATA):
             problem, pair = _folder_pair(path, row)
@@ -247,7 +297,13 @@ def _folder_pair(folder: Path, row: object) -> tuple[str, Pair | None]:
         return str(error), None
     except OSError as error:  # a name that is too long, a folder that may not be read
         return f"{error.strerror}: {_quoted(error.filename)}", None
-    return "", Pair(target, row.get("text", ""), references, groups)
+    return "", Pair(target, row.get("text", ""), references, groups, _columns(row))
+
+
+def _columns(row: Mapping[str, object]) -> dict[str, object]:
+    """What a row says apart from its files, text and groups."""
+    known = ("file_name", "text")
+    return {k: v for k, v in row.items() if k not in known and not (_ROLE.fullmatch(k) or _GROUP.fullmatch(k))}
 
 
 def _groups(row: Mapping[str, object]) -> dict[str, str]:

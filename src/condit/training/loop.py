@@ -5,7 +5,6 @@ All randomness of step i comes from (seed, i, process), so a resumed run continu
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from condit.data.files import atomic_write, remove_temporaries
 from condit.data.progress import progress_bar
 from condit.training import sharding
+from condit.training.batches import sources, to_device
 from condit.training.checkpoint import cut_log, read_state, stop_signals, write_state
 from condit.training.fields import Count, Data, NotNegative, Positive, Seed, Share, Steps, Whole
 from condit.training.optim import Average, lr_factor, make_optimizers, set_lr
@@ -37,8 +37,6 @@ from condit.training.optim import Average, lr_factor, make_optimizers, set_lr
 log = logging.getLogger(__name__)
 
 NAN_STEPS_UNTIL_STOP = 20
-
-T = TypeVar("T")
 
 
 class LoopConfig(BaseModel):
@@ -48,7 +46,8 @@ class LoopConfig(BaseModel):
 
     steps: Steps
     batch: Count
-    accumulate: Count = 1  # batches whose gradients make one step
+    accumulate: Count = 1  # batches of each process whose gradients make one step
+    batches: Count | None = None  # batches of a step over all processes: the run is the same on any number of them
     seed: Seed = 0
     optimizer: Literal["adamw", "prodigy"] = "adamw"
     lr: Positive = 1e-3  # of Prodigy a factor: 1
@@ -113,23 +112,6 @@ class Task(nn.Module, ABC):
         """Write the trained weights, averaged, into `folder`. `card`: steps, images seen, last figures."""
 
 
-def to_device(batch: T, device: torch.device) -> T:
-    """A tensor, a tuple of tensors, or a dataclass with its tensors, on the device."""
-    return cast(T, _moved(batch, device))
-
-
-def _moved(batch: object, device: torch.device) -> object:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, tuple):
-        return tuple(_moved(value, device) for value in batch)
-    if not dataclasses.is_dataclass(batch) or isinstance(batch, type):
-        return batch
-    return dataclasses.replace(
-        batch, **{f.name: _moved(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
-    )
-
-
 def fast_precision() -> Literal["bf16", "no"]:
     """bf16 where the device has arithmetic for it. A CPU that has none (AVX2) emulates it, tens of times slower."""
     if torch.cuda.is_available():
@@ -159,6 +141,11 @@ class Loop:
             raise ValueError(
                 "Weights are sharded by `shard = true` under [train]; leave accelerate's FSDP settings out."
             )
+        if config.batches is not None and (config.accumulate > 1 or config.batches % self.accelerator.num_processes):
+            raise ValueError(
+                f"batches = {config.batches} are divided among the processes: expected a multiple of "
+                f"{self.accelerator.num_processes}, and no accumulate."
+            )
         out.mkdir(parents=True, exist_ok=True)
         self.sharded = config.shard and self.accelerator.num_processes > 1
         self.skeleton = self.shard() if self.sharded else None
@@ -184,6 +171,11 @@ class Loop:
         remove_temporaries(out)
         if resume and (out / "state.pt").exists():
             self.load()
+        if self.accelerator.num_processes > 1 and sharding.first(self.step, self.accelerator.device) != self.step:
+            raise ValueError(
+                f"Process {self.accelerator.process_index} starts at step {self.step}, unlike the first one: {out} "
+                "must be on a file system that all machines share."
+            )
         if resume and self.accelerator.is_main_process:
             cut_log(out / "log.jsonl", self.step, config.steps)
 
@@ -256,26 +248,30 @@ class Loop:
                 self.task.export(self.out / "export", self.card(figures))
 
     def make_batch(self, step: int) -> list[object]:
-        """The batches of a step."""
-        rng = random.Random(self.key(step))
-        return [self.task.batch(rng, self.config.batch) for _ in range(self.config.accumulate)]
+        """The batches of a step that are this process's."""
+        return [self.task.batch(rng, self.config.batch) for rng in self.sources(step)]
 
     @property
     def images_a_step(self) -> int:
-        return self.config.batch * self.config.accumulate * self.accelerator.num_processes
+        processes = self.accelerator.num_processes
+        return self.config.batch * (self.config.batches or self.config.accumulate * processes)
 
-    def key(self, step: int) -> str:
-        return f"{self.config.seed}/{step}/{self.accelerator.process_index}"
+    def sources(self, step: int, what: str = "") -> list[random.Random]:
+        """The source of randomness of each batch of a step that is this process's."""
+        config, accelerator = self.config, self.accelerator
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        return sources(f"{what}{config.seed}/{step}", config.batches, config.accumulate, rank, processes)
 
     def train_step(self, batches: Sequence[object]) -> tuple[float, dict[str, float]]:
         config = self.config
-        generator = torch.Generator().manual_seed(random.Random("noise/" + self.key(self.step)).getrandbits(62))
+        noise = self.sources(self.step, "noise/")
+        seeded = {rng: torch.Generator().manual_seed(rng.getrandbits(62)) for rng in dict.fromkeys(noise)}
         set_lr(self.optimizers, lr_factor(self.step, config.steps, config.warmup, decay=config.decay))
         self.task.progress = self.step / config.steps
         value, logs = 0.0, {}
-        for batch in batches:
+        for batch, rng in zip(batches, noise, strict=True):
             with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                loss, logs = self.model(to_device(batch, self.accelerator.device), generator)
+                loss, logs = self.model(to_device(batch, self.accelerator.device), seeded[rng])
             loss = loss.float()
             self.accelerator.backward(loss / len(batches))
             value += float(loss.detach()) / len(batches)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from condit.data.grouped import GroupedPairs, PairKind
 from condit.data.images import ImageSource, load_image, to_tensor
-from condit.data.pairs import open_pairs
+from condit.data.pairs import Pairs, ShardPairs, open_pairs
 from condit.encoders.clip_patches import resize_antialiased
 from condit.training.plugins import icon_world
 from condit.weights.latent_models import Frame
@@ -47,9 +47,9 @@ class FolderSource:
     size: tuple[int, int]
     reference_size: int
 
-    @classmethod
-    def open(cls, source: str | Path, size: tuple[int, int], reference_size: int) -> FolderSource:
-        return cls(GroupedPairs(open_pairs(source)), size, reference_size)
+    def check(self, kinds: Sequence[PairKind]) -> None:
+        """ValueError unless the set has pairs of each of these kinds."""
+        self.pairs.need(kinds)
 
     def batch(self, rng: random.Random, kind: PairKind, size: int) -> Paired:
         sampled = [self.pairs.draw(rng, kind) for _ in range(size)]
@@ -64,6 +64,29 @@ class FolderSource:
         image = load_image(source)
         whole = to_tensor(image, (image.height, image.width))[None]
         return resize_antialiased(whole, (self.reference_size, self.reference_size))
+
+
+class ShardSource:
+    """Pairs of tars with a card. The rows of a batch come from one tar, drawn by its number of rows, so that a process
+    reads as many tars as it makes batches, whatever the size of the set. Groups are those of a tar."""
+
+    def __init__(self, pairs: ShardPairs, size: tuple[int, int], reference_size: int):
+        self.counts = [count for _, count in pairs.shards]
+        self.shard = lru_cache(2)(lambda number: FolderSource(GroupedPairs(pairs.shard(number)), size, reference_size))
+
+    def check(self, kinds: Sequence[PairKind]) -> None:
+        """ValueError unless the first tar has pairs of each of these kinds."""
+        self.shard(0).check(kinds)
+
+    def batch(self, rng: random.Random, kind: PairKind, size: int) -> Paired:
+        return self.shard(rng.choices(range(len(self.counts)), self.counts)[0]).batch(rng, kind, size)
+
+
+def open_folder(pairs: Pairs, size: tuple[int, int], reference_size: int) -> FolderSource | ShardSource:
+    """The source of batches of a set."""
+    if isinstance(pairs, ShardPairs):
+        return ShardSource(pairs, size, reference_size)
+    return FolderSource(GroupedPairs(pairs), size, reference_size)
 
 
 def cropped(original: tuple[int, int], size: tuple[int, int]) -> Frame:
@@ -92,7 +115,7 @@ def open_source(
     if icons is not None and pairs is None:
         return icon_world().paired(icons, splits, size, reference_size)
     if pairs is not None and icons is None:
-        source = FolderSource.open(pairs, size, reference_size)
-        source.pairs.need(kinds)
+        source = open_folder(open_pairs(pairs), size, reference_size)
+        source.check(kinds)
         return source
     raise ValueError("Set either icons (an icon world) or pairs (a folder or tars of style and content groups).")

@@ -67,8 +67,13 @@ def load_whole_state(optimizer: torch.optim.Optimizer, saved: StateDict) -> None
     optimizer.load_state_dict({**saved, "state": state})
 
 
+def first(number: int, device: torch.device) -> int:
+    """The number of the first process. All processes must call it."""
+    shared = torch.tensor([number], device=device)
+    torch.distributed.broadcast(shared, 0)
+    return int(shared)
+
+
 def agree(flag: bool, device: torch.device) -> bool:
     """The flag of the first process: clocks differ, and all must save, or validate, at the same step."""
-    first = torch.tensor([int(flag)], device=device)
-    torch.distributed.broadcast(first, 0)
-    return bool(first)
+    return bool(first(int(flag), device))
