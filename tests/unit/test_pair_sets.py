@@ -16,10 +16,9 @@ from condit.data.files import hash_file
 from condit.data.grouped import GroupedPairs
 from condit.data.images import load_image, save_image
 from condit.data.pairs import Pair, ShardPairs, check, open_pairs
-from condit.pairs import writers
-from condit.pairs.build import from_canvases, make_rows
-from condit.pairs.card import SetForm, write_set
+from condit.pairs.build import Grouping, from_canvases, make_rows
 from condit.pairs.filters import Encoder, Filters, Hashes, Rules, perceptual_hash
+from condit.pairs.sets import SetForm, files_of, write_set
 
 SIZE = 16
 
@@ -55,7 +54,7 @@ def raise_error(place: str, text: str) -> None:
 
 def built(source: Path, out: Path, kind: str, form: SetForm | None = None, conditions=(), across=False) -> dict:
     def make(on_error):
-        for place, row in make_rows(kind, source, conditions, seed=0, across=across):
+        for place, row in make_rows(kind, source, conditions, Grouping(across=across)):
             if isinstance(row, str):
                 on_error(place, row)
             else:
@@ -72,7 +71,7 @@ def number(image) -> int:
 
 @pytest.mark.parametrize("across", [False, True])
 def test_pairs_of_groups_share_a_style_or_a_subject(drawn, across):
-    rows = [pair for _, pair in make_rows("groups", drawn, (), seed=0, across=across)]
+    rows = [pair for _, pair in make_rows("groups", drawn, (), Grouping(across=across))]
     styles = 0
     for pair in rows:
         assert isinstance(pair, Pair)
@@ -153,15 +152,15 @@ def test_a_card_that_does_not_fit_its_tars_raises(drawn, tmp_path):
 
 def test_an_interrupted_set_is_made_again_and_another_one_is_refused(drawn, tmp_path, monkeypatch):
     whole = built(drawn, tmp_path / "whole", "groups", SetForm(shard_rows=5))
-    write, calls = writers.TarWriter.write, []
+    calls = []
 
-    def stop(self, pair):
+    def stop(pair):
         calls.append(pair)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        write(self, pair)
+        return files_of(pair)
 
-    monkeypatch.setattr(writers.TarWriter, "write", stop)
+    monkeypatch.setattr("condit.pairs.sets.files_of", stop)
     with pytest.raises(KeyboardInterrupt):
         built(drawn, tmp_path / "cut", "groups", SetForm(shard_rows=5))
     assert not (tmp_path / "cut" / "card.json").exists()
@@ -212,10 +211,10 @@ def test_each_filter_rejects_what_it_names_and_counts_it():
     kept = list(filters(rows, lambda place, text: errors.append(place)))
     assert [pair.text for pair in kept] == ["red"] and kept[0].columns["subject_agreement"] > 0.9
     assert errors == ["broken", "bad row", "broken reference"] and filters.read == 9
-    shares = {name: (row["rows"], row["kept"]) for name, row in filters.shares().items()}
+    shares = {name: (tally.rows, tally.rows - tally.rejected) for name, tally in filters.tallies.items()}
     assert shares == {"size": (7, 5), "duplicate": (5, 4), "text": (4, 3), "subject": (2, 1)}
-    assert filters.rejected["subject"].sheet("x").width > 0
-    assert filters.shares()["text"]["quantiles"]["0.01"] < 0.5
+    assert filters.tallies["subject"].sheet("x").width > 0
+    assert filters.tallies["text"].card()["quantiles"]["0.01"] < 0.5
 
 
 def test_a_copy_of_the_target_is_above_the_span_and_references_are_chosen_one_by_one():
@@ -231,7 +230,7 @@ def test_limits_are_checked_before_an_image_is_decoded(monkeypatch):
     monkeypatch.setattr("condit.pairs.filters.load_image", lambda source: pytest.fail("decoded"))
     errors: list[str] = []
     rows = [("bomb", Pair(bomb, "red", {}))]
-    assert list(Filters(Rules(), None)(rows, lambda _, text: errors.append(text))) == []
+    assert list(Filters(Rules(), ENCODER)(rows, lambda _, text: errors.append(text))) == []
     assert errors == ["9000 x 8000 pixels; the limit is 64 million"]
 
 
@@ -264,11 +263,11 @@ def test_no_more_than_a_batch_of_rows_is_held():
 
     def rows():
         for n in range(40):
-            pair = Row(png(noise(n, (64, 64))), "", {})
+            pair = Row(png(noise(n, (64, 64))), "red", {})
             alive.add(pair)
             yield f"{n}", pair
 
     most = 0
-    for _ in Filters(Rules(distance=None), None, batch=4)(rows(), raise_error):
+    for _ in Filters(Rules(distance=None), ENCODER, batch=4)(rows(), raise_error):
         most = max(most, len(alive))
     assert most <= 2 * 4

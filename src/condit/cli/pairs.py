@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,9 +14,10 @@ from condit.cli.terminal import Debug, Json, Seed, answer, say
 
 if TYPE_CHECKING:
     from condit.data.pairs import Pair
-    from condit.pairs.card import OnError
+    from condit.pairs.sets import OnError
 
 Source = Annotated[Path, typer.Argument(help="A folder with metadata.jsonl, tars, or a folder of pictures.")]
+Kind = Literal["groups", "canvas", "pictures"]
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,21 @@ class SetOptions:
     """Output"""
 
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new set.", show_default=False)]
-    layout: Annotated[
-        Literal["tar", "folder"], typer.Option(help="WebDataset tars, or images with metadata.jsonl.")
-    ] = "tar"
+    layout: Annotated[Literal["tar", "folder"], typer.Option(help="WebDataset, or images and metadata.jsonl.")] = "tar"
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows of a tar.")] = 1000
     licence: Annotated[str | None, typer.Option(help="Licence of rows that state none.")] = None
     as_json: Json = False
     debug: Debug = False
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """Groups"""
+
+    references: Annotated[int, typer.Option(min=1, help="References of each role, at most.")] = 1
+    across: Annotated[bool, typer.Option("--across", help="Style references show another subject.")] = False
+    caption: Annotated[str | None, typer.Option(help="Column of the caption [default: the text].")] = None
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -39,48 +48,33 @@ class FilterOptions:
 
     min_side: Annotated[int, typer.Option(help="Shortest side, in pixels.")] = 64
     max_ratio: Annotated[float, typer.Option(help="Longest side by shortest.")] = 4.0
-    distance: Annotated[
-        int,
-        typer.Option(help="Duplicates: bits in which perceptual hashes differ at most, 0 to 7; -1: keep all."),
-    ] = 3
-    text: Annotated[
-        str | None, typer.Option(metavar="LOW[:HIGH]", help="Kept cosines of image and text.", show_default=False)
-    ] = None
+    distance: Annotated[int, typer.Option(help="Bits in which hashes of duplicates differ, 0 to 7; -1: keep all.")] = 3
+    text: Annotated[str | None, typer.Option(metavar="LOW[:HIGH]", help="Kept cosines of image and text.")] = None
     agree: Annotated[
-        list[str] | None,
-        typer.Option("--agree", metavar="ROLE=LOW[:HIGH]", help="Kept cosines of target and reference of a role."),
+        list[str] | None, typer.Option(metavar="ROLE=LOW[:HIGH]", help="Kept cosines of target and reference.")
     ] = None
-    clip: Annotated[
-        str | None, typer.Option("--clip", help="Folder of a CLIP that compares [default: the embedded one].")
-    ] = None
+    clip: Annotated[str | None, typer.Option(help="Folder of a CLIP that compares [default: the embedded one].")] = None
     batch: Annotated[int, typer.Option(min=1, help="Images that are compared at a time.")] = 32
 
 
 @with_options
 def pair(
-    kind: Annotated[
-        Literal["groups", "canvas", "pictures"], typer.Argument(help="How rows become pairs.", show_default=False)
-    ],
+    kind: Annotated[Kind, typer.Argument(help="How rows become pairs.", show_default=False)],
     source: Source,
     options: SetOptions,
-    conditions: Annotated[
-        str, typer.Option("--conditions", help="Aligned conditions, such as edges,gray,depth,mask.")
-    ] = "",
-    across: Annotated[
-        bool, typer.Option("--across", help="groups: a style reference shows another subject of the same style.")
-    ] = False,
-    seed: Seed = 0,
+    groups: GroupOptions,
+    conditions: Annotated[str, typer.Option(help="Aligned conditions of each target, such as edges,gray,mask.")] = "",
 ) -> None:
     """Make pairs of images.
 
-    groups: a style and a content reference for each image of `condit data draw`. canvas: the halves of wide images are
+    groups: style and content references for each image of `condit data draw`. canvas: the halves of wide images are
     each other's subject reference. pictures: every picture with its caption (the .txt next to it, or the prompt of its
     recipe).
     """
-    from condit.pairs.build import make_rows
+    from condit.pairs.build import Grouping, make_rows
 
     names = tuple(name.strip() for name in conditions.split(",") if name.strip())
-    rows = make_rows(kind, checked(source, options.out), names, seed=seed, across=across)
+    rows = make_rows(kind, checked(source, options.out), names, Grouping(**asdict(groups)))
 
     def good(on_error: OnError) -> Iterator[Pair]:
         for place, row in rows:
@@ -89,8 +83,7 @@ def pair(
             else:
                 yield row
 
-    settings = {"command": f"data pair {kind}", "conditions": names, "across": across, "seed": seed}
-    write(source, options, good, settings)
+    write(source, options, good, {"command": f"data pair {kind}", "conditions": names, **asdict(groups)})
 
 
 @with_options
@@ -101,24 +94,22 @@ def filter_pairs(source: Source, options: SetOptions, filters: FilterOptions) ->
     rows. A figure without a limit is measured and rejects nothing.
     """
     text = None if filters.text is None else span_of(filters.text)
-    named = [value.partition("=")[::2] for value in filters.agree or []]
-    agree = {role: span_of(span) for role, span in named}
+    agree = {role: span_of(span) for role, _, span in (value.partition("=") for value in filters.agree or [])}
     checked(source, options.out)
     from condit.data.files import atomic_write
     from condit.pairs.build import open_rows
     from condit.pairs.filters import Filters, Rules, load_encoder
 
     distance = None if filters.distance < 0 else filters.distance
-    rules = Rules(filters.min_side, filters.max_ratio, distance, text, agree)
-    encoder = load_encoder(filters.clip)
+    rules, encoder = Rules(filters.min_side, filters.max_ratio, distance, text, agree), load_encoder(filters.clip)
     used = Filters(rules, encoder, batch=filters.batch)
 
     def report() -> dict[str, object]:
-        for name, rejected in used.rejected.items():
-            if rejected.count:
-                sheet = rejected.sheet(f"{name}: {rejected.count} of {used.seen[name]} rows rejected")
+        for name, tally in used.tallies.items():
+            if tally.shown:
+                sheet = tally.sheet(f"{name}: {tally.rejected} of {tally.rows} rows rejected")
                 atomic_write(options.out / f"rejected-{name}.png", lambda path, sheet=sheet: sheet.save(path, "PNG"))
-        return {"read": used.read, "filters": used.shares()}
+        return {"read": used.read, "filters": {name: tally.card() for name, tally in used.tallies.items()}}
 
     settings = {"command": "data filter", **asdict(rules), "batch": filters.batch, "encoder": encoder.name}
     write(source, options, lambda on_error: used(open_rows(source), on_error), settings, report)
@@ -135,13 +126,13 @@ def checked(source: Path, out: Path) -> Path:
 
 def span_of(text: str) -> tuple[float, float]:
     """ "0.2" -> (0.2, 1.1), "0.2:0.9" -> (0.2, 0.9). A cosine of rounded vectors may be a little above 1."""
-    low, colon, high = text.partition(":")
+    low, _, high = text.partition(":")
     try:
-        span = float(low), float(high) if colon else 1.1
+        span = float(low), float(high or 1.1)
     except ValueError:
-        span = (2.0, 0.0)
+        span = 1.0, -1.0
     if not -1.1 <= span[0] <= span[1]:
-        raise typer.BadParameter(f"{text!r}: expected LOW or LOW:HIGH, cosines from -1 to 1, as in style=0.3:0.95")
+        raise typer.BadParameter(f"{text!r}: expected cosines, LOW or LOW:HIGH, as in 0.3:0.95")
     return span
 
 
@@ -149,11 +140,11 @@ def write(
     source: Path,
     options: SetOptions,
     make: Callable[[OnError], Iterable[Pair]],
-    settings: dict[str, object],
-    report: Callable[[], dict[str, object]] = dict,
+    settings: Mapping[str, object],
+    report: Callable[[], Mapping[str, object]] = dict,
 ) -> None:
     """Writes the set; exits with 1 if a row could not be read."""
-    from condit.pairs.card import SetForm, write_set
+    from condit.pairs.sets import SetForm, write_set
 
     form = SetForm(options.layout, options.shard_rows, options.licence)
     card = write_set(source, options.out, make, settings, form, report)

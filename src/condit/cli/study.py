@@ -28,16 +28,17 @@ def train(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run [default: runs/NAME].", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint; under torchrun also start.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Train a model or an adapter with a recipe."""
     if not recipe.is_file():
         raise typer.BadParameter(f"no recipe at {recipe}")
     folder = out or Path("runs") / recipe.stem
-    # torchrun starts all processes again, with the same command, when one of them ends.
-    resume = resume or (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and folder.is_dir())
-    if resume and not folder.is_dir():
+    restarted = "TORCHELASTIC_RUN_ID" in os.environ  # torchrun starts lost processes again with the same command
+    if resume and not restarted and not folder.is_dir():
         raise typer.BadParameter(f"{folder} holds no run to resume. Is -o the folder of the run? Or leave --resume out")
     if not resume and has_files(folder):
         raise typer.BadParameter(

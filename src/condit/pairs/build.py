@@ -8,7 +8,7 @@ import os
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -27,12 +27,24 @@ MAX_CAPTION_BYTES = 100_000
 SEPARATOR = "|"  # between the two scenes of a canvas
 
 
-def from_groups(rows: Iterable[Row], *, seed: int = 0, across: bool = False) -> Iterator[Row]:
-    """One reference for style and one for content for every image, where the set has them.
+@dataclass(frozen=True)
+class Grouping:
+    """How groups become pairs. references: of each role, at most. across: a style reference is an image of another
+    subject with the same column `style`, so that it does not show the content. caption: the column of the caption;
+    None: the text."""
+
+    seed: int = 0
+    references: int = 1
+    across: bool = False
+    caption: str | None = None
+
+
+def from_groups(rows: Iterable[Row], how: Grouping) -> Iterator[Row]:
+    """References for style and for content for every image, where the set has them.
 
     Rows of a subject (`content_group`) must follow each other, as `condit data draw` writes them. style: another image
-    of the same `style_group`, DEADiff's images of one prompt. across: an image of another subject with the same column
-    `style`, so that the reference does not show the content. content: the same subject in another style.
+    of the same `style_group`, DEADiff's images of one prompt, or `across` subjects. content: the same subject in
+    another style.
     """
     recent: dict[object, deque[tuple[object, ImageSource]]] = defaultdict(lambda: deque(maxlen=RECENT))
     for block in blocks(rows):
@@ -41,18 +53,23 @@ def from_groups(rows: Iterable[Row], *, seed: int = 0, across: bool = False) -> 
             if isinstance(pair, str):
                 yield place, pair
                 continue
-            rng, subject, style = random.Random(f"{seed} {place}"), *names_of(pair)
-            if across:
+            rng, subject, style = random.Random(f"{how.seed} {place}"), *names_of(pair)
+            if how.across:
                 alike = [image for other, image in recent[pair.columns.get("style")] if other != subject]
             else:
                 alike = [p.image for p in pairs if p is not pair and names_of(p)[1] == style and style is not None]
             other = [p.image for p in pairs if subject is not None and names_of(p)[1] != style]
             chosen = {"style": alike, "content": other}
-            references = {role: (rng.choice(images),) for role, images in chosen.items() if images}
+            references = {role: some(rng, images, how.references) for role, images in chosen.items() if images}
             if references:
-                yield place, replace(pair, references={**pair.references, **references}, groups={})
+                text = pair.text if how.caption is None else str(pair.columns.get(how.caption, pair.text))
+                yield place, replace(pair, text=text, references={**pair.references, **references}, groups={})
         for pair in pairs:
             recent[pair.columns.get("style")].append((names_of(pair)[0], pair.image))
+
+
+def some(rng: random.Random, images: Sequence[ImageSource], count: int) -> tuple[ImageSource, ...]:
+    return tuple(rng.sample(images, min(count, len(images))))
 
 
 def names_of(pair: Pair) -> tuple[str | None, str | None]:
@@ -117,11 +134,11 @@ def with_conditions(rows: Iterable[Row], names: Sequence[str]) -> Iterator[Row]:
         yield place, pair
 
 
-def make_rows(kind: str, source: Path, conditions: Sequence[str], *, seed: int, across: bool) -> Iterator[Row]:
+def make_rows(kind: str, source: Path, conditions: Sequence[str], how: Grouping) -> Iterator[Row]:
     """The rows of a kind of pairs ("groups", "canvas", "pictures") with conditions. ValueError for an unknown one."""
     rows = open_rows(source)
     if kind == "groups":
-        rows = from_groups(rows, seed=seed, across=across)
+        rows = from_groups(rows, how)
     elif kind == "canvas":
         rows = from_canvases(rows)
     unknown = [name for name in conditions if name not in CONDITIONS]

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import random
 import sqlite3
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
 from itertools import islice
 
 import numpy as np
@@ -23,17 +22,18 @@ from condit.data.sheets import SheetCell, contact_sheet
 from condit.encoders.clip import CONCEPT, STYLE
 from condit.encoders.image import TinyImage, TinyTextTower
 from condit.pairs.build import Row
-from condit.pairs.writers import header, read_bytes
+from condit.pairs.sets import OnError, header, read_bytes
 from condit.weights.catalog import MODELS, describe_hash
 from condit.weights.clip_towers import load_image_encoder, load_text_tower, weight_file
 from condit.weights.tiny import load_clip
 
-Span = tuple[float, float]  # the lowest and the highest figure that is kept
+Span = tuple[float, float]  # the lowest and the highest cosine that is kept
 
 SHOWN, COLUMNS, CELL = 24, 8, 96  # rejected rows on a sheet
-DECODED = 512  # pixels of a side
+DECODED = 512  # pixels of a side: a batch of large photos must fit into memory
 BINS = 200  # of a histogram of cosines, -1 to 1
-CACHE_KB = 16_384  # of the data base of hashes
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+DCT = np.cos(np.pi / 32 * np.arange(8)[:, None] * (np.arange(32) + 0.5))  # the first rows of a cosine transform
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Encoder:
     words: Callable[[Sequence[str]], Tensor]
     parts: Mapping[str, slice] = field(default_factory=dict)
 
-    def agreement(self, a: Tensor, b: Tensor, role: str = "") -> Tensor:
+    def agreement(self, a: Tensor, b: Tensor, role: str = "") -> list[float]:
         """Cosines (n,) of rows."""
         part = self.parts.get(role, slice(None))
-        return F.cosine_similarity(a[:, part].float(), b[:, part].float())
+        return F.cosine_similarity(a[:, part].float(), b[:, part].float()).tolist()
 
 
 def load_encoder(folder: str | None) -> Encoder:
@@ -85,16 +85,10 @@ def load_encoder(folder: str | None) -> Encoder:
     return Encoder(f"tiny {describe_hash(path)}", images, lambda phrases: words(phrases)[:, width], parts)
 
 
-@lru_cache(maxsize=1)
-def cosines(size: int = 32, count: int = 8) -> np.ndarray:
-    """The first rows (count, size) of the discrete cosine transform."""
-    return np.cos(np.pi / size * np.arange(count)[:, None] * (np.arange(size) + 0.5))
-
-
 def perceptual_hash(image: Image.Image) -> int:
     """64 bits: which of the 8 x 8 lowest cosine components of the luma at 32 x 32 px exceed their median (pHash)."""
     luma = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), np.float64)
-    low = (cosines() @ luma @ cosines().T).round(6).flatten()
+    low = (DCT @ luma @ DCT.T).round(6).flatten()
     return int("".join("1" if bit else "0" for bit in low > np.median(low[1:])), 2)
 
 
@@ -106,7 +100,7 @@ class Hashes:
         ends = [64 * i // (distance + 1) for i in range(distance + 2)]
         self.bands = [(a, (1 << (b - a)) - 1) for a, b in zip(ends, ends[1:], strict=False)]
         self.db.executescript(
-            f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{CACHE_KB}; BEGIN;"
+            "PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; BEGIN;"
             "CREATE TABLE seen (band INT, value TEXT, hash TEXT, PRIMARY KEY (band, value, hash)) WITHOUT ROWID"
         )
 
@@ -121,42 +115,33 @@ class Hashes:
         return True
 
 
-@dataclass
-class Candidate:
-    """A row; its image is decoded where it is needed."""
-
-    place: str
-    pair: Pair
-    data: bytes
-
-    @cached_property
-    def image(self) -> Image.Image:
-        return small(self.data)
-
-    @property
-    def code(self) -> int:
-        return perceptual_hash(self.image)
-
-
 def small(source: ImageSource) -> Image.Image:
-    """An image of at most DECODED px, so that a batch of large photos fits into memory."""
+    """An image of at most DECODED px."""
     image = load_image(source)
     image.thumbnail((DECODED, DECODED))
     return image
 
 
-class Rejected:
-    """The number of rows that a filter rejected, and a random sample of them."""
+class Tally:
+    """What became of the rows that reached a filter: their number, those rejected and a random sample of these, and the
+    histogram of the filter's cosine."""
 
-    def __init__(self, name: str):
-        self.count, self.rng = 0, random.Random(name)
+    def __init__(self):
+        self.rows = self.rejected = 0
         self.shown: list[tuple[Image.Image, Image.Image | None, str]] = []
+        self.histogram, self.rng = np.zeros(BINS, np.int64), random.Random(0)
 
-    def add(self, candidate: Candidate, reference: Image.Image | None, text: str) -> None:
-        self.count += 1
-        place = len(self.shown) if len(self.shown) < SHOWN else self.rng.randrange(self.count)
-        if place < SHOWN:
-            self.shown[place : place + 1] = [(candidate.image, reference, text)]
+    def passes(self, ok: bool, image: Callable[[], Image.Image], reference: Image.Image | None, text: str) -> bool:
+        self.rows, self.rejected = self.rows + 1, self.rejected + (not ok)
+        place = len(self.shown) if len(self.shown) < SHOWN else self.rng.randrange(max(1, self.rejected))
+        if not ok and place < SHOWN:
+            self.shown[place : place + 1] = [(image(), reference, text)]
+        return ok
+
+    def measured(self, figure: float, span: Span | None, image: Image.Image, reference: Image.Image | None) -> bool:
+        """Counts a cosine; whether it is in its span."""
+        self.histogram[min(BINS - 1, max(0, int((figure + 1) / 2 * BINS)))] += 1
+        return self.passes(span is None or span[0] <= figure <= span[1], lambda: image, reference, f"{figure:.2f}")
 
     def sheet(self, title: str) -> Image.Image:
         """The sample; under each row of images its references, if it has any."""
@@ -168,120 +153,87 @@ class Rejected:
                 rows.append([None if r is None else SheetCell(r, is_input=True) for _, r, _ in part])
         return contact_sheet(rows, [""] * len(rows), title=title, cell=CELL, label_width=0)
 
+    def card(self) -> dict[str, object]:
+        """Rows, those kept, their share and, of a cosine, quantiles to 0.01."""
+        kept, total = self.rows - self.rejected, self.histogram.cumsum()
+        places = [int(np.searchsorted(total, share * total[-1])) for share in QUANTILES] if total[-1] else []
+        figures = {str(q): round((x + 1) / BINS * 2 - 1, 2) for q, x in zip(QUANTILES, places, strict=False)}
+        card = {"rows": self.rows, "kept": kept, "share": round(kept / max(1, self.rows), 4)}
+        return card | ({"quantiles": figures} if figures else {})
+
 
 class Filters:
-    """`Filters(rules, encoder)(rows, on_error)` yields the rows that are kept, with their figures as columns;
-    on_error(place, text) is called for rows that cannot be read. Afterwards: `read` rows, and by filter `seen`,
-    `rejected` and `histograms` of the figures."""
+    """`Filters(rules, encoder)(rows, on_error)` yields the rows that are kept, with their figures as columns, and calls
+    on_error(place, text) for those that cannot be read. Then `read` is the number of rows, `tallies` say what became of
+    them by filter: "size", "duplicate", "text" and the roles."""
 
-    def __init__(self, rules: Rules, encoder: Encoder | None, *, batch: int = 32):
-        if encoder is None and (rules.text or rules.agree):
-            raise ValueError("Agreement needs an encoder.")
-        self.rules, self.encoder, self.batch = rules, encoder, batch
+    def __init__(self, rules: Rules, encoder: Encoder, *, batch: int = 32):
+        self.rules, self.encoder, self.batch, self.read = rules, encoder, batch, 0
         self.hashes = None if rules.distance is None else Hashes(rules.distance)
-        self.read = 0
-        self.rejected: dict[str, Rejected] = {}
-        self.histograms: dict[str, np.ndarray] = {}
-        self.seen = Counter[str]()  # rows that reached a filter
+        self.tallies: dict[str, Tally] = defaultdict(Tally)
 
-    def __call__(self, rows: Iterable[Row], on_error: Callable[[str, str], None]) -> Iterator[Pair]:
+    def __call__(self, rows: Iterable[Row], on_error: OnError) -> Iterator[Pair]:
         stream = iter(rows)
         while chunk := list(islice(stream, self.batch)):
             self.read += len(chunk)
-            candidates = []
-            for place, pair in chunk:
+            images: dict[int, Image.Image] = {}
+            for i, (place, pair) in enumerate(chunk):
                 try:
-                    if isinstance(pair, str):
-                        raise ValueError(pair)
-                    candidate = self.decode(place, pair)
+                    image = self.decode(pair)
                 except (ValueError, OSError) as error:
                     on_error(place, str(error))
                     continue
-                candidates += [candidate] if candidate else []
-            yield from self.agree(candidates, on_error)
+                if image is not None:
+                    images[i] = image
+            yield from self.agree([chunk[i] for i in images], list(images.values()), on_error)
 
-    def passes(
-        self, name: str, ok: bool, candidate: Candidate, reference: Image.Image | None = None, text: str = ""
-    ) -> bool:
-        """Counts a row that reached a filter; keeps it for the sheet unless it is ok."""
-        self.seen[name] += 1
-        rejected = self.rejected.setdefault(name, Rejected(name))
-        if not ok:
-            rejected.add(candidate, reference, text)
-        return ok
-
-    def decode(self, place: str, pair: Pair) -> Candidate | None:
-        """The filters before an encoder. Nothing above the limits is decoded."""
+    def decode(self, pair: Pair | str) -> Image.Image | None:
+        """The image of a row that passes the filters before an encoder. What is too small or large is not decoded."""
+        if isinstance(pair, str):
+            raise ValueError(pair)
         data = read_bytes(pair.image)
         (width, height), rules = header(data)[1], self.rules
         large = min(width, height) >= rules.min_side and max(width, height) <= rules.max_ratio * min(width, height)
-        candidate = Candidate(place, pair, data)
-        if not self.passes("size", large, candidate, None, f"{width} x {height}"):
+        if not self.tallies["size"].passes(large, lambda: small(data), None, f"{width} x {height}"):
             return None
-        candidate.data, _ = b"", candidate.image
-        if self.hashes is None or self.passes("duplicate", self.hashes.add(candidate.code), candidate):
-            return candidate
-        return None
+        image = small(data)
+        if self.hashes is None:
+            return image
+        new = self.hashes.add(perceptual_hash(image))
+        return image if self.tallies["duplicate"].passes(new, lambda: image, None, "") else None
 
-    def agree(self, candidates: Sequence[Candidate], on_error: Callable[[str, str], None]) -> Iterator[Pair]:
-        """The filters by an encoder, for a batch."""
-        if self.encoder is None or not candidates:
-            yield from (candidate.pair for candidate in candidates)
+    def agree(self, rows: Sequence[Row], images: Sequence[Image.Image], on_error: OnError) -> Iterator[Pair]:
+        """The filters by the encoder, for a batch of decoded rows."""
+        pairs = [pair for _, pair in rows if isinstance(pair, Pair)]
+        if not pairs:
             return
-        looks = self.encoder.images([candidate.image for candidate in candidates])
-        words = self.encoder.words([candidate.pair.text for candidate in candidates])
-        texts = self.encoder.agreement(looks, words).tolist()
-        for candidate, look, figure in zip(candidates, looks, texts, strict=True):
-            if candidate.pair.text and not self.measured("text", figure, self.rules.text, candidate, None):
-                continue
-            columns, references = dict(candidate.pair.columns), dict(candidate.pair.references)
-            columns |= {"text_agreement": round(figure, 4)} if candidate.pair.text else {}
+        looks = self.encoder.images(images)
+        texts = self.encoder.agreement(looks, self.encoder.words([pair.text for pair in pairs]))
+        for (place, _), pair, image, look, figure in zip(rows, pairs, images, looks, texts, strict=True):
+            columns: dict[str, object] = {}
+            if pair.text:
+                columns["text_agreement"] = round(figure, 4)
+                if not self.tallies["text"].measured(figure, self.rules.text, image, None):
+                    continue
+            references = dict(pair.references)
             try:
-                ok = all(self.compare(role, candidate, look, columns, references) for role in tuple(references))
+                ok = all(self.compare(role, image, look, references, columns) for role in pair.references)
             except (ValueError, OSError) as error:
-                on_error(candidate.place, str(error))
+                on_error(place, f"a reference: {error}")
                 continue
             if ok:
-                yield replace(candidate.pair, columns=columns, references=references)
+                yield replace(pair, references=references, columns={**pair.columns, **columns})
 
-    def compare(self, role: str, candidate: Candidate, look: Tensor, columns: dict, references: dict) -> bool:
+    def compare(self, role: str, image: Image.Image, look: Tensor, references: dict, columns: dict) -> bool:
         """Leaves the references of a role that agree with the target, for a role that is filtered or that the encoder
         compares in dimensions of its own (an edge map does not look like its picture). Whether one is left."""
-        assert self.encoder is not None
         if role not in self.rules.agree and role not in self.encoder.parts:
             return True
         images = [small(source) for source in references[role]]
-        target = look[None].expand(len(images), -1)
-        figures = self.encoder.agreement(target, self.encoder.images(images), role).tolist()
-        low, high = self.rules.agree.get(role, (-1.1, 1.1))
-        inside = [i for i, figure in enumerate(figures) if low <= figure <= high]
+        figures = self.encoder.agreement(look[None].expand(len(images), -1), self.encoder.images(images), role)
+        span = self.rules.agree.get(role)
+        inside = [i for i, figure in enumerate(figures) if span is None or span[0] <= figure <= span[1]]
         best = inside[0] if inside else int(np.argmax(figures))
         columns[f"{role}_agreement"] = round(figures[best], 4)
         references[role] = tuple(references[role][i] for i in inside)
-        return self.measured(role, figures[best], self.rules.agree.get(role), candidate, images[best])
-
-    def measured(
-        self, name: str, figure: float, span: Span | None, candidate: Candidate, reference: Image.Image | None
-    ) -> bool:
-        """Counts a cosine; whether it is in its span."""
-        bin_ = min(BINS - 1, max(0, int((figure + 1) / 2 * BINS)))
-        self.histograms.setdefault(name, np.zeros(BINS, np.int64))[bin_] += 1
-        if span is None:
-            return True
-        return self.passes(name, span[0] <= figure <= span[1], candidate, reference, f"{figure:.2f}")
-
-    def shares(self) -> dict[str, dict[str, object]]:
-        """Filter -> rows that reached it, rows that it kept and their share, and quantiles of its figure."""
-        shares: dict[str, dict[str, object]] = {}
-        for name in {**self.rejected, **self.histograms}:
-            figures = {"quantiles": self.quantiles(name)} if name in self.histograms else {}
-            rows = self.seen[name] or int(self.histograms[name].sum())
-            kept = rows - (self.rejected[name].count if name in self.rejected else 0)
-            shares[name] = {"rows": rows, "kept": kept, "share": round(kept / rows, 4), **figures}
-        return shares
-
-    def quantiles(self, name: str, shares: Sequence[float] = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)) -> dict:
-        """Quantiles of a figure over all rows that reached its filter, to 0.01."""
-        total = self.histograms[name].cumsum()
-        places = [int(np.searchsorted(total, share * total[-1])) for share in shares]
-        return {str(share): round((place + 1) / BINS * 2 - 1, 2) for share, place in zip(shares, places, strict=True)}
+        return self.tallies[role].measured(figures[best], span, image, images[best])
