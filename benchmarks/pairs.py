@@ -7,6 +7,7 @@ python benchmarks/pairs.py icons OUT --world WORLD --split train --count 1000
 
 import argparse
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -71,8 +72,7 @@ def icons(out: Path, world: Path, subjects: Path, split: str, count: int) -> Non
             (i for i in chosen if opened.rows[i].label_en in order), key=lambda i: order[opened.rows[i].label_en]
         )
     else:
-        chosen.sort(key=lambda i: (opened.rows[i].concept, opened.rows[i].style))
-        chosen = chosen[:: max(1, len(chosen) // count)]
+        random.Random(SEED).shuffle(chosen)  # neighbours are each other's "another pair" in `condit evaluate adapter`
     chosen = chosen[:count]
     lines = []
     for i in chosen:

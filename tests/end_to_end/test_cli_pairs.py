@@ -55,12 +55,16 @@ def test_filter_keeps_good_rows_and_says_what_became_of_the_others(icons, sets, 
     card = json.loads((sets / "kept" / "card.json").read_text())
     shares = {name: (row["rows"], row["kept"]) for name, row in card["filters"].items()}
     assert shares == {"size": (7, 7), "duplicate": (7, 6), "text": (6, 5)}
-    assert card["licences"] == {"Apache-2.0": 5} and card["errors"] == 1 and card["settings"]["command"] == "data filter"
+    assert (
+        card["licences"] == {"Apache-2.0": 5} and card["errors"] == 1 and card["settings"]["command"] == "data filter"
+    )
     assert json.loads((sets / "kept" / "errors.jsonl").read_text())["row"] == "metadata.jsonl:8"
     assert Image.open(sets / "kept" / "rejected-text.png").width > 0
     assert "| text |" in (sets / "kept" / "README.md").read_text()
     # A second run has nothing to do, and its exit code still says that a row was bad.
-    code, out, err = run(capsys, "data", "filter", icons, "-o", sets / "kept", "--text", "0.3", "--licence", "Apache-2.0")
+    code, out, err = run(
+        capsys, "data", "filter", icons, "-o", sets / "kept", "--text", "0.3", "--licence", "Apache-2.0"
+    )
     assert (code, out) == (1, f"{sets / 'kept'}\n") and "5 rows, 1 that cannot be read" in err
     code, _, err = run(capsys, "data", "filter", icons, "-o", sets / "kept", "--text", "0.2")
     assert code == 1 and "holds other files" in err
@@ -102,5 +106,5 @@ def test_datasets_reads_both_layouts(sets, tmp_path):
     one, other = folder[0], tars[0]
     assert one["text"] == other["txt"]
     assert one["image"].convert("RGB").tobytes() == other["png"].convert("RGB").tobytes()
-    assert one["content_images"][0].size == other["content_0.png"].size == (128, 128)
+    assert one["content"][0].size == other["content_0.png"].size == (128, 128)
     assert other["json"]["seed"] == one["seed"]

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from condit.data.files import hash_file
 from condit.data.grouped import GroupedPairs
 from condit.data.images import load_image, save_image
 from condit.data.pairs import Pair, ShardPairs, check, open_pairs
-from condit.pairs.build import Grouping, from_canvases, make_rows
+from condit.pairs.build import Grouping, made, make_rows, of_canvas
 from condit.pairs.filters import Encoder, Filters, Hashes, Rules, perceptual_hash
 from condit.pairs.sets import SetForm, files_of, write_set
 
@@ -53,14 +54,9 @@ def raise_error(place: str, text: str) -> None:
 
 
 def built(source: Path, out: Path, kind: str, form: SetForm | None = None, conditions=(), across=False) -> dict:
-    def make(on_error):
-        for place, row in make_rows(kind, source, conditions, Grouping(across=across)):
-            if isinstance(row, str):
-                on_error(place, row)
-            else:
-                yield row
-
-    return write_set(source, out, make, {"kind": kind}, form or SetForm())
+    how = Grouping(across=across)
+    rows = partial(make_rows, kind, source, conditions, how)
+    return write_set(source, out, rows, {"kind": kind}, form or SetForm())
 
 
 def number(image) -> int:
@@ -71,10 +67,9 @@ def number(image) -> int:
 
 @pytest.mark.parametrize("across", [False, True])
 def test_pairs_of_groups_share_a_style_or_a_subject(drawn, across):
-    rows = [pair for _, pair in make_rows("groups", drawn, (), Grouping(across=across))]
+    rows = [pair for _, pair in make_rows("groups", drawn, (), Grouping(across=across), raise_error)]
     styles = 0
     for pair in rows:
-        assert isinstance(pair, Pair)
         n = number(pair.image)
         for content in pair.references.get("content", ()):
             other = number(content)
@@ -93,12 +88,13 @@ def test_halves_of_a_canvas_are_each_others_subject():
     canvas.paste(left, (0, 0))
     canvas.paste(right, (SIZE, 0))
     wide = Pair(canvas, "whole", {}, columns={"subject": "a mug", "style": "on a desk | in the snow"})
-    (place, one), (_, other) = from_canvases([("row 1", wide)])
-    assert isinstance(one, Pair) and isinstance(other, Pair) and place == "row 1/left"
+    errors: list[str] = []
+    rows = [("row 1", wide), ("row 2", Pair(left, "", {}))]
+    (place, one), (_, other) = made(rows, of_canvas, lambda place, text: errors.append(f"{place}: {text}"))
+    assert place == "row 1/0"
     assert (one.text, other.text) == ("a mug, on a desk", "a mug, in the snow")
     assert [number(x) for x in (one.image, one.one("subject"), other.image, other.one("subject"))] == [1, 2, 2, 1]
-    (_, problem), (_, bad) = from_canvases([("r", Pair(left, "", {})), ("s", "broken")])
-    assert "expected two pictures side by side; found 16 x 16" in str(problem) and bad == "broken"
+    assert errors == ["row 2: expected two pictures side by side; found 16 x 16 pixels"]
 
 
 def test_any_folder_of_pictures_becomes_pairs_with_captions_and_conditions(tmp_path):
@@ -109,6 +105,8 @@ def test_any_folder_of_pictures_becomes_pairs_with_captions_and_conditions(tmp_p
     save_image(noise(1), source / "a.png")
     (source / "a.txt").write_text("noise")
     (source / "c.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="has no rows: expected pictures"):
+        built(source / "none", tmp_path / "none", "pictures")
     card = built(source, tmp_path / "out", "pictures", conditions=("edges", "gray", "mask"))
     assert (card["rows"], card["errors"]) == (2, 1)
     assert json.loads((tmp_path / "out" / "errors.jsonl").read_text())["row"] == "c.png"
@@ -199,7 +197,6 @@ def test_each_filter_rejects_what_it_names_and_counts_it():
         ("small", pair_of("red", "red", size=(64, 32))),
         ("long", pair_of("red", "red", size=(512, 64))),
         ("broken", Pair(b"no image", "red", {})),
-        ("bad row", "no target"),
         ("good", pair_of("red", "red", "red")),
         ("again", pair_of("red", "red", "red")),
         ("text", pair_of("green", "red", "red")),
@@ -209,8 +206,9 @@ def test_each_filter_rejects_what_it_names_and_counts_it():
     errors: list[str] = []
     filters = Filters(Rules(text=(0.5, 1.1), agree={"subject": (0.5, 1.1)}), ENCODER, batch=2)
     kept = list(filters(rows, lambda place, text: errors.append(place)))
-    assert [pair.text for pair in kept] == ["red"] and kept[0].columns["subject_agreement"] > 0.9
-    assert errors == ["broken", "bad row", "broken reference"] and filters.read == 9
+    ((_, only),) = kept
+    assert only.text == "red" and only.columns["subject_agreement"] > 0.9
+    assert errors == ["broken", "broken reference"] and filters.read == 8
     shares = {name: (tally.rows, tally.rows - tally.rejected) for name, tally in filters.tallies.items()}
     assert shares == {"size": (7, 5), "duplicate": (5, 4), "text": (4, 3), "subject": (2, 1)}
     assert filters.tallies["subject"].sheet("x").width > 0
@@ -221,7 +219,7 @@ def test_a_copy_of_the_target_is_above_the_span_and_references_are_chosen_one_by
     images = [png(Image.new("RGB", (8, 8), colour)) for colour in ((255, 0, 0), (255, 160, 40), (0, 255, 0))]
     pair = Pair(png(Image.new("RGB", (64, 64), (255, 0, 0))), "red", {"subject": tuple(images)})
     rules = Rules(distance=None, agree={"subject": (0.5, 0.99)})
-    (kept,) = Filters(rules, ENCODER)([("row", pair)], raise_error)
+    ((_, kept),) = Filters(rules, ENCODER)([("row", pair)], raise_error)
     assert kept.references["subject"] == (images[1],)
 
 

@@ -48,7 +48,9 @@ def pair(n: int) -> Pair:
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    write_set(tmp_path, tmp_path / "set", lambda on_error: map(pair, range(12)), {}, SetForm(shard_rows=4))
+    write_set(
+        tmp_path, tmp_path / "set", lambda on_error: ((str(n), pair(n)) for n in range(12)), {}, SetForm(shard_rows=4)
+    )
     return atomic_write(tmp_path / "recipe.toml", lambda path: path.write_text(RECIPE.format(steps=STEPS)))
 
 

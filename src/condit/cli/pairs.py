@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,7 +13,7 @@ from condit.cli.options import with_options
 from condit.cli.terminal import Debug, Json, Seed, answer, say
 
 if TYPE_CHECKING:
-    from condit.data.pairs import Pair
+    from condit.pairs.build import Row
     from condit.pairs.sets import OnError
 
 Source = Annotated[Path, typer.Argument(help="A folder with metadata.jsonl, tars, or a folder of pictures.")]
@@ -71,19 +71,12 @@ def pair(
     each other's subject reference. pictures: every picture with its caption (the .txt next to it, or the prompt of its
     recipe).
     """
+    checked(source, options.out)
     from condit.pairs.build import Grouping, make_rows
 
-    names = tuple(name.strip() for name in conditions.split(",") if name.strip())
-    rows = make_rows(kind, checked(source, options.out), names, Grouping(**asdict(groups)))
-
-    def good(on_error: OnError) -> Iterator[Pair]:
-        for place, row in rows:
-            if isinstance(row, str):
-                on_error(place, row)
-            else:
-                yield row
-
-    write(source, options, good, {"command": f"data pair {kind}", "conditions": names, **asdict(groups)})
+    names, how = tuple(name.strip() for name in conditions.split(",") if name.strip()), Grouping(**asdict(groups))
+    settings = {"command": f"data pair {kind}", "conditions": names, **asdict(groups)}
+    write(source, options, lambda on_error: make_rows(kind, source, names, how, on_error), settings)
 
 
 @with_options
@@ -112,16 +105,15 @@ def filter_pairs(source: Source, options: SetOptions, filters: FilterOptions) ->
         return {"read": used.read, "filters": {name: tally.card() for name, tally in used.tallies.items()}}
 
     settings = {"command": "data filter", **asdict(rules), "batch": filters.batch, "encoder": encoder.name}
-    write(source, options, lambda on_error: used(open_rows(source), on_error), settings, report)
+    write(source, options, lambda on_error: used(open_rows(source, on_error), on_error), settings, report)
 
 
-def checked(source: Path, out: Path) -> Path:
-    """The source. Wrong usage: nothing is there, or the new set would be inside of it."""
+def checked(source: Path, out: Path) -> None:
+    """Wrong usage: nothing is there, or the new set would be inside of it."""
     if not source.exists():
         raise typer.BadParameter(f"nothing at {source}")
     if out.resolve().is_relative_to(source.resolve()):
         raise typer.BadParameter(f"-o {out} is inside of {source}, which is read. Choose another folder")
-    return source
 
 
 def span_of(text: str) -> tuple[float, float]:
@@ -139,7 +131,7 @@ def span_of(text: str) -> tuple[float, float]:
 def write(
     source: Path,
     options: SetOptions,
-    make: Callable[[OnError], Iterable[Pair]],
+    make: Callable[[OnError], Iterable[Row]],
     settings: Mapping[str, object],
     report: Callable[[], Mapping[str, object]] = dict,
 ) -> None:

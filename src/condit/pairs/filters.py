@@ -172,7 +172,7 @@ class Filters:
         self.hashes = None if rules.distance is None else Hashes(rules.distance)
         self.tallies: dict[str, Tally] = defaultdict(Tally)
 
-    def __call__(self, rows: Iterable[Row], on_error: OnError) -> Iterator[Pair]:
+    def __call__(self, rows: Iterable[Row], on_error: OnError) -> Iterator[Row]:
         stream = iter(rows)
         while chunk := list(islice(stream, self.batch)):
             self.read += len(chunk)
@@ -182,15 +182,12 @@ class Filters:
                     image = self.decode(pair)
                 except (ValueError, OSError) as error:
                     on_error(place, str(error))
-                    continue
-                if image is not None:
-                    images[i] = image
+                else:
+                    images |= {} if image is None else {i: image}
             yield from self.agree([chunk[i] for i in images], list(images.values()), on_error)
 
-    def decode(self, pair: Pair | str) -> Image.Image | None:
+    def decode(self, pair: Pair) -> Image.Image | None:
         """The image of a row that passes the filters before an encoder. What is too small or large is not decoded."""
-        if isinstance(pair, str):
-            raise ValueError(pair)
         data = read_bytes(pair.image)
         (width, height), rules = header(data)[1], self.rules
         large = min(width, height) >= rules.min_side and max(width, height) <= rules.max_ratio * min(width, height)
@@ -202,14 +199,13 @@ class Filters:
         new = self.hashes.add(perceptual_hash(image))
         return image if self.tallies["duplicate"].passes(new, lambda: image, None, "") else None
 
-    def agree(self, rows: Sequence[Row], images: Sequence[Image.Image], on_error: OnError) -> Iterator[Pair]:
+    def agree(self, rows: Sequence[Row], images: Sequence[Image.Image], on_error: OnError) -> Iterator[Row]:
         """The filters by the encoder, for a batch of decoded rows."""
-        pairs = [pair for _, pair in rows if isinstance(pair, Pair)]
-        if not pairs:
+        if not rows:
             return
         looks = self.encoder.images(images)
-        texts = self.encoder.agreement(looks, self.encoder.words([pair.text for pair in pairs]))
-        for (place, _), pair, image, look, figure in zip(rows, pairs, images, looks, texts, strict=True):
+        texts = self.encoder.agreement(looks, self.encoder.words([pair.text for _, pair in rows]))
+        for (place, pair), image, look, figure in zip(rows, images, looks, texts, strict=True):
             columns: dict[str, object] = {}
             if pair.text:
                 columns["text_agreement"] = round(figure, 4)
@@ -222,7 +218,7 @@ class Filters:
                 on_error(place, f"a reference: {error}")
                 continue
             if ok:
-                yield replace(pair, references=references, columns={**pair.columns, **columns})
+                yield place, replace(pair, references=references, columns={**pair.columns, **columns})
 
     def compare(self, role: str, image: Image.Image, look: Tensor, references: dict, columns: dict) -> bool:
         """Leaves the references of a role that agree with the target, for a role that is filtered or that the encoder

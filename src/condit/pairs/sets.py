@@ -159,15 +159,15 @@ class Census:
         self.problems += 1
         self.errors.write(json.dumps({"row": place, "error": text}, ensure_ascii=False) + "\n")
 
-    def __call__(self, pairs: Iterable[Pair]) -> Iterator[tuple[Pair, Files]]:
+    def __call__(self, rows: Iterable[tuple[str, Pair]]) -> Iterator[tuple[Pair, Files]]:
         """The rows as files, counted."""
-        for pair in pairs:
+        for place, pair in rows:
             columns = {"licence": pair.columns.get("license") or self.licence} | dict(pair.columns)
             pair = replace(pair, columns={k: v for k, v in columns.items() if v is not None})
             try:
                 files = files_of(pair)
             except (ValueError, OSError) as error:
-                self.on_error(str(pair.image if isinstance(pair.image, Path) else pair.text), str(error))
+                self.on_error(place, str(error))
                 continue
             licence, seed = str(pair.columns.get("licence", "not stated")), pair.columns.get("seed")
             self.licences[licence if len(self.licences) < LICENCES else "others"] += 1
@@ -182,7 +182,7 @@ class Census:
 def write_set(
     source: Path,
     out: Path,
-    make: Callable[[OnError], Iterable[Pair]],
+    make: Callable[[OnError], Iterable[tuple[str, Pair]]],
     settings: Fields,
     form: SetForm,
     report: Callable[[], Fields] = dict,
@@ -206,6 +206,8 @@ def write_set(
         census = Census(out, form.licence)
         with census.errors, progress_bar(0, "writing", unit="row"):
             shards = WRITERS[form.layout](out, census(make(census.on_error)), form.shard_rows)
+        if not census.rows + census.problems:
+            raise ValueError(f"{source} has no rows: expected pictures, a folder with {METADATA}, or tars.")
         card = {
             "rows": census.rows,
             "errors": census.problems,
