@@ -1,13 +1,13 @@
 """The sets of docs/pairs.md: images drawn by the embedded MM-DiT, and real icons of the icon world in the same styles.
 
 python benchmarks/pairs.py draw OUT --subjects subjects.txt   # resumable; 10 styles, 4 images of each prompt
-python benchmarks/pairs.py finish OUT --subjects subjects.txt  # metadata.jsonl of the subjects that are complete
 python benchmarks/pairs.py icons OUT --world WORLD --split train --count 1000
 """
 
 import argparse
 import json
 import random
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -15,7 +15,10 @@ from PIL import Image
 
 import condit
 from condit.data.images import load_image, save_image
-from condit.data.prompt_table import draw_groups, named, prepare_folder, prompt_table, read_words
+from condit.data.prompt_table import prompt_table, read_words
+from condit.jobs.groups import Generator, groups_job
+from condit.jobs.local import Rank
+from condit.jobs.run import engine_of, run
 
 STYLES = {  # the name that the embedded models know -> the style of the icon world
     "noto": "noto",
@@ -33,32 +36,21 @@ TEMPLATE = "{subject}, {style} style"
 IMAGES, STEPS, SEED = 4, 4, 0
 
 
-def table(subjects: Path):
-    return prompt_table(read_words(subjects), list(STYLES), per_subject=len(STYLES), template=TEMPLATE, seed=SEED)
+@lru_cache(maxsize=1)
+def pipeline() -> condit.Pipeline:
+    return condit.load("tiny", dtype=torch.bfloat16)
+
+
+def generate(prompt: str, seed: int, count: int) -> list[Image.Image]:
+    return pipeline()([prompt] * count, seed=seed, num_inference_steps=STEPS).images
 
 
 def draw(out: Path, subjects: Path) -> None:
-    torch.set_num_threads(1)
-    pipe = condit.load("tiny", dtype=torch.bfloat16)
-    settings = {"model": "tiny", "hash": pipe.parts.hash, "dtype": "bfloat16", "steps": STEPS, "seed": SEED}
-    prepare_folder(out, table(subjects), settings, images=IMAGES)
-
-    def generate(prompt: str, first: int, count: int) -> list[Image.Image]:
-        return pipe([prompt] * count, seed=first, num_inference_steps=STEPS).images
-
-    draw_groups(out, table(subjects), generate, images=IMAGES, seed=SEED)
-
-
-def finish(out: Path, subjects: Path) -> None:
-    """metadata.jsonl of the subjects whose images are all there, as `draw_groups` writes it at the end."""
-    rows = table(subjects)
-    there = {row: all((out / name).is_file() for name in named(row, IMAGES, SEED)[1]) for row in rows}
-    whole = {row.subject for row in rows} - {row.subject for row in rows if not there[row]}
-    draw_groups(out, [row for row in rows if row.subject in whole], stop, images=IMAGES, seed=SEED)
-
-
-def stop(prompt: str, first: int, count: int) -> list[Image.Image]:
-    raise RuntimeError(f"the images of {prompt!r} are missing")
+    """Draws what is missing. Stopped with Ctrl-C, it writes metadata.jsonl of the images so far."""
+    table = prompt_table(read_words(subjects), list(STYLES), per_subject=len(STYLES), template=TEMPLATE, seed=SEED)
+    settings = {"model": "tiny", "dtype": "bfloat16", "steps": STEPS}
+    job = groups_job(out, table, Generator(generate), images=IMAGES, seed=SEED, settings=settings)
+    run(job, engine_of("local", 1, Rank()))
 
 
 def icons(out: Path, world: Path, subjects: Path, split: str, count: int) -> None:
@@ -87,7 +79,7 @@ def icons(out: Path, world: Path, subjects: Path, split: str, count: int) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["draw", "finish", "icons"])
+    parser.add_argument("what", choices=["draw", "icons"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--subjects", type=Path, default=Path("subjects.txt"))
     parser.add_argument("--world", type=Path, default=Path("world"))
@@ -97,7 +89,7 @@ def main() -> None:
     if arguments.what == "icons":
         icons(arguments.out, arguments.world, arguments.subjects, arguments.split, arguments.count)
     else:
-        {"draw": draw, "finish": finish}[arguments.what](arguments.out, arguments.subjects)
+        draw(arguments.out, arguments.subjects)
 
 
 if __name__ == "__main__":

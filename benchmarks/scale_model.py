@@ -22,7 +22,7 @@ class Assumptions:
 
     pairs: float = 1e6  # rows of the finished set
     kept: float = 0.7  # share of the drawn images that the filters keep
-    rate: float = 2.0  # images a second and worker: `condit plan --device cuda`, or a measured run
+    rate: float = 4.6  # images a second and worker: `condit plan`, or a measured run
     gpus: int = 8  # workers
     shard: int = 1000  # images of a shard
     mtbf_hours: float = 50_000.0  # mean time between the failures of one worker
@@ -71,7 +71,7 @@ def estimate(a: Assumptions) -> Estimate:
         hours=drawing + filtering,
         worker_hours=worker_hours,
         lost=1 - ideal / expected,
-        failures=shards * expected / HOUR / a.mtbf_hours,
+        failures=shards * math.expm1(ideal / a.mtbf_hours / HOUR),  # none while a worker is restarting
         terabytes=terabytes,
         price=worker_hours * a.gpu_price + terabytes * 1000 * (a.storage_price + a.egress_price),
     )
@@ -103,7 +103,7 @@ def simulate(a: Assumptions, seed: int = 0) -> Simulated:
             end = max(end, now + spent)
         busy += spent
         heapq.heappush(free, (now + spent, worker))
-    return Simulated(end / HOUR, busy / HOUR, 1 - finished * work / busy, failures, finished)
+    return Simulated(end / HOUR, busy / HOUR, max(0.0, 1 - finished * work / busy), failures, finished)
 
 
 def rows(a: Assumptions) -> list[str]:
@@ -114,6 +114,7 @@ def rows(a: Assumptions) -> list[str]:
     return [
         f"{a.pairs:,.0f}",
         f"{a.gpus:,}",
+        f"{a.shard:,}",
         f"{e.images:,.0f}",
         f"{hours:,.1f} / {s.hours:,.1f}",
         f"{e.failures:,.1f} / {s.failures:,}",
@@ -124,23 +125,27 @@ def rows(a: Assumptions) -> list[str]:
     ]
 
 
-HEAD = ["pairs", "workers", "images", "hours", "failures", "time lost", "TB", "worker hours", "price"]
+HEAD = ["pairs", "workers", "shard", "images", "hours", "failures", "time lost", "TB", "worker hours", "price"]
 
 
-def table(cases: list[Assumptions]) -> str:
+def table(cases: list[Assumptions]) -> list[str]:
     lines = [HEAD, ["---"] * len(HEAD), *(rows(a) for a in cases)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def tables(a: Assumptions | None = None) -> list[str]:
+    """The lines of both tables of the page."""
+    a = a or Assumptions()
+    sizes = [replace(a, pairs=a.pairs * 10**n, gpus=max(1, int(a.gpus * 4**n))) for n in range(-2, 3)]
+    spot = [replace(a, mtbf_hours=2.0, shard=shard) for shard in (100, 1000, 10_000)]
+    return [*table(sizes), "", *table(spot)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in fields(Assumptions):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    a = Assumptions(**vars(parser.parse_args()))
-    print("Hours, failures and time lost: model / simulation.\n")
-    print(table([replace(a, pairs=a.pairs * 10**power, gpus=max(1, int(a.gpus * 4**power))) for power in range(-2, 3)]))
-    print("\nThe same with a failure of each worker every two hours:\n")
-    print(table([replace(a, mtbf_hours=2.0, shard=shard) for shard in (100, 1000, 10_000)]))
+    print("\n".join(tables(Assumptions(**vars(parser.parse_args())))))
 
 
 if __name__ == "__main__":

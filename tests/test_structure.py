@@ -32,10 +32,11 @@ LIMITS = {
     ("nn/", "diffusion/", "backbones/", "controls/"): 9_450,
     ("data/", "encoders/", "drawing/", "interop/", "training/"): 11_200,
     ("weights/",): 5_500,
-    ("cli/",): 2_850,
+    ("cli/",): 3_000,
     ("serve/",): 2_100,
     ("rulers/",): 1_500,
     ("jobs/",): 700,
+    ("pairs/",): 650,
 }
 
 
