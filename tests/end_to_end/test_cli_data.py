@@ -66,10 +66,12 @@ def test_data_draw_makes_a_set_that_data_check_counts(tmp_path, capsys):
     (tmp_path / "subjects.txt").write_text("a fox\na rocket\n")
     (tmp_path / "styles.txt").write_text("flat\noutline\n")
     lists = ("--subjects", str(tmp_path / "subjects.txt"), "--styles", str(tmp_path / "styles.txt"))
-    small = ("--per-subject", "2", "-n", "2", "--steps", "1", "-o", str(tmp_path / "set"))
+    small = ("--per-subject", "2", "-n", "2", "--steps", "1", "--width", "128", "-o", str(tmp_path / "set"))
     assert run(capsys, "data", "draw", *lists, *small)[:2] == (0, f"{tmp_path / 'set'}\n")
     counts = "8 pairs; with references: none; groups: style 4, content 2\n"
     assert run(capsys, "data", "check", str(tmp_path / "set"))[:2] == (0, counts)
+    code, _, err = run(capsys, "data", "draw", *lists, *small[:-1], str(tmp_path / "wide"), "--width", "256")
+    assert code == 1 and "tiny generates 128 x 128; found 128 x 256" in err
     code, _, err = run(capsys, "data", "draw", *lists, "-o", str(tmp_path / "other"))
     assert code == 1 and "per_subject must be 1 to 2, the number of styles; found 14" in err
     code, _, err = run(capsys, "data", "draw", "--subjects", "none.txt", *lists[2:], *small)

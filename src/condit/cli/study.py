@@ -20,6 +20,8 @@ class DrawOptions:
     negative: Annotated[str | None, typer.Option("--negative", help="The negative prompt.")] = None
     steps: Annotated[int | None, typer.Option(help="Number of inference steps [default: the model's].")] = None
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of the text [default: the model's].")] = None
+    height: Annotated[int | None, typer.Option(help="Height in pixels [default: the model's].")] = None
+    width: Annotated[int | None, typer.Option(help="Width in pixels [default: the model's].")] = None
     seed: Seed = 0
 
 
@@ -94,6 +96,7 @@ def generate_data(
     rows = prompt_table(read_words(table.subjects), read_words(table.styles), **how)
     common = {"model": model.model, **asdict(sampling)}
     del common["seed"]  # rows have their own
+    common = {name: value for name, value in common.items() if value is not None or name not in ("height", "width")}
     opener = StudioOpener(model, common, with_recipe=False)
     how = {"images": table.images, "seed": sampling.seed, "threads": job.threads, "prune": table.prune}
     outcome = run_job(groups_job(out, rows, opener, settings=common, **how), model, job)
