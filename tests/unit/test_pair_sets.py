@@ -20,6 +20,7 @@ from condit.data.pairs import Pair, ShardPairs, check, open_pairs
 from condit.pairs.build import Grouping, made, make_rows, of_canvas
 from condit.pairs.filters import Encoder, Filters, Hashes, Rules, perceptual_hash
 from condit.pairs.sets import SetForm, files_of, write_set
+from condit.training.paired import open_folder
 
 SIZE = 16
 
@@ -134,6 +135,14 @@ def test_tars_and_folder_hold_the_same_rows_and_equal_runs_equal_bytes(drawn, tm
     assert cards["c"]["licences"] == {"CC0-1.0": 12} and cards["a"]["seeds"] == (0, 11)
     assert check(tmp_path / "a").problems == check(tmp_path / "c").problems == ()
     assert GroupedPairs(one).draw(random.Random(0), "content")
+    batches = [one.batch(random.Random(seed), 4, 11) for seed in range(60)]
+    assert {i // 5 for batch in batches for i in batch} == {0, 1, 2} and {i for b in batches for i in b} == set(
+        range(11)
+    )
+    assert all(len({i // 5 for i in batch}) == 1 for batch in batches)
+    source = open_folder(one, (16, 16), 16)
+    source.check(["content", "style"])
+    assert source.batch(random.Random(0), "content", 3).images.shape == (3, 3, 16, 16)
 
 
 def test_a_card_that_does_not_fit_its_tars_raises(drawn, tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import tarfile
 from bisect import bisect_right
@@ -135,6 +136,12 @@ class ShardPairs:
         if len(pairs) != count:
             raise ValueError(f"{tar} has {len(pairs)} rows; {tar.parent / CARD} says {count}. Copy the set again.")
         return pairs
+
+    def batch(self, rng: random.Random, size: int, below: int) -> list[int]:
+        """Random row numbers of one tar, less than `below`; each row is as likely as any other."""
+        number = bisect_right(self.ends, rng.randrange(below))
+        first = self.ends[number] - self.shards[number][1]
+        return [rng.randrange(first, min(self.ends[number], below)) for _ in range(size)]
 
     def __getitem__(self, index: int) -> Pair:
         if not 0 <= index < len(self):

@@ -27,6 +27,7 @@ from condit.controls.omini_images import sample_generated_cells
 from condit.controls.omini_tasks import condition_ids
 from condit.data.images import to_images, to_tensor
 from condit.data.line_score import edge_f1
+from condit.data.pairs import ShardPairs
 from condit.data.sheets import contact_sheet
 from condit.diffusion.objectives import add_noise, drop, flow_loss
 from condit.diffusion.samplers import FlowPath, euler
@@ -194,7 +195,10 @@ class OminiTask(Task):
         return len(self.pairs) - self.held_out
 
     def batch(self, rng: random.Random, size: int) -> PairImages | Rows:
-        chosen = [rng.randrange(self.training_rows) for _ in range(size)]
+        if isinstance(self.pairs, ShardPairs):
+            chosen = self.pairs.batch(rng, size, self.training_rows)
+        else:
+            chosen = [rng.randrange(self.training_rows) for _ in range(size)]
         return self.read(chosen, torch.Generator().manual_seed(rng.getrandbits(62)))
 
     def read(self, indices: Sequence[int], generator: torch.Generator) -> PairImages | Rows:
