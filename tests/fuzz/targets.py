@@ -267,6 +267,7 @@ def run_rows(case: list[tuple[int, Any]], world: World) -> None:
     with watched(folder):
         run_command(["data", "check", "set"])
         check("set")
+        run_command(["data", "pair", "groups", "set", "-o", "pairs", "--across", "--caption", "style"])
 
         def use() -> None:
             pairs = GroupedPairs(open_pairs("set"))

@@ -52,14 +52,14 @@ def from_groups(rows: Iterable[Row], how: Grouping) -> Iterator[Row]:
     of the same `style_group`, DEADiff's images of one prompt, or `across` subjects. content: the same subject in
     another style.
     """
-    recent: dict[object, deque[tuple[object, ImageSource]]] = defaultdict(lambda: deque(maxlen=RECENT))
+    recent: dict[str, deque[tuple[str | None, ImageSource]]] = defaultdict(lambda: deque(maxlen=RECENT))
     for subject, group in groupby(rows, key=lambda row: names_of(row[1])[0]):
         while block := list(islice(group, BLOCK)):
             for place, pair in block:
                 style, others = names_of(pair)[1], [other for _, other in block if other is not pair]
                 alike = [other.image for other in others if style is not None and names_of(other)[1] == style]
                 if how.across:
-                    alike = [image for other, image in recent[pair.columns.get("style")] if other != subject]
+                    alike = [image for other, image in recent[str(pair.columns.get("style"))] if other != subject]
                 content = [other.image for other in others if subject is not None and names_of(other)[1] != style]
                 rng, references = random.Random(f"{how.seed} {place}"), dict(pair.references)
                 for role, images in (("style", alike), ("content", content)):
@@ -69,7 +69,7 @@ def from_groups(rows: Iterable[Row], how: Grouping) -> Iterator[Row]:
                 if references:
                     yield place, replace(pair, text=text, references=references, groups={})
             for _, pair in block:
-                recent[pair.columns.get("style")].append((subject, pair.image))
+                recent[str(pair.columns.get("style"))].append((subject, pair.image))
 
 
 def made(rows: Iterable[Row], make: Callable[[Pair], Sequence[Pair]], on_error: OnError) -> Iterator[Row]:

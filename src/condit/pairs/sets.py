@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -67,6 +68,10 @@ def encoded(source: ImageSource) -> Encoded:
 
 
 def files_of(pair: Pair) -> Files:
+    """The files of a row. ValueError for an image that cannot be read or a role that cannot be part of a name."""
+    for role in pair.references:
+        if not re.fullmatch(r"[\w-]+", role):
+            raise ValueError(f"the role {role!r} cannot be part of a file's name")
     return {"": [encoded(pair.image)]} | {role: [encoded(x) for x in xs] for role, xs in pair.references.items()}
 
 
@@ -90,9 +95,9 @@ def write_tars(folder: Path, rows: Iterator[tuple[Pair, Files]], shard_rows: int
         sizes.clear()
         with tarfile.open(path, "w") as tar:
             for pair, files in rows:
-                texts = pair.text, json.dumps(columns_of(pair), ensure_ascii=False)
+                texts = pair.text.encode(errors="replace"), json.dumps(columns_of(pair)).encode()
                 parts = {f"{role}_{i}" if role else "": x for role, xs in files.items() for i, x in enumerate(xs)}
-                parts |= {"txt": (texts[0].encode(), ""), "json": (texts[1].encode(), "")}
+                parts |= {"txt": (texts[0], ""), "json": (texts[1], "")}
                 key = f"{next(keys):09d}"
                 for name, (data, suffix) in parts.items():
                     # Without time and owner, so that equal rows give equal tars.
@@ -127,7 +132,7 @@ def write_folder(folder: Path, rows: Iterator[tuple[Pair, Files]], shard_rows: i
                 (target, *_), *references = ([place(x) for x in xs] for xs in files.values())
                 named = dict(zip((f"{role}_file_names" for role in files if role), references, strict=True))
                 row = {"file_name": target, "text": pair.text, **named, **columns_of(pair)}
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+                lines.write(json.dumps(row) + "\n")
 
     metadata = atomic_write(folder / METADATA, fill)
     with open(metadata, "rb") as file:
@@ -157,7 +162,7 @@ class Census:
 
     def on_error(self, place: str, text: str) -> None:
         self.problems += 1
-        self.errors.write(json.dumps({"row": place, "error": text}, ensure_ascii=False) + "\n")
+        self.errors.write(json.dumps({"row": place, "error": text}) + "\n")
 
     def __call__(self, rows: Iterable[tuple[str, Pair]]) -> Iterator[tuple[Pair, Files]]:
         """The rows as files, counted."""
@@ -206,6 +211,8 @@ def write_set(
         census = Census(out, form.licence)
         with census.errors, progress_bar(0, "writing", unit="row"):
             shards = WRITERS[form.layout](out, census(make(census.on_error)), form.shard_rows)
+        if not census.problems:
+            (out / ERRORS).unlink()
         if not census.rows + census.problems:
             raise ValueError(f"{source} has no rows: expected pictures, a folder with {METADATA}, or tars.")
         card = {
@@ -233,7 +240,7 @@ def fingerprint_of(source: Path) -> str | None:
 
 
 def as_text(value: Fields) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n"
+    return json.dumps(value, indent=1, default=str) + "\n"
 
 
 def page(card: Fields) -> str:
