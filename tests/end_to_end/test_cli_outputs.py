@@ -113,3 +113,7 @@ def test_resuming_a_run_that_is_not_there_is_wrong_usage(run, monkeypatch):
     code, _, err = run("train", "r.toml", "-o", "runs/mistyped", "--resume")
     assert code == 2 and "runs/mistyped holds no run to resume" in " ".join(err.split())
     assert not Path("runs").exists()
+    # torchrun starts lost processes with the same command, so there it also begins a run.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    code, _, err = run("train", "r.toml", "-o", "runs/new", "--resume")
+    assert code == 1 and "[data] does not fit task 'omini'" in " ".join(err.split())

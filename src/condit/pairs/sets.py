@@ -175,7 +175,7 @@ class Census:
                 self.on_error(place, str(error))
                 continue
             licence, seed = str(pair.columns.get("licence", "not stated")), pair.columns.get("seed")
-            self.licences[licence if len(self.licences) < LICENCES else "others"] += 1
+            self.licences[licence if licence in self.licences or len(self.licences) < LICENCES else "others"] += 1
             if isinstance(seed, int):
                 low, high = self.seeds or (seed, seed)
                 self.seeds = min(low, seed), max(high, seed)
