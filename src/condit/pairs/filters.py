@@ -158,8 +158,8 @@ class Tally:
         kept, total = self.rows - self.rejected, self.histogram.cumsum()
         places = [int(np.searchsorted(total, share * total[-1])) for share in QUANTILES] if total[-1] else []
         figures = {str(q): round((x + 1) / BINS * 2 - 1, 2) for q, x in zip(QUANTILES, places, strict=False)}
-        card = {"rows": self.rows, "kept": kept, "share": round(kept / max(1, self.rows), 4)}
-        return card | ({"quantiles": figures} if figures else {})
+        shares = {"rows": self.rows, "kept": kept, "share": round(kept / max(1, self.rows), 4)}
+        return {**shares, "quantiles": figures} if figures else {**shares}
 
 
 class Filters:
