@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import Phase
 
+from condit.training import labelled
 from condit.weights import catalog
 from run import tries
 from targets import TARGETS
@@ -22,10 +23,11 @@ COUNTS |= {"Python calls": 10, "Python edits": 10}
 
 @pytest.fixture(scope="module", autouse=True)
 def own_catalog():
-    """The fuzzer replaces the embedded model by a random one."""
-    before = dict(catalog.MODELS)
+    """The fuzzer replaces the embedded model by a random one, and has a small machine."""
+    before, memory = dict(catalog.MODELS), labelled.machine_memory
     world()
     yield
+    labelled.machine_memory = memory
     catalog.MODELS.clear()
     catalog.MODELS.update(before)
 

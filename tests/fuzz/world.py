@@ -16,10 +16,12 @@ from PIL import Image
 import condit
 from condit.cli.request import Reference, Request, Studio
 from condit.data.images import read_recipe, save_image
+from condit.training import labelled
 from condit.weights import catalog
 from random_tiny import tiny_entries, write_tiny
 
 SIDE = 32
+MACHINE = 700_000_000  # bytes of memory that training may take, below what a try may
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def make_world(root: Path) -> World:
     base.mkdir()
     catalog.MODELS.clear()
     catalog.MODELS.update(tiny_entries(tiny))
+    labelled.machine_memory = lambda: MACHINE
     rng = np.random.default_rng(0)
     for name, shape in {"ref.png": (SIDE, SIDE, 3), "wide.jpg": (8, 40, 3), "alpha.png": (SIDE, SIDE, 4)}.items():
         Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(base / name)

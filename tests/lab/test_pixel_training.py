@@ -81,6 +81,12 @@ def test_a_u_shape_trains_a_step_on_pixels_and_its_export_generates(icons, tmp_p
     torch.testing.assert_close(generated.images[1:], alone, rtol=0, atol=1e-4)  # a row of a batch
     again = pipe(latents=noise, num_inference_steps=3, output_type="pt").images
     torch.testing.assert_close(again, alone, rtol=0, atol=1e-6)
+    rest = edm_path(5, edm).since(3)  # image to image
+    white = Image.new("RGB", task.size[::-1], "white")
+    near = pipe(image=white, strength=0.4, num_inference_steps=5, seed=6, output_type="pt").images
+    with torch.no_grad():
+        wanted = heun(by_timestep(precondition(network, edm)), 1 + rest.sigmas[0] * noise, rest).clamp(-1, 1)
+    torch.testing.assert_close(near, wanted, rtol=0, atol=1e-5)
     assert pipe(num_inference_steps=2, seed=0, height=16, width=16).images[0].size == (16, 16)
     seen = []
     pipe(num_inference_steps=3, callback_on_step_end=lambda pipe, i, sigma, state: seen.append((i, round(sigma, 3))))

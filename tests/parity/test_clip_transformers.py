@@ -1,6 +1,7 @@
 """encoders/clip_model.py and clip_tokenizer.py against transformers' CLIPModel and PreTrainedTokenizerFast."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from condit.encoders.clip import embed_image, embed_text, normalise, token_ids
 from condit.encoders.clip_model import ClipConfig
 from condit.encoders.clip_patches import ClipPatches
 from condit.encoders.clip_tokenizer import ClipTokenizer
+from condit.encoders.prompts import warn_cut_tiny
 from condit.encoders.words import words_of
 from condit.weights.catalog import TINY
 from condit.weights.tiny import load_clip
@@ -101,6 +103,14 @@ def test_a_saved_folder_loads_in_transformers_and_here(tmp_path, dtype):
         assert torch.equal(value, clip.state_dict()[name]) and torch.equal(value.float(), again.state_dict()[name])
     read = PreTrainedTokenizerFast.from_pretrained(tmp_path)(PROMPTS, padding="max_length", truncation=True)
     assert torch.equal(torch.tensor(read["input_ids"]), token_ids(words, PROMPTS))
+
+
+def test_what_the_embedded_tokenizer_cuts_off_is_named_in_a_warning(caplog):
+    words = make_tokenizer(["a red apple"], vocab_size=60)
+    warn_cut_tiny(words, ["a red apple", "apple " * 80 + "and a fox"])
+    (record,) = caplog.records
+    expected = rf"reads only the first {words.limit} tokens of a prompt; cut off: '\w*ple apple .* and a fox'$"
+    assert re.search(expected, record.getMessage())
 
 
 def test_a_tokenizer_without_the_special_tokens_raises():

@@ -233,10 +233,11 @@ def test_a_callback_may_stop_a_guest(dev, table, pictures):
         assert seen == [0] and len(draw(guest)) == 1
 
 
-def test_max_sequence_length_is_that_of_diffusers(dev):
+def test_max_sequence_length_is_that_of_diffusers(dev, caplog):
     start = noise(1)
     how = {"latents": start, "output_type": "latent", **GIVEN, "max_sequence_length": 4}
     found, wanted = (pipe("a red fox in the snow", **how).images for pipe in (dev.ours, dev.theirs))
+    assert "reads only the first 4 tokens of this prompt: 'a red fox in the snow'" in caplog.text
     close(found, wanted, atol=1e-4)
     assert (found - draw(dev.ours, "a red fox in the snow")).abs().max() > 1e-3
     with pytest.raises(ValueError, match="max_sequence_length must be 1 to 32.*found 33"):

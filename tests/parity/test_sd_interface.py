@@ -153,3 +153,13 @@ def test_an_adapter_is_saved_and_loaded(make_pipe, make_omini, tmp_path, picture
         controls = [[one.control(pictures(1)[0])] for one in (adapter, again)]
         a, b = (pipe("a fox", controls=each, seed=0, output_type="latent").images for each in controls)
         assert torch.equal(a, b)
+
+
+def test_a_prompt_beyond_the_token_limit_is_named_in_a_warning(folders, caplog):
+    pipe = condit.load(folders["sd15"])
+    pipe.encode_text("fox " * 20)  # more bytes than 77, fewer tokens
+    assert not caplog.records
+    pipe.encode_text(["a fox", "fox " * 100])
+    assert [r.getMessage()[:68] for r in caplog.records] == [
+        "The text encoder reads only the first 77 tokens of this prompt: 'fox"
+    ]

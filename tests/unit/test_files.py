@@ -159,9 +159,23 @@ def test_a_cut_off_weight_file_raises(tmp_path):
     torch.save({"a": torch.zeros(1000)}, tmp_path / "b.pt")
     (tmp_path / "a.safetensors").write_bytes(whole[:-100])
     (tmp_path / "b.pt").write_bytes((tmp_path / "b.pt").read_bytes()[:-100])
-    for name in ("a.safetensors", "b.pt"):
+    (tmp_path / "header.safetensors").write_bytes(whole[:40])
+    for name in ("a.safetensors", "b.pt", "header.safetensors"):
         with pytest.raises(ValueError, match="broken or cut off"):
             read_tensors(tmp_path / name)
+    for name in ("a.safetensors", "header.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} is broken or cut off: .* Download it again"):
+            read_metadata(tmp_path / name)
+
+
+@pytest.mark.parametrize("keep", [4, 60, -30, -4])
+def test_a_damaged_npz_has_no_arrays_and_is_refused_in_our_words(keep, tmp_path):
+    np.savez(tmp_path / "x.npz", cls=np.zeros(3))
+    whole = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(whole[:keep])  # BadZipFile, or struct.error in the directory at the end
+    assert arrays_in(tmp_path / "x.npz") == []
+    with pytest.raises(ValueError, match="x.npz is broken or cut off"):
+        read_tensors(tmp_path / "x.npz")
 
 
 def test_missing_files_and_folders_raise(tmp_path):

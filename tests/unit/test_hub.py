@@ -57,8 +57,29 @@ def test_other_texts_are_no_names(text):
 def test_what_exists_and_every_path_object_is_local(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "b").mkdir(parents=True)
-    assert HubName.of("a/b") is None and HubName.of("a/c") is not None
-    assert HubName.of(Path("a/c")) is None
+    assert HubName.of("a/b") is None and HubName.of("b/c") is not None
+    assert HubName.of(Path("b/c")) is None
+
+
+def test_a_mistyped_path_is_not_looked_up_where_its_folder_exists(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for find in (identify, locate_adapter):
+        with pytest.raises(
+            ValueError, match="No such file or folder is here.*the folder 'run' is here.*'run/export@main'"
+        ):
+            find("run/export")
+    assert hub.requests == []
+    assert HubName.of("run/export@main") == HubName("run/export", "main")
+    assert HubName.of("ms:run/export") == HubName("run/export", None, modelscope=True)
+
+
+def test_an_error_of_the_hub_says_first_that_nothing_is_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match="^no file or folder 'run/export' here; on the hub: .* was not reached"):
+        identify("run/export")
 
 
 def test_names_of_the_catalogue_never_reach_a_hub(hub, monkeypatch, tmp_path):

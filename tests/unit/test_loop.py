@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from condit.training.loop import Loop, Task, fast_precision
@@ -261,6 +262,24 @@ def test_a_wrong_field_of_data_is_named_with_the_file(tmp_path, task, data, wher
     with pytest.raises(ValueError, match=f"r.toml: .data. does not fit task '{task}': {where}"):
         train(path, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        ("classify", "sizes = { patch_size = 8, dim = 65536, heads = 2 }"),
+        ("class-conditional", 'backbone = "DiT"\nsizes = { hidden_size = 65536, num_heads = 2 }'),
+        ("pixels", "sizes = { blocks = [1, 1], widths = [65536, 65536] }"),
+    ],
+)
+def test_a_network_that_the_machine_cannot_hold_is_refused_before_it_is_made(tmp_path, task, data, random_tiny):
+    for name in ("one", "two"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "set" / name / "0.png")
+    path = tmp_path / "r.toml"
+    path.write_text(f'task = "{task}"\n[data]\nfolder = "set"\nsize = 16\n{data}\n[train]\nsteps = 1\nbatch = 1\n')
+    with pytest.raises(ValueError, match=r"million weights, and training it takes [\d,.]+ GB; this machine has"):
+        train(path, out=tmp_path / "run")
 
 
 def test_paths_of_a_recipe_are_relative_to_its_folder(tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ ARGUMENTS = {
     "guidance_rescale": "guidance_rescale",
     "clip_skip": "clip_skip",
 }
-PROMPTS_ONLY = ("negative", "image_guidance", "image", "mask", "change")
+PROMPTS_ONLY = ("negative", "image_guidance")
 
 
 def arguments(request: Request, model: "Model") -> dict[str, Any]:

@@ -39,15 +39,30 @@ class HubName:
 
     @classmethod
     def of(cls, source: object) -> HubName | None:
-        """None for a `Path`, for a text of another form, and for what exists on disk: that is never looked up."""
+        """None for a `Path`, for a text of another form, and for what exists on disk or would be in a folder that
+        does: that is never looked up."""
         match = _NAME.fullmatch(source) if isinstance(source, str) else None
         if match is None or Path(match[0]).exists() or (not match[4] and match[2].endswith(WEIGHTS)):
             return None
-        return cls(match[2], match[3], match[4] or "", bool(match[1]))
+        return None if _is_local(match) else cls(match[2], match[3], match[4] or "", bool(match[1]))
 
     def __str__(self) -> str:
         revision, path = self.revision and f"@{self.revision}", self.path and f"/{self.path}"
         return f"{'ms:' if self.modelscope else ''}{self.repo}{revision or ''}{path}"
+
+
+def _is_local(match: re.Match[str]) -> bool:
+    """Whether a folder has the owner's name, and neither a revision nor ms: says that a hub is meant."""
+    return not match[1] and not match[3] and Path(match[2]).parent.is_dir()
+
+
+def why_local(source: object) -> str:
+    """For messages: why a name that is nowhere on disk was not looked up; "" for other sources."""
+    match = _NAME.fullmatch(source) if isinstance(source, str) else None
+    if match is None or not _is_local(match):
+        return ""
+    repo, path = match[2], f"/{match[4]}" if match[4] else ""
+    return text("not-looked-up", folder=repr(repo.split("/")[0]), name=repr(f"{repo}@main{path}"))
 
 
 @dataclass(frozen=True)
@@ -141,7 +156,7 @@ def open_repository(name: HubName) -> Repository:
         return Repository(name, {row["Path"]: RemoteFile(row.get("Size")) for row in listing})
     from huggingface_hub import HfApi, errors, snapshot_download
 
-    with _in_our_words(name):
+    with _in_our_words(name, text("not-here", name=repr(str(name)))):
         try:
             api = HfApi(endpoint=_endpoint(), library_name="condit")
             info = api.model_info(name.repo, revision=name.revision, files_metadata=True)
@@ -202,8 +217,8 @@ def _share_of(advance: Callable[[int], None]) -> type:
 
 
 @contextmanager
-def _in_our_words(name: HubName) -> Iterator[None]:
-    """huggingface_hub's errors with what to do."""
+def _in_our_words(name: HubName, nothing_here: str = "") -> Iterator[None]:
+    """huggingface_hub's errors with what to do. nothing_here: comes first where the hub did not say what it has."""
     from huggingface_hub import errors, get_token
 
     # The first that fits counts: a class of huggingface_hub, ours, and its message.
@@ -233,7 +248,8 @@ def _in_our_words(name: HubName) -> Iterator[None]:
             "token": text("wrong-token" if get_token() else "no-token"),
             "reason": (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."),
         }
-        raise ours(text(key, **values)) from error
+        unknown = key in ("offline", "answered", "not-reached")
+        raise ours((nothing_here if unknown else "") + text(key, **values)) from error
 
 
 def push_folder(folder: Path, repo: str, *, private: bool | None, token: str | None, message: str) -> str:

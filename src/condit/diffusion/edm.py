@@ -81,6 +81,9 @@ class EDMPath:
     def __len__(self) -> int:
         return len(self.sigmas) - 1
 
+    def since(self, begin: int) -> EDMPath:
+        return EDMPath(self.sigmas[begin:])
+
     def step(self, index: int) -> Step:
         return self.at(index, self.sigmas[index])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -116,6 +116,13 @@ class Gaussian:
         """Step `index` of a sampler, which begins at the noisy end."""
         time = float(self.timesteps[len(self) - 1 - index])
         return Step(index, len(self), time / TRAINED_STEPS, time)
+
+    def since(self, begin: int) -> Gaussian:
+        """The process without its `begin` noisiest levels. Raises ValueError if fewer than 2 levels are left."""
+        kept = len(self) - begin
+        if kept < 2:
+            raise ValueError(f"{kept} of {len(self)} steps is left, and 2 are needed. Raise strength or the steps.")
+        return replace(self, betas=self.betas[:kept], timesteps=self.timesteps[:kept])
 
     @property
     def learns_variance(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from condit.backbones.diffit import DiffiT
 from condit.controls.control import Act, Control, Run
-from condit.diffusion.gaussian import Gaussian, gaussian
+from condit.diffusion.gaussian import Gaussian, add_noise, gaussian
 from condit.diffusion.gaussian_samplers import ancestral, ddim
 from condit.diffusion.guidance import guide_channels, power_cosine_scale
 from condit.diffusion.steps import Path, Step
@@ -39,7 +39,7 @@ class ClassModel:
     last; None for an unconditional model."""
 
     reads: Literal["prompt", "class", "nothing"] = "class"
-    supports = frozenset({"guidance_scale", "guidance_power", "guidance_channels", "sampler", "eta"})
+    supports = frozenset({"guidance_scale", "guidance_power", "guidance_channels", "sampler", "eta", "strength"})
     kinds = ("pil", "pt", "np", "latent")
     fewest_steps = 2  # the variance of the last step is that of the one before it
     repaints, fixed_size, inversion = False, False, None
@@ -203,6 +203,7 @@ class ClassModel:
             )
 
     def encode(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        self.check_output("pil")  # it needs the autoencoder too
         return encode_latents(self.parts.vae, images, generators)
 
     def decode(self, latents: Tensor, layout: Layout) -> Tensor:
@@ -216,6 +217,9 @@ class ClassModel:
 
     def first(self, noise: Tensor, path: Path) -> Tensor:
         return noise
+
+    def noised(self, x0: Tensor, noise: Tensor, path: Gaussian, level: int) -> Tensor:
+        return add_noise(path, x0, torch.tensor(len(path) - 1 - level), noise)
 
     # A run
 

@@ -266,7 +266,7 @@ class Pipeline:
         Diffusion, PixArt, DiT and DiffiT noise or v (with the variance's channels); the image-space DiffiT the image.
         """
         scales = {"guidance_scale": guidance_scale, "image_guidance_scale": image_guidance_scale}
-        scales = scales if self.model.supports else {}  # a model without guidance
+        scales = scales if "guidance_scale" in self.model.supports else {}  # a model without guidance
         requested = Settings(height=height, width=width, num_inference_steps=2, **scales)  # type: ignore[arg-type]
         settings = self.settle(requested, prompt, "latent" if "latent" in self.model.kinds else "pt")
         controls = self.sized(controls, settings.size)

@@ -21,7 +21,7 @@ class PixelModel:
     """See `condit.drawing.model.Model`. The model is unconditional: its only condition is None."""
 
     reads: Literal["prompt", "class", "nothing"] = "nothing"
-    supports: frozenset[str] = frozenset()
+    supports = frozenset({"strength"})
     kinds = ("pil", "pt", "np")
     fewest_steps = 2
     repaints, fixed_size, inversion = False, False, None
@@ -78,6 +78,9 @@ class PixelModel:
 
     def first(self, noise: Tensor, path: EDMPath) -> Tensor:
         return noise * path.sigmas[0]
+
+    def noised(self, x0: Tensor, noise: Tensor, path: EDMPath, level: int) -> Tensor:
+        return x0 + path.sigmas[level] * noise
 
     def path(self, settings: Settings, layout: Layout) -> tuple[Sampler, Path]:
         return heun, edm_path(settings.steps, self.parts.edm)

@@ -12,7 +12,7 @@ from torch import Tensor
 from condit.controls.control import match_batch
 from condit.data.images import ImageSource, mask_images
 from condit.diffusion.steps import Path, draw
-from condit.drawing.model import Layout, Model, TextModel
+from condit.drawing.model import Layout, Model
 from condit.drawing.settings import Settings
 
 Images = ImageSource | Sequence[ImageSource]
@@ -23,9 +23,6 @@ class Reader(Protocol):
 
     @property
     def model(self) -> Model: ...
-
-    @property
-    def text_model(self) -> TextModel: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -106,7 +103,7 @@ def start_of(
     if kept is None or (mask is not None and strength == 1):
         x = model.first(noise, path)
     else:
-        x = pipe.text_model.noised(kept, noise, path, 0)
+        x = pipe.model.noised(kept, noise, path, 0)
     arranged = None if small is None else model.arrange(small.expand(-1, shape[0], -1, -1), layout)
     return Start(x, noise, None if model.repaints else kept, arranged, extra)
 
@@ -115,5 +112,5 @@ def repainted(pipe: Reader, x: Tensor, start: Start, path: Path, i: int) -> Tens
     """x after step i, with the image at the noise level of the next step where the mask is 0."""
     if start.kept is None or start.mask is None:
         return x
-    around = start.kept if i == len(path) - 1 else pipe.text_model.noised(start.kept, start.noise, path, i + 1)
+    around = start.kept if i == len(path) - 1 else pipe.model.noised(start.kept, start.noise, path, i + 1)
     return (1 - start.mask) * around + start.mask * x

@@ -154,7 +154,7 @@ class FluxText(nn.Module):
                 list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
             )["input_ids"]
 
-        warn_cut(self.t5_tokenizer, prompts, self.limit)  # CLIP's pooled vector, of 77 tokens, is a summary
+        warn_cut(self.t5_tokenizer, prompts, limit or self.limit)  # CLIP's pooled vector, of 77 tokens, is a summary
         pooled = self.clip(ids(self.clip_tokenizer, 77).to(self.clip.device)).pooler_output
         tokens = self.t5(ids(self.t5_tokenizer, limit or self.limit).to(self.t5.device))[0]
         return Text(tokens.to(pooled.device), pooled)

@@ -29,7 +29,7 @@ from condit.diffusion.guidance import class_guidance
 from condit.diffusion.steps import by_timestep
 from condit.encoders.vae import decode_latents
 from condit.training.fields import Data, Sizes
-from condit.training.labelled import Label, Size, height_width, id2label, open_labelled, with_sizes
+from condit.training.labelled import Label, Size, build, height_width, id2label, open_labelled, with_sizes
 from condit.training.latent_cache import encode
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
@@ -133,7 +133,7 @@ class ClassConditionalTask(Task):
                 f"A token holds {token} values of noise, more than a network of width {config.hidden_size} can "
                 "predict: samples would stay noisy. Set predicts = 'x0', a greater width or a smaller patch."
             )
-        self.network = DiT(config) if isinstance(config, DiTConfig) else DiffiT(config)
+        self.network = build(DiT, config) if isinstance(config, DiTConfig) else build(DiffiT, config)
         variance = "learned" if config.learn_sigma else "large"
         self.process = gaussian(predicts=predicts, variance=variance)
         self.sampling = gaussian(respacing="ddim25", predicts=predicts, variance=variance)

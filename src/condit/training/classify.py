@@ -18,7 +18,7 @@ from condit.backbones.vit import PRESETS, ViT, ViTConfig
 from condit.data.images import to_images
 from condit.data.sheets import SheetCell, contact_sheet
 from condit.training.fields import Data, NotNegative, Probability, Sizes
-from condit.training.labelled import Images, Label, Size, height_width, id2label, open_labelled, with_sizes
+from condit.training.labelled import Images, Label, Size, build, height_width, id2label, open_labelled, with_sizes
 from condit.training.loop import Task
 from condit.weights.files import load_strict
 from condit.weights.vit import for_finetuning, read_vit, save_vit
@@ -162,7 +162,7 @@ def make_vit(
     if config.classifier == "unpooled":
         raise ValueError("A classifier returns one vector for each image: sizes.classifier must be 'token' or 'gap'.")
     if init is None:
-        return ViT(config)
+        return build(ViT, config)
     if backbone != "ViT" or set(sizes) - {"dropout"}:
         raise ValueError(f"{init} determines the sizes: with `init`, only sizes.dropout may be set.")
     config_of_init, state = read_vit(init)

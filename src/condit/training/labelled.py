@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import torch
 from pydantic import AfterValidator
-from torch import Tensor
+from torch import Tensor, nn
 
 from condit.data.files import hash_fraction
 from condit.data.images import load_image, to_tensor
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound="DataclassInstance")
+M = TypeVar("M", bound=nn.Module)
 Label = Literal["style", "base", "group"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_WIDTH = 65_536
@@ -93,6 +96,28 @@ def with_sizes(config: C, sizes: Mapping[str, object]) -> C:
         if any(not 0 <= n <= limit for n in (value if isinstance(value, list | tuple) else [value]) if type(n) is int):
             raise ValueError(f"sizes.{name} holds numbers from 0 to {limit}; found {value!r}.")
     return replace(config, **sizes)
+
+
+def build(make: Callable[[C], M], config: C) -> M:
+    """The network of a configuration. Raises ValueError, before anything is allocated, for one whose training this
+    machine's memory cannot hold."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in make(config).parameters())
+    # On a GPU the CPU holds the weights alone, else gradients, two moments and averaged weights too.
+    need, here = 4 * count * (1 if torch.cuda.is_available() else 5), machine_memory()
+    if need > here:
+        raise ValueError(
+            f"{make.__name__} of these sizes has {count / 1e6:,.0f} million weights, and training it takes "
+            f"{need / 1e9:,.1f} GB; this machine has {here / 1e9:.1f} GB. Give smaller `sizes` under [data]."
+        )
+    return make(config)
+
+
+def machine_memory() -> float:
+    """Bytes; infinity where the system does not say."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def id2label(classes: Sequence[str]) -> dict[str, str]:

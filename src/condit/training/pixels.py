@@ -25,7 +25,7 @@ from condit.diffusion.edm import EDM, edm_loss, edm_path, heun, precondition, tr
 from condit.diffusion.steps import by_timestep
 from condit.training.classify import in_memory, to_float
 from condit.training.fields import Data, Number, Sizes
-from condit.training.labelled import Size, height_width, open_labelled, with_sizes
+from condit.training.labelled import Size, build, height_width, open_labelled, with_sizes
 from condit.training.loop import Task
 from condit.weights.diffit import save_diffit
 from condit.weights.folders import WEIGHTS
@@ -68,7 +68,7 @@ class PixelTask(Task):
         config = configure(data.backbone, data.sizes, self.size)
         labelled = open_labelled(data.icons, data.folder, label="style", size=self.size, held_out="combo")
         self.images, self.held_images = in_memory(labelled.train)[0], in_memory(labelled.held_out)[0]
-        self.network = DiffiTImage(config)
+        self.network = build(DiffiTImage, config)
 
     def compiled(self) -> list[nn.Module]:
         return [self.network]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
-from condit.data.hub import HubName
+from condit.data.hub import HubName, why_local
 from condit.data.messages import text
 from condit.weights import deadiff
 from condit.weights.files import (
@@ -177,7 +177,7 @@ def locate_adapter(source: str | Path) -> tuple[Path, str]:
         path, hub = download_adapter(asked)
         return path, str(hub)
     embedded = ", ".join(n for n in MODELS if "/" in n) or "none"
-    raise ValueError(text("no-adapter", name=repr(name), embedded=embedded))
+    raise ValueError(text("no-adapter", name=repr(name), embedded=embedded, note=why_local(source)))
 
 
 def adapter_weights(path: Path) -> Path:

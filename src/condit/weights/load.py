@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from condit.data.hub import HubName
+from condit.data.hub import HubName, why_local
 from condit.data.messages import text
 from condit.encoders.vae import Autoencoder
 from condit.weights.catalog import MODELS, models_folder
@@ -186,7 +186,7 @@ def identify(source: str | Path, variant: str | None = None) -> ModelSource:
     elif name.split("/")[0] not in MODELS and (asked := HubName.of(source)) is not None:
         path, hub = download_model(asked, partial(_check_index, name), variant)
     if not path.exists():
-        raise ValueError(_refusal(name, ""))
+        raise ValueError(_refusal(name, why_local(source)))
     index = str(optional_json(path / "model_index.json").get("_class_name", ""))
     kind: Kind | None = next((kind for start, kind in FOLDERS.items() if index.startswith(start)), None)
     file = first_weight_file(path) if kind is None else None
