@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from PIL import Image
 
 import condit
 from class_tasks import ONE_STEP, PIXELS, VIT, step
