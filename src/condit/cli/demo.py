@@ -2,7 +2,8 @@
 
 import shlex
 import time
-from collections.abc import Callable, Iterable
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,8 +48,8 @@ class DemoRow:
 
     label: str
     icons: tuple[DemoIcon, ...] = ()
-    prompts: tuple[str, ...] = PROMPTS
-    strengths: tuple[float, ...] = (1.0,)
+    prompts: Sequence[str] = PROMPTS
+    strengths: Sequence[float] = (1.0,)
     model: str = "tiny"
 
 
@@ -58,7 +59,7 @@ class Change:
 
     icon: DemoIcon
     source: str
-    targets: tuple[str, ...]
+    targets: Sequence[str]
     kind: str
 
     def command(self, path: Path, target: str, output: Path) -> str:
@@ -67,67 +68,14 @@ class Change:
         return shlex.join(words)
 
 
-CHANGES = (
-    Change(
-        DemoIcon("source", "noto", "red apple"),
-        "a red apple, noto style",
-        ("a green apple, noto style", "a yellow apple, noto style"),
-        "attribute",
-    ),
-)
-ROWS = (
-    DemoRow("plain\ntext to image"),
-    DemoRow("+ style\nof the reference", (DemoIcon("style", "fluent-emoji-high-contrast", "key"),)),
-    DemoRow("+ style\nof another", (DemoIcon("style", "fluent-emoji-3d", "tulip"),), PROMPTS[:3]),
-    DemoRow("+ style\nof a third", (DemoIcon("style", "emojione-monotone", "guitar"),), PROMPTS[:3]),
-    DemoRow(
-        "+ subject\nas another hand drew it",
-        (DemoIcon("subject", "fluent-emoji-flat", "automobile"),),
-        ("an automobile", "an automobile, noto style", "an automobile, emojione monochrome style", "汽车"),
-    ),
-    DemoRow(
-        "+ edges\nof the reference",
-        (DemoIcon("edges", "noto", "mushroom"),),
-        (
-            "a mushroom",
-            "a mushroom, fluent flat style",
-            "a mushroom, fluent 3d style",
-            "蘑菇",
-        ),
-    ),
-    DemoRow(
-        "gray -> colour",
-        (DemoIcon("gray", "fluent-emoji-flat", "automobile"),),
-        ("an automobile", "a red car", "an automobile, twemoji style"),
-    ),
-    DemoRow(
-        "all together\nstyle + subject + edges",
-        (
-            DemoIcon("style", "fluent-emoji-3d", "tulip"),
-            DemoIcon("subject", "twemoji", "crab"),
-            DemoIcon("edges", "fluent-emoji-flat", "crab"),
-        ),
-        ("a crab", "a crab, fluent 3d style", "螃蟹"),
-    ),
-    DemoRow(
-        "style strength\n0, 0.5, 1, 1.5",
-        (DemoIcon("style", "fluent-emoji-high-contrast", "key"),),
-        ("a rocket",),
-        (0.0, 0.5, 1.0, 1.5),
-    ),
-    DemoRow(
-        "UNet: style\nby IP-Adapter",
-        (DemoIcon("style", "fluent-emoji-high-contrast", "key"),),
-        PROMPTS[:3],
-        model="tiny-unet",
-    ),
-    DemoRow(
-        "UNet: style\nby DEADiff",
-        (DemoIcon("tiny-unet/deadiff", "fluent-emoji-high-contrast", "key"),),
-        PROMPTS[:3],
-        model="tiny-unet",
-    ),
-)
+def read_rows() -> tuple[tuple[DemoRow, ...], tuple[Change, ...]]:
+    """The tables of demo.toml."""
+    tables = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    rows = (DemoRow(**row | {"icons": tuple(DemoIcon(**i) for i in row.get("icons", ()))}) for row in tables["row"])
+    return tuple(rows), tuple(Change(**one | {"icon": DemoIcon(**one["icon"])}) for one in tables["change"])
+
+
+ROWS, CHANGES = read_rows()
 
 
 def generate_demo(folder: Path, *, seed: int = 0, tell: Callable[[str], None] = lambda text: None) -> dict[str, object]:

@@ -1,13 +1,16 @@
 """`condit evaluate`: measurements. The laboratory adds its own to this group."""
 
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from condit.cli.options import Grouped, ModelOptions, with_options
+from condit.cli.outputs import Force, free_paths
 from condit.cli.terminal import Debug, Json, Seed, answer, say
+from condit.data.files import check_writable
 
 app = typer.Typer(help="Measure adapters and models.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -25,6 +28,44 @@ class MeasureOptions:
     ] = None
     steps: Annotated[int | None, typer.Option(help="Number of inference steps [default: the model's].")] = None
     seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Sampling"""
+
+    count: Annotated[int, typer.Option("--count", "-n", help="Number of images.", min=1)] = 50_000
+    batch: Annotated[int, typer.Option("--batch", help="Images at once.", min=1)] = 32
+    steps: Annotated[int | None, typer.Option(help="Number of inference steps [default: the model's].")] = None
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale [default: the model's].")] = None
+    seed: Seed = 0
+
+
+@app.command(cls=Grouped)
+@with_options
+def samples(
+    out: Annotated[Path, typer.Argument(help="The .npz file.", show_default=False)],
+    sampling: SampleOptions,
+    model: ModelOptions,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Generate images of random classes for ADM's evaluator: an .npz with arr_0.
+
+    The same command continues where it stopped. Under torchrun, each process makes its share of the batches.
+    """
+    if out.suffix != ".npz":
+        raise typer.BadParameter(f"{out}: expected a name that ends in .npz")
+    free_paths([out], out, (), force=force)
+    check_writable(out)
+    from condit.cli.generate import studio_of
+    from condit.drawing.class_samples import sample_npz
+
+    rank, ranks, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if ranks > 1 and model.device in (None, "cuda"):
+        model = replace(model, device=f"cuda:{local}")
+    if path := sample_npz(studio_of(model)().pipe, out, **asdict(sampling), rank=rank, ranks=max(ranks, 1)):
+        typer.echo(str(path))
 
 
 @app.command(cls=Grouped)
