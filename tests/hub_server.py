@@ -177,13 +177,13 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, content: bytes) -> None:
         """A file of the store or a range of it; it breaks off in the middle while `cuts` are left."""
         self.hub.leaked |= self.headers.get("Authorization") is not None
-        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         start = int(match[1]) if match else 0
-        rest = content[start:]
+        rest = content[start : int(match[2]) + 1 if match and match[2] else None]
         self.send_response(206 if match else 200)
         self.send_header("Content-Length", str(len(rest)))
         if match:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start}-{start + len(rest) - 1}/{len(content)}")
         self.end_headers()
         if self.command == "HEAD":
             return

@@ -7,13 +7,18 @@ import pytest
 import torch
 
 import condit
+from class_models import DIT, VIT
+from condit.backbones.dit import DiT
 from condit.backbones.mmdit import MMDiTConfig
+from condit.backbones.vit import ViT
 from condit.cli import main
 from condit.controls.omini import OminiConfig, OminiControl
 from condit.drawing.pipeline import Pipeline
 from condit.nn.lora import Linear
-from condit.weights.files import save_tensors
-from condit.weights.plan import Wish, header, measured_rate, plan
+from condit.weights.dit import save_dit
+from condit.weights.files import read_tensors, save_tensors
+from condit.weights.plan import Wish, measured_rate, plan
+from condit.weights.vit import save_vit
 
 CONFIG = MMDiTConfig(
     in_channels=8,
@@ -113,7 +118,8 @@ def test_a_single_file_is_planned_by_its_header(folder, authors, tmp_path):
         (p.name, p.parameters, p.loaded) for p in expected.parts
     ]
     assert set(actual.parts[0].disk) == {"BF16"} and actual.resident == expected.resident
-    assert header(tmp_path / "flux1.safetensors")["img_in.weight"] == ("BF16", (32, 8))
+    weight = read_tensors(tmp_path / "flux1.safetensors", "meta")["img_in.weight"]
+    assert weight.is_meta and (weight.dtype, tuple(weight.shape)) == (torch.bfloat16, (32, 8))
 
 
 def test_the_embedded_model_can_be_planned():
@@ -127,7 +133,7 @@ def test_what_cannot_be_planned_raises(folder, tmp_path):
     with pytest.raises(ValueError, match="multiples of 4.*found 24 x 30"):
         plan(folder, replace(WISH, width=30))
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="neither safetensors nor a PyTorch file"):
         plan(tmp_path / "bad.safetensors", WISH)
 
 
@@ -165,3 +171,30 @@ def test_embedded_models_of_other_families_can_be_planned():
         assert found.operations_a_step > 1e6 and found.activations > 1000 and found.resident > found.parts[0].loaded
     with pytest.raises(ValueError, match="controls are counted for FLUX.1 only"):
         plan("tiny-unet", Wish(128, 128, controls=1))
+
+
+@pytest.mark.parametrize("kind", ["dit.pt", "training.pt", "vit.npz", "timm.safetensors", "transformers"])
+def test_files_of_class_models_are_planned_without_their_data(kind, tmp_path):
+    path = tmp_path / kind
+    if "dit" in kind or "training" in kind:
+        model = DiT(replace(DIT, hidden_size=384, num_heads=6))  # the width tells the heads
+        save_dit(model, path, layout="training" if "training" in kind else "official")
+    else:
+        model = ViT(VIT)
+        save_vit(path, VIT, model.state_dict(), layout=path.stem if kind != "vit.npz" else "npz")
+    actual = plan(path, Wish(32, 32, steps=1, dtype=torch.float32) if "vit" not in kind else Wish(16, 16))
+    (network, *_) = actual.parts
+    assert network.parameters == sum(t.numel() for t in model.state_dict().values())
+    assert set(network.disk) == {"F32"} and actual.operations_a_step > 0
+
+
+def test_a_name_on_a_hub_is_planned_by_configurations_and_headers(hub, folder, tmp_path):
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    hub.add("a/flux", files)
+    actual, expected = plan("a/flux", WISH), plan(folder, WISH)
+    assert actual == replace(expected, model="a/flux")
+    asked = [line for line in hub.requests if "/store/" in line and "bytes=" in line]
+    assert asked and all("bytes=0-" in line and not line.rstrip("]) ").endswith("-") for line in asked)
+    with pytest.raises(ValueError, match="x.bin of a/bare@.* has no header that can be read alone. Download it first"):
+        hub.add("a/bare", {"config.json": b"{}", "x.bin": b"x"})
+        plan("a/bare", WISH)

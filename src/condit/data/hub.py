@@ -6,12 +6,13 @@ the repository's are removed. `weights/hub_files.py` says which files a loader r
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import cast
@@ -106,6 +107,28 @@ class Repository:
             return Path(_modelscope().snapshot_download(self.name.repo, self.name.revision, allow_patterns=list(paths)))
         with _in_our_words(self.name):
             return self._download(paths)
+
+    def copy_header(self, path: str, target: Path) -> None:
+        """Writes the header of a safetensors file to a file of its size without data. Its first bytes are downloaded.
+        ValueError for another file, and on ModelScope."""
+        if not path.endswith(".safetensors") or self.name.modelscope:
+            raise ValueError(f"{path} of {self.where} has no header that can be read alone. Download it first.")
+        if self.cached is not None:
+            target.symlink_to(self.cached / path)
+            return
+        from huggingface_hub import HfApi
+
+        with _in_our_words(self.name):
+            api = HfApi(endpoint=_endpoint(), library_name="condit")
+            found = api.parse_safetensors_file_metadata(self.name.repo, path, revision=self.name.revision)
+        tensors = {n: {**asdict(t), "data_offsets": list(t.data_offsets)} for n, t in found.tensors.items()}
+        wanted = ("dtype", "shape", "data_offsets")
+        text = json.dumps(
+            {n: {key: t[key] for key in wanted} for n, t in tensors.items()} | {"__metadata__": found.metadata}
+        )
+        head = text.encode()
+        target.write_bytes(len(head).to_bytes(8, "little") + head)
+        os.truncate(target, 8 + len(head) + max((t.data_offsets[1] for t in found.tensors.values()), default=0))
 
     def _download(self, paths: Sequence[str]) -> Path:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache

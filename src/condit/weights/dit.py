@@ -54,15 +54,16 @@ def load_dit(
     num_heads: int | None = None,
     null_class: bool | None = None,
     input_size: int | tuple[int, int] | None = None,
+    device: Literal["cpu", "meta"] = "cpu",
 ) -> DiT:
     """The network in a file (safetensors or PyTorch) or a diffusers folder, in any layout; in evaluation mode and in
     the file's dtype.
 
     weights: which of a training file's two networks; "ema" takes "model" where there is no average. num_heads,
     null_class (False: the last label is a class) and input_size (side or height and width of the latent) complete files
-    that do not give them. ValueError with missing and unexpected names and a guess unless all tensors fit.
+    that do not give them. device "meta": without the data. ValueError with missing and unexpected names and a guess unless all tensors fit.
     """
-    tensors, settings = _read(Path(source))
+    tensors, settings = _read(Path(source), device)
     tensors = _unwrap(tensors, weights)
     if any(name.startswith("transformer_blocks.") for name in tensors):
         tensors = from_diffusers(tensors, source)
@@ -107,13 +108,13 @@ def _plain(model: DiT) -> State:
 # Reading
 
 
-def _read(source: Path) -> tuple[State, Json]:
+def _read(source: Path, device: Literal["cpu", "meta"]) -> tuple[State, Json]:
     """The tensors, and the fields of DiTConfig that the file or a config.json next to it gives, often none."""
     if not source.is_dir():
-        return read_tensors(source), own_config(source, "DiT", DiTConfig)
+        return read_tensors(source, device), own_config(source, "DiT", DiTConfig)
     folder = network_folder(source)
     files = weight_files(folder)
-    tensors = {name: value for file in files for name, value in read_tensors(file).items()}
+    tensors = {name: value for file in files for name, value in read_tensors(file, device).items()}
     # The metadata of our files give more than a config.json.
     if (own := own_config(files[0], "DiT", DiTConfig)) or not (folder / "config.json").is_file():
         return tensors, own

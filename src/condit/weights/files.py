@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,19 +48,25 @@ COMPLETE = "COMPLETE"  # the last file that save_folder writes: a folder without
 # A file may hold this many bytes of tensors, or this many times its own size.
 INFLATED_BYTES, INFLATED_FACTOR = 64_000_000, 8
 MAX_DEPTH, MAX_NAMES = 16, 1_000_000  # of the dictionaries in a PyTorch file
+# Types as safetensors writes them. Unknown ones raise KeyError, which readers of a file report.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32}
+DTYPES |= {"I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "C64": torch.complex64}
 _NO_ARCHIVE = (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError)
 _WRAPPER = "state_dict."
 _HEADER_LIMIT = 100_000_000  # safetensors' own limit on its JSON header
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor on the CPU from a safetensors file or a PyTorch file (.pt, .pth, .bin, .ckpt); the content decides
-    which it is. Names in nested dictionaries are joined by dots; values that are not tensors are dropped.
+def read_tensors(path: str | Path, device: Literal["cpu", "meta"] = "cpu") -> dict[str, Tensor]:
+    """Name -> tensor on the CPU, or on "meta" (without data), from a safetensors file or a PyTorch file (.pt, .pth,
+    .bin, .ckpt); the content decides which it is. Names in nested dictionaries are joined by dots; values that are not tensors are dropped.
     A PyTorch file is read with weights_only=True: one that would run code raises ValueError and runs nothing."""
     path = _existing(path)
     if _is_safetensors(path):
         try:
             with safe_open(path, framework="pt") as file:
+                if device == "meta":
+                    return {name: _without_data(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             raise ValueError(f"{path} is broken or cut off: {error}. Download it again") from error
@@ -69,9 +75,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     check_archive(path)
     if b"bytearray" in _pickle_bytes(path):  # which torch would allocate, at any size
         raise ValueError(f"{path} holds more than tensors (bytearray): refused. Use a safetensors file")
-    tensors = _flatten(_read_pickle(path), path)
+    tensors = _flatten(_read_pickle(path, device), path)
     _check_size(sum(t.numel() * t.element_size() for t in tensors.values()), path)
     return tensors
+
+
+def _without_data(part: Any) -> Tensor:
+    """A slice of safetensors, which has no types of its own."""
+    return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 
 
 def check_archive(path: Path) -> None:
@@ -113,12 +124,12 @@ def arrays_in(path: Path) -> list[str]:
 
 
 def names_in(path: Path) -> list[str]:
-    """Names of the tensors or arrays in a file. A pickle, which has no header, is read as a whole."""
+    """Names of the tensors or arrays in a file."""
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError):
-        return arrays_in(path) or list(read_tensors(path))
+        return arrays_in(path) or list(read_tensors(path, "meta"))
 
 
 def inner_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -351,7 +362,7 @@ def _harmless() -> list:
     return [argparse.Namespace, scalar, old, np.dtype, *kinds, *lightning]
 
 
-def _read_pickle(path: Path) -> object:
+def _read_pickle(path: Path, device: str) -> object:
     try:
         # The open file, not its name: torch reads a path by its ending. Its warnings (protocol 4) do not help users.
         with (
@@ -360,7 +371,7 @@ def _read_pickle(path: Path) -> object:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location=device, weights_only=True)
     except UnpicklingError as error:
         blocked = re.search(
             r"(?:GLOBAL|Unsupported (?:global|class|operand)|class) *:? *(?:GLOBAL +)?([\w.]+)", str(error)

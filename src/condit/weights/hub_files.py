@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -29,12 +30,36 @@ def download_model(name: HubName, check: Callable[[Json], None], variant: str | 
     repository = open_repository(name)
     if file := named_file(repository):
         return repository.fetch([file]) / file, repository.name
-    paths = (inside(name.path, file) for file in ("model_index.json", "config.json"))
-    index = next((path for path in paths if path in repository.files), None)
-    settings = {} if index is None else read_json(repository.fetch([index]) / index)
+    settings = index_of(repository)
     check(settings)
     offered = replace(repository, files=of_variant(repository.files, variant))
     return repository.fetch(model_files(offered, name.path, settings)) / name.path, repository.name
+
+
+def index_of(repository: Repository) -> Json:
+    """The fields of a model's model_index.json, else of its config.json; {} without both."""
+    paths = (inside(repository.name.path, file) for file in ("model_index.json", "config.json"))
+    index = next((path for path in paths if path in repository.files), None)
+    return {} if index is None else read_json(repository.fetch([index]) / index)
+
+
+def copy_headers(name: HubName, folder: Path) -> Path:
+    """A model in `folder` with its configurations, and with weights that have a header and no data. ValueError for
+    weights without headers (.bin)."""
+    repository = open_repository(name)
+    if file := named_file(repository):
+        paths = [file, *component_files(repository, parent(file), COMPONENTS)]
+    else:
+        paths = model_files(repository, name.path, index_of(repository))
+    heavy = [path for path in paths if path.endswith(WEIGHTS)]
+    light = repository.fetch([path for path in paths if path not in heavy])
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        if path in heavy:
+            repository.copy_header(path, folder / path)
+        else:
+            shutil.copy(light / path, folder / path)
+    return folder / name.path
 
 
 def download_beside(name: HubName, parts: Sequence[str]) -> None:

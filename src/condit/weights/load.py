@@ -4,6 +4,7 @@ source is, by the tables PUBLISHED, FOLDERS and TENSORS; `load_parts` reads it, 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -54,37 +55,9 @@ class Published:
     home: str
 
 
-_PIXART = "huggingface.co/PixArt-alpha"
-_DIT = "github.com/facebookresearch/DiT"
-_DIFFIT = "huggingface.co/nvidia/DiffiT (CC-BY-NC-SA-4.0)"
-_VIT = "github.com/google-research/vision_transformer (imagenet21k+imagenet2012)"
-_VIT_21K = "github.com/google-research/vision_transformer (imagenet21k)"
-PUBLISHED: dict[str, Published] = {
-    "sd15": Published(
-        None,
-        ("stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors", "v1-5-pruned.safetensors"),
-        "huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
-    ),
-    "sdxl": Published(
-        None,
-        ("stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors", "sd_xl_base_1.0_0.9vae.safetensors"),
-        "huggingface.co/stabilityai/stable-diffusion-xl-base-1.0",
-    ),
-    "pixart-alpha-512": Published("pixart", ("PixArt-XL-2-512x512",), f"{_PIXART}/PixArt-XL-2-512x512"),
-    "pixart-alpha-1024": Published("pixart", ("PixArt-XL-2-1024-MS",), f"{_PIXART}/PixArt-XL-2-1024-MS"),
-    "pixart-sigma-1024": Published("pixart", ("PixArt-Sigma-XL-2-1024-MS",), f"{_PIXART}/PixArt-Sigma-XL-2-1024-MS"),
-    "dit-xl-2-256": Published("dit", ("DiT-XL-2-256x256.pt",), _DIT),
-    "dit-xl-2-512": Published("dit", ("DiT-XL-2-512x512.pt",), _DIT),
-    "diffit-256": Published("diffit", ("diffit_256.safetensors",), _DIFFIT),
-    "diffit-512": Published("diffit", ("diffit_512.safetensors",), _DIFFIT),
-    "vit-b-16": Published("vit", ("ViT-B_16.npz",), _VIT),  # at 384 px, like all without -224
-    "vit-b-16-224": Published("vit", ("ViT-B_16-224.npz",), _VIT),
-    "vit-b-32": Published("vit", ("ViT-B_32.npz",), _VIT),
-    "vit-l-16": Published("vit", ("ViT-L_16.npz",), _VIT),
-    "vit-l-16-224": Published("vit", ("ViT-L_16-224.npz",), _VIT),
-    "vit-l-32": Published("vit", ("ViT-L_32.npz",), _VIT),
-    "vit-h-14": Published("vit", ("ViT-H_14.npz",), _VIT_21K),
-    "vit-base-patch16-224": Published("vit", ("vit-base-patch16-224",), "huggingface.co/google/vit-base-patch16-224"),
+PUBLISHED = {
+    name: Published(row.get("kind"), tuple(row["files"]), row["home"])
+    for name, row in tomllib.loads(Path(__file__).with_name("published.toml").read_text(encoding="utf-8")).items()
 }
 # A folder with model_index.json, by the beginning of its pipeline's class. None: another model under a similar name.
 FOLDERS: dict[str, Kind | None] = {

@@ -5,27 +5,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
-from condit.data.files import parse_json
+from condit.data.hub import HubName
 from condit.nn.cost import activation_bytes, average, cache_bytes, operations, ratio
 from condit.nn.offload import check_device
 from condit.weights.catalog import MODELS
+from condit.weights.files import DTYPES, names_in, read_tensors
 from condit.weights.flux import PREFIX, SIGN, infer_config, read_mmdit_config, vae_place
-from condit.weights.folders import optional_json
-from condit.weights.plan_networks import network_of, work_of
+from condit.weights.folders import ENDINGS, choose_weights, optional_json
+from condit.weights.hub_files import copy_headers
+from condit.weights.plan_networks import NETWORKS, network_of, work_of
 from condit.weights.quantise import BLOCKS, Quantise
+from condit.weights.vit import read_any
 
-Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor's name -> dtype as safetensors writes it, shape
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1}
+Header = dict[str, Tensor]  # of a file, without data
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TEXT_TOKENS, TINY_TEXT_TOKENS = 512, 24  # of T5 and of the embedded model, for any prompt
 
 
@@ -83,8 +86,17 @@ class Wish:
 
 def plan(source: str | Path, wish: Wish, *, components: str | Path | None = None, rate: float | None = None) -> Plan:
     """The plan for a folder or a single file of FLUX.1, for "tiny", or for the name of a preset ("flux-dev"), of which
-    only the transformer counts; for Stable Diffusion, PixArt, DiT, DiffiT and ViT likewise, see `plan_network`.
-    components: as in `condit.load`. ValueError for anything else, or for sizes out of range."""
+    only the transformer counts; for Stable Diffusion, PixArt, DiT, DiffiT and ViT likewise, see `plan_network`. Of a
+    name on a hub, configurations and headers of weights are downloaded. components: as in `condit.load`. ValueError for
+    anything else, or for sizes out of range."""
+    if (
+        str(source).split("/")[0] not in MODELS
+        and str(source) not in NETWORKS
+        and (asked := HubName.of(source)) is not None
+    ):
+        with TemporaryDirectory() as folder:
+            found = plan(copy_headers(asked, Path(folder)), wish, components=components, rate=rate)
+            return replace(found, model=str(source))
     if not is_flux(source):
         return plan_network(source, wish, rate)
     config, parts, pixels = survey(source, wish, components)
@@ -124,7 +136,7 @@ def is_flux(source: str | Path) -> bool:
     if name in PRESETS:
         return True
     if path.is_file() and path.suffix in (".safetensors", ".sft"):
-        return any(map(SIGN.match, header(path)))
+        return any(map(SIGN.match, names_in(path)))
     config = optional_json(path / "transformer" / "config.json")
     return bool(config) and not str(config.get("_class_name", "")).startswith(("PixArt", "DiT"))
 
@@ -137,7 +149,7 @@ def plan_network(source: str | Path, wish: Wish, rate: float | None = None) -> P
     name = str(source)
     path = MODELS[name].path if name in MODELS else Path(source)
     inside = {part: header_of(path / part) for part in subfolders(path)} if path.is_dir() else {}
-    whole = header(path) if path.suffix == ".safetensors" and path.is_file() else header_of(path)
+    whole = read_any(path, "meta")[0] if path.is_file() else header_of(path)
     network = network_of(name, path, inside.get("transformer", whole))
     others = {part: tensors for part, tensors in inside.items() if part not in ("unet", "transformer")}
     for part, start in (("vae", "first_stage_model."), ("text encoders", "cond")):
@@ -212,15 +224,18 @@ def survey(
         config = read_mmdit_config(path / "transformer")
         headers = {part: header_of(path / part) for part in subfolders(path)}
         parts = [transformer_part(config, headers.pop("transformer"), wish)]
-    elif path.is_file() and path.suffix in (".safetensors", ".sft") and any(map(SIGN.match, whole := header(path))):
+    elif (
+        path.is_file()
+        and path.suffix in (".safetensors", ".sft")
+        and any(map(SIGN.match, whole := read_tensors(path, "meta")))
+    ):
         own = {n.removeprefix(PREFIX): t for n, t in whole.items() if n.startswith(PREFIX)} or whole
-        empty = {n: torch.empty(shape, device="meta") for n, (_, shape) in own.items()}
         file, path = path, Path(components or path.parent)
         like = path / "transformer"
-        config = infer_config(empty, file, read_mmdit_config(like) if (like / "config.json").is_file() else None)
+        config = infer_config(own, file, read_mmdit_config(like) if (like / "config.json").is_file() else None)
         headers = {part: header_of(path / part) for part in subfolders(path) if part != "transformer"}
         vae = vae_place(path)
-        headers |= {"vae": header(vae)} if vae is not None and vae.is_file() else {}
+        headers |= {"vae": read_tensors(vae, "meta")} if vae is not None and vae.is_file() else {}
         parts = [transformer_part(config, own, wish)]
     else:
         raise ValueError(
@@ -238,10 +253,8 @@ def subfolders(folder: Path) -> list[str]:
 
 def frozen_part(name: str, tensors: Header, floating: int) -> PartPlan:
     """An encoder or autoencoder whose weights take `floating` bytes each; buffers of integers keep their size."""
-    loaded = sum(
-        prod(shape) * (floating if kind.startswith(("F", "BF")) else _BYTES[kind]) for kind, shape in tensors.values()
-    )
-    return PartPlan(name, sum(prod(shape) for _, shape in tensors.values()), by_dtype(tensors), loaded)
+    loaded = sum(t.numel() * (floating if t.is_floating_point() else t.itemsize) for t in tensors.values())
+    return PartPlan(name, sum(t.numel() for t in tensors.values()), by_dtype(tensors), loaded)
 
 
 def transformer_part(config: MMDiTConfig, tensors: Header, wish: Wish) -> PartPlan:
@@ -254,27 +267,16 @@ def transformer_part(config: MMDiTConfig, tensors: Header, wish: Wish) -> PartPl
 
 def by_dtype(tensors: Header) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for kind, shape in tensors.values():
-        sizes[kind] = sizes.get(kind, 0) + prod(shape) * _BYTES.get(kind, 4)
+    for tensor in tensors.values():
+        sizes[NAMES[tensor.dtype]] = sizes.get(NAMES[tensor.dtype], 0) + tensor.nbytes
     return sizes
 
 
-def header(file: Path) -> Header:
-    """The header of a safetensors file; only its first bytes are read. ValueError for another file."""
-    with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if not 0 < length <= 100_000_000:
-            raise ValueError(f"{file} is no safetensors file.")
-        try:
-            tensors = parse_json(opened.read(length))
-            assert isinstance(tensors, dict)
-            return {n: (t["dtype"], tuple(t["shape"])) for n, t in tensors.items() if n != "__metadata__"}
-        except (ValueError, AssertionError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is broken or cut off: {error}. Download it again") from error
-
-
 def header_of(folder: Path) -> Header:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in header(file).items()}
+    if not folder.is_dir():
+        return {}
+    files = (folder / name for name in choose_weights([path.name for path in folder.iterdir()], folder, ENDINGS))
+    return {name: t for file in files for name, t in read_tensors(file, "meta").items()}
 
 
 def pixels_of(folder: Path) -> int:

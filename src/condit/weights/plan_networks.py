@@ -4,8 +4,9 @@ counted."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,10 +21,12 @@ from condit.controls.control import Control
 from condit.nn.attention import Attend, Call
 from condit.weights import original_sd
 from condit.weights.diffit import config_of as diffit_config
-from condit.weights.dit import config_of as dit_config
+from condit.weights.dit import load_dit
 from condit.weights.folders import optional_json, read_json
 from condit.weights.pixart import LIMITS, pixart_config
 from condit.weights.stable_diffusion import unet_config
+from condit.weights.vit import read_vit
+from condit.weights.vit_layouts import find_layout
 
 # Published names -> presets of the backbones.
 PUBLISHED = {
@@ -35,8 +38,14 @@ PUBLISHED = {
     "vit-h-14": "ViT-H/14",
     "tiny-pixart": "pixart-tiny",
 }
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    **{key: partial(unet.UNet, c) for key, c in unet.PRESETS.items()},
+    **{key: partial(pixart.PixArt, c) for key, c in pixart.PRESETS.items()},
+    **{key: partial(dit.DiT, c) for key, c in dit.PRESETS.items()},
+    **{key: partial(diffit.DiffiT, c) for key, c in diffit.PRESETS.items()},
+    **{key: partial(vit.ViT, c) for key, c in vit.PRESETS.items()},
+}
 TEXT = 77  # CLIP's tokens
-Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -48,36 +57,30 @@ class Work:
     tokens: int
 
 
-def network_of(source: str, path: Path, headers: Shapes) -> nn.Module:
-    """The network of a preset's or published name, or of a folder or file whose network has these headers, without
+def network_of(source: str, path: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The network of a preset's or published name, or of a folder or file whose network has these tensors, without
     weights. ValueError for others."""
     name = PUBLISHED.get(source, source)
-    presets: dict[str, Callable[[], nn.Module]] = {
-        **{key: lambda c=c: unet.UNet(c) for key, c in unet.PRESETS.items()},
-        **{key: lambda c=c: pixart.PixArt(c) for key, c in pixart.PRESETS.items()},
-        **{key: lambda c=c: dit.DiT(c) for key, c in dit.PRESETS.items()},
-        **{key: lambda c=c: diffit.DiffiT(c) for key, c in diffit.PRESETS.items()},
-        **{key: lambda c=c: vit.ViT(c) for key, c in vit.PRESETS.items()},
-    }
     with torch.device("meta"):
-        if name in presets:
-            return presets[name]()
+        if name in NETWORKS:
+            return NETWORKS[name]()
         if (path / "unet" / "config.json").is_file():
             return unet.UNet(unet_config(read_json(path / "unet" / "config.json"), path))
         config = optional_json(path / "transformer" / "config.json")
         if str(config.get("_class_name", "")).startswith("PixArt"):
             return pixart.PixArt(pixart_config(config, path))
-        tensors = {key: torch.empty(shape) for key, (_, shape) in headers.items()}
         if any(key.startswith(original_sd.UNET) for key in tensors):
             return unet.UNet(original_sd.recognise(tensors, original_sd.ORIGINALS, path).unet)
         if any(".attn.qkv_temb." in key for key in tensors):
             return diffit.DiffiT(diffit_config(tensors))
-        if any(".adaLN_modulation." in key for key in tensors):
-            sizes = {key: value for key, value in config.items() if key in dit.DiTConfig.__dataclass_fields__}
-            return dit.DiT(dit_config(tensors, sizes, source=path))
+    if any(".adaLN_modulation." in key or ".class_embedder." in key for key in tensors):
+        return load_dit(path, device="meta")
+    with torch.device("meta"):
+        if find_layout(tensors) is not None:
+            return vit.ViT(read_vit(path, device="meta")[0])
     raise ValueError(
-        f"No model {source!r} to plan: expected a folder or a safetensors file of FLUX.1, Stable Diffusion, "
-        f"PixArt, DiT or DiffiT, or a name: {', '.join([*mmdit.PRESETS, *PUBLISHED, *presets])}."
+        f"No model {source!r} to plan: expected a folder or a file of FLUX.1, Stable Diffusion, "
+        f"PixArt, DiT, DiffiT or ViT, or a name: {', '.join([*mmdit.PRESETS, *PUBLISHED, *NETWORKS])}."
     )
 
 

@@ -74,10 +74,12 @@ def load_vit(source: str | Path, *, heads: int | None = None) -> ViT:
     return model.eval()
 
 
-def read_vit(source: str | Path, *, heads: int | None = None) -> tuple[ViTConfig, State]:
-    """Configuration and `ViT` state of a file (.npz, safetensors or PyTorch) or of a folder with one, in any layout.
-    Dropout is 0. ValueError with missing and unexpected names unless all tensors fit."""
-    tensors, hints = _read(Path(source))
+def read_vit(
+    source: str | Path, *, heads: int | None = None, device: Literal["cpu", "meta"] = "cpu"
+) -> tuple[ViTConfig, State]:
+    """Configuration and `ViT` state of a file (.npz, safetensors or PyTorch) or of a folder with one, in any layout;
+    device "meta": without the data. Dropout is 0. ValueError with missing and unexpected names unless all tensors fit."""
+    tensors, hints = read_any(Path(source), device)
     layout = find_layout(tensors)
     if layout is None:
         raise ValueError(
@@ -147,20 +149,21 @@ def for_finetuning(
 # Reading
 
 
-def _read(source: Path) -> tuple[State, Hints]:
+def read_any(source: Path, device: Literal["cpu", "meta"]) -> tuple[State, Hints]:
+    """The tensors or arrays of a file or folder of any layout, and what it says of them."""
     if source.is_dir():
         tensors: State = {}
         hints = Hints()
         for file in weight_files(source, ("safetensors", "bin", "npz")):
-            more, hints = _read(file)
+            more, hints = read_any(file, device)
             tensors |= more
         config = source / "config.json"
         return tensors, (_transformers_hints(config) if config.is_file() else None) or hints
     if not source.is_file():
         raise FileNotFoundError(f"no weight file at {source}")
     if arrays_in(source):
-        return _read_npz(source), Hints()
-    return read_tensors(source), _own_hints(read_metadata(source))
+        return _read_npz(source, device), Hints()
+    return read_tensors(source, device), _own_hints(read_metadata(source))
 
 
 def _own_hints(metadata: Mapping[str, str]) -> Hints:
@@ -179,11 +182,11 @@ def _write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def _read_npz(source: Path) -> State:
+def _read_npz(source: Path, device: str) -> State:
     check_archive(source)
     try:
         with np.load(source, allow_pickle=False) as archive:
-            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+            return {name: torch.from_numpy(archive[name]).to(device) for name in archive.files}
     except Exception as error:  # zip files and arrays can be broken in many ways
         if "pickle" in str(error):
             raise ValueError(f"{source} holds Python objects, and reading them could run code: refused.") from error
