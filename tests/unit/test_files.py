@@ -17,7 +17,6 @@ from torch import nn
 
 from condit.data.files import remove_temporaries
 from condit.weights.files import (
-    arrays_in,
     atomic_write,
     hash_file,
     inner_state,
@@ -30,6 +29,7 @@ from condit.weights.files import (
     save_folder,
     save_tensors,
 )
+from condit.weights.pickles import arrays_in
 
 SOURCE = Path(__file__).parent.parent.parent / "src"
 

@@ -61,7 +61,8 @@ def load_dit(
 
     weights: which of a training file's two networks; "ema" takes "model" where there is no average. num_heads,
     null_class (False: the last label is a class) and input_size (side or height and width of the latent) complete files
-    that do not give them. device "meta": without the data. ValueError with missing and unexpected names and a guess unless all tensors fit.
+    that do not give them. device "meta": without data. ValueError with missing and unexpected names and a guess unless
+    all tensors fit.
     """
     tensors, settings = _read(Path(source), device)
     tensors = _unwrap(tensors, weights)

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from condit.backbones.vit import FLAVOURS, PRESETS, Flavour, ViT, ViTConfig, resize_positions
 from condit.weights.files import (
-    arrays_in,
     atomic_write,
-    check_archive,
     load_strict,
     own_fields,
     read_metadata,
@@ -31,6 +29,7 @@ from condit.weights.files import (
 )
 from condit.weights.folders import read_json, tuples, weight_files
 from condit.weights.guess import guess
+from condit.weights.pickles import arrays_in, check_archive
 from condit.weights.vit_layouts import (
     JAX,
     Layout,
@@ -77,8 +76,8 @@ def load_vit(source: str | Path, *, heads: int | None = None) -> ViT:
 def read_vit(
     source: str | Path, *, heads: int | None = None, device: Literal["cpu", "meta"] = "cpu"
 ) -> tuple[ViTConfig, State]:
-    """Configuration and `ViT` state of a file (.npz, safetensors or PyTorch) or of a folder with one, in any layout;
-    device "meta": without the data. Dropout is 0. ValueError with missing and unexpected names unless all tensors fit."""
+    """Configuration and `ViT` state of a file (.npz, safetensors or PyTorch) or of a folder with one, in any layout.
+    Dropout is 0. device "meta": without data. ValueError with missing and unexpected names unless all tensors fit."""
     tensors, hints = read_any(Path(source), device)
     layout = find_layout(tensors)
     if layout is None:
