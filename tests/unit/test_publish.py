@@ -10,11 +10,18 @@ import pytest
 import torch
 
 import hub_server
+from condit.controls.deadiff import DEADiff
+from condit.controls.instantstyle import InstantStyle
 from condit.controls.ip_adapter import IPAdapter
 from condit.controls.omini import OminiControl
+from condit.controls.style_lora import StyleLoRA
 from condit.data import messages
 from condit.data.hub import HubName
+from condit.nn.lora import Linear, LoRA, linear_shapes
 from condit.training.export import export_adapter
+from condit.weights.files import save_tensors
+from condit.weights.lora_files import TEXT
+from condit.weights.lora_text import text_pairs
 
 SOURCE = Path(messages.__file__).parents[1]
 MESSAGES = tomllib.loads(Path(messages.__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -119,3 +126,68 @@ def test_a_beginners_error_is_in_chinese_on_a_chinese_system(hub, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"找不到 'a/nothing'：本地没有这个文件或文件夹，也没有 http"):
         identify("a/nothing")
     assert HubName.of("a/nothing") is not None
+
+
+# Style LoRAs, InstantStyle, DEADiff
+
+
+def made_lora(pipe, seed: int = 0) -> LoRA:
+    paths = [path for path, module in pipe.backbone.named_modules() if isinstance(module, Linear)][:6]
+    lora = LoRA(linear_shapes(pipe.backbone, paths), 2, alpha=5.0)
+    g = torch.Generator().manual_seed(seed)
+    for parameter in lora.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=g))
+    return lora
+
+
+@pytest.mark.parametrize("kind", ["flux", "unet"])
+def test_a_style_lora_is_saved_in_diffusers_names_and_acts_as_before(kind, make_pipe, make_latent, tmp_path):
+    pipe = make_pipe(name="me/base@v1") if kind == "flux" else make_latent("sd15")
+    part = "transformer" if kind == "flux" else "unet"
+    tensors = {n.replace("transformer.", f"{part}.", 1): t for n, t in made_lora(pipe).tensors().items()}
+    adapter = StyleLoRA.load(save_tensors(tmp_path / "style.safetensors", tensors), pipe)
+    again = StyleLoRA.load(adapter.save_pretrained(tmp_path / "saved"), pipe)
+    assert again.tensors().keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(again.tensors()[name], tensor.to(pipe.dtype))
+    card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    assert "condit.StyleLoRA.load" in card and "adapter.control()" in card and f'condit.load("{pipe.name}")' in card
+    assert ("base_model" in header(card)) == (kind == "flux")
+
+
+def test_a_style_lora_is_saved_with_its_updates_of_text_encoders(make_pipe):
+    adapter = StyleLoRA(made_lora(make_pipe()), frozenset())
+    for layer in ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "text_encoder.text_model.encoder.layers.0.mlp.fc1"):
+        adapter.text[layer] = torch.ones(2, 8), torch.ones(8, 2)
+    written = {name: t for name, t in adapter.tensors().items() if name.startswith(TEXT)}
+    assert len(written) == 4
+    for layer, pair in text_pairs(written).items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, adapter.text[layer], strict=True))
+
+
+def test_a_dora_is_not_saved(make_pipe):
+    pipe = make_pipe()
+    adapter = StyleLoRA(made_lora(pipe), frozenset())
+    adapter.lora.bias["x"] = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="has biases or is a DoRA, which are not written. Copy the file"):
+        adapter.tensors()
+
+
+def test_instantstyle_publishes_its_ip_adapter(hub, make_pipe, make_ip, monkeypatch, tmp_path):
+    pipe = make_pipe()
+    adapter = make_ip(pipe)
+    style = InstantStyle(adapter)
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    style.push_to_hub("me/instant")
+    saved = style.save_pretrained(tmp_path / "x")
+    for again in (IPAdapter.load("me/instant", pipe), IPAdapter.load(saved, pipe)):
+        assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in adapter.tensors().items())
+
+
+def test_deadiff_loads_one_file_of_a_folder(make_latent, make_deadiff, make_tower, tmp_path):
+    pipe = make_latent("sd15")
+    adapter = make_deadiff(pipe)
+    for name in ("a", "b"):
+        adapter.save(tmp_path / "sub" / f"{name}.safetensors")
+    again = DEADiff.load(tmp_path, pipe, subfolder="sub", weight_name="b.safetensors", image_encoder=make_tower())
+    assert again.name.endswith("sub/b.safetensors")

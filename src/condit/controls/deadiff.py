@@ -34,6 +34,7 @@ from condit.controls.deadiff_layers import (
     SETS,
     Acts,
     Combine,
+    DEADiffConfig,
     Empty,
     ImageMaps,
     LayerPlacing,
@@ -46,7 +47,7 @@ from condit.controls.deadiff_layers import (
     log_regions,
     plant,
 )
-from condit.controls.host import Host, save_adapter
+from condit.controls.host import Host, save_adapter, within
 from condit.controls.ip_input import References, grouped
 from condit.data.images import load_image, load_masks
 from condit.encoders.clip_patches import ClipPatches
@@ -63,15 +64,6 @@ NEGATIVE_PROMPT = (
     "over-exposure, under-exposure, saturated, duplicate, out of frame, lowres, cropped, worst quality, low quality, "
     "jpeg artifacts, morbid, mutilated, out of frame, ugly, bad anatomy, bad proportions, deformed, blurry, duplicate"
 )
-
-
-@dataclass(frozen=True)
-class DEADiffConfig:
-    """content_layers: which cross-attention layers, in forward order, take content; the others take style. words: token
-    numbers of the words that the Q-Formers read."""
-
-    content_layers: tuple[int, ...] = CONTENT_LAYERS
-    words: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: dict(BERT_WORDS))
 
 
 class DEADiff(nn.Module):
@@ -122,9 +114,18 @@ class DEADiff(nn.Module):
         return adapter
 
     @classmethod
-    def load(cls, source: str | Path, pipe: Host, *, image_encoder: str | Path | ClipPatches | None = None) -> DEADiff:
-        """From the published `.ckpt`, or a name ("tiny-unet/deadiff", or on a hub), file or folder of ours.
-        image_encoder: the folder of CLIP ViT-L/14, where neither the file nor the model has a tower of its own."""
+    def load(
+        cls,
+        source: str | Path,
+        pipe: Host,
+        *,
+        subfolder: str = "",
+        weight_name: str = "",
+        image_encoder: str | Path | ClipPatches | None = None,
+    ) -> DEADiff:
+        """From the published `.ckpt`, or a name (also on a hub), file or folder of ours. subfolder, weight_name: see
+        `IPAdapter.load`. image_encoder: the folder of CLIP ViT-L/14, where file and model have none."""
+        source = within(source, subfolder, weight_name)
         file = pipe.adapter_file(source, "DEADiff")
         tensors = {n: v for n, v in file.tensors.items() if not n.startswith("tower.")}
         shapes = cross_shapes(pipe.backbone, pipe.name)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from torch import Tensor, nn
 
 from condit.controls.control import Placing, Where, one_of, region_levels
+from condit.encoders.qformer import BERT_WORDS
 from condit.nn.attention import Site
 
 if TYPE_CHECKING:
@@ -25,6 +27,15 @@ Acts = Literal["keys-values", "values", "attention"]
 Empty = Literal["zeros", "absent"]
 # Cross-attention layers in the order of the forward pass, of sixteen (`content_layer` of the released configuration).
 CONTENT_LAYERS = (4, 5, 6, 7, 8)
+
+
+@dataclass(frozen=True)
+class DEADiffConfig:
+    """content_layers: which cross-attention layers, in forward order, take content; the others take style. words: token
+    numbers of the words that the Q-Formers read."""
+
+    content_layers: tuple[int, ...] = CONTENT_LAYERS
+    words: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: dict(BERT_WORDS))
 
 
 class LayerPlacing(Placing, total=False):

@@ -95,6 +95,15 @@ class InstantStyle:
         adapter = IPAdapter.load(source, pipe, image_encoder=image_encoder, where=where, head_dim=head_dim)
         return cls(adapter, text_encoder if isinstance(text_encoder, TextTower) else pipe.text_tower(text_encoder))
 
+    @property
+    def save_pretrained(self):
+        """Of the IP-Adapter, whose file it is."""
+        return self.adapter.save_pretrained
+
+    @property
+    def push_to_hub(self):
+        return self.adapter.push_to_hub
+
     def control(
         self,
         reference: References | None = None,

@@ -38,4 +38,4 @@ def push_to_hub(
 def base_of(adapter: object) -> str:
     """The name of the pipeline that an adapter was loaded or made for; "" without one."""
     pipe = getattr(adapter, "_pipe", [None])[0]
-    return "" if pipe is None else pipe.name
+    return str(getattr(adapter, "base", "")) if pipe is None else pipe.name

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from condit.backbones.unet import UNet
+from condit.controls import publish
 from condit.controls.control import Control, Step, When, finite
-from condit.controls.host import Host, within
+from condit.controls.host import Host, save_adapter, within
 from condit.controls.omini_tasks import TARGETS
 from condit.nn.lora import LoRA, LowRank, PartialLoRA, linear_shapes, sum_loras, weighted
 
@@ -25,6 +27,7 @@ class StyleLoRA(nn.Module):
         """gated: the paths at which the official OminiControl code disables it for conditions."""
         super().__init__()
         self.lora, self.gated, self.name, self.hash = lora, gated, "", ""
+        self.base, self.part = "", "transformer"  # the model that it was loaded for, and the part that it updates
         self.text: dict[str, tuple[Tensor, Tensor]] = {}  # updates of text encoders, by the layer's name in the file
 
     @classmethod
@@ -48,10 +51,25 @@ class StyleLoRA(nn.Module):
         lora.check_fits(pipe.backbone, source, pipe.name)
         lora = lora.requires_grad_(False).to(pipe.device, pipe.dtype)
         adapter = cls(lora, frozenset(linear_shapes(pipe.backbone, TARGETS)))
-        adapter.name, adapter.hash = file.name, file.hash
+        adapter.name, adapter.hash, adapter.base = file.name, file.hash, pipe.name
+        adapter.part = "unet" if isinstance(pipe.backbone, UNet) else "transformer"
         pairs = {} if ignore_text else file.text_pairs()
         adapter.text = {name: (a.to(pipe.device), b.to(pipe.device)) for name, (a, b) in pairs.items()}
         return adapter
+
+    save, save_pretrained, push_to_hub = save_adapter, publish.save_pretrained, publish.push_to_hub
+
+    def tensors(self) -> dict[str, Tensor]:
+        """diffusers' layout. Raises ValueError for a DoRA and for biases, which the file that it is from holds."""
+        if self.lora.bias or self.lora.gains:
+            raise ValueError(f"{self.name} has biases or is a DoRA, which are not written. Copy the file itself.")
+        made = {f"{self.part}.{n.removeprefix('transformer.')}": t for n, t in self.lora.tensors().items()}
+        for layer, (a, b) in self.text.items():
+            made |= {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
+        return made
+
+    def metadata(self) -> dict:
+        return {"method": "StyleLoRA", "base": self.base}
 
     def control(
         self, strength: float = 1.0, *, when: When | tuple[float, float] | None = None, official: bool = False

@@ -33,6 +33,7 @@ def write_card(
         base=f" for {base}" if base else "",
         model=base or "BASE MODEL",
         place=place or "FOLDER",
+        reference="" if method == "StyleLoRA" else '"reference.png"',
         rows="\n".join(f"| {key} | {json.dumps(value)} |" for key, value in metadata.items() if value is not None),
     )
     card = f"---\n{header.to_yaml()}\n---\n\n{text}"
