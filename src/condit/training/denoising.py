@@ -13,6 +13,7 @@ from condit.controls.control import Control, Run
 from condit.diffusion.vp import training_pair
 from condit.encoders.text import Text
 from condit.encoders.vae import Autoencoder, scale_shift
+from condit.nn.lora import sum_loras
 from condit.weights.latent_models import Frame, LatentParts
 from condit.weights.load import LATENT, identify, load_parts
 
@@ -63,4 +64,5 @@ def errors(
     with size conditioning; None: uncropped images of the training size."""
     x, target = training_pair(parts.process, x0, noise, t)
     network = parts.tell(parts.backbone, text, frames or Frame(parts.size, parts.size, (0, 0), parts.size))
-    return (network(x, t.to(x.device), None, list(controls)).float() - target).square().flatten(1).mean(1)
+    lora = sum_loras(control.lora() for control in controls)
+    return (network(x, t.to(x.device), lora, list(controls)).float() - target).square().flatten(1).mean(1)

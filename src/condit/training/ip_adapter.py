@@ -10,31 +10,33 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from condit.backbones.unet import UNet
 from condit.controls.control import Control
 from condit.controls.ip_adapter import IPAdapter, IPConfig
-from condit.controls.ip_projectors import HEAD_DIM, ImageProjection, Resampler
+from condit.controls.ip_projectors import HEAD_DIM, IdentityProjection, ImageProjection, Resampler
+from condit.controls.ip_reference import WithLoRA
 from condit.data.grouped import PAIR_KINDS, PairKind
 from condit.data.images import to_images
 from condit.data.sheets import contact_sheet
 from condit.drawing.pipeline import Pipeline
 from condit.encoders.clip_patches import CLIP_MEAN, CLIP_STD
 from condit.encoders.image import CLIPImage, TinyImage
+from condit.nn.lora import LoRA, linear_shapes, weighted
 from condit.training.denoising import errors, latents_of, load_base
 from condit.training.export import ADAPTER, export_adapter
 from condit.training.fields import Count, Data, NotNegative, Probability, check_shares
 from condit.training.loop import Task, to_device
-from condit.training.paired import Paired, open_source
+from condit.training.paired import Faces, Paired, open_source
 from condit.weights.clip_towers import load_image_encoder
 from condit.weights.files import load_strict, read_tensors
 from condit.weights.folders import floats
 from condit.weights.latent_models import LatentParts
 
-Projector = Literal["global", "plus"]
-TOKENS: dict[str, int] = {"global": 4, "plus": 16}  # of the published files
+Projector = Literal["global", "plus", "face"]
+TOKENS: dict[str, int] = {"global": 4, "plus": 16, "face": 4}  # of the published files
 
 
 @dataclass
@@ -49,10 +51,11 @@ class IPAdapterData(Data):
     """model: a Stable Diffusion, or the embedded UNet. Pairs come from `icons` or from `pairs` (a folder or tars).
 
     held_out: pairs for validation. image_encoder: the folder of a CLIP; None: the model's own. projector: "global"
-    reads the pooled embedding, "plus" the states of the penultimate layer. tokens: None: as published. where: patterns
-    of the layers that get K', V'; None: all. init: an earlier export. shares: how often a batch is of style pairs,
-    content pairs, reconstruction; published is reconstruction alone. drop: how often a row loses its reference, its
-    caption, both. noise_offset: as in SDXL's training, on the mean of each channel.
+    reads the pooled embedding, "plus" the states of the penultimate layer, "face" (FaceID) the vectors in the file
+    `faces`, with a LoRA of `lora_rank` on all attention layers (None: without). tokens: None: as published. where:
+    patterns of the layers that get K', V'; None: all. init: an earlier export. shares: how often a batch is of style
+    pairs, content pairs, reconstruction; published is reconstruction alone. drop: how often a row loses its reference,
+    its caption, both. noise_offset: as in SDXL's training, on the mean of each channel.
     """
 
     model: str
@@ -61,6 +64,8 @@ class IPAdapterData(Data):
     held_out: str | None = None
     image_encoder: str | None = None
     projector: Projector = "global"
+    faces: str | None = None
+    lora_rank: Count | None = None
     tokens: Count | None = None
     where: str | tuple[str, ...] | None = None
     init: str | None = None
@@ -69,6 +74,16 @@ class IPAdapterData(Data):
     noise_offset: NotNegative = 0.0
 
     _shares = field_validator("shares")(check_shares)
+
+    @model_validator(mode="after")
+    def _of_faces(self) -> IPAdapterData:
+        if (self.projector == "face") != (self.faces is not None):
+            raise ValueError('projector = "face" and faces, the file of their vectors, need each other.')
+        if self.faces is None and self.lora_rank is not None:
+            raise ValueError('lora_rank is for projector = "face".')
+        if self.faces is not None and self.init is not None:
+            raise ValueError('init is not read for projector = "face".')
+        return self
 
     @field_validator("drop")
     @classmethod
@@ -91,18 +106,23 @@ class IPAdapterTask(Task):
         self.parts, self.unet = parts, parts.backbone.requires_grad_(False)
         self.vae: nn.Module = parts.vae.requires_grad_(False)
         self.text: nn.Module = parts.text.requires_grad_(False)
-        self.encoder = find_encoder(parts, data.image_encoder, data.projector)
+        faces = None if data.faces is None else Faces.read(data.faces)
+        self.encoder = find_encoder(parts, data.image_encoder, data.projector) if faces is None else None
         where = (data.where,) if isinstance(data.where, str) else data.where
-        self.ip = new_adapter(self.unet, self.encoder, data.projector, data.tokens or TOKENS[data.projector], where)
+        tokens = data.tokens or TOKENS[data.projector]
+        if faces is not None:
+            self.ip = new_face_adapter(self.unet, faces.width, tokens, where, data.lora_rank)
+        else:
+            self.ip = new_adapter(self.unet, self.encoder, data.projector, tokens, where)
         if data.init is not None:
             load_strict(self.ip, floats(read_tensors(Path(data.init) / ADAPTER)), source=data.init)
         self.shares, self.drop, self.noise_offset = data.shares, data.drop, data.noise_offset
         self.kinds: list[PairKind] = [kind for kind, share in zip(PAIR_KINDS, data.shares, strict=True) if share]
         side = self.encoder.size.side if isinstance(self.encoder, CLIPImage) else parts.size[0]
-        self.source = open_source(data.icons, data.pairs, self.kinds, ("train",), parts.size, side)
+        self.source = open_source(data.icons, data.pairs, self.kinds, ("train",), parts.size, side, faces)
         self.held_out = None
         if data.icons is not None or data.held_out is not None:
-            self.held_out = open_source(data.icons, data.held_out, self.kinds, ("combo",), parts.size, side)
+            self.held_out = open_source(data.icons, data.held_out, self.kinds, ("combo",), parts.size, side, faces)
 
     def compiled(self) -> list[nn.Module]:
         return [self.unet]
@@ -132,8 +152,10 @@ class IPAdapterTask(Task):
 
     @torch.no_grad()
     def features(self, references: Tensor, kept: Tensor) -> Tensor:
-        """The projector's input for references (B, 3, S, S) in [-1, 1]. Rows that are not `kept` have none: a zero
-        embedding, or the states of an image of zeros after normalisation."""
+        """The projector's input for references (B, 3, S, S) in [-1, 1], or faces (B, E). Rows that are not `kept`
+        have none: a zero embedding, or the states of an image of zeros after normalisation."""
+        if self.encoder is None:
+            return references * kept[:, None]
         return read_features(self.encoder, references, kept, self.ip.config.feature)
 
     @torch.no_grad()
@@ -172,7 +194,8 @@ class IPAdapterTask(Task):
             ones = torch.ones(len(batch.captions), device=self.device)
             none, shown = self.control(batch, 0 * ones), self.control(batch, ones)
             generated = [pipe(batch.captions, "", controls=[c], seed=0).images for c in (none, shown)]
-            rows += [to_images(batch.references), *generated, to_images(batch.images)]
+            shown = to_images(batch.images if self.encoder is None else batch.references)  # a face has no picture
+            rows += [shown, *generated, to_images(batch.images)]
             labels += [f"{kind}: reference", "no reference", "generated", "real"]
         return contact_sheet(rows, labels)
 
@@ -183,10 +206,23 @@ class IPAdapterTask(Task):
     def acting(self, features: Tensor, *, empty: Tensor | None = None) -> Control:
         """The control that passes features to the network; ablations override it. empty: the features without a
         reference."""
-        return self.ip.reference(features, empty=empty)
+        made = self.ip.reference(features, empty=empty)
+        return made if self.ip.lora is None else WithLoRA(made, self.ip, weighted(self.ip.lora, 1.0))
 
     def export(self, folder: Path, card: dict) -> None:
         export_adapter(self.ip, folder, card, model=self.parts.name, base=self.parts.hash)
+
+
+def new_face_adapter(unet: UNet, width: int, tokens: int, where: tuple[str, ...] | None, rank: int | None) -> IPAdapter:
+    """An untrained FaceID for vectors (width,), with the published sizes; rank: of its LoRA, None: without."""
+    dim = unet.config.cross_attention_dim
+    projector = IdentityProjection(width, 2 * width, dim, tokens)
+    adapter = IPAdapter.new(unet, IPConfig(width, tokens, dim, feature="identity"), projector=projector, where=where)
+    if rank is not None:
+        adapter.attentions = tuple(site.path for site in unet.sites)
+        parts = ("to_q", "to_k", "to_v", "to_out.0")
+        adapter.lora = LoRA(linear_shapes(unet, [f"{path}.{p}" for path in adapter.attentions for p in parts]), rank)
+    return adapter
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@ style groups and content groups."""
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -18,6 +19,7 @@ from condit.data.images import ImageSource, load_image, to_tensor
 from condit.data.pairs import Pairs, ShardPairs, open_pairs
 from condit.encoders.clip_patches import resize_antialiased
 from condit.training.plugins import icon_world
+from condit.weights.files import check_values, read_tensors
 from condit.weights.latent_models import Frame
 
 
@@ -40,12 +42,45 @@ class PairSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Faces:
+    """The vector (E,) of the face in each image, by the image's path relative to `folder`."""
+
+    folder: Path
+    vectors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, file: str | Path) -> Faces:
+        """A safetensors file next to the images or above them. ValueError unless it holds vectors of one length."""
+        vectors = read_tensors(file)
+        check_values(vectors, file)
+        if len({vector.shape for vector in vectors.values()}) != 1 or any(v.ndim != 1 for v in vectors.values()):
+            shapes = sorted({tuple(vector.shape) for vector in vectors.values()})
+            raise ValueError(f"{file}: expected a vector (E,) for each image, all of one length; found {shapes[:3]}.")
+        return cls(Path(file).resolve().parent, {name: vector.float() for name, vector in vectors.items()})
+
+    @property
+    def width(self) -> int:
+        return len(next(iter(self.vectors.values())))
+
+    def of(self, source: ImageSource) -> Tensor:
+        """ValueError for an image without a vector, and for one that is no file, as in tars."""
+        name = os.path.relpath(source.resolve(), self.folder) if isinstance(source, Path) else "an image of a tar"
+        if name not in self.vectors:
+            raise ValueError(
+                f"{self.folder}: no face vector for {name}; found {', '.join(list(self.vectors)[:2])}, ..."
+            )
+        return self.vectors[name]
+
+
+@dataclass(frozen=True)
 class FolderSource:
-    """Images of `GroupedPairs`: targets cropped to `size`, references resized as in the released training code."""
+    """Images of `GroupedPairs`: targets cropped to `size`, references resized as in the released training code. faces:
+    their vectors (B, E) take the references' place."""
 
     pairs: GroupedPairs
     size: tuple[int, int]
     reference_size: int
+    faces: Faces | None = None
 
     def check(self, kinds: Sequence[PairKind]) -> None:
         """ValueError unless the set has pairs of each of these kinds."""
@@ -60,7 +95,9 @@ class FolderSource:
         return Paired(kind, images, references, [target.text for target, _ in sampled], frames)
 
     def reference(self, source: ImageSource) -> Tensor:
-        """(1, 3, S, S), from the whole image."""
+        """(1, 3, S, S), from the whole image; (1, E) of its face."""
+        if self.faces is not None:
+            return self.faces.of(source)[None]
         image = load_image(source)
         whole = to_tensor(image, (image.height, image.width))[None]
         return resize_antialiased(whole, (self.reference_size, self.reference_size))
@@ -82,11 +119,15 @@ class ShardSource:
         return self.shard(rng.choices(range(len(self.counts)), self.counts)[0]).batch(rng, kind, size)
 
 
-def open_folder(pairs: Pairs, size: tuple[int, int], reference_size: int) -> FolderSource | ShardSource:
-    """The source of batches of a set."""
-    if isinstance(pairs, ShardPairs):
-        return ShardSource(pairs, size, reference_size)
-    return FolderSource(GroupedPairs(pairs), size, reference_size)
+def open_folder(
+    pairs: Pairs, size: tuple[int, int], reference_size: int, faces: Faces | None = None
+) -> FolderSource | ShardSource:
+    """The source of batches of a set. ValueError for faces with tars, whose images have no path."""
+    if not isinstance(pairs, ShardPairs):
+        return FolderSource(GroupedPairs(pairs), size, reference_size, faces)
+    if faces is not None:
+        raise ValueError("faces are of the images of a folder: found tars. Unpack them.")
+    return ShardSource(pairs, size, reference_size)
 
 
 def cropped(original: tuple[int, int], size: tuple[int, int]) -> Frame:
@@ -110,12 +151,15 @@ def open_source(
     splits: tuple[str, ...],
     size: tuple[int, int],
     reference_size: int,
+    faces: Faces | None = None,
 ) -> PairSource:
-    """Pairs of icons of some splits, or of a folder or tars."""
-    if icons is not None and pairs is None:
+    """Pairs of icons of some splits, or of a folder or tars. faces: of the images of a folder."""
+    if icons is not None and pairs is None and faces is None:
         return icon_world().paired(icons, splits, size, reference_size)
     if pairs is not None and icons is None:
-        source = open_folder(open_pairs(pairs), size, reference_size)
+        source = open_folder(open_pairs(pairs), size, reference_size, faces)
         source.check(kinds)
         return source
+    if faces is not None:
+        raise ValueError("faces are of the images of a folder: set pairs, not icons.")
     raise ValueError("Set either icons (an icon world) or pairs (a folder or tars of style and content groups).")

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # Fields of `[data]` that may name a file or folder.
 PLACES = ("model", "icons", "folder", "pairs", "held_out", "init", "tower", "blip", "image_encoder", "vae", "cache")
+PLACES += ("faces",)
 
 
 class Recipe(BaseModel):
