@@ -160,7 +160,7 @@ def test_figures_and_sheet_of_held_out_pairs(make_task):
     [
         ({"shares": [0, 0, 0]}, "not all 0"),
         ({"drop": [0.5, 0.5, 0.5]}, "sum to 1 at most"),
-        ({"projector": "full"}, r"projector\n.*'global' or 'plus'"),
+        ({"projector": "full"}, r"projector\n.*'global', 'plus' or 'face'"),
         ({"noise_offset": float("nan")}, r"noise_offset\n.*finite number"),
         ({"drop": [-0.1, 0, 0]}, r"drop\.0\n"),
         ({"tokens": 0}, "tokens"),
