@@ -9,7 +9,7 @@ import typer
 
 from condit.cli.options import ModelOptions, OutputOptions, ReferenceOptions, with_options
 from condit.cli.own import is_own, load_own
-from condit.cli.terminal import Seed, answer, say, waiting
+from condit.cli.terminal import Seed, answer, say
 
 if TYPE_CHECKING:
     from condit.drawing.edit import EditMethod
@@ -112,23 +112,23 @@ def edit(
     if options.merge:
         controls.append(condit.TokenMerging(options.merge))
     controls += studio.adapters.controls(guides)
-    with waiting("editing"):
-        result = studio.pipe.edit(
-            image,
-            source,
-            target,
-            controls=controls,
-            mask=options.mask,
-            negative_prompt=options.negative,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance,
-            height=options.height,
-            width=options.width,
-            maps=page is not None,
-            solver=options.solver,  # type: ignore[arg-type]  # an unknown one raises
-            method=None if method is None else cast("EditMethod", load_own(method)()),
-            seed=options.seed,
-        )
+    result = studio.pipe.edit(
+        image,
+        source,
+        target,
+        controls=controls,
+        mask=options.mask,
+        negative_prompt=options.negative,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        height=options.height,
+        width=options.width,
+        maps=page is not None,
+        solver=options.solver,  # type: ignore[arg-type]  # an unknown one raises
+        method=None if method is None else cast("EditMethod", load_own(method)()),
+        seed=options.seed,
+        progress=True,
+    )
     recipe = {**result.recipe, "condit": condit.__version__, "edited": Path(image).name}
     save_image(result.images[0], target_path, recipe=None if output.no_metadata else recipe)
     seconds = round(time.perf_counter() - start, 2)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from condit.data.progress import Advance, progress_bar
-from condit.diffusion.steps import OnStep, Path
+from condit.diffusion.steps import OnStep, Path, Predict, Step
 from condit.drawing.model import Side
 
 # callback(pipe, i, timestep, tensors) -> the tensors that it replaces, or None.
 Callback = Callable[[Any, int, float, dict], dict | None]
+Tick = Callable[[], object]  # called before each prediction; what it raises ends the job
 INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
 
@@ -22,6 +24,25 @@ def steps_bar(steps: int, images: int, *, shown: bool) -> AbstractContextManager
     if shown:
         return progress_bar(steps, "generating", images=images)
     return nullcontext(lambda n=1, note="": None)
+
+
+@contextmanager
+def levels_bar(predict: Predict, text: str, steps: int, tick: Tick | None, *, shown: bool) -> Iterator[Predict]:
+    """The same prediction with `tick` called before it. Shown, each new noise level moves a bar of so many steps: some
+    solvers predict more than once at a level."""
+    last, left = math.nan, steps
+
+    def moving(x: Tensor, step: Step) -> Tensor:
+        nonlocal last, left
+        if tick is not None:
+            tick()
+        if step.t != last and left:
+            last, left = step.t, left - 1
+            advance()
+        return predict(x, step)
+
+    with progress_bar(steps, text) if shown else nullcontext(lambda n=1, note="": None) as advance:
+        yield moving
 
 
 def check_inputs(names: Sequence[str]) -> None:

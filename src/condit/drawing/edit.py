@@ -16,6 +16,7 @@ from condit.data.images import ImageSource, load_image, mask_images, mask_list, 
 from condit.diffusion.inversion import Network, Path, Solver, edit_along, round_trip_error, walk
 from condit.diffusion.inversion import invert as to_noise
 from condit.diffusion.steps import Predict, Step, image_noise
+from condit.drawing.callbacks import Tick, levels_bar
 from condit.drawing.edit_request import (
     EditPrompts,
     Inversion,
@@ -29,9 +30,6 @@ from condit.drawing.edit_request import (
 from condit.drawing.model import Conditions, Layout, Side, TextModel
 from condit.drawing.repaint import Reader
 from condit.drawing.settings import Settings, check_size, image_generators, negative_prompts
-
-# Called before each prediction of an edit.
-Tick = Callable[[], None]
 
 
 class Editable(Reader, Protocol):
@@ -137,6 +135,7 @@ def invert(
     num_inference_steps: int | None = None,
     solver: Solver | None = None,
     iterations: int | None = None,
+    progress: bool = False,
     tick: Tick | None = None,
 ) -> Inversion:
     """An image's trajectory to noise under its prompt, for any number of edits, with its round-trip error. One prompt
@@ -152,12 +151,14 @@ def invert(
     path = model.edit_path(settings.steps, layout, solver)
     # No guidance: scale 1 as the network's input, or the text's prediction alone.
     sides = pipe.sides(model.conditions(prompts, None, settings), (), layout, settings)
-    network = at_time(model, ticking(pipe.predictor(sides, layout, settings), tick), path)
+    predict = pipe.predictor(sides, layout, settings)
     x0 = model.encode(pipe.read_images(images, None, layout.size))
-    trajectory = to_noise(network, x0, path, solver, iterations=iterations)
-    if not torch.isfinite(trajectory).all():
-        raise ValueError("The inversion produced NaN. Use more steps, or dtype=torch.float32.")
-    again = walk(network, trajectory[0], path)
+    with levels_bar(predict, "inverting", 2 * settings.steps, tick, shown=progress) as moving:
+        network = at_time(model, moving, path)
+        trajectory = to_noise(network, x0, path, solver, iterations=iterations)
+        if not torch.isfinite(trajectory).all():
+            raise ValueError("The inversion produced NaN. Use more steps, or dtype=torch.float32.")
+        again = walk(network, trajectory[0], path)
     rms, decibels = round_trip_error(trajectory, again)
     return Inversion(trajectory, path, tuple(prompts), solver, layout.size, again[-1], rms, decibels, pipe.name)
 
@@ -183,6 +184,7 @@ def edit(
     maps: bool = False,
     seed: int = 0,
     output_type: Literal["pil", "pt", "latent"] = "pil",
+    progress: bool = False,
     tick: Tick | None = None,
 ) -> EditResult:
     """Change an image described by `source` into one described by `target`: controls=[DiT4Edit(...)]; other controls
@@ -194,7 +196,7 @@ def edit(
     inversion (condit.diffusion.inversion.invert); None: "fixed_point" with 2 where the model's paths are flows,
     "dpmpp2m" with 3 on PixArt, where "dpmpp2m" and "exact2m" also edit at second order. method: None:
     `Inverted(anchored)`. maps: record the attention to the words. seed: for methods with noise; edit i has seed + i.
-    tick: called before each prediction; what it raises ends the edit. ValueError on a UNet."""
+    progress: show the steps. tick: called before each prediction; what it raises ends it. ValueError on a UNet."""
     if output_type not in ("pil", "pt", "latent"):
         raise ValueError(f"output_type must be 'pil', 'pt' or 'latent'; found {output_type!r}.")
     if method is not None and not callable(method):
@@ -224,6 +226,7 @@ def edit(
     # The run. Words and controls were checked before the inversion, which may take minutes.
     if inversion is None and method.inverts:
         how = {"num_inference_steps": num_inference_steps, "solver": solver, "iterations": iterations, "tick": tick}
+        how["progress"] = progress
         inversion = invert(pipe, as_list(image), prompts.pictures, height=size[0], width=size[1], **how)
     if inversion is not None:
         path, latents = inversion.path, inversion.trajectory[-1]
@@ -231,7 +234,7 @@ def edit(
         path = model.edit_path(settings.steps, layout, solver or chosen)
         latents = model.encode(pipe.read_images(as_list(image), None, size))
     sides = pipe.sides(conditions, acting, layout, settings)
-    predict = at_level(model, ticking(pipe.predictor(sides, layout, settings), tick), path)
+    predict = pipe.predictor(sides, layout, settings)
     still = torch.tensor([same(s, t, acting) for s, t in zip(prompts.sources, prompts.targets, strict=True)])
     bound = None
     if mask is not None:
@@ -247,7 +250,9 @@ def edit(
     originals, latents = latents, latents.expand(n, *latents.shape[1:])
     seeds, generators = image_generators(n, seed, None)
     noise = partial(image_noise(generators), latents)
-    edited = method(EditRun(latents, path, partial(kept_equal, predict, still), where, noise, inversion))
+    with levels_bar(predict, "editing", settings.steps, tick, shown=progress) as moving:
+        output = partial(kept_equal, at_level(model, moving, path), still)
+        edited = method(EditRun(latents, path, output, where, noise, inversion))
     records = {name: record for control in sides[0].controls for name, record in control.records().items()}
     recipe = {
         "model": pipe.name,
@@ -267,18 +272,6 @@ def edit(
 
 
 # The parts of an edit
-
-
-def ticking(predict: Predict, tick: Tick | None) -> Predict:
-    """The same prediction with `tick` called before it."""
-    if tick is None:
-        return predict
-
-    def ticked(x: Tensor, step: Step) -> Tensor:
-        tick()
-        return predict(x, step)
-
-    return ticked
 
 
 def at_level(model: TextModel, predict: Predict, path: Path) -> Callable[[Tensor, int], Tensor]:

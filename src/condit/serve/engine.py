@@ -16,6 +16,7 @@ from torch import Tensor
 
 from condit.data.images import to_images
 from condit.drawing.batch import Draft, walk
+from condit.drawing.callbacks import Tick
 from condit.drawing.pipeline import Pipeline
 from condit.serve.limits import Limits, Refusal
 from condit.serve.metrics import Metrics
@@ -46,7 +47,6 @@ class Done:
 
 
 Event = Progress | Done | Refusal
-Tick = Callable[[], None]
 
 
 class Edit(Protocol):

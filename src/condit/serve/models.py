@@ -17,8 +17,9 @@ from condit.cli.request import FORMAT, Request, Studio, arguments
 from condit.cli.uses import USES, adapter_name
 from condit.data.images import load_image
 from condit.drawing.batch import Draft
+from condit.drawing.callbacks import Tick
 from condit.drawing.settings import Settings
-from condit.serve.engine import Done, Job, Tick
+from condit.serve.engine import Done, Job
 from condit.serve.forms import CommonForm, EditForm, Picture, size_of
 from condit.serve.limits import Limits, Refusal, invalid
 from condit.weights.catalog import MODELS
