@@ -42,6 +42,29 @@ def test_true_guidance_uses_the_empty_reference_with_the_negative_prompt(flux_pa
     assert (actual - unguided).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("case", ["joint", "cached", "ip"])
+def test_the_references_have_a_guidance_of_their_own(flux_pairs, table, pictures, case):
+    """With true guidance as in condit's own run; without it, text + s_I (text and references - text)."""
+    pair, how = flux_pairs["schnell"], {"image_guidance_scale": 2.0}
+    guided = Pipeline(replace(pair.ours.parts, distilled=False))
+    references, negative = pictures(2), ["a fox", "in the snow"]
+    with pair.attach() as guest:
+        controls = table[case](guest, references)
+        actual = draw(guest, PROMPTS, controls=controls, negative_prompt=negative, true_cfg_scale=3.0, **how)
+        alone = draw(guest, PROMPTS, controls=controls, **how)
+        assert torch.equal(draw(guest, PROMPTS, **how), draw(pair.theirs, PROMPTS))
+        close(
+            draw(guest, PROMPTS, controls=controls, image_guidance_scale=1.0),
+            draw(guest, PROMPTS, controls=controls),
+            1e-5,
+        )
+    made = table[case](guided, references)
+    expected = draw(guided, PROMPTS, controls=made, negative_prompt=negative, guidance_scale=3.0, **how)
+    close(actual, expected, atol=2e-4)  # three predictions, times 3 and 2, four steps
+    # At scale 1 the negative side cancels, so that condit's own run is that of the guest without it.
+    close(alone, draw(guided, PROMPTS, controls=made, negative_prompt=negative, guidance_scale=1.0, **how), atol=2e-4)
+
+
 def test_adapters_load_from_files_for_a_guest_as_for_a_pipeline(dev, omini, ip_adapter, pictures, tmp_path):
     made = omini(dev.ours, seed=8, independent=True), ip_adapter(dev.ours)
     files = [save_tensors(tmp_path / f"{i}", a.tensors(), {"condit": a.metadata()}) for i, a in enumerate(made)]
