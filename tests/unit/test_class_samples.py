@@ -1,4 +1,6 @@
-"""drawing/class_samples.py: samples for ADM's evaluator."""
+"""rulers/samples.py: samples for ADM's evaluator."""
+
+import random
 
 import numpy as np
 import pytest
@@ -6,9 +8,8 @@ import pytest
 import condit
 from class_models import DIT, write, write_vae
 from condit.cli import main
-from condit.drawing.class_samples import sample_npz
 
-HOW = {"batch": 2, "seed": 3, "steps": 2, "guidance": 1.5}
+HOW = ["--batch", "2", "--seed", "3", "--steps", "2", "--guidance", "1.5", "-n", "7"]
 
 
 @pytest.fixture(scope="module")
@@ -18,50 +19,53 @@ def model(tmp_path_factory):
     return write(folder, DIT)
 
 
+@pytest.fixture
+def samples(model, capsys):
+    def run(out, *arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["evaluate", "samples", str(out), "-m", str(model), *arguments])
+        return int(end.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
 def arrays(path) -> np.ndarray:
     with np.load(path) as file:
         assert file.files == ["arr_0"]
         return file["arr_0"]
 
 
-def test_samples_are_images_of_random_classes_and_a_resumed_or_shared_run_gives_the_same_bytes(model, tmp_path):
-    pipe = condit.load(model)
-    whole = sample_npz(pipe, tmp_path / "whole.npz", 7, **HOW)
+def test_samples_are_images_of_random_classes_and_a_resumed_or_shared_run_gives_the_same(
+    model, samples, tmp_path, monkeypatch
+):
+    whole, shared = tmp_path / "whole.npz", tmp_path / "shared.npz"
+    assert samples(whole, *HOW)[0] == 0
     images = arrays(whole)
     assert images.shape == (7, 32, 32, 3) and images.dtype == np.uint8 and not (tmp_path / "whole.npz.parts").exists()
-    # Two processes, of which the first was stopped before its last batch.
-    out, share = tmp_path / "shared.npz", {"ranks": 2, **HOW}
-    assert sample_npz(pipe, out, 7, rank=0, **share) is None
-    last = tmp_path / "shared.npz.parts" / "00000004.npy"
-    assert np.array_equal(np.load(last), images[4:6])
-    last.unlink()
-    assert sample_npz(pipe, out, 7, rank=1, **share) is None
-    assert sample_npz(pipe, out, 7, rank=0, **share) == out
-    assert np.array_equal(arrays(out), images)
-    with pytest.raises(ValueError, match="made with steps = 2, not 3"):
-        sample_npz(pipe, out, 7, rank=0, **{**share, "steps": 3})
-
-
-def test_a_row_is_the_image_of_its_class_and_seed(model, tmp_path):
     pipe = condit.load(model)
-    images = arrays(sample_npz(pipe, tmp_path / "a.npz", 40, **{**HOW, "batch": 40}))
-    ours = [
-        np.asarray(pipe(k, seed=3 + 5, num_inference_steps=2, guidance_scale=1.5).images[0]).astype(int)
-        for k in range(5)
-    ]
-    assert min(np.abs(images[5] - image).max() for image in ours) <= 1  # a batch rounds otherwise
+    for i in (0, 5):
+        label = random.Random(f"3/{i}").randrange(5)
+        alone = pipe(label, seed=3 + i, num_inference_steps=2, guidance_scale=1.5).images[0]
+        assert np.abs(images[i] - np.asarray(alone).astype(int)).max() <= 1  # a batch rounds otherwise
+    # Two processes; a batch of the first is lost.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        code, err = samples(shared, *HOW)
+        assert code == 0 and ("have not finished" in err) == (rank == "0")
+    assert np.array_equal(arrays(shared), images)
+    monkeypatch.delenv("WORLD_SIZE"), monkeypatch.delenv("RANK")
+    shared.unlink()
+    (tmp_path / "shared.npz.parts" / "00000004.npy").unlink()
+    code, err = samples(shared, *HOW, "--steps", "3")
+    assert code == 1 and "made with steps = 2, not 3" in err
+    assert samples(shared, *HOW)[0] == 0
+    assert np.array_equal(arrays(shared), images)
 
 
-def test_the_command_writes_them_and_refuses_other_models_and_names(model, tmp_path, capsys, random_tiny):
-    def run(*arguments: str) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as end:
-            main(["evaluate", "samples", *arguments])
-        return int(end.value.code or 0), capsys.readouterr().err
-
-    out = str(tmp_path / "a.npz")
-    assert run(out, "-m", str(model), "-n", "3", "--batch", "2", "--steps", "2")[0] == 0
-    assert arrays(out).shape == (3, 32, 32, 3)
-    assert run(out, "-m", str(model))[0] == 2  # it exists
-    assert run(str(tmp_path / "a.npy"), "-m", str(model))[0] == 2
-    code, err = run(str(tmp_path / "b.npz"), "-m", "tiny")
-    assert code == 1 and "tiny generates no classes. Use DiT or DiffiT." in err
+def test_files_that_exist_other_names_and_other_models_are_refused(samples, tmp_path, random_tiny):
+    (tmp_path / "a.npz").write_bytes(b"")
+    assert samples(tmp_path / "a.npz")[0] == 2
+    assert samples(tmp_path / "a.npy")[0] == 2
+    code, err = samples(tmp_path / "b.npz", "-m", "tiny")
+    assert code == 1 and "'tiny' generates no classes. Use DiT or DiffiT" in err

@@ -1,13 +1,14 @@
 """`condit evaluate`: measurements. The laboratory adds its own to this group."""
 
 import os
-from dataclasses import asdict, dataclass, replace
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from condit.cli.options import Grouped, ModelOptions, with_options
+from condit.cli.options import Grouped, JobOptions, ModelOptions, with_options
 from condit.cli.outputs import Force, free_paths
 from condit.cli.terminal import Debug, Json, Seed, answer, say
 from condit.data.files import check_writable
@@ -47,25 +48,37 @@ def samples(
     out: Annotated[Path, typer.Argument(help="The .npz file.", show_default=False)],
     sampling: SampleOptions,
     model: ModelOptions,
+    job: JobOptions,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Generate images of random classes for ADM's evaluator: an .npz with arr_0.
 
-    The same command continues where it stopped. Under torchrun, each process makes its share of the batches.
+    The same command continues where it stopped. Processes of torchrun or SLURM share the work.
     """
     if out.suffix != ".npz":
         raise typer.BadParameter(f"{out}: expected a name that ends in .npz")
     free_paths([out], out, (), force=force)
     check_writable(out)
-    from condit.cli.generate import studio_of
-    from condit.drawing.class_samples import sample_npz
+    from condit.cli.rows import ClassOpener, run_job
+    from condit.jobs.plan import files_in
+    from condit.rulers.samples import samples_job, write_npz
+    from condit.weights.load import identify
 
-    rank, ranks, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if ranks > 1 and model.device in (None, "cuda"):
-        model = replace(model, device=f"cuda:{local}")
-    if path := sample_npz(studio_of(model)().pipe, out, **asdict(sampling), rank=rank, ranks=max(ranks, 1)):
-        typer.echo(str(path))
+    if identify(model.model).kind not in ("dit", "diffit"):
+        raise ValueError(f"{model.model!r} generates no classes. Use DiT or DiffiT")
+    s, folder = sampling, out.with_name(f"{out.name}.parts")
+    settings = {"model": model.model, "count": s.count, "steps": s.steps, "guidance": s.guidance}
+    opener = ClassOpener(model, {"steps": s.steps, "guidance": s.guidance})
+    made = samples_job(folder, s.count, opener, settings, batch=s.batch, seed=s.seed, threads=job.threads)
+    if run_job(made, model, job).errors:
+        raise typer.Exit(1)
+    if len(files_in(folder, made.rows)) < len(made.rows):
+        say("the other processes have not finished; the last one writes the file")
+        return
+    typer.echo(str(write_npz(made, out)))
+    if "WORLD_SIZE" not in os.environ:  # else another process may read them
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @app.command(cls=Grouped)

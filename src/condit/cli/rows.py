@@ -61,6 +61,15 @@ class StudioOpener:
         return [partial(save_image, image, recipe=recipe, parameters=text) for image, recipe, text in parts]
 
 
+class ClassOpener(StudioOpener):
+    """The same for the rows of `rulers.samples`; `common` are the settings of all."""
+
+    def draw(self, studio: Studio, work: Mapping[str, object]) -> list[Save]:
+        from condit.rulers.samples import sample
+
+        return [sample(studio.pipe, work, **self.common)]  # type: ignore[arg-type]
+
+
 def run_job(job: Job, model: ModelOptions, options: JobOptions) -> Outcome:
     """Runs a job with the options of a command. Exits with 1 if it stopped before its end."""
     rank = rank_of(os.environ)
