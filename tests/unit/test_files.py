@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from condit.data.files import remove_temporaries
+from condit.data.files import hash_file, remove_temporaries
 from condit.weights.files import (
     atomic_write,
-    hash_file,
     inner_state,
     is_complete,
     load_strict,

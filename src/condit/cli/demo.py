@@ -88,9 +88,8 @@ def generate_demo(folder: Path, *, seed: int = 0, tell: Callable[[str], None] = 
     calls: list[dict[str, object]] = []
     cells: list[list[SheetCell | None]] = []
     for number, row in enumerate(rows):
-        line: list[SheetCell | None] = [reference_cell(icon, paths[icon]) for icon in row.icons] or [
-            None
-        ]  # columns align
+        line: list[SheetCell | None] = [reference_cell(icon, paths[icon]) for icon in row.icons]
+        line = line or [None]  # columns align
         for column, request in enumerate(requests(row, paths, seed)):
             output = folder / "demo" / f"{number}-{column}.png"
             image, seconds = generate_one(studios[row.model], request, output)

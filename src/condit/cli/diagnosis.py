@@ -69,11 +69,8 @@ def device() -> Iterator[Finding]:
     yield Finding("ok", "device", where)
     yield Finding("ok", "threads", f"{torch.get_num_threads()} of {cores} cores, default type {default}")
     finite = bool((torch.ones(8, 8) @ torch.ones(8, 8) == 8).all())
-    yield Finding(
-        "ok" if finite else "bad",
-        "arithmetic",
-        "a matrix product is correct" if finite else "a matrix product is wrong",
-    )
+    state, word = ("ok", "correct") if finite else ("bad", "wrong")
+    yield Finding(state, "arithmetic", f"a matrix product is {word}")
 
 
 def folders() -> Iterator[Finding]:
@@ -119,14 +116,12 @@ def embedded_models() -> Iterator[Finding]:
 
 def hub() -> Iterator[Finding]:
     offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _on(os.environ.get(name, ""))]
-    yield Finding(
-        "ok", "hub", f"offline ({', '.join(offline)})" if offline else "online, for models that are not embedded"
-    )
+    online = "online, for models that are not embedded"
+    yield Finding("ok", "hub", f"offline ({', '.join(offline)})" if offline else online)
     if endpoint := os.environ.get("HF_ENDPOINT"):
         yield Finding("ok", "hub endpoint", endpoint)
-    yield Finding(
-        "ok", "hub token", "set" if os.environ.get("HF_TOKEN") else "HF_TOKEN is not set (needed for gated models)"
-    )
+    token = "set" if os.environ.get("HF_TOKEN") else "HF_TOKEN is not set (needed for gated models)"
+    yield Finding("ok", "hub token", token)
 
 
 def extras() -> Iterator[Finding]:

@@ -331,21 +331,13 @@ def plan(
     if as_json:
         answer(estimate.as_json())
         return
+    tokens = f"estimated; {estimate.tokens + estimate.condition_tokens:,} tokens"
+    where = f"with offload={estimate.offload}" if estimate.offload else "everything on the device"
     gigabytes = [(p.name, f"{p.parameters:,} parameters", p.loaded) for p in estimate.parts]
-    gigabytes += [
-        ("activations", f"estimated; {estimate.tokens + estimate.condition_tokens:,} tokens", estimate.activations)
-    ]
-    gigabytes += (
-        [("cache", f"{estimate.condition_tokens:,} tokens of conditions", estimate.cache)] if estimate.cache else []
-    )
-    gigabytes += [
-        (
-            "peak",
-            f"with offload={estimate.offload}" if estimate.offload else "everything on the device",
-            estimate.resident,
-        )
-    ]
-    for name, text, size in gigabytes:
+    gigabytes.append(("activations", tokens, estimate.activations))
+    if estimate.cache:
+        gigabytes.append(("cache", f"{estimate.condition_tokens:,} tokens of conditions", estimate.cache))
+    for name, text, size in [*gigabytes, ("peak", where, estimate.resident)]:
         typer.echo(f"{name:<16} {size / 1e9:9.3f} GB  {text}")
     typer.echo(f"{'a step':<16} {estimate.operations_a_step / 1e12:9.3f} TFLOP")
     if len(estimate.parts) == 1:

@@ -106,8 +106,7 @@ class DEADiff(nn.Module):
         shapes = cross_shapes(backbone)
         config = config or DEADiffConfig(coarse_layers(len(shapes)))
         layer_table(backbone.sites, config.content_layers)
-        wrong = next((path for path, (width, _) in shapes.items() if width != qformer.width), None)
-        if wrong is not None:
+        if wrong := next((path for path, (width, _) in shapes.items() if width != qformer.width), None):
             raise ValueError(f"Q-Former tokens have width {qformer.width}; {wrong} reads {shapes[wrong][0]}.")
         adapter = cls(config, QFormer(qformer), QFormer(qformer), shapes, tower=tower, pipe=pipe)
         adapter.start_from_text(backbone)

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import cast
@@ -121,14 +121,11 @@ class Repository:
         with _in_our_words(self.name):
             api = HfApi(endpoint=_endpoint(), library_name="condit")
             found = api.parse_safetensors_file_metadata(self.name.repo, path, revision=self.name.revision)
-        tensors = {n: {**asdict(t), "data_offsets": list(t.data_offsets)} for n, t in found.tensors.items()}
-        wanted = ("dtype", "shape", "data_offsets")
-        text = json.dumps(
-            {n: {key: t[key] for key in wanted} for n, t in tensors.items()} | {"__metadata__": found.metadata}
-        )
-        head = text.encode()
+        places = found.tensors.items()
+        entries = {n: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets} for n, t in places}
+        head = json.dumps({"__metadata__": found.metadata, **entries}).encode()
         target.write_bytes(len(head).to_bytes(8, "little") + head)
-        os.truncate(target, 8 + len(head) + max((t.data_offsets[1] for t in found.tensors.values()), default=0))
+        os.truncate(target, 8 + len(head) + max((t.data_offsets[1] for _, t in places), default=0))
 
     def _download(self, paths: Sequence[str]) -> Path:
         from huggingface_hub import hf_hub_download, try_to_load_from_cache

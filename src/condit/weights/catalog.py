@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
+from condit.data.files import hash_file
 from condit.data.hub import HubName, why_local
 from condit.data.messages import text
 from condit.weights import deadiff
-from condit.weights.files import (
-    Json,
-    check_values,
-    errors_of,
-    hash_file,
-    load_strict,
-    own_fields,
-    read_metadata,
-    read_tensors,
-)
+from condit.weights.files import Json, check_values, errors_of, load_strict, own_fields, read_metadata, read_tensors
 from condit.weights.folders import only_weight_file
 from condit.weights.guess import what_is
 from condit.weights.hub_files import download_adapter

@@ -22,14 +22,14 @@ from condit.backbones.diffit import DiffiT
 from condit.backbones.diffit_image import DiffiTImage
 from condit.backbones.dit import DiT
 from condit.backbones.vit import Resize, ViT
-from condit.data.files import parse_json
+from condit.data.files import hash_file, parse_json
 from condit.data.imagenet import ClassNames, imagenet
 from condit.diffusion.edm import EDM
 from condit.diffusion.gaussian import Prediction
 from condit.weights.catalog import MODELS
 from condit.weights.diffit import load_diffit, load_diffit_image
 from condit.weights.dit import load_dit
-from condit.weights.files import Json, atomic_write, hash_file, read_metadata
+from condit.weights.files import Json, atomic_write, read_metadata
 from condit.weights.folders import first_weight_file, optional_json, read_any_json
 from condit.weights.vae import load_vae
 from condit.weights.vit import load_vit

@@ -17,24 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from condit.data.files import atomic_write, fsync_path, hash_file, parse_json, temporary_path, write_error
+from condit.data.files import atomic_write, fsync_path, parse_json, temporary_path, write_error
 from condit.weights.pickles import arrays_in, read_pickle
-
-__all__ = [
-    "Json",
-    "atomic_write",
-    "hash_file",
-    "inner_state",
-    "is_complete",
-    "load_strict",
-    "names_in",
-    "open_folder",
-    "own_fields",
-    "read_metadata",
-    "read_tensors",
-    "save_folder",
-    "save_tensors",
-]
 
 Json = dict[str, Any]  # a JSON object: whoever reads a field knows its type
 COMPLETE = "COMPLETE"  # the last file that save_folder writes: a folder without it is incomplete
@@ -55,9 +39,8 @@ def read_tensors(path: str | Path, device: Literal["cpu", "meta"] = "cpu") -> di
     if _is_safetensors(path):
         try:
             with safe_open(path, framework="pt") as file:
-                if device == "meta":
-                    return {name: _without_data(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                get = file.get_tensor if device == "cpu" else lambda name: _without_data(file.get_slice(name))
+                return {name: get(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             raise ValueError(f"{path} is broken or cut off: {error}. Download it again") from error
     if arrays_in(path):

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from condit.backbones.mmdit import PRESETS, MMDiT, MMDiTConfig
+from condit.data.files import hash_file
 from condit.diffusion.schedules import DynamicShift
 from condit.encoders.text import FluxText
 from condit.weights.catalog import describe_hash
-from condit.weights.files import hash_file, load_strict, names_in, read_tensors
+from condit.weights.files import load_strict, names_in, read_tensors
 from condit.weights.flux_names import parts
 from condit.weights.folders import check_tokenizer, read_config, read_folder, read_json
 from condit.weights.guess import guess

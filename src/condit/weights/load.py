@@ -48,15 +48,16 @@ AnyParts = Parts | LatentParts | ClassParts | PixelParts | ClassifierParts
 @dataclass(frozen=True)
 class Published:
     """Weights of a paper's authors: the names of their folder or file, which is looked for in the models folder, and
-    where it is published. kind: None where folder and file are two kinds."""
+    where it is published. kind: None where folder and file are two kinds; preset: of its network."""
 
     kind: Kind | None
     files: tuple[str, ...]
     home: str
+    preset: str = ""
 
 
 PUBLISHED = {
-    name: Published(row.get("kind"), tuple(row["files"]), row["home"])
+    name: Published(row.get("kind"), tuple(row["files"]), row["home"], row.get("preset", ""))
     for name, row in tomllib.loads(Path(__file__).with_name("published.toml").read_text(encoding="utf-8")).items()
 }
 # A folder with model_index.json, by the beginning of its pipeline's class. None: another model under a similar name.

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from condit.backbones.unet import CROSS_DOWN, CROSS_UP, PRESETS, UNet, UNetConfig
+from condit.data.files import hash_file
 from condit.diffusion.vp import Process
 from condit.weights.catalog import models_folder
 from condit.weights.deadiff import IMAGE_MAP
-from condit.weights.files import Json, hash_file, inner_state, load_strict, read_tensors
+from condit.weights.files import Json, inner_state, load_strict, read_tensors
 from condit.weights.latent_models import LatentParts
 from condit.weights.stable_diffusion import assemble, load_tokenizer, make_clip_text
 from condit.weights.vae import chosen_autoencoder, make_autoencoder, vae_names

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from condit.backbones.pixart import PixArt, PixArtConfig
 from condit.controls.control import Control
+from condit.data.files import hash_file
 from condit.diffusion.vp import Process
 from condit.encoders.text import T5Text, Text
 from condit.nn.layers import Uninitialised
 from condit.nn.lora import LowRank
-from condit.weights.files import Json, hash_file, load_strict
+from condit.weights.files import Json, load_strict
 from condit.weights.folders import check_tokenizer, read_folder, read_json, weight_files
 from condit.weights.latent_models import Frame, LatentNetwork, LatentParts, rows_of
 from condit.weights.stable_diffusion import SOLVERS

@@ -238,10 +238,7 @@ def survey(
         headers |= {"vae": read_tensors(vae, "meta")} if vae is not None and vae.is_file() else {}
         parts = [transformer_part(config, own, wish)]
     else:
-        raise ValueError(
-            f"No model {name!r} to plan: expected a FLUX.1 folder (transformer/config.json), a single safetensors file "
-            f"of FLUX.1, 'tiny', or a preset ({', '.join(p for p in PRESETS if p not in MODELS)})."
-        )
+        raise ValueError(f"No model {name!r} to plan: is it a FLUX.1, with transformer/config.json?")
     # Embedded models run in float32.
     floating = 4 if name in MODELS else wish.dtype.itemsize
     return config, parts + [frozen_part(part, h, floating) for part, h in headers.items()], pixels_of(path / "vae")

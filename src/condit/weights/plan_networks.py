@@ -23,21 +23,14 @@ from condit.weights import original_sd
 from condit.weights.diffit import config_of as diffit_config
 from condit.weights.dit import load_dit
 from condit.weights.folders import optional_json, read_json
+from condit.weights.load import PUBLISHED
 from condit.weights.pixart import LIMITS, pixart_config
 from condit.weights.stable_diffusion import unet_config
 from condit.weights.vit import read_vit
 from condit.weights.vit_layouts import find_layout
 
 # Published names -> presets of the backbones.
-PUBLISHED = {
-    "dit-xl-2-256": "DiT-XL/2",
-    "dit-xl-2-512": "DiT-XL/2-512",
-    "diffit-256": "DiffiT-XL/2",
-    "diffit-512": "DiffiT-XL/2-512",
-    **{f"vit-{name}": f"ViT-{name.upper().replace('-', '/')}" for name in ("b-16", "b-32", "l-16", "l-32")},
-    "vit-h-14": "ViT-H/14",
-    "tiny-pixart": "pixart-tiny",
-}
+PRESETS = {name: row.preset for name, row in PUBLISHED.items() if row.preset} | {"tiny-pixart": "pixart-tiny"}
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     **{key: partial(unet.UNet, c) for key, c in unet.PRESETS.items()},
     **{key: partial(pixart.PixArt, c) for key, c in pixart.PRESETS.items()},
@@ -60,7 +53,7 @@ class Work:
 def network_of(source: str, path: Path, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The network of a preset's or published name, or of a folder or file whose network has these tensors, without
     weights. ValueError for others."""
-    name = PUBLISHED.get(source, source)
+    name = PRESETS.get(source, source)
     with torch.device("meta"):
         if name in NETWORKS:
             return NETWORKS[name]()
@@ -73,14 +66,13 @@ def network_of(source: str, path: Path, tensors: Mapping[str, Tensor]) -> nn.Mod
             return unet.UNet(original_sd.recognise(tensors, original_sd.ORIGINALS, path).unet)
         if any(".attn.qkv_temb." in key for key in tensors):
             return diffit.DiffiT(diffit_config(tensors))
-    if any(".adaLN_modulation." in key or ".class_embedder." in key for key in tensors):
-        return load_dit(path, device="meta")
-    with torch.device("meta"):
+        if any(".adaLN_modulation." in key or ".class_embedder." in key for key in tensors):
+            return load_dit(path, device="meta")
         if find_layout(tensors) is not None:
             return vit.ViT(read_vit(path, device="meta")[0])
     raise ValueError(
         f"No model {source!r} to plan: expected a folder or a file of FLUX.1, Stable Diffusion, "
-        f"PixArt, DiT, DiffiT or ViT, or a name: {', '.join([*mmdit.PRESETS, *PUBLISHED, *NETWORKS])}."
+        f"PixArt, DiT, DiffiT or ViT, or a name: {', '.join([*mmdit.PRESETS, *PRESETS, *NETWORKS])}."
     )
 
 

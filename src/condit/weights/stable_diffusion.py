@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from condit.backbones.unet import UNet, UNetConfig
+from condit.data.files import hash_file
 from condit.diffusion.vp import Process, Solver
 from condit.encoders.text import ClipText
-from condit.weights.files import Json, hash_file, load_strict
+from condit.weights.files import Json, load_strict
 from condit.weights.folders import check_tokenizer, floats, read_folder, read_json, tuples, weight_files
 from condit.weights.latent_models import LatentParts, tell_unet
 from condit.weights.vae import chosen_autoencoder, frozen, load_autoencoder

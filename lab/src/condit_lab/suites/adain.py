@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from condit.weights.files import hash_file, load_strict, read_tensors
+from condit.data.files import hash_file
+from condit.weights.files import load_strict, read_tensors
 
 # Widths of the 3 x 3 convolutions; "down" and "up" halve and double the side.
 _ENCODER: tuple[int | str, ...] = (64, 64, "down", 128, 128, "down", 256, 256, 256, 256, "down", 512)
