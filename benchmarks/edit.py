@@ -22,7 +22,7 @@ from torch import Tensor
 
 from condit.backbones.pixart import PixArt, PixArtConfig
 from condit.cli.memory import keep_memory
-from condit.controls.control import Control, Pair, Run, Step
+from condit.controls.control import Control, PromptPair, Run, Step
 from condit.controls.dit4edit import Blend, DiT4Edit
 from condit.controls.token_merging import TokenMerging
 from condit.encoders.words import Words
@@ -92,11 +92,11 @@ def setting(config: PixArtConfig, *, side: int, text: int, device: str, dtype: t
     return Setting(network, x, states, side)
 
 
-def words(length: int) -> Pair:
+def words(length: int) -> PromptPair:
     """A prompt of two words in which the second changes."""
     both = (Words("a cat", ("a", "cat"), ((0,), (1,)), (5, 6, 1), length),)
     other = (Words("a dog", ("a", "dog"), ((0,), (1,)), (5, 7, 1), length),)
-    return Pair(both, other)
+    return PromptPair(both, other)
 
 
 def edit_step(s: Setting, case: Case) -> Callable[[], list[Tensor]]:

@@ -27,9 +27,9 @@ from condit.cli.options import ModelOptions
 from condit.cli.rows import StudioOpener
 from condit.data.images import save_image
 from condit.jobs.local import Rank
-from condit.jobs.plan import Drawer, Job, Place, Result, Row, Save
+from condit.jobs.plan import Drawer, Job, Place, Row, RowResult, Save
 from condit.jobs.run import Engine, engine_of, run
-from condit.jobs.work import Task
+from condit.jobs.work import WorkerTask
 
 PROMPTS = ("a red apple", "a penguin", "a guitar", "a rocket", "a key", "a mushroom")
 
@@ -84,7 +84,7 @@ def resident() -> float:
 def timed(engine: Engine, times: list[float], sizes: list[float]) -> Engine:
     """The engine, which notes the time of each result, and memory after a quarter of them and at the end."""
 
-    def draw(task: Task, rows: Sequence[Row]) -> Iterator[Result]:
+    def draw(task: WorkerTask, rows: Sequence[Row]) -> Iterator[RowResult]:
         for result in engine(task, rows):
             times.append(time.perf_counter())
             if len(times) in (max(1, len(rows) // 4), len(rows)):

@@ -36,9 +36,9 @@ SERVER = """
 import sys, logging, torch
 torch.set_num_threads(int(sys.argv[3]))
 from condit.serve.limits import Limits
-from condit.serve.run import Options, serve
+from condit.serve.run import ServeOptions, serve
 limits = Limits(waiting=int(sys.argv[4]), seconds=3.0)
-serve(Options(port=int(sys.argv[1]), batching=sys.argv[2] == "on", limits=limits), print)
+serve(ServeOptions(port=int(sys.argv[1]), batching=sys.argv[2] == "on", limits=limits), print)
 """
 
 

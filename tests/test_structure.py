@@ -66,3 +66,11 @@ def test_untyped_places_are_few():
     whole = "\n".join(text for _, text in files())
     assert len(re.findall(r"\bAny\b", whole)) < 120
     assert len(re.findall(r"type: ignore", whole)) < 30
+
+
+def test_a_name_stands_for_one_class():
+    seen: dict[str, str] = {}
+    for name, text in files():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                assert seen.setdefault(node.name, name) == name, f"{node.name} is a class of {seen[node.name]} too"

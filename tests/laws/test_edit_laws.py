@@ -326,9 +326,9 @@ def test_an_edit_compiles_into_one_graph_that_serves_every_strength(pipes, kind)
     backbone = pipe.backbone
     compiled = torch.compile(backbone, fullgraph=True, backend=counter)
     words = pipe.parts.text.words(["a red fox", "a red cat"])
-    from condit.controls.control import Pair
+    from condit.controls.control import PromptPair
 
-    pair = Pair((words[0],), (words[1],))
+    pair = PromptPair((words[0],), (words[1],))
     outs = []
     for share in (0.3, 0.6, 0.9):
         control = DiT4Edit(cross_until=share, record=False, reweight={"red": 1 + share})

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from condit.serve.engine import Done, Engine, Event, Job, Progress, partial_steps, take
+from condit.serve.engine import Done, Engine, Event, Progress, QueuedJob, partial_steps, take
 from condit.serve.forms import GenerationForm
 from condit.serve.limits import Limits, Refusal
 from condit.serve.metrics import Metrics
 from conftest_serve import picture
 
 
-def job(key: int, rows: int, *, edit: bool = False) -> Job:
+def job(key: int, rows: int, *, edit: bool = False) -> QueuedJob:
     run = (lambda tick: Done([], {})) if edit else None
-    return Job(None, (key,), rows, lambda event: None, edit=run)  # type: ignore[arg-type]
+    return QueuedJob(None, (key,), rows, lambda event: None, edit=run)  # type: ignore[arg-type]
 
 
 JOBS = st.lists(st.builds(job, st.integers(0, 2), st.integers(1, 6), edit=st.booleans()), min_size=1, max_size=30)
@@ -106,7 +106,7 @@ def test_an_image_in_a_batch_of_strangers_is_that_of_its_single_run(served):
 
 def test_a_cancelled_request_leaves_its_batch_and_the_others_finish(served):
     engine, left, finished = Engine(Limits(), Metrics()), [], threading.Event()
-    jobs: list[Job] = []
+    jobs: list[QueuedJob] = []
 
     def leave(event: Event) -> None:
         left.append(event)
@@ -174,7 +174,7 @@ def test_a_shutdown_ends_what_runs_and_refuses_what_waits(run_server):
             free.wait(60)
             return Done([], {})
 
-        one.server.engine.put([Job(pipe, ("edit",), 1, told.append, edit=blocked)])
+        one.server.engine.put([QueuedJob(pipe, ("edit",), 1, told.append, edit=blocked)])
         while not one.server.engine.running:
             time.sleep(0.01)
         body, answers = {"prompt": "a key", "num_inference_steps": 1}, []

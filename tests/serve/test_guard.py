@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from condit.serve.run import Options
+from condit.serve.run import ServeOptions
 from conftest_serve import picture
 
 TOKEN = "0123456789abcdef0123"
@@ -155,10 +155,10 @@ def test_words_of_the_page_exist_in_both_languages(live):
 
 def test_another_address_needs_a_token_of_some_length():
     with pytest.raises(ValueError, match="give --token"):
-        Options(host="0.0.0.0")
+        ServeOptions(host="0.0.0.0")
     with pytest.raises(ValueError, match="16 characters"):
-        Options(host="0.0.0.0", token="short")
-    assert Options(host="0.0.0.0", token=TOKEN)
+        ServeOptions(host="0.0.0.0", token="short")
+    assert ServeOptions(host="0.0.0.0", token=TOKEN)
 
 
 def test_replay_gives_the_image_again_and_reads_no_file_of_the_server(live, tmp_path):

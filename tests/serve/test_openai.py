@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from condit.serve.engine import Done, Job
+from condit.serve.engine import Done, QueuedJob
 from conftest_serve import picture
 
 openai = pytest.importorskip("openai")
@@ -139,10 +139,10 @@ def test_a_full_queue_answers_429_with_retry_after_and_the_client_tries_again(ru
             free.wait(60)
             return Done([], {})
 
-        engine.put([Job(pipe, ("edit",), 1, lambda event: None, edit=blocked)])
+        engine.put([QueuedJob(pipe, ("edit",), 1, lambda event: None, edit=blocked)])
         while not engine.running:
             time.sleep(0.01)
-        engine.put([Job(pipe, ("edit",), 1, lambda event: None, edit=blocked)])
+        engine.put([QueuedJob(pipe, ("edit",), 1, lambda event: None, edit=blocked)])
         with pytest.raises(openai.RateLimitError) as raised:
             client(full).images.generate(prompt="a key", extra_body=STEPS)
         assert int(raised.value.response.headers["retry-after"]) >= 1

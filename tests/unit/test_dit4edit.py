@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from condit.controls.control import Pair, Run, Step
+from condit.controls.control import PromptPair, Run, Step
 from condit.controls.dit4edit import PRESETS, Blend, DiT4Edit, changed_words, edited_places, in_window
 from condit.controls.edit_maps import blend_mask, replacement_table
 from condit.encoders.words import Words
@@ -35,7 +35,7 @@ class Backbone:
 
 
 def acting(control: DiT4Edit, source: str, target: str, step: Step | None = None, length: int = L) -> DiT4Edit:
-    pair = Pair((said(source, length=length),), (said(target, length=length),))
+    pair = PromptPair((said(source, length=length),), (said(target, length=length),))
     run = Run(Backbone(), 2, (2, 3), torch.zeros(2, 1), None, 4, edit=pair)  # type: ignore[arg-type]
     active = control.prepare(run).at(step or Step(0, 10, 1.0))
     assert active is not None
@@ -116,7 +116,7 @@ def test_a_words_exchange_may_end_before_the_others():
     ratio = actual[1, ..., 1] / plain[1, ..., 1]  # its own map but for the row's new sum
     assert unequal[0] > 1e-3 and ratio.std() > 0
     late = control.prepare(
-        Run(Backbone(), 2, (2, 3), torch.zeros(2, 1), None, 4, edit=Pair((said("a cat"),), (said("a dog"),)))  # type: ignore[arg-type]
+        Run(Backbone(), 2, (2, 3), torch.zeros(2, 1), None, 4, edit=PromptPair((said("a cat"),), (said("a dog"),)))  # type: ignore[arg-type]
     ).at(Step(9, 10, 0.1))
     assert late is not None and late.gate is not None and late.gate.flatten().tolist() == [1, 0, 1, 1, 1]
 
@@ -149,7 +149,7 @@ def test_keys_of_text_and_conditions_stay_the_targets_own():
 def test_windows_of_steps_and_layers_follow_prompt_to_prompt():
     assert [in_window(i, 5, (0.0, 0.4)) for i in range(5)] == [True, True, False, False, False]
     control = DiT4Edit(cross=None, self_form="kv", self_steps=(0.5, 1.0), self_layers=(0.5, 1.0))
-    pair = Pair((said("a"),), (said("b"),))
+    pair = PromptPair((said("a"),), (said("b"),))
     run = Run(Backbone(), 2, (2, 3), torch.zeros(2, 1), None, 4, edit=pair)  # type: ignore[arg-type]
     assert control.prepare(run).at(Step(1, 4, 0.8)) is None
     late = replace(control.prepare(run), count=4).at(Step(2, 4, 0.5))
@@ -190,7 +190,7 @@ def test_a_blend_is_bounded_by_either_prompts_word_and_an_unused_one_bounds_noth
 
 def test_the_kept_maps_bound_the_edit_after_the_blends_start():
     control = DiT4Edit(self_form=None, blend=Blend(start=0.5, layers=(0, 1)))
-    pair = Pair((said("a cat"),), (said("a dog"),))
+    pair = PromptPair((said("a cat"),), (said("a dog"),))
     run = Run(Backbone(), 2, (2, 3), torch.zeros(2, 1), None, 4, edit=pair)  # type: ignore[arg-type]
     ready = control.prepare(run)
     early, late = ready.at(Step(0, 4, 1.0)), ready.at(Step(3, 4, 0.2))
@@ -259,7 +259,7 @@ def test_unknown_words_and_layers_raise_before_the_inversion(make_pipe, control,
 
 def test_a_window_shorter_than_a_step_does_nothing():
     short = DiT4Edit(cross=None, self_steps=(0.0, 0.3))
-    pair = Pair((said("a cat"),), (said("a dog"),))
+    pair = PromptPair((said("a cat"),), (said("a dog"),))
     run = Run(Backbone(), 2, (2, 3), torch.zeros(2, 1), None, 4, edit=pair)  # type: ignore[arg-type]
     ready = short.prepare(run)
     assert all(ready.at(Step(i, 3, 1 - i / 3)) is None for i in range(3))
@@ -278,7 +278,7 @@ def test_words_that_differ_after_the_encoders_limit_raise():
 
 
 def acting_on(control: DiT4Edit, source: Words, target: Words) -> None:
-    control.edit(Pair((source,), (target,)), cast("nn.Module", Backbone()))
+    control.edit(PromptPair((source,), (target,)), cast("nn.Module", Backbone()))
 
 
 def test_each_edit_may_have_its_own_mask(make_pipe):

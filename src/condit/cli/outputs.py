@@ -61,7 +61,7 @@ def numbered(path: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedImages:
     """The images of a request on disk, the recipes of all of its images, and the seconds that it took."""
 
     paths: Sequence[Path]
@@ -77,7 +77,7 @@ def generate_and_save(
     *,
     with_recipe: bool,
     load: Callable[[], Studio],
-) -> Saved:
+) -> SavedImages:
     """Generates the request's images and writes those of `indices` to `paths`; None: the best."""
     from condit.data.images import check_output, save_image
 
@@ -99,10 +99,10 @@ def generate_and_save(
             parameters=parameters if with_recipe else None,
         )
     seeds = [request.seed + index for index in indices]
-    return Saved(paths, seeds, generated.recipes, round(time.perf_counter() - start, 2))
+    return SavedImages(paths, seeds, generated.recipes, round(time.perf_counter() - start, 2))
 
 
-def report(saved: Sequence[Saved], *, as_json: bool) -> None:
+def report(saved: Sequence[SavedImages], *, as_json: bool) -> None:
     """Prints where the images are."""
     seconds = round(sum(each.seconds for each in saved), 2)
     if as_json:

@@ -34,12 +34,12 @@ def serve(
 ) -> None:
     """Serve a web page and an HTTP API, like OpenAI's for images. Needs the extra: pip install 'condit[serve]'."""
     from condit.serve.limits import Limits
-    from condit.serve.run import Options
+    from condit.serve.run import ServeOptions
     from condit.serve.run import serve as run
 
     hosts, models = allow_host or (), model or ["tiny"]
     try:
-        options = Options(models, host, port, token, hosts, study, device, log_prompts, Limits(waiting=queue))
+        options = ServeOptions(models, host, port, token, hosts, study, device, log_prompts, Limits(waiting=queue))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     run(options, say)

@@ -98,7 +98,7 @@ class Apart(Protocol):
 
 
 @dataclass(frozen=True)
-class Pair:
+class PromptPair:
     """The prompts of an edit as words over the tokens that the image attends to, one pair an image."""
 
     source: tuple[Words, ...]
@@ -124,7 +124,7 @@ class Run:
     cells: Tensor | None = None
     leak: LowRank | None = None
     memory: dict = field(default_factory=dict)
-    edit: Pair | None = None
+    edit: PromptPair | None = None
     apart: Apart | None = None
 
 
@@ -225,7 +225,7 @@ class Control:
         grid; None: everywhere."""
         return None
 
-    def edit(self, pair: Pair, backbone: nn.Module) -> Control:
+    def edit(self, pair: PromptPair, backbone: nn.Module) -> Control:
         """Edit: the control for an edit's batch of source 0, target 0, source 1, ..., before anything is computed.
         Raises ValueError where words or layers do not fit. Controls without this act change the targets only."""
         return self

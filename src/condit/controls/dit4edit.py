@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Pair, Run, Step
+from condit.controls.control import Control, PromptPair, Run, Step
 from condit.controls.edit_maps import blend_mask, exchange, refinement_table, replacement_table, word_steps
 from condit.encoders.words import Words
 from condit.nn.attention import Attend, Call, Site
@@ -123,7 +123,7 @@ class DiT4Edit(Control):
         off = torch.zeros((), dtype=torch.bool, device=run.pooled.device)
         return replace(self, table=table, count=count, grid=run.grid, memory=memory, self_gate=off)
 
-    def edit(self, pair: Pair, backbone: nn.Module) -> DiT4Edit:
+    def edit(self, pair: PromptPair, backbone: nn.Module) -> DiT4Edit:
         """Raises ValueError where prompts or layers do not fit, before an inversion."""
         self.count_layers(backbone)
         make_table(self, pair, torch.device("cpu"))
@@ -270,7 +270,7 @@ def with_source(call: Call, form: str, gate: Tensor | None) -> Call:
 # Words
 
 
-def make_table(edit: DiT4Edit, pair: Pair, device: torch.device) -> Table:
+def make_table(edit: DiT4Edit, pair: PromptPair, device: torch.device) -> Table:
     """The tables of every pair of prompts. Raises ValueError where the prompts do not fit the kind of edit."""
     rows = [one_table(edit, s, t) for s, t in zip(pair.source, pair.target, strict=True)]
     maps, weights, factors, until, edited = zip(*rows, strict=True)

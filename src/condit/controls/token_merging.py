@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Pair, Run, Step, When, Where
+from condit.controls.control import Control, PromptPair, Run, Step, When, Where
 from condit.nn.attention import Site
 
 MINIMUM_TOKENS = 1024  # below it, matching costs as much as merging saves
@@ -139,7 +139,7 @@ class TokenMerging(Control):
         if self.every < 1:
             raise ValueError(f"every counts the steps of a match, at least 1; found {self.every}.")
 
-    def edit(self, pair: Pair, backbone: nn.Module) -> TokenMerging:
+    def edit(self, pair: PromptPair, backbone: nn.Module) -> TokenMerging:
         return self
 
     def differs(self) -> bool:

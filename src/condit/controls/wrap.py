@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor, nn
 
-from condit.controls.control import Act, Control, Fill, Pair, Run
+from condit.controls.control import Act, Control, Fill, PromptPair, Run
 from condit.diffusion.steps import Step
 from condit.nn.attention import Attend, Call, Reduction, Site, reduction
 from condit.nn.attention import attend as run_controls
@@ -92,7 +92,7 @@ class Wrapper(Control):
         regions = [region for region in (control.region() for control in self.inside) if region is not None]
         return torch.stack(torch.broadcast_tensors(*regions)).prod(0) if regions else None
 
-    def edit(self, pair: Pair, backbone: nn.Module) -> Control:
+    def edit(self, pair: PromptPair, backbone: nn.Module) -> Control:
         return self.holding(control.edit(pair, backbone) for control in self.inside) or self
 
     def differs(self) -> bool:

@@ -25,7 +25,7 @@ Network = Callable[[Tensor, float], Tensor]
 Solver = Literal["first_order", "dpmpp2m", "entered", "fixed_point", "exact2m"]
 
 
-class Path(Protocol):
+class EditPath(Protocol):
     """Noise levels and the step between two of them."""
 
     @property
@@ -178,7 +178,7 @@ def check_steps(steps: int, most: int) -> None:
         raise ValueError(f"num_inference_steps must be 1 to {most}; found {steps}.")
 
 
-def walk(network: Network, x: Tensor, path: Path) -> Tensor:
+def walk(network: Network, x: Tensor, path: EditPath) -> Tensor:
     """Sample: from level 0 down to level S. Returns all levels, (S + 1, ...)."""
     levels, earlier = [x], None
     for level in range(path.steps):
@@ -193,7 +193,7 @@ def walk(network: Network, x: Tensor, path: Path) -> Tensor:
 def invert(
     network: Network,
     x0: Tensor,
-    path: Path,
+    path: EditPath,
     solver: Solver = "dpmpp2m",
     *,
     iterations: int = 3,
@@ -284,7 +284,7 @@ def round_trip_error(trajectory: Tensor, again: Tensor) -> tuple[Tensor, Tensor]
 def edit_along(
     predict: Callable[[Tensor, int], Tensor],
     trajectory: Tensor,
-    path: Path,
+    path: EditPath,
     *,
     anchored: bool = True,
     mask: Callable[[int], Tensor | None] | None = None,

@@ -11,9 +11,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Pair, region_mask
+from condit.controls.control import Control, PromptPair, region_mask
 from condit.data.images import ImageSource, load_image, mask_images, mask_list, to_images
-from condit.diffusion.inversion import Network, Path, Solver, edit_along, round_trip_error, walk
+from condit.diffusion.inversion import EditPath, Network, Solver, edit_along, round_trip_error, walk
 from condit.diffusion.inversion import invert as to_noise
 from condit.diffusion.steps import Predict, Step, image_noise
 from condit.drawing.callbacks import Tick, levels_bar
@@ -64,7 +64,7 @@ class EditResult:
     inversion: Inversion | None
     recipe: dict
     records: dict[str, Tensor]
-    words: Pair
+    words: PromptPair
     grid: tuple[int, int]
 
     @property
@@ -85,7 +85,7 @@ class EditRun:
     """
 
     source: Tensor
-    path: Path
+    path: EditPath
     predict: Callable[[Tensor, int], Tensor]
     mask: Callable[[int], Tensor | None]
     noise: Callable[[], Tensor]
@@ -214,7 +214,7 @@ def edit(
     n, words = len(prompts.targets), model.parts.text.words
     if mask is not None and len(mask_list(mask)) not in (1, n):
         raise ValueError(f"{len(mask_list(mask))} masks for {n} edits. Give one, or one for each edit.")
-    pair = Pair(tuple(words(prompts.sources)), tuple(words(prompts.targets)))
+    pair = PromptPair(tuple(words(prompts.sources)), tuple(words(prompts.targets)))
     acting = pipe.sized(edit_controls(controls, pair, pipe.backbone, maps), size)
     layout = Layout(2 * n, size, grid_of(model, size), edit=pair)
     settings = edit_settings(pipe, size, num_inference_steps, guidance_scale)
@@ -274,12 +274,12 @@ def edit(
 # The parts of an edit
 
 
-def at_level(model: TextModel, predict: Predict, path: Path) -> Callable[[Tensor, int], Tensor]:
+def at_level(model: TextModel, predict: Predict, path: EditPath) -> Callable[[Tensor, int], Tensor]:
     """The velocity or noise that the path uses at a level."""
     return lambda x, level: model.edit_output(predict(x, path.step(level)), x, path, path.time(level))
 
 
-def at_time(model: TextModel, predict: Predict, path: Path) -> Network:
+def at_time(model: TextModel, predict: Predict, path: EditPath) -> Network:
     """The same at any time, without controls."""
     return lambda x, time: model.edit_output(predict(x, path.at(time)), x, path, time)
 
@@ -364,7 +364,7 @@ def results(
     recipe: dict,
     *,
     records: dict[str, Tensor],
-    words: Pair,
+    words: PromptPair,
     grid: tuple[int, int],
 ) -> EditResult:
     """Outputs of a kind, and the error of the round trip."""

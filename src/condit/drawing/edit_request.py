@@ -9,10 +9,10 @@ from numbers import Integral
 
 from torch import Tensor, nn
 
-from condit.controls.control import Control, Pair, check_controls
+from condit.controls.control import Control, PromptPair, check_controls
 from condit.controls.dit4edit import attention_recorder
 from condit.controls.wrap import Targets
-from condit.diffusion.inversion import Path
+from condit.diffusion.inversion import EditPath
 from condit.drawing.settings import check_text
 
 
@@ -26,7 +26,7 @@ class Inversion:
     """
 
     trajectory: Tensor
-    path: Path
+    path: EditPath
     source: tuple[str, ...]
     solver: str
     size: tuple[int, int]
@@ -121,7 +121,7 @@ def check_inversion(
             )
 
 
-def edit_controls(controls: Sequence[Control], pair: Pair, backbone: nn.Module, maps: bool) -> list[Control]:
+def edit_controls(controls: Sequence[Control], pair: PromptPair, backbone: nn.Module, maps: bool) -> list[Control]:
     """The controls of an edit: those with the act "edit" for its words, all others on the targets only. maps: one of
     them records the attention to the words. Raises ValueError for two of a kind with the act "edit"."""
     controls = list(check_controls(controls))

@@ -13,8 +13,8 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from condit.controls.control import Act, Control, Pair, Run, match_batch
-from condit.diffusion.inversion import Path as EditPath
+from condit.controls.control import Act, Control, PromptPair, Run, match_batch
+from condit.diffusion.inversion import EditPath
 from condit.diffusion.inversion import Solver as InversionSolver
 from condit.diffusion.steps import Path, Step
 from condit.drawing.settings import Settings
@@ -50,7 +50,7 @@ class Layout:
     size: tuple[int, int]
     grid: tuple[int, int]
     cells: Tensor | None = None
-    edit: Pair | None = None
+    edit: PromptPair | None = None
     memory: dict = field(default_factory=dict)
 
 

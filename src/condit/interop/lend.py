@@ -40,7 +40,7 @@ class NativeAutoencoder(Autoencoder, Protocol):
     dtype: torch.dtype
 
 
-class Scheduler(Protocol):
+class HostScheduler(Protocol):
     """diffusers' schedulers; of their configuration, guests read num_train_timesteps."""
 
     config: Mapping[str, Any]
@@ -57,7 +57,7 @@ class NativePipeline(Protocol):
     unet: nn.Module
     text_encoder_2: nn.Module | None
     tokenizer_2: Any
-    scheduler: Scheduler
+    scheduler: HostScheduler
     num_timesteps: int
     do_classifier_free_guidance: bool
     guidance_scale: float

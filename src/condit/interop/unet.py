@@ -19,10 +19,10 @@ from condit.interop.lend import (
     Arguments,
     BorrowedLinear,
     GuestPipeline,
+    HostScheduler,
     NativePipeline,
     Onloaded,
     PipelineFamily,
-    Scheduler,
     StandIn,
     inputs_of,
     levels_from,
@@ -172,7 +172,7 @@ class ControlledUNet(StandIn):
         return self.cached[1]
 
 
-def train_steps(scheduler: Scheduler) -> int:
+def train_steps(scheduler: HostScheduler) -> int:
     return scheduler.config["num_train_timesteps"]
 
 
@@ -205,7 +205,7 @@ def run_of(backbone: UNet, inputs: UNetInputs, memory: dict) -> Run:
     return Run(backbone, *shape, memory=memory)  # type: ignore[arg-type]  # a UNet takes no streams, so it has no prefill
 
 
-def apart(backbone: UNet, inputs: UNetInputs, scheduler: Scheduler) -> Apart:
+def apart(backbone: UNet, inputs: UNetInputs, scheduler: HostScheduler) -> Apart:
     """`Run.apart`: predictions under the prompt of these inputs, without the residuals of a ControlNet or T2I-Adapter.
     A UNet of inpainting sees the mask and the masked image of the call."""
     inputs = replace(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from condit.jobs.plan import Place, Result, Row
-from condit.jobs.work import Task, Worker
+from condit.jobs.plan import Place, Row, RowResult
+from condit.jobs.work import Worker, WorkerTask
 
 ATTEMPTS = 2  # a row that ends so many processes is an error
 SPAWN = multiprocessing.get_context("spawn")  # a fork would share the state of CUDA and of thread pools
@@ -49,7 +49,7 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
     return rank
 
 
-def draw(task: Task, rows: Sequence[Row], workers: int, first_rank: int = 0) -> Iterator[Result]:
+def draw(task: WorkerTask, rows: Sequence[Row], workers: int, first_rank: int = 0) -> Iterator[RowResult]:
     """Results in the order in which they are ready. One worker draws in this process. Closing the iterator ends the
     processes; what they were drawing is lost, what they had written is not."""
     if workers == 1:
@@ -72,7 +72,7 @@ def draw(task: Task, rows: Sequence[Row], workers: int, first_rank: int = 0) -> 
                     if deaths[row.name] < ATTEMPTS:
                         waiting.appendleft(row)
                         continue
-                    result = Result(row.name, f"{ATTEMPTS} processes that drew it died, the last {child.end}")
+                    result = RowResult(row.name, f"{ATTEMPTS} processes that drew it died, the last {child.end}")
                 yield result
     finally:
         for child in pool:
@@ -82,7 +82,7 @@ def draw(task: Task, rows: Sequence[Row], workers: int, first_rank: int = 0) -> 
 class Child:
     """A process that draws the rows it is sent, one at a time; started when needed, again after it died."""
 
-    def __init__(self, task: Task, number: int) -> None:
+    def __init__(self, task: WorkerTask, number: int) -> None:
         self.task, self.number, self.row = task, number, None
         self.process: BaseProcess | None = None
         self.end = ""
@@ -98,7 +98,7 @@ class Child:
         with suppress(OSError):  # it died while it was idle: then reading ends too
             self.pipe.send(row)
 
-    def finish(self) -> tuple[Row, Result | None]:
+    def finish(self) -> tuple[Row, RowResult | None]:
         """The row and its result, or None if the process died."""
         row, self.row = self.row, None
         assert row is not None and self.process is not None
@@ -120,7 +120,7 @@ class Child:
             self.process.join()
 
 
-def serve(pipe: Connection, task: Task, number: int) -> None:
+def serve(pipe: Connection, task: WorkerTask, number: int) -> None:
     """The child's side. It ends with its parent, also when that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=die_with_parent, daemon=True).start()

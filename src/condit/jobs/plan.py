@@ -84,7 +84,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
+class RowResult:
     """What became of a row: it is there, or its error. stop: the next rows would fail too (a full disk, a worker
     without the model)."""
 

@@ -13,8 +13,8 @@ import pickle
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
-from condit.jobs.plan import Place, Result, Row
-from condit.jobs.work import Task, Worker
+from condit.jobs.plan import Place, Row, RowResult
+from condit.jobs.work import Worker, WorkerTask
 
 CPU_SHARE = 0.5  # of a core for each actor: actors of whole cores that wait for another stage hang for ever
 BLOCKS = 4096  # at most; Ray gives the rows of a lost block to another actor, which skips those that are there
@@ -23,7 +23,7 @@ BLOCKS = 4096  # at most; Ray gives the rows of a lost block to another actor, w
 class Actor:
     """Draws rows, one at a time, because a row must not depend on its neighbours."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: WorkerTask) -> None:
         self.worker = Worker(task, Place())  # Ray shows an actor its own GPU only
 
     def __call__(self, batch: dict[str, list[bytes]]) -> Iterator[dict[str, list[bytes]]]:
@@ -31,7 +31,9 @@ class Actor:
             yield {"result": [pickle.dumps(self.worker.try_draw(pickle.loads(row)))]}
 
 
-def draw(task: Task, rows: Sequence[Row], workers: int | None = None, gpu: bool | None = None) -> Iterator[Result]:
+def draw(
+    task: WorkerTask, rows: Sequence[Row], workers: int | None = None, gpu: bool | None = None
+) -> Iterator[RowResult]:
     """Results in the order in which they are ready. Joins the cluster of RAY_ADDRESS, else starts one on this machine
     that ends with the iterator. workers: None is one for each GPU, or each core where there is none."""
     ray, data = import_ray()

@@ -19,8 +19,8 @@ from condit.jobs.plan import (
     METADATA,
     SETTINGS,
     Job,
-    Result,
     Row,
+    RowResult,
     Stopped,
     agree,
     files_in,
@@ -30,9 +30,9 @@ from condit.jobs.plan import (
     shard_of,
     write_lines,
 )
-from condit.jobs.work import Task
+from condit.jobs.work import WorkerTask
 
-Engine = Callable[[Task, Sequence[Row]], Iterator[Result]]
+Engine = Callable[[WorkerTask, Sequence[Row]], Iterator[RowResult]]
 EngineName = Literal["local", "ray"]
 
 
@@ -87,7 +87,7 @@ def run(
         for name in job.remove:
             (job.folder / name).unlink(missing_ok=True)
         owner = OWNER + part, (job.folder / f"{OWNER}{part}").read_text(encoding="utf-8")
-        task = Task(job.folder.resolve(), job.open, job.threads, owner, fresh)
+        task = WorkerTask(job.folder.resolve(), job.open, job.threads, owner, fresh)
         remove_unfinished(job.folder, {file for row in own for file in row.files})
         todo = [row for row in own if not there.issuperset(row.files)]
         for name, error in errors.items():
@@ -114,7 +114,7 @@ def run(
     return Outcome(order, errors, len(own), sum(len(row.files) for row in own))
 
 
-def results(engine: Engine, task: Task, rows: Sequence[Row]) -> Iterator[Result]:
+def results(engine: Engine, task: WorkerTask, rows: Sequence[Row]) -> Iterator[RowResult]:
     """The engine's results; its processes end with them, whatever happens in between. No row starts no engine."""
     if rows:
         with closing(engine(task, rows)) as running:

@@ -8,11 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from condit.jobs.plan import Drawer, Opener, Place, Result, Row, agree
+from condit.jobs.plan import Drawer, Opener, Place, Row, RowResult, agree
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkerTask:
     """What each worker of a job receives. owner: the file of the folder's lock, and its text, by which a worker on
     another machine knows that it sees the same folder; fresh: of `agree`."""
 
@@ -26,7 +26,7 @@ class Task:
 class Worker:
     """Draws rows of a task. Loads the model at the first."""
 
-    def __init__(self, task: Task, place: Place) -> None:
+    def __init__(self, task: WorkerTask, place: Place) -> None:
         self.task, self.place = task, place
         self.drawer: Drawer | None = None
 
@@ -41,7 +41,7 @@ class Worker:
         agree(task.folder, drawer.facts, fresh=task.fresh)
         return drawer
 
-    def draw(self, row: Row) -> Result:
+    def draw(self, row: Row) -> RowResult:
         """Makes the missing files of a row. Whatever the drawer raises is the row's error; a file that cannot be
         written stops the job. What opening the drawer raises is raised."""
         if self.drawer is None:
@@ -53,23 +53,23 @@ class Worker:
             if missing and len(saves) != len(row.files):
                 raise ValueError(f"the drawer returned {len(saves)} images; expected {len(row.files)}")
         except Exception as error:  # the row's own; --max-errors ends a job whose rows all fail
-            return Result(row.name, text_of(error))
+            return RowResult(row.name, text_of(error))
         for number in missing:
             try:
                 saves[number](folder / row.files[number])
             except OSError as error:
-                return Result(row.name, text_of(error), stop=True)
+                return RowResult(row.name, text_of(error), stop=True)
             except Exception as error:  # such as a recipe that is too long for a JPEG
-                return Result(row.name, text_of(error))
-        return Result(row.name)
+                return RowResult(row.name, text_of(error))
+        return RowResult(row.name)
 
-    def try_draw(self, row: Row) -> Result:
+    def try_draw(self, row: Row) -> RowResult:
         """As `draw`, for a worker that nobody sees: an error of opening becomes a result that names the worker."""
         try:
             return self.draw(row)
         except Exception as error:
             where = f"the worker {os.getpid()} on {socket.gethostname()} cannot start"
-            return Result(row.name, f"{where}: {text_of(error)}", stop=True)
+            return RowResult(row.name, f"{where}: {text_of(error)}", stop=True)
 
 
 def set_threads(threads: int) -> None:

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 import condit
 from condit.data.images import load_image, read_recipe
-from condit.serve.engine import Done, Engine, Event, Job, Progress
+from condit.serve.engine import Done, Engine, Event, Progress, QueuedJob
 from condit.serve.forms import (
     AnnotateForm,
     CommonForm,
@@ -50,13 +50,13 @@ ASSETS["json"] = "application/json"
 
 
 @dataclass(eq=False)
-class Call:
+class ApiCall:
     """The jobs of one HTTP request, their requests and their events. kind: of its streamed events."""
 
     served: Served
     form: CommonForm
     requests: list[Request]
-    jobs: list[Job]
+    jobs: list[QueuedJob]
     events: asyncio.Queue[tuple[int, Event]]
     kind: str
 
@@ -98,11 +98,11 @@ class Server:
 
     # Jobs
 
-    async def call(self, form: CommonForm, kind: str) -> Call:
+    async def call(self, form: CommonForm, kind: str) -> ApiCall:
         """Checks a form and queues its jobs. Raises Refusal."""
         check_limits(form, self.limits)
         served, events = self.served(form.model), asyncio.Queue[tuple[int, Event]]()
-        call = Call(served, form, [], [], events, kind)
+        call = ApiCall(served, form, [], [], events, kind)
         self.engine.check_room(form.n)  # before images are decoded; `put` decides
         seed = random_seed() if form.seed is None else form.seed
         for number, one in enumerate(swept(form)):
@@ -130,7 +130,7 @@ class Server:
 
         return emit
 
-    async def results(self, call: Call) -> AsyncIterator[tuple[int, Event]]:
+    async def results(self, call: ApiCall) -> AsyncIterator[tuple[int, Event]]:
         """The events of a call until all its jobs are done. Raises the first error."""
         left = len(call.jobs)
         while left:
@@ -140,7 +140,7 @@ class Server:
             left -= isinstance(event, Done)
             yield number, event
 
-    async def finish(self, request: HTTPRequest, call: Call) -> list[Done]:
+    async def finish(self, request: HTTPRequest, call: ApiCall) -> list[Done]:
         """The results of a call in order. Its jobs are cancelled when the client leaves."""
 
         async def collect() -> list[Done]:
@@ -152,7 +152,7 @@ class Server:
         finally:
             self.engine.cancel(call.jobs)
 
-    async def answer(self, request: HTTPRequest, call: Call) -> Response:
+    async def answer(self, request: HTTPRequest, call: ApiCall) -> Response:
         """The whole answer, or a stream of events."""
         if call.form.stream:
             return Events(self.stream(call), partial(self.engine.cancel, call.jobs))
@@ -160,7 +160,7 @@ class Server:
         pictures = [picture for number, done in enumerate(finished) for picture in self.pictures(call, number, done)]
         return JSONResponse({**self.facts(call), "data": pictures, "usage": usage(call)})
 
-    async def stream(self, call: Call) -> AsyncIterator[str]:
+    async def stream(self, call: ApiCall) -> AsyncIterator[str]:
         """Server-sent events: partial images, then the image, as OpenAI's; progress where it was asked for."""
         yield ": queued\n\n"
         sent = 0
@@ -183,13 +183,13 @@ class Server:
             self.metrics.refused(refusal.code)
             yield f"event: error\ndata: {json.dumps(refusal.body)}\n\n"
 
-    def facts(self, call: Call) -> dict[str, object]:
+    def facts(self, call: ApiCall) -> dict[str, object]:
         """What OpenAI's answers say besides the images."""
         now, form = int(time.time()), call.form
         shown = {"background": "opaque", "output_format": form.output_format, "quality": "auto", "size": form.size}
         return {"created": now, "created_at": now, **shown}
 
-    def pictures(self, call: Call, number: int, done: Done) -> list[dict[str, object]]:
+    def pictures(self, call: ApiCall, number: int, done: Done) -> list[dict[str, object]]:
         """The entries of `data` for a job."""
         form, request = call.form, call.requests[number]
         entries = []
@@ -202,7 +202,7 @@ class Server:
         return entries
 
 
-def usage(call: Call) -> dict[str, object]:
+def usage(call: ApiCall) -> dict[str, object]:
     """Tokens as OpenAI counts them: cells of the images, and the words of the prompts (not a price)."""
     cells = sum(
         (r.height or call.served.pipe.size[0]) * (r.width or call.served.pipe.size[1]) // call.served.pipe.pixels**2
@@ -320,7 +320,7 @@ def make_app(server: Server, study: Path | None = None) -> FastAPI:
         served, wanted, index = await on_thread(read, server.decoding)
         events = asyncio.Queue[tuple[int, Event]]()
         asked = GenerationForm(prompt=wanted.prompt)
-        call = Call(
+        call = ApiCall(
             served, asked, [wanted], [served.job(wanted, 0, server.emitter(0, events))], events, "image_generation"
         )
         server.engine.put(call.jobs)

@@ -56,7 +56,7 @@ class Edit(Protocol):
 
 
 @dataclass(eq=False)
-class Job:
+class QueuedJob:
     """A request for `rows` images. key: jobs with the same key may share a batch. begin prepares a draft, or edit does
     all the work. emit receives progress and, at last, the result or the error; it must not block. partials: how many
     estimates of the result to send."""
@@ -72,7 +72,7 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
 
 
-def take(waiting: Sequence[Job], most: int) -> list[Job]:
+def take(waiting: Sequence[QueuedJob], most: int) -> list[QueuedJob]:
     """The next batch: the oldest job, and in order those that fit it, up to `most` images. The oldest always goes
     first, so that no job waits for more batches than there are jobs before it."""
     first, rows, taken = waiting[0], 0, []
@@ -94,8 +94,8 @@ class Engine:
 
     def __init__(self, limits: Limits, metrics: Metrics, *, batching: bool = True) -> None:
         self.limits, self.metrics, self.batching = limits, metrics, batching
-        self.waiting: list[Job] = []
-        self.running: list[Job] = []
+        self.waiting: list[QueuedJob] = []
+        self.running: list[QueuedJob] = []
         self.stopping = False
         self.changed = threading.Condition()
         self.seconds_a_row = 1.0
@@ -122,7 +122,7 @@ class Engine:
             message = f"{self.queued} images are waiting, the limit is {self.limits.waiting}."
             raise Refusal(429, "queue_full", message, retry=self.delay)
 
-    def put(self, jobs: Sequence[Job]) -> None:
+    def put(self, jobs: Sequence[QueuedJob]) -> None:
         """Queues jobs, all or none. Raises Refusal as `check_room` does."""
         with self.changed:
             self.check_room(sum(job.rows for job in jobs))
@@ -130,7 +130,7 @@ class Engine:
             self.metrics.queue.set(self.queued)
             self.changed.notify()
 
-    def cancel(self, jobs: Sequence[Job]) -> None:
+    def cancel(self, jobs: Sequence[QueuedJob]) -> None:
         """The jobs leave the queue, or their batch within one step."""
         with self.changed:
             for job in jobs:
@@ -171,7 +171,7 @@ class Engine:
             self.seconds_a_row = 0.7 * self.seconds_a_row + 0.3 * (time.monotonic() - begun) / rows
             self.running = []
 
-    def guarded(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], None]) -> None:
+    def guarded(self, jobs: Sequence[QueuedJob], work: Callable[[Sequence[QueuedJob]], None]) -> None:
         """Runs work for jobs; an error goes to all of them and not beyond. ValueError is the request's own fault."""
         try:
             with torch.no_grad():
@@ -190,7 +190,7 @@ class Engine:
             for job in jobs:
                 job.emit(Refusal(500, "internal_error", "The server could not generate this. Its log says why."))
 
-    def edit_one(self, jobs: Sequence[Job]) -> None:
+    def edit_one(self, jobs: Sequence[QueuedJob]) -> None:
         (job,) = jobs
         count = 0
 
@@ -206,11 +206,11 @@ class Engine:
             done = job.edit(tick)
         job.emit(done)
 
-    def generate(self, jobs: Sequence[Job]) -> None:
+    def generate(self, jobs: Sequence[QueuedJob]) -> None:
         """Prepares each job, then walks groups of drafts that fit each other."""
-        ready: list[tuple[Job, Draft]] = []
+        ready: list[tuple[QueuedJob, Draft]] = []
 
-        def prepare(jobs: Sequence[Job]) -> None:
+        def prepare(jobs: Sequence[QueuedJob]) -> None:
             (job,) = jobs
             assert job.begin is not None
             if not job.cancelled:
@@ -226,7 +226,7 @@ class Engine:
             drafts = dict(group)
             self.guarded(list(drafts), lambda jobs, drafts=drafts: self.walk(jobs, [drafts[job] for job in jobs]))
 
-    def walk(self, jobs: Sequence[Job], drafts: Sequence[Draft]) -> None:
+    def walk(self, jobs: Sequence[QueuedJob], drafts: Sequence[Draft]) -> None:
         pipe, counts, steps = jobs[0].pipe, [draft.rows for draft in drafts], len(drafts[0].path)
         self.metrics.batch.observe(sum(counts))
         shown = [partial_steps(steps, job.partials) for job in jobs]

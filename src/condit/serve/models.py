@@ -19,7 +19,7 @@ from condit.data.images import load_image
 from condit.drawing.batch import Draft
 from condit.drawing.callbacks import Tick
 from condit.drawing.settings import Settings
-from condit.serve.engine import Done, Job
+from condit.serve.engine import Done, QueuedJob
 from condit.serve.forms import CommonForm, EditForm, Picture, size_of
 from condit.serve.limits import Limits, Refusal, invalid
 from condit.weights.catalog import MODELS
@@ -191,7 +191,7 @@ class Served:
         given = arguments(request, self.pipe.model)
         return Settings(copies=request.count, **{name: given[name] for name in given if name in SETTINGS})
 
-    def job(self, request: Request, partials: int, emit: Callable) -> Job:
+    def job(self, request: Request, partials: int, emit: Callable) -> QueuedJob:
         """A job for the engine."""
 
         def begin() -> Draft:
@@ -207,9 +207,9 @@ class Served:
 
         size = request.height, request.width
         key = (self.name, request.steps, size, request.sampler, request.eta, request.image is None)
-        return Job(self.pipe, key, request.count, emit, begin=begin, partials=partials)
+        return QueuedJob(self.pipe, key, request.count, emit, begin=begin, partials=partials)
 
-    def edit_job(self, form: EditForm, request: Request, emit: Callable) -> Job:
+    def edit_job(self, form: EditForm, request: Request, emit: Callable) -> QueuedJob:
         """A job that inverts the image of a request and edits it. Raises Refusal."""
         from condit.controls.dit4edit import PRESETS
         from condit.drawing.edit_page import edited_words, shade
@@ -249,7 +249,7 @@ class Served:
                         maps.append({"word": word, "side": ("source", "target")[side], "image": picture})
             return Done(result.images, result.recipe, {"maps": maps, "psnr": result.psnr})
 
-        return Job(self.pipe, (self.name, "edit"), 1, emit, edit=edit)
+        return QueuedJob(self.pipe, (self.name, "edit"), 1, emit, edit=edit)
 
     def files(self, request: Request, done: Done, kind: str) -> list[bytes]:
         """The images of a request as files; a PNG contains its recipe, as those of `condit generate` do."""

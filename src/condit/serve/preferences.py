@@ -17,7 +17,7 @@ Z = 1.96
 
 
 @dataclass(frozen=True)
-class Report:
+class PreferenceReport:
     """scores: of each method, natural log, mean 0, with the 95 % interval; a difference of 1 means a preference of
     73 %. agreement: the share of pairs of raters that gave the same answer to the same question, of `shared` such
     pairs; kappa: that, corrected for chance. needed: answers still needed until the closest neighbours differ."""
@@ -84,7 +84,7 @@ def agreement(answers: Answers) -> tuple[float | None, float | None, int]:
     return same, None if chance == 1 else (same - chance) / (1 - chance), len(pairs)
 
 
-def report(answers: Answers, methods: Sequence[str], *, samples: int = 1000, seed: int = 0) -> Report:
+def report(answers: Answers, methods: Sequence[str], *, samples: int = 1000, seed: int = 0) -> PreferenceReport:
     """The report of all answers but those to checks and those of raters who failed them. Intervals are percentiles of
     `samples` bootstrap resamples of the questions, so that raters who saw the same question are not counted as
     independent. Raises ValueError without any answer."""
@@ -102,7 +102,7 @@ def report(answers: Answers, methods: Sequence[str], *, samples: int = 1000, see
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
     order = [int(i) for i in np.argsort(-scores)]
     same, kappa, shared = agreement(kept)
-    return Report(
+    return PreferenceReport(
         {methods[i]: (float(scores[i]), float(low[i]), float(high[i])) for i in order},
         len(kept),
         {rater: sum(a["rater"] == rater for a in kept) for rater in sorted({str(a["rater"]) for a in kept})},
@@ -129,7 +129,7 @@ def still_needed(difference: float, resampled: np.ndarray, answers: int) -> int 
     return max(0, total - answers)
 
 
-def as_text(found: Report) -> str:
+def as_text(found: PreferenceReport) -> str:
     """The report as Markdown."""
     lines = ["| method | score | 95 % interval |", "|---|---|---|"]
     lines += [f"| {method} | {s:+.2f} | {low:+.2f} to {high:+.2f} |" for method, (s, low, high) in found.scores.items()]

@@ -17,7 +17,7 @@ from condit.serve.models import Served
 
 
 @dataclass(frozen=True)
-class Options:
+class ServeOptions:
     """models: names, folders or files; token: needed for another address than the loopback; hosts: more names of this
     server; study: a folder of `condit study make`; prompts: whether logs contain them."""
 
@@ -51,7 +51,7 @@ class Uvicorn(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(options: Options, tell: Callable[[str], None]) -> None:
+def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
     """Serves until a signal. tell receives the address."""
     server = Server(
         [Served(name, options.limits, options.device) for name in options.models],
