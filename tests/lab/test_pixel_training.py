@@ -83,7 +83,7 @@ def test_a_u_shape_trains_a_step_on_pixels_and_its_export_generates(icons, tmp_p
     again = pipe(latents=noise, num_inference_steps=3, output_type="pt").images
     torch.testing.assert_close(again, alone, rtol=0, atol=1e-6)
     rest = edm_path(5, edm).since(3)  # image to image
-    white = Image.new("RGB", task.size[::-1], "white")
+    white = Image.new("RGB", (task.size[1], task.size[0]), "white")
     near = pipe(image=white, strength=0.4, num_inference_steps=5, seed=6, output_type="pt").images
     with torch.no_grad():
         wanted = heun(by_timestep(precondition(network, edm)), 1 + rest.sigmas[0] * noise, rest).clamp(-1, 1)

@@ -54,7 +54,8 @@ def test_samples_are_images_of_random_classes_and_a_resumed_or_shared_run_gives_
         code, err = samples(shared, *HOW)
         assert code == 0 and ("have not finished" in err) == (rank == "0")
     assert np.array_equal(arrays(shared), images)
-    monkeypatch.delenv("WORLD_SIZE"), monkeypatch.delenv("RANK")
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name)
     shared.unlink()
     (tmp_path / "shared.npz.parts" / "00000004.npy").unlink()
     code, err = samples(shared, *HOW, "--steps", "3")

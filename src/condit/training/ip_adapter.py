@@ -107,13 +107,14 @@ class IPAdapterTask(Task):
         self.vae: nn.Module = parts.vae.requires_grad_(False)
         self.text: nn.Module = parts.text.requires_grad_(False)
         faces = None if data.faces is None else Faces.read(data.faces)
-        self.encoder = find_encoder(parts, data.image_encoder, data.projector) if faces is None else None
+        encoder = find_encoder(parts, data.image_encoder, data.projector) if faces is None else None
         where = (data.where,) if isinstance(data.where, str) else data.where
         tokens = data.tokens or TOKENS[data.projector]
-        if faces is not None:
+        if encoder is not None:
+            self.ip = new_adapter(self.unet, encoder, data.projector, tokens, where)
+        elif faces is not None:
             self.ip = new_face_adapter(self.unet, faces.width, tokens, where, data.lora_rank)
-        else:
-            self.ip = new_adapter(self.unet, self.encoder, data.projector, tokens, where)
+        self.encoder = encoder
         if data.init is not None:
             load_strict(self.ip, floats(read_tensors(Path(data.init) / ADAPTER)), source=data.init)
         self.shares, self.drop, self.noise_offset = data.shares, data.drop, data.noise_offset

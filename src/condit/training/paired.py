@@ -53,8 +53,8 @@ class Faces:
         """A safetensors file next to the images or above them. ValueError unless it holds vectors of one length."""
         vectors = read_tensors(file)
         check_values(vectors, file)
-        if len({vector.shape for vector in vectors.values()}) != 1 or any(v.ndim != 1 for v in vectors.values()):
-            shapes = sorted({tuple(vector.shape) for vector in vectors.values()})
+        shapes = sorted({tuple(vector.shape) for vector in vectors.values()})
+        if [len(shape) for shape in shapes] != [1]:
             raise ValueError(f"{file}: expected a vector (E,) for each image, all of one length; found {shapes[:3]}.")
         return cls(Path(file).resolve().parent, {name: vector.float() for name, vector in vectors.items()})
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -36,14 +35,8 @@ class Prodigy(torch.optim.Optimizer):
         defaults |= {"safeguard_warmup": safeguard_warmup, "bias_correction": bias_correction}
         super().__init__(params, {**defaults, "numerator": 0.0, "steps": 0})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """All parameter groups share one estimate of d, which the first group stores."""
         loss = None
         if closure is not None:
