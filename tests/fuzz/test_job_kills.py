@@ -180,3 +180,23 @@ def test_drivers_of_ray_that_are_killed_lose_nothing(tmp_path, whole, log, clust
         driver.communicate()
     ended(start(folder, log, "ray", 0.0, RAY_ADDRESS=cluster.address))
     complete(folder, whole)
+
+
+def test_the_command_makes_the_same_files_by_every_engine(tmp_path, cluster):
+    rows = [{"prompt": "a red apple", "seed": seed, "count": 1 + seed % 2} for seed in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "shuffled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_ADDRESS": cluster.address}
+
+    def made(name: str, file: str, *words: str, **extra: str) -> dict[str, bytes]:
+        command = [sys.executable, "-m", "condit.cli", "generate", "--from", file, "--steps", "1", "-o", name, *words]
+        subprocess.run(command, cwd=tmp_path, env={**environment, **extra}, check=True)
+        return contents(tmp_path / name)
+
+    one = made("one", "rows.jsonl", OMP_NUM_THREADS="4")
+    assert len(one) == 6 + 2
+    assert made("two", "rows.jsonl", "--workers", "2") == one
+    assert made("ray", "rows.jsonl", "--engine", "ray", "--workers", "2") == one
+    other = made("other", "shuffled.jsonl")
+    assert sorted(other.pop("metadata.jsonl").splitlines()) == sorted(one.pop("metadata.jsonl").splitlines())
+    assert other == one
