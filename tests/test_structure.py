@@ -29,12 +29,12 @@ def long_functions(text: str, most: int = 10) -> Iterator[str]:
 
 # Lines at most; docs/architecture.md says where they are. The core is what papers add to.
 LIMITS = {
-    ("nn/", "diffusion/", "backbones/", "controls/"): 9_450,
-    ("data/", "encoders/", "drawing/", "interop/", "training/"): 11_200,
+    ("nn/", "diffusion/", "backbones/", "controls/"): 9_500,
+    ("data/", "encoders/", "drawing/", "interop/", "training/"): 11_600,
     ("weights/",): 5_500,
-    ("cli/",): 3_000,
+    ("cli/",): 3_050,
     ("serve/",): 2_100,
-    ("rulers/",): 1_500,
+    ("rulers/",): 2_200,
     ("jobs/",): 700,
     ("pairs/",): 650,
 }

@@ -20,7 +20,7 @@ PAPERS = sorted((ROOT / "docs" / "papers").glob("*.md"))
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "README.zh.md"]
 LINE = re.compile(r"^(?:python|pytest|condit) ", re.M)
 COMMAND = re.compile(rf"`(?:(?:python|pytest|condit)\s|benchmarks/)[^`]*`|{LINE.pattern}", re.M)
-FOLDERS = ("src", "lab", "tests", "benchmarks", "recipes", "docs", "examples")
+FOLDERS = ("src", "lab", "deploy", "tests", "benchmarks", "recipes", "docs", "examples")
 PATHS = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
 TESTS = {
     name

@@ -19,7 +19,7 @@ from condit.data.grouped import GroupedPairs
 from condit.data.images import load_image, save_image
 from condit.data.pairs import Pair, ShardPairs, check, open_pairs
 from condit.pairs.build import Grouping, made, make_rows, of_canvas
-from condit.pairs.filters import Encoder, Filters, Hashes, Rules, perceptual_hash
+from condit.pairs.filters import Encoder, FilterRules, Filters, Hashes, perceptual_hash
 from condit.pairs.sets import SetForm, files_of, write_set
 from condit.training.paired import open_folder
 
@@ -215,7 +215,7 @@ def test_each_filter_rejects_what_it_names_and_counts_it():
         ("broken reference", Pair(pair_of("green", "green").image, "green", {"subject": (b"none",)})),
     ]
     errors: list[str] = []
-    filters = Filters(Rules(text=(0.5, 1.1), agree={"subject": (0.5, 1.1)}), ENCODER, batch=2)
+    filters = Filters(FilterRules(text=(0.5, 1.1), agree={"subject": (0.5, 1.1)}), ENCODER, batch=2)
     kept = list(filters(rows, lambda place, text: errors.append(place)))
     ((_, only),) = kept
     assert only.text == "red" and cast(float, only.columns["subject_agreement"]) > 0.9
@@ -229,7 +229,7 @@ def test_each_filter_rejects_what_it_names_and_counts_it():
 def test_a_copy_of_the_target_is_above_the_span_and_references_are_chosen_one_by_one():
     images = [png(Image.new("RGB", (8, 8), colour)) for colour in ((255, 0, 0), (255, 160, 40), (0, 255, 0))]
     pair = Pair(png(Image.new("RGB", (64, 64), (255, 0, 0))), "red", {"subject": tuple(images)})
-    rules = Rules(distance=None, agree={"subject": (0.5, 0.99)})
+    rules = FilterRules(distance=None, agree={"subject": (0.5, 0.99)})
     ((_, kept),) = Filters(rules, ENCODER)([("row", pair)], raise_error)
     assert kept.references["subject"] == (images[1],)
 
@@ -239,7 +239,7 @@ def test_limits_are_checked_before_an_image_is_decoded(monkeypatch):
     monkeypatch.setattr("condit.pairs.filters.load_image", lambda source: pytest.fail("decoded"))
     errors: list[str] = []
     rows = [("bomb", Pair(bomb, "red", {}))]
-    assert list(Filters(Rules(), ENCODER)(rows, lambda _, text: errors.append(text))) == []
+    assert list(Filters(FilterRules(), ENCODER)(rows, lambda _, text: errors.append(text))) == []
     assert errors == ["9000 x 8000 pixels; the limit is 64 million"]
 
 
@@ -277,6 +277,6 @@ def test_no_more_than_a_batch_of_rows_is_held():
             yield f"{n}", pair
 
     most = 0
-    for _ in Filters(Rules(distance=None), ENCODER, batch=4)(rows(), raise_error):
+    for _ in Filters(FilterRules(distance=None), ENCODER, batch=4)(rows(), raise_error):
         most = max(most, len(alive))
     assert most <= 2 * 4

@@ -91,10 +91,10 @@ def filter_pairs(source: Source, options: SetOptions, filters: FilterOptions) ->
     checked(source, options.out)
     from condit.data.files import atomic_write
     from condit.pairs.build import open_rows
-    from condit.pairs.filters import Filters, Rules, load_encoder
+    from condit.pairs.filters import FilterRules, Filters, load_encoder
 
     distance = None if filters.distance < 0 else filters.distance
-    rules, encoder = Rules(filters.min_side, filters.max_ratio, distance, text, agree), load_encoder(filters.clip)
+    rules, encoder = FilterRules(filters.min_side, filters.max_ratio, distance, text, agree), load_encoder(filters.clip)
     used = Filters(rules, encoder, batch=filters.batch)
 
     def report() -> dict[str, object]:

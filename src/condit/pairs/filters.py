@@ -37,7 +37,7 @@ DCT = np.cos(np.pi / 32 * np.arange(8)[:, None] * (np.arange(32) + 0.5))  # the 
 
 
 @dataclass(frozen=True)
-class Rules:
+class FilterRules:
     """min_side: in pixels. max_ratio: the longer side by the shorter one. distance: bits of 64 in which two perceptual
     hashes of one image differ at most, 0 to 7; None: no filter. text, agree: spans of cosines, by role for `agree`;
     a figure without a span is measured only."""
@@ -167,7 +167,7 @@ class Filters:
     on_error(place, text) for those that cannot be read. Then `read` is the number of rows, `tallies` say what became of
     them by filter: "size", "duplicate", "text" and the roles."""
 
-    def __init__(self, rules: Rules, encoder: Encoder, *, batch: int = 32):
+    def __init__(self, rules: FilterRules, encoder: Encoder, *, batch: int = 32):
         self.rules, self.encoder, self.batch, self.read = rules, encoder, batch, 0
         self.hashes = None if rules.distance is None else Hashes(rules.distance)
         self.tallies: dict[str, Tally] = defaultdict(Tally)

@@ -20,6 +20,8 @@ td{vertical-align:top}td.number{text-align:right;font-variant-numeric:tabular-nu
 code{background:#f3f3f3;padding:.1em .3em}.blind,.blind td{color:#aaa}"""
 NAMED = 20  # problems of a kind that the page names; report.json names all
 
+Figures = Mapping[str, Any]  # of a report, as its JSON has them
+
 
 def inline(picture: Image.Image) -> str:
     buffer = io.BytesIO()
@@ -41,7 +43,7 @@ def table(head: str, rows: Sequence[Sequence[object]], blind: Sequence[bool] = (
     return "\n".join([*lines, "</table>"]) if rows else "<p>None.</p>"
 
 
-def span(x: Mapping[str, Any] | None) -> str:
+def span(x: Figures | None) -> str:
     """A value with its interval."""
     if x is None or x["value"] is None:
         return ""
@@ -49,7 +51,7 @@ def span(x: Mapping[str, Any] | None) -> str:
     return f"{x['value']:.4g}{ends}"
 
 
-def write_page(folder: Path, result: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> Path:
+def write_page(folder: Path, result: Figures, pictures: Mapping[str, Image.Image]) -> Path:
     """index.html of a report (`report.evaluate_folder`), from page.html."""
     rulers = {row["name"]: row for row in result["rulers"]}
     shown = {name: f"<h2>{html.escape(name)}</h2>{inline(picture)}\n" for name, picture in pictures.items()}
@@ -77,7 +79,7 @@ def _few(names: Sequence[str]) -> str:
     return "; ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
 
 
-def _ruler_table(result: Mapping[str, Any]) -> str:
+def _ruler_table(result: Figures) -> str:
     rows = []
     for r in result["rulers"]:
         tests, people = r["tests"], result["people"].get(r["name"])
@@ -91,7 +93,7 @@ def _ruler_table(result: Mapping[str, Any]) -> str:
     return table(head, rows, [r["passes"] is False for r in result["rulers"]])
 
 
-def _figure_table(result: Mapping[str, Any], rulers: Mapping[str, Any]) -> str:
+def _figure_table(result: Figures, rulers: Figures) -> str:
     keys = list(dict.fromkeys((f["method"], f["strength"]) for f in result["figures"]))
     found = {(f["ruler"], f["method"], f["strength"]): f for f in result["figures"]}
     head = "|".join(["ruler", *(m if s is None else f"{m} {s:g}" for m, s in keys)])
@@ -101,7 +103,7 @@ def _figure_table(result: Mapping[str, Any], rulers: Mapping[str, Any]) -> str:
     return table(head, rows, [r["passes"] is False for r in rulers.values()]) + note
 
 
-def _comparison_table(result: Mapping[str, Any], rulers: Mapping[str, Any]) -> str:
+def _comparison_table(result: Figures, rulers: Figures) -> str:
     rows = []
     for c in result["comparisons"]:
         gap = c["gap"]
@@ -111,6 +113,6 @@ def _comparison_table(result: Mapping[str, Any], rulers: Mapping[str, Any]) -> s
     return table("method|strength|ruler|difference|verdict|p|beyond|n|to tell 0.05 you need n =", rows)
 
 
-def _set_table(sets: Sequence[Mapping[str, Any]]) -> str:
+def _set_table(sets: Sequence[Figures]) -> str:
     names = ("method", "strength", "n", "references", "FID", "KID", "KID low", "KID high", "ArtFID")
     return table("|".join(names), [[s.get(name) for name in names] for s in sets])
