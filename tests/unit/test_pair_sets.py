@@ -19,7 +19,7 @@ from condit.data.grouped import GroupedPairs
 from condit.data.images import load_image, save_image
 from condit.data.pairs import Pair, ShardPairs, check, open_pairs
 from condit.pairs.build import Grouping, made, make_rows, of_canvas
-from condit.pairs.filters import Encoder, FilterRules, Filters, Hashes, perceptual_hash
+from condit.pairs.filters import FilterRules, Filters, Hashes, PairEncoder, perceptual_hash
 from condit.pairs.sets import SetForm, files_of, write_set
 from condit.training.paired import open_folder
 
@@ -187,7 +187,7 @@ def mean_colours(images) -> torch.Tensor:
 
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-ENCODER = Encoder(
+ENCODER = PairEncoder(
     "colours", mean_colours, lambda words: torch.tensor([COLOURS[w] for w in words], dtype=torch.float32) - 128
 )
 

@@ -54,7 +54,7 @@ class FilterRules:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class PairEncoder:
     """Images and words -> rows (n, E) of one space. parts: the dimensions that compare a role; others compare all."""
 
     name: str
@@ -68,11 +68,11 @@ class Encoder:
         return F.cosine_similarity(a[:, part].float(), b[:, part].float()).tolist()
 
 
-def load_encoder(folder: str | None) -> Encoder:
+def load_encoder(folder: str | None) -> PairEncoder:
     """A CLIP from its folder; None: the embedded one, which compares style and content in dimensions of their own."""
     if folder is not None:
         tower, text = load_image_encoder(folder), load_text_tower(folder)
-        return Encoder(f"{folder} {weight_file(folder).name}", lambda x: tower.embeds(tower.pixels(x)), text)
+        return PairEncoder(f"{folder} {weight_file(folder).name}", lambda x: tower.embeds(tower.pixels(x)), text)
     path = MODELS["tiny"].path
     clip, tokenizer = load_clip(path / "clip")
     image = TinyImage(clip.requires_grad_(False))
@@ -82,7 +82,7 @@ def load_encoder(folder: str | None) -> Encoder:
         return image(torch.stack([to_tensor(picture, image.size, fit="pad") for picture in pictures]))[:, width]
 
     parts = {"style": STYLE, "content": CONCEPT, "subject": CONCEPT}
-    return Encoder(f"tiny {describe_hash(path)}", images, lambda phrases: words(phrases)[:, width], parts)
+    return PairEncoder(f"tiny {describe_hash(path)}", images, lambda phrases: words(phrases)[:, width], parts)
 
 
 def perceptual_hash(image: Image.Image) -> int:
@@ -167,7 +167,7 @@ class Filters:
     on_error(place, text) for those that cannot be read. Then `read` is the number of rows, `tallies` say what became of
     them by filter: "size", "duplicate", "text" and the roles."""
 
-    def __init__(self, rules: FilterRules, encoder: Encoder, *, batch: int = 32):
+    def __init__(self, rules: FilterRules, encoder: PairEncoder, *, batch: int = 32):
         self.rules, self.encoder, self.batch, self.read = rules, encoder, batch, 0
         self.hashes = None if rules.distance is None else Hashes(rules.distance)
         self.tallies: dict[str, Tally] = defaultdict(Tally)
