@@ -11,10 +11,11 @@ from torch import Tensor
 from condit.data.icon_sample import sample_path
 from condit.diffusion.objectives import add_noise
 from condit.encoders.clip_tokenizer import SPECIAL_TOKENS
+from condit.weights.files import read_tensors, save_tensors
 from condit_lab.draw import figures, train
 from condit_lab.draw.code import RgbaCode, to_planes, to_rgba
 from condit_lab.draw.data import Drawings, Mixture, from_icon_world
-from condit_lab.draw.export import export
+from condit_lab.draw.export import export, load_model
 from condit_lab.draw.model import ModelConfig
 from condit_lab.draw.muon import Muon, orthogonalise
 from condit_lab.draw.sketch import Sketch, fit_basis, fit_sketch
@@ -187,6 +188,27 @@ def test_an_export_starts_another_run_and_the_count_of_images_goes_on(drawings, 
     assert torch.equal(again.model.code.basis, run.model.code.basis)
     assert torch.equal(again.model.text.looks, run.model.text.looks.bfloat16().float())
     assert torch.equal(again.model.variance, run.model.variance)
+    steps(again, 1)
+
+
+def test_an_export_from_before_the_sketch_starts_a_run_that_fits_one(drawings, tmp_path):
+    run = trainer(drawings, tmp_path / "run", images=40)
+    steps(run, 2)
+    run.save()
+    export(tmp_path / "run", tmp_path / "export")
+    file, embedder = tmp_path / "export" / "model.safetensors", "transformer.x_embedder.weight"
+    older = {name: x for name, x in read_tensors(file).items() if not name.startswith("text.sketch.")}
+    older |= {"text.canvas_weight": torch.ones(8, 16), "text.canvas_bias": torch.ones(8)}
+    older[embedder] = older[embedder][:, :40].clone()  # 32 channels of a token and 8 of the canvas
+    save_tensors(file, older, {})
+    with pytest.raises(ValueError, match="before the sketch"):
+        load_model(tmp_path / "export")
+    again = trainer(drawings, tmp_path / "again", images=40, init=tmp_path / "export")
+    assert again.images == 8
+    assert torch.equal(again.model.text.looks, run.model.text.looks.bfloat16().float())
+    assert again.model.text.sketch.basis.abs().sum() > 0
+    assert torch.equal(again.model.transformer.x_embedder.weight[:, :40], older[embedder].float())
+    assert again.model.transformer.x_embedder.weight[:, 40:].abs().sum() == 0
     steps(again, 1)
 
 

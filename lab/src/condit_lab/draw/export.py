@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condit.encoders.clip_tokenizer import ClipTokenizer
@@ -19,6 +20,7 @@ from condit_lab.draw.code import RgbaCode
 from condit_lab.draw.model import DrawModel, ModelConfig, new_text
 
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
+SKETCH, EMBEDDER = "text.sketch.", "transformer.x_embedder.weight"
 
 
 def export(run: Path, out: Path, *, average: int = 0) -> None:
@@ -40,18 +42,28 @@ def load_tokenizer(export: Path, run: Path) -> None:
         shutil.copy(export / TOKENIZER, run / TOKENIZER)
 
 
-def load_export(export: Path, model: nn.Module) -> int:
-    """Set a model's weights; returns the number of images they have seen."""
-    load_strict(model, {k: v.float() for k, v in read_tensors(export / WEIGHTS).items()}, source=export)
-    return json.loads((export / "card.json").read_text(encoding="utf-8"))["images"]
+def load_export(export: Path, model: nn.Module) -> tuple[int, bool]:
+    """Set a model's weights; returns the number of images they have seen, and whether the sketch is among them. Exports
+    from before the sketch have a linear map to the first channels of its codes in its place, which is left out."""
+    tensors = {name: x.float() for name, x in read_tensors(export / WEIGHTS).items()}
+    own, sketched = model.state_dict(), any(name.startswith(SKETCH) for name in tensors)
+    if not sketched:
+        left_out = ("text.canvas_weight", "text.canvas_bias")
+        tensors = {name: x for name, x in tensors.items() if name not in left_out}
+        tensors |= {name: x for name, x in own.items() if name.startswith(SKETCH)}
+        columns = own[EMBEDDER].shape[1] - tensors[EMBEDDER].shape[1]
+        tensors[EMBEDDER] = F.pad(tensors[EMBEDDER], (0, columns))
+    load_strict(model, tensors, source=export)
+    return json.loads((export / "card.json").read_text(encoding="utf-8"))["images"], sketched
 
 
 def load_model(folder: Path) -> DrawModel:
-    """The model of an export, to draw with."""
+    """The model of an export, to draw with. ValueError for one without a sketch."""
     config = ModelConfig(**json.loads((folder / "card.json").read_text(encoding="utf-8"))["model"])
     text = new_text(config, ClipTokenizer.load(folder, config.text_tokens))
     model = DrawModel(config, RgbaCode(config.components), text)
-    load_export(folder, model)
+    if not load_export(folder, model)[1]:
+        raise ValueError(f"{folder} is from before the sketch. Start a run from it (--init), which fits one.")
     return model.eval().requires_grad_(False)
 
 

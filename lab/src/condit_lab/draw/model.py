@@ -123,7 +123,8 @@ class DrawModel(nn.Module):
         components = fit_basis(sketch, codes, weights)
         dtype = torch.bfloat16 if bf16 else torch.float32
         fit_sketch(sketch, captions, starts, components, weights, dtype=dtype)
-        self.text.looks.copy_(sketch.words.weight / sketch.words.weight.square().mean().sqrt())
+        if looks:
+            self.text.looks.copy_(sketch.words.weight / sketch.words.weight.square().mean().sqrt())
         total = torch.zeros_like(self.variance)
         for rows in torch.arange(len(codes)).split(2048):
             left = codes[rows].float() - sketch(captions[starts[rows]])

@@ -161,15 +161,18 @@ class Trainer:
         text = make_text(recipe.model, self.train, out)
         code = fit_code(recipe.model, self.train, self.mixture) if fresh else RgbaCode(recipe.model.components)
         self.model = DrawModel(recipe.model, code, text)
+        sketched = state is not None
         if state is None and init is not None:
-            self.images = load_export(init, self.model)
+            self.images, sketched = load_export(init, self.model)
         self.captions, self.starts = caption_table(text, self.train.rows)
         self.empty = text.ids([""])
         self.probes = figures.make_probes(self.model, drawings)
         self.model.to(self.device)
         self.codes = cached_codes(self.model.code, self.train, out / "codes.bf16", self.device)
-        if fresh:
-            self.model.cpu().fit_words(self.captions, self.starts, self.codes.cpu(), self.mixture.weights(), bf16=bf16)
+        if not sketched:
+            self.model.cpu().fit_words(
+                self.captions, self.starts, self.codes.cpu(), self.mixture.weights(), looks=fresh, bf16=bf16
+            )
             self.model.to(self.device)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizers = self.make_optimizers()
