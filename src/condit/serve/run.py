@@ -52,7 +52,7 @@ class Uvicorn(uvicorn.Server):
 
 
 def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
-    """Serves until a signal. tell receives the address."""
+    """Serves until a signal, which ends it in order. tell receives the address."""
     server = Server(
         [Served(name, options.limits, options.device) for name in options.models],
         options.limits,
@@ -64,7 +64,12 @@ def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
     config = config_of(guarded(app, server, options.token, [options.host, *options.hosts]), options.host, options.port)
     shown = f"[{options.host}]" if ":" in options.host else options.host
     tell(f"http://{shown}:{options.port}{'/study' if options.study else ''}")
-    Uvicorn(config, server).run()
+    running = Uvicorn(config, server)
+    try:
+        running.run()
+    except KeyboardInterrupt:  # uvicorn sends itself the signal again after it has shut down
+        if not running.should_exit:
+            raise
 
 
 def config_of(app: Guard, host: str, port: int) -> uvicorn.Config:
