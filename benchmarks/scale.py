@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,7 @@ def resident() -> float:
 def timed(engine: Engine, times: list[float], sizes: list[float]) -> Engine:
     """The engine, which notes the time of each result, and memory after a quarter of them and at the end."""
 
-    def draw(task: WorkerTask, rows: Sequence[Row]) -> Iterator[RowResult]:
+    def draw(task: WorkerTask, rows: Sequence[Row]) -> Generator[RowResult, None, None]:
         for result in engine(task, rows):
             times.append(time.perf_counter())
             if len(times) in (max(1, len(rows) // 4), len(rows)):

@@ -137,6 +137,12 @@ class Drawers(Protocol):
     def remote(self, call: Call, /) -> Parts: ...
 
 
+class Handle(Drawers, Protocol):
+    """As Ray gives it: for one answer a call, unless it is asked for a stream."""
+
+    def options(self, *, stream: bool) -> Drawers: ...
+
+
 class Door:
     """Takes HTTP requests and passes them on. busy: errors that say that no replica takes the call now."""
 
@@ -215,7 +221,7 @@ def build(settings: Settings):
 class Opened(Door):
     """The door of the replicas whose handle Ray gives it."""
 
-    def __init__(self, drawers, busy: Sequence[type[Exception]]) -> None:
+    def __init__(self, drawers: Handle, busy: Sequence[type[Exception]]) -> None:
         super().__init__(drawers.options(stream=True), busy)
 
     async def __call__(self, request: Request) -> Response:  # Ray looks for it in the class itself

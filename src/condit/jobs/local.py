@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -49,7 +49,7 @@ def rank_of(environment: Mapping[str, str]) -> Rank:
     return rank
 
 
-def draw(task: WorkerTask, rows: Sequence[Row], workers: int, first_rank: int = 0) -> Iterator[RowResult]:
+def draw(task: WorkerTask, rows: Sequence[Row], workers: int, first_rank: int = 0) -> Generator[RowResult, None, None]:
     """Results in the order in which they are ready. One worker draws in this process. Closing the iterator ends the
     processes; what they were drawing is lost, what they had written is not."""
     if workers == 1:

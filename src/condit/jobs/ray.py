@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from types import ModuleType
 
 from condit.jobs.plan import Place, Row, RowResult
@@ -33,7 +33,7 @@ class Actor:
 
 def draw(
     task: WorkerTask, rows: Sequence[Row], workers: int | None = None, gpu: bool | None = None
-) -> Iterator[RowResult]:
+) -> Generator[RowResult, None, None]:
     """Results in the order in which they are ready. Joins the cluster of RAY_ADDRESS, else starts one on this machine
     that ends with the iterator. workers: None is one for each GPU, or each core where there is none."""
     ray, data = import_ray()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ from condit.jobs.plan import (
 )
 from condit.jobs.work import WorkerTask
 
-Engine = Callable[[WorkerTask, Sequence[Row]], Iterator[RowResult]]
+Engine = Callable[[WorkerTask, Sequence[Row]], Generator[RowResult, None, None]]  # closing it ends the workers
 EngineName = Literal["local", "ray"]
 
 
