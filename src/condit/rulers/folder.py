@@ -96,8 +96,8 @@ def read_collection(output: Path, content: Path | None, style: Path | None) -> C
         raise ValueError(f"{output} holds no pictures; expected METHOD/STRENGTH/NAME.png")
     problems["missing"] += [f"{name} (metadata.jsonl)" for name in rows if "/" in name and name not in seen]
     _check_groups(outputs, [name for name in rows if "/" not in name], problems)
-    unique = {p.hash: p for p in contents.values()}, {p.hash: p for p in styles.values()}
-    return Collection(tuple(outputs), *(tuple(found.values()) for found in unique), problems)
+    shown, looks = (tuple({p.hash: p for p in found.values()}.values()) for found in (contents, styles))
+    return Collection(tuple(outputs), shown, looks, problems)
 
 
 def _check_groups(outputs: list[Output], named: list[str], problems: dict[str, list[str]]) -> None:

@@ -236,9 +236,9 @@ class Check:
 def _pairs(how: str, rows: Sequence[tuple[View, View | str, str, str]]) -> Pairs | None:
     """rows: both sides and their groups."""
     names = {name: i for i, name in enumerate(sorted({g for row in rows for g in row[2:]}))}
-    groups = [np.array([names[row[side]] for row in rows], dtype=np.int64) for side in (2, 3)]
+    groups = np.array([[names[a], names[b]] for _, _, a, b in rows], dtype=np.int64).reshape(-1, 2).T
     same = groups[0] == groups[1]
-    if not len(rows) or same.all() or not same.any():
+    if same.all() or not same.any():
         return None
     return Pairs(how, [row[0] for row in rows], [row[1] for row in rows], same, (groups[0], groups[1]))
 

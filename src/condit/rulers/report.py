@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from condit.data.files import atomic_write
 from condit.data.images import load_image, save_image
@@ -18,11 +20,24 @@ from condit.data.sheets import SheetCell, contact_sheet
 from condit.rulers import compare, distributions
 from condit.rulers.encoders import embedded, load_encoder
 from condit.rulers.folder import Collection, Output, Picture, label, read_collection
-from condit.rulers.measure import RETRIEVAL, RULERS, TESTS, Check, Store, Values, check, measure, retrieval, view_of
+from condit.rulers.measure import (
+    RETRIEVAL,
+    RULERS,
+    TESTS,
+    Check,
+    Pairs,
+    Store,
+    Values,
+    check,
+    measure,
+    retrieval,
+    view_of,
+)
 from condit.rulers.measure import test_pairs as pairs_of
 from condit.rulers.page import slug, write_page
 from condit.rulers.plot import Line, Point, curves
 from condit.rulers.statistics import Interval
+from condit.weights.files import Json
 
 COMPARED = ("content", "likeness", "text", "label")
 EXTREME, ACROSS = 6, 3
@@ -44,7 +59,7 @@ class Settings:
 
 def evaluate_folder(
     output: Path, report: Path, content: Path | None = None, style: Path | None = None, settings: Settings | None = None
-) -> dict[str, object]:
+) -> Json:
     """Measures METHOD/STRENGTH/... under `output`, writes index.html, report.json, figures.csv, values.csv and pictures
     into `report`, and returns what report.json holds. ValueError for folders without pictures, unknown names, or
     weights that do not fit; problems of single pictures are in the report."""
@@ -78,10 +93,12 @@ def evaluate_folder(
     compared = [n for n in values if RULERS[n].of in COMPARED and RULERS[n].compare and usable(checks, n)]
     against = compare.comparisons(values, outputs, axis, baseline, blank, compared) if axis else []
     figures = compare.figures(values, outputs)
-    result: dict[str, object] = {
+    result: Json = {
         "pictures": len(outputs),
         "contents": len({o.cluster for o in outputs}),
-        "methods": {m: sorted({o.strength for o in outputs if o.method == m} - {None}) for m in methods},
+        "methods": {
+            m: sorted({o.strength for o in outputs if o.method == m and o.strength is not None}) for m in methods
+        },
         "axis": axis,
         "baseline": baseline,
         "blank": blank,
@@ -96,7 +113,7 @@ def evaluate_folder(
         "sets": set_figures(store, collection, values),
         "problems": {kind: names for kind, names in sorted(collection.problems.items()) if names},
     }
-    result = finite(result)
+    result = {name: finite(value) for name, value in result.items()}
     _write_tables(report, result, values, outputs)
     pictures = plots(figures, axis, baseline, blank, compared) | sheets(outputs, values, axis, compared)
     for name, picture in pictures.items():
@@ -111,7 +128,7 @@ def _tests(name: str) -> list[str]:
     return [] if own is None else [own, *({"style": ["content"], "content": ["style"]}.get(own, []))]
 
 
-def _encoded(store: Store, collection: Collection) -> tuple[Collection, dict]:
+def _encoded(store: Store, collection: Collection) -> tuple[Collection, dict[str, Pairs | None]]:
     """The collection without what cannot be read, and the pairs that rulers are tested on; all of it encoded."""
     broken = store.fill([view_of(x) for x in (*collection.outputs, *collection.contents, *collection.styles)])
     names = {x.hash: x.path.name for x in (*collection.outputs, *collection.contents, *collection.styles)}
@@ -160,7 +177,7 @@ def _longest(outputs: Sequence[Output], blank: str | None) -> str:
 def _ruler_row(name: str, checks: Mapping[str, Check | None]) -> dict[str, object]:
     ruler, own = RULERS[name], TESTS.get(RULERS[name].of)
     tested = {test: asdict(c) for test, c in checks.items() if c}
-    passes = None if own not in tested else checks[own].passes  # type: ignore[union-attr]
+    passes = None if own is None or (found := checks.get(own)) is None else found.passes
     return {**asdict(ruler), "passes": passes, "tests": tested}
 
 
@@ -175,18 +192,23 @@ def set_figures(store: Store, collection: Collection, values: Values) -> list[di
         row: dict[str, object] = {"method": key[0], "strength": key[1], "n": len(made), "references": len(real)}
         if len(made) > 1:
             fid = distributions.frechet_distance(made, real)
-            lpips = np.nanmean(values["lpips"][index]) if "lpips" in values else math.nan
-            row |= {"FID": fid, "ArtFID": distributions.art_fid(float(lpips), fid)}
+            lpips = mean(values["lpips"][index]) if "lpips" in values else math.nan
+            row |= {"FID": fid, "ArtFID": distributions.art_fid(lpips, fid)}
         if min(len(made), len(real)) > 3:
             row |= dict(zip(("KID", "KID low", "KID high"), distributions.kernel_distance(made, real), strict=True))
         found.append(row)
     return found
 
 
-def plots(figures: Mapping, axis: str | None, baseline: str, blank: str | None, compared: Sequence[str]) -> dict:
+def plots(
+    figures: Mapping, axis: str | None, baseline: str, blank: str | None, compared: Sequence[str]
+) -> dict[str, Image.Image]:
     """Title -> a picture of curves, for every compared ruler against the axis."""
-    found = {}
-    for name in compared if axis else ():
+    found: dict[str, Image.Image] = {}
+    if axis is None:
+        return found
+    across = RULERS[axis].title
+    for name in compared:
         lines: dict[str, list[Point]] = defaultdict(list)
         for key, ruler in figures:
             if ruler == name and (key, axis) in figures:
@@ -197,32 +219,38 @@ def plots(figures: Mapping, axis: str | None, baseline: str, blank: str | None, 
             Line(m, [*(start if m == baseline else []), *points], m == baseline) for m, points in sorted(lines.items())
         ]
         if drawn:
-            found[f"{RULERS[name].title} against {RULERS[axis].title}"] = curves(  # type: ignore[index]
-                drawn,
-                RULERS[axis].title,
-                RULERS[name].title,  # type: ignore[index]
-            )
+            found[f"{RULERS[name].title} against {across}"] = curves(drawn, across, RULERS[name].title)
     return found
+
+
+def mean(row: NDArray) -> float:
+    """Of the finite values; NaN without any."""
+    finite_values = row[np.isfinite(row)]
+    return float(finite_values.mean()) if finite_values.size else math.nan
 
 
 def _drawn(x: Interval) -> Interval:
     return x if math.isfinite(x.low) else Interval(x.value, x.value, x.value, x.n)
 
 
-def sheets(outputs: Sequence[Output], values: Values, axis: str | None, compared: Sequence[str]) -> dict:
+def sheets(
+    outputs: Sequence[Output], values: Values, axis: str | None, compared: Sequence[str]
+) -> dict[str, Image.Image]:
     """Title -> contact sheet of a method's best and worst pictures, at the strength with the most style."""
     used = [n for n in (axis, *compared) if n]
     total = np.zeros(len(outputs))
     for name in used:
         row = values[name] * (1 if RULERS[name].more else -1)
-        deviation = np.nanstd(row)
-        total += np.nan_to_num((row - np.nanmean(row)) / deviation if deviation > 0 else row * 0)
+        deviation = row[np.isfinite(row)].std()
+        total += np.nan_to_num((row - mean(row)) / deviation) if deviation > 0 else 0
     groups = compare.rows_of(outputs)
     found = {}
     for method in sorted({o.method for o in outputs}):
         keys = [key for key in groups if key[0] == method]
         sign = 1 if axis is None or RULERS[axis].more else -1
-        best = max(keys, key=lambda k: np.nan_to_num(sign * np.nanmean(values[axis][groups[k]])) if axis else 0.0)
+        best = max(
+            keys, key=lambda k: -np.inf if axis is None or np.isnan(m := mean(values[axis][groups[k]])) else sign * m
+        )
         order = groups[best][np.argsort(-total[groups[best]], kind="stable")]
         count = max(1, min(EXTREME, len(order) // 2))
         rows, labels = [], []
@@ -249,7 +277,7 @@ def finite(value: object) -> object:
     return [finite(x) for x in value] if isinstance(value, list | tuple) else value
 
 
-def _write_tables(report: Path, result: Mapping[str, object], values: Values, outputs: Sequence[Output]) -> None:
+def _write_tables(report: Path, result: Json, values: Values, outputs: Sequence[Output]) -> None:
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     atomic_write(report / "report.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     rows = [
@@ -262,7 +290,7 @@ def _write_tables(report: Path, result: Mapping[str, object], values: Values, ou
         for i, o in enumerate(outputs)
     ]
     _write_csv(report / "values.csv", ["method", "strength", "name", *values], rows)
-    figures = [list(row.values()) for row in result["figures"]]  # type: ignore[attr-defined]
+    figures = [list(row.values()) for row in result["figures"]]
     _write_csv(report / "figures.csv", ["method", "strength", "ruler", "value", "low", "high", "n"], figures)
 
 
