@@ -8,11 +8,11 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from PIL import Image
 
 from condit.data.files import atomic_write
+from condit.weights.files import Json
 
 STYLE_SHEET = """body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}
@@ -43,7 +43,11 @@ def table(head: str, rows: Sequence[Sequence[object]], blind: Sequence[bool] = (
     return "\n".join([*lines, "</table>"]) if rows else "<p>None.</p>"
 
 
+<<<<<<< HEAD
 def span(x: Figures | None) -> str:
+=======
+def span(x: Json | None) -> str:
+>>>>>>> 117f104 (Each figure carries the hash of its encoder)
     """A value with its interval."""
     if x is None or x["value"] is None:
         return ""
@@ -51,9 +55,13 @@ def span(x: Figures | None) -> str:
     return f"{x['value']:.4g}{ends}"
 
 
+<<<<<<< HEAD
 def write_page(folder: Path, result: Figures, pictures: Mapping[str, Image.Image]) -> Path:
+=======
+def write_page(folder: Path, result: Json, pictures: Mapping[str, Image.Image]) -> Path:
+>>>>>>> 117f104 (Each figure carries the hash of its encoder)
     """index.html of a report (`report.evaluate_folder`), from page.html."""
-    rulers = {row["name"]: row for row in result["rulers"]}
+    rulers = {row["name"]: {**row, "title": f"{row['title']} [{row['hash'][:8] or '-'}]"} for row in result["rulers"]}
     shown = {name: f"<h2>{html.escape(name)}</h2>{inline(picture)}\n" for name, picture in pictures.items()}
     of_style = rulers[result["axis"]]["title"] if result["axis"] else "none, since no ruler of style tells"
     texts = {"axis": of_style, "baseline": result["baseline"], "blank": result["blank"] or "nothing"}
@@ -63,13 +71,13 @@ def write_page(folder: Path, result: Figures, pictures: Mapping[str, Image.Image
         pictures=result["pictures"],
         contents=result["contents"],
         problems=table("what|number|which", [[kind, len(n), _few(n)] for kind, n in result["problems"].items()]),
-        rulers=_ruler_table(result),
+        rulers=_ruler_table(result, rulers),
         figures=_figure_table(result, rulers),
         curves="".join(text for name, text in shown.items() if " against " in name),
         comparisons=_comparison_table(result, rulers),
         sets=_set_table(result["sets"]),
         sheets="".join(text for name, text in shown.items() if " against " not in name),
-        equations=table("ruler|equation|paper", [[r["title"], r["equation"], r["paper"]] for r in result["rulers"]]),
+        equations=table("ruler|equation|paper", [[r["title"], r["equation"], r["paper"]] for r in rulers.values()]),
         encoders=table("encoder|hash|pictures are|note", [list(e.values()) for e in result["encoders"]]),
     )
     return atomic_write(folder / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
@@ -79,9 +87,13 @@ def _few(names: Sequence[str]) -> str:
     return "; ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
 
 
+<<<<<<< HEAD
 def _ruler_table(result: Figures) -> str:
+=======
+def _ruler_table(result: Json, rulers: Json) -> str:
+>>>>>>> 117f104 (Each figure carries the hash of its encoder)
     rows = []
-    for r in result["rulers"]:
+    for r in rulers.values():
         tests, people = r["tests"], result["people"].get(r["name"])
         own = next(iter(tests.values()), {"how": "", "other": "", "same": ""})
         verdict = {True: "tells", False: "cannot tell", None: "not tested"}[r["passes"]]
@@ -90,10 +102,14 @@ def _ruler_table(result: Figures) -> str:
         better = "more" if r["more"] else "less"
         rows.append([r["title"], better, verdict, *areas, own["how"], own["other"], own["same"], *agreed])
     head = "ruler|better|verdict|style|content|text|words|tested on|level of others|of same|as people|rank correlation"
-    return table(head, rows, [r["passes"] is False for r in result["rulers"]])
+    return table(head, rows, [r["passes"] is False for r in rulers.values()])
 
 
+<<<<<<< HEAD
 def _figure_table(result: Figures, rulers: Figures) -> str:
+=======
+def _figure_table(result: Json, rulers: Json) -> str:
+>>>>>>> 117f104 (Each figure carries the hash of its encoder)
     keys = list(dict.fromkeys((f["method"], f["strength"]) for f in result["figures"]))
     found = {(f["ruler"], f["method"], f["strength"]): f for f in result["figures"]}
     head = "|".join(["ruler", *(m if s is None else f"{m} {s:g}" for m, s in keys)])
@@ -103,7 +119,11 @@ def _figure_table(result: Figures, rulers: Figures) -> str:
     return table(head, rows, [r["passes"] is False for r in rulers.values()]) + note
 
 
+<<<<<<< HEAD
 def _comparison_table(result: Figures, rulers: Figures) -> str:
+=======
+def _comparison_table(result: Json, rulers: Json) -> str:
+>>>>>>> 117f104 (Each figure carries the hash of its encoder)
     rows = []
     for c in result["comparisons"]:
         gap = c["gap"]
@@ -113,6 +133,10 @@ def _comparison_table(result: Figures, rulers: Figures) -> str:
     return table("method|strength|ruler|difference|verdict|p|beyond|n|to tell 0.05 you need n =", rows)
 
 
+<<<<<<< HEAD
 def _set_table(sets: Sequence[Figures]) -> str:
+=======
+def _set_table(sets: Sequence[Json]) -> str:
+>>>>>>> 117f104 (Each figure carries the hash of its encoder)
     names = ("method", "strength", "n", "references", "FID", "KID", "KID low", "KID high", "ArtFID")
     return table("|".join(names), [[s.get(name) for name in names] for s in sets])

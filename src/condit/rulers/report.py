@@ -41,6 +41,7 @@ from condit.weights.files import Json
 
 COMPARED = ("content", "likeness", "text", "label")
 EXTREME, ACROSS = 6, 3
+FIGURE = ("method", "strength", "ruler", "value", "low", "high", "n", "hash")
 Checks = dict[str, dict[str, Check | None]]
 
 
@@ -74,6 +75,7 @@ def evaluate_folder(
     if settings.axis is not None and (settings.axis not in RULERS or RULERS[settings.axis].of != "style"):
         raise ValueError(f"no ruler of style {settings.axis!r}; see docs/evaluate.md")
     encoders = [*embedded(), *(e for name, source in settings.weights.items() for e in load_encoder(name, source))]
+    hashes = {e.name: e.hash for e in encoders}
     store = Store(report / ".features", {e.name: e for e in encoders})
     collection, pairs = _encoded(store, collection)
     outputs = collection.outputs
@@ -96,18 +98,14 @@ def evaluate_folder(
     result: Json = {
         "pictures": len(outputs),
         "contents": len({o.cluster for o in outputs}),
-        "methods": {
-            m: sorted({o.strength for o in outputs if o.method == m and o.strength is not None}) for m in methods
-        },
+        "methods": {m: [s for name, s in compare.rows_of(outputs) if name == m] for m in methods},
         "axis": axis,
         "baseline": baseline,
         "blank": blank,
         "chance of style retrieval": chance,
         "encoders": [{"name": e.name, "hash": e.hash, "size": e.size, "note": e.note} for e in encoders],
-        "rulers": [_ruler_row(n, checks.get(n, {})) for n in values],
-        "figures": [
-            {"method": key[0], "strength": key[1], "ruler": name, **asdict(x)} for (key, name), x in figures.items()
-        ],
+        "rulers": [_ruler_row(n, checks.get(n, {}), hashes) for n in values],
+        "figures": [_figure(key, name, x, hashes) for (key, name), x in figures.items()],
         "comparisons": [asdict(c) for c in against],
         "people": {n: asdict(a) for n, a in compare.human(values, outputs, settings.answers).items()},
         "sets": set_figures(store, collection, values),
@@ -174,11 +172,16 @@ def _longest(outputs: Sequence[Output], blank: str | None) -> str:
     return min(strengths, key=lambda m: (-len(strengths[m]), m), default=blank or "")
 
 
-def _ruler_row(name: str, checks: Mapping[str, Check | None]) -> dict[str, object]:
+def _ruler_row(name: str, checks: Mapping[str, Check | None], hashes: Mapping[str, str]) -> dict[str, object]:
     ruler, own = RULERS[name], TESTS.get(RULERS[name].of)
     tested = {test: asdict(c) for test, c in checks.items() if c}
     passes = None if own is None or (found := checks.get(own)) is None else found.passes
-    return {**asdict(ruler), "passes": passes, "tests": tested}
+    return {**asdict(ruler), "hash": hashes.get(ruler.needs, ""), "passes": passes, "tests": tested}
+
+
+def _figure(key: compare.Key, name: str, x: Interval, hashes: Mapping[str, str]) -> Json:
+    values = (*key, name, x.value, x.low, x.high, x.n, hashes.get(RULERS[name].needs, ""))
+    return dict(zip(FIGURE, values, strict=True))
 
 
 def set_figures(store: Store, collection: Collection, values: Values) -> list[dict[str, object]]:
@@ -248,9 +251,8 @@ def sheets(
     for method in sorted({o.method for o in outputs}):
         keys = [key for key in groups if key[0] == method]
         sign = 1 if axis is None or RULERS[axis].more else -1
-        best = max(
-            keys, key=lambda k: -np.inf if axis is None or np.isnan(m := mean(values[axis][groups[k]])) else sign * m
-        )
+        means = {key: sign * mean(values[axis][groups[key]]) if axis else 0.0 for key in keys}
+        best = max(keys, key=lambda key, means=means: np.nan_to_num(means[key], nan=-np.inf))
         order = groups[best][np.argsort(-total[groups[best]], kind="stable")]
         count = max(1, min(EXTREME, len(order) // 2))
         rows, labels = [], []
@@ -291,7 +293,7 @@ def _write_tables(report: Path, result: Json, values: Values, outputs: Sequence[
     ]
     _write_csv(report / "values.csv", ["method", "strength", "name", *values], rows)
     figures = [list(row.values()) for row in result["figures"]]
-    _write_csv(report / "figures.csv", ["method", "strength", "ruler", "value", "low", "high", "n"], figures)
+    _write_csv(report / "figures.csv", FIGURE, figures)
 
 
 def _write_csv(file: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

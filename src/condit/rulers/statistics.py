@@ -220,15 +220,11 @@ def needed(n: int, low: float, high: float, difference: float = 0.05) -> int:
     return max(2, int(np.ceil(n * ((1.959964 + 0.841621) * error / difference) ** 2)))
 
 
-def ranks(values: NDArray) -> NDArray:
-    """Ranks from 0; equal values share the mean of theirs."""
-    _, numbers, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts + 1) / 2)[numbers]
-
-
 def spearman(a: NDArray, b: NDArray) -> float:
-    """Correlation of ranks; NaN where either does not vary."""
-    x, y = (ranks(v) - ranks(v).mean() for v in (a, b))
+    """Correlation of ranks, of which equal values share the mean; NaN where either does not vary."""
+    from scipy.stats import rankdata
+
+    x, y = (rankdata(v) - (len(v) + 1) / 2 for v in (a, b))
     norm = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / norm if norm > 0 else float("nan")
 
