@@ -7,7 +7,7 @@ from PIL import Image
 
 from condit.data.images import to_images, to_tensor
 from condit.rulers.measure import RULERS
-from condit.rulers.report import Settings, evaluate_folder
+from condit.rulers.report import FolderSettings, evaluate_folder
 from condit.weights.catalog import models_folder
 from condit_lab.suites.adain import AdaIN
 
@@ -48,7 +48,9 @@ def test_the_curve_of_adain_rises_and_rulers_that_passed_recover_the_order(tmp_p
                 path.parent.mkdir(parents=True, exist_ok=True)
                 to_images(model(x, y, strength) * 2 - 1)[0].save(path)
     weights = {"vgg": str(FOLDER / "vgg_normalized.pth")}
-    result = evaluate_folder(tmp_path / "out", tmp_path / "report", tmp_path / "c", tmp_path / "s", Settings(weights))
+    result = evaluate_folder(
+        tmp_path / "out", tmp_path / "report", tmp_path / "c", tmp_path / "s", FolderSettings(weights)
+    )
     passed = [r["name"] for r in result["rulers"] if r["passes"] and r["of"] in ("style", "content")]
     assert "vgg-moments" in passed and result["axis"] is not None
     wrong = {}

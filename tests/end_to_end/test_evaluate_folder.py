@@ -11,7 +11,7 @@ from PIL import Image
 
 import made_pictures as made
 from condit.rulers import report
-from condit.rulers.report import Settings, evaluate_folder
+from condit.rulers.report import FolderSettings, evaluate_folder
 from condit.rulers.statistics import bootstrap
 
 TASKS = made.tasks(4, 24)
@@ -36,7 +36,7 @@ def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     made.write_study(folder, TASKS, METHODS)
     answers = [{"item": t.name, "left": "perfect", "right": "none", "choice": "left", "rater": "r"} for t in TASKS]
-    return folder, run(folder, Settings(answers=answers))
+    return folder, run(folder, FolderSettings(answers=answers))
 
 
 def run(folder, settings=None):
@@ -158,9 +158,9 @@ def test_values_that_are_no_numbers_are_counted(tmp_path, monkeypatch):
 def test_unknown_names_are_wrong_usage(study):
     folder = study[0]
     for settings, text in (
-        (Settings(blank="x"), "no method 'x' for blank; found copy, mix"),
-        (Settings(axis="edges"), "no ruler of style 'edges'"),
-        (Settings(weights={"x": "y"}), "no ruler reads weights named 'x'"),
+        (FolderSettings(blank="x"), "no method 'x' for blank; found copy, mix"),
+        (FolderSettings(axis="edges"), "no ruler of style 'edges'"),
+        (FolderSettings(weights={"x": "y"}), "no ruler reads weights named 'x'"),
     ):
         with pytest.raises(ValueError, match=text):
             run(folder, settings)

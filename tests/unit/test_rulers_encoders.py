@@ -136,9 +136,11 @@ def test_csd_is_a_clip_tower_and_one_matrix(tmp_path):
 def test_dino_gives_its_token_and_the_keys_of_its_last_layer(tmp_path, kind):
     from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-    config = ViTConfig() if kind == "dino" else Dinov2Config()
-    config.hidden_size, config.num_hidden_layers, config.num_attention_heads = 16, 2, 2
-    config.patch_size, config.image_size = 56, 224
+    config: ViTConfig | Dinov2Config
+    if kind == "dino":
+        config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=56, image_size=224)
+    else:
+        config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=56, image_size=224)
     model = random(lambda: ViTModel(config) if isinstance(config, ViTConfig) else Dinov2Model(config))
     keys = []
     layer = [m for n, m in model.named_modules() if n.endswith((".key", ".k_proj"))][-1]

@@ -171,7 +171,7 @@ def folder(
     if unnamed := [entry for entry in options.weights or [] if "=" not in entry]:
         raise typer.BadParameter(f"--weights {unnamed[0]}: expected NAME=SOURCE, such as csd=csd.pth")
     from condit.data.locks import locked
-    from condit.rulers.report import Settings, evaluate_folder
+    from condit.rulers.report import FolderSettings, evaluate_folder
 
     answers = []
     if options.study is not None:
@@ -182,7 +182,7 @@ def folder(
         failed = failed_checks(answers)
         answers = [a for a in answers if a["rater"] not in failed]
     weights = dict(entry.split("=", 1) for entry in options.weights or [])
-    settings = Settings(weights, options.blank, options.baseline, options.axis, answers)
+    settings = FolderSettings(weights, options.blank, options.baseline, options.axis, answers)
     with locked(out, "evaluating"):
         result = evaluate_folder(output, out, content, style, settings)
     for kind, names in sorted(result["problems"].items()):

@@ -30,7 +30,7 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Encoder:
+class FeatureEncoder:
     """features: an RGB image -> tensors without a batch dimension. text: phrases -> (n, D) in the space of `image`, for
     rulers that compare with words. size: how a picture is resized, for the report."""
 
@@ -42,19 +42,19 @@ class Encoder:
     note: str = ""
 
 
-def embedded() -> list[Encoder]:
+def embedded() -> list[FeatureEncoder]:
     """Those that need no weights but the package's."""
     return [_pixels(), _judge(), _own()]
 
 
-def load_encoder(name: str, source: str) -> list[Encoder]:
+def load_encoder(name: str, source: str) -> list[FeatureEncoder]:
     """Encoders of a file, folder or hub name. ValueError for an unknown name or weights that do not fit."""
     if name not in LOADERS:
         raise ValueError(f"no ruler reads weights named {name!r}; expected one of {', '.join(LOADERS)}")
     return LOADERS[name](source)
 
 
-def _pixels() -> Encoder:
+def _pixels() -> FeatureEncoder:
     def encode(image: Image.Image) -> dict[str, Tensor]:
         small = _uint8(image, SIDE)
         array = small[0].permute(1, 2, 0).numpy()
@@ -63,10 +63,10 @@ def _pixels() -> Encoder:
         colours = {"histogram": features.colour_histogram(array), "palette": features.palette(array)}
         return {"size": size, "edges": edges, **colours}
 
-    return Encoder("pixels", PIXELS_VERSION, f"squashed to {SIDE} px", encode)
+    return FeatureEncoder("pixels", PIXELS_VERSION, f"squashed to {SIDE} px", encode)
 
 
-def _judge() -> Encoder:
+def _judge() -> FeatureEncoder:
     judge = load_judge()
 
     def encode(image: Image.Image) -> dict[str, Tensor]:
@@ -78,10 +78,10 @@ def _judge() -> Encoder:
             "moments": features.moments(maps)[0],
         }
 
-    return Encoder("judge", hash_file(JUDGE / WEIGHTS), "ink scaled to 58 of 64 px", encode)
+    return FeatureEncoder("judge", hash_file(JUDGE / WEIGHTS), "ink scaled to 58 of 64 px", encode)
 
 
-def _own() -> Encoder:
+def _own() -> FeatureEncoder:
     folder = TINY / "model" / "clip"
     clip, tokenizer = load_clip(folder)
     parts = {"concept": CONCEPT, "style": STYLE}
@@ -96,10 +96,10 @@ def _own() -> Encoder:
         ids = token_ids(tokenizer, list(phrases))
         return torch.cat([embed_text(clip, x)[1] for x in ids.split(64)])[:, parts[feature]].float()
 
-    return Encoder("own", hash_file(folder / "model.safetensors"), "squashed to 128 px", encode, text)
+    return FeatureEncoder("own", hash_file(folder / "model.safetensors"), "squashed to 128 px", encode, text)
 
 
-def _clip(source: str) -> list[Encoder]:
+def _clip(source: str) -> list[FeatureEncoder]:
     from condit.weights.clip_towers import load_image_encoder, load_text_tower, weight_file
     from condit.weights.hub_files import local_folder
 
@@ -114,14 +114,14 @@ def _clip(source: str) -> list[Encoder]:
         return torch.cat([words(phrases[i : i + 64]) for i in range(0, len(phrases), 64)]).float()
 
     size = f"shortest side to {side} px, bicubic, centre cut"
-    return [Encoder("clip", hash_file(weight_file(folder)), size, encode, text, tower.size.describe())]
+    return [FeatureEncoder("clip", hash_file(weight_file(folder)), size, encode, text, tower.size.describe())]
 
 
 CSD_NOTE = "The weights that CSD's authors publish differ from their paper's, as their README says: do not compare "
 CSD_NOTE += "these figures with published ones."
 
 
-def _csd(source: str) -> list[Encoder]:
+def _csd(source: str) -> list[FeatureEncoder]:
     """The authors' checkpoint: a CLIP image tower in OpenAI's names and `last_layer_style` (width, 768)."""
     prefix = re.compile(r"^(model_state_dict\.|state_dict\.|module\.)+")
     tensors = {prefix.sub("", name): x.float() for name, x in read_tensors(source).items()}
@@ -156,10 +156,10 @@ def _csd(source: str) -> list[Encoder]:
         return {"style": F.normalize(encoder.embeds(encoder.pixels([image]))[0], dim=-1)}
 
     size = f"shortest side to {encoder.size.side} px, bicubic, centre cut"
-    return [Encoder("csd", hash_file(source), size, encode, note=CSD_NOTE)]
+    return [FeatureEncoder("csd", hash_file(source), size, encode, note=CSD_NOTE)]
 
 
-def _dino(source: str) -> list[Encoder]:
+def _dino(source: str) -> list[FeatureEncoder]:
     """A ViT in transformers' layout (DINO's, DINOv2's): its class token, and the keys of its last layer."""
     from transformers import AutoModel
 
@@ -183,7 +183,7 @@ def _dino(source: str) -> list[Encoder]:
         }
 
     hashes = "+".join(hash_file(file) for file in weight_files(folder))
-    return [Encoder("dino", hashes, f"squashed to {side} px", encode)]
+    return [FeatureEncoder("dino", hashes, f"squashed to {side} px", encode)]
 
 
 def last_keys(model: torch.nn.Module, states: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def _network(tensors: Tensors, source: str) -> dict[str, Tensor]:
     return found
 
 
-def _vgg(source: str) -> list[Encoder]:
+def _vgg(source: str) -> list[FeatureEncoder]:
     network = _network(read_tensors(source), source)
     plain = network[min(network, key=lambda n: int(n.split(".")[0]))].shape[-1] > 1
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -244,10 +244,10 @@ def _vgg(source: str) -> list[Encoder]:
         firsts = [x for place, (x, _) in enumerate(maps) if place == 0 or maps[place - 1][1]][:4]
         return {"gram": features.gram(firsts)[0], "moments": features.moments(firsts)[0]}
 
-    return [Encoder("vgg", hash_file(source), f"squashed to {NETWORK_SIDE} px", encode)]
+    return [FeatureEncoder("vgg", hash_file(source), f"squashed to {NETWORK_SIDE} px", encode)]
 
 
-def _lpips(source: str) -> list[Encoder]:
+def _lpips(source: str) -> list[FeatureEncoder]:
     """A file or folder with torchvision's AlexNet or VGG16 and LPIPS' `linN.model.1.weight`."""
     path = Path(source)
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".pth", ".safetensors"))
@@ -267,10 +267,10 @@ def _lpips(source: str) -> list[Encoder]:
         return {"maps": features.perceptual([x for x, _ in maps], lines)[0]}
 
     hashes = "+".join(hash_file(file) for file in files)
-    return [Encoder("lpips", hashes, f"squashed to {SIDE} px", encode)]
+    return [FeatureEncoder("lpips", hashes, f"squashed to {SIDE} px", encode)]
 
 
-def _inception(source: str) -> list[Encoder]:
+def _inception(source: str) -> list[FeatureEncoder]:
     """A TorchScript network that maps (B, 3, 299, 299), (x - 128) / 128, to features (B, 2048)."""
     network = torch.jit.load(source, map_location="cpu").eval()
 
@@ -278,10 +278,10 @@ def _inception(source: str) -> list[Encoder]:
         x = (_uint8(image).float() - 128) / 128
         return {"pool": network(F.interpolate(x, (299, 299), mode="bilinear", align_corners=False))[0].float()}
 
-    return [Encoder("inception", hash_file(source), "bilinear to 299 px, without antialiasing", encode)]
+    return [FeatureEncoder("inception", hash_file(source), "bilinear to 299 px, without antialiasing", encode)]
 
 
-def _aesthetic(source: str) -> list[Encoder]:
+def _aesthetic(source: str) -> list[FeatureEncoder]:
     """Linear layers in a row, without activations between them, on CLIP's unit embedding: `FOLDER_OF_CLIP,FILE`."""
     folder, _, file = source.rpartition(",")
     if not folder:
@@ -300,7 +300,7 @@ def _aesthetic(source: str) -> list[Encoder]:
             x = F.linear(x, tensors[name].float(), tensors[name.replace("weight", "bias")].float())
         return {"score": x}
 
-    return [Encoder("aesthetic", f"{clip.hash}+{hash_file(file)}", clip.size, encode)]
+    return [FeatureEncoder("aesthetic", f"{clip.hash}+{hash_file(file)}", clip.size, encode)]
 
 
 def _uint8(image: Image.Image, side: int | None = None) -> Tensor:
@@ -309,7 +309,7 @@ def _uint8(image: Image.Image, side: int | None = None) -> Tensor:
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
 
 
-LOADERS: Mapping[str, Callable[[str], list[Encoder]]] = {
+LOADERS: Mapping[str, Callable[[str], list[FeatureEncoder]]] = {
     "clip": _clip,
     "csd": _csd,
     "dino": _dino,

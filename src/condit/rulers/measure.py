@@ -22,7 +22,7 @@ from torch import Tensor
 from condit.data.files import temporary_path
 from condit.data.images import load_image
 from condit.data.progress import progress_bar
-from condit.rulers.encoders import Encoder
+from condit.rulers.encoders import FeatureEncoder
 from condit.rulers.features import COMPARE
 from condit.rulers.folder import Collection, Output, Picture
 from condit.rulers.statistics import Interval, auc_interval
@@ -75,9 +75,9 @@ class Store:
     does not grow with the number of pictures."""
 
     folder: Path
-    encoders: Mapping[str, Encoder]
+    encoders: Mapping[str, FeatureEncoder]
 
-    def file(self, encoder: Encoder, view: View) -> Path:
+    def file(self, encoder: FeatureEncoder, view: View) -> Path:
         return self.folder / f"{encoder.name}-{encoder.hash[:60]}" / f"{view.hash}{view.cut}.safetensors"
 
     @torch.no_grad()
@@ -209,8 +209,8 @@ def retrieval(
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Pairs of pictures, or of a picture and a text, and the groups that they belong to."""
+class RulerPairs:
+    """RulerPairs of pictures, or of a picture and a text, and the groups that they belong to."""
 
     how: str
     first: list[View]
@@ -233,18 +233,18 @@ class Check:
         return self.area.low > 0.5
 
 
-def _pairs(how: str, rows: Sequence[tuple[View, View | str, str, str]]) -> Pairs | None:
+def _pairs(how: str, rows: Sequence[tuple[View, View | str, str, str]]) -> RulerPairs | None:
     """rows: both sides and their groups."""
     names = {name: i for i, name in enumerate(sorted({g for row in rows for g in row[2:]}))}
     groups = np.array([[names[a], names[b]] for _, _, a, b in rows], dtype=np.int64).reshape(-1, 2).T
     same = groups[0] == groups[1]
     if same.all() or not same.any():
         return None
-    return Pairs(how, [row[0] for row in rows], [row[1] for row in rows], same, (groups[0], groups[1]))
+    return RulerPairs(how, [row[0] for row in rows], [row[1] for row in rows], same, (groups[0], groups[1]))
 
 
-def test_pairs(collection: Collection) -> dict[str, Pairs | None]:
-    """Pairs of the given pictures for "style", "content", "text" and "words"."""
+def test_pairs(collection: Collection) -> dict[str, RulerPairs | None]:
+    """RulerPairs of the given pictures for "style", "content", "text" and "words"."""
     contents, styles = (
         sorted(group, key=lambda p: p.hash)[:POOL] for group in (collection.contents, collection.styles)
     )
@@ -252,7 +252,7 @@ def test_pairs(collection: Collection) -> dict[str, Pairs | None]:
 
     def grouped(
         how: str, group: Callable[[Picture], str | None], other: Callable[[Picture], str | None]
-    ) -> Pairs | None:
+    ) -> RulerPairs | None:
         known = [(p, g) for p in everything if (g := group(p))]
         rows = [
             (view_of(a), view_of(b), g, h)
@@ -261,10 +261,10 @@ def test_pairs(collection: Collection) -> dict[str, Pairs | None]:
         ]
         return _pairs(how, rows)
 
-    def cut(how: str, pool: Sequence[Picture], left: str, right: str) -> Pairs | None:
+    def cut(how: str, pool: Sequence[Picture], left: str, right: str) -> RulerPairs | None:
         return _pairs(how, [(view_of(a, left), view_of(b, right), a.hash, b.hash) for a, b in product(pool, pool)])
 
-    def texts(how: str, text: Callable[[Picture], str]) -> Pairs | None:
+    def texts(how: str, text: Callable[[Picture], str]) -> RulerPairs | None:
         known = [p for p in everything if text(p)]
         return _pairs(how, [(view_of(a), text(b), text(a), text(b)) for a, b in product(known, known)])
 
@@ -291,7 +291,7 @@ TESTS = {
 }
 
 
-def check(store: Store, ruler: Ruler, pairs: Pairs | None) -> Check | None:
+def check(store: Store, ruler: Ruler, pairs: RulerPairs | None) -> Check | None:
     """None where the given pictures cannot say."""
     if pairs is None or not ruler.compare or ruler.of == "quality":
         return None

@@ -25,7 +25,7 @@ from condit.rulers.measure import (
     RULERS,
     TESTS,
     Check,
-    Pairs,
+    RulerPairs,
     Store,
     Values,
     check,
@@ -46,7 +46,7 @@ Checks = dict[str, dict[str, Check | None]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class FolderSettings:
     """weights: name of an encoder -> path or hub name. blank: the method that was shown no reference, from which
     leakage is counted. baseline: the method whose curve the others are compared with (default: that of most strengths).
     axis: the ruler of style across (default: the one that tells best). answers: those of a preference study."""
@@ -59,12 +59,16 @@ class Settings:
 
 
 def evaluate_folder(
-    output: Path, report: Path, content: Path | None = None, style: Path | None = None, settings: Settings | None = None
+    output: Path,
+    report: Path,
+    content: Path | None = None,
+    style: Path | None = None,
+    settings: FolderSettings | None = None,
 ) -> Json:
     """Measures METHOD/STRENGTH/... under `output`, writes index.html, report.json, figures.csv, values.csv and pictures
     into `report`, and returns what report.json holds. ValueError for folders without pictures, unknown names, or
     weights that do not fit; problems of single pictures are in the report."""
-    settings = settings or Settings()
+    settings = settings or FolderSettings()
     if report.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"the report {report} would lie among the pictures of {output}; choose another folder")
     collection = read_collection(output, content, style)
@@ -126,7 +130,7 @@ def _tests(name: str) -> list[str]:
     return [] if own is None else [own, *({"style": ["content"], "content": ["style"]}.get(own, []))]
 
 
-def _encoded(store: Store, collection: Collection) -> tuple[Collection, dict[str, Pairs | None]]:
+def _encoded(store: Store, collection: Collection) -> tuple[Collection, dict[str, RulerPairs | None]]:
     """The collection without what cannot be read, and the pairs that rulers are tested on; all of it encoded."""
     broken = store.fill([view_of(x) for x in (*collection.outputs, *collection.contents, *collection.styles)])
     names = {x.hash: x.path.name for x in (*collection.outputs, *collection.contents, *collection.styles)}
