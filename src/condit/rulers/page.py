@@ -20,8 +20,6 @@ td{vertical-align:top}td.number{text-align:right;font-variant-numeric:tabular-nu
 code{background:#f3f3f3;padding:.1em .3em}.blind,.blind td{color:#aaa}"""
 NAMED = 20  # problems of a kind that the page names; report.json names all
 
-Figures = Mapping[str, Any]  # of a report, as its JSON has them
-
 
 def inline(picture: Image.Image) -> str:
     buffer = io.BytesIO()
@@ -43,11 +41,7 @@ def table(head: str, rows: Sequence[Sequence[object]], blind: Sequence[bool] = (
     return "\n".join([*lines, "</table>"]) if rows else "<p>None.</p>"
 
 
-<<<<<<< HEAD
-def span(x: Figures | None) -> str:
-=======
 def span(x: Json | None) -> str:
->>>>>>> 117f104 (Each figure carries the hash of its encoder)
     """A value with its interval."""
     if x is None or x["value"] is None:
         return ""
@@ -55,11 +49,7 @@ def span(x: Json | None) -> str:
     return f"{x['value']:.4g}{ends}"
 
 
-<<<<<<< HEAD
-def write_page(folder: Path, result: Figures, pictures: Mapping[str, Image.Image]) -> Path:
-=======
 def write_page(folder: Path, result: Json, pictures: Mapping[str, Image.Image]) -> Path:
->>>>>>> 117f104 (Each figure carries the hash of its encoder)
     """index.html of a report (`report.evaluate_folder`), from page.html."""
     rulers = {row["name"]: {**row, "title": f"{row['title']} [{row['hash'][:8] or '-'}]"} for row in result["rulers"]}
     shown = {name: f"<h2>{html.escape(name)}</h2>{inline(picture)}\n" for name, picture in pictures.items()}
@@ -87,11 +77,7 @@ def _few(names: Sequence[str]) -> str:
     return "; ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
 
 
-<<<<<<< HEAD
-def _ruler_table(result: Figures) -> str:
-=======
 def _ruler_table(result: Json, rulers: Json) -> str:
->>>>>>> 117f104 (Each figure carries the hash of its encoder)
     rows = []
     for r in rulers.values():
         tests, people = r["tests"], result["people"].get(r["name"])
@@ -105,11 +91,7 @@ def _ruler_table(result: Json, rulers: Json) -> str:
     return table(head, rows, [r["passes"] is False for r in rulers.values()])
 
 
-<<<<<<< HEAD
-def _figure_table(result: Figures, rulers: Figures) -> str:
-=======
 def _figure_table(result: Json, rulers: Json) -> str:
->>>>>>> 117f104 (Each figure carries the hash of its encoder)
     keys = list(dict.fromkeys((f["method"], f["strength"]) for f in result["figures"]))
     found = {(f["ruler"], f["method"], f["strength"]): f for f in result["figures"]}
     head = "|".join(["ruler", *(m if s is None else f"{m} {s:g}" for m, s in keys)])
@@ -119,11 +101,7 @@ def _figure_table(result: Json, rulers: Json) -> str:
     return table(head, rows, [r["passes"] is False for r in rulers.values()]) + note
 
 
-<<<<<<< HEAD
-def _comparison_table(result: Figures, rulers: Figures) -> str:
-=======
 def _comparison_table(result: Json, rulers: Json) -> str:
->>>>>>> 117f104 (Each figure carries the hash of its encoder)
     rows = []
     for c in result["comparisons"]:
         gap = c["gap"]
@@ -133,10 +111,6 @@ def _comparison_table(result: Json, rulers: Json) -> str:
     return table("method|strength|ruler|difference|verdict|p|beyond|n|to tell 0.05 you need n =", rows)
 
 
-<<<<<<< HEAD
-def _set_table(sets: Sequence[Figures]) -> str:
-=======
 def _set_table(sets: Sequence[Json]) -> str:
->>>>>>> 117f104 (Each figure carries the hash of its encoder)
     names = ("method", "strength", "n", "references", "FID", "KID", "KID low", "KID high", "ArtFID")
     return table("|".join(names), [[s.get(name) for name in names] for s in sets])
