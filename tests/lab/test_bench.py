@@ -102,7 +102,9 @@ def test_a_run_leaves_one_table_one_picture_and_folders_that_can_be_evaluated(tm
     write_table(result, page)
     assert "| tiny | StyleID |" in page.read_text()
     before = len(messages)
-    bench_style(tmp_path, protocol, references=2, tell=messages.append)
+    bench_style(tmp_path, protocol, references=2, report=True, tell=messages.append)
+    report = json.loads((tmp_path / "reports/tiny/report.json").read_text())
+    assert (tmp_path / "reports/tiny/index.html").is_file() and "plain" in json.dumps(report)
     assert not any("pictures" in message for message in messages[before:])  # nothing is drawn again
 
 

@@ -71,7 +71,7 @@ def test_text_in_the_same_softmax_does_not_attend_to_the_reference():
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Inverse:
     trajectory: Tensor
     path: Path
     size: tuple[int, int] = (8, 8)
@@ -97,7 +97,7 @@ def test_an_inverted_reference_is_read_at_its_own_latents(path):
         return x0
 
     run = Run(torch.nn.Identity(), 2, (1, 1), torch.zeros(2, 0), None, 3, apart=apart)
-    passed = ReferencePass(run, trajectory[-1].expand(2, -1, -1), None, Trajectory(trajectory, path), 0)
+    passed = ReferencePass(run, trajectory[-1].expand(2, -1, -1), None, Inverse(trajectory, path), 0)
     for level in range(3):
         passed.record(path.step(level), condit.Where())
         torch.testing.assert_close(seen[-1], trajectory[level].expand(2, -1, -1), rtol=1e-5, atol=1e-5)

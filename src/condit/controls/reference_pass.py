@@ -23,7 +23,7 @@ Memory = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 @runtime_checkable
-class Inverted(Protocol):
+class Trajectory(Protocol):
     """`pipe.invert`'s trajectory to noise: latents (S + 1, n, ...), the noisiest first; size in pixels."""
 
     @property
@@ -34,7 +34,7 @@ class Inverted(Protocol):
     def size(self) -> tuple[int, int]: ...
 
 
-Source = ImageSource | Sequence[ImageSource] | Inverted
+Source = ImageSource | Sequence[ImageSource] | Trajectory
 
 
 def image_places(call: Call) -> tuple[slice, slice] | None:
@@ -73,7 +73,7 @@ class ReferencePass:
     run: Run
     latents: Tensor
     text: Text | None
-    inversion: Inverted | None
+    inversion: Trajectory | None
     seed: int
 
     def record(self, step: Step, where: Where) -> Memory:
@@ -142,7 +142,7 @@ class Passed(Control):
         if latents is None or run.cells is not None or run.apart is None:
             raise ValueError(f"{type(self).__name__} acts in a pipeline call of a model with prompts, on whole images.")
         text = None if text is None else text.each(lambda x: match_batch(x, run.batch, "prompt"))
-        inversion = source if isinstance(source, Inverted) else None
+        inversion = source if isinstance(source, Trajectory) else None
         return ReferencePass(run, match_batch(latents, run.batch, "reference"), text, inversion, self.seed)
 
     def at(self, step: Step) -> Self | None:
@@ -170,7 +170,7 @@ class Passed(Control):
 
 def encode(source: Source, size: tuple[int, int], pipe: Host) -> Tensor:
     """The clean latents of a reference. Raises ValueError for an inversion of another size."""
-    if not isinstance(source, Inverted):
+    if not isinstance(source, Trajectory):
         return pipe.encode_images(pipe.read_images(cast("ImageSource | Sequence[ImageSource]", source), None, size))
     if source.size != size:
         raise ValueError(

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from condit.controls.control import Run, Where, finite
 from condit.controls.host import Host
 from condit.controls.reference_pass import (
-    Inverted,
     Memory,
     Passed,
     ReferencePass,
     Source,
+    Trajectory,
     at_places,
     encode,
     image_places,
@@ -51,7 +51,7 @@ class StyleID(Passed):
             raise ValueError(f"StyleID's temperature must be above 0; found {self.temperature}.")
 
     @staticmethod
-    def start(content: Inverted, style: Inverted) -> Tensor:
+    def start(content: Trajectory, style: Trajectory) -> Tensor:
         """The initial latents (Eq. 8), for `latents=` of the call: the content's noise with the statistics by channel
         of the style's."""
         noise = content.trajectory[0]

@@ -36,6 +36,9 @@ def style(
     steps: Annotated[int, typer.Option("--steps", help="Steps of the sampler.")] = 20,
     bf16: Annotated[bool, typer.Option("--bf16", help="Draw in bfloat16: faster where the CPU knows it.")] = False,
     adain: Annotated[Path | None, typer.Option("--adain", help="Folder of AdaIN's weights, for that baseline.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also measure with every ruler of condit evaluate folder.")
+    ] = False,
     table: Annotated[Path | None, typer.Option("--table", help="Page to write the table into.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -46,7 +49,9 @@ def style(
     from condit_lab.suites.style import Protocol
 
     asked = Protocol(count, seed, names(methods), tuple(strengths or ()), "combo", names(sites) or (), steps, bf16)
-    result = bench_style(folder(out), asked, references=references, own=own, data=data, adain=adain, tell=say)
+    result = bench_style(
+        folder(out), asked, references=references, own=own, data=data, adain=adain, report=report, tell=say
+    )
     if table is not None:
         write_table(result, table)
         say(f"written into {table}")

@@ -23,6 +23,7 @@ from PIL import Image
 from condit.data.files import atomic_write
 from condit.data.images import load_image, save_image
 from condit.data.sheets import SheetCell, contact_sheet
+from condit.rulers.report import Settings, evaluate_folder
 from condit_lab.icons.world import Icon, IconWorld
 from condit_lab.suites import bench_examples as examples
 from condit_lab.suites import style_rulers as rulers
@@ -67,12 +68,13 @@ def bench_style(
     own: str | Path | None = None,
     data: str | Path | None = None,
     adain: str | Path | None = None,
+    report: bool = False,
     tell: Callable[[str], None] = log.info,
 ) -> dict[str, Any]:
     """Draws, measures and writes bench.json, bench.md (the table), bench.png (the picture), examples.png and .md, the
     folders of `write_folders` and index.html; returns what stands in bench.json. protocol.count: pictures of each
     method. references: how many styles of the icon world; own: a folder of one's own references instead, whose file
-    names say what they show."""
+    names say what they show. report: also every ruler of `condit evaluate folder`, as reports/MODEL."""
     folder, verb = Path(out), f"bench style --references {references}"
     pairs, table = partial(held_out_pairs, references=references), BENCH
     if own is not None:
@@ -88,6 +90,8 @@ def bench_style(
         text_of = examples.markdown(run, examples.fid_by_count(run.bank))
         atomic_write(folder / "examples.md", lambda path: path.write_text(text_of, encoding="utf-8"))
     write_folders(run, folder / "folders")
+    if report:
+        write_reports(run.result, folder)
     write_page(folder, run.result, run.images, run.values, run.given)
     return run.result
 
@@ -165,6 +169,15 @@ def write_folders(run: Measured, folder: Path) -> None:
         write_rows(model, [row | dict.fromkeys(PARTNERS, row["file_name"]) for row in prompts])
 
 
+def write_reports(result: Mapping[str, Any], folder: Path) -> None:
+    """reports/MODEL of the pictures in `folders`, each model against its own adapter's curve."""
+    for model in dict.fromkeys(method["model"] for method in result["methods"]):
+        pictures = folder / "folders" / model
+        baseline = next((m["baseline"] for m in result["methods"] if m["model"] == model and m["baseline"]), None)
+        settings = Settings(blank="none", baseline=baseline)
+        evaluate_folder(pictures, folder / "reports" / model, pictures / "none", folder / "folders" / "style", settings)
+
+
 def write_rows(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -179,7 +192,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     style."""
     gaps = {(x["method"], x["strength"], x["measure"]): x for x in result["comparisons"]}
     figures = {(x["method"], x["strength"], x["measure"]): x for x in result["rows"]}
-    titles = [*COLUMNS.values(), *(f"{COLUMNS[m]} at equal style" for m in AT_EQUAL_STYLE), "s / image"]
+    titles = [*COLUMNS.values(), *(f"{COLUMNS[m]} at equal style" for m in AT_EQUAL_STYLE)]
     lines = [
         f"`{result['command']}`: n = {result['n']} pictures a row, {result['concepts']} concepts in {result['styles']} "
         f"styles, {result['protocol']['steps']} steps. In brackets: 95 %, bootstrap over concepts.",
@@ -187,18 +200,27 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"| model | method | strength | {' | '.join(titles)} |",
         f"|---|---|---|{'---|' * len(titles)}",
     ]
-    for method in result["methods"]:
+    for method in by_model(result):
         for strength in sorted({s for name, s, _ in figures if name == method["name"]}):
             key = method["name"], strength
             cells = [_figure(figures.get((*key, measure))) for measure in COLUMNS]
             cells += [_gap(gaps.get((*key, measure))) for measure in AT_EQUAL_STYLE]
-            seconds = result["seconds"].get(f"{key[0]}-{strength:g}")
-            cells.append("" if seconds is None else f"{seconds / result['n']:.2f}")
             at = f"{strength:g}" if method["name"] in result["swept"] else ""
-            lines.append(f"| {method['model']} | {method['what']} | {at} | {' | '.join(cells)} |")
+            lines.append(f"| {method['model']} | {title(method)} | {at} | {' | '.join(cells)} |")
     return (
         "\n".join([*lines, "", *(f"Left out: {x['method']} ({x['why']})." for x in result["skipped"])]).rstrip() + "\n"
     )
+
+
+def by_model(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The methods, those of a model together."""
+    models = list(dict.fromkeys(method["model"] for method in result["methods"]))
+    return sorted(result["methods"], key=lambda method: models.index(method["model"]))
+
+
+def title(method: Mapping[str, Any]) -> str:
+    """What a method is, without its model."""
+    return method["what"].removeprefix("UNet, ").removeprefix("PixArt, ")
 
 
 def _figure(row: Mapping[str, Any] | None) -> str:
@@ -220,7 +242,7 @@ def picture(run: Measured, columns: int = SHOWN) -> Image.Image:
     count = min(columns, len(given.wanted))
     rows = [[SheetCell(to_image(given.references[i]), given.icons[i].label, is_input=True) for i in range(count)]]
     labels = ["reference"]
-    for method in run.result["methods"]:
+    for method in by_model(run.result):
         if method["name"] == "copy":
             continue
         strength = best_strength(run.values, method["name"])
@@ -228,7 +250,7 @@ def picture(run: Measured, columns: int = SHOWN) -> Image.Image:
         captions = [given.wanted[i].label if len(rows) == 1 else "" for i in range(count)]
         rows.append([SheetCell(to_image(images[i]), captions[i]) for i in range(count)])
         at = f", {strength:g}" if method["name"] in run.result["swept"] else ""
-        labels.append(f"{method['model']}: {method['what']}{at}")
+        labels.append(f"{method['model']}: {title(method)}{at}")
     return contact_sheet(rows, labels, title="Orange: the references", cell=72)
 
 

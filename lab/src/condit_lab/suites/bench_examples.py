@@ -58,7 +58,7 @@ def picture(run: Measured) -> Image.Image | None:
                 SheetCell(to_image(given.references[i]), given.icons[i].label, is_input=True),
                 SheetCell(to_image(given.true[i]), given.wanted[i].label),
                 *(
-                    SheetCell(to_image(run.images[key][i]), f"{name_of(key)} {float(values[i]):.2f}")
+                    SheetCell(to_image(run.images[key][i]), f"{name_of(key)}: {float(values[i]):.2f}")
                     for key, values in ((example.preferred, a), (example.other, b))
                 ),
             ]
@@ -72,7 +72,8 @@ def picture(run: Measured) -> Image.Image | None:
 
 def name_of(key: Key) -> str:
     """A method, with its strength if there are several."""
-    return key[0] if key[1] == 1.0 else f"{key[0]} {key[1]:g}"
+    name = key[0].removeprefix("unet-")
+    return name if key[1] == 1.0 else f"{name} {key[1]:g}"
 
 
 def markdown(run: Measured, fid: Mapping[int, float]) -> str:
