@@ -14,7 +14,7 @@ from condit.cli import main
 from condit.controls.control import Control, Run, Step
 from condit.controls.reference_pass import ReferencePass
 from condit.controls.stylealigned import StyleAligned, adain
-from condit.diffusion.inversion import NoisePath, Path
+from condit.diffusion.inversion import EditPath, NoisePath
 from condit.diffusion.samplers import FlowPath
 from condit.nn.attention import Call, Site, sdpa
 
@@ -73,7 +73,7 @@ def test_text_in_the_same_softmax_does_not_attend_to_the_reference():
 @dataclass(frozen=True)
 class Inverse:
     trajectory: Tensor
-    path: Path
+    path: EditPath
     size: tuple[int, int] = (8, 8)
 
 

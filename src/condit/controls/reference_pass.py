@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from condit.controls.control import Control, Run, When, Where, finite, match_batch
 from condit.controls.host import Host
 from condit.data.images import ImageSource
-from condit.diffusion.inversion import NoisePath, Path, alpha_sigma
+from condit.diffusion.inversion import EditPath, NoisePath, alpha_sigma
 from condit.diffusion.samplers import FlowPath
 from condit.diffusion.steps import Step
 from condit.encoders.text import Text
@@ -29,7 +29,7 @@ class Trajectory(Protocol):
     @property
     def trajectory(self) -> Tensor: ...
     @property
-    def path(self) -> Path: ...
+    def path(self) -> EditPath: ...
     @property
     def size(self) -> tuple[int, int]: ...
 
