@@ -78,6 +78,14 @@ def test_a_prompt_of_undecodable_bytes_is_refused(pipe, pictures):
         pipe.edit(pictures(1)[0], "a", "\udcff")
 
 
+@pytest.mark.parametrize("name", ["height", "width", "num_inference_steps"])
+@pytest.mark.parametrize("value", [torch.zeros(2, 2), "64", 1.5])
+def test_sizes_and_steps_of_an_edit_that_are_no_whole_numbers_are_refused(pipe, pictures, name, value):
+    for work in (pipe.invert, pipe.edit):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            work(pictures(1)[0], *(["a"] if work == pipe.invert else ["a", "b"]), **{name: value})
+
+
 @pytest.mark.parametrize("value", ["0.5", [0.5], None, float("nan")])
 def test_strengths_that_are_no_numbers_are_refused(pipe, make_ip, make_omini, pictures, value):
     picture = pictures(1)[0]

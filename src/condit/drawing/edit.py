@@ -147,6 +147,7 @@ def invert(
     chosen, times = model.inversion or ("entered", 1)
     solver, iterations = solver or chosen, times if iterations is None else iterations
     check_steps(num_inference_steps, iterations)
+    Settings(height=height, width=width)
     size = size_of(pipe, images, height, width)
     layout = Layout(len(images), size, grid_of(model, size))
     settings = edit_settings(pipe, layout.size, num_inference_steps, 1.0)
@@ -205,12 +206,13 @@ def edit(
         raise ValueError(f"method must be an edit method, a function of an EditRun; found {type(method).__name__}.")
     method, model = Inverted(anchored) if method is None else method, pipe.text_model
     chosen, times = editable(pipe)
+    Settings(height=height, width=width)  # raises for what is no whole number
+    check_steps(num_inference_steps, times if iterations is None else iterations)
     if isinstance(image, Inversion):
         check_inversion(image, source, pipe.name, (height, width), num_inference_steps, solver)
         inversion, prompts, size = image, EditPrompts.of(image.source, image.source, target), image.size
         num_inference_steps = inversion.path.steps
     else:
-        check_steps(num_inference_steps, times if iterations is None else iterations)
         inversion, prompts = None, EditPrompts.of(image, source, target)
         size = size_of(pipe, as_list(image), height, width)
     n, words = len(prompts.targets), model.parts.text.words

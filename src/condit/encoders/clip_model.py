@@ -128,7 +128,7 @@ class Block(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
+class ClipEncoder(nn.Module):
     def __init__(self, c: TowerConfig):
         super().__init__()
         self.layers = nn.ModuleList([Block(c) for _ in range(c.num_hidden_layers)])
@@ -164,7 +164,7 @@ class CLIPTextTransformer(nn.Module):
         super().__init__()
         self.config = c
         self.embeddings = TextEmbeddings(c)
-        self.encoder = Encoder(c)
+        self.encoder = ClipEncoder(c)
         self.final_layer_norm = nn.LayerNorm(c.hidden_size)
 
     def forward(self, ids: Tensor) -> TowerOutput:
@@ -198,7 +198,7 @@ class VisionTower(nn.Module):
         self.config = c
         self.embeddings = VisionEmbeddings(c)
         self.pre_layrnorm = nn.LayerNorm(c.hidden_size)  # transformers' spelling
-        self.encoder = Encoder(c)
+        self.encoder = ClipEncoder(c)
         self.post_layernorm = nn.LayerNorm(c.hidden_size)
 
     def forward(self, pixels: Tensor, *, output_hidden_states: bool = True) -> TowerOutput:
