@@ -53,6 +53,12 @@ def test_annotate_writes_the_condition_next_to_the_image(tmp_path, capsys):
     assert run(capsys, "annotate", str(tmp_path / "b.png"), "gray")[0] == 1
 
 
+def test_annotate_of_a_missing_image_makes_no_folder(tmp_path, capsys):
+    code, _, err = run(capsys, "annotate", str(tmp_path / "nowhere" / "a.png"), "canny")
+    assert code == 1 and "no image at" in err
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_annotate_depth_without_weights_names_the_download(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CONDIT_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

@@ -263,8 +263,8 @@ def annotate(
     if kind not in ANNOTATORS:
         raise typer.BadParameter(f"expected one of {', '.join(ANNOTATORS)}; found {kind!r}")
     (target,) = free_paths([out or image.with_name(f"{image.stem}-{kind}.png")], out, [image], force=force)
-    check_output(target)
     source = load_image(image, mode="RGBA" if kind in ("edges", "lines", "soft_edges") else "RGB")
+    check_output(target)
     if height is not None or width is not None:
         size = width or source.width, height or source.height
         if min(size) < 1:
