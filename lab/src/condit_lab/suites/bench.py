@@ -23,7 +23,7 @@ from PIL import Image
 from condit.data.files import atomic_write
 from condit.data.images import load_image, save_image
 from condit.data.sheets import SheetCell, contact_sheet
-from condit.rulers.report import Settings, evaluate_folder
+from condit.rulers.report import FolderSettings, evaluate_folder
 from condit_lab.icons.world import Icon, IconWorld
 from condit_lab.suites import bench_examples as examples
 from condit_lab.suites import style_rulers as rulers
@@ -174,7 +174,7 @@ def write_reports(result: Mapping[str, Any], folder: Path) -> None:
     for model in dict.fromkeys(method["model"] for method in result["methods"]):
         pictures = folder / "folders" / model
         baseline = next((m["baseline"] for m in result["methods"] if m["model"] == model and m["baseline"]), None)
-        settings = Settings(blank="none", baseline=baseline)
+        settings = FolderSettings(blank="none", baseline=baseline)
         evaluate_folder(pictures, folder / "reports" / model, pictures / "none", folder / "folders" / "style", settings)
 
 
