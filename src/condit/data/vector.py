@@ -40,7 +40,7 @@ def trace(image: Image.Image, *, metadata: str | None = None) -> str:
         flat = large.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE).convert("RGB")
     else:
         flat = large.convert("RGB")
-    flat.putalpha(large.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)))
+    flat.putalpha(large.getchannel("A").point([0] * 128 + [255] * 128))
     picture = io.BytesIO()
     flat.save(picture, "PNG", compress_level=1)
     document = tracer().convert_raw_image_to_svg(
