@@ -34,6 +34,7 @@ def test_the_best_of_several_candidates_are_kept_and_replayed(run, random_tiny):
     code, out, err = run("generate", "red apple", "--candidates", "3", "--best", "2", "--steps", "1", "-o", "a.png")
     assert code == 0, err
     first, second = out.split()
+    assert (first, second) == ("a-1.png", "a-2.png")
     indices = [read_recipe(path)["index"] for path in (first, second)]
     assert len(set(indices)) == 2
     assert '"count": 3' in json.dumps(read_recipe(first))

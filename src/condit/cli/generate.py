@@ -113,7 +113,8 @@ def generate(
         raise typer.BadParameter(f"-o {output.out}: {len(made)} prompts need a folder")
     first = made[0]
     inputs = (*images_of(first.references), *(p for p in (first.image, first.mask) if p))
-    named = [path for r in made for path in output_paths(r.prompt, output.out, r.seed, kept)]
+    first_number = first.seed if drawn is None else 1  # of candidates, the best is 1
+    named = [path for r in made for path in output_paths(r.prompt, output.out, first_number, kept)]
     paths = iter(free_paths(named, output.out, inputs, force=output.force))
     check_uses(first.model, first.references)
     for path in inputs:
